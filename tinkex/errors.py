@@ -1,0 +1,234 @@
+"""Every error tinkex raises, in one tree.
+
+::
+
+    TinkexError
+      ConfigError                     a setting is wrong or missing; nothing was sent
+      InvalidInputError (ValueError)  an argument is wrong; nothing was sent
+      ClientClosedError               the client was closed, or crossed a fork
+      LocalServerError                the embedded server could not start or load its model
+      APIError                        the server, or the way to it, failed
+        APIConnectionError            no answer: DNS, refused, reset, TLS
+          APITimeoutError             no answer in time
+        ResponseDecodeError           an answer that is not what the protocol promises
+        APIStatusError                an answer with an error status
+          BadRequestError 400, AuthenticationError 401, BillingError 402,
+          PermissionDeniedError 403, NotFoundError 404, ConflictError 409,
+          UnprocessableEntityError 422, RateLimitError 429, InternalServerError 5xx
+      RequestFailedError              the server accepted the work, and the work failed
+      ResultExpiredError              the work may be done, but its result is gone
+      SessionLostError                work failed because the session had ended
+      OperationTimeoutError           operation_timeout_s passed
+        NoProgressError               no contact with the server for no_progress_timeout_s
+
+Facts are attributes, never only text: ``status``, ``request_id``, ``session_id``, ``category``,
+``attempts``, ``elapsed_s``, ``retryable``, ``hint`` (None where unknown).  All errors pickle.
+None carries a key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar
+
+_E = TypeVar("_E", bound="TinkexError")
+
+
+class TinkexError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        message: what happened, to what; without the hint.
+        status: HTTP status of the answer, if there was one.
+        request_id: id of the server-side work, if it was accepted.
+        session_id: the session the work belonged to.
+        category: ``"user"``, ``"server"`` or ``"unknown"`` as the server classed the failure.
+        attempts: how many times the request was sent.
+        elapsed_s: seconds from the first attempt to the failure.
+        retryable: True if the same call may work later without a change.
+        hint: what to do about it.
+    """
+
+    retryable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: Optional[int] = None,
+        request_id: Optional[str] = None,
+        session_id: Optional[str] = None,
+        category: Optional[str] = None,
+        attempts: Optional[int] = None,
+        elapsed_s: Optional[float] = None,
+        retryable: Optional[bool] = None,
+        hint: Optional[str] = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.request_id = request_id
+        self.session_id = session_id
+        self.category = category
+        self.attempts = attempts
+        self.elapsed_s = elapsed_s
+        if retryable is not None:
+            self.retryable = retryable
+        self.hint = hint
+
+    def __str__(self) -> str:
+        facts = [
+            f"{name} {value}"
+            for name, value in (("request", self.request_id), ("session", self.session_id))
+            if value is not None and value not in self.message
+        ]
+        text = f"{self.message} ({', '.join(facts)})" if facts else self.message
+        return f"{text}\n  {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # Exceptions pickle through their args by default, which would lose the keywords.
+        return _rebuild, (type(self), self.message), self.__dict__
+
+
+def _rebuild(cls: Type[_E], message: str) -> _E:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    return error
+
+
+class ConfigError(TinkexError):
+    """A setting is wrong or missing.  Nothing was sent."""
+
+
+class InvalidInputError(TinkexError, ValueError):
+    """An argument is wrong.  Nothing was sent and no counter moved."""
+
+
+class ClientClosedError(TinkexError):
+    """The client was closed, or belongs to the parent process of a fork."""
+
+
+class LocalServerError(TinkexError):
+    """The embedded server could not start, or could not load its model."""
+
+
+class APIError(TinkexError):
+    """The server, or the way to it, failed."""
+
+
+class APIConnectionError(APIError):
+    """No answer from the server.  ``__cause__`` holds the transport's own error."""
+
+    retryable = True
+
+
+class APITimeoutError(APIConnectionError):
+    """No answer from the server in time."""
+
+
+class ResponseDecodeError(APIError):
+    """The server's answer is not what the protocol promises."""
+
+
+class APIStatusError(APIError):
+    """The server answered with an error status.
+
+    Attributes:
+        body: the decoded answer (JSON value or text, at most 500 characters of it), or None.
+        retry_after_s: the server's own wish for a pause, in seconds, if it gave one.
+    """
+
+    def __init__(
+        self, message: str, *, body: Any = None, retry_after_s: Optional[float] = None, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.body = body
+        self.retry_after_s = retry_after_s
+
+    @property
+    def status_code(self) -> Optional[int]:
+        """The same as ``status``, under the official SDK's name."""
+        return self.status
+
+
+class BadRequestError(APIStatusError):
+    """400: the server cannot make sense of the request."""
+
+
+class AuthenticationError(APIStatusError):
+    """401: no key, or one the server does not know."""
+
+
+class BillingError(APIStatusError):
+    """402: the account cannot pay for this."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the key may not do this."""
+
+
+class NotFoundError(APIStatusError):
+    """404: no such thing, or no such route."""
+
+
+class ConflictError(APIStatusError):
+    """409: it contradicts what the server already has."""
+
+
+class UnprocessableEntityError(APIStatusError):
+    """422: the request is well-formed, its content is not valid."""
+
+
+class RateLimitError(APIStatusError):
+    """429: too much at once."""
+
+    retryable = True
+
+
+class InternalServerError(APIStatusError):
+    """5xx: the server failed."""
+
+    retryable = True
+
+
+class RequestFailedError(TinkexError):
+    """The server accepted the work, and the work failed.  ``category`` says whose fault it was."""
+
+
+class ResultExpiredError(TinkexError):
+    """The work may be done, but the server no longer has its result."""
+
+
+class SessionLostError(TinkexError):
+    """Work failed because its session had ended.  ``hint`` says how to resume."""
+
+
+class OperationTimeoutError(TinkexError):
+    """``operation_timeout_s`` passed; the work may still finish on the server."""
+
+
+class NoProgressError(OperationTimeoutError):
+    """No contact with the server for ``no_progress_timeout_s``."""
+
+
+_BY_STATUS: Dict[int, Type[APIStatusError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    402: BillingError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: UnprocessableEntityError,
+    429: RateLimitError,
+}
+
+
+def status_error_type(status: int) -> Type[APIStatusError]:
+    """Return the class that stands for the HTTP *status* (400 or above)."""
+    if status >= 500:
+        return InternalServerError
+    return _BY_STATUS.get(status, APIStatusError)
+
+
+# The official SDK's names, so that `except` clauses written for it carry over.
+TinkerError = TinkexError
+APIResponseValidationError = ResponseDecodeError

@@ -1,0 +1,49 @@
+"""The ``tinker://`` paths of checkpoints (reference, section 1.5.6)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tinkex.errors import InvalidInputError
+
+SCHEME = "tinker://"
+
+#: Path segment -> checkpoint type.
+KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+
+
+def check_tinker_path(path: object) -> str:
+    """Return *path* if it has the form of a ``tinker://`` path; servers differ in what follows.
+
+    Raises:
+        InvalidInputError: it has not.
+    """
+    if not isinstance(path, str) or not path.startswith(SCHEME) or len(path) == len(SCHEME):
+        raise InvalidInputError(
+            f"{path!r} is not a checkpoint path",
+            hint="It must start with tinker://, as in tinker://<run>/weights/<name>; "
+            "save_state(...).result().path returns one.",
+        )
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedCheckpointTinkerPath:
+    """A three-segment path, taken apart: ``tinker://<training_run_id>/<kind>/<name>``."""
+
+    tinker_path: str
+    training_run_id: str
+    checkpoint_type: str
+    checkpoint_id: str
+
+    @classmethod
+    def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
+        """Take *tinker_path* apart; InvalidInputError if it has another form."""
+        parts = check_tinker_path(tinker_path)[len(SCHEME) :].split("/")
+        if len(parts) != 3 or not all(parts) or parts[1] not in KINDS:
+            raise InvalidInputError(
+                f"{tinker_path!r} does not name a checkpoint of a training run",
+                hint=f"Expected tinker://<run>/<kind>/<name> with kind one of {', '.join(KINDS)}.",
+            )
+        run, kind, name = parts
+        return cls(tinker_path, run, KINDS[kind], f"{kind}/{name}")

@@ -1,0 +1,102 @@
+"""Datum: one training example, as a model input and named loss inputs (reference, section 4.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, List, Mapping, Union
+
+import numpy as np
+
+from tinkex.errors import InvalidInputError
+from tinkex.types.model_input import ModelInput
+from tinkex.types.tensor_data import TensorData
+
+#: The dtype a plain list is given, by loss input; any other name takes the dtype of its values.
+INPUT_DTYPES: Mapping[str, str] = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "logprobs": "float32",
+    "advantages": "float32",
+    "clip_low_threshold": "float32",
+    "clip_high_threshold": "float32",
+    "sequence_ratio_mask": "float32",
+}
+
+
+def _to_tensor(name: str, value: Any) -> TensorData:
+    if isinstance(value, TensorData):
+        return value
+    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor; torch is not imported
+        return TensorData.from_torch(value)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        dtype = INPUT_DTYPES.get(name)
+        if isinstance(value, np.ndarray):
+            return TensorData.from_numpy(value)
+        try:
+            return TensorData(value, dtype) if dtype else TensorData.from_numpy(np.asarray(value))
+        except (InvalidInputError, ValueError) as error:
+            raise InvalidInputError(f"loss input {name!r}: {error}") from error
+    raise InvalidInputError(
+        f"loss input {name!r} is a {type(value).__name__}; "
+        "give a list, a numpy array, a torch tensor or a TensorData"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Datum:
+    """One training example.
+
+    Args:
+        model_input: what the model reads, n tokens.
+        loss_fn_inputs: per-token inputs of the loss, by name: lists, numpy arrays, torch tensors
+            or TensorData.  ``target_tokens`` are int64 of shape ``(n,)`` (or ``(n, k)``), where
+            ``target_tokens[i]`` is the token that should follow input token i; ``weights``,
+            ``logprobs``, ``advantages`` are float32 of the same shape.
+
+    Raises:
+        InvalidInputError: a loss input is ragged, or of a kind that cannot be sent.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Dict[str, TensorData]
+
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "model_input", model_input)
+        tensors = {str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()}
+        object.__setattr__(self, "loss_fn_inputs", tensors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Datum):
+            return NotImplemented
+        return (
+            self.model_input == other.model_input and self.loss_fn_inputs == other.loss_fn_inputs
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.model_input, tuple(sorted(self.loss_fn_inputs))))
+
+    @property
+    def nbytes(self) -> int:
+        """Estimated bytes on the wire, by which batches are cut (reference, section 3.3)."""
+        total = sum(tensor.nbytes for tensor in self.loss_fn_inputs.values())
+        for chunk in self.model_input.chunks:
+            payload = getattr(chunk, "data", None) or getattr(chunk, "dmel", None)
+            if payload is not None:
+                total += len(payload)
+            elif hasattr(chunk, "location"):
+                total += len(chunk.location)
+            else:
+                total += 4 * chunk.length
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBackwardRequest:
+    """One pass over a batch, as every codec writes and reads it (reference, section 4.5)."""
+
+    model_id: str
+    seq_id: int
+    data: List[Datum]
+    loss_fn: str
+    loss_fn_config: Mapping[str, Union[float, str]] = dataclasses.field(default_factory=dict)
+    forward_only: bool = False

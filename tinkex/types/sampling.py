@@ -1,0 +1,253 @@
+"""What is asked of a sampler, and what it answers (reference, sections 1.5.3, 4.3 and 4.8)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.errors import InvalidInputError
+from tinkex.types.model_input import ModelInput
+from tinkex.types.tensor_data import TensorData
+
+#: A cell of a top-k table that holds nothing: token 0 with this logprob.
+TOPK_SENTINEL = -99999.0
+
+FloatArray = npt.NDArray[np.float32]
+TokenArray = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Args:
+        max_tokens: at most this many new tokens; None leaves it to the context length.
+        seed: a seed makes the draw repeatable on the same server; None draws freely.
+        stop: stop at any of these strings or token ids; None stops at the end-of-sequence
+            token, an empty list only at *max_tokens*.
+        temperature: 0 is greedy; 1 samples the model's own distribution.
+        top_k: keep only the k likeliest tokens; -1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
+    """
+
+    max_tokens: Optional[int] = None
+    seed: Optional[int] = None
+    stop: Union[None, str, Sequence[str], Sequence[int]] = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        """Raise InvalidInputError if a value is out of its range."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidInputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise InvalidInputError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k != -1 and self.top_k < 1:
+            raise InvalidInputError(f"top_k is {self.top_k}; it must be at least 1, or -1 for all")
+        kinds = {type(item) for item in self.stop} if isinstance(self.stop, (list, tuple)) else set()
+        if len(kinds) > 1 or not kinds <= {str, int}:
+            raise InvalidInputError("stop must be a string, a list of strings or a list of token ids")
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form: ``max_tokens``, ``seed`` and ``stop`` only if set, the rest always."""
+        encoded: Dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+        for name in ("max_tokens", "seed", "stop"):
+            value = getattr(self, name)
+            if value is not None:
+                encoded[name] = value
+        return encoded
+
+    @classmethod
+    def from_json(cls, payload: Any) -> SamplingParams:
+        """Read the JSON form, ignoring unknown fields; InvalidInputError if it is no object."""
+        if not isinstance(payload, dict):
+            raise InvalidInputError("sampling_params must be an object")
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: payload[name] for name in names if payload.get(name) is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """One request to a sampler.  Fields at their defaults are not sent."""
+
+    prompt: ModelInput
+    num_samples: int = 1
+    sampling_params: SamplingParams = SamplingParams()
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: Optional[int] = None
+    target_prompt_logprobs: Optional[TensorData] = None
+    prompt_alt_tokens_k: int = 0
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form of everything but the addressing (session, sequence number)."""
+        encoded: Dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "prompt": self.prompt.to_json(),
+            "sampling_params": self.sampling_params.to_json(),
+            "prompt_logprobs": self.prompt_logprobs,
+            "type": "sample",
+        }
+        for name in (
+            "topk_prompt_logprobs",
+            "topk_sample_logprobs",
+            "prompt_logprobs_last_n",
+            "prompt_alt_tokens_k",
+        ):
+            value = getattr(self, name)
+            if value:
+                encoded[name] = value
+        if self.target_prompt_logprobs is not None:
+            encoded["target_prompt_logprobs"] = tensor_to_json(self.target_prompt_logprobs)
+        return encoded
+
+    @classmethod
+    def from_json(cls, payload: Dict[str, Any]) -> SampleRequest:
+        """Read the JSON form; InvalidInputError if it is malformed."""
+        target = payload.get("target_prompt_logprobs")
+        return cls(
+            prompt=ModelInput.from_json(payload.get("prompt")),
+            num_samples=int(payload.get("num_samples") or 1),
+            sampling_params=SamplingParams.from_json(payload.get("sampling_params") or {}),
+            prompt_logprobs=bool(payload.get("prompt_logprobs")),
+            topk_prompt_logprobs=int(payload.get("topk_prompt_logprobs") or 0),
+            topk_sample_logprobs=int(payload.get("topk_sample_logprobs") or 0),
+            prompt_logprobs_last_n=payload.get("prompt_logprobs_last_n"),
+            target_prompt_logprobs=None if target is None else tensor_from_json(target),
+            prompt_alt_tokens_k=int(payload.get("prompt_alt_tokens_k") or 0),
+        )
+
+
+def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
+    """JSON form of a tensor (section 4.2), with numpy buffers left for orjson to write."""
+    encoded = {"data": tensor.values, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.is_sparse:
+        encoded["sparse_crow_indices"] = tensor.crow_indices
+        encoded["sparse_col_indices"] = tensor.col_indices
+    return encoded
+
+
+def tensor_from_json(payload: Any) -> TensorData:
+    """Read the JSON form of a tensor; null values become NaN.  InvalidInputError if malformed."""
+    if not isinstance(payload, dict) or "data" not in payload:
+        raise InvalidInputError("a tensor is an object with 'data', 'dtype' and 'shape'")
+    dtype = payload.get("dtype") or "float32"
+    data = payload["data"]
+    if dtype == "float32":
+        # np.array turns None into NaN for a float dtype, in C.
+        data = np.array(data, dtype=np.float32)
+    return TensorData(
+        data,
+        dtype,
+        payload.get("shape"),
+        payload.get("sparse_crow_indices"),
+        payload.get("sparse_col_indices"),
+    )
+
+
+TopkRow = Optional[List[Tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopkLogprobs:
+    """The k likeliest tokens at each of n positions: ``token_ids`` int32 and ``logprobs``
+    float32, both of shape ``(n, k)``.  Unused cells hold token 0 with logprob -99999."""
+
+    token_ids: TokenArray
+    logprobs: FloatArray
+
+    def rows(self) -> List[TopkRow]:
+        """List view: per position ``[(token, logprob), ...]``, or None where nothing is known."""
+        rows: List[TopkRow] = []
+        for ids, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
+            cells = [(i, p) for i, p in zip(ids, logprobs) if not (i == 0 and p == TOPK_SENTINEL)]
+            rows.append(cells or None)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampledSequence:
+    """One sampled continuation of m tokens.
+
+    Attributes:
+        stop_reason: ``"stop"`` (a stop token or string) or ``"length"``.
+        tokens_np: int32 of shape ``(m,)``; includes the stop token, if one ended it.
+        logprobs_np: float32 of shape ``(m,)``: log-probability of each token under the model
+            itself (temperature 1, no truncation), or None if the server sent none.
+        sequence_id: the server's id of the sequence, or None.
+        topk_logprobs_np: the likeliest tokens at each sampled position, if asked for.
+    """
+
+    stop_reason: str
+    tokens_np: TokenArray
+    logprobs_np: Optional[FloatArray] = None
+    sequence_id: Optional[str] = None
+    topk_logprobs_np: Optional[TopkLogprobs] = None
+
+    @property
+    def tokens(self) -> List[int]:
+        """The token ids as a list (made anew on each access)."""
+        ids: List[int] = self.tokens_np.tolist()
+        return ids
+
+    @property
+    def logprobs(self) -> Optional[List[float]]:
+        """The logprobs as a list, or None."""
+        return None if self.logprobs_np is None else self.logprobs_np.tolist()
+
+    @property
+    def topk_logprobs(self) -> Optional[List[TopkRow]]:
+        """List view of ``topk_logprobs_np``, or None."""
+        return None if self.topk_logprobs_np is None else self.topk_logprobs_np.rows()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleResponse:
+    """The answer to one SampleRequest with a prompt of n tokens.
+
+    Attributes:
+        sequences: ``num_samples`` continuations.
+        prompt_logprobs_np: float32 of shape ``(n,)``; NaN where unknown (always at 0).
+        topk_prompt_logprobs_np: the likeliest tokens at each prompt position, if asked for.
+        target_prompt_logprobs: as asked for, in the request's shape.
+        prompt_cache_hit_tokens: prompt tokens the server did not have to compute again.
+    """
+
+    sequences: List[SampledSequence]
+    prompt_logprobs_np: Optional[FloatArray] = None
+    topk_prompt_logprobs_np: Optional[TopkLogprobs] = None
+    target_prompt_logprobs: Optional[TensorData] = None
+    prompt_cache_hit_tokens: int = 0
+    prompt_alt_tokens: Optional[PromptAltTokens] = None
+
+    @property
+    def prompt_logprobs(self) -> Optional[List[Optional[float]]]:
+        """List view of ``prompt_logprobs_np``, with None for NaN."""
+        if self.prompt_logprobs_np is None:
+            return None
+        known = self.prompt_logprobs_np == self.prompt_logprobs_np
+        return [p if ok else None for p, ok in zip(self.prompt_logprobs_np.tolist(), known.tolist())]
+
+    @property
+    def topk_prompt_logprobs(self) -> Optional[List[TopkRow]]:
+        """List view of ``topk_prompt_logprobs_np``, or None."""
+        return None if self.topk_prompt_logprobs_np is None else self.topk_prompt_logprobs_np.rows()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptAltTokens:
+    """Alternative draws for prompt positions 1..: both of shape ``(n - 1, k)``."""
+
+    tokens: TensorData
+    logprobs: TensorData

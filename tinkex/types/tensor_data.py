@@ -1,0 +1,198 @@
+"""TensorData: a small dense or CSR-sparse tensor, held as numpy buffers from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+#: The two dtypes of the protocol (reference, section 4.2).
+DTYPES = ("int64", "float32")
+
+Array = npt.NDArray[Any]
+
+
+def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
+    """Return *values* as a C-contiguous array of a protocol dtype."""
+    try:
+        array = np.asarray(values, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(
+            f"{what} is not a rectangular array of numbers: {error}",
+            hint="Every row must have the same length; pad the short ones.",
+        ) from error
+    if dtype is None:
+        if array.dtype.kind == "f":
+            array = array.astype(np.float32, copy=False)
+        elif array.dtype.kind == "i":
+            array = array.astype(np.int64, copy=False)
+        else:
+            raise InvalidInputError(
+                f"{what} has dtype {array.dtype}; only signed integers and floats can be sent",
+                hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
+            )
+    return np.ascontiguousarray(array)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class TensorData:
+    """A tensor of dtype ``int64`` or ``float32``, row-major, dense or CSR-sparse.
+
+    Args:
+        data: the values, flattened row-major (for a sparse tensor: the listed values only).
+        dtype: ``"int64"`` or ``"float32"``; taken from *data* if it is an array.
+        shape: the shape; ``(len(data),)`` if left out.  Required for a sparse tensor.
+        sparse_crow_indices: CSR row pointers, rows + 1 of them; with *sparse_col_indices*.
+        sparse_col_indices: CSR column of each listed value.
+
+    Raises:
+        InvalidInputError: unknown dtype, or sizes that contradict each other.
+
+    Immutable, so it may be shared between threads; the buffers must not be written to.
+    """
+
+    values: Array
+    dtype: str
+    shape: Tuple[int, ...]
+    crow_indices: Optional[Array]
+    col_indices: Optional[Array]
+
+    def __init__(
+        self,
+        data: Any,
+        dtype: Optional[str] = None,
+        shape: Optional[Sequence[int]] = None,
+        sparse_crow_indices: Any = None,
+        sparse_col_indices: Any = None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidInputError(f"tensor dtype {dtype!r} is unknown; it must be one of {DTYPES}")
+        values = _as_wire_array(data, dtype, "tensor data")
+        shape = tuple(int(n) for n in shape) if shape is not None else values.shape
+        values = values.reshape(-1)
+        crow = _index_array(sparse_crow_indices)
+        col = _index_array(sparse_col_indices)
+        if (crow is None) != (col is None):
+            raise InvalidInputError("a sparse tensor needs both crow and col indices")
+        if crow is not None and col is not None:
+            _check_csr(values, shape, crow, col)
+        elif int(np.prod(shape, dtype=np.int64)) != values.size or any(n < 0 for n in shape):
+            raise InvalidInputError(f"tensor shape {shape} does not hold {values.size} values")
+        set_field = object.__setattr__
+        set_field(self, "values", values)
+        set_field(self, "dtype", str(values.dtype))
+        set_field(self, "shape", shape)
+        set_field(self, "crow_indices", crow)
+        set_field(self, "col_indices", col)
+
+    @classmethod
+    def from_numpy(cls, array: Array) -> TensorData:
+        """Wrap *array*: float kinds become float32, signed integers int64, others are refused."""
+        return cls(_as_wire_array(array, None, "array"))
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
+        """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
+        detached = tensor.detach().cpu()
+        if detached.is_floating_point():
+            detached = detached.float()
+        return cls.from_numpy(detached.numpy())
+
+    @property
+    def is_sparse(self) -> bool:
+        """True if only listed values are stored (CSR)."""
+        return self.crow_indices is not None
+
+    @property
+    def data(self) -> List[Union[int, float]]:
+        """The stored values as a flat Python list (made anew on each access)."""
+        values: List[Union[int, float]] = self.values.tolist()
+        return values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values and indices: 4 per float32, 8 per int64 and index."""
+        total = self.values.nbytes
+        for indices in (self.crow_indices, self.col_indices):
+            total += 0 if indices is None else indices.nbytes
+        return total
+
+    def to_numpy(self, pad_value: float = 0) -> Array:
+        """Return an array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
+
+        A dense tensor gives a view of the buffer, a sparse one a new array.
+        """
+        if self.crow_indices is None or self.col_indices is None:
+            return self.values.reshape(self.shape)
+        dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.crow_indices))
+        dense[rows, self.col_indices] = self.values
+        return dense
+
+    def to_torch(self, pad_value: float = 0) -> torch.Tensor:
+        """Return a new torch tensor of ``shape`` (needs torch)."""
+        import torch
+
+        return torch.from_numpy(self.to_numpy(pad_value).copy())
+
+    def tolist(self, pad_value: float = 0) -> List[Any]:
+        """Return nested Python lists of ``shape``."""
+        nested: List[Any] = self.to_numpy(pad_value).tolist()
+        return nested
+
+    def __len__(self) -> int:
+        """Length of the first dimension."""
+        return self.shape[0] if self.shape else 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorData):
+            return NotImplemented
+        return (
+            self.dtype == other.dtype
+            and self.shape == other.shape
+            and np.array_equal(self.values, other.values, equal_nan=self.dtype == "float32")
+            and _same_indices(self.crow_indices, other.crow_indices)
+            and _same_indices(self.col_indices, other.col_indices)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.dtype, self.shape, self.values.tobytes()))
+
+    def __repr__(self) -> str:
+        kind = "sparse " if self.is_sparse else ""
+        return f"TensorData({kind}{self.dtype}, shape={self.shape})"
+
+
+def _index_array(indices: Any) -> Optional[Array]:
+    return None if indices is None else np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
+
+
+def _same_indices(left: Optional[Array], right: Optional[Array]) -> bool:
+    if left is None or right is None:
+        return left is right
+    return np.array_equal(left, right)
+
+
+def _check_csr(values: Array, shape: Sequence[int], crow: Array, col: Array) -> None:
+    if len(shape) != 2:
+        raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {tuple(shape)}")
+    rows, columns = shape
+    fits = (
+        crow.size == rows + 1
+        and col.size == values.size
+        and crow[0] == 0
+        and crow[-1] == values.size
+        and bool(np.all(np.diff(crow) >= 0))
+        and (col.size == 0 or (int(col.min()) >= 0 and int(col.max()) < columns))
+    )
+    if not fits:
+        raise InvalidInputError(
+            f"CSR indices do not fit shape {tuple(shape)} with {values.size} values"
+        )
