@@ -1,0 +1,147 @@
+"""tinkex: a threaded, synchronous SDK for the Tinker API.
+
+Fine-tune open-weight language models with LoRA adapters, and sample from them, on someone
+else's GPUs.  Names are loaded when first used; importing the package starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from tinkex._version import __version__
+
+if TYPE_CHECKING:
+    from tinkex import types
+    from tinkex.config import Config
+    from tinkex.errors import (
+        APIConnectionError,
+        APIError,
+        APIResponseValidationError,
+        APIStatusError,
+        APITimeoutError,
+        AuthenticationError,
+        BadRequestError,
+        BillingError,
+        ClientClosedError,
+        ConfigError,
+        ConflictError,
+        InternalServerError,
+        InvalidInputError,
+        LocalServerError,
+        NoProgressError,
+        NotFoundError,
+        OperationTimeoutError,
+        PermissionDeniedError,
+        RateLimitError,
+        RequestFailedError,
+        ResponseDecodeError,
+        ResultExpiredError,
+        SessionLostError,
+        TinkerError,
+        TinkexError,
+        UnprocessableEntityError,
+    )
+    from tinkex.futures import APIFuture, FutureStatus
+    from tinkex.rest_client import RestClient
+    from tinkex.sampling_client import SamplingClient
+    from tinkex.service_client import ServiceClient
+    from tinkex.session_manager import SessionManager
+    from tinkex.training_client import TrainingClient, TrainStep
+    from tinkex.types import (
+        AdamParams,
+        Checkpoint,
+        Datum,
+        DmelChunk,
+        EncodedTextChunk,
+        ForwardBackwardOutput,
+        ImageAssetPointerChunk,
+        ImageChunk,
+        LoraConfig,
+        ModelInput,
+        ModelInputChunk,
+        OptimStepResponse,
+        ParsedCheckpointTinkerPath,
+        SampledSequence,
+        SampleRequest,
+        SampleResponse,
+        SamplingParams,
+        TensorData,
+        TrainingRun,
+    )
+
+_MODULES = {
+    "config": ["Config"],
+    "errors": [
+        "APIConnectionError",
+        "APIError",
+        "APIResponseValidationError",
+        "APIStatusError",
+        "APITimeoutError",
+        "AuthenticationError",
+        "BadRequestError",
+        "BillingError",
+        "ClientClosedError",
+        "ConfigError",
+        "ConflictError",
+        "InternalServerError",
+        "InvalidInputError",
+        "LocalServerError",
+        "NoProgressError",
+        "NotFoundError",
+        "OperationTimeoutError",
+        "PermissionDeniedError",
+        "RateLimitError",
+        "RequestFailedError",
+        "ResponseDecodeError",
+        "ResultExpiredError",
+        "SessionLostError",
+        "TinkerError",
+        "TinkexError",
+        "UnprocessableEntityError",
+    ],
+    "futures": ["APIFuture", "FutureStatus"],
+    "rest_client": ["RestClient"],
+    "sampling_client": ["SamplingClient"],
+    "service_client": ["ServiceClient"],
+    "session_manager": ["SessionManager"],
+    "training_client": ["TrainStep", "TrainingClient"],
+    "types": [
+        "AdamParams",
+        "Checkpoint",
+        "Datum",
+        "DmelChunk",
+        "EncodedTextChunk",
+        "ForwardBackwardOutput",
+        "ImageAssetPointerChunk",
+        "ImageChunk",
+        "LoraConfig",
+        "ModelInput",
+        "ModelInputChunk",
+        "OptimStepResponse",
+        "ParsedCheckpointTinkerPath",
+        "SampleRequest",
+        "SampleResponse",
+        "SampledSequence",
+        "SamplingParams",
+        "TensorData",
+        "TrainingRun",
+    ],
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", "types", *sorted(_WHERE)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "types":
+        return importlib.import_module("tinkex.types")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'tinkex' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tinkex.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted(__all__)

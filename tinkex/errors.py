@@ -79,7 +79,7 @@ class TinkexError(Exception):
         facts = [
             f"{name} {value}"
             for name, value in (("request", self.request_id), ("session", self.session_id))
-            if value is not None and value not in self.message
+            if value is not None and str(value) not in self.message
         ]
         text = f"{self.message} ({', '.join(facts)})" if facts else self.message
         return f"{text}\n  {self.hint}" if self.hint else text

@@ -1,0 +1,21 @@
+"""The embedded server: the Tinker API on this machine, before a real engine.
+
+Nothing is imported before it is used: neither Flask nor torch comes with ``import tinkex.local``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinkex.local.server import LocalServer, load_engine
+
+__all__ = ["LocalServer", "load_engine"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from tinkex.local import server
+
+        return getattr(server, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Union
 import numpy as np
 
 from tinkex.errors import InvalidInputError
-from tinkex.types.model_input import ModelInput
+from tinkex.types.model_input import DmelChunk, EncodedTextChunk, ImageChunk, ModelInput
 from tinkex.types.tensor_data import TensorData
 
 #: The dtype a plain list is given, by loss input; any other name takes the dtype of its values.
@@ -26,16 +26,16 @@ INPUT_DTYPES: Mapping[str, str] = {
 def _to_tensor(name: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor; torch is not imported
+    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor, without its import
         return TensorData.from_torch(value)
     if isinstance(value, (list, tuple, np.ndarray)):
-        dtype = INPUT_DTYPES.get(name)
-        if isinstance(value, np.ndarray):
-            return TensorData.from_numpy(value)
+        # Arrays keep their kind; lists of a known name take that name's dtype.
+        dtype = None if isinstance(value, np.ndarray) else INPUT_DTYPES.get(name)
         try:
-            return TensorData(value, dtype) if dtype else TensorData.from_numpy(np.asarray(value))
-        except (InvalidInputError, ValueError) as error:
-            raise InvalidInputError(f"loss input {name!r}: {error}") from error
+            return TensorData(value, dtype)
+        except InvalidInputError as error:
+            message = f"loss input {name!r}: {error.message}"
+            raise InvalidInputError(message, hint=error.hint) from error
     raise InvalidInputError(
         f"loss input {name!r} is a {type(value).__name__}; "
         "give a list, a numpy array, a torch tensor or a TensorData"
@@ -62,15 +62,15 @@ class Datum:
 
     def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]) -> None:
         object.__setattr__(self, "model_input", model_input)
-        tensors = {str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()}
+        tensors = {
+            str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()
+        }
         object.__setattr__(self, "loss_fn_inputs", tensors)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Datum):
             return NotImplemented
-        return (
-            self.model_input == other.model_input and self.loss_fn_inputs == other.loss_fn_inputs
-        )
+        return self.model_input == other.model_input and self.loss_fn_inputs == other.loss_fn_inputs
 
     def __hash__(self) -> int:
         return hash((self.model_input, tuple(sorted(self.loss_fn_inputs))))
@@ -80,13 +80,14 @@ class Datum:
         """Estimated bytes on the wire, by which batches are cut (reference, section 3.3)."""
         total = sum(tensor.nbytes for tensor in self.loss_fn_inputs.values())
         for chunk in self.model_input.chunks:
-            payload = getattr(chunk, "data", None) or getattr(chunk, "dmel", None)
-            if payload is not None:
-                total += len(payload)
-            elif hasattr(chunk, "location"):
-                total += len(chunk.location)
+            if isinstance(chunk, EncodedTextChunk):
+                total += chunk.tokens_np.nbytes
+            elif isinstance(chunk, ImageChunk):
+                total += len(chunk.data)
+            elif isinstance(chunk, DmelChunk):
+                total += len(chunk.dmel)
             else:
-                total += 4 * chunk.length
+                total += len(chunk.location)
         return total
 
 

@@ -22,7 +22,7 @@ def as_tokens(tokens: Any) -> TokenArray:
     """
     try:
         array = np.asarray(tokens)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidInputError(
@@ -154,6 +154,8 @@ def _dmel_length(container: bytes) -> int:
             at, shift = at + 1, shift + 7
             if byte < 0x80:
                 return value, at
+            if shift > 63:
+                raise InvalidInputError("dmel container has a dimension of more than 64 bits")
 
     try:
         at = 1 if container[0] == 254 else 0
@@ -163,6 +165,15 @@ def _dmel_length(container: bytes) -> int:
         return varint(at)[0] if ndim else 0
     except IndexError as error:
         raise InvalidInputError("dmel container ends inside its header") from error
+
+
+def _expected_from_json(payload: Dict[str, Any]) -> Optional[int]:
+    expected = payload.get("expected_tokens")
+    if expected is not None and (type(expected) is not int or expected < 0):
+        raise InvalidInputError(
+            f"expected_tokens is {expected!r}; it must be an integer, 0 or more"
+        )
+    return expected
 
 
 ModelInputChunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk, DmelChunk]
@@ -176,17 +187,19 @@ def chunk_from_json(payload: Any) -> ModelInputChunk:
             return EncodedTextChunk(payload["tokens"])
         if kind == "image":
             data = base64.b64decode(payload["data"], validate=True)
-            return ImageChunk(data, payload["format"], payload.get("expected_tokens"))
+            return ImageChunk(data, payload["format"], _expected_from_json(payload))
         if kind == "image_asset_pointer":
             return ImageAssetPointerChunk(
-                payload["format"], payload["location"], payload.get("expected_tokens")
+                payload["format"], payload["location"], _expected_from_json(payload)
             )
         if kind == "dmel":
             return DmelChunk(base64.b64decode(payload["dmel"], validate=True))
-    except (KeyError, ValueError) as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(f"model input chunk of type {kind!r} is malformed: {error}") from error
+    except InvalidInputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"model input chunk of type {kind!r} is malformed: {error}"
+        ) from error
     raise InvalidInputError(f"model input chunk has unknown type {kind!r}")
 
 
@@ -195,6 +208,10 @@ class ModelInput:
     """A sequence of chunks.  Immutable; ``append`` returns a new one."""
 
     chunks: Sequence[ModelInputChunk] = ()
+
+    def __post_init__(self) -> None:
+        # A tuple whatever was given, so that equal inputs are equal and hash.
+        object.__setattr__(self, "chunks", tuple(self.chunks))
 
     @classmethod
     def from_ints(cls, tokens: Any) -> ModelInput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -35,24 +36,31 @@ class SamplingParams:
 
     max_tokens: Optional[int] = None
     seed: Optional[int] = None
-    stop: Union[None, str, Sequence[str], Sequence[int]] = None
+    stop: Union[str, Sequence[str], Sequence[int], None] = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
 
     def check(self) -> None:
-        """Raise InvalidInputError if a value is out of its range."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise InvalidInputError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.top_k != -1 and self.top_k < 1:
-            raise InvalidInputError(f"top_k is {self.top_k}; it must be at least 1, or -1 for all")
-        kinds = {type(item) for item in self.stop} if isinstance(self.stop, (list, tuple)) else set()
-        if len(kinds) > 1 or not kinds <= {str, int}:
-            raise InvalidInputError("stop must be a string, a list of strings or a list of token ids")
+        """Raise InvalidInputError if a value is out of its range, or of an impossible type."""
+        if self.max_tokens is not None and not _is_int(self.max_tokens, at_least=1):
+            raise InvalidInputError(f"max_tokens is {self.max_tokens!r}; it must be at least 1")
+        if self.seed is not None and not _is_int(self.seed):
+            raise InvalidInputError(f"seed is {self.seed!r}; it must be an integer")
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise InvalidInputError(f"temperature is {self.temperature!r}; it must be 0 or more")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InvalidInputError(f"top_p is {self.top_p!r}; it must lie in (0, 1]")
+        if self.top_k != -1 and not _is_int(self.top_k, at_least=1):
+            raise InvalidInputError(
+                f"top_k is {self.top_k!r}; it must be at least 1, or -1 for all"
+            )
+        if self.stop is not None and not isinstance(self.stop, str):
+            items = self.stop if isinstance(self.stop, (list, tuple)) else (None,)
+            if not (all(isinstance(i, str) for i in items) or all(_is_int(i) for i in items)):
+                raise InvalidInputError(
+                    "stop must be a string, a list of strings or a list of token ids"
+                )
 
     def to_json(self) -> Dict[str, Any]:
         """JSON form: ``max_tokens``, ``seed`` and ``stop`` only if set, the rest always."""
@@ -76,6 +84,15 @@ class SamplingParams:
         return cls(**{name: payload[name] for name in names if payload.get(name) is not None})
 
 
+def _is_int(value: Any, at_least: float = -math.inf) -> bool:
+    integral = isinstance(value, (int, np.integer)) and type(value) is not bool
+    return integral and bool(value >= at_least)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, (float, np.floating)) and math.isfinite(value))
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
     """One request to a sampler.  Fields at their defaults are not sent."""
@@ -89,6 +106,21 @@ class SampleRequest:
     prompt_logprobs_last_n: Optional[int] = None
     target_prompt_logprobs: Optional[TensorData] = None
     prompt_alt_tokens_k: int = 0
+
+    def check(self) -> None:
+        """Raise InvalidInputError if a value is out of its range, the parameters' included."""
+        if not _is_int(self.num_samples, at_least=1):
+            raise InvalidInputError(f"num_samples is {self.num_samples!r}; it must be at least 1")
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+            if not _is_int(getattr(self, name), at_least=0):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; it must be 0 or more")
+        last_n = self.prompt_logprobs_last_n
+        if last_n is not None and not (_is_int(last_n, at_least=1) and self.prompt_logprobs):
+            raise InvalidInputError(
+                f"prompt_logprobs_last_n is {last_n!r}; it must be at least 1, "
+                "and needs prompt_logprobs=True"
+            )
+        self.sampling_params.check()
 
     def to_json(self) -> Dict[str, Any]:
         """JSON form of everything but the addressing (session, sequence number)."""
@@ -113,20 +145,29 @@ class SampleRequest:
         return encoded
 
     @classmethod
-    def from_json(cls, payload: Dict[str, Any]) -> SampleRequest:
-        """Read the JSON form; InvalidInputError if it is malformed."""
+    def from_json(cls, payload: Any) -> SampleRequest:
+        """Read the JSON form; InvalidInputError if it is malformed or fails `check`."""
+        if not isinstance(payload, dict):
+            raise InvalidInputError("a sample request must be an object")
         target = payload.get("target_prompt_logprobs")
-        return cls(
+        params = payload.get("sampling_params")
+        request = cls(
             prompt=ModelInput.from_json(payload.get("prompt")),
-            num_samples=int(payload.get("num_samples") or 1),
-            sampling_params=SamplingParams.from_json(payload.get("sampling_params") or {}),
+            num_samples=_or_default(payload.get("num_samples"), 1),
+            sampling_params=SamplingParams.from_json({} if params is None else params),
             prompt_logprobs=bool(payload.get("prompt_logprobs")),
-            topk_prompt_logprobs=int(payload.get("topk_prompt_logprobs") or 0),
-            topk_sample_logprobs=int(payload.get("topk_sample_logprobs") or 0),
+            topk_prompt_logprobs=_or_default(payload.get("topk_prompt_logprobs"), 0),
+            topk_sample_logprobs=_or_default(payload.get("topk_sample_logprobs"), 0),
             prompt_logprobs_last_n=payload.get("prompt_logprobs_last_n"),
             target_prompt_logprobs=None if target is None else tensor_from_json(target),
-            prompt_alt_tokens_k=int(payload.get("prompt_alt_tokens_k") or 0),
+            prompt_alt_tokens_k=_or_default(payload.get("prompt_alt_tokens_k"), 0),
         )
+        request.check()
+        return request
+
+
+def _or_default(value: Any, default: int) -> Any:
+    return default if value is None else value
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
@@ -140,13 +181,17 @@ def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
 
 def tensor_from_json(payload: Any) -> TensorData:
     """Read the JSON form of a tensor; null values become NaN.  InvalidInputError if malformed."""
-    if not isinstance(payload, dict) or "data" not in payload:
-        raise InvalidInputError("a tensor is an object with 'data', 'dtype' and 'shape'")
-    dtype = payload.get("dtype") or "float32"
-    data = payload["data"]
+    data = payload.get("data") if isinstance(payload, dict) else None
+    if not isinstance(data, list):
+        raise InvalidInputError("a tensor is an object with a list 'data', 'dtype' and 'shape'")
+    dtype = payload.get("dtype", "float32")
     if dtype == "float32":
-        # np.array turns None into NaN for a float dtype, in C.
-        data = np.array(data, dtype=np.float32)
+        try:
+            # numpy turns None into NaN for a float dtype, in C; beyond float32 is infinity.
+            with np.errstate(over="ignore"):
+                data = np.array(data, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidInputError(f"tensor data is not a list of numbers: {error}") from error
     return TensorData(
         data,
         dtype,
@@ -161,8 +206,11 @@ TopkRow = Optional[List[Tuple[int, float]]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopkLogprobs:
-    """The k likeliest tokens at each of n positions: ``token_ids`` int32 and ``logprobs``
-    float32, both of shape ``(n, k)``.  Unused cells hold token 0 with logprob -99999."""
+    """The k likeliest tokens at each of n positions.
+
+    ``token_ids`` is int32 and ``logprobs`` float32, both of shape ``(n, k)``.  Unused cells hold
+    token 0 with logprob -99999.
+    """
 
     token_ids: TokenArray
     logprobs: FloatArray
@@ -237,7 +285,9 @@ class SampleResponse:
         if self.prompt_logprobs_np is None:
             return None
         known = self.prompt_logprobs_np == self.prompt_logprobs_np
-        return [p if ok else None for p, ok in zip(self.prompt_logprobs_np.tolist(), known.tolist())]
+        return [
+            p if ok else None for p, ok in zip(self.prompt_logprobs_np.tolist(), known.tolist())
+        ]
 
     @property
     def topk_prompt_logprobs(self) -> Optional[List[TopkRow]]:

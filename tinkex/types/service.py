@@ -34,11 +34,12 @@ class CreateSamplingSessionResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class GetSamplerResponse(Wire):
-    """What a sampler samples from."""
+    """What a sampler samples from.  ``tokenizer_id`` is sent by the embedded server only."""
 
     sampler_id: str
     base_model: str
     model_path: Optional[str] = None
+    tokenizer_id: Optional[str] = None
 
 
 @dataclasses.dataclass(frozen=True)

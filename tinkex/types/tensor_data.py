@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -20,25 +22,29 @@ Array = npt.NDArray[Any]
 
 
 def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
-    """Return *values* as a C-contiguous array of a protocol dtype."""
+    """Return *values* as a C-contiguous array of *dtype*, or of the protocol's for their kind."""
     try:
-        array = np.asarray(values, dtype=dtype)
+        array = np.asarray(values)
     except (ValueError, TypeError) as error:
         raise InvalidInputError(
             f"{what} is not a rectangular array of numbers: {error}",
             hint="Every row must have the same length; pad the short ones.",
         ) from error
-    if dtype is None:
-        if array.dtype.kind == "f":
-            array = array.astype(np.float32, copy=False)
-        elif array.dtype.kind == "i":
-            array = array.astype(np.int64, copy=False)
-        else:
-            raise InvalidInputError(
-                f"{what} has dtype {array.dtype}; only signed integers and floats can be sent",
-                hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
-            )
-    return np.ascontiguousarray(array)
+    # Asked for a dtype, it takes what Python lists give: bools, and unsigned for huge integers.
+    if array.dtype.kind not in ("if" if dtype is None else "ifbu"):
+        raise InvalidInputError(
+            f"{what} has dtype {array.dtype}; only signed integers and floats can be sent",
+            hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
+        )
+    target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = array.astype(target, copy=False)
+    # By value, not by dtype, because an empty list is an array of floats.
+    if target == "int64" and array.dtype.kind in "fu" and not np.array_equal(converted, array):
+        raise InvalidInputError(
+            f"{what} has dtype int64, but holds values that are no such integers"
+        )
+    return np.ascontiguousarray(converted)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -73,9 +79,11 @@ class TensorData:
         sparse_col_indices: Any = None,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
-            raise InvalidInputError(f"tensor dtype {dtype!r} is unknown; it must be one of {DTYPES}")
+            raise InvalidInputError(
+                f"tensor dtype {dtype!r} is unknown; it must be one of {DTYPES}"
+            )
         values = _as_wire_array(data, dtype, "tensor data")
-        shape = tuple(int(n) for n in shape) if shape is not None else values.shape
+        shape = _as_shape(shape) if shape is not None else values.shape
         values = values.reshape(-1)
         crow = _index_array(sparse_crow_indices)
         col = _index_array(sparse_col_indices)
@@ -83,7 +91,7 @@ class TensorData:
             raise InvalidInputError("a sparse tensor needs both crow and col indices")
         if crow is not None and col is not None:
             _check_csr(values, shape, crow, col)
-        elif int(np.prod(shape, dtype=np.int64)) != values.size or any(n < 0 for n in shape):
+        elif math.prod(shape) != values.size or any(n < 0 for n in shape):
             raise InvalidInputError(f"tensor shape {shape} does not hold {values.size} values")
         set_field = object.__setattr__
         set_field(self, "values", values)
@@ -101,9 +109,12 @@ class TensorData:
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
         """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
         detached = tensor.detach().cpu()
+        if str(detached.layout) != "torch.strided":
+            detached = detached.to_dense()
         if detached.is_floating_point():
             detached = detached.float()
-        return cls.from_numpy(detached.numpy())
+        # A copy, because the caller may go on writing to the tensor while the request waits.
+        return cls.from_numpy(detached.numpy().copy())
 
     @property
     def is_sparse(self) -> bool:
@@ -163,15 +174,25 @@ class TensorData:
         )
 
     def __hash__(self) -> int:
-        return hash((self.dtype, self.shape, self.values.tobytes()))
+        # Not the values: equal ones may differ in their bytes (0.0 and -0.0, kinds of NaN).
+        return hash((self.dtype, self.shape))
 
     def __repr__(self) -> str:
         kind = "sparse " if self.is_sparse else ""
         return f"TensorData({kind}{self.dtype}, shape={self.shape})"
 
 
+def _as_shape(shape: Sequence[int]) -> Tuple[int, ...]:
+    try:
+        return tuple(operator.index(n) for n in shape)
+    except TypeError as error:
+        raise InvalidInputError(f"tensor shape {shape!r} is not a sequence of integers") from error
+
+
 def _index_array(indices: Any) -> Optional[Array]:
-    return None if indices is None else np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
+    if indices is None:
+        return None
+    return _as_wire_array(indices, "int64", "an index list of the sparse tensor").reshape(-1)
 
 
 def _same_indices(left: Optional[Array], right: Optional[Array]) -> bool:
@@ -185,7 +206,8 @@ def _check_csr(values: Array, shape: Sequence[int], crow: Array, col: Array) -> 
         raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {tuple(shape)}")
     rows, columns = shape
     fits = (
-        crow.size == rows + 1
+        rows >= 0
+        and crow.size == rows + 1
         and col.size == values.size
         and crow[0] == 0
         and crow[-1] == values.size

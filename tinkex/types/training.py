@@ -23,8 +23,8 @@ class LoraConfig(Wire):
 
     def check(self) -> None:
         """Raise InvalidInputError if the adapter would be empty or its rank impossible."""
-        if self.rank < 1:
-            raise InvalidInputError(f"LoRA rank is {self.rank}; it must be at least 1")
+        if type(self.rank) is not int or self.rank < 1:
+            raise InvalidInputError(f"LoRA rank is {self.rank!r}; it must be at least 1")
         if not (self.train_unembed or self.train_mlp or self.train_attn):
             raise InvalidInputError(
                 "nothing to train: train_mlp, train_attn and train_unembed are all False"
@@ -60,7 +60,9 @@ class AdamParams(Wire):
                 )
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
-                raise InvalidInputError(f"AdamParams.{name} is {getattr(self, name)}; it must be < 1")
+                raise InvalidInputError(
+                    f"AdamParams.{name} is {getattr(self, name)}; it must be < 1"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

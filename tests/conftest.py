@@ -1,0 +1,36 @@
+"""What holds for every test: no thread and no socket is left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from typing import Iterator, List
+
+import pytest
+
+#: How long a stopped thread may take to leave.
+GRACE_S = 5.0
+
+
+def tinkex_threads() -> List[threading.Thread]:
+    """Return the library's own threads that are alive."""
+    return [t for t in threading.enumerate() if t.name.startswith("tinkex-") and t.is_alive()]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Fail a test after which a thread of the library lives on.
+
+    Threads of fixtures with a wider scope, which were there before the test, are theirs.
+    """
+    before = set(tinkex_threads())
+    yield
+    deadline = time.monotonic() + GRACE_S
+    left = [t for t in tinkex_threads() if t not in before]
+    for thread in left:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = [t for t in left if t.is_alive()]
+    assert not left, f"threads left behind: {[t.name for t in left]}"
+    # A socket dropped without being closed warns when it is collected; warnings are errors.
+    gc.collect(0)

@@ -1,0 +1,244 @@
+"""The package's layers, and the rules every module keeps.  Reads the source; imports nothing.
+
+The table is the one in docs/architecture.md: a module may import its own layer and those below.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Set
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
+
+LAYERS = (
+    ("leaves", "_version errors clock lifecycle"),
+    ("values", "config types wire retry"),
+    ("machinery", "channel transport rate_limiter auth scheduler"),
+    (
+        "protocol",
+        "api session_table session_manager poll_rules poller futures dialect session telemetry",
+    ),
+    (
+        "clients",
+        "service_client training_client sampling_client rest_client admin_client tokenizers"
+        " checkpoints",
+    ),
+    ("edges", "cli testing local"),
+)
+
+#: Upward imports that are meant, and why.
+EXCEPTIONS = {
+    ("tinkex.service_client", "tinkex.local"): "ServiceClient.local() starts the embedded server",
+}
+
+#: Imported where it is used, never with a module that everyone imports.
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "flask",
+    "werkzeug",
+    "waitress",
+    "zstandard",
+    "matplotlib",
+    "rich",
+    "click",
+}
+#: These may import at module level what they are there for, being imported late themselves.
+HEAVY_ALLOWED = {
+    "tinkex.local.app": {"flask", "werkzeug"},
+    "tinkex.local.http": {"flask", "werkzeug"},
+    "tinkex.local.http_threads": {"waitress"},
+    "tinkex.local.routes": {"flask", "werkzeug"},
+    "tinkex.local.server": {"flask", "werkzeug", "waitress"},
+    "tinkex.local.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},
+    "tinkex.cli": {"click", "rich"},
+}
+
+
+class Import(NamedTuple):
+    """One imported name: where it stands, and whether importing the module runs it."""
+
+    module: str
+    target: str
+    line: int
+    at_import: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES: Dict[str, ast.Module] = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if not path.name.endswith("_pb2.py")
+}
+LAYER_OF = {
+    f"tinkex.{name}": number for number, (_, names) in enumerate(LAYERS) for name in names.split()
+}
+
+
+def imports(module: str, tree: ast.Module) -> Iterator[Import]:
+    """Yield what *tree* imports, inside functions and behind TYPE_CHECKING too."""
+    is_package = (PACKAGE.parent / module.replace(".", "/")).is_dir()
+    parents: Dict[ast.AST, ast.AST] = {
+        child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        at_import = runs_at_import(node, parents)
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                kept = len(parts) - node.level + (1 if is_package else 0)
+                base = ".".join([*parts[:kept], *([node.module] if node.module else [])])
+            # "from tinkex import errors" imports tinkex.errors, if there is such a module.
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            targets = [name if name in SOURCES else base for name in names]
+        for target in targets:
+            yield Import(module, target, node.lineno, at_import)
+
+
+def runs_at_import(node: ast.AST, parents: Dict[ast.AST, ast.AST]) -> bool:
+    while node in parents:
+        node = parents[node]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return False
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return False
+    return True
+
+
+def layer(module: str) -> int:
+    """Return the layer of *module*; the package itself re-exports the clients."""
+    if module == "tinkex":
+        return LAYER_OF["tinkex.service_client"]
+    return LAYER_OF[".".join(module.split(".")[:2])]
+
+
+ALL_IMPORTS: List[Import] = [
+    found for module, tree in SOURCES.items() for found in imports(module, tree)
+]
+OWN_IMPORTS = [i for i in ALL_IMPORTS if i.target.split(".")[0] == "tinkex"]
+
+
+def excused(found: Import) -> bool:
+    return any(
+        found.module == module and found.target.startswith(target) for module, target in EXCEPTIONS
+    )
+
+
+def test_every_module_has_a_layer():
+    unknown = {
+        ".".join(module.split(".")[:2])
+        for module in SOURCES
+        if module not in ("tinkex", "tinkex.__main__")
+        and ".".join(module.split(".")[:2]) not in LAYER_OF
+    }
+    assert not unknown, "give them a layer in this file and in docs/architecture.md"
+
+
+def test_imports_go_downward():
+    upward = [
+        f"{i.module}:{i.line} ({LAYERS[layer(i.module)][0]}) imports {i.target} "
+        f"({LAYERS[layer(i.target)][0]})"
+        for i in OWN_IMPORTS
+        if layer(i.target) > layer(i.module) and not excused(i)
+    ]
+    assert upward == []
+
+
+def test_every_exception_is_still_needed_and_is_late():
+    for module, target in EXCEPTIONS:
+        matching = [i for i in OWN_IMPORTS if i.module == module and i.target.startswith(target)]
+        assert matching, f"{module} no longer imports {target}: drop the exception"
+        assert not any(i.at_import for i in matching), f"{module} imports {target} at module level"
+
+
+def test_the_server_shares_only_values_with_the_client():
+    reach = [
+        f"{i.module}:{i.line} imports {i.target}"
+        for i in OWN_IMPORTS
+        if i.module.startswith("tinkex.local")
+        and not i.target.startswith("tinkex.local")
+        and layer(i.target) > 1
+    ]
+    assert reach == []
+
+
+def test_no_import_cycle():
+    graph: Dict[str, Set[str]] = {module: set() for module in SOURCES}
+    for found in OWN_IMPORTS:
+        if found.at_import and found.target != found.module:
+            graph[found.module].add(found.target)
+    done: Set[str] = set()
+
+    def visit(module: str, path: List[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for target in sorted(graph[module]):
+            visit(target, [*path, module])
+        done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_no_asyncio(module):
+    tree = SOURCES[module]
+    coroutines = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith))
+    ]
+    assert coroutines == []
+    targets = {i.target.split(".")[0] for i in ALL_IMPORTS if i.module == module}
+    assert not targets & {"asyncio", "anyio", "trio", "httpx", "aiohttp"}
+
+
+def test_heavy_libraries_are_imported_late():
+    def allowed(module: str) -> Set[str]:
+        return {
+            name
+            for prefix, names in HEAVY_ALLOWED.items()
+            if module == prefix or module.startswith(prefix + ".")
+            for name in names
+        }
+
+    early = [
+        f"{i.module}:{i.line} imports {i.target}"
+        for i in ALL_IMPORTS
+        if i.at_import
+        and i.target.split(".")[0] in HEAVY
+        and i.target.split(".")[0] not in allowed(i.module)
+    ]
+    assert early == []
+
+
+def test_no_test_sleeps():
+    sleeps = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
+    ]
+    assert sleeps == [], "wait for an Event that the code really sets"
+
+
+def test_every_module_says_what_it_is_for():
+    silent = [module for module, tree in SOURCES.items() if not ast.get_docstring(tree)]
+    assert silent == []

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tinkex.errors import InvalidInputError
+from tinkex.types import Datum, DmelChunk, EncodedTextChunk, ImageChunk, ModelInput, TensorData
+
+TEXT = ModelInput.from_ints([1, 2, 3])
+
+
+def converted(name: str, value) -> TensorData:
+    return Datum(TEXT, {name: value}).loss_fn_inputs[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("target_tokens", [2, 3, 4], "int64"),
+        ("target_tokens", [], "int64"),
+        ("weights", [0, 1, 1], "float32"),
+        ("advantages", [True, False], "float32"),
+        ("logprobs", (-1, -2), "float32"),
+        ("clip_low_threshold", [1], "float32"),
+        ("mine", [1, 2], "int64"),
+        ("mine", [1.0, 2], "float32"),
+    ],
+)
+def test_a_plain_list_takes_the_dtype_of_its_name(name, values, dtype):
+    tensor = converted(name, values)
+    assert tensor.dtype == dtype
+    assert tensor.shape == (len(values),)
+
+
+def test_nested_lists_make_a_table():
+    assert converted("target_tokens", [[1, 2], [3, 4]]).shape == (2, 2)
+
+
+def test_an_array_keeps_its_kind():
+    assert converted("weights", np.int32([1])).dtype == "int64"
+
+
+def test_a_tensor_is_kept_as_it_is():
+    tensor = TensorData([1.0])
+    assert converted("weights", tensor) is tensor
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[1, 2], [3]],
+        [1.5],
+        ["a"],
+        np.uint8([1]),
+        "abc",
+        5,
+        None,
+        {"data": [1]},
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_sent_is_refused_by_name(value):
+    with pytest.raises(InvalidInputError, match="target_tokens"):
+        converted("target_tokens", value)
+
+
+def test_a_ragged_input_says_how_to_mend_it():
+    with pytest.raises(InvalidInputError) as caught:
+        converted("weights", [[1.0], [1.0, 2.0]])
+    assert "pad" in caught.value.hint
+
+
+def test_torch_tensors_are_converted():
+    torch = pytest.importorskip("torch")
+    assert converted("weights", torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
+
+
+def test_bytes_are_estimated_over_chunks_and_inputs():
+    # An image of unknown length, or without bytes, must not stop the batch from being cut.
+    chunks = [EncodedTextChunk([1, 2]), ImageChunk(b"12345", "png"), ImageChunk(b"", "png")]
+    model_input = ModelInput([*chunks, DmelChunk(b"123")])
+    datum = Datum(model_input, {"target_tokens": [1, 2], "weights": [1, 2]})
+    assert datum.nbytes == 2 * 4 + 5 + 0 + 3 + 2 * 8 + 2 * 4
+
+
+def test_equality_is_by_value():
+    assert Datum(TEXT, {"weights": [1, 0]}) == Datum(TEXT, {"weights": np.float32([1, 0])})
+    assert Datum(TEXT, {"weights": [1, 0]}) != Datum(TEXT, {"weights": [1, 1]})
+    assert Datum(TEXT, {}) != Datum(ModelInput.empty(), {})
+    assert hash(Datum(TEXT, {"weights": [1, 0]})) == hash(Datum(TEXT, {"weights": [1, 1]}))

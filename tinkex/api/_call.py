@@ -1,0 +1,59 @@
+"""How every endpoint function sends JSON and reads its answer."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Optional, Type, TypeVar
+from urllib.parse import urlencode
+
+import orjson
+
+from tinkex.channel import Channel
+from tinkex.errors import ResponseDecodeError
+from tinkex.retry import RetryPolicy
+from tinkex.transport import Reply, Request, Transport
+from tinkex.types._wire import Wire
+
+W = TypeVar("W", bound=Wire)
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Write *body* as JSON; numpy arrays are written from their buffers."""
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def call(
+    transport: Transport,
+    method: str,
+    path: str,
+    body: Optional[Mapping[str, Any]] = None,
+    *,
+    traffic: str = "work",
+    policy: Optional[RetryPolicy] = None,
+    channel: Optional[Channel] = None,
+) -> Reply:
+    """Send a JSON request with retries; return the 2xx answer."""
+    request = Request(method, path, None if body is None else encode(body), traffic=traffic)
+    policy = policy or RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+    return transport.send(request, policy, channel=channel)
+
+
+def read(answer: Type[W], reply: Reply, name: str) -> W:
+    """Read a JSON answer of type *answer*; ResponseDecodeError names the route *name*."""
+    try:
+        return answer.from_wire(reply.json())
+    except ResponseDecodeError as error:
+        raise ResponseDecodeError(f"{name}: {error.message}", status=reply.status) from error
+
+
+def post(transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:
+    """POST *body* and read the answer; *how* as for `call`."""
+    return read(answer, call(transport, "POST", path, body, **how), f"POST {path}")
+
+
+def get(
+    transport: Transport, path: str, answer: Type[W], query: Optional[Mapping[str, Any]] = None
+) -> W:
+    """GET *path* and read the answer; empty query values are left out."""
+    pairs = {key: value for key, value in (query or {}).items() if value not in (None, "")}
+    full = f"{path}?{urlencode(pairs)}" if pairs else path
+    return read(answer, call(transport, "GET", full), f"GET {path}")

@@ -1,0 +1,168 @@
+"""Models and training (protocol reference, section 1.5.2)."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Optional
+
+from tinkex.api._call import post, read
+from tinkex.retry import RetryPolicy
+from tinkex.transport import Request, Transport
+from tinkex.types import (
+    AdamParams,
+    ForwardBackwardRequest,
+    GetInfoResponse,
+    LoraConfig,
+    UntypedFuture,
+)
+from tinkex.wire.codec import Codec
+
+
+def _given(**fields: Any) -> Dict[str, Any]:
+    """The fields that are not None: servers of older protocols refuse what they do not know."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def create_model(
+    transport: Transport,
+    *,
+    session_id: str,
+    model_seq_id: int,
+    base_model: str,
+    lora_config: LoraConfig,
+    user_metadata: Optional[Mapping[str, str]] = None,
+) -> UntypedFuture:
+    """``POST create_model`` -> future of CreateModelResponse."""
+    body = _given(
+        session_id=session_id,
+        model_seq_id=model_seq_id,
+        base_model=base_model,
+        lora_config=lora_config.to_wire(),
+        user_metadata=None if user_metadata is None else dict(user_metadata),
+        type="create_model",
+    )
+    return post(transport, "/api/v1/create_model", body, UntypedFuture)
+
+
+def create_model_from_weights(
+    transport: Transport,
+    *,
+    session_id: str,
+    model_seq_id: int,
+    path: str,
+    optimizer: bool,
+    base_model: Optional[str] = None,
+    user_metadata: Optional[Mapping[str, str]] = None,
+    weights_access_token: Optional[str] = None,
+) -> UntypedFuture:
+    """``POST load_weights``, form 1: a new model from a checkpoint -> LoadWeightsResponse."""
+    body = _given(
+        session_id=session_id,
+        model_seq_id=model_seq_id,
+        path=path,
+        optimizer=optimizer,
+        base_model=base_model,
+        user_metadata=None if user_metadata is None else dict(user_metadata),
+        weights_access_token=weights_access_token,
+        type="load_weights",
+    )
+    return post(transport, "/api/v1/load_weights", body, UntypedFuture)
+
+
+def load_weights(
+    transport: Transport,
+    *,
+    model_id: str,
+    seq_id: int,
+    path: str,
+    optimizer: bool,
+    weights_access_token: Optional[str] = None,
+) -> UntypedFuture:
+    """``POST load_weights``, form 2: into an existing model -> LoadWeightsResponse."""
+    body = _given(
+        model_id=model_id,
+        seq_id=seq_id,
+        path=path,
+        optimizer=optimizer,
+        weights_access_token=weights_access_token,
+        type="load_weights",
+    )
+    return post(transport, "/api/v1/load_weights", body, UntypedFuture)
+
+
+def get_info(transport: Transport, model_id: str) -> GetInfoResponse:
+    """``POST get_info``."""
+    body = {"model_id": model_id, "type": "get_info"}
+    return post(transport, "/api/v1/get_info", body, GetInfoResponse)
+
+
+def forward_backward(
+    transport: Transport, codec: Codec, request: ForwardBackwardRequest, policy: RetryPolicy
+) -> UntypedFuture:
+    """``POST forward_backward`` (or ``forward``, in JSON) -> future of ForwardBackwardOutput."""
+    route = "forward" if request.forward_only and codec.name == "json" else "forward_backward"
+    http = Request(
+        "POST",
+        f"/api/v1/{route}",
+        codec.encode_forward_backward(request),
+        content_type=codec.content_type,
+    )
+    return read(UntypedFuture, transport.send(http, policy), http.name)
+
+
+def optim_step(
+    transport: Transport, *, model_id: str, seq_id: int, adam_params: AdamParams
+) -> UntypedFuture:
+    """``POST optim_step`` -> future of OptimStepResponse."""
+    body = {
+        "adam_params": adam_params.to_wire(),
+        "model_id": model_id,
+        "seq_id": seq_id,
+        "type": "optim_step",
+    }
+    return post(transport, "/api/v1/optim_step", body, UntypedFuture)
+
+
+def save_weights(
+    transport: Transport,
+    *,
+    model_id: str,
+    seq_id: int,
+    path: str,
+    ttl_seconds: Optional[int] = None,
+    overwrite: bool = False,
+    user_metadata: Optional[Mapping[str, str]] = None,
+) -> UntypedFuture:
+    """``POST save_weights`` -> future of SaveWeightsResponse."""
+    body = _given(
+        model_id=model_id,
+        seq_id=seq_id,
+        path=path,
+        ttl_seconds=ttl_seconds,
+        overwrite=True if overwrite else None,
+        user_metadata=None if user_metadata is None else dict(user_metadata),
+        type="save_weights",
+    )
+    return post(transport, "/api/v1/save_weights", body, UntypedFuture)
+
+
+def save_weights_for_sampler(
+    transport: Transport,
+    *,
+    model_id: str,
+    seq_id: int,
+    path: Optional[str] = None,
+    sampling_session_seq_id: Optional[int] = None,
+    ttl_seconds: Optional[int] = None,
+    user_metadata: Optional[Mapping[str, str]] = None,
+) -> UntypedFuture:
+    """``POST save_weights_for_sampler``: named by *path*, or ephemeral by number."""
+    body = _given(
+        model_id=model_id,
+        seq_id=seq_id,
+        path=path,
+        sampling_session_seq_id=sampling_session_seq_id,
+        ttl_seconds=ttl_seconds,
+        user_metadata=None if user_metadata is None else dict(user_metadata),
+        type="save_weights_for_sampler",
+    )
+    return post(transport, "/api/v1/save_weights_for_sampler", body, UntypedFuture)

@@ -1,0 +1,63 @@
+"""Checks of a training batch before anything is sent: nothing is lost by a bad one."""
+
+from __future__ import annotations
+
+from typing import Any, List, Mapping, Optional, Sequence, Union
+
+import numpy as np
+
+from tinkex.errors import InvalidInputError
+from tinkex.types import Datum, EncodedTextChunk
+from tinkex.types.datum import INPUT_DTYPES
+
+#: Loss inputs that have one entry per input token, in every server that knows them.
+_PER_TOKEN = frozenset(INPUT_DTYPES)
+
+
+def check_batch(
+    data: Sequence[Datum], loss_fn: str, loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None
+) -> List[Datum]:
+    """Return *data* as a list.
+
+    Raises:
+        InvalidInputError: it is empty, holds something else than Datum, an empty input, a
+            per-token loss input of the wrong length, or NaN or infinity; or the loss is no name.
+    """
+    if not isinstance(loss_fn, str) or not loss_fn:
+        raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
+    for name, value in (loss_fn_config or {}).items():
+        if not isinstance(value, (int, float, str)):
+            raise InvalidInputError(
+                f"loss_fn_config[{name!r}] is {value!r}; it must be a number or a string"
+            )
+    batch = list(data)
+    if not batch:
+        raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
+    for index, datum in enumerate(batch):
+        _check_datum(index, datum)
+    return batch
+
+
+def _check_datum(index: int, datum: Any) -> None:
+    if not isinstance(datum, Datum):
+        raise InvalidInputError(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+    chunks = datum.model_input.chunks
+    text_only = all(isinstance(chunk, EncodedTextChunk) for chunk in chunks)
+    length = datum.model_input.length if text_only else None
+    if length == 0:
+        raise InvalidInputError(
+            f"data[{index}]: model_input has no tokens", hint="Leave empty examples out of the batch."
+        )
+    for name, tensor in datum.loss_fn_inputs.items():
+        if length is not None and name in _PER_TOKEN and len(tensor) != length:
+            raise InvalidInputError(
+                f"data[{index}]: loss input {name!r} has {len(tensor)} entries for {length} tokens",
+                hint="It needs one per input token. For next-token training use "
+                "model_input = tokens[:-1], target_tokens = tokens[1:], weights = weights[1:].",
+            )
+        if tensor.values.dtype.kind == "f" and not np.isfinite(tensor.values).all():
+            at = int(np.flatnonzero(~np.isfinite(tensor.values))[0])
+            raise InvalidInputError(
+                f"data[{index}]: loss input {name!r} holds {tensor.values[at]} at position {at}",
+                hint="NaN and infinity cannot be trained on; find out where they come from.",
+            )

@@ -1,0 +1,149 @@
+"""Channel: a frozen requests Session that can be aborted from another thread.
+
+requests promises nothing about sharing a Session, so ours is built once and never changed:
+no cookies, no redirects, no reading of the environment (which alone costs 320 microseconds a
+request).  Closing a Session does not interrupt a request in flight; `Channel.abort` does, by
+shutting its sockets down, so that nobody waits for a long poll to end.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import weakref
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, Mapping, Optional, Tuple
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from tinkex.config import Config
+
+# A dead peer is noticed after about a minute, though polls may be silent for longer.
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+]
+_SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
+
+
+class _Sockets:
+    """The open connections of one channel."""
+
+    def __init__(self) -> None:
+        # Guards the set and the flag.
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._aborted = False
+
+    def add(self, connection: Any) -> None:
+        with self._lock:
+            self._open.add(connection)
+            aborted = self._aborted
+        if aborted:
+            _shut_down(connection)
+
+    def abort(self) -> None:
+        with self._lock:
+            self._aborted = True
+            connections = list(self._open)
+        for connection in connections:
+            _shut_down(connection)
+
+
+def _shut_down(connection: Any) -> None:
+    sock = getattr(connection, "sock", None)
+    if sock is not None:
+        try:
+            # The plain socket's method: SSLSocket's own would pull the TLS state away
+            # from under the thread that reads.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        except OSError:
+            pass  # not connected any more, which is what we want
+
+
+class _TrackedAdapter(HTTPAdapter):
+    """An adapter whose connections are listed while they live."""
+
+    def __init__(self, sockets: _Sockets, pool_size: int) -> None:
+        self._sockets = sockets
+        super().__init__(pool_connections=2, pool_maxsize=pool_size, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, socket_options=_SOCKET_OPTIONS, **kwargs)
+        self._track(self.poolmanager)
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.PoolManager:
+        manager: urllib3.PoolManager = super().proxy_manager_for(*args, **kwargs)
+        self._track(manager)
+        return manager
+
+    def _track(self, manager: urllib3.PoolManager) -> None:
+        sockets = self._sockets
+
+        class TrackedHTTPConnection(HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                sockets.add(self)
+
+        class TrackedHTTPSConnection(HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                sockets.add(self)
+
+        class HTTPPool(HTTPConnectionPool):
+            ConnectionCls = TrackedHTTPConnection
+
+        class HTTPSPool(HTTPSConnectionPool):
+            ConnectionCls = TrackedHTTPSConnection
+
+        manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+
+
+class Channel:
+    """One connection pool to the server.  Thread-safe up to *pool_size* threads at once.
+
+    More threads work too, at the cost of a fresh connection for each request beyond.
+    """
+
+    def __init__(self, config: Config, pool_size: int) -> None:
+        self._sockets = _Sockets()
+        session = requests.Session()
+        session.trust_env = False
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        session.headers.clear()
+        if config.proxy:
+            session.proxies = {"http": config.proxy, "https": config.proxy}
+        if config.ca_bundle:
+            session.verify = config.ca_bundle
+        adapter = _TrackedAdapter(self._sockets, pool_size)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        self._session = session
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: Optional[bytes],
+        timeout: Tuple[float, float],
+    ) -> requests.Response:
+        """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
+        return self._session.request(
+            method, url, headers=dict(headers), data=body, timeout=timeout, allow_redirects=False
+        )
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._session.close()
+
+    def abort(self) -> None:
+        """Break off every request in flight, at once, and those that follow; then close."""
+        self._sockets.abort()
+        self._session.close()

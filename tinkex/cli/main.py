@@ -1,0 +1,85 @@
+"""The command group, and what an error means for the shell.
+
+Exit codes: 0 done, 1 an error (``Error: <message>`` and what to do, on stderr), 2 wrong usage,
+130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
+
+import click
+
+from tinkex._version import __version__
+from tinkex.cli.output import format_option
+from tinkex.errors import TinkexError
+
+#: Command -> where it is, and what it does; imported only when it is run.
+COMMANDS: Dict[str, Sequence[str]] = {
+    "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, show and delete checkpoints."),
+    "run": ("tinkex.cli.runs:run", "List and show training runs."),
+    "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
+    "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
+    "version": ("tinkex.cli.main:version", "Print the version."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names, and imports each only when it is run."""
+
+    def list_commands(self, ctx: click.Context) -> List[str]:
+        """Return the names, in order."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
+        """Import and return the command, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@format_option
+def cli() -> None:
+    """Fine-tune and sample language models over the Tinker API.
+
+    Commands that talk to a server find it by --base-url or TINKER_BASE_URL, and send
+    TINKER_API_KEY.
+    """
+
+
+@click.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"tinkex {__version__}")
+
+
+def run_command(args: Optional[Sequence[str]] = None) -> int:
+    """Run the command line *args* (those of the process if None) and return its exit code."""
+    try:
+        result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except TinkexError as error:
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    except click.Abort:  # what click makes of Ctrl-C, and of the end of input at a prompt
+        click.echo("Interrupted.", err=True)
+        return 130
+    # --help and the like return an exit code, commands nothing.
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """Entry point of the command ``tinkex``."""
+    sys.exit(run_command())

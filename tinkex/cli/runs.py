@@ -1,0 +1,85 @@
+"""``tinkex run``: training runs, living or not."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import click
+
+from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.output import format_option, print_json, print_table, wants_json, when
+from tinkex.types import TrainingRun
+
+
+@click.group()
+def run() -> None:
+    """List and show training runs."""
+
+
+@run.command("list")
+@click.option("--limit", default=20, show_default=True, help="At most this many; 0 lists all.")
+@base_url_option
+@format_option
+def list_runs(limit: int, base_url: Optional[str]) -> None:
+    """List training runs, the one used last first."""
+    found, total, offset = [], None, 0
+    with open_rest(base_url) as rest:
+        while limit == 0 or len(found) < limit:
+            page_size = min(100, limit - len(found)) if limit else 100
+            page = rest.list_training_runs(limit=page_size, offset=offset).result()
+            found += page.training_runs
+            offset += len(page.training_runs)
+            total = page.cursor.total_count if page.cursor else None
+            if len(page.training_runs) < page_size:
+                break
+    if wants_json():
+        print_json({"runs": [item.to_wire() for item in found]})
+        return
+    of_all = f" of {total}" if total is not None and total > len(found) else ""
+    print_table(
+        f"{len(found)}{of_all} training runs",
+        ["Run ID", "Base Model", "LoRA", "Last Update", "Status"],
+        [
+            [r.training_run_id, r.base_model, _lora(r), when(r.last_request_time), _status(r)]
+            for r in found
+        ],
+    )
+
+
+@run.command("info")
+@click.argument("run_id")
+@base_url_option
+@format_option
+def show_run(run_id: str, base_url: Optional[str]) -> None:
+    """Show one training run."""
+    with open_rest(base_url) as rest:
+        found = rest.get_training_run(run_id).result()
+    if wants_json():
+        print_json(found.to_wire())
+        return
+    rows = [
+        ["Run ID", found.training_run_id],
+        ["Base Model", found.base_model],
+        ["Owner", found.model_owner],
+        ["LoRA", _lora(found)],
+        ["Last Update", when(found.last_request_time)],
+        ["Status", _status(found)],
+    ]
+    for label, checkpoint in (
+        ("Last Checkpoint", found.last_checkpoint),
+        ("Last Sampler Checkpoint", found.last_sampler_checkpoint),
+    ):
+        if checkpoint is not None:
+            rows.append([label, checkpoint.tinker_path])
+    rows += [[f"Metadata: {key}", str(value)] for key, value in (found.user_metadata or {}).items()]
+    print_table(f"Training run {run_id}", ["Property", "Value"], rows)
+
+
+def _lora(found: TrainingRun) -> str:
+    if not found.is_lora:
+        return "no"
+    return f"rank {found.lora_rank}" if found.lora_rank is not None else "yes"
+
+
+def _status(found: TrainingRun) -> str:
+    return "corrupted" if found.corrupted else "ok"

@@ -1,0 +1,146 @@
+"""Config: every setting of a client, resolved once, when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import urllib.request
+from typing import Any, Dict, Mapping, Optional, Tuple
+from urllib.parse import urlsplit
+
+from tinkex.errors import ConfigError
+
+DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+
+_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one client.  Make it with `Config.resolve`; nothing reads the environment later.
+
+    Times are seconds.
+
+    Attributes:
+        base_url: the server, without a trailing slash; may hold a path prefix.
+        api_key: sent as ``X-API-Key``; None for servers that ask for none.
+        project_id, tags, user_metadata, display_name: what a new session is labelled with.
+        wire: how training batches are sent: ``"auto"``, ``"protobuf"`` or ``"json"``.
+        extra_headers: sent with every request; they win over our own.
+        connect_timeout_s, read_timeout_s: of one HTTP attempt.
+        poll_timeout_s: read timeout of a long poll; must exceed the server's longest hold.
+        startup_timeout_s: a server that cannot be reached is reported after this long.
+        max_outage_s: once a session lives, calls ride out an outage for this long.
+        operation_timeout_s: a future fails after this long; None is off.
+        no_progress_timeout_s: a future fails after this long without contact; None is off.
+        notice_after_s: a wait is explained in the log after this long, then at growing intervals.
+        heartbeat_interval_s: between two heartbeats of a session.
+        heartbeat_warn_after_s: warn when no heartbeat has succeeded for this long.
+        max_heartbeat_failures, max_heartbeat_failure_s: give a session up after so many failures
+            in a row, or so long without success; None is never.
+        on_billing: ``"raise"`` a 402 at once, or ``"wait"`` until the account is topped up.
+        proxy: URL of the HTTP proxy to use for this base URL, or None.
+        ca_bundle: path of a CA bundle to trust instead of the built-in one, or None.
+        max_concurrent_samples: sampling requests in flight at once; more wait their turn.
+    """
+
+    base_url: str
+    api_key: Optional[str] = dataclasses.field(default=None, repr=False)
+    project_id: Optional[str] = None
+    tags: Tuple[str, ...] = ()
+    user_metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    display_name: Optional[str] = None
+    wire: str = "auto"
+    extra_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    connect_timeout_s: float = 3.05  # just over TCP's first retransmission
+    read_timeout_s: float = 60.0
+    poll_timeout_s: float = 320.0
+    startup_timeout_s: float = 15.0
+    max_outage_s: float = 300.0
+    operation_timeout_s: Optional[float] = None
+    no_progress_timeout_s: Optional[float] = None
+    notice_after_s: float = 10.0
+    heartbeat_interval_s: float = 10.0
+    heartbeat_warn_after_s: float = 120.0
+    max_heartbeat_failures: Optional[int] = None
+    max_heartbeat_failure_s: Optional[float] = None
+    on_billing: str = "raise"
+    proxy: Optional[str] = dataclasses.field(default=None, repr=False)
+    ca_bundle: Optional[str] = None
+    max_concurrent_samples: int = 400
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"base_url {self.base_url!r} is not an http(s) URL",
+                hint="Give the server's address, e.g. http://localhost:8080.",
+            )
+        if self.wire not in ("auto", "json", "protobuf"):
+            raise ConfigError(f"wire is {self.wire!r}; it must be auto, json or protobuf")
+        if self.on_billing not in ("raise", "wait"):
+            raise ConfigError(f"on_billing is {self.on_billing!r}; it must be raise or wait")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_s") and value is not None and not _is_positive(value):
+                raise ConfigError(f"{field.name} is {value!r}; it must be a positive number of seconds")
+        if self.max_concurrent_samples < 1:
+            raise ConfigError("max_concurrent_samples must be at least 1")
+
+    @classmethod
+    def resolve(cls, *, environ: Optional[Mapping[str, str]] = None, **settings: Any) -> Config:
+        """Make a Config from keywords, then the environment, then defaults.
+
+        A keyword that is None counts as not given.  Variables read: ``TINKER_BASE_URL``,
+        ``TINKER_API_KEY``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS`` (comma-separated), and, through
+        the standard library, the usual proxy and CA variables.
+
+        Raises:
+            ConfigError: an unknown setting, or a value out of its range.
+        """
+        env = os.environ if environ is None else environ
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown setting: {', '.join(unknown)}",
+                hint=f"Known are: {', '.join(sorted(known))}.",
+            )
+        given: Dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        given["base_url"] = (
+            given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
+        ).rstrip("/")
+        given.setdefault("api_key", env.get("TINKER_API_KEY") or None)
+        given.setdefault("project_id", env.get("TINKER_PROJECT_ID") or None)
+        if "tags" not in given:
+            given["tags"] = tuple(t.strip() for t in env.get("TINKER_TAGS", "").split(",") if t.strip())
+        given["tags"] = tuple(given["tags"])
+        given.setdefault("proxy", _proxy_for(given["base_url"]))
+        given.setdefault("ca_bundle", next((env[v] for v in _CA_VARIABLES if env.get(v)), None))
+        return cls(**given)
+
+    @property
+    def host_and_port(self) -> str:
+        """``host:port`` of the server, for messages."""
+        parts = urlsplit(self.base_url)
+        return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+    @property
+    def key_digest(self) -> str:
+        """A short digest of the key: tells two accounts apart without revealing either."""
+        return hashlib.sha256((self.api_key or "").encode()).hexdigest()[:16]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+
+def _proxy_for(base_url: str) -> Optional[str]:
+    """The proxy that the environment (or the system's settings) names for *base_url*."""
+    parts = urlsplit(base_url)
+    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")

@@ -1,0 +1,258 @@
+"""APIFuture: a concurrent.futures.Future for work that a server does.
+
+It stays PENDING until it is settled, so `cancel` works at any time.  Whoever settles one uses
+`settle` or `settle_error`, which tell whether they were first: a result that arrives after a
+cancel is normal, not an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+import sys
+import time
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Callable, Generic, List, Optional, Sequence, TypeVar
+
+from tinkex.errors import ClientClosedError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+#: On Windows a wait for a lock cannot be interrupted before Python 3.14; wait in slices there.
+_SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
+
+#: The longest pause between two notices about one wait, in seconds.
+_LONGEST_NOTICE_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FutureStatus:
+    """A snapshot of what an operation is doing.
+
+    Attributes:
+        kind: the operation, e.g. ``"forward_backward"``.
+        state: ``"queued"`` here, ``"submitting"``, ``"waiting"`` for the server, or ``"done"``.
+        since_s: seconds in this state.
+        request_id: the server's id, once it has accepted the work.
+        queue_state, queue_state_reason: what the server says about a pause, if anything.
+        attempts: polls sent so far.
+        last_error: the last passing trouble, in words, or None.
+    """
+
+    kind: str
+    state: str
+    since_s: float
+    request_id: Optional[str] = None
+    queue_state: Optional[str] = None
+    queue_state_reason: Optional[str] = None
+    attempts: int = 0
+    last_error: Optional[str] = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.kind}: {self.state} for {self.since_s:.0f} s"]
+        if self.request_id:
+            parts.append(f"request {self.request_id}")
+        if self.queue_state and self.queue_state != "active":
+            parts.append(f"{self.queue_state} ({self.queue_state_reason or 'no reason given'})")
+        if self.last_error:
+            parts.append(f"last error: {self.last_error}")
+        return ", ".join(parts)
+
+
+class APIFuture(Future[T], Generic[T]):
+    """The result of a long operation, later.
+
+    Works with `concurrent.futures.wait`, `as_completed` and `add_done_callback`.  `result(timeout)`
+    bounds only the caller's wait: the operation goes on.  `cancel` stops waiting for the result
+    and settles the future; the server may still do the work.  Thread-safe.
+
+    Args:
+        kind: the operation's name, for messages.
+        notice_after_s: a wait is explained in the log at INFO after this long.
+        run_callback: how user callbacks are run; None runs them in the settling thread.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        notice_after_s: float = 10.0,
+        run_callback: Optional[Callable[[Callable[[], object]], None]] = None,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self._notice_after_s = notice_after_s
+        self._run_callback = run_callback
+        self._pid = os.getpid()
+        self._cancels = itertools.count()  # next() on it is atomic
+        self._children: Sequence[APIFuture[Any]] = ()
+        # Written by one thread at a time (lane, then poller); read anywhere as plain values.
+        self._request_id: Optional[str] = None
+        self._state_name = "queued"
+        self._state_since = time.monotonic()
+        self.queue_state: Optional[str] = None
+        self.queue_state_reason: Optional[str] = None
+        self.attempts = 0
+        self.last_error: Optional[str] = None
+
+    def result(self, timeout: Optional[float] = None) -> T:
+        """Wait for the result and return it.
+
+        Args:
+            timeout: seconds to wait; None waits as long as it takes.
+
+        Raises:
+            concurrent.futures.TimeoutError: *timeout* passed; the operation goes on.
+            concurrent.futures.CancelledError: it was cancelled.
+            TinkexError: the operation failed.
+        """
+        self._await(timeout)
+        value: T = super().result(0)
+        return value
+
+    def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
+        """Wait like `result`, and return the error instead of raising it; None on success."""
+        self._await(timeout)
+        return super().exception(0)
+
+    @property
+    def request_id(self) -> Optional[str]:
+        """The server's id of the work, once it was accepted (of the first part, if in parts)."""
+        return self._children[0].request_id if self._children else self._request_id
+
+    def future(self) -> Future[T]:
+        """Return this future itself (the official SDK's accessor)."""
+        return self
+
+    def status(self) -> FutureStatus:
+        """Return what the operation is doing now.  Does not block."""
+        for child in self._children:
+            if not child.done():
+                return child.status()
+        return FutureStatus(
+            kind=self.kind,
+            state="done" if self.done() else self._state_name,
+            since_s=time.monotonic() - self._state_since,
+            request_id=self.request_id,
+            queue_state=self.queue_state,
+            queue_state_reason=self.queue_state_reason,
+            attempts=self.attempts,
+            last_error=self.last_error,
+        )
+
+    def cancel(self) -> bool:
+        """Settle the future as cancelled; False if it was settled already.
+
+        The server is not told: work it has accepted runs to its end.
+        """
+        # super().cancel() is True for every caller of a cancelled future, and wait() and
+        # as_completed() notice a cancel only once it is notified, which must happen just once.
+        if not super().cancel() or next(self._cancels) > 0:
+            return False
+        self.set_running_or_notify_cancel()
+        for child in self._children:
+            child.cancel()
+        return True
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
+        settled already, at once in this thread.  Its exceptions are logged."""
+        run = self._run_callback
+        if run is None or self.done():
+            super().add_done_callback(fn)
+        else:
+            super().add_done_callback(lambda future: run(lambda: _call(fn, future)))
+
+    def on_settled(self, fn: Callable[[Future[T]], object]) -> None:
+        """Like `add_done_callback`, in the settling thread; for our own quick bookkeeping."""
+        super().add_done_callback(fn)
+
+    def settle(self, value: T) -> bool:
+        """Set the result; False if the future was settled already."""
+        try:
+            self.set_result(value)
+        except InvalidStateError:
+            return False
+        return True
+
+    def settle_error(self, error: BaseException) -> bool:
+        """Set the error; False if the future was settled already."""
+        try:
+            self.set_exception(error)
+        except InvalidStateError:
+            return False
+        return True
+
+    def enter(self, state: str, request_id: Optional[str] = None) -> None:
+        """Note that the operation has reached *state*."""
+        self._state_name = state
+        self._state_since = time.monotonic()
+        if request_id is not None:
+            self._request_id = request_id
+
+    def _await(self, timeout: Optional[float]) -> None:
+        """Wait until settled, saying now and then in the log what is waited for."""
+        now = time.monotonic()
+        deadline = float("inf") if timeout is None else now + timeout
+        pause = self._notice_after_s
+        notice_at = now + pause
+        while not self.done():
+            if self._pid != os.getpid():
+                raise ClientClosedError(
+                    f"{self.kind} was started before a fork; this process cannot wait for it",
+                    hint="Create the client in the child process.",
+                )
+            try:
+                super().exception(min(deadline - now, notice_at - now, _SLICE_S))
+            except FutureTimeoutError:
+                now = time.monotonic()
+                if now >= deadline:
+                    raise FutureTimeoutError(f"no result within {timeout:g} s: {self.status()}") from None
+                if now >= notice_at:
+                    logger.info("still waiting: %s", self.status())
+                    pause = min(pause * 2, _LONGEST_NOTICE_S)
+                    notice_at = now + pause
+
+
+def _call(fn: Callable[[Any], object], future: Any) -> None:
+    try:
+        fn(future)
+    except BaseException:  # SystemExit too would end the callback thread
+        logger.exception("a callback of %s failed", future.kind)
+
+
+def gather(
+    parent: APIFuture[U], children: Sequence[APIFuture[T]], join: Callable[[List[T]], U]
+) -> APIFuture[U]:
+    """Settle *parent* with ``join(results)`` once all *children* are settled, in their order.
+
+    The first failure settles the parent and cancels the other children; so does cancelling the
+    parent.  *join* runs in the thread that settles the last child.
+    """
+    parent._children = children
+
+    def child_settled(child: Future[T]) -> None:
+        if child.cancelled():
+            parent.cancel()
+            return
+        error = child.exception()
+        if error is not None:
+            if parent.settle_error(error):
+                for other in children:
+                    other.cancel()
+            return
+        if all(other.done() for other in children) and not parent.done():
+            try:
+                parent.settle(join([other.result() for other in children]))
+            except Exception as failure:
+                parent.settle_error(failure)
+
+    for child in children:
+        child.on_settled(child_settled)
+    return parent

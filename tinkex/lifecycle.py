@@ -1,0 +1,88 @@
+"""What must happen when the process exits or forks, for everything that is open.
+
+One ``atexit`` hook and one fork hook per process, installed with the first `track`; both walk
+a weak set, so tracking keeps nothing alive.  Nothing starts at import, and the exit hook starts
+no thread (Thread.start fails there on Python 3.12).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import List, Protocol
+
+logger = logging.getLogger(__name__)
+
+#: All clients together get this long at interpreter exit, in seconds.
+EXIT_BUDGET_S = 2.0
+
+
+class Tracked(Protocol):
+    """Something open that must be told of exit and fork."""
+
+    def close_at_exit(self, status: str, timeout_s: float) -> None:
+        """Close within *timeout_s*; *status* is success, errored or interrupted."""
+
+    def forget_after_fork(self) -> None:
+        """Called in the child of a fork: become unusable, without I/O and without locks."""
+
+
+# Guards _tracked and _installed.  Never held while something tracked is called.
+_lock = threading.Lock()
+_tracked: weakref.WeakSet[Tracked] = weakref.WeakSet()
+_installed = False
+
+
+def track(thing: Tracked) -> None:
+    """Have *thing* closed at exit and told of forks, for as long as it lives."""
+    global _installed
+    with _lock:
+        _tracked.add(thing)
+        install, _installed = not _installed, True
+    if install:
+        atexit.register(_at_exit)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def untrack(thing: Tracked) -> None:
+    """Stop tracking *thing*; nothing happens if it is not tracked."""
+    with _lock:
+        _tracked.discard(thing)
+
+
+def exit_status() -> str:
+    """Say how the process is ending: success, errored or interrupted.
+
+    The interpreter leaves an uncaught exception's type in ``sys.last_type``.
+    """
+    last = getattr(sys, "last_type", None)
+    if last is None:
+        return "success"
+    return "errored" if issubclass(last, Exception) else "interrupted"
+
+
+def _at_exit() -> None:
+    with _lock:
+        things: List[Tracked] = list(_tracked)
+    status = exit_status()
+    deadline = time.monotonic() + EXIT_BUDGET_S
+    for index, thing in enumerate(things):
+        share = max(0.1, deadline - time.monotonic()) / (len(things) - index)
+        try:
+            thing.close_at_exit(status, share)
+        except Exception:
+            logger.debug("closing %r at exit failed", thing, exc_info=True)
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # the parent's may be held by a thread that is not here
+    for thing in list(_tracked):
+        thing.forget_after_fork()
+    _tracked.clear()

@@ -1,0 +1,314 @@
+"""What the HTTP routes call: sessions, runs and samplers over store, scheduler and engine.
+
+Owned by LocalServer (or a test).  It starts one thread, the scheduler's, and ends it in close.
+Thread-safe: every public method may be called from any HTTP thread, and none waits for the
+engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from tinkex.errors import InvalidInputError
+from tinkex.local.batches import SamplingLimits
+from tinkex.local.engine import Engine, EngineInfo
+from tinkex.local.futures import FutureTable
+from tinkex.local.lanes import Job
+from tinkex.local.problems import Problem
+from tinkex.local.scheduler import Scheduler
+from tinkex.local.sessions import SessionTable
+from tinkex.local.store import KIND_OF, CheckpointRow, Store
+from tinkex.types import ParsedCheckpointTinkerPath
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between looks at old results and checkpoints.
+_SWEEP_S = 15.0
+
+#: HTTP status for a session, or work in it, that is over.
+_STATUS_OF_STATE = {"expired": 404, "lost": 404, "finished": 410}
+
+
+class Backend:
+    """The embedded server without HTTP.
+
+    Args:
+        engine: does the work; the backend owns it from now on and closes it.
+        store: remembers; owned likewise.
+        session_ttl_s: a session without heartbeats for this long expires.
+        limits: how sampling shares the engine.
+        futures: results; a table of its own unless given.
+        clock: monotonic seconds, for liveness and results.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        *,
+        session_ttl_s: float = 60.0,
+        limits: Optional[SamplingLimits] = None,
+        futures: Optional[FutureTable] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = engine
+        self.info: EngineInfo = engine.info
+        self.store = store
+        self.futures = FutureTable(clock=clock) if futures is None else futures
+        self.scheduler = Scheduler(
+            engine, self.futures, self.housekeeping, limits=limits, clock=clock
+        )
+        self._clock = clock
+        # Guards the table; nothing else is done while it is held.
+        self._lock = threading.Lock()
+        self._sessions = SessionTable(session_ttl_s)
+        self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start
+        # Serialises the creation of runs and samplers: a number is looked up, then taken.
+        # Guards _created: id -> digest of the body, and the answer's id.
+        self._creating = threading.Lock()
+        self._created: Dict[str, Tuple[bytes, str]] = {}
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self.scheduler.start()
+
+    def close(self, timeout_s: float = 1.5) -> None:
+        """Release every waiting poll, end the engine thread and close the store.
+
+        Waits at most *timeout_s* for a turn of the engine to end.
+        """
+        self.futures.close()
+        self.scheduler.close(timeout_s)
+        with self._lock:
+            left = self._sessions.ids()
+        for session_id in left:
+            self.store.end_session(session_id, "lost", "the server was closed")
+        self.store.close()
+
+    # Sessions
+
+    def create_session(self, facts: Dict[str, Any]) -> str:
+        """Start a session and return its id; *facts* is what the client says about it."""
+        session_id = str(uuid.uuid4())
+        self.store.add_session(session_id, facts)
+        with self._lock:
+            self._sessions.add(session_id, self._clock())
+        self.scheduler.poke()  # the engine thread may have to wake earlier than it meant to
+        return session_id
+
+    def heartbeat(self, session_id: str) -> None:
+        """Keep a session alive; Problem 404 or 410 if it is over."""
+        with self._lock:
+            alive = self._sessions.beat(session_id, self._clock())
+        if not alive:
+            raise self._over(session_id)
+
+    def check_session(self, session_id: str) -> None:
+        """Raise Problem 404 or 410 unless the session lives."""
+        with self._lock:
+            alive = self._sessions.alive(session_id, self._clock())
+        if not alive:
+            raise self._over(session_id)
+
+    def finish_session(self, session_id: str, reason: str) -> None:
+        """End a session; a second end changes nothing.  Problem 404 if it is unknown."""
+        with self._lock:
+            removed = self._sessions.remove(session_id)
+        if removed:
+            self._end_session(session_id, "finished", f"the client ended it: {reason}")
+        elif self.store.session(session_id) is None:
+            raise self._over(session_id)
+
+    def _over(self, session_id: str) -> Problem:
+        row = self.store.session(session_id)
+        if row is None:
+            return Problem(
+                404, f"session {session_id} is unknown; create one, or look at the base URL"
+            )
+        if row.state == "live":  # it missed its time, and the engine thread has not seen it yet
+            return Problem(
+                404,
+                f"session {session_id} expired: no heartbeat for {self._sessions.ttl_s:g} s; "
+                "create a new one and load the last checkpoint",
+            )
+        status = _STATUS_OF_STATE[row.state]
+        return Problem(
+            status,
+            f"session {session_id} is {row.state} ({row.reason}); "
+            "create a new one and load the last checkpoint",
+        )
+
+    def _end_session(self, session_id: str, state: str, reason: str) -> None:
+        self.store.end_session(session_id, state, reason)
+        with self._creating:
+            for made_id in [made for made in self._created if session_of(made) == session_id]:
+                del self._created[made_id]
+        self.scheduler.end_session(session_id, f"session {session_id} is {state}: {reason}")
+
+    def housekeeping(self, now: float) -> float:
+        """Expire sessions, drop old results and checkpoints; return when to come again.
+
+        Called by the engine thread.
+        """
+        with self._lock:
+            expired = self._sessions.drop_expired(now)
+        for session_id in expired:
+            _log.info("session %s expired", session_id)
+            reason = f"no heartbeat for {self._sessions.ttl_s:g} s"
+            self._end_session(session_id, "expired", reason)
+        if now >= self._sweep_due:
+            self._sweep_due = now + _SWEEP_S
+            self.futures.sweep(now)
+            self.store.drop_expired_checkpoints()
+        with self._lock:
+            next_expiry = self._sessions.next_due()
+        return self._sweep_due if next_expiry is None else min(self._sweep_due, next_expiry)
+
+    # Names
+
+    def check_base_model(self, name: Optional[str]) -> str:
+        """Return the engine's own name for *name*; Problem 400 if it serves another model."""
+        served = self.model_names()
+        if name not in served:
+            raise Problem(
+                400, f"base model {name!r} is not served here; this server has {', '.join(served)}"
+            )
+        return self.info.model_name
+
+    def model_names(self) -> List[str]:
+        """The names the base model answers to."""
+        return [self.info.model_name, *self.info.aliases]
+
+    def checkpoint_at(self, path: object, *, kind: Optional[str] = None) -> CheckpointRow:
+        """Return the checkpoint at a ``tinker://`` path.
+
+        Raises:
+            Problem: 400, not such a path, or not of *kind*; 404, there is none.
+        """
+        try:
+            parsed = ParsedCheckpointTinkerPath.from_tinker_path(str(path))
+        except InvalidInputError as error:
+            raise Problem(400, str(error)) from error
+        found_kind = KIND_OF[parsed.checkpoint_type]
+        if kind is not None and found_kind != kind:
+            raise Problem(
+                400, f"{path} is a {parsed.checkpoint_type} checkpoint; this needs .../{kind}/..."
+            )
+        name = parsed.checkpoint_id.partition("/")[2]
+        return self.checkpoint(parsed.training_run_id, found_kind, name)
+
+    def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
+        """Return a checkpoint; Problem 404 says whether the run or the checkpoint is missing."""
+        row = self.store.checkpoint(run_id, kind, name)
+        if row is not None:
+            return row
+        if self.store.run(run_id) is None:
+            raise Problem(404, f"training run {run_id} is unknown")
+        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
+        raise Problem(
+            404,
+            f"training run {run_id} has no checkpoint {kind}/{name}; "
+            f"it has {', '.join(names) or 'none'}",
+        )
+
+    # Runs and samplers
+
+    def check_model(self, model_id: str) -> None:
+        """Raise Problem 404 or 410 unless *model_id* takes requests."""
+        if self.scheduler.has_model(model_id):
+            self.check_session(session_of(model_id))
+            self.store.touch_run(model_id)
+            return
+        run = self.store.run(model_id)
+        if run is None:
+            raise Problem(404, f"model {model_id} is unknown; create_model returns the id")
+        self.check_session(run.session_id)
+        raise Problem(404, f"model {model_id} was unloaded; load its last checkpoint")
+
+    def create_run(self, model_id: str, digest: bytes, make: Callable[[], Job]) -> str:
+        """Open the run *model_id* and queue what makes it; return the request id.
+
+        *make* remembers the run and returns the job.  A repetition with the same *digest* gets
+        the first one's request id; another body is Problem 409.
+        """
+        session_id = session_of(model_id)
+        with self._creating:
+            known = self._known(model_id, digest)
+            if known is not None:
+                return known
+            job = make()
+            self._created[model_id] = (digest, job.request_id)
+            self.scheduler.add_model(model_id, session_id, job)
+        self._end_if_over(session_id)
+        return job.request_id
+
+    def create_sampler(
+        self,
+        sampler_id: str,
+        digest: bytes,
+        model_path: Optional[str],
+        weights: Callable[[], Optional[Path]],
+    ) -> str:
+        """Open the sampler *sampler_id*, and return its id.
+
+        *weights* makes the folder of frozen weights, which the sampler owns from then on; None
+        stands for the base model.  A repetition with the same *digest* changes nothing; another
+        body is Problem 409.
+        """
+        session_id = session_of(sampler_id)
+        with self._creating:
+            known = self._known(sampler_id, digest)
+        if known is not None:
+            return known
+        folder = weights()  # copies files, or has the engine write them: not under the lock
+        with self._creating:
+            known = self._known(sampler_id, digest)
+            if known is None:
+                self._created[sampler_id] = (digest, sampler_id)
+                self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
+                self.scheduler.add_sampler(sampler_id, session_id, folder)
+        if known is not None and folder is not None:  # the same request came twice at once
+            shutil.rmtree(folder, ignore_errors=True)
+        self._end_if_over(session_id)
+        return sampler_id
+
+    def _known(self, made_id: str, digest: bytes) -> Optional[str]:
+        known_digest, answer = self._created.get(made_id, (digest, None))
+        if known_digest != digest:
+            raise Problem(
+                409, f"{made_id} was created with another body; use the next number of the session"
+            )
+        return answer
+
+    def _end_if_over(self, session_id: str) -> None:
+        """Undo what was made while its session ended: nothing else would unload it."""
+        try:
+            self.check_session(session_id)
+        except Problem as problem:
+            self.scheduler.end_session(session_id, problem.detail)
+            raise
+
+    def sampler_ready(self, sampler_id: str) -> None:
+        """Raise Problem 404 or 410 unless *sampler_id* takes requests."""
+        if self.scheduler.has_sampler(sampler_id):
+            self.check_session(session_of(sampler_id))
+            return
+        row = self.store.sampler(sampler_id)
+        if row is None:
+            raise Problem(
+                404,
+                f"sampling session {sampler_id} is unknown; create_sampling_session returns the id",
+            )
+        self.check_session(row.session_id)
+        raise Problem(404, f"sampling session {sampler_id} is not loaded")
+
+
+def session_of(model_or_sampler_id: str) -> str:
+    """Return the session in ``<session>:train:<n>`` or ``<session>:sample:<n>``."""
+    return model_or_sampler_id.partition(":")[0]

@@ -1,0 +1,105 @@
+"""What a submission must satisfy before it is queued: cheap checks, in the HTTP thread.
+
+Each raises Problem (400) naming what is wrong.  The engine checks the rest: shapes, input names,
+and whatever only it knows.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.errors import InvalidInputError
+from tinkex.local.engine import LOSSES, EngineInfo
+from tinkex.local.problems import Problem
+from tinkex.types import Datum, SampleRequest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
+
+
+def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
+    """Check the batch and the loss of a forward or forward_backward."""
+    if loss_fn not in LOSSES:
+        raise Problem(400, f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
+    if not data:
+        raise Problem(400, "the batch is empty; send at least one datum")
+    for index, datum in enumerate(data):
+        try:
+            tokens = datum.model_input.to_numpy()
+        except InvalidInputError as error:
+            raise Problem(
+                400, f"datum {index}: {error}; this server's models read text only"
+            ) from error
+        check_tokens(info, tokens, f"datum {index}")
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if targets is not None and targets.values.size:
+            _check_vocabulary(info, targets.values, f"datum {index}: target_tokens")
+
+
+def check_tokens(info: EngineInfo, tokens: npt.NDArray[np.int32], what: str) -> None:
+    """Check that *tokens* are some, fit into the context and lie in the vocabulary."""
+    if not tokens.size:
+        raise Problem(400, f"{what} is empty; it needs at least one token")
+    if tokens.size > info.context_length:
+        raise Problem(
+            400,
+            f"{what} has {tokens.size} tokens; {info.model_name} reads at most "
+            f"{info.context_length}: cut it",
+        )
+    _check_vocabulary(info, tokens, what)
+
+
+def _check_vocabulary(info: EngineInfo, tokens: npt.NDArray[np.generic], what: str) -> None:
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= info.vocab_size:
+        raise Problem(
+            400,
+            f"{what} holds token {lowest if lowest < 0 else highest}; the vocabulary of "
+            f"{info.model_name} runs from 0 to {info.vocab_size - 1}: use its own tokenizer",
+        )
+
+
+def check_sample(info: EngineInfo, request: SampleRequest) -> int:
+    """Check a sample request and return its size: tokens of prompt and continuations."""
+    try:
+        tokens = request.prompt.to_numpy()
+    except InvalidInputError as error:
+        raise Problem(400, str(error)) from error
+    check_tokens(info, tokens, "the prompt")
+    room = info.context_length - tokens.size
+    if room < 1:
+        raise Problem(
+            400,
+            f"the prompt has {tokens.size} tokens; the context of {info.context_length} leaves no "
+            "room for a continuation: cut it",
+        )
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and last_n > tokens.size - 1:
+        raise Problem(
+            400,
+            f"prompt_logprobs_last_n is {last_n}; the prompt has {tokens.size} tokens, and nothing "
+            "precedes the first",
+        )
+    continuation = min(request.sampling_params.max_tokens or room, room)
+    return request.num_samples * (int(tokens.size) + continuation)
+
+
+def check_checkpoint_name(name: str) -> str:
+    """Return *name* if a checkpoint can be called so."""
+    if not _NAME.fullmatch(name):
+        raise Problem(
+            400,
+            f"{name!r:.150} is not a checkpoint name; use 1 to 128 letters, digits and "
+            "_ . = + @ , -, beginning with a letter, digit or _ (a name, not a tinker:// path)",
+        )
+    return name
+
+
+def check_optimizer(config: Optional[Dict[str, Any]]) -> None:
+    """Check the optimizer a run is created with."""
+    kind = (config or {}).get("type", "adamw")
+    if kind != "adamw":
+        raise Problem(400, f"optimizer {kind!r} is not offered here; this server has adamw")

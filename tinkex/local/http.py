@@ -1,0 +1,141 @@
+"""Reading requests and writing answers: the small change of the HTTP routes.
+
+Everything here runs in an HTTP thread, within one request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar
+
+import orjson
+from flask import Response, request
+
+from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.local.problems import Problem
+from tinkex.types._wire import Wire
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Wire)
+
+#: A body decompresses to at most this many bytes.
+_MAX_BODY = 1 << 30
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    """Return *value* as a JSON answer; numpy arrays are written as lists."""
+    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, mimetype="application/json")
+
+
+def raw_body() -> bytes:
+    """Return the request's body, decompressed.
+
+    Raises:
+        Problem: 415, the encoding is unknown or zstandard is not installed; 400, it is broken.
+    """
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    body = request.get_data(cache=False)
+    if encoding in ("", "identity"):
+        return body
+    if encoding != "zstd":
+        raise Problem(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
+    try:
+        import zstandard
+    except ImportError as error:
+        raise Problem(
+            415, "zstandard is not installed on the server; send the body uncompressed"
+        ) from error
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+            plain: bytes = reader.read(_MAX_BODY + 1)
+    except zstandard.ZstdError as error:
+        raise Problem(400, f"the zstd body is broken: {error}") from error
+    if len(plain) > _MAX_BODY:
+        raise Problem(413, f"the body is larger than {_MAX_BODY} bytes")
+    return plain
+
+
+def json_body() -> Tuple[Dict[str, Any], bytes]:
+    """Return the request's JSON object and the bytes it was read from; Problem 400 if none."""
+    raw = raw_body()
+    try:
+        value = orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Problem(400, f"the body must be a JSON object, not a {type(value).__name__}")
+    return value, raw
+
+
+def need(body: Dict[str, Any], name: str, kind: Type[T]) -> T:
+    """Return a field of the body; Problem 400 if it is missing or of another type."""
+    value = optional(body, name, kind)
+    if value is None:
+        raise Problem(400, f"field {name!r} is missing")
+    return value
+
+
+def optional(body: Dict[str, Any], name: str, kind: Type[T]) -> Optional[T]:
+    """Return a field of the body, None if it is missing or null; Problem 400 if mistyped."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise Problem(400, f"field {name!r} must be of type {kind.__name__}, not {value!r:.100}")
+    return value
+
+
+def need_seq_id(body: Dict[str, Any], name: str = "seq_id", least: int = 0) -> int:
+    """Return a sequence number of the body; Problem 400 if it is missing or too small."""
+    value = need(body, name, int)
+    if value < least:
+        raise Problem(400, f"{name} is {value}; it starts at {least}")
+    return value
+
+
+def read_wire(kind: Type[W], payload: Any, name: str) -> W:
+    """Read a nested message; Problem 400 if it is malformed."""
+    try:
+        return kind.from_wire(payload)
+    except TinkexError as error:
+        raise Problem(400, f"{name}: {error}") from error
+
+
+def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
+    """Return the lifetime of a checkpoint, None for ever; Problem 400 out of its range."""
+    value = body.get("ttl_seconds")
+    if value is None:
+        return None
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not 3600 <= value <= 10 * 366 * 86400:
+        raise Problem(400, f"ttl_seconds is {value!r}; it must lie between 3600 and ten years")
+    return float(value)
+
+
+def page(default_limit: int) -> Tuple[int, int]:
+    """Return limit and offset of the query string; Problem 400 if they are no numbers."""
+    numbers = []
+    for name, default in (("limit", default_limit), ("offset", 0)):
+        text = request.args.get(name, str(default))
+        if not text.isdigit():
+            raise Problem(400, f"{name} is {text!r}; it must be a number, 0 or more")
+        numbers.append(min(int(text), 1 << 31))
+    return numbers[0], numbers[1]
+
+
+def digest(raw: bytes) -> bytes:
+    """Tell bodies apart: repeats of one seq_id must carry the same."""
+    return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def digest_without(body: Dict[str, Any], *names: str) -> bytes:
+    """The digest of a JSON object but for the fields *names*, which may change in a retry."""
+    kept = {name: value for name, value in body.items() if name not in names}
+    return digest(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS))
+
+
+def as_problem(error: InvalidInputError) -> Problem:
+    """The answer to a value that is not valid."""
+    return Problem(400, str(error))

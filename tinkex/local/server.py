@@ -1,0 +1,289 @@
+"""LocalServer: the embedded server with its sockets and threads.
+
+Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and writes sockets),
+"tinkex-http-i" (answer requests and hold polls), "tinkex-engine" (the scheduler's).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Dict, Optional, Type, Union
+
+from tinkex.errors import LocalServerError
+from tinkex.local.batches import SamplingLimits
+from tinkex.local.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+#: HTTP threads beyond those that may hold polls.
+_SPARE_THREADS = 64
+
+
+def load_engine(
+    model: str, device: str = "auto", *, progress: Optional[Callable[[str], None]] = None
+) -> Engine:
+    """Load the engine for *model* (minutes for a large one).
+
+    Args:
+        model: ``"deterministic"`` (needs no ML library), an alias such as ``"smollm2-135m"``, a
+            Hugging Face name or a folder.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        progress: gets one line before each slow step.
+
+    Raises:
+        LocalServerError: the model cannot be loaded, or the libraries it needs are missing.
+    """
+    if model == "deterministic":
+        from tinkex.local.deterministic import DeterministicEngine
+
+        return DeterministicEngine()
+    try:
+        from tinkex.local.torch_engine import TorchEngine
+    except ImportError as error:
+        raise LocalServerError(
+            f"the embedded server needs {error.name or 'torch'}, which is not installed",
+            hint='Install it: python -m pip install "tinkex[local]"',
+        ) from error
+    engine: Engine = TorchEngine.from_pretrained(model, device=device, progress=progress)
+    return engine
+
+
+class LocalServer:
+    """The embedded server on a port of this machine.
+
+    ::
+
+        with LocalServer(load_engine("smollm2-135m")) as server:
+            print(server.url)
+
+    Args:
+        engine: does the work.  The server owns it once it has started, and closes it.
+        host: interface to bind; anything but loopback needs *api_key*.
+        port: port to bind; 0 takes a free one.
+        data_dir: keeps runs and checkpoints from one start to the next; None takes a temporary
+            folder, which close removes.
+        api_key: what clients must send as ``X-API-Key``; None asks for none.
+        session_ttl_s: a session without a heartbeat for this long expires.
+        limits: how sampling shares the engine.
+        max_held_polls: so many polls are held at once, each in a thread (about 20 KB).
+        hold_s: a poll for pending work is answered after this long.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        data_dir: Union[str, Path, None] = None,
+        api_key: Optional[str] = None,
+        session_ttl_s: float = 60.0,
+        limits: Optional[SamplingLimits] = None,
+        max_held_polls: int = 1000,
+        hold_s: float = 30.0,
+    ) -> None:
+        _check_key(host, api_key)
+        self._engine = engine
+        self._host = host
+        self._port = port
+        self._data_dir = None if data_dir is None else Path(data_dir)
+        self._api_key = api_key or None
+        self._session_ttl_s = session_ttl_s
+        self._limits = limits
+        self._max_held_polls = max_held_polls
+        self._hold_s = hold_s
+        self._temporary: Optional[Path] = None
+        self._stop = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+        # Guards _closed: close runs once, whoever calls it.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sockets: Dict[int, Any] = {}  # waitress's map; the server thread's own
+        self._backend: Any = None
+        self._http: Any = None
+        self._threads: Any = None
+
+    @property
+    def url(self) -> str:
+        """Base URL for clients; LocalServerError before start."""
+        if self._http is None:
+            raise _not_started()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder that holds runs and checkpoints; LocalServerError before start."""
+        if self._backend is None:
+            raise _not_started()
+        folder: Path = self._backend.store.data_dir
+        return folder
+
+    def start(self) -> None:
+        """Bind and serve; return when requests are answered.
+
+        Raises:
+            LocalServerError: the port is taken, the folder cannot be used, the server was started
+                before, or Flask or waitress is not installed.
+        """
+        if self._thread is not None or self._closed:
+            raise LocalServerError("this server was started before; make a new one")
+        listener = _bind(self._host, self._port)
+        try:
+            self._start_on(listener)
+        except BaseException:
+            listener.close()
+            self._remove_temporary()
+            raise
+
+    def close(self) -> None:
+        """End the server: release held polls, end the threads, close the sockets and the engine.
+
+        Takes less than two seconds, unless the engine is in the middle of a long turn; that ends
+        in the background.  A second call does nothing.  Thread-safe.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._thread is not None:
+            self._backend.futures.close()  # held polls answer now, while the sockets still work
+            self._threads.shutdown(timeout=0.5)
+            self._stop.set()
+            self._http.pull_trigger()
+            self._thread.join(0.5)
+            self._backend.close(timeout_s=0.8)
+        self._remove_temporary()
+
+    def __enter__(self) -> LocalServer:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _start_on(self, listener: socket.socket) -> None:
+        try:
+            from waitress.server import create_server
+
+            from tinkex.local.app import create_app
+        except ImportError as error:
+            raise LocalServerError(
+                f"the embedded server needs {error.name}, which is not installed",
+                hint='Install it: python -m pip install "tinkex[local]"',
+            ) from error
+        from tinkex.local.backend import Backend
+        from tinkex.local.http_threads import HttpThreads
+        from tinkex.local.store import Store
+
+        if self._data_dir is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
+        store = Store(self._temporary or self._data_dir or Path())
+        self._backend = Backend(
+            self._engine, store, session_ttl_s=self._session_ttl_s, limits=self._limits
+        )
+        app = create_app(
+            self._backend,
+            api_key=self._api_key,
+            max_held_polls=self._max_held_polls,
+            hold_s=self._hold_s,
+        )
+        self._threads = HttpThreads(self._max_held_polls + _SPARE_THREADS)
+        self._http = create_server(
+            app,
+            map=self._sockets,
+            _dispatcher=self._threads,
+            sockets=[listener],
+            ident="tinkex",
+            log_socket_errors=False,  # a client that went away is no error of the server
+            connection_limit=self._max_held_polls + 1024,
+            channel_timeout=600,
+            asyncore_use_poll=True,
+            # Bodies of a few MB are read and written in few system calls, and never on disk.
+            recv_bytes=1 << 18,
+            send_bytes=1 << 18,
+            inbuf_overflow=1 << 27,
+            outbuf_overflow=1 << 27,
+        )
+        self._port = listener.getsockname()[1]
+        self._backend.start()
+        self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        """Move bytes until close; the thread tinkex-server."""
+        from waitress import wasyncore
+
+        while not self._stop.is_set():
+            try:
+                wasyncore.loop(timeout=30.0, use_poll=True, map=self._sockets, count=1)
+            except OSError:
+                # A socket that died between two looks; waitress drops it on the next one.
+                _log.debug("the socket loop was disturbed", exc_info=True)
+                time.sleep(0.01)
+        # What the last answers left in the buffers goes out, if it goes at once.
+        for channel in list(self._sockets.values()):
+            if getattr(channel, "total_outbufs_len", 0):
+                channel.handle_write()
+        wasyncore.close_all(map=self._sockets, ignore_all=True)
+
+    def _remove_temporary(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
+    """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
+    _check_key(host, api_key)
+    _bind(host, port).close()
+
+
+def _not_started() -> LocalServerError:
+    return LocalServerError("the server was not started", hint="Call start(), or use `with`.")
+
+
+def _check_key(host: str, api_key: Optional[str]) -> None:
+    if host not in _LOOPBACK and not api_key:
+        raise LocalServerError(
+            f"binding to {host} would let everybody on the network in",
+            hint=f"Set a key (--api-key, api_key=...), e.g. tml-{secrets.token_hex(16)}, "
+            "or bind to 127.0.0.1.",
+        )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise LocalServerError(f"{port} is not a port; use 0 to 65535")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        taken = error.errno == errno.EADDRINUSE
+        raise LocalServerError(
+            f"port {port} on {host} is in use"
+            if taken
+            else f"cannot bind to {host}:{port}: {error.strerror or error}",
+            hint="Stop the program that uses it, or choose another port (--port, port=...); "
+            "0 takes a free one.",
+        ) from error
+    return listener

@@ -1,0 +1,80 @@
+"""AdamW for one adapter (Kingma & Ba, arXiv 1412.6980; decoupled decay: arXiv 1711.05101).
+
+Written here rather than taken from torch.optim because its step parameters come with each call,
+and because constructing a torch optimizer imports torch._dynamo (1-2 s at the first step).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Mapping
+
+import torch
+
+from tinkex.types import AdamParams
+
+MEAN = "exp_avg."
+SQUARE = "exp_avg_sq."
+
+
+class Adam:
+    """The optimizer state of one adapter: a step count and two running averages per parameter.
+
+    The gradient is what ``parameter.grad`` holds.  A parameter without one counts as having a
+    gradient of zero, so a step without any pass before it still moves by momentum and decay.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._names = list(parameters)
+        self._parameters: List[torch.Tensor] = list(parameters.values())
+        self.step_count = 0
+        self._mean = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+        self._square = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+
+    def step(self, params: AdamParams) -> Dict[str, float]:
+        """Move the parameters once and clear the gradient.
+
+        Returns ``grad_norm`` (global 2-norm before clipping) and ``step`` (how many so far).
+        """
+        with torch.no_grad():
+            return self._step(params)
+
+    def _step(self, params: AdamParams) -> Dict[str, float]:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        norm = global_norm(grads)
+        if 0 < params.grad_clip_norm < norm:
+            torch._foreach_mul_(grads, params.grad_clip_norm / norm)
+        self.step_count += 1
+        rate, beta1, beta2 = params.learning_rate, params.beta1, params.beta2
+        if params.weight_decay:
+            torch._foreach_mul_(self._parameters, 1 - rate * params.weight_decay)
+        torch._foreach_lerp_(self._mean, grads, 1 - beta1)
+        torch._foreach_mul_(self._square, beta2)
+        torch._foreach_addcmul_(self._square, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(self._square)
+        torch._foreach_div_(denominator, math.sqrt(1 - beta2**self.step_count))
+        torch._foreach_add_(denominator, params.eps)
+        step_size = rate / (1 - beta1**self.step_count)
+        torch._foreach_addcdiv_(self._parameters, self._mean, denominator, -step_size)
+        for parameter in self._parameters:
+            parameter.grad = None
+        return {"grad_norm": norm, "step": float(self.step_count)}
+
+    def tensors(self) -> Dict[str, torch.Tensor]:
+        """The running averages by name: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``."""
+        named = {f"{MEAN}{name}": value for name, value in zip(self._names, self._mean)}
+        named.update({f"{SQUARE}{name}": value for name, value in zip(self._names, self._square)})
+        return named
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], step_count: int) -> None:
+        """Take over a state that `tensors` returned (same names and shapes)."""
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
+        self.step_count = step_count
+
+
+def global_norm(tensors: List[torch.Tensor]) -> float:
+    """The 2-norm of all *tensors* taken together."""
+    if not tensors:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))

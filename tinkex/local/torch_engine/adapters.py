@@ -1,0 +1,318 @@
+"""LoRA adapters over one base model, kept by peft, switched cheaply.
+
+An AdapterPool wraps the base model once; each training run and each sampler is one named adapter
+in it.  The base's weights are frozen and never merged with an adapter, so any number of adapters
+share them bit for bit (a tied embedding included: an adapter on the output layer adds to its
+logits and leaves the shared matrix alone).
+
+Convention: ``W' = W + (alpha / rank) * B A`` with alpha = 32 whatever the rank, B = 0 and A
+uniform in +-1/sqrt(in_features) at the start (Hu et al., LoRA, arXiv 2106.09685; alpha and the
+initialization as in "LoRA Without Regret", Thinking Machines Lab 2025).  Adapters are fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional
+
+import torch
+
+from tinkex.local.engine import EngineError
+from tinkex.local.torch_engine.quiet import quiet
+from tinkex.types import LoraConfig
+
+LORA_ALPHA = 32
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RUN_FILE = "tinkex_lora.json"
+
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "ffn", "feed_forward", "expert", "moe")
+_NOT_TRAINED = ("router", "gate", "shared_expert_gate")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter in the pool.
+
+    Attributes:
+        key: its name inside peft.
+        config: peft's configuration of it.
+        parameters: fp32 parameters by their names in PEFT's file format, in a fixed order.
+    """
+
+    key: str
+    config: Any
+    parameters: Dict[str, torch.nn.Parameter]
+
+
+class AdapterPool:
+    """The base model with its adapters; one of them, or none, is active at a time."""
+
+    def __init__(self, model: Any, model_name: str) -> None:
+        self._model = model
+        self._model_name = model_name
+        self._peft: Any = None  # the PeftModel, from the first adapter on
+        self._layers: Dict[str, Any] = {}  # peft's LoRA layers by module name
+        self._active: Optional[str] = None
+        self._numbers = itertools.count()
+        model.requires_grad_(False)
+
+    def targets(self, lora: LoraConfig) -> List[str]:
+        """Return the names of the modules an adapter of *lora* changes, shortened for peft.
+
+        Raises:
+            EngineError: the model has none of the wanted kind.
+        """
+        wanted = _wanted_modules(self._model, lora)
+        if not wanted:
+            raise EngineError(
+                f"{self._model_name} has no layers of the kinds asked for by {lora}; "
+                "set train_mlp, train_attn or train_unembed"
+            )
+        return _shorten(wanted, _linear_modules(self._model))
+
+    def make_config(self, lora: LoraConfig) -> Any:
+        """Return peft's configuration for *lora*."""
+        import peft
+
+        return peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=LORA_ALPHA,
+            target_modules=self.targets(lora),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self._model_name,
+        )
+
+    def add(self, config: Any, seed: Optional[int] = None) -> Adapter:
+        """Add an adapter whose delta is zero; its A depends on *seed* only (random if None)."""
+        import peft
+        from peft.tuners.lora import LoraLayer
+
+        key = f"adapter{next(self._numbers)}"
+        random_state = torch.random.get_rng_state()
+        with quiet():
+            if self._peft is None:
+                self._peft = peft.PeftModel(self._model, config, adapter_name=key)
+            else:
+                self._peft.add_adapter(key, config)
+        torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
+        self._layers = {
+            name: module
+            for name, module in self._model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self._active = None
+        parameters = self._parameters_of(key)
+        _initialize(parameters, seed)
+        self._peft.eval()
+        self.activate(None)
+        return Adapter(key, config, parameters)
+
+    def _parameters_of(self, key: str) -> Dict[str, torch.nn.Parameter]:
+        found = {}
+        for name, layer in sorted(self._layers.items()):
+            if key in layer.lora_A:
+                for half in ("lora_A", "lora_B"):
+                    weight = getattr(layer, half)[key].weight
+                    found[f"base_model.model.{name}.{half}.weight"] = weight
+        return found
+
+    def activate(self, adapter: Optional[Adapter]) -> None:
+        """Let *adapter* alone shape the model's output, and train; None is the bare base."""
+        key = adapter.key if adapter is not None else ""
+        if key == self._active:
+            return
+        names = [key] if key else []
+        for layer in self._layers.values():
+            layer.set_adapter(names)
+        self._active = key
+
+    def remove(self, adapter: Adapter) -> None:
+        """Drop *adapter* and free its memory."""
+        with quiet():
+            self._peft.delete_adapter(adapter.key)
+        self._active = None
+        self.activate(None)
+
+
+def write_adapter(adapter: Adapter, lora: LoraConfig, folder: Path) -> None:
+    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in adapter.parameters.items()
+    }
+    save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
+    config = dataclasses.replace(adapter.config, inference_mode=True)
+    config.save_pretrained(str(folder))
+    (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Any:
+    """Return peft's configuration of the adapter saved in *folder*; EngineError if it has none."""
+    import peft
+
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
+    config.inference_mode = False
+    return config
+
+
+def read_lora(folder: Path, model: Any) -> LoraConfig:
+    """Return the LoraConfig of the adapter saved in *folder*, whoever wrote it."""
+    file = folder / RUN_FILE
+    if file.is_file():
+        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        saved = json.loads(file.read_text())
+        return LoraConfig(**{name: value for name, value in saved.items() if name in known})
+    config = read_config(folder)
+    kinds = set()
+    for name, kind in _linear_modules(model).items():
+        if any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+            kinds.add(kind)
+    return LoraConfig(
+        rank=config.r,
+        train_unembed="unembed" in kinds,
+        train_mlp="mlp" in kinds,
+        train_attn="attn" in kinds,
+    )
+
+
+def read_tensors(
+    folder: Path, file: str, wanted: Dict[str, torch.Tensor]
+) -> Dict[str, torch.Tensor]:
+    """Return the tensors saved in *folder*/*file*: of the names and shapes of *wanted*.
+
+    Raises:
+        EngineError: the file is missing or damaged, or holds something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved: Dict[str, torch.Tensor] = load_file(str(folder / file))
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{folder / file} cannot be read: {error}") from error
+    if saved.keys() != wanted.keys():
+        raise EngineError(
+            f"the checkpoint adapts {_sample_of(saved.keys() - wanted.keys())} beyond this model's "
+            f"adapter, and lacks {_sample_of(wanted.keys() - saved.keys())}; "
+            "load it into a model with the same train_mlp, train_attn and train_unembed"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != wanted[name].shape:
+            raise EngineError(
+                f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's adapter "
+                f"{tuple(wanted[name].shape)}; load it into a model with the same rank"
+            )
+    return saved
+
+
+def read_into(adapter: Adapter, folder: Path) -> Dict[str, torch.Tensor]:
+    """Return the weights saved in *folder*, checked to fit *adapter*; nothing is changed yet."""
+    saved = read_config(folder)
+    mine = adapter.config
+    for name in ("r", "lora_alpha"):
+        if getattr(saved, name) != getattr(mine, name):
+            raise EngineError(
+                f"the checkpoint has LoRA {name} {getattr(saved, name)}, this model "
+                f"{getattr(mine, name)}; load it into a model with the same rank"
+            )
+    wanted: Dict[str, torch.Tensor] = dict(adapter.parameters)
+    return read_tensors(folder, WEIGHTS_FILE, wanted)
+
+
+def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Tensor]) -> None:
+    """Copy *values* into *parameters*, by name."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def _sample_of(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "") if ordered else "nothing"
+
+
+def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) -> None:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    with torch.no_grad():
+        for name, parameter in sorted(parameters.items()):
+            if name.endswith("lora_B.weight"):
+                parameter.zero_()
+            else:
+                bound = 1 / math.sqrt(parameter.shape[1])
+                # Drawn on the CPU, so that a seed means the same on every device.
+                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(values)
+
+
+def _linear_modules(model: Any) -> Dict[str, str]:
+    """Map the names of the linear layers of *model* to "attn", "mlp" or "unembed"."""
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        name = name.replace(".base_layer", "")  # a layer that an adapter wraps already
+        base = getattr(module, "base_layer", module)
+        if module is output or base is output:
+            found[name] = "unembed"
+        elif isinstance(base, (torch.nn.Linear, Conv1D)) and name not in found:
+            kind = _kind_of(name)
+            if kind is not None:
+                found[name] = kind
+    return found
+
+
+def _kind_of(name: str) -> Optional[str]:
+    *parents, leaf = name.split(".")
+    if leaf in _NOT_TRAINED or leaf.startswith("lora_"):
+        return None
+    for parent in reversed(parents):
+        if any(word in parent for word in _ATTENTION):
+            return "attn"
+        if any(word in parent for word in _MLP):
+            return "mlp"
+        if parent.startswith("lora_"):
+            return None
+    if leaf in ("fc1", "fc2"):  # OPT, BioGPT: directly in the decoder layer
+        return "mlp"
+    return None
+
+
+def _wanted_modules(model: Any, lora: LoraConfig) -> List[str]:
+    wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    return [name for name, kind in _linear_modules(model).items() if wanted[kind]]
+
+
+def _shorten(wanted: List[str], linear: Dict[str, str]) -> List[str]:
+    """Shorten module names to the endings peft matches by, where these match nothing else."""
+    chosen = set(wanted)
+    others = [name for name in linear if name not in chosen]
+
+    def shortest(name: str) -> str:
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            ending = ".".join(parts[-length:])
+            if not any(other == ending or other.endswith(f".{ending}") for other in others):
+                return ending
+        return name
+
+    return sorted({shortest(name) for name in wanted})

@@ -1,0 +1,103 @@
+"""The losses of the Tinker API, per token, as plain tensor expressions.
+
+Notation, elementwise over the tokens of a batch: ``lp`` is the log-probability the trained model
+gives the target token, ``q`` the one the sampler recorded (input ``logprobs``), ``A`` the
+advantage, ``w`` the weight, ``r = exp(lp - q)``.  A loss is the plain sum over tokens; nothing is
+averaged, so gradients of several calls add up.
+
+=====================  =============================================================
+cross_entropy          ``-lp * w``
+importance_sampling    ``-r * A``
+ppo                    ``-min(r * A, clip(r, low, high) * A)``
+cispo                  ``-stopgrad(clip(r, low, high)) * A * lp``
+dro                    ``-(lp * A - beta / 2 * (lp - q)**2)``
+=====================  =============================================================
+
+``low`` and ``high`` default to 0.8 and 1.2; the configuration keys ``clip_low_threshold`` and
+``clip_high_threshold`` change them for a call, per-token inputs of the same names for a token.
+``beta`` defaults to 0.05.
+
+Sources: names, inputs and the token-sum form follow Tinker's documentation of its losses.
+importance_sampling is the policy gradient (Williams 1992, REINFORCE) with the correction for
+sampling from another policy; ppo is the clipped surrogate of Schulman et al.
+(arXiv 1707.06347, eq. 7); cispo is MiniMax-M1's (arXiv 2506.13585, eq. 4); dro is the
+per-token form of Direct Reward Optimisation (Richemond et al., arXiv 2405.19107).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable, Dict, Mapping, Optional, Tuple
+
+import torch
+
+Inputs = Mapping[str, torch.Tensor]
+Config = Mapping[str, float]
+
+CLIP_LOW = "clip_low_threshold"
+CLIP_HIGH = "clip_high_threshold"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """One loss: its formula, and what it reads.
+
+    Attributes:
+        per_token: ``(lp, inputs, config) -> loss of each token``, all of one shape, float32.
+        required: per-token inputs besides ``target_tokens`` that must be given.
+        defaults: per-token inputs that may be left out, and what they are then: the
+            configuration key of the same name if it is given, else this value.
+        config: configuration keys, and their defaults.
+        gate: the input whose zeros take a token out (no loss, no gradient), if there is one.
+        ranks: how many dimensions ``target_tokens`` may have.
+    """
+
+    per_token: Callable[[torch.Tensor, Inputs, Config], torch.Tensor]
+    required: Tuple[str, ...]
+    defaults: Mapping[str, float]
+    config: Mapping[str, float]
+    gate: Optional[str] = None
+    ranks: Tuple[int, ...] = (1,)
+
+    @property
+    def inputs(self) -> Tuple[str, ...]:
+        """Every per-token input besides ``target_tokens``."""
+        return (*self.required, *self.defaults)
+
+
+def _cross_entropy(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    return -lp * inputs["weights"]
+
+
+def _importance_sampling(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    return -torch.exp(lp - inputs["logprobs"]) * inputs["advantages"]
+
+
+def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    ratio = torch.exp(lp - inputs["logprobs"])
+    clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
+    advantages = inputs["advantages"]
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    ratio = torch.exp(lp.detach() - inputs["logprobs"])
+    clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
+    return -clipped * inputs["advantages"] * lp
+
+
+def _dro(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    drift = lp - inputs["logprobs"]
+    return -(lp * inputs["advantages"] - 0.5 * config["beta"] * drift * drift)
+
+
+_SAMPLED = ("logprobs", "advantages")
+_CLIP = {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}
+
+LOSS_TABLE: Dict[str, Loss] = {
+    "cross_entropy": Loss(_cross_entropy, (), {"weights": 1.0}, {}, "weights", (1, 2)),
+    "importance_sampling": Loss(_importance_sampling, _SAMPLED, {}, {}, "advantages"),
+    "ppo": Loss(_ppo, _SAMPLED, _CLIP, _CLIP, "advantages"),
+    "cispo": Loss(_cispo, _SAMPLED, _CLIP, _CLIP, "advantages"),
+    "dro": Loss(_dro, _SAMPLED, {}, {"beta": 0.05}),
+}

@@ -1,0 +1,75 @@
+"""RetryPolicy: when a failed request is sent again, and how long after.  Pure arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+from typing import Mapping, Optional
+
+#: Pauses a server asks for are obeyed up to this long, in seconds.
+MAX_HINT_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with full jitter, bounded in total time.
+
+    Attributes:
+        base_s: the first delay is drawn from 0.5 .. 1 times this.
+        cap_s: no delay is longer (a server's own hint may be, up to 60 s).
+        max_elapsed_s: no new attempt begins later than this after the first one.
+        max_server_errors: a plain 500 is believed after so many attempts: it rarely goes
+            away, unlike 502, 503 and 504.
+    """
+
+    base_s: float = 0.5
+    cap_s: float = 10.0
+    max_elapsed_s: float = 300.0
+    max_server_errors: int = 4
+
+    def delay_s(
+        self, attempt: int, elapsed_s: float, hint_s: Optional[float], rand: float
+    ) -> Optional[float]:
+        """Seconds to wait before the next attempt, or None to give up.
+
+        *attempt* counts the attempts made (from 1), *elapsed_s* is the time since the first began,
+        *hint_s* the server's own wish, *rand* is uniform in [0, 1).
+        """
+        if hint_s is not None:
+            delay = min(hint_s, MAX_HINT_S)
+        else:
+            ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
+            delay = ceiling * (0.5 + rand / 2)
+        return delay if elapsed_s + delay <= self.max_elapsed_s else None
+
+    def retries_status(self, status: int, attempt: int, headers: Mapping[str, str]) -> bool:
+        """Tell whether an answer with *status* is worth another attempt.
+
+        408, 429 and 5xx are; 409 is not (the conflict will not go away), nor 501 (no such thing).
+        The server's ``x-should-retry`` header decides before all that.
+        """
+        wish = headers.get("x-should-retry", "").lower()
+        if wish in ("true", "false"):
+            return wish == "true"
+        if status == 500:
+            return attempt < self.max_server_errors
+        return status in (408, 429) or (status > 500 and status != 501)
+
+
+def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
+    """Read the server's wish for a pause from ``retry-after-ms`` or ``retry-after``.
+
+    The latter may be seconds (also fractions) or an HTTP date, compared with *wall* (seconds
+    since the epoch).  None if there is no wish, or no sense in it.
+    """
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000.0)
+        text = headers.get("retry-after")
+        if text is None:
+            return None
+        if text.replace(".", "", 1).strip().isdigit():
+            return float(text)
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - wall)
+    except (ValueError, TypeError, IndexError):
+        return None

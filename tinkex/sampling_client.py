@@ -1,0 +1,216 @@
+"""SamplingClient: samples from a base model or a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, Callable, List, Optional, TypeVar
+
+from tinkex.api import sampling as api
+from tinkex.channel import Channel
+from tinkex.errors import InvalidInputError
+from tinkex.futures import APIFuture
+from tinkex.poller import Operation
+from tinkex.ready import Ready
+from tinkex.session import Session
+from tinkex.tokenizers import load_tokenizer
+from tinkex.transport import Reply
+from tinkex.types import (
+    GetSamplerResponse,
+    ModelInput,
+    SampleRequest,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+    UntypedFuture,
+)
+from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.wire.codec import align_prompt_logprobs, codec_for
+
+T = TypeVar("T")
+
+#: Samples may be asked for a logprob only; this draws one token and throws it away.
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+
+
+class SamplingClient(Ready):
+    """Samples from one set of weights.  Thread-safe; requests run in any order.
+
+    Made by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input, before
+    anything is sent, and ClientClosedError once the ServiceClient is closed.
+
+    Attributes:
+        sampling_session_id: the server's id of the sampler.
+    """
+
+    def __init__(
+        self, session: Session, sampling_session_id: str, base_model: Optional[str] = None
+    ) -> None:
+        self.sampling_session_id = sampling_session_id
+        self._session = session
+        self._base_model = base_model
+        self._seq_ids = itertools.count()  # next() is atomic
+
+    @classmethod
+    def create_future(
+        cls,
+        session: Session,
+        *,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        known_base_model: Optional[str] = None,
+    ) -> APIFuture[SamplingClient]:
+        """Create the server's sampler; return at once.  See ServiceClient.create_sampling_client."""
+        if (model_path is None) == (base_model is None):
+            raise InvalidInputError("give either model_path or base_model")
+        if model_path is not None:
+            check_tinker_path(model_path)
+        elif not isinstance(base_model, str) or not base_model:
+            raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
+        session.ensure_open("create_sampling_client")
+        number = session.next_sampler_number()
+
+        def create() -> SamplingClient:
+            created = api.create_sampling_session(
+                session.transport,
+                session_id=session.session_id,
+                sampling_session_seq_id=number,
+                base_model=base_model,
+                model_path=model_path,
+            )
+            return cls(session, created.sampling_session_id, base_model or known_base_model)
+
+        return session.run("create_sampling_client", create)
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: Optional[SamplingParams] = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Optional[TensorData] = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: Optional[int] = None,
+    ) -> APIFuture[SampleResponse]:
+        """Draw *num_samples* continuations of *prompt*; return at once.
+
+        Args:
+            prompt: at least one token.
+            num_samples: how many, drawn as one batch.
+            sampling_params: how tokens are drawn; the defaults of SamplingParams if None.
+            include_prompt_logprobs: also return the logprob of each prompt token.
+            topk_prompt_logprobs, topk_sample_logprobs: also return the likeliest tokens at each
+                prompt, or sampled, position.
+            target_prompt_logprobs: int64 token ids ``(len(prompt) - 1, k)`` to get logprobs of.
+            prompt_alt_tokens_k: alternative draws per prompt position.
+            prompt_logprobs_last_n: logprobs of the last n prompt tokens only.
+        """
+        request = SampleRequest(
+            prompt=prompt,
+            num_samples=num_samples,
+            sampling_params=sampling_params or SamplingParams(),
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+        )
+        return self._submit("sample", request, lambda response: response)
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: Optional[int] = None
+    ) -> APIFuture[List[Optional[float]]]:
+        """Compute the logprob of each token of *prompt*; return at once.
+
+        The result has one entry per token; the first, which nothing predicts, is None.
+        """
+        request = SampleRequest(
+            prompt=prompt,
+            sampling_params=_ONE_TOKEN,
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        return self._submit("compute_logprobs", request, lambda r: r.prompt_logprobs or [])
+
+    def get_base_model(self) -> str:
+        """Name of the base model.  Blocks if the server must be asked; then cached."""
+        if self._base_model is None:
+            self._base_model = self._get_sampler("get_base_model").base_model
+        return self._base_model
+
+    def get_tokenizer(self) -> Any:
+        """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
+        sampler = self._get_sampler("get_tokenizer")
+        return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
+
+    def _get_sampler(self, what: str) -> GetSamplerResponse:
+        self._session.ensure_open(what)
+        return api.get_sampler(self._session.transport, self.sampling_session_id)
+
+    def __repr__(self) -> str:
+        return f"<SamplingClient {self.sampling_session_id} of {self._base_model or 'a checkpoint'}>"
+
+    def _submit(
+        self, kind: str, request: SampleRequest, pick: Callable[[SampleResponse], T]
+    ) -> APIFuture[T]:
+        _check(request)
+        session = self._session
+        session.ensure_open(kind)
+        future: APIFuture[T] = session.poller.new_future(kind)
+        seq_id = next(self._seq_ids)
+        sequence_ids: List[str] = []
+
+        def send(channel: Channel) -> UntypedFuture:
+            accepted = api.asample(
+                session.transport,
+                sampling_session_id=self.sampling_session_id,
+                seq_id=seq_id,
+                request=request,
+                channel=channel,
+            )
+            sequence_ids.extend(accepted.sample_sequence_ids or ())
+            return accepted
+
+        def decode(reply: Reply) -> T:
+            response = codec_for(reply.content_type).decode_samples(reply.body)
+            response = align_prompt_logprobs(response, request.prompt.length)
+            return pick(_with_ids(response, sequence_ids))
+
+        session.poller.submit_sample(Operation(future, decode, binary=True), send)
+        return future
+
+
+def _with_ids(response: SampleResponse, sequence_ids: List[str]) -> SampleResponse:
+    """The ids come with the submission's answer, not with the result; some servers send none."""
+    if len(sequence_ids) != len(response.sequences):
+        return response
+    pairs = zip(response.sequences, sequence_ids)
+    named = [dataclasses.replace(sequence, sequence_id=name) for sequence, name in pairs]
+    return dataclasses.replace(response, sequences=named)
+
+
+def _check(request: SampleRequest) -> None:
+    if not isinstance(request.prompt, ModelInput):
+        raise InvalidInputError(
+            f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
+            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
+        )
+    if request.prompt.length == 0:
+        raise InvalidInputError("the prompt has no tokens")
+    if not isinstance(request.sampling_params, SamplingParams):
+        raise InvalidInputError(f"sampling_params is a {type(request.sampling_params).__name__}")
+    request.sampling_params.check()
+    if request.num_samples < 1:
+        raise InvalidInputError(f"num_samples is {request.num_samples}; it must be at least 1")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        if getattr(request, name) < 0:
+            raise InvalidInputError(f"{name} is {getattr(request, name)}; it must be 0 or more")
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not (1 <= last_n < request.prompt.length and request.prompt_logprobs):
+        raise InvalidInputError(
+            f"prompt_logprobs_last_n is {last_n}; it must lie in 1 .. len(prompt) - 1, "
+            "and needs include_prompt_logprobs"
+        )

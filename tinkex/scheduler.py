@@ -1,0 +1,157 @@
+"""WorkerPool: a few daemon threads that run tasks in order and go away when idle.
+
+With a cap of one it is a serial lane: tasks run one after the other, in the order they came.
+The threads know only the pool's inner state, never its owner, so a forgotten owner can be
+collected; and they are daemons, so the interpreter never waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import Callable, List, Optional
+
+from tinkex.errors import ClientClosedError
+
+logger = logging.getLogger(__name__)
+
+Task = Callable[[], object]
+
+
+class _State:
+    """What the threads of a pool share.
+
+    *lock* guards the counters and the lists; it is held for a few statements only, never while a
+    task runs.  *queue* is a SimpleQueue because finalizers post to it (bpo-32576).
+    """
+
+    def __init__(self, name: str, idle_s: float) -> None:
+        self.name = name
+        self.idle_s = idle_s
+        self.queue: queue.SimpleQueue[Optional[Task]] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.backlog = 0  # tasks put and not yet taken
+        self.idle = 0  # threads waiting for a task
+        self.threads: List[threading.Thread] = []
+        self.started = 0
+        self.closed = False
+
+
+class WorkerPool:
+    """Runs tasks on at most *cap* daemon threads named ``<name>-<i>`` (``<name>`` if cap is 1).
+
+    Args:
+        name: of the threads.
+        cap: most threads at once.
+        idle_s: a thread without work ends after this many seconds.
+
+    Thread-safe.  A task's exceptions are logged; tasks are expected to handle their own.
+    """
+
+    def __init__(self, name: str, cap: int, idle_s: float = 30.0) -> None:
+        self._state = _State(name, idle_s)
+        self._cap = cap
+
+    def submit(self, task: Task) -> None:
+        """Queue *task*; return at once.
+
+        Raises:
+            ClientClosedError: the pool was closed.
+        """
+        state = self._state
+        with state.lock:
+            if state.closed:
+                raise ClientClosedError(f"{state.name} was closed")
+            state.backlog += 1
+            state.queue.put(task)
+            if state.backlog <= state.idle or len(state.threads) >= self._cap:
+                return
+            name = state.name if self._cap == 1 else f"{state.name}-{state.started}"
+            state.started += 1
+            thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
+            state.threads.append(thread)
+        _start(state, thread)
+
+    def close(self) -> None:
+        """Refuse new tasks and let the threads end; queued tasks that did not begin are dropped.
+
+        Returns at once; see `join`.
+        """
+        stop(self._state)
+
+    def join(self, deadline: float) -> List[str]:
+        """Wait until *deadline* (monotonic) for the threads to end; return the names of the rest."""
+        with self._state.lock:
+            threads = [t for t in self._state.threads if t.ident is not None]
+        current = threading.current_thread()
+        for thread in threads:
+            if thread is not current:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return [t.name for t in threads if t.is_alive() and t is not current]
+
+    @property
+    def stopper(self) -> Callable[[], None]:
+        """A function that closes the pool from a finalizer: no lock, no reference to the pool."""
+        state = self._state
+
+        def stop_from_finalizer() -> None:
+            state.closed = True
+            state.queue.put(None)
+
+        return stop_from_finalizer
+
+
+def _start(state: _State, thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
+        with state.lock:
+            state.threads.remove(thread)
+            alone = not state.threads
+        if alone:
+            raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
+        logger.debug("cannot start thread %s: %s", thread.name, error)
+
+
+def stop(state: _State) -> None:
+    """Close a pool's state and wake its threads."""
+    with state.lock:
+        state.closed = True
+    state.queue.put(None)  # each thread that sees it puts it back for the next
+
+
+def _work(state: _State) -> None:
+    while True:
+        task = _next_task(state)
+        if task is None:
+            return
+        try:
+            task()
+        except Exception:
+            logger.exception("a task of %s failed", threading.current_thread().name)
+        del task  # do not keep its futures alive while idle
+
+
+def _next_task(state: _State) -> Optional[Task]:
+    """Wait for a task; None when this thread is to end (it is then off the list)."""
+    while True:
+        with state.lock:
+            state.idle += 1
+        try:
+            task = state.queue.get(timeout=state.idle_s)
+        except queue.Empty:
+            task = None
+        with state.lock:
+            state.idle -= 1
+            if task is not None:
+                state.backlog -= 1
+                if not state.closed:
+                    return task
+            if state.closed:
+                state.queue.put(None)
+            elif state.backlog:  # a task came just as we gave up waiting
+                continue
+            state.threads.remove(threading.current_thread())
+            return None

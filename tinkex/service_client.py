@@ -1,0 +1,353 @@
+"""ServiceClient: where every program starts.  One of them is one session on the server."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, List, Mapping, Optional, Type
+
+from tinkex.api import sessions as sessions_api
+from tinkex.api import training as api
+from tinkex.api._call import read
+from tinkex.config import Config
+from tinkex.errors import InvalidInputError
+from tinkex.futures import APIFuture
+from tinkex.poller import Operation
+from tinkex.rest_client import RestClient
+from tinkex.sampling_client import SamplingClient
+from tinkex.session import STATUSES, Session
+from tinkex.session_manager import SessionManager, default_manager
+from tinkex.training_client import TrainingClient
+from tinkex.types import (
+    CreateModelResponse,
+    GetServerCapabilitiesResponse,
+    LoadWeightsResponse,
+    LoraConfig,
+    UntypedFuture,
+)
+from tinkex.types.checkpoint_path import check_tinker_path
+
+logger = logging.getLogger(__name__)
+
+UserMetadata = Optional[Mapping[str, str]]
+
+
+class ServiceClient:
+    """A session on a Tinker server, and the clients made from it.  Thread-safe.
+
+    Constructing it blocks until the server has created the session; from then on a heartbeat
+    thread keeps it alive.  Use it as a context manager, or close it::
+
+        with ServiceClient(base_url="http://localhost:8080") as service:
+            trainer = service.create_lora_training_client("smollm2-135m", rank=8)
+
+    Args:
+        user_metadata: kept with the session.
+        project_id: the project the session belongs to.
+        display_name: shown for the session.
+        base_url, api_key: the server; else ``TINKER_BASE_URL`` and ``TINKER_API_KEY``.
+        default_headers_overrides: headers to send with every request.
+        config: all settings at once, instead of the keywords.
+        manager: what keeps the session alive; by default one for all clients of the process.
+        settings: any other setting of `Config`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        APIError: the server cannot be reached (reported within 20 s) or refused; nothing is left
+            behind.
+    """
+
+    def __init__(
+        self,
+        user_metadata: UserMetadata = None,
+        project_id: Optional[str] = None,
+        *,
+        config: Optional[Config] = None,
+        manager: Optional[SessionManager] = None,
+        default_headers_overrides: Optional[Mapping[str, str]] = None,
+        **settings: Any,
+    ) -> None:
+        settings.update(
+            user_metadata=user_metadata,
+            project_id=project_id,
+            extra_headers=default_headers_overrides or settings.get("extra_headers"),
+        )
+        if config is not None and any(value is not None for value in settings.values()):
+            raise InvalidInputError("give either config or single settings, not both")
+        self._session = Session(config or Config.resolve(**settings), manager or default_manager())
+        self._server: Any = None
+
+    @classmethod
+    def local(
+        cls,
+        model: str = "smollm2-135m",
+        *,
+        data_dir: Optional[str] = None,
+        device: str = "auto",
+        **settings: Any,
+    ) -> ServiceClient:
+        """Start the embedded server in this process and return a client of it.
+
+        Real HTTP on an ephemeral port; the server stops when the client is closed.  Blocks until
+        the model is loaded, which may first download it.  Needs ``pip install "tinkex[local]"``.
+
+        Args:
+            model: ``"smollm2-135m"``, ``"tiny-random"``, ``"deterministic"`` (no ML library
+                needed), a Hugging Face name, or a folder.
+            data_dir: where runs and checkpoints are kept; None is a folder removed at close.
+            device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+            settings: of the client, as for the constructor.
+
+        Raises:
+            LocalServerError: the model cannot be had, or something is not installed.
+        """
+        # The one import that looks up: what an edge offers, as a convenience.
+        from tinkex.local import LocalServer, load_engine
+
+        server = LocalServer(load_engine(model, device), data_dir=data_dir)
+        try:
+            server.start()
+            settings = {"base_url": server.url, **settings}
+            client = cls(**settings)
+        except BaseException:
+            server.close()
+            raise
+        client._server = server
+        return client
+
+    @property
+    def session_id(self) -> str:
+        """The server's id of this session."""
+        return self._session.session_id
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self._session.config
+
+    @property
+    def server_dialect(self) -> Optional[str]:
+        """How training batches are sent: ``"protobuf"``, ``"json"``, or None while not known."""
+        codec = self._session.dialect.codec
+        return None if codec is None else codec.name
+
+    def inflight(self) -> List[APIFuture[Any]]:
+        """The futures of this client that are not settled yet; ``status()`` tells of each."""
+        return self._session.poller.inflight()
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """The base models the server offers.  Blocks."""
+        return self.create_rest_client().get_server_capabilities().result()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: Optional[int] = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: UserMetadata = None,
+    ) -> TrainingClient:
+        """Create a fresh LoRA adapter over *base_model* and return its client.  Blocks.
+
+        Args:
+            base_model: a name the server offers; see `get_server_capabilities`.
+            rank: of the adapter, at least 1.
+            seed: of its initial values.
+            train_mlp, train_attn, train_unembed: which layers; at least one.
+            user_metadata: kept with the run.
+        """
+        return self.create_lora_training_client_future(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata
+        ).result()
+
+    def create_lora_training_client_future(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: Optional[int] = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: UserMetadata = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_lora_training_client`; returns at once."""
+        if not isinstance(base_model, str) or not base_model:
+            raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
+        lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        lora.check()
+        session = self._session
+        session.ensure_open("create_lora_training_client")
+        number = session.next_model_number()
+
+        def create() -> TrainingClient:
+            accepted = api.create_model(
+                session.transport,
+                session_id=session.session_id,
+                model_seq_id=number,
+                base_model=base_model,
+                lora_config=lora,
+                user_metadata=user_metadata,
+            )
+            created = self._await("create_model", accepted, CreateModelResponse)
+            return self._ready(TrainingClient(session, created.model_id, base_model))
+
+        return session.run("create_lora_training_client", create)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> TrainingClient:
+        """Create a run from the weights at *path*, with a fresh optimizer.  Blocks."""
+        return self.create_training_client_from_state_future(
+            path, base_model, user_metadata, weights_access_token
+        ).result()
+
+    def create_training_client_from_state_future(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_training_client_from_state`; returns at once."""
+        return self._from_state(path, base_model, user_metadata, weights_access_token, False)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> TrainingClient:
+        """Create a run that continues the one saved at *path*, optimizer and all.  Blocks."""
+        return self.create_training_client_from_state_with_optimizer_future(
+            path, base_model, user_metadata, weights_access_token
+        ).result()
+
+    def create_training_client_from_state_with_optimizer_future(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_training_client_from_state_with_optimizer`; returns at once."""
+        return self._from_state(path, base_model, user_metadata, weights_access_token, True)
+
+    def create_sampling_client(
+        self, model_path: Optional[str] = None, base_model: Optional[str] = None
+    ) -> SamplingClient:
+        """Return a client that samples a checkpoint or a base model (give one).  Blocks."""
+        return self.create_sampling_client_future(model_path, base_model).result()
+
+    def create_sampling_client_future(
+        self, model_path: Optional[str] = None, base_model: Optional[str] = None
+    ) -> APIFuture[SamplingClient]:
+        """Like `create_sampling_client`; returns at once."""
+        return SamplingClient.create_future(
+            self._session, model_path=model_path, base_model=base_model
+        )
+
+    def create_rest_client(self) -> RestClient:
+        """Return a client for runs, checkpoints and sessions.  Does not block."""
+        self._session.ensure_open("create_rest_client")
+        return RestClient(self._session)
+
+    def close(
+        self, status: str = "success", detail: Optional[str] = None, timeout_s: float = 5.0
+    ) -> Future[None]:
+        """End the session, and the embedded server if there is one.
+
+        Outstanding futures fail with ClientClosedError, so that every waiter wakes.  Blocks for at
+        most about *timeout_s*; idempotent, and safe from several threads.
+
+        Args:
+            status: what the server is told: ``"success"``, ``"errored"`` or ``"interrupted"``.
+            detail: why, in words.
+
+        Returns:
+            A completed future (scripts for the official SDK call ``.result()`` on it).
+        """
+        if status not in STATUSES:
+            raise InvalidInputError(f"status is {status!r}; it must be one of {STATUSES}")
+        self._session.close(status, detail, timeout_s=timeout_s)
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def __enter__(self) -> ServiceClient:
+        self._session.ensure_open("with ServiceClient")
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if exc_type is None:
+            self.close("success")
+        elif issubclass(exc_type, Exception):
+            self.close("errored", exc_type.__name__)
+        else:
+            self.close("interrupted", exc_type.__name__)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._session.closed else "open"
+        return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
+
+    def _from_state(
+        self,
+        path: str,
+        base_model: Optional[str],
+        user_metadata: UserMetadata,
+        weights_access_token: Optional[str],
+        optimizer: bool,
+    ) -> APIFuture[TrainingClient]:
+        check_tinker_path(path)
+        session = self._session
+        session.ensure_open("create_training_client_from_state")
+        number = session.next_model_number()
+
+        def create() -> TrainingClient:
+            accepted = api.create_model_from_weights(
+                session.transport,
+                session_id=session.session_id,
+                model_seq_id=number,
+                path=path,
+                optimizer=optimizer,
+                base_model=base_model,
+                user_metadata=user_metadata,
+                weights_access_token=weights_access_token,
+            )
+            loaded = self._await("load_weights", accepted, LoadWeightsResponse)
+            # The id a server does not send is the one all of them make (reference, section 3.1).
+            model_id = loaded.model_id or accepted.model_id
+            model_id = model_id or f"{session.session_id}:train:{number}"
+            return self._ready(TrainingClient(session, model_id, base_model))
+
+        return session.run("create_training_client_from_state", create)
+
+    def _await(self, kind: str, accepted: UntypedFuture, answer: Any) -> Any:
+        """Wait, on a background thread, for the result of accepted work."""
+        poller = self._session.poller
+        future = poller.new_future(kind)
+        future.enter("waiting", accepted.request_id)
+        lane = f"create {accepted.request_id}"
+        poller.watch(lane, Operation(future, lambda reply: read(answer, reply, kind)))
+        return future.result()
+
+    @staticmethod
+    def _ready(client: TrainingClient) -> TrainingClient:
+        """Ask for the run's facts while we are in the background anyway."""
+        client.get_info()
+        return client

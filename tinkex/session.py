@@ -1,0 +1,227 @@
+"""Session: one live server session and what all clients made from it share.
+
+A ServiceClient opens one; its training, sampling and REST clients hold on to it.  It owns the
+transport and the poller; the session manager beats for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from typing import Any, Callable, List, Optional, TypeVar
+
+from tinkex import lifecycle
+from tinkex.config import Config
+from tinkex.dialect import Dialect
+from tinkex.errors import (
+    APIStatusError,
+    ClientClosedError,
+    RequestFailedError,
+    SessionLostError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.poller import Poller
+from tinkex.scheduler import WorkerPool
+from tinkex.session_manager import SessionManager
+from tinkex.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STATUSES = ("success", "errored", "interrupted")
+
+
+class Session:
+    """A live session.  Thread-safe.
+
+    Args:
+        config: settings of the client.
+        manager: beats for the session.
+
+    Constructing it blocks until the server has created the session.
+
+    Raises:
+        APIError: the session could not be created; nothing is left behind.
+    """
+
+    def __init__(self, config: Config, manager: SessionManager) -> None:
+        self.config = config
+        self.manager = manager
+        self.opened_at = _callers_line()
+        self._pid = os.getpid()
+        self._closing = threading.Event()
+        self._closed = threading.Event()
+        # Guards _closer (the thread that closes, so that only one does) and _lanes.
+        self._lock = threading.Lock()
+        self._closer: Optional[threading.Thread] = None
+        self._lanes: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+        #: Path of the checkpoint saved last, to resume from.
+        self.last_checkpoint: Optional[str] = None
+        # next() on a count is atomic; a number is used up even if its request fails.
+        self._model_numbers = itertools.count()
+        self._sampler_numbers = itertools.count()
+        self.dialect = Dialect(config)
+        self.session_id = manager.start_session(config)
+        self.transport = Transport(config, closing=self._closing)
+        self.poller = Poller(self.transport, self.explain)
+        self._background = WorkerPool("tinkex-create", 8)
+        self._finalizer = weakref.finalize(
+            self, _abandon, manager, self.session_id, [*self.poller.stoppers, self._background.stopper]
+        )
+        self._finalizer.atexit = False
+        lifecycle.track(self)
+
+    def next_model_number(self) -> int:
+        """Reserve the next ``model_seq_id`` of the session: 0, 1, ..."""
+        return next(self._model_numbers)
+
+    def next_sampler_number(self) -> int:
+        """Reserve the next ``sampling_session_seq_id`` of the session: 0, 1, ..."""
+        return next(self._sampler_numbers)
+
+    @property
+    def closed(self) -> bool:
+        """True once close has begun."""
+        return self._closing.is_set()
+
+    def ensure_open(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was asked, unless the session is usable here."""
+        if self._pid != os.getpid():
+            raise ClientClosedError(
+                f"{what}: this client belongs to the parent process of a fork",
+                session_id=self.session_id,
+                hint="Create a ServiceClient in the child process.",
+            )
+        if self._closing.is_set():
+            raise ClientClosedError(
+                f"{what}: the ServiceClient of session {self.session_id} was closed",
+                session_id=self.session_id,
+                hint="Create a new ServiceClient, or do the work inside its `with` block.",
+            )
+
+    def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
+        """Run *work* on a background thread; return its future at once."""
+        self.ensure_open(kind)
+        future: APIFuture[T] = self.poller.new_future(kind)
+
+        def task() -> None:
+            try:
+                future.settle(work())
+            except Exception as error:
+                self.poller.fail(future, error)
+
+        future.enter("submitting")
+        self._background.submit(task)
+        return future
+
+    def explain(self, error: TinkexError) -> TinkexError:
+        """Return the error to show for failed work: SessionLostError if the session was lost."""
+        if error.session_id is None:
+            error.session_id = self.session_id
+        reason = self.manager.lost_reason(self.session_id)
+        if reason is None or not isinstance(error, (APIStatusError, RequestFailedError)):
+            return error
+        last = self.last_checkpoint
+        resume = (
+            f"Resume with create_training_client_from_state_with_optimizer({last!r})."
+            if last
+            else "No checkpoint was saved by this client: start again, and save_state now and then."
+        )
+        return SessionLostError(
+            f"session {self.session_id} was lost ({reason}); then: {error.message}",
+            status=error.status,
+            request_id=error.request_id,
+            session_id=self.session_id,
+            hint=f"Create a new ServiceClient. {resume}",
+        )
+
+    def new_lane(self, name: str) -> WorkerPool:
+        """Make a serial lane with a thread of that *name*; it is stopped with the session."""
+        lane = WorkerPool(name, 1)
+        with self._lock:
+            self._lanes.add(lane)
+        return lane
+
+    def close(
+        self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
+    ) -> None:
+        """End the session; at most about *timeout_s*.  Idempotent, safe from several threads.
+
+        The order: refuse new work, so that nothing is added; settle outstanding futures, so that
+        every waiter wakes; stop the threads; stop the heartbeats and finish the session; close
+        connections last, since finishing needs one.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            mine = self._closer is None
+            if mine:
+                self._closer = threading.current_thread()
+        if not mine:
+            if self._closer is not threading.current_thread():
+                self._closed.wait(max(0.0, deadline - time.monotonic()))
+            return
+        try:
+            self._closing.set()
+            self.poller.close(
+                ClientClosedError(
+                    "the client was closed before this was done", session_id=self.session_id
+                )
+            )
+            with self._lock:
+                pools = [*self._lanes, self._background]
+            for pool in pools:
+                pool.close()
+            self.transport.abort()
+            left_s = max(0.2, (deadline - time.monotonic()) / 2)
+            self.manager.stop_session(self.session_id, status, detail, timeout_s=left_s)
+            stayed = self.poller.join(deadline)
+            stayed += [name for pool in pools for name in pool.join(deadline)]
+            if stayed:
+                logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
+        finally:
+            self._finalizer.detach()
+            lifecycle.untrack(self)
+            self._closed.set()
+
+    def close_at_exit(self, status: str, timeout_s: float) -> None:
+        """See lifecycle.Tracked."""
+        self.close(status, "the process ended without closing the client", timeout_s=timeout_s)
+
+    def forget_after_fork(self) -> None:
+        """See lifecycle.Tracked: the child must neither use nor end the parent's session."""
+        self._finalizer.detach()
+
+    def __del__(self) -> None:
+        finalizer: Any = getattr(self, "_finalizer", None)
+        if finalizer is not None and finalizer.alive and self._pid == os.getpid():
+            warnings.warn(
+                f"unclosed ServiceClient of session {self.session_id}, opened at {self.opened_at}; "
+                "use `with ServiceClient(...)` or close()",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+
+def _abandon(manager: SessionManager, session_id: str, stoppers: List[Callable[[], None]]) -> None:
+    """Runs in a finalizer, at any time in any thread: nothing here may lock or wait."""
+    for stop in stoppers:
+        stop()
+    manager.abandon(session_id)
+
+
+def _callers_line() -> str:
+    """``file:line`` of the first caller outside this package."""
+    frame: Any = sys._getframe(1)
+    package = os.path.dirname(os.path.abspath(__file__))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,216 @@
+"""SessionTable: which sessions live, whose heartbeat is due, and what an answer means.
+
+A pure core: it takes ``now`` (monotonic seconds) and knows no thread, lock or network.  Its owner
+is the SessionManager, which guards it with a lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from typing import Dict, List, Optional, Tuple
+
+from tinkex.config import Config
+
+#: After the first warning about a session without heartbeats, at most one a minute.
+WARN_EVERY_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HeartbeatPolicy:
+    """How one session is kept alive; see Config for the meaning of each."""
+
+    interval_s: float = 10.0
+    warn_after_s: float = 120.0
+    max_failures: Optional[int] = None
+    max_failure_s: Optional[float] = None
+
+    @classmethod
+    def of(cls, config: Config) -> HeartbeatPolicy:
+        """Take the policy from a client's settings."""
+        return cls(
+            config.heartbeat_interval_s,
+            config.heartbeat_warn_after_s,
+            config.max_heartbeat_failures,
+            config.max_heartbeat_failure_s,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionSnapshot:
+    """What is known of a live session; times are monotonic seconds.  Holds no secret."""
+
+    session_id: str
+    created: float
+    last_success: float
+    consecutive_failures: int
+    last_error: Optional[str]
+    state: str  # "alive", or "failing" while heartbeats go unanswered
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a heartbeat's answer means.
+
+    Attributes:
+        kind: ``"fine"``, ``"failing"`` (say nothing), ``"warn"``, ``"recovered"``, or, with the
+            session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx), ``"limit"``.
+        silent_s: seconds since the last success (or the start).
+        failures: failures in a row, this one included.
+        first_beat: no heartbeat of this session has ever succeeded.
+        error: the answer, in words.
+    """
+
+    kind: str
+    silent_s: float = 0.0
+    failures: int = 0
+    first_beat: bool = False
+    error: Optional[str] = None
+
+    @property
+    def removed(self) -> bool:
+        """True if the session is off the table."""
+        return self.kind in ("gone", "refused", "limit")
+
+
+@dataclasses.dataclass
+class _Entry:
+    session_id: str
+    policy: HeartbeatPolicy
+    created: float
+    due: float
+    last_success: float
+    in_flight: bool = False
+    ever_succeeded: bool = False
+    failures: int = 0
+    last_error: Optional[str] = None
+    last_warning: Optional[float] = None
+
+
+class SessionTable:
+    """The live sessions.  Not thread-safe: its owner locks."""
+
+    def __init__(self) -> None:
+        self._entries: Dict[str, _Entry] = {}
+        # (due, session id); entries that were removed or re-armed leave stale items behind,
+        # which are recognised by their time and dropped when they surface.
+        self._heap: List[Tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._entries
+
+    def add(self, session_id: str, policy: HeartbeatPolicy, *, now: float, phase: float) -> None:
+        """Add a session; its first beat is due after *phase* (in [0, 1)) of its interval."""
+        due = now + phase * policy.interval_s
+        self._entries[session_id] = _Entry(session_id, policy, now, due, last_success=now)
+        heapq.heappush(self._heap, (due, session_id))
+
+    def remove(self, session_id: str) -> bool:
+        """Remove a session; False if it is not there."""
+        return self._entries.pop(session_id, None) is not None
+
+    def ids(self) -> List[str]:
+        """The live sessions, oldest first."""
+        return list(self._entries)
+
+    def next_due(self) -> Optional[float]:
+        """When the next beat is due, or None without sessions."""
+        while self._heap:
+            due, session_id = self._heap[0]
+            entry = self._entries.get(session_id)
+            if entry is not None and entry.due == due:
+                return due
+            heapq.heappop(self._heap)
+        return None
+
+    def take_due(self, now: float) -> List[str]:
+        """The sessions to beat now, each marked in flight and re-armed.
+
+        Missed beats are sent as one; a session whose last beat is still in flight is passed
+        over until its next time.
+        """
+        due: List[str] = []
+        while True:
+            instant = self.next_due()
+            if instant is None or instant > now:
+                return due
+            entry = self._entries[heapq.heappop(self._heap)[1]]
+            interval = entry.policy.interval_s
+            entry.due += interval * (1 + (now - entry.due) // interval)
+            heapq.heappush(self._heap, (entry.due, entry.session_id))
+            if not entry.in_flight:
+                entry.in_flight = True
+                due.append(entry.session_id)
+
+    def beat_all_at(self, now: float) -> None:
+        """Make every session due at *now*, e.g. after the machine slept."""
+        for entry in self._entries.values():
+            entry.due = now
+            heapq.heappush(self._heap, (now, entry.session_id))
+
+    def record(
+        self, session_id: str, *, status: Optional[int], error: Optional[str], now: float
+    ) -> Optional[Verdict]:
+        """Take in the answer to a beat: its HTTP *status*, or None and an *error*.
+
+        Returns None for a session that is not on the table any more.
+        """
+        entry = self._entries.get(session_id)
+        if entry is None:
+            return None
+        entry.in_flight = False
+        if status is not None and 200 <= status < 300:
+            return self._succeeded(entry, now)
+        entry.failures += 1
+        entry.last_error = error or f"status {status}"
+        verdict = self._failed(entry, status, now)
+        if verdict.removed:
+            self.remove(session_id)
+        return verdict
+
+    def snapshots(self) -> List[SessionSnapshot]:
+        """What is known of each live session."""
+        return [
+            SessionSnapshot(
+                e.session_id,
+                e.created,
+                e.last_success,
+                e.failures,
+                e.last_error,
+                "failing" if e.failures else "alive",
+            )
+            for e in self._entries.values()
+        ]
+
+    @staticmethod
+    def _succeeded(entry: _Entry, now: float) -> Verdict:
+        silent_s = now - entry.last_success
+        kind = "recovered" if entry.last_warning is not None else "fine"
+        verdict = Verdict(kind, silent_s, entry.failures, error=entry.last_error)
+        entry.ever_succeeded = True
+        entry.last_success = now
+        entry.failures, entry.last_error, entry.last_warning = 0, None, None
+        return verdict
+
+    @staticmethod
+    def _failed(entry: _Entry, status: Optional[int], now: float) -> Verdict:
+        policy = entry.policy
+        silent_s = now - entry.last_success
+        kind = "failing"
+        if status in (404, 410):
+            kind = "gone"
+        elif status is not None and 400 <= status < 500 and status not in (408, 429):
+            kind = "refused"
+        elif (policy.max_failures is not None and entry.failures >= policy.max_failures) or (
+            policy.max_failure_s is not None and silent_s >= policy.max_failure_s
+        ):
+            kind = "limit"
+        elif silent_s >= policy.warn_after_s and (
+            entry.last_warning is None or now - entry.last_warning >= WARN_EVERY_S
+        ):
+            kind = "warn"
+            entry.last_warning = now
+        return Verdict(kind, silent_s, entry.failures, not entry.ever_succeeded, entry.last_error)

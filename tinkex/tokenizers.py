@@ -1,0 +1,61 @@
+"""Tokenizers by the name a server gives (protocol reference, section 8.5)."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any, Dict, Optional
+
+from tinkex.errors import ConfigError, TinkexError
+
+#: Base models whose own tokenizer repository is gated, and the open copy to use instead.
+_LLAMA3 = "meta-llama/Llama-3"
+_LLAMA3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
+
+# Guards _cache, and is held while one is loaded, so that a tokenizer is loaded once.
+_lock = threading.Lock()
+_cache: Dict[str, Any] = {}
+
+
+def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
+    """The name to load: the server's *tokenizer_id*, or else one derived from *base_model*."""
+    name = (tokenizer_id or base_model).split(":", 1)[0]
+    if tokenizer_id:
+        return name
+    if name.startswith(_LLAMA3):
+        return _LLAMA3_TOKENIZER
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) == 3 else name
+
+
+def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
+    """Return a Hugging Face tokenizer of its own for the caller (they do not share well
+    between threads).  Blocks; the first load may download.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        TinkexError: the tokenizer cannot be had.
+    """
+    name = tokenizer_name(base_model, tokenizer_id)
+    with _lock:
+        if name not in _cache:
+            _cache[name] = _load(name)
+        return copy.deepcopy(_cache[name])
+
+
+def _load(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "get_tokenizer needs the transformers package, which is not installed",
+            hint='python -m pip install "tinkex[tokenizers]"',
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TinkexError(
+            f"the tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="It is loaded from the Hugging Face hub, or from a folder on the server's machine; "
+            "load it yourself with transformers if it lies elsewhere.",
+        ) from error

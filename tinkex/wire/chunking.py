@@ -1,0 +1,91 @@
+"""Cutting a batch into requests, and joining their results (reference, sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Mapping, Sequence
+
+from tinkex.errors import InvalidInputError
+from tinkex.types import Datum, ForwardBackwardOutput
+
+_UINT64 = (1 << 64) - 1
+
+
+def split(data: Sequence[Datum], max_datums: int, max_bytes: int) -> List[List[Datum]]:
+    """Cut *data* into runs, in order, each of at most *max_datums* and *max_bytes*.
+
+    Bytes are estimated by ``Datum.nbytes``.  A datum above *max_bytes* goes alone.  No data
+    gives no chunks.
+    """
+    chunks: List[List[Datum]] = []
+    filled_bytes = 0
+    for datum in data:
+        nbytes = datum.nbytes
+        if chunks and len(chunks[-1]) < max_datums and filled_bytes + nbytes <= max_bytes:
+            chunks[-1].append(datum)
+            filled_bytes += nbytes
+        else:
+            chunks.append([datum])
+            filled_bytes = nbytes
+    return chunks
+
+
+def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+    """Join the outputs of the chunks of one batch, given in chunk order.
+
+    A metric is reduced by what follows the colon in its name: ``sum``, ``min``, ``max``,
+    ``mean`` (weighted by datums), ``slack`` (max minus mean), ``hash2`` (sum modulo 2**64),
+    ``unique`` (the first value keeps the name, the i-th after it is named ``<name>_<i>``).  The
+    names are those of the first chunk; one that another chunk lacks is dropped, for a
+    reduction of some of the chunks would be a wrong number.
+
+    Where the official SDK raises or drops, this does not: a name without exactly one colon, or
+    with an unknown reduction, is treated like ``unique``, which loses nothing; a mean over
+    chunks without any datum is unweighted.  One chunk is reduced like several.
+
+    Raises:
+        InvalidInputError: *outputs* is empty.
+    """
+    if not outputs:
+        raise InvalidInputError("there are no outputs to combine")
+    weights = [len(output.loss_fn_outputs) for output in outputs]
+    metrics: Dict[str, float] = {}
+    for name in outputs[0].metrics:
+        if all(name in output.metrics for output in outputs):
+            values = [output.metrics[name] for output in outputs]
+            metrics.update(_reduce(name, values, weights))
+    return ForwardBackwardOutput(
+        loss_fn_outputs=[datum for output in outputs for datum in output.loss_fn_outputs],
+        metrics=metrics,
+        loss_fn_output_type=outputs[0].loss_fn_output_type,
+    )
+
+
+def _reduce(name: str, values: Sequence[float], weights: Sequence[int]) -> Mapping[str, float]:
+    reduction = name.partition(":")[2] if name.count(":") == 1 else ""
+    if reduction == "sum":
+        return {name: float(sum(values))}
+    if reduction == "mean":
+        return {name: _mean(values, weights)}
+    if reduction == "min":
+        return {name: -_max([-value for value in values])}
+    if reduction == "max":
+        return {name: _max(values)}
+    if reduction == "slack":
+        return {name: _max(values) - _mean(values, weights)}
+    if reduction == "hash2" and all(math.isfinite(value) for value in values):
+        return {name: sum(int(value) & _UINT64 for value in values) & _UINT64}
+    return {name if i == 0 else f"{name}_{i}": value for i, value in enumerate(values)}
+
+
+def _max(values: Sequence[float]) -> float:
+    # Python's own max loses a NaN that is not the first.
+    return math.nan if any(math.isnan(value) for value in values) else float(max(values))
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    if len(values) == 1:  # exactly it: value * weight / weight may differ in the last bit
+        return float(values[0])
+    if not any(weights):
+        weights = [1] * len(values)
+    return sum(value * weight for value, weight in zip(values, weights)) / sum(weights)
