@@ -12,62 +12,64 @@ from typing import TYPE_CHECKING, Any, List
 from tinkex._version import __version__
 
 if TYPE_CHECKING:
-    from tinkex import types
-    from tinkex.config import Config
+    from tinkex import types as types
+    from tinkex.config import Config as Config
     from tinkex.errors import (
-        APIConnectionError,
-        APIError,
-        APIResponseValidationError,
-        APIStatusError,
-        APITimeoutError,
-        AuthenticationError,
-        BadRequestError,
-        BillingError,
-        ClientClosedError,
-        ConfigError,
-        ConflictError,
-        InternalServerError,
-        InvalidInputError,
-        LocalServerError,
-        NoProgressError,
-        NotFoundError,
-        OperationTimeoutError,
-        PermissionDeniedError,
-        RateLimitError,
-        RequestFailedError,
-        ResponseDecodeError,
-        ResultExpiredError,
-        SessionLostError,
-        TinkerError,
-        TinkexError,
-        UnprocessableEntityError,
+        APIConnectionError as APIConnectionError,
+        APIError as APIError,
+        APIResponseValidationError as APIResponseValidationError,
+        APIStatusError as APIStatusError,
+        APITimeoutError as APITimeoutError,
+        AuthenticationError as AuthenticationError,
+        BadRequestError as BadRequestError,
+        BillingError as BillingError,
+        ClientClosedError as ClientClosedError,
+        ConfigError as ConfigError,
+        ConflictError as ConflictError,
+        InternalServerError as InternalServerError,
+        InvalidInputError as InvalidInputError,
+        LocalServerError as LocalServerError,
+        NoProgressError as NoProgressError,
+        NotFoundError as NotFoundError,
+        OperationTimeoutError as OperationTimeoutError,
+        PermissionDeniedError as PermissionDeniedError,
+        RateLimitError as RateLimitError,
+        RequestFailedError as RequestFailedError,
+        ResponseDecodeError as ResponseDecodeError,
+        ResultExpiredError as ResultExpiredError,
+        SessionLostError as SessionLostError,
+        TinkerError as TinkerError,
+        TinkexError as TinkexError,
+        UnprocessableEntityError as UnprocessableEntityError,
     )
-    from tinkex.futures import APIFuture, FutureStatus
-    from tinkex.rest_client import RestClient
-    from tinkex.sampling_client import SamplingClient
-    from tinkex.service_client import ServiceClient
-    from tinkex.session_manager import SessionManager
-    from tinkex.training_client import TrainingClient, TrainStep
+    from tinkex.futures import APIFuture as APIFuture
+    from tinkex.futures import FutureStatus as FutureStatus
+    from tinkex.rest_client import RestClient as RestClient
+    from tinkex.sampling_client import SamplingClient as SamplingClient
+    from tinkex.service_client import ServiceClient as ServiceClient
+    from tinkex.session_manager import SessionManager as SessionManager
+    from tinkex.training_client import TrainingClient as TrainingClient
+    from tinkex.training_client import TrainStep as TrainStep
     from tinkex.types import (
-        AdamParams,
-        Checkpoint,
-        Datum,
-        DmelChunk,
-        EncodedTextChunk,
-        ForwardBackwardOutput,
-        ImageAssetPointerChunk,
-        ImageChunk,
-        LoraConfig,
-        ModelInput,
-        ModelInputChunk,
-        OptimStepResponse,
-        ParsedCheckpointTinkerPath,
-        SampledSequence,
-        SampleRequest,
-        SampleResponse,
-        SamplingParams,
-        TensorData,
-        TrainingRun,
+        AdamParams as AdamParams,
+        Checkpoint as Checkpoint,
+        Datum as Datum,
+        DmelChunk as DmelChunk,
+        EncodedTextChunk as EncodedTextChunk,
+        ForwardBackwardOutput as ForwardBackwardOutput,
+        ImageAssetPointerChunk as ImageAssetPointerChunk,
+        ImageChunk as ImageChunk,
+        LoraConfig as LoraConfig,
+        ModelInput as ModelInput,
+        ModelInputChunk as ModelInputChunk,
+        OptimStepResponse as OptimStepResponse,
+        ParsedCheckpointTinkerPath as ParsedCheckpointTinkerPath,
+        SampledSequence as SampledSequence,
+        SampleRequest as SampleRequest,
+        SampleResponse as SampleResponse,
+        SamplingParams as SamplingParams,
+        TensorData as TensorData,
+        TrainingRun as TrainingRun,
     )
 
 _MODULES = {

@@ -40,6 +40,7 @@ class Config:
         heartbeat_warn_after_s: warn when no heartbeat has succeeded for this long.
         max_heartbeat_failures, max_heartbeat_failure_s: give a session up after so many failures
             in a row, or so long without success; None is never.
+        quiet: log the server-side end of a session at DEBUG instead of INFO.
         on_billing: ``"raise"`` a 402 at once, or ``"wait"`` until the account is topped up.
         proxy: URL of the HTTP proxy to use for this base URL, or None.
         ca_bundle: path of a CA bundle to trust instead of the built-in one, or None.
@@ -66,6 +67,7 @@ class Config:
     heartbeat_warn_after_s: float = 120.0
     max_heartbeat_failures: Optional[int] = None
     max_heartbeat_failure_s: Optional[float] = None
+    quiet: bool = False
     on_billing: str = "raise"
     proxy: Optional[str] = dataclasses.field(default=None, repr=False)
     ca_bundle: Optional[str] = None

@@ -7,9 +7,9 @@ same batch, under the same number, as JSON.  What worked is remembered per base 
 
 from __future__ import annotations
 
-import threading
 from typing import Dict, Optional
 
+from tinkex import lifecycle
 from tinkex.api.training import forward_backward
 from tinkex.config import Config
 from tinkex.errors import APIStatusError
@@ -23,8 +23,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 #: What servers that cannot read a body answer: 415 or 422, 400 about decoding, or a plain 500.
 _UNREADABLE = (400, 415, 422, 500)
 
-# Guards _settled: base URL -> the encoding that worked.
-_lock = threading.Lock()
+# Base URL -> the encoding that worked.  Guarded by lifecycle.module_lock().
 _settled: Dict[str, Codec] = {}
 
 
@@ -41,7 +40,7 @@ class Dialect:
         """The encoding in use, or None while it is not known."""
         if self._forced is not None:
             return self._forced
-        with _lock:
+        with lifecycle.module_lock():
             return _settled.get(self._base_url)
 
     def submit(self, transport: Transport, request: ForwardBackwardRequest) -> UntypedFuture:
@@ -84,5 +83,5 @@ class Dialect:
         return accepted
 
     def _settle(self, codec: Codec) -> None:
-        with _lock:
+        with lifecycle.module_lock():
             _settled[self._base_url] = codec

@@ -32,10 +32,18 @@ class Tracked(Protocol):
         """Called in the child of a fork: become unusable, without I/O and without locks."""
 
 
-# Guards _tracked and _installed.  Never held while something tracked is called.
+# Guards _tracked and _installed, and the module state of others.  Held for a few statements.
 _lock = threading.Lock()
 _tracked: weakref.WeakSet[Tracked] = weakref.WeakSet()
 _installed = False
+
+
+def module_lock() -> threading.Lock:
+    """The one lock for module-level state; ask for it anew each time, a fork replaces it.
+
+    Hold it for a few statements, without I/O or calls that might take it.
+    """
+    return _lock
 
 
 def track(thing: Tracked) -> None:
@@ -83,6 +91,7 @@ def _at_exit() -> None:
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Lock()  # the parent's may be held by a thread that is not here
-    for thing in list(_tracked):
-        thing.forget_after_fork()
+    things = list(_tracked)
     _tracked.clear()
+    for thing in things:
+        thing.forget_after_fork()

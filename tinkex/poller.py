@@ -157,11 +157,7 @@ class Poller:
             pool.close()
         for future in outstanding:
             future.settle_error(error)
-        # Behind the callbacks that settling has just queued.
-        try:
-            self._callbacks.submit(self._callbacks.close)
-        except ClientClosedError:
-            self._callbacks.close()  # closed before, or no thread can be started any more
+        self._callbacks.drain()  # after the callbacks that settling has just queued
 
     def join(self, deadline: float) -> List[str]:
         """Wait until *deadline* (monotonic) for the threads; return the names of those left."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Dict, Tuple
 
+from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
 
 
@@ -29,12 +31,12 @@ class RateLimiter:
             return max(0.0, self._not_before - self._clock.monotonic())
 
 
-# Guards _limiters.
-_lock = threading.Lock()
-_limiters: Dict[Tuple[str, str], RateLimiter] = {}
+# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a limiter
+# whose lock may have been held when it was copied.
+_limiters: Dict[Tuple[int, str, str], RateLimiter] = {}
 
 
 def limiter_for(base_url: str, key_digest: str) -> RateLimiter:
     """Return the process's limiter for one server and one key."""
-    with _lock:
-        return _limiters.setdefault((base_url, key_digest), RateLimiter())
+    with lifecycle.module_lock():
+        return _limiters.setdefault((os.getpid(), base_url, key_digest), RateLimiter())

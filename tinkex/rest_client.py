@@ -7,10 +7,9 @@ from typing import Callable, Optional, TypeVar
 from tinkex.api import rest as api
 from tinkex.api import sampling as sampling_api
 from tinkex.api import sessions as sessions_api
+from tinkex.child_client import ChildClient
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.ready import Ready
-from tinkex.session import Session
 from tinkex.transport import Transport
 from tinkex.types import (
     CheckpointsListResponse,
@@ -28,15 +27,12 @@ from tinkex.types.checkpoint_path import check_tinker_path
 T = TypeVar("T")
 
 
-class RestClient(Ready):
+class RestClient(ChildClient):
     """Lists and manages what is on the server.  Thread-safe.
 
     Made by ServiceClient.  Every method returns a future at once; futures raise NotFoundError for
     what does not exist and APIError otherwise.  Paths are ``tinker://<run>/<kind>/<name>``.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
         """The base models the server offers."""
@@ -177,6 +173,7 @@ class RestClient(Ready):
         )
 
     def _run(self, kind: str, call: Callable[[Transport], T]) -> APIFuture[T]:
+        self._ensure_open(kind)
         return self._session.run(kind, lambda: call(self._session.transport))
 
 

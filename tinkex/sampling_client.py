@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
-from typing import Any, Callable, List, Optional, TypeVar
+import secrets
+from typing import Any, Callable, List, Optional, Tuple, TypeVar
+
+import orjson
 
 from tinkex.api import sampling as api
 from tinkex.channel import Channel
+from tinkex.child_client import ChildClient
+from tinkex.config import Config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.poller import Operation
-from tinkex.ready import Ready
 from tinkex.session import Session
+from tinkex.session_manager import default_manager
 from tinkex.tokenizers import load_tokenizer
 from tinkex.transport import Reply
 from tinkex.types import (
@@ -32,8 +38,21 @@ T = TypeVar("T")
 #: Samples may be asked for a logprob only; this draws one token and throws it away.
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 
+#: Sequence numbers of clone n start at n times this (reference, section 5.6).
+CLONE_BLOCK = 10**9
 
-class SamplingClient(Ready):
+#: What a handle tells of the settings.  Not the key, nor what may hold a secret or a path.
+_HANDED_ON = (
+    "base_url",
+    "wire",
+    "heartbeat_interval_s",
+    "heartbeat_warn_after_s",
+    "max_outage_s",
+    "max_concurrent_samples",
+)
+
+
+class SamplingClient(ChildClient):
     """Samples from one set of weights.  Thread-safe; requests run in any order.
 
     Made by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input, before
@@ -44,12 +63,17 @@ class SamplingClient(Ready):
     """
 
     def __init__(
-        self, session: Session, sampling_session_id: str, base_model: Optional[str] = None
+        self,
+        session: Session,
+        sampling_session_id: str,
+        base_model: Optional[str] = None,
+        clone_id: int = 0,
     ) -> None:
+        super().__init__(session)
         self.sampling_session_id = sampling_session_id
-        self._session = session
         self._base_model = base_model
-        self._seq_ids = itertools.count()  # next() is atomic
+        # next() is atomic.  Clones in other processes count in blocks of their own.
+        self._seq_ids = itertools.count(clone_id * CLONE_BLOCK)
 
     @classmethod
     def create_future(
@@ -147,8 +171,50 @@ class SamplingClient(Ready):
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
     def _get_sampler(self, what: str) -> GetSamplerResponse:
-        self._session.ensure_open(what)
+        self._ensure_open(what)
         return api.get_sampler(self._session.transport, self.sampling_session_id)
+
+    def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
+        """Text from which another process can make a client of the same sampler.
+
+        It works while the session lives.  The key is left out unless asked for; the receiver then
+        uses its own.  Pickling a client does the same.
+        """
+        config = self._session.config
+        settings = {name: getattr(config, name) for name in _HANDED_ON}
+        if include_api_key:
+            settings["api_key"] = config.api_key
+        state = {
+            "session_id": self._session.session_id,
+            "sampling_session_id": self.sampling_session_id,
+            "base_model": self._base_model,
+            "settings": settings,
+        }
+        return base64.urlsafe_b64encode(orjson.dumps(state)).decode("ascii")
+
+    @classmethod
+    def from_sampler_handle(cls, handle: str, *, api_key: Optional[str] = None) -> SamplingClient:
+        """Make a client from what `get_sampler_handle` returned.  Sends nothing.
+
+        The session is kept alive from this process too, and not ended with it.
+
+        Raises:
+            InvalidInputError: *handle* is not one.
+        """
+        try:
+            state = orjson.loads(base64.urlsafe_b64decode(handle))
+            settings = dict(state["settings"])
+            session_id, sampler_id = state["session_id"], state["sampling_session_id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidInputError(f"this is not a sampler handle: {error}") from error
+        if api_key is not None:
+            settings["api_key"] = api_key
+        session = Session.attach(Config.resolve(**settings), default_manager(), session_id)
+        clone_id = 1 + secrets.randbelow(CLONE_BLOCK)
+        return cls(session, sampler_id, state.get("base_model"), clone_id)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
     def __repr__(self) -> str:
         return f"<SamplingClient {self.sampling_session_id} of {self._base_model or 'a checkpoint'}>"
@@ -158,7 +224,7 @@ class SamplingClient(Ready):
     ) -> APIFuture[T]:
         _check(request)
         session = self._session
-        session.ensure_open(kind)
+        self._ensure_open(kind)
         future: APIFuture[T] = session.poller.new_future(kind)
         seq_id = next(self._seq_ids)
         sequence_ids: List[str] = []
@@ -176,7 +242,8 @@ class SamplingClient(Ready):
 
         def decode(reply: Reply) -> T:
             response = codec_for(reply.content_type).decode_samples(reply.body)
-            response = align_prompt_logprobs(response, request.prompt.length)
+            if response.prompt_logprobs_np is not None:
+                response = align_prompt_logprobs(response, request.prompt.length)
             return pick(_with_ids(response, sequence_ids))
 
         session.poller.submit_sample(Operation(future, decode, binary=True), send)

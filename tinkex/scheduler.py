@@ -37,6 +37,7 @@ class _State:
         self.threads: List[threading.Thread] = []
         self.started = 0
         self.closed = False
+        self.draining = False  # refuse new tasks, end after those that are queued
 
 
 class WorkerPool:
@@ -62,7 +63,7 @@ class WorkerPool:
         """
         state = self._state
         with state.lock:
-            if state.closed:
+            if state.closed or state.draining:
                 raise ClientClosedError(f"{state.name} was closed")
             state.backlog += 1
             state.queue.put(task)
@@ -79,7 +80,15 @@ class WorkerPool:
 
         Returns at once; see `join`.
         """
-        stop(self._state)
+        with self._state.lock:
+            self._state.closed = True
+        self._state.queue.put(None)  # each thread that sees it puts it back for the next
+
+    def drain(self) -> None:
+        """Refuse new tasks and let the threads end after the queued ones.  Returns at once."""
+        with self._state.lock:
+            self._state.draining = True
+        self._state.queue.put(None)
 
     def join(self, deadline: float) -> List[str]:
         """Wait until *deadline* (monotonic) for the threads to end; return the names of the rest."""
@@ -115,13 +124,6 @@ def _start(state: _State, thread: threading.Thread) -> None:
         logger.debug("cannot start thread %s: %s", thread.name, error)
 
 
-def stop(state: _State) -> None:
-    """Close a pool's state and wake its threads."""
-    with state.lock:
-        state.closed = True
-    state.queue.put(None)  # each thread that sees it puts it back for the next
-
-
 def _work(state: _State) -> None:
     while True:
         task = _next_task(state)
@@ -149,7 +151,7 @@ def _next_task(state: _State) -> Optional[Task]:
                 state.backlog -= 1
                 if not state.closed:
                     return task
-            if state.closed:
+            if state.closed or state.draining:
                 state.queue.put(None)
             elif state.backlog:  # a task came just as we gave up waiting
                 continue

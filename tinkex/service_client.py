@@ -349,5 +349,9 @@ class ServiceClient:
     @staticmethod
     def _ready(client: TrainingClient) -> TrainingClient:
         """Ask for the run's facts while we are in the background anyway."""
-        client.get_info()
+        try:
+            client.get_info()
+        except BaseException:
+            client.close()
+            raise
         return client

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from typing import Any, Callable, List, Optional, TypeVar
+from typing import Any, Callable, List, Optional, Tuple, TypeVar
 
 from tinkex import lifecycle
 from tinkex.config import Config
@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# The sessions of this process by (process id, session id).  Guarded by lifecycle.module_lock().
+_open_here: weakref.WeakValueDictionary[Tuple[int, str], Session] = weakref.WeakValueDictionary()
+
 STATUSES = ("success", "errored", "interrupted")
 
 
@@ -45,14 +48,17 @@ class Session:
     Args:
         config: settings of the client.
         manager: beats for the session.
+        session_id: a session that another process opened, to be kept alive but not ended here.
 
-    Constructing it blocks until the server has created the session.
+    Constructing it blocks until the server has created the session, unless *session_id* is given.
 
     Raises:
         APIError: the session could not be created; nothing is left behind.
     """
 
-    def __init__(self, config: Config, manager: SessionManager) -> None:
+    def __init__(
+        self, config: Config, manager: SessionManager, session_id: Optional[str] = None
+    ) -> None:
         self.config = config
         self.manager = manager
         self.opened_at = _callers_line()
@@ -69,15 +75,30 @@ class Session:
         self._model_numbers = itertools.count()
         self._sampler_numbers = itertools.count()
         self.dialect = Dialect(config)
-        self.session_id = manager.start_session(config)
+        self._borrowed = session_id is not None
+        if session_id is None:
+            session_id = manager.start_session(config, owner=self)
+        else:
+            manager.adopt_session(config, session_id, owner=self)
+        self.session_id = session_id
         self.transport = Transport(config, closing=self._closing)
         self.poller = Poller(self.transport, self.explain)
         self._background = WorkerPool("tinkex-create", 8)
-        self._finalizer = weakref.finalize(
-            self, _abandon, manager, self.session_id, [*self.poller.stoppers, self._background.stopper]
-        )
+        stoppers = [*self.poller.stoppers, self._background.stopper]
+        self._finalizer = weakref.finalize(self, _stop_all, stoppers)
         self._finalizer.atexit = False
         lifecycle.track(self)
+        with lifecycle.module_lock():
+            _open_here[os.getpid(), session_id] = self
+
+    @classmethod
+    def attach(cls, config: Config, manager: SessionManager, session_id: str) -> Session:
+        """Return this process's Session of that id, or one that keeps alive another process's."""
+        with lifecycle.module_lock():
+            found = _open_here.get((os.getpid(), session_id))
+        if found is not None and not found.closed:
+            return found
+        return cls(config, manager, session_id)
 
     def next_model_number(self) -> int:
         """Reserve the next ``model_seq_id`` of the session: 0, 1, ..."""
@@ -201,7 +222,8 @@ class Session:
 
     def __del__(self) -> None:
         finalizer: Any = getattr(self, "_finalizer", None)
-        if finalizer is not None and finalizer.alive and self._pid == os.getpid():
+        opened_here = self._pid == os.getpid() and not self._borrowed
+        if finalizer is not None and finalizer.alive and opened_here:
             warnings.warn(
                 f"unclosed ServiceClient of session {self.session_id}, opened at {self.opened_at}; "
                 "use `with ServiceClient(...)` or close()",
@@ -211,11 +233,10 @@ class Session:
             )
 
 
-def _abandon(manager: SessionManager, session_id: str, stoppers: List[Callable[[], None]]) -> None:
+def _stop_all(stoppers: List[Callable[[], None]]) -> None:
     """Runs in a finalizer, at any time in any thread: nothing here may lock or wait."""
     for stop in stoppers:
         stop()
-    manager.abandon(session_id)
 
 
 def _callers_line() -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any, Dict, Optional
 
+from tinkex import lifecycle
 from tinkex.errors import ConfigError, TinkexError
 
 #: Base models whose own tokenizer repository is gated, and the open copy to use instead.
 _LLAMA3 = "meta-llama/Llama-3"
 _LLAMA3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 
-# Guards _cache, and is held while one is loaded, so that a tokenizer is loaded once.
-_lock = threading.Lock()
+# Guarded by lifecycle.module_lock().
 _cache: Dict[str, Any] = {}
 
 
@@ -37,10 +36,13 @@ def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
         TinkexError: the tokenizer cannot be had.
     """
     name = tokenizer_name(base_model, tokenizer_id)
-    with _lock:
-        if name not in _cache:
-            _cache[name] = _load(name)
-        return copy.deepcopy(_cache[name])
+    with lifecycle.module_lock():
+        loaded = _cache.get(name)
+    if loaded is None:  # two threads may both load it; that only costs time
+        loaded = _load(name)
+        with lifecycle.module_lock():
+            _cache[name] = loaded
+    return copy.deepcopy(loaded)
 
 
 def _load(name: str) -> Any:

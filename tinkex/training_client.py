@@ -21,10 +21,10 @@ from tinkex.custom_loss import (
     gradient_data,
     merge_metrics,
 )
+from tinkex.child_client import ChildClient
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.futures import APIFuture, gather
 from tinkex.poller import Operation
-from tinkex.ready import Ready
 from tinkex.sampling_client import SamplingClient
 from tinkex.session import Session
 from tinkex.tokenizers import load_tokenizer
@@ -64,7 +64,7 @@ class TrainStep:
     optim: OptimStepResponse
 
 
-class TrainingClient(Ready):
+class TrainingClient(ChildClient):
     """Trains one adapter.  Thread-safe: calls run on the server in call order.
 
     Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
@@ -76,8 +76,8 @@ class TrainingClient(Ready):
     """
 
     def __init__(self, session: Session, model_id: str, base_model: Optional[str] = None) -> None:
+        super().__init__(session)
         self.model_id = model_id
-        self._session = session
         self._base_model = base_model
         self._info: Optional[GetInfoResponse] = None
         self._lane = session.new_lane(f"tinkex-submit-{model_id}")
@@ -270,13 +270,14 @@ class TrainingClient(Ready):
 
     def create_sampling_client_future(self, model_path: str) -> APIFuture[SamplingClient]:
         """Like `create_sampling_client`; returns at once."""
+        self._ensure_open("create_sampling_client")
         return SamplingClient.create_future(
             self._session, model_path=model_path, known_base_model=self._base_model
         )
 
     def get_info(self) -> GetInfoResponse:
         """What the server says of this run.  Blocks the first time; then cached."""
-        self._session.ensure_open("get_info")
+        self._ensure_open("get_info")
         if self._info is None:
             self._info = api.get_info(self._session.transport, self.model_id)
             self._base_model = self._info.model_data.model_name or self._base_model
@@ -287,6 +288,11 @@ class TrainingClient(Ready):
         info = self.get_info()
         name = info.model_data.model_name or info.model_name or self._base_model or ""
         return load_tokenizer(name, info.model_data.tokenizer_id)
+
+    def close(self) -> None:
+        """Refuse further work; what was queued is still submitted.  See ChildClient."""
+        super().close()
+        self._lane.drain()
 
     def __repr__(self) -> str:
         return f"<TrainingClient {self.model_id} of {self._base_model or 'unknown model'}>"
@@ -352,7 +358,7 @@ class TrainingClient(Ready):
         return self._submit(kind, send, _reader(LoadWeightsResponse))
 
     def _new_future(self, kind: str) -> APIFuture[Any]:
-        self._session.ensure_open(kind)
+        self._ensure_open(kind)
         return self._session.poller.new_future(kind)
 
     def _submit(

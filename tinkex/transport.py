@@ -254,6 +254,11 @@ class Transport:
             hint=f"Is the server running at {self.config.base_url}, and base_url right?",
         ) from error
 
+    def drop_idle(self) -> None:
+        """Close the idle connections of the shared channels; those in use are kept."""
+        for channel in self._channels.values():
+            channel.close()
+
     def abort(self) -> None:
         """Break off everything in flight.  Set ``closing`` first, so that callers learn why."""
         with self._lock:

@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.api._call import call, encode, get, read
 from tinkex.config import Config
+from tinkex.errors import ResponseDecodeError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types import CreateSessionResponse, GetServerCapabilitiesResponse
@@ -37,16 +38,21 @@ def create_session(transport: Transport, config: Config) -> CreateSessionRespons
         read_timeout_s=config.startup_timeout_s,
     )
     policy = RetryPolicy(max_elapsed_s=config.startup_timeout_s, cap_s=4.0)
-    return read(CreateSessionResponse, transport.send(request, policy), request.name)
+    reply = transport.send(request, policy)
+    created = read(CreateSessionResponse, reply, request.name)
+    raw = reply.json()["session_id"]  # dataclasses-json would make a string of a number
+    if not isinstance(raw, str) or not raw:
+        raise ResponseDecodeError(f"{request.name}: session_id is {raw!r}, not a string")
+    return created
 
 
-def session_heartbeat(transport: Transport, session_id: str) -> Reply:
+def session_heartbeat(
+    transport: Transport, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
+) -> Reply:
     """``POST session_heartbeat``, once; returns the answer whatever its status."""
     body = encode({"session_id": session_id, "type": "session_heartbeat"})
     return transport.send_once(
-        Request(
-            "POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=HEARTBEAT_TIMEOUT_S
-        )
+        Request("POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=timeout_s)
     )
 
 

@@ -53,7 +53,7 @@ def open_service(
 
 @contextmanager
 def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
-    """Open a client for lists and records; it needs no session."""
+    """Open a session for lists and records; it ends with the block."""
     check_that_a_server_is_known(base_url)
-    with tinkex.RestClient(base_url=base_url) as rest:
-        yield rest
+    with tinkex.ServiceClient(base_url=base_url) as service:
+        yield service.create_rest_client()

@@ -25,6 +25,8 @@ from tinkex.types import SampleRequest
 
 _log = logging.getLogger(__name__)
 
+AnyLane = Union[Lane, SamplerLane]
+
 #: Does what has become due and returns the instant (monotonic) at which to call again.
 Housekeeping = Callable[[float], float]
 
@@ -54,8 +56,10 @@ class Scheduler:
         self._wake = threading.Condition(self._lock)
         self._models: Dict[str, Lane] = {}
         self._samplers: Dict[str, SamplerLane] = {}
-        self._turns: Deque[Union[Lane, SamplerLane]] = deque()  # lanes with something to do
+        self._turns: Deque[AnyLane] = deque()  # lanes with something to do
+        self._running: Optional[AnyLane] = None  # whose turn it is; not in _turns meanwhile
         self._queued_samples = 0
+        self._poked = False
         self._closing = False
         # Engine thread only.
         self._loaded: OrderedDict[str, SamplerLane] = OrderedDict()  # least recently used first
@@ -82,6 +86,7 @@ class Scheduler:
     def poke(self) -> None:
         """Have the engine thread do its housekeeping soon."""
         with self._wake:
+            self._poked = True
             self._wake.notify()
 
     # Training runs
@@ -213,7 +218,7 @@ class Scheduler:
 
     # Under the lock
 
-    def _lanes_locked(self) -> List[Union[Lane, SamplerLane]]:
+    def _lanes_locked(self) -> List[AnyLane]:
         return [*self._models.values(), *self._samplers.values()]
 
     def _open_lane_locked(self, model_id: str) -> Lane:
@@ -222,12 +227,12 @@ class Scheduler:
             raise Problem(404, lane.closed if lane and lane.closed else f"{model_id} is not loaded")
         return lane
 
-    def _enqueue_locked(self, lane: Union[Lane, SamplerLane]) -> None:
-        if lane not in self._turns:
+    def _enqueue_locked(self, lane: AnyLane) -> None:
+        if lane is not self._running and lane not in self._turns:
             self._turns.append(lane)
         self._wake.notify()
 
-    def _close_lane_locked(self, lane: Union[Lane, SamplerLane], why: str) -> List[str]:
+    def _close_lane_locked(self, lane: AnyLane, why: str) -> List[str]:
         lane.closed = why
         self._enqueue_locked(lane)
         if isinstance(lane, Lane):
@@ -246,19 +251,31 @@ class Scheduler:
     def _work(self) -> None:
         chores_due = self._clock()
         while True:
-            if self._clock() >= chores_due:
+            with self._lock:
+                poked, self._poked = self._poked, False
+            if poked or self._clock() >= chores_due:
                 chores_due = self._do_chores()
             with self._wake:
                 if self._closing:
                     break
                 lane = self._next_turn_locked(chores_due)
-            if lane is None:
-                chores_due = min(chores_due, self._do_chores())
-            elif isinstance(lane, Lane):
+                self._running = lane
+            if isinstance(lane, Lane):
                 self._training_turn(lane)
-            else:
+            elif lane is not None:
                 self._sampling_turn(lane)
+            with self._lock:
+                self._running = None
+                if lane is not None and self._has_work_locked(lane):
+                    self._turns.append(lane)  # behind those that came meanwhile
         self._shut_down()
+
+    def _has_work_locked(self, lane: AnyLane) -> bool:
+        if isinstance(lane, Lane):
+            ended = lane.closed is not None and lane.model_id in self._models
+            return bool(lane.ready) or ended
+        ended = lane.closed is not None and lane.sampler_id in self._samplers
+        return bool(lane.live or lane.queued) or ended
 
     def _do_chores(self) -> float:
         now = self._clock()
@@ -268,7 +285,7 @@ class Scheduler:
             _log.exception("housekeeping failed; it runs again in a minute")
             return now + 60.0
 
-    def _next_turn_locked(self, chores_due: float) -> Optional[Union[Lane, SamplerLane]]:
+    def _next_turn_locked(self, chores_due: float) -> Optional[AnyLane]:
         """Take the lane whose turn it is; None after waiting in vain (chores may be due)."""
         now = self._clock()
         wait_until = chores_due
@@ -281,7 +298,8 @@ class Scheduler:
                 starts_at = lane.starts_at(self._limits)
                 if starts_at > now:  # else it waits for another batch to end, not for the time
                     wait_until = min(wait_until, starts_at)
-        self._wake.wait(max(0.0, wait_until - now))
+        if not self._poked:
+            self._wake.wait(max(0.0, wait_until - now))
         return None
 
     def _sampler_runnable(self, lane: SamplerLane, now: float) -> bool:
@@ -298,8 +316,6 @@ class Scheduler:
         if job is not None:
             self._run(lane, job)
         with self._lock:
-            if lane.ready:
-                self._turns.append(lane)
             unload = lane.closed is not None and not lane.ready
             if unload:
                 self._models.pop(lane.model_id, None)
@@ -334,9 +350,6 @@ class Scheduler:
                 self._start_batch(lane, batch)
             if lane.live:
                 self._advance(lane)
-        with self._lock:
-            if (lane.live or lane.queued or lane.closed is not None) and lane not in self._turns:
-                self._turns.append(lane)
 
     def _load_sampler(self, lane: SamplerLane) -> bool:
         """Have the engine hold the sampler; False if that failed, with what was queued."""

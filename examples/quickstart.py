@@ -1,0 +1,257 @@
+"""Fine-tune a small language model on a small book, and see what changes.
+
+    python examples/quickstart.py                      # here, on the embedded server
+    python examples/quickstart.py --base-url URL --model NAME     # on any other server
+
+The text is a file of paragraphs; each is one training example.  Reported before and after: the
+loss per token on paragraphs that are held out, and what the model writes for the same prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import random
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Deque, Iterator, List, Sequence, Tuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import tinkex
+from tinkex import types
+
+TEXT = Path(__file__).parent / "data"
+PROMPTS = ("PROGRAMMER, n.", "COFFEE, n.", "TELEPHONE, n.")
+
+console = Console(highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=40, help="training steps")
+    add("--batch-size", type=int, default=8, help="paragraphs per step")
+    add("--learning-rate", type=float, default=1e-3, help="at the first step; falls to zero")
+    add("--rank", type=int, default=16, help="rank of the LoRA adapter")
+    add("--seed", type=int, default=0, help="of the adapter, the order of the text and the samples")
+    add("--data", type=Path, default=TEXT / "devils_dictionary_train.txt", help="training text")
+    add(
+        "--heldout", type=Path, default=TEXT / "devils_dictionary_heldout.txt", help="held-out text"
+    )
+    add("--eval-entries", type=int, default=None, help="held-out paragraphs to use (default: all)")
+    add("--prompt", action="append", default=None, help="a prompt to sample; may be repeated")
+    add("--model", default="smollm2-135m", help="base model")
+    add("--base-url", default=os.environ.get("TINKER_BASE_URL"), help="a server to use instead")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="for the embedded server")
+    add("--data-dir", type=Path, default=Path("runs"), help="where its checkpoints are kept")
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.batch_size < 1:
+        parser.error("--steps and --batch-size must be at least 1")
+    return arguments
+
+
+def connect(arguments: argparse.Namespace) -> tinkex.ServiceClient:
+    """Open a session: on the server that was named, or on one started here."""
+    if arguments.base_url:
+        return tinkex.ServiceClient(base_url=arguments.base_url)
+    with console.status(f"Starting {arguments.model} here (it is downloaded the first time)"):
+        return tinkex.ServiceClient.local(
+            arguments.model, data_dir=str(arguments.data_dir), device=arguments.device
+        )
+
+
+def read_paragraphs(path: Path) -> List[str]:
+    """Return the paragraphs of a text file, each on one line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise tinkex.InvalidInputError(f"cannot read {path}: {error}") from error
+    paragraphs = [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
+    if not paragraphs:
+        raise tinkex.InvalidInputError(f"{path} holds no text")
+    return paragraphs
+
+
+def make_datum(text: str, tokenizer: Any) -> types.Datum:
+    """Make an example of *text*: each token is to be predicted from those before it."""
+    tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tokens[1:],
+            "weights": np.ones(len(tokens) - 1, np.float32),
+        },
+    )
+
+
+def batches(data: Sequence[types.Datum], size: int, seed: int) -> Iterator[List[types.Datum]]:
+    """Yield batches without end; the data are shuffled anew each time around."""
+    order = random.Random(seed)
+    queue: List[types.Datum] = []
+    while True:
+        while len(queue) < size:
+            queue += order.sample(data, len(data))
+        yield queue[:size]
+        del queue[:size]
+
+
+def loss_per_token(output: types.ForwardBackwardOutput) -> float:
+    """Return the mean negative log-likelihood of the predicted tokens, in nats."""
+    logprobs = [datum["logprobs"].to_numpy() for datum in output.loss_fn_outputs]
+    return -float(np.concatenate(logprobs).mean())
+
+
+def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: Any) -> List[float]:
+    """Train, showing how it goes; return the loss per token of each step."""
+    losses: List[float] = []
+    pending: Deque[Tuple[Any, Any]] = deque()
+    tokens_done, tokens_sent, begun = 0, deque([0]), time.monotonic()
+    progress = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s "),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+    with progress:
+        task = progress.add_task("train", total=arguments.steps, loss=float("nan"), speed=0.0)
+        source = batches(data, arguments.batch_size, arguments.seed)
+        for step in range(arguments.steps + 1):
+            if step < arguments.steps:
+                batch = next(source)
+                rate = arguments.learning_rate * (1 - step / arguments.steps)
+                # Both are submitted before the step before them is waited for, so that the
+                # server always has the next one at hand.
+                passed = trainer.forward_backward(batch, "cross_entropy")
+                stepped = trainer.optim_step(types.AdamParams(learning_rate=rate))
+                pending.append((passed, stepped))
+                tokens_sent.append(sum(datum.model_input.length for datum in batch))
+            if step > 0:
+                passed, stepped = pending.popleft()
+                losses.append(loss_per_token(passed.result()))
+                stepped.result()
+                tokens_done += tokens_sent[step]
+                speed = tokens_done / (time.monotonic() - begun)
+                progress.update(task, advance=1, loss=losses[-1], speed=speed)
+    console.print(f"Trained on {tokens_done} tokens in {time.monotonic() - begun:.0f} s.")
+    return losses
+
+
+def evaluate(trainer: tinkex.TrainingClient, data: List[types.Datum]) -> float:
+    """Return the loss per token on the held-out text."""
+    with console.status("Measuring the loss on held-out text"):
+        return loss_per_token(trainer.forward(data, "cross_entropy").result())
+
+
+def write(
+    sampler: tinkex.SamplingClient, tokenizer: Any, prompts: Sequence[str], seed: int
+) -> List[str]:
+    """Return how the model goes on from each prompt."""
+    params = types.SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=seed)
+    with console.status("Sampling"):
+        futures = [
+            sampler.sample(types.ModelInput.from_ints(tokenizer.encode(text)), 1, params)
+            for text in prompts
+        ]
+        answers = [future.result().sequences[0] for future in futures]
+    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    return [" ".join(text.split()) for text in texts]
+
+
+def show_samples(title: str, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Print each prompt and how the model goes on."""
+    console.print(f"\n[bold]{title}[/bold]")
+    for prompt, text in zip(prompts, texts):
+        console.print(f"  [cyan]{escape(prompt)}[/cyan] {escape(text)}")
+
+
+def draw_curve(losses: Sequence[float], folder: Path, rows: int = 8, width: int = 64) -> None:
+    """Draw the loss of each step in the terminal, and as a PNG if matplotlib is installed."""
+    points = [float(part.mean()) for part in np.array_split(losses, min(width, len(losses)))]
+    low, high = min(points), max(points)
+    heights = [round((value - low) / ((high - low) or 1) * (rows - 1)) for value in points]
+    console.print("\n[bold]Loss per token of each training batch[/bold]")
+    for row in reversed(range(rows)):
+        label = f"{low + (high - low) * row / (rows - 1):6.2f}"
+        line = "".join("●" if height == row else " " for height in heights)
+        console.print(f"{label} ┤{line}".rstrip())
+    console.print(f"{'':7}└{'─' * len(points)} step {len(losses)}")
+    if importlib.util.find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(7, 4)).subplots()
+        axes.plot(range(1, len(losses) + 1), losses, marker=".")
+        axes.set(xlabel="step", ylabel="loss per token")
+        folder.mkdir(parents=True, exist_ok=True)
+        axes.figure.savefig(folder / "quickstart_loss.png")
+        console.print(f"Drawn as {folder / 'quickstart_loss.png'}, too.")
+
+
+def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
+    """Do the whole job on an open session."""
+    prompts = arguments.prompt or PROMPTS
+    trainer = service.create_lora_training_client(
+        arguments.model, rank=arguments.rank, seed=arguments.seed
+    )
+    tokenizer = trainer.get_tokenizer()
+    training = [make_datum(text, tokenizer) for text in read_paragraphs(arguments.data)]
+    heldout = [make_datum(text, tokenizer) for text in read_paragraphs(arguments.heldout)]
+    heldout = heldout[: arguments.eval_entries]
+    console.print(
+        f"[bold]{arguments.model}[/bold], LoRA of rank {arguments.rank}: {len(training)} paragraphs "
+        f"to train on, {len(heldout)} held out (session {service.session_id})"
+    )
+    before = evaluate(trainer, heldout)
+    base = service.create_sampling_client(base_model=arguments.model)
+    texts_before = write(base, tokenizer, prompts, arguments.seed)
+
+    losses = train(trainer, training, arguments)
+
+    after = evaluate(trainer, heldout)
+    state = trainer.save_state("quickstart").result().path
+    weights = trainer.save_weights_for_sampler("quickstart").result().path
+    tuned = service.create_sampling_client(model_path=weights)
+    texts_after = write(tuned, tokenizer, prompts, arguments.seed)
+
+    show_samples("Before", prompts, texts_before)
+    show_samples("After", prompts, texts_after)
+    draw_curve(losses, arguments.data_dir)
+    where = arguments.base_url or f"files in {arguments.data_dir}"
+    console.print(
+        f"\nHeld-out loss per token: [bold]{before:.3f} before, {after:.3f} after[/bold] "
+        f"({100 * (after / before - 1):+.1f} %)"
+    )
+    console.print(f"To train on: {state}\nTo sample:   {weights}\n({where})", soft_wrap=True)
+
+
+def main() -> int:
+    """Run the example and return its exit code."""
+    arguments = parse_arguments()
+    try:
+        for path in (arguments.data, arguments.heldout):
+            read_paragraphs(path)  # a wrong path is better told before a model is loaded
+        with connect(arguments) as service:
+            run(service, arguments)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the session is ended, and nothing was saved.")
+        return 130
+    except tinkex.TinkexError as error:
+        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

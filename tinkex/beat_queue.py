@@ -1,0 +1,70 @@
+"""BeatQueue: which of the due heartbeats a free worker sends next.
+
+A pure core like SessionTable.  A host that hangs must not take the workers from the others,
+and a busy healthy host must be able to use them all.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Deque, Dict, List, Optional, Tuple
+
+#: A beat in flight for longer than this many seconds makes its host slow.
+SLOW_S = 0.25
+
+
+@dataclasses.dataclass
+class _Host:
+    waiting: Deque[str] = dataclasses.field(default_factory=collections.deque)
+    sent: List[float] = dataclasses.field(default_factory=list)  # when, for each in flight
+    answers: Optional[bool] = None  # the last beat was answered; None before the first
+
+
+class BeatQueue:
+    """Due beats, by host.  Not thread-safe: its owner locks.
+
+    Args:
+        workers: how many beats may be in flight in all.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._hosts: Dict[str, _Host] = {}
+
+    def put(self, host: str, session_id: str) -> None:
+        """Add a due beat."""
+        self._hosts.setdefault(host, _Host()).waiting.append(session_id)
+
+    def take(self, now: float) -> Optional[Tuple[str, str]]:
+        """The next beat to send as ``(host, session_id)``, noted as in flight; None if none may be.
+
+        Hosts take turns.
+        """
+        for name, host in list(self._hosts.items()):
+            if host.waiting and len(host.sent) < self._allowed(host, now):
+                self._hosts[name] = self._hosts.pop(name)  # to the end of the turn
+                host.sent.append(now)
+                return name, host.waiting.popleft()
+        return None
+
+    def done(self, host: str, sent: float, *, answered: bool) -> None:
+        """Note the end of a beat taken at *sent*."""
+        entry = self._hosts.get(host)
+        if entry is not None:
+            entry.sent.remove(sent)
+            entry.answers = answered
+
+    def forget(self, host: str) -> None:
+        """Forget a host that no session uses any more, unless a beat to it is in flight."""
+        entry = self._hosts.get(host)
+        if entry is not None and not entry.sent:
+            del self._hosts[host]
+
+    def _allowed(self, host: _Host, now: float) -> int:
+        """How many beats to *host* may be in flight at once."""
+        if host.answers is False:
+            return 1
+        if host.answers and all(now - sent < SLOW_S for sent in host.sent):
+            return self._workers
+        return max(2, self._workers // len(self._hosts))

@@ -1,0 +1,45 @@
+"""ChildClient: what the clients made from a ServiceClient have in common."""
+
+from __future__ import annotations
+
+from typing import Optional, TypeVar
+
+from tinkex.errors import ClientClosedError
+from tinkex.session import Session
+
+C = TypeVar("C", bound="ChildClient")
+
+
+class ChildClient:
+    """A client that works in a session it does not own.
+
+    It is also its own result: creators block and return clients, and ``result()`` on them lets
+    scripts for the official SDK's future-returning style run unchanged.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._closed = False
+
+    def result(self: C, timeout: Optional[float] = None) -> C:
+        """Return this client itself, at once; *timeout* has no effect."""
+        return self
+
+    def close(self) -> None:
+        """Refuse further work through this client.  Idempotent; does not block.
+
+        The session, other clients, and work already submitted go on.
+        """
+        self._closed = True
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _ensure_open(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was asked, if this client or its session is closed."""
+        self._session.ensure_open(what)
+        if self._closed:
+            raise ClientClosedError(f"{what}: {self!r} was closed", session_id=self._session.session_id)
