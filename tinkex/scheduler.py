@@ -23,8 +23,8 @@ Task = Callable[[], object]
 class _State:
     """What the threads of a pool share.
 
-    *lock* guards the counters and the lists; it is held for a few statements only, never while a
-    task runs.  *queue* is a SimpleQueue because finalizers post to it (bpo-32576).
+    *lock* guards the counters and the lists; it is held for a few statements and the start of a
+    thread, never while a task runs.  *queue* is a SimpleQueue because finalizers post to it (bpo-32576).
     """
 
     def __init__(self, name: str, idle_s: float) -> None:
@@ -59,21 +59,33 @@ class WorkerPool:
         """Queue *task*; return at once.
 
         Raises:
-            ClientClosedError: the pool was closed.
+            ClientClosedError: the pool was closed, or has no thread and none can be started.
+                The task will not run.
         """
         state = self._state
         with state.lock:
             if state.closed or state.draining:
                 raise ClientClosedError(f"{state.name} was closed")
+            if state.backlog >= state.idle and len(state.threads) < self._cap:
+                # Before the task is queued: one reported as refused must not run later.
+                self._start_thread_locked()
             state.backlog += 1
             state.queue.put(task)
-            if state.backlog <= state.idle or len(state.threads) >= self._cap:
-                return
-            name = state.name if self._cap == 1 else f"{state.name}-{state.started}"
+
+    def _start_thread_locked(self) -> None:
+        state = self._state
+        name = state.name if self._cap == 1 else f"{state.name}-{state.started}"
+        thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
+        state.threads.append(thread)
+        try:
+            thread.start()
+        except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
+            state.threads.remove(thread)
+            if not state.threads:
+                raise ClientClosedError(f"cannot start thread {name}: {error}") from error
+            logger.debug("cannot start thread %s: %s", name, error)
+        else:
             state.started += 1
-            thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
-            state.threads.append(thread)
-        _start(state, thread)
 
     def close(self) -> None:
         """Refuse new tasks and let the threads end; queued tasks that did not begin are dropped.
@@ -112,18 +124,6 @@ class WorkerPool:
         return stop_from_finalizer
 
 
-def _start(state: _State, thread: threading.Thread) -> None:
-    try:
-        thread.start()
-    except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
-        with state.lock:
-            state.threads.remove(thread)
-            alone = not state.threads
-        if alone:
-            raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
-        logger.debug("cannot start thread %s: %s", thread.name, error)
-
-
 def _work(state: _State) -> None:
     while True:
         task = _next_task(state)
@@ -152,8 +152,19 @@ def _next_task(state: _State) -> Optional[Task]:
                 if not state.closed:
                     return task
             if state.closed or state.draining:
+                if state.closed:
+                    _drop_tasks(state)
                 state.queue.put(None)
             elif state.backlog:  # a task came just as we gave up waiting
                 continue
             state.threads.remove(threading.current_thread())
             return None
+
+
+def _drop_tasks(state: _State) -> None:
+    """Empty the queue: tasks left in it would keep their owners alive for ever."""
+    try:
+        while True:
+            state.queue.get_nowait()
+    except queue.Empty:
+        pass

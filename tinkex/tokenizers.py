@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any, Dict, Optional
 
 from tinkex import lifecycle
@@ -18,9 +19,9 @@ _cache: Dict[str, Any] = {}
 
 def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
     """The name to load: the server's *tokenizer_id*, or else one derived from *base_model*."""
-    name = (tokenizer_id or base_model).split(":", 1)[0]
-    if tokenizer_id:
-        return name
+    if tokenizer_id:  # a folder of the embedded server may hold a colon, a hub name a suffix
+        return tokenizer_id if os.path.isdir(tokenizer_id) else tokenizer_id.split(":", 1)[0]
+    name = base_model.split(":", 1)[0]
     if name.startswith(_LLAMA3):
         return _LLAMA3_TOKENIZER
     parts = name.split("/")

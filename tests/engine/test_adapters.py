@@ -139,6 +139,7 @@ def test_a_run_resumed_with_its_optimizer_continues_bit_for_bit(
     assert not same(weights_of(without, "m", tmp_path / "c"), expected)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
 def test_peft_loads_a_checkpoint(run: Any, tmp_path: Path) -> None:
     give_random_delta(run, "m", tmp_path / "delta")
     run.save("m", tmp_path / "saved", with_optimizer=True)

@@ -113,7 +113,6 @@ def test_losses_logprobs_and_gradients_equal_an_independent_computation(
     )
     for name, error in errors.items():
         record_property(f"{name}_relative_error", error)
-    print(loss_fn, "tied" if tied else "untied", errors)
     assert max(errors.values()) < BOUND
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_greedy_sampling_equals_generate(samplers: Any) -> None:
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}])
 def test_logprobs_of_samples_equal_a_fresh_forward_pass(
-    samplers: Any, tmp_path: Path, params: Dict[str, Any]
+    samplers: Any, params: Dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
     """So that the ratio of importance sampling is 1 at the first step."""
     requests = [
@@ -83,7 +83,7 @@ def test_logprobs_of_samples_equal_a_fresh_forward_pass(
             output = samplers.forward_backward("m", [datum], "cross_entropy", {}, forward_only=True)
             fresh = output.loss_fn_outputs[0]["logprobs"].to_numpy()[asked.prompt.length - 1 :]
             worst = max(worst, float(np.abs(fresh - sequence.logprobs_np).max()))
-    print("largest difference of a logprob:", worst)
+    record_property("largest_logprob_difference", worst)
     assert worst < 1e-4
 
 
@@ -370,7 +370,9 @@ def test_a_request_at_fault_fails_alone(samplers: Any) -> None:
         "empty string": request(8, stop=["x", ""]),
         "last_n": SampleRequest(prompt_of(4), prompt_logprobs=True, prompt_logprobs_last_n=4),
         "alt_tokens": SampleRequest(prompt_of(4), prompt_alt_tokens_k=2),
-        "rows": SampleRequest(prompt_of(4), target_prompt_logprobs=TensorData([[1], [2]], "int64")),
+        "one row per": SampleRequest(
+            prompt_of(4), target_prompt_logprobs=TensorData([[1], [2]], "int64")
+        ),
         "topk_sample": SampleRequest(prompt_of(4), topk_sample_logprobs=1000),
     }
     full = SampleRequest(prompt_of(context), 1, SamplingParams())

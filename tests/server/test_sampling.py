@@ -13,8 +13,9 @@ from server.harness import CODECS, Api, HeldEngine, ManualClock, datum, serving
 
 from tinkex.local.batches import SampleJob, SamplerLane, SamplingLimits
 from tinkex.local.engine import EngineError, Finished
-from tinkex.types import ModelInput, SampleRequest
+from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
+from tinkex.wire.proto_codec import PROTOBUF
 
 
 def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:
@@ -78,8 +79,6 @@ def test_a_sample_agrees_with_a_forward_pass(api: Api) -> None:
     sampler = api.result(made)["sampling_session_id"]
     sequence = api.result(api.submit_sample(sampler, 0))["sequences"][0]
     tokens = [5, 6, 7, *sequence["tokens"]]
-    from tinkex.types import Datum
-
     passed = Datum(
         ModelInput.from_ints(tokens[:-1]),
         {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
@@ -145,8 +144,8 @@ def test_sampling_and_training_take_turns(api: Api, engine: HeldEngine) -> None:
 def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
     tmp_path: Path,
 ) -> None:
-    class Patient(HeldEngine):
-        """Holds the first batch after its first slice, until the second batch has begun."""
+    class Telling(HeldEngine):
+        """Tells when the first slice is done."""
 
         def sample(
             self, sampler_id: str, requests: Sequence[SampleRequest]
@@ -155,7 +154,7 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
                 self.holding.set()
                 yield finished
 
-    engine = Patient()
+    engine = Telling()
     with serving(tmp_path, engine) as api:
         sampler = api.sampler(api.session())
         long = {"max_tokens": 20_000, "stop": []}
@@ -380,8 +379,6 @@ def test_everything_about_a_prompt(api: Api) -> None:
         prompt_logprobs_last_n=1,
         target_prompt_logprobs={"data": [6, -1, 7, 8], "dtype": "int64", "shape": [2, 2]},
     )
-    from tinkex.wire.proto_codec import PROTOBUF
-
     response = PROTOBUF.decode_samples(api.poll(made, accept=PROTOBUF.content_type).data)
     known = response.prompt_logprobs
     assert known is not None
@@ -418,7 +415,7 @@ def test_stops(api: Api) -> None:
         assert sequence["stop_reason"] == "stop"
 
 
-def test_an_expired_clock_does_not_start_old_batches(tmp_path: Path) -> None:
+def test_a_sampler_of_an_expired_session_refuses(tmp_path: Path) -> None:
     clock = ManualClock()
     with serving(tmp_path, clock=clock) as api:
         sampler = api.sampler(api.session())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional
 
 import click
 
@@ -22,13 +22,13 @@ def run() -> None:
 @format_option
 def list_runs(limit: int, base_url: Optional[str]) -> None:
     """List training runs, the one used last first."""
-    found, total, offset = [], None, 0
+    found: List[TrainingRun] = []
+    total: Optional[int] = None
     with open_rest(base_url) as rest:
         while limit == 0 or len(found) < limit:
             page_size = min(100, limit - len(found)) if limit else 100
-            page = rest.list_training_runs(limit=page_size, offset=offset).result()
+            page = rest.list_training_runs(limit=page_size, offset=len(found)).result()
             found += page.training_runs
-            offset += len(page.training_runs)
             total = page.cursor.total_count if page.cursor else None
             if len(page.training_runs) < page_size:
                 break

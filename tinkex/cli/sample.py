@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, List, Optional, Tuple
 
 import click
@@ -62,7 +63,7 @@ def sample(
         top_p=top_p,
     )
     params.check()
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
     with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
         if model_path:

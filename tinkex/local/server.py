@@ -219,7 +219,6 @@ class LocalServer:
             asyncore_use_poll=True,
             # Bodies of a few MB are read and written in few system calls, and never on disk.
             recv_bytes=1 << 18,
-            send_bytes=1 << 18,
             inbuf_overflow=1 << 27,
             outbuf_overflow=1 << 27,
         )

@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import LocalServerError
 from tinkex.local.problems import Problem
@@ -130,18 +130,13 @@ class Store:
         self._touched: Dict[str, float] = {}
         # Guards the connection and _touched.  Weights are written without it.
         self._lock = threading.Lock()
+        self._folder_lock: Optional[int] = None
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             self._folder_lock = _lock_folder(data_dir)
-            database = ":memory:" if in_memory else str(data_dir / "tinkex.sqlite3")
-            self._db = sqlite3.connect(database, check_same_thread=False, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            # NORMAL with WAL: a power cut may lose the last facts, never the database; no fsync
-            # per commit.
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._db = _open_database(":memory:" if in_memory else data_dir / "tinkex.sqlite3")
         except (OSError, sqlite3.Error) as error:
+            self._unlock_folder()
             raise LocalServerError(
                 f"cannot use the data directory {data_dir}: {error}",
                 hint="Name a folder that can be written, with --data-dir or data_dir=...",
@@ -152,9 +147,7 @@ class Store:
         """Close the database and give the folder free."""
         with self._lock:
             self._db.close()
-        if self._folder_lock is not None:
-            os.close(self._folder_lock)
-            self._folder_lock = None
+        self._unlock_folder()
 
     # Sessions
 
@@ -380,6 +373,11 @@ class Store:
 
     # Below
 
+    def _unlock_folder(self) -> None:
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
+
     def _execute(self, sql: str, *values: Any) -> None:
         with self._lock:
             self._db.execute(sql, values)
@@ -403,6 +401,21 @@ class Store:
         for folder in (self.data_dir / "checkpoints").glob("*/*/*"):
             if str(folder.relative_to(self.data_dir)) not in known:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_database(path: Union[str, Path]) -> sqlite3.Connection:
+    database = sqlite3.connect(str(path), check_same_thread=False, isolation_level=None)
+    try:
+        database.row_factory = sqlite3.Row
+        # NORMAL with WAL: a power cut may lose the last facts, never the database; no fsync
+        # per commit.
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.executescript(_SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
 
 
 def _lock_folder(data_dir: Path) -> Optional[int]:

@@ -52,7 +52,10 @@ def register(app: Flask, backend: Backend) -> None:
         row = backend.store.sampler(sampler_id)
         if row is None:
             raise Problem(404, f"sampler {sampler_id} is unknown")
-        return answer(GetSamplerResponse(sampler_id, row.base_model, row.model_path).to_wire())
+        sampler = GetSamplerResponse(
+            sampler_id, row.base_model, row.model_path, backend.info.tokenizer_id
+        )
+        return answer(sampler.to_wire())
 
     @app.post("/api/v1/asample")
     def asample() -> Response:

@@ -98,11 +98,14 @@ class AdapterPool:
 
         key = f"adapter{next(self._numbers)}"
         random_state = torch.random.get_rng_state()
-        with quiet():
-            if self._peft is None:
-                self._peft = peft.PeftModel(self._model, config, adapter_name=key)
-            else:
-                self._peft.add_adapter(key, config)
+        try:
+            with quiet():
+                if self._peft is None:
+                    self._peft = peft.PeftModel(self._model, config, adapter_name=key)
+                else:
+                    self._peft.add_adapter(key, config)
+        except ValueError as error:  # peft found none of its layers
+            raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
         torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
         self._layers = {
             name: module

@@ -1,0 +1,173 @@
+"""The engine without machine learning behaves like a model: the same answers, a falling loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+
+from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engine import EngineError
+from tinkex.types import (
+    AdamParams,
+    Datum,
+    LoraConfig,
+    ModelInput,
+    SampleRequest,
+    SampleResponse,
+    SamplingParams,
+)
+
+
+@pytest.fixture
+def engine() -> DeterministicEngine:
+    engine = DeterministicEngine(vocab_size=50, context_length=64)
+    engine.create("m", LoraConfig(rank=4))
+    engine.create_sampler("s", None)
+    return engine
+
+
+def datum(**inputs: Any) -> Datum:
+    return Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4], **inputs})
+
+
+def loss(engine: DeterministicEngine, name: str = "cross_entropy", **inputs: Any) -> float:
+    output = engine.forward_backward("m", [datum(**inputs)], name, {}, forward_only=True)
+    return output.metrics["loss:sum"]
+
+
+def sample(engine: DeterministicEngine, request: SampleRequest) -> SampleResponse:
+    finished = [done for part in engine.sample("s", [request]) for done in part]
+    assert [index for index, _ in finished] == [0]
+    result = finished[0][1]
+    if isinstance(result, EngineError):
+        raise result
+    return result
+
+
+def test_before_training_it_is_a_distribution(engine: DeterministicEngine) -> None:
+    vocabulary = np.arange(50).reshape(1, 50)
+    data = Datum(ModelInput.from_ints([7]), {"target_tokens": vocabulary})
+    output = engine.forward_backward("m", [data], "cross_entropy", {})
+    logprobs = output.loss_fn_outputs[0]["logprobs"].to_numpy()
+    # Two candidates may be one token by chance; its probabilities add up all the same.
+    assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_answers_depend_on_the_input_alone(engine: DeterministicEngine) -> None:
+    other = DeterministicEngine(vocab_size=50, context_length=64)
+    other.create("m", LoraConfig(rank=16))
+    assert loss(engine) == loss(other)
+    assert loss(engine) != loss(engine, weights=[1.0, 0.0, 0.0])
+
+
+def test_steps_lower_the_loss_and_need_a_gradient(engine: DeterministicEngine) -> None:
+    losses = [loss(engine)]
+    for _ in range(3):
+        engine.forward_backward("m", [datum()], "cross_entropy", {})
+        metrics = engine.optim_step("m", AdamParams())
+        losses.append(loss(engine))
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 4
+    assert metrics["optimizer_steps:max"] == 3
+    assert engine.optim_step("m", AdamParams())["grad_norm:mean"] == 0
+    assert loss(engine) == losses[-1]
+
+
+def test_losses_follow_their_formulas(engine: DeterministicEngine) -> None:
+    output = engine.forward_backward("m", [datum()], "cross_entropy", {}, forward_only=True)
+    logprobs = output.loss_fn_outputs[0]["logprobs"].to_numpy().astype(np.float64)
+    assert loss(engine, weights=[1.0, 2.0, 0.0]) == pytest.approx(-logprobs @ [1, 2, 0])
+    old = logprobs - np.log([0.5, 1.0, 3.0])  # ratios
+    advantages = np.array([2.0, -1.0, 1.0])
+    inputs = {"logprobs": old.astype(np.float32), "advantages": advantages.astype(np.float32)}
+
+    def of(name: str) -> Any:
+        return pytest.approx(loss(engine, name, **inputs), rel=1e-5)
+
+    assert -(0.5 * 2 - 1.0 + 3.0) == of("importance_sampling")
+    assert -(0.5 * 2 - 1.0 + 1.2) == of("ppo")
+    clipped = np.array([0.8, 1.0, 1.2])
+    assert -(clipped * advantages * logprobs).sum() == of("cispo")
+    squares = np.log([0.5, 1.0, 3.0]) ** 2
+    assert -(logprobs * advantages - 0.025 * squares).sum() == of("dro")
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "says"),
+    [
+        ("nonsense", {}, "unknown"),
+        ("ppo", {}, "needs the input 'logprobs'"),
+        ("cross_entropy", {"weights": [1.0, float("nan"), 1.0]}, "holds NaN"),
+        ("cross_entropy", {"weights": [1.0, 1.0]}, "shape"),
+        ("cross_entropy", {"target_tokens": [1, 2]}, "equally long"),
+        ("cross_entropy", {"target_tokens": [1, 2, 50]}, "holds token 50"),
+    ],
+)
+def test_bad_input_is_named(
+    engine: DeterministicEngine, name: str, inputs: Dict[str, List[float]], says: str
+) -> None:
+    good = datum(weights=[1.0] * 3, logprobs=[0.0] * 3, advantages=[0.0] * 3)
+    bad = datum(**inputs)
+    with pytest.raises(EngineError, match=says) as problem:
+        engine.forward_backward("m", [good, bad], name, {})
+    assert problem.value.category == "user"
+    if name != "nonsense":
+        assert "datum 1" in str(problem.value)
+
+
+def test_a_state_is_saved_and_loaded(engine: DeterministicEngine, tmp_path: Path) -> None:
+    engine.forward_backward("m", [datum()], "cross_entropy", {})
+    engine.optim_step("m", AdamParams())
+    for name, with_optimizer in (("full", True), ("weights", False)):
+        (tmp_path / name).mkdir()
+        engine.save("m", tmp_path / name, with_optimizer=with_optimizer)
+    trained = loss(engine)
+    engine.create("m", engine.lora_config(tmp_path / "full"))
+    assert loss(engine) > trained
+    engine.load("m", tmp_path / "full", with_optimizer=True)
+    assert loss(engine) == trained
+    engine.forward_backward("m", [datum()], "cross_entropy", {})
+    assert engine.optim_step("m", AdamParams())["optimizer_steps:max"] == 2
+    with pytest.raises(EngineError, match="no optimizer state"):
+        engine.load("m", tmp_path / "weights", with_optimizer=True)
+    with pytest.raises(EngineError, match="not a checkpoint"):
+        engine.load("m", tmp_path, with_optimizer=False)
+
+
+def test_sampling_ends_at_the_end_of_sequence_unless_told_otherwise(
+    engine: DeterministicEngine,
+) -> None:
+    prompt = ModelInput.from_ints([1, 2, 3])
+    ended = [
+        sample(engine, SampleRequest(prompt, 1, SamplingParams(seed=seed))).sequences[0]
+        for seed in range(40)
+    ]
+    stopped = [one for one in ended if one.stop_reason == "stop"]
+    assert stopped
+    assert all(one.tokens[-1] == 0 and 0 not in one.tokens[:-1] for one in stopped)
+    assert all(len(one.tokens) == 61 for one in ended if one.stop_reason == "length")
+
+
+def test_sampling_follows_its_probabilities(engine: DeterministicEngine) -> None:
+    request = SampleRequest(
+        ModelInput.from_ints([1, 2, 3]), 2000, SamplingParams(max_tokens=1, seed=0, stop=[])
+    )
+    sequences = sample(engine, request).sequences
+    first = [one.tokens[0] for one in sequences]
+    counts = sorted(((first.count(t), t) for t in set(first)), reverse=True)
+    likeliest = {one.tokens[0]: one.logprobs_np for one in sequences}[counts[0][1]]
+    assert likeliest is not None
+    assert counts[0][0] / 2000 == pytest.approx(float(np.exp(likeliest[0])), abs=0.06)
+
+
+def test_top_p_keeps_the_likeliest(engine: DeterministicEngine) -> None:
+    params = SamplingParams(max_tokens=20, seed=3, stop=[], top_p=0.4)
+    greedy = SamplingParams(max_tokens=20, temperature=0.0, stop=[])
+    prompt = ModelInput.from_ints([1, 2, 3])
+    narrow, best = (
+        sample(engine, SampleRequest(prompt, 1, p)).sequences[0].tokens for p in (params, greedy)
+    )
+    assert narrow == best
