@@ -30,7 +30,7 @@ from tinkex import types
 TEXT = Path(__file__).parent / "data"
 PROMPTS = ("PROGRAMMER, n.", "COFFEE, n.", "TELEPHONE, n.")
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=40, help="training steps")
+    add("--steps", type=int, default=20, help="training steps")
     add("--batch-size", type=int, default=8, help="paragraphs per step")
     add("--learning-rate", type=float, default=1e-3, help="at the first step; falls to zero")
     add("--rank", type=int, default=16, help="rank of the LoRA adapter")
@@ -210,8 +210,8 @@ def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
     heldout = [make_datum(text, tokenizer) for text in read_paragraphs(arguments.heldout)]
     heldout = heldout[: arguments.eval_entries]
     console.print(
-        f"[bold]{arguments.model}[/bold], LoRA of rank {arguments.rank}: {len(training)} paragraphs "
-        f"to train on, {len(heldout)} held out (session {service.session_id})"
+        f"[bold]{arguments.model}[/bold], LoRA of rank {arguments.rank}: {len(training)} "
+        f"paragraphs to train on, {len(heldout)} held out (session {service.session_id})"
     )
     before = evaluate(trainer, heldout)
     base = service.create_sampling_client(base_model=arguments.model)

@@ -19,8 +19,8 @@ LAYERS = (
     ("machinery", "channel transport rate_limiter auth scheduler"),
     (
         "protocol",
-        "api session_table beat_queue session_link heartbeat session_manager poll_rules poller"
-        " futures dialect session telemetry",
+        "api session_table beat_queue session_link session_core heartbeat session_manager"
+        " poll_rules poller futures dialect session telemetry",
     ),
     (
         "clients",

@@ -1,8 +1,9 @@
-"""Checks of a training batch before anything is sent: nothing is lost by a bad one."""
+"""Checks of arguments before anything is sent: nothing is lost by a bad one."""
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, Optional, Sequence, Union
+import math
+from typing import Any, Iterable, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -25,11 +26,21 @@ def check_batch(
     """
     if not isinstance(loss_fn, str) or not loss_fn:
         raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
+    if not isinstance(loss_fn_config, (Mapping, type(None))):
+        raise InvalidInputError(
+            f"loss_fn_config is a {type(loss_fn_config).__name__}; it must be a dict"
+        )
     for name, value in (loss_fn_config or {}).items():
-        if not isinstance(value, (int, float, str)):
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not (isinstance(name, str) and (number or isinstance(value, str))):
             raise InvalidInputError(
-                f"loss_fn_config[{name!r}] is {value!r}; it must be a number or a string"
+                f"loss_fn_config[{name!r}] is {value!r}; it must be a finite number or a string"
             )
+    if isinstance(data, Datum) or not isinstance(data, Iterable):
+        raise InvalidInputError(
+            f"the batch is a {type(data).__name__}; it must be a list of Datum",
+            hint="A single example is a batch of one: [datum].",
+        )
     batch = list(data)
     if not batch:
         raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
@@ -61,3 +72,11 @@ def _check_datum(index: int, datum: Any) -> None:
                 f"data[{index}]: loss input {name!r} holds {tensor.values[at]} at position {at}",
                 hint="NaN and infinity cannot be trained on; find out where they come from.",
             )
+
+
+def check_ttl(ttl_seconds: Optional[int]) -> None:
+    """Raise InvalidInputError unless *ttl_seconds* is a positive whole number, or None."""
+    if ttl_seconds is not None and not (type(ttl_seconds) is int and ttl_seconds > 0):
+        raise InvalidInputError(
+            f"ttl_seconds is {ttl_seconds!r}; it must be a whole number, 1 or more, or None"
+        )

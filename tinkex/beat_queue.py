@@ -64,7 +64,11 @@ class BeatQueue:
     def _allowed(self, host: _Host, now: float) -> int:
         """How many beats to *host* may be in flight at once."""
         if host.answers is False:
-            return 1
+            # Hosts that did not answer last time get half of the workers at most, all together.
+            troubled = sum(len(h.sent) for h in self._hosts.values() if h.answers is False)
+            return 1 if troubled < self._workers // 2 else 0
         if host.answers and all(now - sent < SLOW_S for sent in host.sent):
-            return self._workers
+            # It may begin to hang at this very moment: some workers stay free for the others.
+            others = len(self._hosts) > 1
+            return self._workers - self._workers // 4 if others else self._workers
         return max(2, self._workers // len(self._hosts))

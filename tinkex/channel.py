@@ -32,38 +32,43 @@ _SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
 
 
 class _Sockets:
-    """The open connections of one channel."""
+    """The open sockets of one channel.
+
+    Not the connections: one forgets its socket as soon as the server has announced that it will
+    close, while the rest of the answer is still being read.
+    """
 
     def __init__(self) -> None:
         # Guards the set and the flag.
         self._lock = threading.Lock()
-        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
 
-    def add(self, connection: Any) -> None:
+    def add(self, sock: Any) -> None:
+        """List a new socket; it is shut down at once if the channel was aborted meanwhile."""
+        while not isinstance(sock, socket.socket):  # TLS inside TLS, through an https proxy
+            sock = sock.socket
         with self._lock:
-            self._open.add(connection)
+            self._open.add(sock)
             aborted = self._aborted
         if aborted:
-            _shut_down(connection)
+            _shut_down(sock)
 
     def abort(self) -> None:
         with self._lock:
             self._aborted = True
-            connections = list(self._open)
-        for connection in connections:
-            _shut_down(connection)
+            sockets = list(self._open)
+        for sock in sockets:
+            _shut_down(sock)
 
 
-def _shut_down(connection: Any) -> None:
-    sock = getattr(connection, "sock", None)
-    if sock is not None:
-        try:
-            # The plain socket's method: SSLSocket's own would pull the TLS state away
-            # from under the thread that reads.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected any more, which is what we want
+def _shut_down(sock: socket.socket) -> None:
+    try:
+        # The plain socket's method: SSLSocket's own would pull the TLS state away
+        # from under the thread that reads.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected any more, which is what we want
 
 
 class _TrackedAdapter(HTTPAdapter):
@@ -71,6 +76,7 @@ class _TrackedAdapter(HTTPAdapter):
 
     def __init__(self, sockets: _Sockets, pool_size: int) -> None:
         self._sockets = sockets
+        self._tracked: weakref.WeakSet[urllib3.PoolManager] = weakref.WeakSet()
         super().__init__(pool_connections=2, pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +85,9 @@ class _TrackedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.PoolManager:
         manager: urllib3.PoolManager = super().proxy_manager_for(*args, **kwargs)
-        self._track(manager)
+        if manager not in self._tracked:  # it is asked for with each request
+            self._tracked.add(manager)
+            self._track(manager)
         return manager
 
     def _track(self, manager: urllib3.PoolManager) -> None:
@@ -88,12 +96,12 @@ class _TrackedAdapter(HTTPAdapter):
         class TrackedHTTPConnection(HTTPConnection):
             def connect(self) -> None:
                 super().connect()
-                sockets.add(self)
+                sockets.add(self.sock)
 
         class TrackedHTTPSConnection(HTTPSConnection):
             def connect(self) -> None:
                 super().connect()
-                sockets.add(self)
+                sockets.add(self.sock)
 
         class HTTPPool(HTTPConnectionPool):
             ConnectionCls = TrackedHTTPConnection

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import urllib.request
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
 from tinkex.errors import ConfigError
@@ -74,12 +74,14 @@ class Config:
     max_concurrent_samples: int = 400
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"base_url {self.base_url!r} is not an http(s) URL",
-                hint="Give the server's address, e.g. http://localhost:8080.",
-            )
+        _check_base_url(self.base_url)
+        if self.api_key is not None:
+            _check_header("the API key", self.api_key)
+        for name, text in self.extra_headers.items():
+            _check_header(f"the header {name!r}", text)
+        # Copies, because the caller's own may change later.
+        object.__setattr__(self, "user_metadata", dict(self.user_metadata))
+        object.__setattr__(self, "extra_headers", dict(self.extra_headers))
         if self.wire not in ("auto", "json", "protobuf"):
             raise ConfigError(f"wire is {self.wire!r}; it must be auto, json or protobuf")
         if self.on_billing not in ("raise", "wait"):
@@ -88,8 +90,15 @@ class Config:
             value = getattr(self, field.name)
             if field.name.endswith("_s") and value is not None and not _is_positive(value):
                 raise ConfigError(f"{field.name} is {value!r}; it must be a positive number of seconds")
-        if self.max_concurrent_samples < 1:
-            raise ConfigError("max_concurrent_samples must be at least 1")
+        for name in ("max_concurrent_samples", "max_heartbeat_failures"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
+        if self.ca_bundle and self.base_url.startswith("https") and not os.path.exists(self.ca_bundle):
+            raise ConfigError(
+                f"the CA bundle {self.ca_bundle!r} does not exist",
+                hint=f"It comes from ca_bundle=, or from one of {', '.join(_CA_VARIABLES)}.",
+            )
 
     @classmethod
     def resolve(cls, *, environ: Optional[Mapping[str, str]] = None, **settings: Any) -> Config:
@@ -98,6 +107,8 @@ class Config:
         A keyword that is None counts as not given.  Variables read: ``TINKER_BASE_URL``,
         ``TINKER_API_KEY``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS`` (comma-separated), and, through
         the standard library, the usual proxy and CA variables.
+
+        Programs on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
         Raises:
             ConfigError: an unknown setting, or a value out of its range.
@@ -111,14 +122,13 @@ class Config:
                 hint=f"Known are: {', '.join(sorted(known))}.",
             )
         given: Dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-        given["base_url"] = (
-            given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
-        ).rstrip("/")
-        given.setdefault("api_key", env.get("TINKER_API_KEY") or None)
+        base_url = given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
+        given["base_url"] = str(base_url).strip().rstrip("/")
+        # Keys read from files end with a newline.
+        given["api_key"] = (given.get("api_key") or env.get("TINKER_API_KEY") or "").strip() or None
         given.setdefault("project_id", env.get("TINKER_PROJECT_ID") or None)
-        if "tags" not in given:
-            given["tags"] = tuple(t.strip() for t in env.get("TINKER_TAGS", "").split(",") if t.strip())
-        given["tags"] = tuple(given["tags"])
+        tags = given.get("tags", env.get("TINKER_TAGS", ""))
+        given["tags"] = tuple(_split(tags) if isinstance(tags, str) else tags)
         given.setdefault("proxy", _proxy_for(given["base_url"]))
         given.setdefault("ca_bundle", next((env[v] for v in _CA_VARIABLES if env.get(v)), None))
         return cls(**given)
@@ -139,10 +149,49 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
+def _check_base_url(base_url: str) -> None:
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"base_url {base_url!r} is not an http(s) URL",
+            hint="Give the server's address, e.g. http://localhost:8080.",
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"the base_url of {parts.hostname} holds a user name or password",
+            hint="It would end up in logs. Send it as a header: "
+            "default_headers_overrides={'Authorization': 'Basic ...'}.",
+        )
+
+
+def _check_header(what: str, text: str) -> None:
+    """Raise unless *text* can be sent as a header; the message does not hold it."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{what} is a {type(text).__name__}, not a string")
+    if not all(" " <= char <= "~" or "\xa0" <= char <= "\xff" for char in text) or text != text.strip():
+        raise ConfigError(
+            f"{what} cannot be sent: it holds a line break, a control character, spaces around it "
+            "or a character outside Latin-1"
+        )
+
+
+def _split(text: str) -> List[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _proxy_for(base_url: str) -> Optional[str]:
     """The proxy that the environment (or the system's settings) names for *base_url*."""
+    _check_base_url(base_url)
     parts = urlsplit(base_url)
-    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+    host = parts.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return None
+    # With the port, since no_proxy may name one.
+    if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(parts.scheme) or proxies.get("all")

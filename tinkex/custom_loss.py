@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Sequence, 
 
 import numpy as np
 
-from tinkex.errors import ConfigError, InvalidInputError
+from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:
@@ -57,11 +57,18 @@ def gradient_data(
     """
     import torch
 
+    outputs = output.loss_fn_outputs
+    if len(outputs) != len(data) or not all("logprobs" in fields for fields in outputs):
+        raise ResponseDecodeError(
+            f"the forward pass of a custom loss returned logprobs for "
+            f"{sum('logprobs' in fields for fields in outputs)} of {len(data)} data"
+        )
     leaves = [
         torch.from_numpy(np.array(fields["logprobs"].to_numpy(), dtype=np.float32)).requires_grad_()
-        for fields in output.loss_fn_outputs
+        for fields in outputs
     ]
-    loss, metrics = loss_fn(data, leaves)
+    returned = loss_fn(data, leaves)
+    loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise InvalidInputError(
             "a custom loss must return a scalar tensor computed from the logprobs, and metrics",
@@ -74,7 +81,7 @@ def gradient_data(
         if not np.isfinite(weights).all():
             raise InvalidInputError("the gradient of the custom loss is not finite")
         weighted.append(_weighted(datum, weights))
-    return weighted, {**metrics, "loss:sum": float(loss.detach())}
+    return weighted, {**(metrics or {}), "loss:sum": float(loss.detach())}
 
 
 def merge_metrics(

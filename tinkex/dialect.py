@@ -76,6 +76,12 @@ class Dialect:
         except APIStatusError as second:
             # 415 names the wrong encoding: the other answer is about the batch itself.
             told = first if second.status == 415 else second
+            if told is first:
+                self._settle(PROTOBUF)
+                if first.status == 500:  # which may pass, after all
+                    return forward_backward(transport, PROTOBUF, request, policy)
+            elif first.status == 415:
+                self._settle(JSON)
             other = second if told is first else first
             told.hint = told.hint or f"Sent in the other encoding, the answer was: {other.message}"
             raise told from other

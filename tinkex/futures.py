@@ -167,7 +167,7 @@ class APIFuture(Future[T], Generic[T]):
         if run is None or self.done():
             super().add_done_callback(fn)
         else:
-            super().add_done_callback(lambda future: run(lambda: _call(fn, future)))
+            super().add_done_callback(lambda future: _hand_over(run, fn, future))
 
     def on_settled(self, fn: Callable[[Future[T]], object]) -> None:
         """Like `add_done_callback`, in the settling thread; for our own quick bookkeeping."""
@@ -202,12 +202,13 @@ class APIFuture(Future[T], Generic[T]):
         deadline = float("inf") if timeout is None else now + timeout
         pause = self._notice_after_s
         notice_at = now + pause
+        # In the child of a fork the future's own lock may be dead: do not touch it.
+        if self._pid != os.getpid() and self._state == "PENDING":
+            raise ClientClosedError(
+                f"{self.kind} was started before a fork; this process cannot wait for it",
+                hint="Create the client in the child process.",
+            )
         while not self.done():
-            if self._pid != os.getpid():
-                raise ClientClosedError(
-                    f"{self.kind} was started before a fork; this process cannot wait for it",
-                    hint="Create the client in the child process.",
-                )
             try:
                 super().exception(min(deadline - now, notice_at - now, _SLICE_S))
             except FutureTimeoutError:
@@ -218,6 +219,15 @@ class APIFuture(Future[T], Generic[T]):
                     logger.info("still waiting: %s", self.status())
                     pause = min(pause * 2, _LONGEST_NOTICE_S)
                     notice_at = now + pause
+
+
+def _hand_over(
+    run: Callable[[Callable[[], object]], None], fn: Callable[[Any], object], future: Any
+) -> None:
+    try:
+        run(lambda: _call(fn, future))
+    except ClientClosedError:  # no callback thread any more, e.g. while the interpreter exits
+        _call(fn, future)
 
 
 def _call(fn: Callable[[Any], object], future: Any) -> None:
@@ -236,6 +246,9 @@ def gather(
     parent.  *join* runs in the thread that settles the last child.
     """
     parent._children = children
+    if parent.cancelled():  # before it had children to cancel
+        for child in children:
+            child.cancel()
 
     def child_settled(child: Future[T]) -> None:
         if child.cancelled():

@@ -1,208 +1,123 @@
-"""The heartbeat thread of a SessionManager, and the state it shares with it.
+"""The heartbeat thread of a SessionManager.
 
 ``tinkex-heartbeat`` decides whose beat is due, and sends it itself while there is only one
-session.  With several, at most eight ``tinkex-heartbeat-worker-i`` send.  The threads know the
-`Core`, never the manager, so a forgotten manager can be collected.
+session.  With several, at most eight ``tinkex-heartbeat-worker-i`` send.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import queue
 import threading
-import weakref
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+import time
+from typing import List, Optional
 
-from tinkex.beat_queue import BeatQueue
 from tinkex.clock import Clock
-from tinkex.errors import TinkexError
-from tinkex.scheduler import WorkerPool
-from tinkex.session_link import SessionLink
-from tinkex.session_table import SessionTable, Verdict
+from tinkex.errors import ClientClosedError, TinkexError
+from tinkex.session_core import FINISH_S, Core, Live, abandon, finish_all, new_workers
+from tinkex.session_table import Verdict
 
 logger = logging.getLogger(__name__)
 
-WORKER_CAP = 8
 #: Wall and monotonic clock drifting apart by this much between two turns: the machine slept.
+#: Connections idle for so long without our doing may be dead.
 SLEEP_JUMP_S = 5.0
 #: A thread woken later than this is worth a warning: something held the interpreter.
 LATE_S = 2.0
 
-#: Called as ``on_removed(session_id, reason)``, outside every lock, when a session is lost.
-RemovalCallback = Callable[[str, str], object]
 
-#: To the heartbeat thread: ("wake",), ("abandon", session_id) or ("close",).
-Message = Tuple[str, ...]
+class ClockWatch:
+    """Notices that the machine slept.  Used by one thread."""
 
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._offset = clock.wall() - clock.monotonic()
+        self.told_late = False
 
-@dataclasses.dataclass
-class Live:
-    """What the manager holds for a live session."""
-
-    link: SessionLink
-    base_url: str
-    host: str
-    quiet: bool = False
-    owned: bool = True  # ours to finish; False for one that another process opened
-    finalizer: Optional[weakref.finalize[Any, Any]] = None
+    def jump_s(self) -> float:
+        """Seconds the wall clock has gained on the monotonic one since the last call."""
+        jump = self._clock.wall() - self._clock.monotonic() - self._offset
+        self._offset += jump
+        return jump
 
 
-class Core:
-    """What a manager and its threads share."""
-
-    def __init__(
-        self, clock: Clock, rand: Callable[[], float], on_removed: Optional[RemovalCallback]
-    ) -> None:
-        self.clock = clock
-        self.rand = rand
-        self.on_removed = on_removed
-        # A SimpleQueue, because finalizers post to it (bpo-32576).
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        # Guards everything below.  Never held during I/O, logging or callbacks.
-        self.lock = threading.Lock()
-        self.table = SessionTable()
-        self.live: Dict[str, Live] = {}
-        self.lost: Dict[str, str] = {}
-        self.no_finish: Set[str] = set()  # base URLs without that route
-        self.beats = BeatQueue(WORKER_CAP)
-        self.workers = new_workers()
-        self.thread: Optional[threading.Thread] = None
-        self.sending_inline = False
-        self.closed = False
-
-    def wake(self) -> None:
-        """Have the heartbeat thread look at the table again."""
-        self.inbox.put(("wake",))
-
-    def new_thread_locked(self) -> threading.Thread:
-        """Make the heartbeat thread of this core, to be started outside the lock."""
-        self.sending_inline = False
-        self.thread = threading.Thread(
-            target=_run, args=(self,), name="tinkex-heartbeat", daemon=True
-        )
-        return self.thread
+def new_thread_locked(core: Core) -> threading.Thread:
+    """Make the heartbeat thread of *core*, in place of any other; start it outside the lock."""
+    core.sending_inline = False
+    core.thread = threading.Thread(target=run, args=(core,), name="tinkex-heartbeat", daemon=True)
+    return core.thread
 
 
-def new_workers() -> WorkerPool:
-    """Make the pool that sends beats when there are several sessions."""
-    return WorkerPool("tinkex-heartbeat-worker", WORKER_CAP)
+def run(core: Core) -> None:
+    """Take turns until the last session has ended, or another thread has taken over."""
+    watch = ClockWatch(core.clock)
+    while True:
+        try:
+            if not turn(core, watch):
+                return
+        except Exception:
+            with contextlib.suppress(Exception):  # a user's log handler may be what failed
+                logger.exception("a turn of the heartbeat thread failed; it goes on")
+            time.sleep(0.1)  # whatever it was, not in a hot loop
 
 
-def stop_session(
-    core: Core, session_id: str, status: str, detail: Optional[str], timeout_s: float
-) -> bool:
-    """Take a session off the table, then tell the server.  Never raises an Exception.
-
-    False if the server was asked and did not answer.
-    """
+def turn(core: Core, watch: ClockWatch) -> bool:
+    """Sleep until a beat is due or a message comes; see to both.  False if this was the last."""
     with core.lock:
-        core.table.remove(session_id)
-        live = core.live.pop(session_id, None)
-        core.lost.pop(session_id, None)
-        if live is not None and all(other.host != live.host for other in core.live.values()):
-            core.beats.forget(live.host)
-    core.wake()
-    return live is None or finish(core, session_id, live, status, detail, timeout_s)
-
-
-def finish(
-    core: Core,
-    session_id: str,
-    live: Live,
-    status: str,
-    detail: Optional[str],
-    timeout_s: float,
-) -> bool:
-    """Post the session's end, once, and close its connections.  Never raises an Exception.
-
-    False if the server did not answer.
-    """
-    if live.finalizer is not None:
-        live.finalizer.detach()
+        # Replaced while it was sending?  Then this must not even look into the inbox.
+        if core.thread is not threading.current_thread():
+            return False
+        core.sending_inline = False
+        wanted = core.table.next_due()
+    late_s = _sleep(core, wanted)
+    jump_s = watch.jump_s()
+    slept = abs(jump_s) > SLEEP_JUMP_S
+    now = core.clock.monotonic()
     with core.lock:
-        known_missing = live.base_url in core.no_finish
-    try:
-        if live.owned and not known_missing and timeout_s > 0:
-            answer = live.link.finish(session_id, status, detail, timeout_s)
-            if answer in (404, 405, 501):
-                with core.lock:
-                    core.no_finish.add(live.base_url)
-            elif answer >= 300:
-                logger.debug("finishing session %s: status %d", session_id, answer)
-    except TinkexError as error:
-        logger.debug("finishing session %s: %s", session_id, error)
+        idle = None
+        if not len(core.table):
+            core.thread = None
+            idle, core.workers = core.workers, new_workers()
+        if slept:
+            core.table.beat_all_at(now)
+        due = core.table.take_due(now)
+        alone = len(core.table) == 1
+        core.sending_inline = alone and bool(due)
+        stale = slept or late_s > SLEEP_JUMP_S
+        links = [live.link for live in core.live.values()] if stale else []
+    if idle is not None:
+        idle.close()
         return False
-    finally:
-        live.link.abort()
+    if slept:
+        logger.info("the clock jumped by %.0f s (the machine slept?): beating at once", jump_s)
+    elif late_s > LATE_S and not watch.told_late:
+        watch.told_late = True
+        logger.warning(
+            "heartbeats ran %.1f s late: something kept this process from running (a long "
+            "computation that holds the GIL?). If that lasts, the server will end the session",
+            late_s,
+        )
+    for link in links:
+        link.drop_idle()
+    _send(core, due, inline=alone)
     return True
 
 
-def _run(core: Core) -> None:
-    """Sleep until a beat is due or a message comes; see to both.  Ends with the last session."""
-    me = threading.current_thread()
-    offset = core.clock.wall() - core.clock.monotonic()
-    told_late = False
-    while True:
-        late_s = _sleep(core)
-        now = core.clock.monotonic()
-        jump_s = core.clock.wall() - now - offset
-        offset += jump_s
-        slept = abs(jump_s) > SLEEP_JUMP_S
-        with core.lock:
-            if core.thread is not me:  # replaced while sending
-                return
-            if slept:
-                core.table.beat_all_at(now)
-            due = core.table.take_due(now)
-            alone = len(core.table) == 1
-            if not len(core.table):
-                core.thread = None
-                idle, core.workers = core.workers, new_workers()
-                break
-            core.sending_inline = alone and bool(due)
-            links = [live.link for live in core.live.values()] if slept else []
-        if slept:
-            logger.info("the clock jumped by %.0f s (the machine slept?): beating at once", jump_s)
-        elif late_s > LATE_S and not told_late:
-            told_late = True
-            logger.warning(
-                "heartbeats ran %.1f s late: something kept this process from running (a long "
-                "computation that holds the GIL?). If that lasts, the server will end the session",
-                late_s,
-            )
-        for link in links:
-            link.drop_idle()
-        _send(core, due, inline=alone)
-        with core.lock:
-            if core.thread is me:
-                core.sending_inline = False
-    idle.close()
-
-
-def _sleep(core: Core) -> float:
-    """Wait for the next due time or a message, and see to the message.
+def _sleep(core: Core, wanted: Optional[float]) -> float:
+    """Wait until *wanted* or for a message, and see to the message.
 
     Returns how much later than wanted the thread was woken, in seconds.
     """
-    with core.lock:
-        due = core.table.next_due()
     began = core.clock.monotonic()
-    timeout = None if due is None else max(0.0, due - began)
     try:
-        message = core.inbox.get(timeout=timeout)
+        message = core.inbox.get(timeout=None if wanted is None else max(0.0, wanted - began))
     except queue.Empty:
-        return core.clock.monotonic() - max(began, due or 0.0)
+        return core.clock.monotonic() - max(began, wanted or 0.0)
     if message[0] == "abandon":
-        session_id = message[1]
-        core.workers.submit(
-            lambda: stop_session(core, session_id, "success", "the client was dropped", 5.0)
-        )
+        abandon(core, message[1], message[2])
     elif message[0] == "close":
-        with core.lock:
-            session_ids = core.table.ids()
-        for session_id in session_ids:
-            stop_session(core, session_id, "success", "the session manager was dropped", 1.0)
+        finish_all(core, "success", "the session manager was dropped", FINISH_S)
     return 0.0
 
 
@@ -213,14 +128,18 @@ def _send(core: Core, due: List[str], *, inline: bool) -> None:
         for host, session_id in ready:
             core.beats.put(host, session_id)
     if inline:
-        _beat_next(core)
-    else:
-        for _ in ready:
+        _beat_all(core)
+        return
+    for _ in ready:
+        try:
             core.workers.submit(lambda: _beat_all(core))
+        except ClientClosedError as error:  # no thread is to be had: better late than never
+            logger.debug("heartbeats are sent one after the other: %s", error)
+            _beat_all(core)
 
 
 def _beat_all(core: Core) -> None:
-    """A worker's task: send beats while there are any that may be sent."""
+    """Send beats while there are any that may be sent."""
     while _beat_next(core):
         pass
 
@@ -247,10 +166,13 @@ def _beat_next(core: Core) -> bool:
     now = core.clock.monotonic()
     with core.lock:
         core.beats.done(host, sent, answered=status is not None or live is None)
-        verdict = core.table.record(session_id, status=status, error=error, now=now)
-        if verdict is not None and verdict.removed:
-            core.live.pop(session_id, None)
-            core.lost[session_id] = _reason(verdict)
+        verdict = None
+        if live is not None and core.live.get(session_id) is live:  # else it was stopped meanwhile
+            verdict = core.table.record(session_id, status=status, error=error, now=now)
+            if verdict is not None and verdict.removed:
+                core.note_lost_locked(session_id, _reason(verdict))
+        elif all(other.host != host for other in core.live.values()):
+            core.beats.forget(host)
     if verdict is not None and live is not None:
         _report(session_id, live, verdict)
         if verdict.removed:
@@ -259,14 +181,12 @@ def _beat_next(core: Core) -> bool:
 
 
 def _removed(core: Core, session_id: str, live: Live, reason: str) -> None:
-    if live.finalizer is not None:
-        live.finalizer.detach()
     live.link.abort()
     core.wake()
     if core.on_removed is not None:
         try:
             core.on_removed(session_id, reason)
-        except Exception:
+        except BaseException:  # SystemExit too would end the thread that beats for the others
             logger.exception("the removal callback of session %s failed", session_id)
 
 
@@ -280,7 +200,7 @@ def _reason(verdict: Verdict) -> str:
 
 def _report(session_id: str, live: Live, verdict: Verdict) -> None:
     """Log what a verdict means for the user; silence is the normal case."""
-    if verdict.kind == "gone" and verdict.first_beat:
+    if verdict.kind == "gone" and verdict.first_beat and verdict.status == 404 and live.owned:
         logger.warning(
             "the very first heartbeat of session %s got 'not found' from %s: is base_url right, "
             "path prefix and all? Without heartbeats the server will end the session",
@@ -292,9 +212,10 @@ def _report(session_id: str, live: Live, verdict: Verdict) -> None:
         logger.log(level, "session %s is gone: %s", session_id, _reason(verdict))
     elif verdict.removed:
         logger.warning(
-            "session %s is given up: %s. Work that needs it will fail; create a new client",
+            "session %s is given up: %s. Work that needs it will fail; %screate a new client",
             session_id,
             _reason(verdict),
+            "check the API key and " if verdict.status in (401, 403) else "",
         )
     elif verdict.kind == "warn":
         logger.warning(
@@ -305,6 +226,8 @@ def _report(session_id: str, live: Live, verdict: Verdict) -> None:
             verdict.error,
         )
     elif verdict.kind == "recovered":
-        logger.info("heartbeats of session %s succeed again, after %.0f s", session_id, verdict.silent_s)
+        logger.info(
+            "heartbeats of session %s succeed again, after %.0f s", session_id, verdict.silent_s
+        )
     elif verdict.kind == "failing":
         logger.debug("heartbeat of session %s: %s", session_id, verdict.error)

@@ -1,8 +1,8 @@
 """What must happen when the process exits or forks, for everything that is open.
 
 One ``atexit`` hook and one fork hook per process, installed with the first `track`; both walk
-a weak set, so tracking keeps nothing alive.  Nothing starts at import, and the exit hook starts
-no thread (Thread.start fails there on Python 3.12).
+weak references, so tracking keeps nothing alive.  Nothing starts at import, and the exit hook
+starts no thread (Thread.start fails there on Python 3.12).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Tracked(Protocol):
 
 # Guards _tracked and _installed, and the module state of others.  Held for a few statements.
 _lock = threading.Lock()
-_tracked: weakref.WeakSet[Tracked] = weakref.WeakSet()
+# Used as a set that keeps its order: what was opened last is closed first.
+_tracked: weakref.WeakKeyDictionary[Tracked, None] = weakref.WeakKeyDictionary()
 _installed = False
 
 
@@ -50,7 +51,7 @@ def track(thing: Tracked) -> None:
     """Have *thing* closed at exit and told of forks, for as long as it lives."""
     global _installed
     with _lock:
-        _tracked.add(thing)
+        _tracked[thing] = None
         install, _installed = not _installed, True
     if install:
         atexit.register(_at_exit)
@@ -61,7 +62,7 @@ def track(thing: Tracked) -> None:
 def untrack(thing: Tracked) -> None:
     """Stop tracking *thing*; nothing happens if it is not tracked."""
     with _lock:
-        _tracked.discard(thing)
+        _tracked.pop(thing, None)
 
 
 def exit_status() -> str:
@@ -77,7 +78,7 @@ def exit_status() -> str:
 
 def _at_exit() -> None:
     with _lock:
-        things: List[Tracked] = list(_tracked)
+        things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
     for index, thing in enumerate(things):

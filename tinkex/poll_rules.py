@@ -10,6 +10,7 @@ import dataclasses
 from typing import Optional, Union
 
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
+from tinkex.retry import MAX_HINT_S
 from tinkex.transport import Reply
 
 #: A server that answers "pending" at once is asked again after this long at first ...
@@ -69,7 +70,7 @@ def interpret(
         return _interpret_error(reply, error, request_id=request_id, kind=kind, maybe_lost=maybe_lost)
     if "application/x-protobuf" in reply.content_type:
         return Done(reply)
-    if b'"try_again"' not in reply.body[:400] and b'"error"' not in reply.body:
+    if b'"try_again"' not in reply.body and b'"error"' not in reply.body:
         return Done(reply)  # do not decode a large result just to look at its keys
     body = reply.json()
     if isinstance(body, dict) and body.get("type") == "try_again":
@@ -138,8 +139,8 @@ class Pacing:
         return delay
 
     def after_trouble(self, rand: float, hint_s: Optional[float] = None) -> float:
-        """Seconds to wait after trouble; the server's own wish goes first."""
-        delay = hint_s if hint_s is not None else self._backoff_s * (0.5 + rand / 2)
+        """Seconds to wait after trouble; the server's own wish goes first, up to 60 s."""
+        delay = min(hint_s, MAX_HINT_S) if hint_s else self._backoff_s * (0.5 + rand / 2)
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
         return delay
 

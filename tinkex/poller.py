@@ -114,7 +114,13 @@ class Poller:
                 queue.append(operation)
                 return
             self._lanes[lane] = collections.deque([operation])
-        self._polls.submit(lambda: self._drain(lane))
+        try:
+            self._polls.submit(lambda: self._drain(lane))
+        except ClientClosedError as error:
+            with self._lock:  # nobody will drain the lane
+                stranded = self._lanes.pop(lane)
+            for left in stranded:
+                self.fail(left.future, error)
 
     def submit_sample(
         self, operation: Operation[Any], send: Callable[[Channel], UntypedFuture]
@@ -134,7 +140,10 @@ class Poller:
             operation.future.enter("waiting", accepted.request_id)
             self._poll(operation, channel)
 
-        self._samples.submit(run)
+        try:
+            self._samples.submit(run)
+        except ClientClosedError as error:
+            self.fail(operation.future, error)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
@@ -213,7 +222,10 @@ class _Poll:
         self._channel = channel
         self._pacing = Pacing()
         self._maybe_lost = False
-        self._started = self._last_contact = time.monotonic()
+        self._last_contact = time.monotonic()
+        # The server accepted it some time ago, if others of its lane had to be waited for.
+        self._started = self._last_contact - operation.future.status().since_s
+        self._polled = False
         self._trouble_since: Optional[float] = None
 
     def run(self) -> None:
@@ -231,7 +243,9 @@ class _Poll:
     def _step(self, request_id: str) -> Optional[float]:
         """Poll once; return the pause before the next poll, or None when settled."""
         began = time.monotonic()
-        self._check_limits(began)
+        if self._polled:  # a result that is there is fetched, however late
+            self._check_limits(began)
+        self._polled = True
         self._future.attempts += 1
         try:
             reply = retrieve_future(

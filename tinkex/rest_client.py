@@ -7,6 +7,7 @@ from typing import Callable, Optional, TypeVar
 from tinkex.api import rest as api
 from tinkex.api import sampling as sampling_api
 from tinkex.api import sessions as sessions_api
+from tinkex.batch_checks import check_ttl
 from tinkex.child_client import ChildClient
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
@@ -136,8 +137,7 @@ class RestClient(ChildClient):
     ) -> APIFuture[None]:
         """Have the server delete a checkpoint after *ttl_seconds*; None keeps it for ever."""
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
-        if ttl_seconds is not None and ttl_seconds <= 0:
-            raise InvalidInputError(f"ttl_seconds is {ttl_seconds}; it must be positive, or None")
+        check_ttl(ttl_seconds)
         return self._run(
             "set_checkpoint_ttl",
             lambda transport: api.set_checkpoint_ttl(
@@ -178,5 +178,5 @@ class RestClient(ChildClient):
 
 
 def _check_page(limit: int, offset: int) -> None:
-    if limit < 1 or offset < 0:
-        raise InvalidInputError(f"limit is {limit} and offset {offset}; need limit >= 1, offset >= 0")
+    if not (type(limit) is type(offset) is int and limit >= 1 and offset >= 0):
+        raise InvalidInputError(f"limit is {limit!r} and offset {offset!r}; need limit >= 1, offset >= 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
+import math
 from typing import Mapping, Optional
 
 #: Pauses a server asks for are obeyed up to this long, in seconds.
@@ -35,7 +36,7 @@ class RetryPolicy:
         *attempt* counts the attempts made (from 1), *elapsed_s* is the time since the first began,
         *hint_s* the server's own wish, *rand* is uniform in [0, 1).
         """
-        if hint_s is not None:
+        if hint_s:  # "at once" is no wish we can grant: it would be a busy loop
             delay = min(hint_s, MAX_HINT_S)
         else:
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
@@ -62,14 +63,23 @@ def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
     The latter may be seconds (also fractions) or an HTTP date, compared with *wall* (seconds
     since the epoch).  None if there is no wish, or no sense in it.
     """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000.0
+    text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is not None or text is None:
+        return seconds
     try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000.0)
-        text = headers.get("retry-after")
-        if text is None:
-            return None
-        if text.replace(".", "", 1).strip().isdigit():
-            return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - wall)
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
+
+
+def _number(text: Optional[str]) -> Optional[float]:
+    """A finite number, 0 or more; None if *text* is anything else."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None

@@ -14,7 +14,7 @@ from tinkex.api import sampling as api
 from tinkex.channel import Channel
 from tinkex.child_client import ChildClient
 from tinkex.config import Config
-from tinkex.errors import InvalidInputError
+from tinkex.errors import APIStatusError, InvalidInputError, ResponseDecodeError
 from tinkex.futures import APIFuture
 from tinkex.poller import Operation
 from tinkex.session import Session
@@ -157,7 +157,7 @@ class SamplingClient(ChildClient):
             prompt_logprobs=True,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        return self._submit("compute_logprobs", request, lambda r: r.prompt_logprobs or [])
+        return self._submit("compute_logprobs", request, _prompt_logprobs)
 
     def get_base_model(self) -> str:
         """Name of the base model.  Blocks if the server must be asked; then cached."""
@@ -167,7 +167,12 @@ class SamplingClient(ChildClient):
 
     def get_tokenizer(self) -> Any:
         """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
-        sampler = self._get_sampler("get_tokenizer")
+        try:
+            sampler = self._get_sampler("get_tokenizer")
+        except APIStatusError as error:
+            if self._base_model is None or error.status not in (404, 405, 501):
+                raise
+            return load_tokenizer(self._base_model)  # a server without this route
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
     def _get_sampler(self, what: str) -> GetSamplerResponse:
@@ -250,6 +255,13 @@ class SamplingClient(ChildClient):
         return future
 
 
+def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
+    logprobs = response.prompt_logprobs
+    if logprobs is None:
+        raise ResponseDecodeError("compute_logprobs: the answer has no prompt logprobs")
+    return logprobs
+
+
 def _with_ids(response: SampleResponse, sequence_ids: List[str]) -> SampleResponse:
     """The ids come with the submission's answer, not with the result; some servers send none."""
     if len(sequence_ids) != len(response.sequences):
@@ -268,16 +280,17 @@ def _check(request: SampleRequest) -> None:
     if request.prompt.length == 0:
         raise InvalidInputError("the prompt has no tokens")
     if not isinstance(request.sampling_params, SamplingParams):
-        raise InvalidInputError(f"sampling_params is a {type(request.sampling_params).__name__}")
-    request.sampling_params.check()
-    if request.num_samples < 1:
-        raise InvalidInputError(f"num_samples is {request.num_samples}; it must be at least 1")
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-        if getattr(request, name) < 0:
-            raise InvalidInputError(f"{name} is {getattr(request, name)}; it must be 0 or more")
-    last_n = request.prompt_logprobs_last_n
-    if last_n is not None and not (1 <= last_n < request.prompt.length and request.prompt_logprobs):
         raise InvalidInputError(
-            f"prompt_logprobs_last_n is {last_n}; it must lie in 1 .. len(prompt) - 1, "
-            "and needs include_prompt_logprobs"
+            f"sampling_params is a {type(request.sampling_params).__name__}, not SamplingParams"
+        )
+    if not isinstance(request.target_prompt_logprobs, (TensorData, type(None))):
+        raise InvalidInputError(
+            f"target_prompt_logprobs is a {type(request.target_prompt_logprobs).__name__}; "
+            "it must be a TensorData"
+        )
+    request.check()
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and last_n >= request.prompt.length:
+        raise InvalidInputError(
+            f"prompt_logprobs_last_n is {last_n}; it must lie in 1 .. len(prompt) - 1"
         )

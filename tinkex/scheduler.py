@@ -63,16 +63,30 @@ class WorkerPool:
                 The task will not run.
         """
         state = self._state
+        trouble: Optional[RuntimeError] = None
         with state.lock:
             if state.closed or state.draining:
                 raise ClientClosedError(f"{state.name} was closed")
             if state.backlog >= state.idle and len(state.threads) < self._cap:
                 # Before the task is queued: one reported as refused must not run later.
-                self._start_thread_locked()
+                trouble = self._start_thread_locked()
             state.backlog += 1
             state.queue.put(task)
+        if trouble is not None:
+            logger.debug("%s makes do with the threads it has: %s", state.name, trouble)
 
-    def _start_thread_locked(self) -> None:
+    def submit_to_idle(self, task: Task, most: int) -> None:
+        """Have threads that are idle now run *task*, *most* at most; starts none, never raises."""
+        state = self._state
+        with state.lock:
+            if state.closed or state.draining:
+                return
+            for _ in range(min(most, state.idle - state.backlog)):
+                state.backlog += 1
+                state.queue.put(task)
+
+    def _start_thread_locked(self) -> Optional[RuntimeError]:
+        """Start a thread; return why not, if there are others to do the work."""
         state = self._state
         name = state.name if self._cap == 1 else f"{state.name}-{state.started}"
         thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
@@ -83,9 +97,9 @@ class WorkerPool:
             state.threads.remove(thread)
             if not state.threads:
                 raise ClientClosedError(f"cannot start thread {name}: {error}") from error
-            logger.debug("cannot start thread %s: %s", name, error)
-        else:
-            state.started += 1
+            return error
+        state.started += 1
+        return None
 
     def close(self) -> None:
         """Refuse new tasks and let the threads end; queued tasks that did not begin are dropped.

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, List, Mapping, Optional, Type
 
-from tinkex.api import sessions as sessions_api
 from tinkex.api import training as api
 from tinkex.api._call import read
 from tinkex.config import Config
@@ -134,6 +133,7 @@ class ServiceClient:
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; ``status()`` tells of each."""
+        self._session.ensure_not_forked("inflight")
         return self._session.poller.inflight()
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
@@ -276,10 +276,12 @@ class ServiceClient:
         """
         if status not in STATUSES:
             raise InvalidInputError(f"status is {status!r}; it must be one of {STATUSES}")
-        self._session.close(status, detail, timeout_s=timeout_s)
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
+        try:
+            self._session.close(status, detail, timeout_s=timeout_s)
+        finally:  # also when Ctrl-C breaks in
+            server, self._server = self._server, None
+            if server is not None and not self._session.forked:
+                server.close()
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -81,15 +81,19 @@ class Session:
         else:
             manager.adopt_session(config, session_id, owner=self)
         self.session_id = session_id
-        self.transport = Transport(config, closing=self._closing)
-        self.poller = Poller(self.transport, self.explain)
-        self._background = WorkerPool("tinkex-create", 8)
-        stoppers = [*self.poller.stoppers, self._background.stopper]
-        self._finalizer = weakref.finalize(self, _stop_all, stoppers)
-        self._finalizer.atexit = False
-        lifecycle.track(self)
-        with lifecycle.module_lock():
-            _open_here[os.getpid(), session_id] = self
+        try:
+            self.transport = Transport(config, closing=self._closing)
+            self.poller = Poller(self.transport, self.explain)
+            self._background = WorkerPool("tinkex-create", 8)
+            stoppers = [*self.poller.stoppers, self._background.stopper]
+            self._finalizer = weakref.finalize(self, _stop_all, stoppers)
+            self._finalizer.atexit = False
+            lifecycle.track(self)
+            with lifecycle.module_lock():
+                _open_here[os.getpid(), session_id] = self
+        except BaseException:
+            manager.stop_session(session_id, "interrupted", timeout_s=2.0)
+            raise
 
     @classmethod
     def attach(cls, config: Config, manager: SessionManager, session_id: str) -> Session:
@@ -115,18 +119,30 @@ class Session:
 
     def ensure_open(self, what: str) -> None:
         """Raise ClientClosedError, naming *what* was asked, unless the session is usable here."""
-        if self._pid != os.getpid():
-            raise ClientClosedError(
-                f"{what}: this client belongs to the parent process of a fork",
-                session_id=self.session_id,
-                hint="Create a ServiceClient in the child process.",
-            )
+        self.ensure_not_forked(what)
         if self._closing.is_set():
             raise ClientClosedError(
                 f"{what}: the ServiceClient of session {self.session_id} was closed",
                 session_id=self.session_id,
                 hint="Create a new ServiceClient, or do the work inside its `with` block.",
             )
+
+    def ensure_not_forked(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was asked, in the child of a fork."""
+        if self.forked:
+            raise ClientClosedError(
+                f"{what}: this client belongs to the parent process of a fork",
+                session_id=self.session_id,
+                hint="Create a ServiceClient in the child process.",
+            )
+
+    @property
+    def forked(self) -> bool:
+        """True in the child of a fork, where the session is not ours.
+
+        Locks may be dead there, and sockets are the parent's too: touch neither.
+        """
+        return self._pid != os.getpid()
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
         """Run *work* on a background thread; return its future at once."""
@@ -180,50 +196,66 @@ class Session:
         every waiter wakes; stop the threads; stop the heartbeats and finish the session; close
         connections last, since finishing needs one.
         """
+        if self.forked:
+            return
         deadline = time.monotonic() + timeout_s
         with self._lock:
             mine = self._closer is None
             if mine:
                 self._closer = threading.current_thread()
         if not mine:
-            if self._closer is not threading.current_thread():
+            # A callback of ours must not wait for the close that waits for its thread.
+            if not threading.current_thread().name.startswith("tinkex-"):
                 self._closed.wait(max(0.0, deadline - time.monotonic()))
             return
         try:
-            self._closing.set()
-            self.poller.close(
-                ClientClosedError(
-                    "the client was closed before this was done", session_id=self.session_id
-                )
-            )
-            with self._lock:
-                pools = [*self._lanes, self._background]
-            for pool in pools:
-                pool.close()
-            self.transport.abort()
+            pools = self._stop_work()
             left_s = max(0.2, (deadline - time.monotonic()) / 2)
             self.manager.stop_session(self.session_id, status, detail, timeout_s=left_s)
-            stayed = self.poller.join(deadline)
-            stayed += [name for pool in pools for name in pool.join(deadline)]
-            if stayed:
-                logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
-        finally:
-            self._finalizer.detach()
-            lifecycle.untrack(self)
-            self._closed.set()
+            self._join(pools, deadline)
+        except BaseException:
+            with self._lock:
+                self._closer = None  # Ctrl-C: the next close, at exit at the latest, goes on
+            raise
+        self._finalizer.detach()
+        lifecycle.untrack(self)
+        self._closed.set()
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
-        """See lifecycle.Tracked."""
-        self.close(status, "the process ended without closing the client", timeout_s=timeout_s)
+        """See lifecycle.Tracked.  The manager, which is closed after us, tells the server."""
+        self._join(self._stop_work(), time.monotonic() + min(timeout_s, 0.5))
+        self._finalizer.detach()
+        self._closed.set()
+
+    def _stop_work(self) -> List[WorkerPool]:
+        """Refuse new work, wake every waiter, and have the threads end."""
+        self._closing.set()
+        self.poller.close(
+            ClientClosedError(
+                "the client was closed before this was done", session_id=self.session_id
+            )
+        )
+        with self._lock:
+            pools = [*self._lanes, self._background]
+        for pool in pools:
+            pool.close()
+        self.transport.abort()
+        return pools
+
+    def _join(self, pools: List[WorkerPool], deadline: float) -> None:
+        stayed = self.poller.join(deadline)
+        stayed += [name for pool in pools for name in pool.join(deadline)]
+        if stayed:
+            logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the child must neither use nor end the parent's session."""
         self._finalizer.detach()
 
     def __del__(self) -> None:
-        finalizer: Any = getattr(self, "_finalizer", None)
-        opened_here = self._pid == os.getpid() and not self._borrowed
-        if finalizer is not None and finalizer.alive and opened_here:
+        # The finalizer tells nothing here: the garbage collector calls it before this.
+        opened = getattr(self, "poller", None) is not None and not self._borrowed
+        if opened and self._closer is None and not self._closed.is_set() and not self.forked:
             warnings.warn(
                 f"unclosed ServiceClient of session {self.session_id}, opened at {self.opened_at}; "
                 "use `with ServiceClient(...)` or close()",
@@ -242,7 +274,7 @@ def _stop_all(stoppers: List[Callable[[], None]]) -> None:
 def _callers_line() -> str:
     """``file:line`` of the first caller outside this package."""
     frame: Any = sys._getframe(1)
-    package = os.path.dirname(os.path.abspath(__file__))
+    package = os.path.dirname(os.path.abspath(__file__)) + os.sep
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

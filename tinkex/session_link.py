@@ -8,7 +8,12 @@ from __future__ import annotations
 import threading
 from typing import Callable, Optional, Protocol
 
-from tinkex.api.sessions import HEARTBEAT_TIMEOUT_S, create_session, finish_session, session_heartbeat
+from tinkex.api.sessions import (
+    HEARTBEAT_TIMEOUT_S,
+    create_session,
+    finish_session,
+    session_heartbeat,
+)
 from tinkex.config import Config
 from tinkex.transport import Transport
 from tinkex.types import CreateSessionResponse

@@ -1,8 +1,8 @@
 """SessionManager: creates server sessions, keeps them alive, and ends them.
 
 Threads, all daemons: ``tinkex-heartbeat`` and its workers (see heartbeat.py), from the first
-session to the last; ``tinkex-session-start-i`` create sessions, so that a caller can give up at
-once, and a session that arrives late is ended.
+session to the last; ``tinkex-session-i`` create sessions, so that a caller can give up at once and
+a session that arrives late is ended, and end forgotten ones.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple, Type
 
 from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
 from tinkex.errors import APITimeoutError, ClientClosedError, InvalidInputError
-from tinkex.heartbeat import Core, Live, RemovalCallback, finish, stop_session
-from tinkex.scheduler import WorkerPool
+from tinkex.heartbeat import new_thread_locked
+from tinkex.session_core import (
+    FINISH_S,
+    Core,
+    Live,
+    RemovalCallback,
+    finish,
+    finish_all,
+    stop_session,
+)
 from tinkex.session_link import HTTPLink, LinkFactory
 from tinkex.session_table import HeartbeatPolicy, SessionSnapshot
 from tinkex.types import CreateSessionResponse
@@ -29,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 #: Beyond startup_timeout_s, for the last attempt's own connection time.
 _GRACE_S = 3.0
+
+#: close waits this long for threads once everything is broken off, in seconds.
+_LINGER_S = 1.0
 
 _Arrival = Future[Tuple[CreateSessionResponse, Live]]
 
@@ -69,22 +81,24 @@ class SessionManager:
             APIError: the server refused or cannot be reached; the message names it.
             ClientClosedError: the manager was closed.
         """
+        core = self._core
+        if core.closed:
+            raise _closed()
         arrival: _Arrival = Future()
-        self._starters.submit(lambda: _create(self._core, self._open_link, config, arrival))
+        core.errands.submit(lambda: _create(core, self._open_link, config, arrival))
         try:
             created, live = arrival.result(config.startup_timeout_s + _GRACE_S)
         except BaseException as error:
             if arrival.done() and not arrival.cancelled() and arrival.exception() is error:
                 raise
-            _give_up(self._core, arrival)
+            _give_up(core, arrival)
             if isinstance(error, FutureTimeoutError):
                 raise _too_slow(config) from None
             raise
         try:
             self._register(created.session_id, config, live, owner)
         except BaseException:
-            stop_session(self._core, created.session_id, "interrupted", None, 2.0)
-            finish(self._core, created.session_id, live, "interrupted", None, 2.0)
+            _undo(core, created.session_id, live)
             raise
         for level, text in (
             (logging.INFO, created.info_message),
@@ -98,10 +112,20 @@ class SessionManager:
     def adopt_session(
         self, config: Config, session_id: str, *, owner: Optional[object] = None
     ) -> None:
-        """Keep alive a session that another process opened; stopping it does not finish it."""
+        """Keep alive a session that another process opened; stopping it does not finish it.
+
+        Adopted again, it lives until the last *owner* is collected.  Does not block.
+
+        Raises:
+            ClientClosedError: the manager was closed.
+        """
         live = _live(config, self._open_link)
         live.owned = False
-        self._register(session_id, config, live, owner)
+        try:
+            self._register(session_id, config, live, owner)
+        except BaseException:
+            _undo(self._core, session_id, live)
+            raise
 
     def stop_session(
         self,
@@ -128,36 +152,35 @@ class SessionManager:
         with self._core.lock:
             return self._core.lost.get(session_id)
 
-    def close(self, status: str = "success", *, timeout_s: float = 5.0) -> None:
+    def close(
+        self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
+    ) -> None:
         """Stop every session and every thread.  Idempotent; never raises; starts no thread.
 
-        Sessions are finished one after the other; once a host does not answer, its others are
-        left to expire, so a hung host costs one bounded wait.
+        Takes at most about *timeout_s*.  Sessions of a host that does not answer are left to
+        expire, so a hung host costs one wait of two seconds.
         """
         core = self._core
+        deadline = time.monotonic() + timeout_s
         with core.lock:
             core.closed = True
-            failing = {s.session_id for s in core.table.snapshots() if s.consecutive_failures}
-            sessions = [(s in failing, s, core.live[s].host) for s in core.table.ids()]
             thread = core.thread
-        deadline = core.clock.monotonic() + timeout_s
-        silent_hosts = set()
-        for _, session_id, host in sorted(sessions):
-            left_s = min(2.0, deadline - core.clock.monotonic())
-            share_s = 0.0 if host in silent_hosts else max(0.0, left_s)
-            if not stop_session(core, session_id, status, None, share_s):
-                silent_hosts.add(host)
-        core.wake()
-        self._starters.close()
+        finish_all(core, status, detail, timeout_s)
         core.workers.close()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.2, deadline - core.clock.monotonic()))
-        core.workers.join(max(deadline, core.clock.monotonic() + 0.2))
+        core.errands.close()
+        # All connections are broken off.  What does not end at once is connecting, or creating a
+        # session that nobody waits for any more and that is ended when it arrives.
+        now = time.monotonic()
+        deadline = min(max(deadline, now + 0.2), now + _LINGER_S)
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(deadline - now)
+        core.workers.join(deadline)
+        core.errands.join(deadline)
         lifecycle.untrack(self)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked."""
-        self.close(status, timeout_s=timeout_s)
+        self.close(status, "the process ended without closing the client", timeout_s=timeout_s)
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the child starts without sessions; the parent's live on."""
@@ -168,12 +191,11 @@ class SessionManager:
     def __enter__(self) -> SessionManager:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: Optional[Type[BaseException]], *exc: object) -> None:
+        self.close("success" if exc_type is None else "errored")
 
     def _start_over(self) -> None:
         self._core = Core(*self._settings)
-        self._starters = WorkerPool("tinkex-session-start", 64, idle_s=0.05)
         self._finalizer = weakref.finalize(self, self._core.inbox.put, ("close",))
         self._finalizer.atexit = False
 
@@ -183,23 +205,32 @@ class SessionManager:
         """Put a session on the table and make sure that somebody beats it."""
         core = self._core
         now = core.clock.monotonic()
-        if owner is not None:
-            live.finalizer = weakref.finalize(owner, core.inbox.put, ("abandon", session_id))
-            live.finalizer.atexit = False
         thread: Optional[threading.Thread] = None
         with core.lock:
             if core.closed:
-                raise ClientClosedError("the session manager was closed")
-            if session_id in core.live:
-                raise InvalidInputError(f"session {session_id} is kept alive by this manager already")
-            core.live[session_id] = live
-            core.table.add(session_id, HeartbeatPolicy.of(config), now=now, phase=core.rand())
-            # A thread that is sending for the only session so far may hang in it: replace it.
-            if core.thread is None or core.sending_inline:
-                thread = core.new_thread_locked()
+                raise _closed()
+            known = core.live.get(session_id)
+            if known is None:
+                core.live[session_id] = live
+                core.table.add(session_id, HeartbeatPolicy.of(config), now=now, phase=core.rand())
+            elif known.owned or not known.owners:
+                raise InvalidInputError(
+                    f"session {session_id} is kept alive by this manager already"
+                )
+            if owner is not None:
+                core.add_owner_locked(session_id, owner)
+            # One that never started was interrupted before it could.  One that is sending for
+            # the only session so far may hang in it.
+            if core.thread is None or not core.thread.is_alive() or core.sending_inline:
+                thread = new_thread_locked(core)
         if thread is not None:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
+                raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
         core.wake()
+        if known is not None:
+            live.link.abort()  # the one in use serves for both
 
 
 # Guarded by lifecycle.module_lock().
@@ -224,11 +255,13 @@ def _live(config: Config, open_link: LinkFactory) -> Live:
 
 def _create(core: Core, open_link: LinkFactory, config: Config, arrival: _Arrival) -> None:
     """Create a session and hand it over; end it if nobody waits any more."""
-    live = _live(config, open_link)
+    live: Optional[Live] = None
     try:
+        live = _live(config, open_link)
         created = live.link.create()
     except BaseException as error:
-        live.link.abort()
+        if live is not None:
+            live.link.abort()
         try:
             arrival.set_exception(error)
         except InvalidStateError:
@@ -238,7 +271,7 @@ def _create(core: Core, open_link: LinkFactory, config: Config, arrival: _Arriva
         arrival.set_result((created, live))
     except InvalidStateError:
         logger.info("session %s arrived after its caller gave up; ending it", created.session_id)
-        finish(core, created.session_id, live, "interrupted", None, 5.0)
+        finish(core, created.session_id, live, "interrupted", None, FINISH_S)
 
 
 def _give_up(core: Core, arrival: _Arrival) -> None:
@@ -246,7 +279,23 @@ def _give_up(core: Core, arrival: _Arrival) -> None:
     if arrival.cancel() or arrival.exception() is not None:
         return
     created, live = arrival.result()
-    finish(core, created.session_id, live, "interrupted", None, 2.0)
+    finish(core, created.session_id, live, "interrupted", None, FINISH_S)
+
+
+def _undo(core: Core, session_id: str, live: Live) -> None:
+    """End a session whose registration failed or was interrupted."""
+    with core.lock:
+        known = core.live.get(session_id)
+        if known is live:
+            core.take_off_locked(session_id)
+    if known is None or known is live:
+        finish(core, session_id, live, "interrupted", None, FINISH_S)
+    else:  # the id of another session: that one goes on
+        live.link.abort()
+
+
+def _closed() -> ClientClosedError:
+    return ClientClosedError("the session manager was closed", hint="Make a new SessionManager.")
 
 
 def _too_slow(config: Config) -> APITimeoutError:

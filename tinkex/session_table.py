@@ -57,8 +57,9 @@ class Verdict:
             session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx), ``"limit"``.
         silent_s: seconds since the last success (or the start).
         failures: failures in a row, this one included.
-        first_beat: no heartbeat of this session has ever succeeded.
+        first_beat: it is the answer to the session's very first heartbeat.
         error: the answer, in words.
+        status: the answer's HTTP status, if it was not a success.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Verdict:
     failures: int = 0
     first_beat: bool = False
     error: Optional[str] = None
+    status: Optional[int] = None
 
     @property
     def removed(self) -> bool:
@@ -213,4 +215,5 @@ class SessionTable:
         ):
             kind = "warn"
             entry.last_warning = now
-        return Verdict(kind, silent_s, entry.failures, not entry.ever_succeeded, entry.last_error)
+        first_beat = entry.failures == 1 and not entry.ever_succeeded
+        return Verdict(kind, silent_s, entry.failures, first_beat, entry.last_error, status)

@@ -7,13 +7,12 @@ order and numbers them as it does, so bad input never uses up a number.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import weakref
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Type, TypeVar, Union
 
 from tinkex.api import training as api
 from tinkex.api._call import read
-from tinkex.batch_checks import check_batch
+from tinkex.batch_checks import check_batch, check_ttl
 from tinkex.custom_loss import (
     CustomLoss,
     check_custom_batch,
@@ -81,7 +80,7 @@ class TrainingClient(ChildClient):
         self._base_model = base_model
         self._info: Optional[GetInfoResponse] = None
         self._lane = session.new_lane(f"tinkex-submit-{model_id}")
-        self._seq_ids = itertools.count(1)  # used by the lane's thread alone
+        self._next_seq_id = 1  # used by the lane's thread alone
         weakref.finalize(self, self._lane.stopper).atexit = False
 
     def forward(
@@ -127,6 +126,8 @@ class TrainingClient(ChildClient):
             future.enter("submitting")
             logprobs = self._send_pass("forward", forward_data(batch), "cross_entropy", {}).result()
             weighted, metrics = gradient_data(batch, logprobs, loss_fn)
+            if future.done():
+                return  # cancelled: the gradient must not be added
             second = self._send_pass("forward_backward", weighted, "cross_entropy", {})
             gather(future, [second], lambda outputs: merge_metrics(outputs[0], metrics))
 
@@ -141,10 +142,7 @@ class TrainingClient(ChildClient):
         """Queue one optimizer step with the accumulated gradient; return at once."""
         if (optim_params is None) == (adam_params is None):
             raise InvalidInputError("give optim_step one AdamParams")
-        params = adam_params if optim_params is None else optim_params
-        if not isinstance(params, AdamParams):
-            raise InvalidInputError(f"optim_step takes AdamParams, not {type(params).__name__}")
-        params.check()
+        params = _check_adam(adam_params if optim_params is None else optim_params)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.optim_step(
@@ -164,7 +162,7 @@ class TrainingClient(ChildClient):
 
         One waiting time instead of two.  Blocks; raises the first failure.
         """
-        adam_params.check()
+        _check_adam(adam_params)
         forward_backward = self.forward_backward(data, loss_fn, loss_fn_config)
         optim = self.optim_step(adam_params)
         return TrainStep(forward_backward.result(), optim.result())
@@ -271,8 +269,11 @@ class TrainingClient(ChildClient):
     def create_sampling_client_future(self, model_path: str) -> APIFuture[SamplingClient]:
         """Like `create_sampling_client`; returns at once."""
         self._ensure_open("create_sampling_client")
+        own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
         return SamplingClient.create_future(
-            self._session, model_path=model_path, known_base_model=self._base_model
+            self._session,
+            model_path=model_path,
+            known_base_model=self._base_model if own else None,
         )
 
     def get_info(self) -> GetInfoResponse:
@@ -301,8 +302,9 @@ class TrainingClient(ChildClient):
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
         """Queue a pass over a whole batch, in one task, so that its chunks stay together."""
+        batch = check_batch(data, loss_fn, loss_fn_config)
         config = dict(loss_fn_config or {})
-        chunks = split(check_batch(data, loss_fn, config), MAX_CHUNK_DATUMS, MAX_CHUNK_BYTES)
+        chunks = split(batch, MAX_CHUNK_DATUMS, MAX_CHUNK_BYTES)
         futures = [self._new_future(kind) for _ in chunks]
         whole = futures[0]
         if len(futures) > 1:
@@ -393,10 +395,15 @@ class TrainingClient(ChildClient):
         poller = self._session.poller
         future.enter("submitting")
         try:
-            accepted = send(next(self._seq_ids))
-        except Exception as error:
+            accepted = send(self._next_seq_id)
+        except InvalidInputError as error:  # nothing was sent: the number is still free
             poller.fail(future, error)
             return
+        except Exception as error:
+            self._next_seq_id += 1
+            poller.fail(future, error)
+            return
+        self._next_seq_id += 1
         future.enter("waiting", accepted.request_id)
         poller.watch(self.model_id, Operation(future, decode, binary))
 
@@ -421,11 +428,17 @@ def _decode_output(reply: Reply) -> ForwardBackwardOutput:
     return codec_for(reply.content_type).decode_output(reply.body)
 
 
+def _check_adam(params: Any) -> AdamParams:
+    if not isinstance(params, AdamParams):
+        raise InvalidInputError(f"an optimizer step takes AdamParams, not {type(params).__name__}")
+    params.check()
+    return params
+
+
 def _check_save(name: str, ttl_seconds: Optional[int]) -> None:
-    if not isinstance(name, str) or not name or "/" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
         raise InvalidInputError(
             f"checkpoint name {name!r} must be a bare name, without slashes",
             hint="The server makes the path: tinker://<run>/weights/<name>.",
         )
-    if ttl_seconds is not None and ttl_seconds <= 0:
-        raise InvalidInputError(f"ttl_seconds is {ttl_seconds}; it must be positive, or None")
+    check_ttl(ttl_seconds)

@@ -29,7 +29,6 @@ from tinkex.errors import (
     APITimeoutError,
     ClientClosedError,
     ResponseDecodeError,
-    TinkexError,
     status_error_type,
 )
 from tinkex.rate_limiter import limiter_for
@@ -38,6 +37,9 @@ from tinkex.retry import RetryPolicy, retry_after_s
 logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
+
+#: Pause between attempts while the account cannot pay, with ``on_billing="wait"``, in seconds.
+BILLING_PAUSE_S = 5.0
 
 #: Connections kept per traffic class.
 POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
@@ -159,7 +161,15 @@ class Transport:
         except requests.RequestException as error:
             self._raise_connection_error(request, error)
         lowered = {name.lower(): value for name, value in response.headers.items()}
-        return Reply(response.status_code, lowered, response.content)
+        reply = Reply(response.status_code, lowered, response.content)
+        return self._without_key(reply)
+
+    def _without_key(self, reply: Reply) -> Reply:
+        """Take the key out of a text that echoes it, before it gets into any error or log."""
+        key = (self.config.api_key or "").encode("latin-1")
+        if not key or key not in reply.body or "protobuf" in reply.content_type:
+            return reply
+        return dataclasses.replace(reply, body=reply.body.replace(key, b"<api key>"))
 
     def send(
         self, request: Request, policy: RetryPolicy, *, channel: Optional[Channel] = None
@@ -190,6 +200,8 @@ class Transport:
                 error, again = caught, caught.retryable
             elapsed = self.clock.monotonic() - started
             delay = policy.delay_s(attempt, elapsed, hint_s, random.random()) if again else None
+            if error.status == 402 and self.config.on_billing == "wait":
+                delay = BILLING_PAUSE_S
             error.attempts, error.elapsed_s = attempt, elapsed
             if delay is None:
                 raise error
@@ -239,14 +251,12 @@ class Transport:
                 f"the client was closed while {request.name} was under way"
             ) from error
         where = self.config.host_and_port
-        if isinstance(error, requests.Timeout):
+        if isinstance(error, requests.Timeout) or _is_stalled_body(error):
             if isinstance(error, requests.ConnectTimeout):
                 limit = f"{self.config.connect_timeout_s:g} s to connect"
             else:
                 limit = f"{request.read_timeout_s or self.config.read_timeout_s:g} s"
             raise APITimeoutError(f"{where} did not answer {request.name} within {limit}") from error
-        if isinstance(error, requests.exceptions.InvalidHeader):
-            raise TinkexError(f"a header of {request.name} cannot be sent: check the key") from error
         reason = self.redact(_root_cause(error))
         raise APIConnectionError(
             f"cannot reach {where} for {request.name}: {reason}",
@@ -265,6 +275,11 @@ class Transport:
             channels = [*self._channels.values(), *self._private]
         for channel in channels:
             channel.abort()
+
+
+def _is_stalled_body(error: requests.RequestException) -> bool:
+    """True for a timeout in the middle of an answer, which requests calls a ConnectionError."""
+    return bool(error.args) and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -161,9 +161,7 @@ def test_samples_from_saved_weights(service: Any, trainer: Any) -> None:
 def test_samples_from_the_current_weights(trainer: Any) -> None:
     sampler = trainer.save_weights_and_get_sampling_client()
     asked = types.SamplingParams(max_tokens=5, temperature=0.0, stop=[])
-    futures = [
-        sampler.sample(types.ModelInput.from_ints(TOKENS), 1, asked) for _ in range(16)
-    ]
+    futures = [sampler.sample(types.ModelInput.from_ints(TOKENS), 1, asked) for _ in range(16)]
     tokens = [future.result().sequences[0].tokens for future in futures]
     assert tokens == [tokens[0]] * 16
 
@@ -202,7 +200,9 @@ def test_runs_and_checkpoints_are_listed_and_deleted(service: Any, trainer: Any)
     run = rest.get_training_run(run_id).result()
     assert run.last_checkpoint.checkpoint_id == "weights/listed"
     assert run.last_sampler_checkpoint.checkpoint_id == "sampler_weights/listed"
-    assert run_id in [one.training_run_id for one in rest.list_training_runs().result().training_runs]
+    assert run_id in [
+        one.training_run_id for one in rest.list_training_runs().result().training_runs
+    ]
 
     def listed() -> List[str]:
         return [one.checkpoint_id for one in rest.list_checkpoints(run_id).result().checkpoints]

@@ -165,9 +165,7 @@ class Api:
         return str(self.submit_pass(model_id, seq_id, [held_datum()], "cispo")["request_id"])
 
     def step(self, model_id: str, seq_id: int, expect: int = 200, **params: Any) -> Any:
-        return self.post(
-            "optim_step", expect, model_id=model_id, seq_id=seq_id, adam_params=params
-        )
+        return self.post("optim_step", expect, model_id=model_id, seq_id=seq_id, adam_params=params)
 
     def sample_body(self, sampler_id: str, seq_id: int, **changes: Any) -> Dict[str, Any]:
         return {
@@ -225,7 +223,7 @@ def serving(
     max_held_polls: int = 100,
     **facts: Any,
 ) -> Iterator[Api]:
-    """Run a backend, and hand out a client of it; ``api.backend`` and ``api.engine`` are its own."""
+    """Run a backend, and hand out a client of it; ``api.backend`` is the backend itself."""
     facts.setdefault("limits", AT_ONCE)
     backend = Backend(engine or HeldEngine(), Store(data_dir), **facts)
     backend.start()

@@ -95,9 +95,7 @@ def test_a_body_of_some_megabytes_arrives_whole() -> None:
             ForwardBackwardRequest(model, 1, data, "cross_entropy")
         )
         assert len(body) > 4_000_000
-        status, made = send(
-            server, "forward_backward", body, content_type=PROTOBUF.content_type
-        )
+        status, made = send(server, "forward_backward", body, content_type=PROTOBUF.content_type)
         assert status == 200
         output = post(server, "retrieve_future", request_id=made["request_id"])
         assert len(output["loss_fn_outputs"]) == 40
@@ -122,9 +120,7 @@ def test_a_port_or_host_that_cannot_be_is_refused() -> None:
     assert own_threads() == []
 
 
-def test_a_failed_start_leaves_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "file").write_text("")
     server = LocalServer(DeterministicEngine(), data_dir=tmp_path / "file")
@@ -133,6 +129,18 @@ def test_a_failed_start_leaves_no_folder(
     monkeypatch.setattr("tinkex.local.store._SCHEMA", "nonsense")
     with pytest.raises(LocalServerError, match="data directory"):
         LocalServer(DeterministicEngine()).start()
+    monkeypatch.undo()
+    kept = tmp_path / "kept"
+    monkeypatch.setattr("waitress.server.create_server", lambda *args, **kw: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LocalServer(DeterministicEngine(), data_dir=kept).start()
+    monkeypatch.undo()
+    LocalServer(DeterministicEngine(), data_dir=kept).close()
+    with LocalServer(DeterministicEngine(), data_dir=kept):  # its lock was given back
+        pass
+    (kept / "server.lock").unlink()
+    (kept / "tinkex.sqlite3").unlink()
+    kept.rmdir()
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -140,9 +148,8 @@ def test_a_server_is_started_once() -> None:
     server = LocalServer(DeterministicEngine())
     with pytest.raises(LocalServerError, match="not started"):
         _ = server.url
-    with server:
-        with pytest.raises(LocalServerError, match="started before"):
-            server.start()
+    with server, pytest.raises(LocalServerError, match="started before"):
+        server.start()
     server.close()  # once more does nothing
     with pytest.raises(LocalServerError, match="started before"):
         server.start()
@@ -202,19 +209,28 @@ def test_close_releases_held_polls_and_ends_within_two_seconds() -> None:
     server.start()
     model = start_model(server)
     made = post(server, "optim_step", model_id=model, seq_id=2, adam_params={})  # 1 never comes
+    futures = server._backend.futures
+    wait, held = futures.wait, threading.Semaphore(0)
+
+    def counted_wait(request_id: str, timeout_s: float) -> Any:
+        if timeout_s > 0:
+            held.release()
+        return wait(request_id, timeout_s)
+
+    futures.wait = counted_wait
     answers: List[Any] = []
-    begun = threading.Barrier(5)
-
-    def poll() -> None:
-        begun.wait(20)
-        answers.append(post(server, "retrieve_future", request_id=made["request_id"]))
-
-    polls = [threading.Thread(target=poll) for _ in range(4)]
+    polls = [
+        threading.Thread(
+            target=lambda: answers.append(
+                post(server, "retrieve_future", request_id=made["request_id"])
+            )
+        )
+        for _ in range(4)
+    ]
     for thread in polls:
         thread.start()
-    begun.wait(20)
-    while sum(name.startswith("tinkex-http-") for name in own_threads()) < 4:
-        threading.Event().wait(0.001)  # until all four are held
+    for _ in polls:
+        assert held.acquire(timeout=20)
     start = time.monotonic()
     server.close()
     assert time.monotonic() - start < 2
@@ -347,6 +363,9 @@ def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture)
     threads.add_task(waiting)
     assert not threads.shutdown(timeout=0.01)
     assert waiting.cancelled
+    late = Task(until)
+    threads.add_task(late)
+    assert late.cancelled
     assert "tinkex-http-1" in caplog.text
     until.set()
     assert threads.shutdown(timeout=20)
@@ -359,3 +378,21 @@ def test_an_engine_without_its_libraries_names_the_remedy(
     with pytest.raises(LocalServerError, match="not installed") as problem:
         load_engine("smollm2-135m")
     assert 'pip install "tinkex[local]"' in str(problem.value)
+
+
+def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    until = threading.Event()
+    threads = HttpThreads(most=3)
+    first, second = Task(until), Task(until)
+    threads.add_task(first)
+    assert first.begun.wait(20)
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        threads.add_task(second)
+    until.set()
+    assert second.begun.wait(20)
+    assert threads.shutdown(timeout=20)

@@ -73,9 +73,7 @@ def test_samples_come_in_the_dialect_that_is_accepted(api: Api, codec: Codec) ->
 
 def test_a_sample_agrees_with_a_forward_pass(api: Api) -> None:
     model = api.model()
-    made = api.post(
-        "save_weights_for_sampler", model_id=model, seq_id=1, sampling_session_seq_id=0
-    )
+    made = api.post("save_weights_for_sampler", model_id=model, seq_id=1, sampling_session_seq_id=0)
     sampler = api.result(made)["sampling_session_id"]
     sequence = api.result(api.submit_sample(sampler, 0))["sequences"][0]
     tokens = [5, 6, 7, *sequence["tokens"]]
@@ -291,7 +289,10 @@ def test_the_weights_of_ended_samplers_leave_the_disk(api: Api, tmp_path: Path) 
     [
         ({"prompt": {"chunks": []}}, "the prompt is empty"),
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [200_000]}]}}, "token 200000"),
-        ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1] * 40_000}]}}, "reads at most"),
+        (
+            {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1] * 40_000}]}},
+            "reads at most",
+        ),
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1] * 32_768}]}}, "no room"),
         ({"prompt": "hello"}, "chunks"),
         ({"num_samples": 0}, "num_samples"),
@@ -421,3 +422,49 @@ def test_a_sampler_of_an_expired_session_refuses(tmp_path: Path) -> None:
         sampler = api.sampler(api.session())
         clock.now += 61
         assert "expired" in api.post("asample", 404, **api.sample_body(sampler, 0))["detail"]
+
+
+def test_a_sampler_that_cannot_be_loaded_says_why_and_may_be_tried_again(
+    tmp_path: Path,
+) -> None:
+    class Full(HeldEngine):
+        full = True
+
+        def create_sampler(self, sampler_id: str, folder: Any) -> None:
+            if self.full:
+                raise EngineError("no room for another adapter", "server")
+            super().create_sampler(sampler_id, folder)
+
+    engine = Full()
+    with serving(tmp_path, engine) as api:
+        sampler = api.sampler(api.session())
+        failure = api.result(api.submit_sample(sampler, 0))
+        assert failure == {"error": "no room for another adapter", "category": "server"}
+        engine.full = False
+        assert "sequences" in api.result(api.submit_sample(sampler, 1))
+
+
+def test_a_batch_the_engine_refuses_fails(tmp_path: Path) -> None:
+    class Refusing(HeldEngine):
+        def sample(
+            self, sampler_id: str, requests: Sequence[SampleRequest]
+        ) -> Iterator[List[Finished]]:
+            raise EngineError("not today", "server")
+
+    with serving(tmp_path, Refusing()) as api:
+        sampler = api.sampler(api.session())
+        failure = api.result(api.submit_sample(sampler, 0))
+        assert failure == {"error": "not today", "category": "server"}
+
+
+def test_queued_samples_fail_when_their_session_ends(api: Api, engine: HeldEngine) -> None:
+    session, other = api.session(), api.session()
+    model, sampler = api.model(other), api.sampler(session)
+    held = api.hold(model, 1)
+    assert engine.holding.wait(20)
+    made = api.submit_sample(sampler, 0)
+    api.post(f"sessions/{session}/finish")
+    assert "finished" in api.result(made)["error"]  # at once, while the engine is still busy
+    engine.let_go.set()
+    api.result(held)
+    assert "sample 1" not in engine.log

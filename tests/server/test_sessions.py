@@ -71,7 +71,7 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
 
 
 def test_the_engine_thread_wakes_for_a_session_that_expires(tmp_path: Path) -> None:
-    with serving(tmp_path, session_ttl_s=0.05) as api:
+    with serving(tmp_path, session_ttl_s=1.0) as api:
         session = api.session()
         request_id = api.submit_model(session)
         gap = api.client.post(

@@ -92,9 +92,14 @@ def test_a_save_that_raises_leaves_nothing(tmp_path: Path) -> None:
     saving = store.saving(
         "s:train:0", "weights", "a", overwrite=True, ttl_s=None, user_metadata=None
     )
-    with pytest.raises(KeyboardInterrupt), saving as folder:
-        (folder / "adapter").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with saving as folder:
+            (folder / "adapter").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (store.folder_of(kept) / "adapter").read_text() == "first"
     assert [one.name for one in store.folder_of(kept).parent.iterdir()] == ["a"]
     store.close()
@@ -146,6 +151,23 @@ def test_a_frozen_copy_outlives_its_checkpoint(tmp_path: Path) -> None:
     assert (frozen / "adapter").read_text() == "weights"
     assert (frozen / "deeper" / "file").read_text() == "too"
     assert store.checkpoint("s:train:0", "weights", "a") is None
+    with pytest.raises(Problem, match="was deleted just now"):
+        store.freeze(row)
+    assert list((tmp_path / "samplers").iterdir()) == [frozen]
+    store.close()
+
+
+def test_without_hard_links_weights_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    row = save(store, "a", "weights")
+
+    def no_links(source: str, target: str) -> None:
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr("os.link", no_links)
+    assert (store.freeze(row) / "adapter").read_text() == "weights"
     store.close()
 
 
@@ -221,7 +243,12 @@ def test_runs_and_checkpoints_are_listed_in_pages(api: Api) -> None:
 def test_a_checkpoint_is_published_dated_and_deleted(api: Api) -> None:
     model = api.model()
     made = api.post(
-        "save_weights", model_id=model, seq_id=1, path="a", ttl_seconds=7200, user_metadata={"k": "v"}
+        "save_weights",
+        model_id=model,
+        seq_id=1,
+        path="a",
+        ttl_seconds=7200,
+        user_metadata={"k": "v"},
     )
     path = api.result(made)["path"]
     url = f"/api/v1/training_runs/{model}/checkpoints/weights/a"

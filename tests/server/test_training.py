@@ -10,7 +10,7 @@ import pytest
 from server.harness import CODECS, Api, HeldEngine, datum, serving
 
 from tinkex.local.engine import EngineError
-from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
+from tinkex.types import Datum, ForwardBackwardRequest, ImageChunk, ModelInput
 from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
@@ -165,7 +165,11 @@ def test_a_batch_that_cannot_be_is_refused(api: Api, data: list, says: str) -> N
         ("save_weights", {"path": ".hidden"}, "not a checkpoint name"),
         ("save_weights", {"path": "tinker://x/weights/y"}, "not a checkpoint name"),
         ("save_weights", {"path": "a", "ttl_seconds": 5}, "ttl_seconds"),
-        ("save_weights_for_sampler", {"kind": "inflight", "sampling_session_seq_id": 0}, "snapshot"),
+        (
+            "save_weights_for_sampler",
+            {"kind": "inflight", "sampling_session_seq_id": 0},
+            "snapshot",
+        ),
         ("save_weights_for_sampler", {}, "sampling_session_seq_id"),
         ("load_weights", {"path": "weights/a"}, "not a checkpoint path"),
         ("load_weights", {"path": "tinker://a/b/c"}, "does not name a checkpoint"),
@@ -248,9 +252,7 @@ def test_a_checkpoint_name_is_used_once_unless_overwritten(api: Api) -> None:
     api.result(api.step(model, 5))
     made = api.post("save_weights", model_id=model, seq_id=6, path="a", overwrite=True)
     assert api.result(made)["path"] == path
-    loaded = api.post(
-        "load_weights", session_id=model.partition(":")[0], model_seq_id=1, path=path
-    )
+    loaded = api.post("load_weights", session_id=model.partition(":")[0], model_seq_id=1, path=path)
     api.result(loaded)
     old, new = (
         api.result(api.submit_pass(f"{model[:-1]}{n}", seq))["metrics"]
@@ -259,9 +261,7 @@ def test_a_checkpoint_name_is_used_once_unless_overwritten(api: Api) -> None:
     assert old == new  # the overwriting weights were loaded, not the first ones
 
 
-def test_two_saves_under_one_name_in_the_queue_are_caught_too(
-    api: Api, engine: HeldEngine
-) -> None:
+def test_two_saves_under_one_name_in_the_queue_are_caught_too(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     held = api.hold(model, 1)
     assert engine.holding.wait(20)
@@ -352,3 +352,82 @@ def test_config_of_losses_reaches_the_engine(api: Api) -> None:
         )
         loss = api.result(made.get_json())["metrics"]["loss:sum"]
         assert loss == pytest.approx(-2 * bound)
+
+
+def test_a_body_that_is_nobodys_is_refused(api: Api) -> None:
+    model = api.model()
+    bodies = (
+        (b"\xff\xff", PROTOBUF.content_type),
+        (b"{", JSON.content_type),
+        (b"[]", JSON.content_type),
+        (b'{"model_id": 5, "seq_id": 1}', JSON.content_type),
+    )
+    for body, content_type in bodies:
+        answer = api.client.post("/api/v1/forward_backward", data=body, content_type=content_type)
+        assert answer.status_code == 400, body
+    assert "metrics" in api.result(api.submit_pass(model, 1))  # no number was used up
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, HeldEngine(model_name="other")) as api:
+        session = api.session()
+        api.result(api.submit_model(session, base_model="other"))
+        path = api.save(f"{session}:train:0", 1, "a")
+    with serving(tmp_path) as api:
+        session = api.session()
+        load = {"session_id": session, "model_seq_id": 0, "path": path}
+        says = f"{path} was trained from other; this server has deterministic"
+        assert api.post("load_weights", 400, **load)["detail"] == says
+        body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": path}
+        assert api.post("create_sampling_session", 400, **body)["detail"] == says
+
+
+def test_a_run_whose_weights_cannot_be_loaded_is_not_there(api: Api, tmp_path: Path) -> None:
+    session = api.session()
+    model = api.model(session)
+    path = api.save(model, 1, "a")
+    (state,) = (tmp_path / "checkpoints").rglob("deterministic.json")
+    state.write_text("broken")
+    made = api.post("load_weights", session_id=session, model_seq_id=1, path=path)
+    failure = api.result(made)
+    assert failure["category"] == "user"
+    assert "not a checkpoint of the deterministic engine" in failure["error"]
+    runs = api.get("training_runs")["training_runs"]
+    assert [run["training_run_id"] for run in runs] == [model]
+
+
+def test_a_checkpoint_deleted_while_its_loading_is_queued_fails_the_load(
+    api: Api, engine: HeldEngine
+) -> None:
+    model = api.model()
+    path = api.save(model, 1, "a")
+    held = api.hold(model, 2)
+    assert engine.holding.wait(20)
+    load = api.post("load_weights", model_id=model, seq_id=3, path=path)
+    api.client.delete(f"/api/v1/training_runs/{model}/checkpoints/weights/a")
+    engine.let_go.set()
+    api.result(held)
+    failure = api.result(load)
+    assert failure["error"] == f"checkpoint {path} was deleted before it was loaded"
+
+
+def test_without_zstandard_a_compressed_body_is_a_415(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    answer = api.client.post(
+        "/api/v1/forward_backward", data=b"x", headers={"Content-Encoding": "zstd"}
+    )
+    assert answer.status_code == 415
+    assert "uncompressed" in answer.get_json()["detail"]
+
+
+def test_images_are_refused_by_name(api: Api) -> None:
+    model = api.model()
+    picture = Datum(ModelInput((ImageChunk(b"x", "png", 3),)), {"target_tokens": [1, 2, 3]})
+    detail = api.submit_pass(model, 1, [datum(), picture], expect=400)["detail"]
+    assert "datum 1" in detail
+    assert "text only" in detail
+    chunk = {"type": "image", "data": "eA==", "format": "png", "expected_tokens": 3}
+    body = api.sample_body(api.sampler(model.partition(":")[0]), 0, prompt={"chunks": [chunk]})
+    assert "ImageChunk" in api.post("asample", 400, **body)["detail"]

@@ -7,6 +7,7 @@ them all and fails if one stays, so that no test leaves a thread or a socket beh
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -258,7 +259,10 @@ def _read_request(stream: Any, number: int) -> Optional[Received]:
     line = stream.readline(65537)
     if not line:
         return None
-    method, path, _ = line.decode("latin-1").split(" ", 2)
+    words = line.decode("latin-1").split(" ")
+    if len(words) != 3:
+        return None  # not HTTP, e.g. a TLS greeting
+    method, path, _ = words
     headers: Dict[str, str] = {}
     while True:
         line = stream.readline(65537).decode("latin-1").rstrip("\r\n")
@@ -271,7 +275,5 @@ def _read_request(stream: Any, number: int) -> Optional[Received]:
 
 
 def _shut(connection: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # not connected any more
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more

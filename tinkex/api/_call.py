@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, Mapping, Optional, Type, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import orjson
 
 from tinkex.channel import Channel
-from tinkex.errors import ResponseDecodeError
+from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types._wire import Wire
@@ -17,8 +17,15 @@ W = TypeVar("W", bound=Wire)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Write *body* as JSON; numpy arrays are written from their buffers."""
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    """Write *body* as JSON; numpy arrays are written from their buffers.
+
+    Raises:
+        InvalidInputError: it holds something that JSON cannot express.
+    """
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:  # orjson.JSONEncodeError is one
+        raise InvalidInputError(f"this cannot be sent as JSON: {error}") from error
 
 
 def call(
@@ -48,6 +55,17 @@ def read(answer: Type[W], reply: Reply, name: str) -> W:
 def post(transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:
     """POST *body* and read the answer; *how* as for `call`."""
     return read(answer, call(transport, "POST", path, body, **how), f"POST {path}")
+
+
+def segment(what: str, value: str) -> str:
+    """Return *value* as one part of a path; ``:`` stays, as ids hold it.
+
+    Raises:
+        InvalidInputError: it would name another route.
+    """
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        raise InvalidInputError(f"{what} is {value!r}; give its name")
+    return quote(value, safe=":@=+,;!$&'()*~")
 
 
 def get(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from tinkex.api._call import call, get, post
+from tinkex.api._call import call, get, post, segment
 from tinkex.transport import Transport
 from tinkex.types import (
     CheckpointsListResponse,
@@ -16,6 +16,16 @@ from tinkex.types import (
 )
 
 _RUNS = "/api/v1/training_runs"
+
+
+def _run(run_id: str) -> str:
+    return f"{_RUNS}/{segment('the training run id', run_id)}"
+
+
+def _checkpoint(run_id: str, checkpoint_id: str) -> str:
+    """The route of a checkpoint; its id is ``<kind>/<name>``, and the slash is not escaped."""
+    parts = [segment("the checkpoint id", part) for part in checkpoint_id.split("/")]
+    return f"{_run(run_id)}/checkpoints/{'/'.join(parts)}"
 
 
 def list_training_runs(
@@ -33,12 +43,12 @@ def list_training_runs(
 
 def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> TrainingRun:
     """``GET training_runs/{id}``."""
-    return get(transport, f"{_RUNS}/{run_id}", TrainingRun, {"access_scope": access_scope})
+    return get(transport, _run(run_id), TrainingRun, {"access_scope": access_scope})
 
 
 def list_checkpoints(transport: Transport, run_id: str) -> CheckpointsListResponse:
     """``GET training_runs/{id}/checkpoints``."""
-    return get(transport, f"{_RUNS}/{run_id}/checkpoints", CheckpointsListResponse)
+    return get(transport, f"{_run(run_id)}/checkpoints", CheckpointsListResponse)
 
 
 def list_user_checkpoints(
@@ -51,24 +61,24 @@ def list_user_checkpoints(
 
 def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE training_runs/{id}/checkpoints/{checkpoint}``."""
-    call(transport, "DELETE", f"{_RUNS}/{run_id}/checkpoints/{checkpoint_id}")
+    call(transport, "DELETE", _checkpoint(run_id, checkpoint_id))
 
 
 def publish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``POST .../publish``."""
-    call(transport, "POST", f"{_RUNS}/{run_id}/checkpoints/{checkpoint_id}/publish")
+    call(transport, "POST", f"{_checkpoint(run_id, checkpoint_id)}/publish")
 
 
 def unpublish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE .../publish``."""
-    call(transport, "DELETE", f"{_RUNS}/{run_id}/checkpoints/{checkpoint_id}/publish")
+    call(transport, "DELETE", f"{_checkpoint(run_id, checkpoint_id)}/publish")
 
 
 def set_checkpoint_ttl(
     transport: Transport, run_id: str, checkpoint_id: str, ttl_seconds: Optional[int]
 ) -> None:
     """``PUT .../ttl``; None removes the limit."""
-    path = f"{_RUNS}/{run_id}/checkpoints/{checkpoint_id}/ttl"
+    path = f"{_checkpoint(run_id, checkpoint_id)}/ttl"
     call(transport, "PUT", path, {"ttl_seconds": ttl_seconds})
 
 
@@ -88,5 +98,5 @@ def list_sessions(
 
 def get_session(transport: Transport, session_id: str, *, access_scope: str) -> GetSessionResponse:
     """``GET sessions/{id}``."""
-    query = {"access_scope": access_scope}
-    return get(transport, f"/api/v1/sessions/{session_id}", GetSessionResponse, query)
+    path = f"/api/v1/sessions/{segment('the session id', session_id)}"
+    return get(transport, path, GetSessionResponse, {"access_scope": access_scope})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional
 
-from tinkex.api._call import get, post
+from tinkex.api._call import get, post, segment
 from tinkex.channel import Channel
 from tinkex.transport import Transport
 from tinkex.types import (
@@ -53,4 +53,5 @@ def asample(
 
 def get_sampler(transport: Transport, sampler_id: str) -> GetSamplerResponse:
     """``GET samplers/{id}``."""
-    return get(transport, f"/api/v1/samplers/{sampler_id}", GetSamplerResponse)
+    path = f"/api/v1/samplers/{segment('the sampler id', sampler_id)}"
+    return get(transport, path, GetSamplerResponse)

@@ -47,16 +47,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Plain: an id such as "...:train:0" would become an emoji, and brackets markup.
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(width=1000)
+        console.width = 1000
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         # Ids and paths are there to be copied: they wrap, and are never cut.
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console.print(table, markup=False, highlight=False)
+    console.print(table)
 
 
 def size(n_bytes: Optional[int]) -> str:

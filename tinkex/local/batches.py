@@ -34,8 +34,8 @@ class SamplingLimits:
     max_live_tokens: int = 65_536
     max_batch_sequences: int = 64
     max_live_batches: int = 4
-    gather_s: float = 0.004
-    gather_most_s: float = 0.02
+    gather_s: float = 0.008
+    gather_most_s: float = 0.05
     max_loaded: int = 16
     max_queued: int = 10_000
 

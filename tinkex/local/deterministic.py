@@ -10,16 +10,27 @@ Its text is one character per token: token t reads ``chr(t)``.  Token 0 ends a s
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypedDict, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, TypedDict, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.engine import LOSSES, EngineError, EngineInfo, Finished
+from tinkex.local.hash_model import (
+    END_OF_SEQUENCE,
+    F32,
+    HashModel,
+    Inputs,
+    digest,
+    loss,
+    mix,
+    shares,
+)
 from tinkex.types import (
     AdamParams,
     Datum,
@@ -32,27 +43,9 @@ from tinkex.types import (
     TensorData,
     TopkLogprobs,
 )
-from tinkex.types.sampling import TOPK_SENTINEL
 
-F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Inputs = Dict[str, npt.NDArray[Any]]
-
-END_OF_SEQUENCE = 0
-_WEIGHTS = np.array([32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 0.5])
-_WEIGHTS = 0.95 * _WEIGHTS / _WEIGHTS.sum()
-_SPREAD = 0.05  # shared by the whole vocabulary
 _SLICE = 8  # tokens per sequence and slice
 _STATE_FILE = "deterministic.json"
-
-
-def _mix(values: U64) -> U64:
-    """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclasses.dataclass
@@ -89,6 +82,7 @@ class DeterministicEngine:
             vocab_size=vocab_size,
             tokenizer_id=tokenizer_id,
         )
+        self._model = HashModel(vocab_size)
         self._adapters: Dict[str, _Adapter] = {}
         self._samplers: Dict[str, int] = {}
 
@@ -134,8 +128,8 @@ class DeterministicEngine:
             positions = np.arange(tokens.size, dtype=np.int64)
             if targets.ndim == 2:
                 tokens, positions = tokens[:, None], positions[:, None]
-            logprobs = self._logprobs(tokens, positions, targets, adapter.steps)
-            total += _loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
+            logprobs = self._model.logprobs(tokens, positions, targets, adapter.steps)
+            total += loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
             outputs.append({"logprobs": TensorData.from_numpy(logprobs)})
         if not forward_only:
             adapter.gradient = True
@@ -211,11 +205,9 @@ class DeterministicEngine:
             except (EngineError, InvalidInputError) as error:
                 finished.append((index, EngineError(str(error))))
         while running:
+            for _ in range(_SLICE):
+                self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
             for index, draws in list(running.items()):
-                for draw in draws:
-                    for _ in range(_SLICE):
-                        if draw.stop_reason is None:
-                            self._draw_token(draw)
                 if all(draw.stop_reason for draw in draws):
                     del running[index]
                     finished.append((index, self._response(requests[index], draws, steps)))
@@ -239,27 +231,31 @@ class DeterministicEngine:
             )
         most = room if wanted is None else min(wanted, room)
         seed = request.sampling_params.seed
-        origin = _digest(prompt) if seed is None else seed
+        origin = digest(prompt) if seed is None else seed
+        chances = shares(request.sampling_params, steps)
+        last = int(prompt.size) - 1
         return [
-            _Draw(request, int(prompt[-1]), int(prompt.size), most, origin + 7919 * i, steps)
+            _Draw(request, int(prompt[-1]), last, most, origin + 7919 * i, steps, chances)
             for i in range(request.num_samples)
         ]
 
-    def _draw_token(self, draw: _Draw) -> None:
-        """Append one token to *draw*, and note why it ends, if it does."""
-        params = draw.request.sampling_params
-        tokens, weights = self._candidates(
-            np.array([draw.previous]), np.array([draw.position]), params.top_k
-        )
-        token = _pick(tokens[0], weights[0], params.temperature, params.top_p, draw)
-        where = (np.array([draw.previous]), np.array([draw.position]), np.array([token]))
-        draw.logprobs.append(float(self._logprobs(*where, draw.steps)[0]))
-        draw.tokens.append(token)
-        draw.previous, draw.position = token, draw.position + 1
-        if _stops(draw.tokens, params.stop):
-            draw.stop_reason = "stop"
-        elif len(draw.tokens) >= draw.most:
-            draw.stop_reason = "length"
+    def _draw_tokens(self, draws: Sequence[_Draw]) -> None:
+        """Append one token to each of *draws* (of one sampler), and note why some end."""
+        if not draws:
+            return
+        previous = np.array([draw.previous for draw in draws])
+        positions = np.array([draw.position for draw in draws])
+        candidates, _ = self._model.candidates(previous, positions, -1)
+        seeds = np.array([draw.seed & 0xFFFFFFFF for draw in draws], dtype=np.uint64)
+        dice = mix(seeds << np.uint64(32) | positions.astype(np.uint64)) / 2.0**64
+        rank = [
+            min(bisect.bisect_right(draw.shares, throw * draw.shares[-1]), len(draw.shares) - 1)
+            for draw, throw in zip(draws, dice.tolist())
+        ]
+        chosen = candidates[np.arange(len(draws)), rank]
+        logprobs = self._model.logprobs(previous, positions, chosen, draws[0].steps)
+        for draw, token, logprob in zip(draws, chosen.tolist(), logprobs.tolist()):
+            draw.append(token, logprob)
 
     def _response(
         self, request: SampleRequest, draws: Sequence[_Draw], steps: int
@@ -290,7 +286,7 @@ class DeterministicEngine:
         positions = np.arange(before.size, dtype=np.int64)
         facts: _PromptFacts = {}
         if request.prompt_logprobs:
-            known = self._logprobs(before, positions, prompt[1:].astype(np.int64), steps)
+            known = self._model.logprobs(before, positions, prompt[1:].astype(np.int64), steps)
             if request.prompt_logprobs_last_n is not None:
                 known[: max(0, known.size - request.prompt_logprobs_last_n)] = np.nan
             facts["prompt_logprobs_np"] = np.concatenate(([np.nan], known)).astype(np.float32)
@@ -305,58 +301,16 @@ class DeterministicEngine:
                     f"target_prompt_logprobs has shape {asked.shape}; it needs {before.size} rows, "
                     "one per prompt token except the first"
                 )
-            values = self._logprobs(before[:, None], positions[:, None], rows, steps)
+            values = self._model.logprobs(before[:, None], positions[:, None], rows, steps)
             values[rows < 0] = 0.0
             facts["target_prompt_logprobs"] = TensorData.from_numpy(values)
         if request.prompt_alt_tokens_k:
-            tokens, _ = self._candidates(before, positions, request.prompt_alt_tokens_k)
-            values = self._logprobs(before[:, None], positions[:, None], tokens, steps)
+            tokens, _ = self._model.candidates(before, positions, request.prompt_alt_tokens_k)
+            values = self._model.logprobs(before[:, None], positions[:, None], tokens, steps)
             facts["prompt_alt_tokens"] = PromptAltTokens(
                 TensorData.from_numpy(tokens), TensorData.from_numpy(values)
             )
         return facts
-
-    def _topk(
-        self, previous: Sequence[int], first_position: int, k: int, steps: int
-    ) -> Optional[TopkLogprobs]:
-        if not k:
-            return None
-        before = np.array(previous, dtype=np.int64)
-        positions = first_position + np.arange(before.size, dtype=np.int64)
-        tokens, _ = self._candidates(before, positions, k)
-        logprobs = self._logprobs(before[:, None], positions[:, None], tokens, steps)
-        ids = np.zeros((before.size, k), dtype=np.int32)
-        values = np.full((before.size, k), TOPK_SENTINEL, dtype=np.float32)
-        ids[:, : tokens.shape[1]] = tokens
-        values[:, : tokens.shape[1]] = logprobs
-        return TopkLogprobs(ids, values)
-
-    # The model
-
-    def _candidates(self, previous: I64, positions: I64, top_k: int) -> Tuple[I64, F32]:
-        """Return the candidate tokens after each token, likeliest first, and their weights."""
-        count = len(_WEIGHTS) if top_k < 1 else min(top_k, len(_WEIGHTS))
-        seeds = _mix(
-            previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64)
-        )
-        rank = np.arange(count, dtype=np.uint64)
-        hashes = _mix(seeds[:, None] + rank[None, :] * np.uint64(0x9E3779B97F4A7C15))
-        # Never the end token, but for the last and least likely candidate.
-        tokens = 1 + (hashes % np.uint64(self._info.vocab_size - 1)).astype(np.int64)
-        if count == len(_WEIGHTS):
-            tokens[:, -1] = END_OF_SEQUENCE
-        weights = np.broadcast_to(_WEIGHTS[:count], tokens.shape).astype(np.float32)
-        return tokens, weights
-
-    def _logprobs(self, previous: I64, positions: I64, targets: I64, steps: int) -> F32:
-        """Log-probability of *targets*; the arguments broadcast against each other."""
-        previous, positions, targets = np.broadcast_arrays(previous, positions, targets)
-        tokens, weights = self._candidates(previous.reshape(-1), positions.reshape(-1), -1)
-        hit = tokens == targets.reshape(-1, 1)
-        probability = (weights * hit).sum(axis=1) + _SPREAD / self._info.vocab_size
-        shrunk = np.log(probability) / (1.0 + 0.1 * steps)
-        result: F32 = shrunk.reshape(targets.shape).astype(np.float32)
-        return result
 
     def _adapter(self, model_id: str) -> _Adapter:
         if model_id not in self._adapters:
@@ -424,83 +378,37 @@ class _Draw:
     """One continuation in the making."""
 
     request: SampleRequest
-    previous: int
-    position: int  # of the token that is drawn next, less one: where *previous* stands
+    previous: int  # the last token so far ...
+    position: int  # ... and where it stands
     most: int
     seed: int
     steps: int
+    shares: List[float]
     tokens: List[int] = dataclasses.field(default_factory=list)
     logprobs: List[float] = dataclasses.field(default_factory=list)
     stop_reason: Optional[str] = None
 
-    def __post_init__(self) -> None:
-        self.position -= 1  # the last prompt token stands at length - 1
-
-
-def _pick(tokens: I64, weights: F32, temperature: float, top_p: float, draw: _Draw) -> int:
-    """Choose among the candidates: the likeliest at temperature 0, else by a hash as a dice."""
-    if temperature == 0:
-        return int(tokens[0])
-    # Log space, and steps sharpen as they do the log-probabilities' spread.
-    scores = np.log(weights.astype(np.float64)) * (1.0 + 0.1 * draw.steps) / temperature
-    chances = np.exp(scores - scores.max())
-    chances /= chances.sum()
-    kept = np.cumsum(chances) - chances < top_p
-    cumulative = np.cumsum(np.where(kept, chances, 0.0))
-    where = np.array([(draw.seed & 0xFFFFFFFF) << 32 | draw.position], dtype=np.uint64)
-    dice = float(_mix(where)[0]) / 2.0**64 * cumulative[-1]
-    return int(tokens[min(int(np.searchsorted(cumulative, dice, side="right")), tokens.size - 1)])
+    def append(self, token: int, logprob: float) -> None:
+        """Take in the token that was drawn, and note why the sequence ends, if it does."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.previous, self.position = token, self.position + 1
+        if _stops(self.tokens, self.request.sampling_params.stop):
+            self.stop_reason = "stop"
+        elif len(self.tokens) >= self.most:
+            self.stop_reason = "length"
 
 
 def _stops(tokens: List[int], stop: Union[str, Sequence[str], Sequence[int], None]) -> bool:
     if stop is None:
         return tokens[-1] == END_OF_SEQUENCE
-    ends = [stop] if isinstance(stop, str) else list(stop)
-    text = "".join(map(chr, tokens)) if any(isinstance(end, str) for end in ends) else ""
-    return any(end in text if isinstance(end, str) else end == tokens[-1] for end in ends)
-
-
-def _with_empty_row(table: Optional[TopkLogprobs], k: int) -> TopkLogprobs:
-    """Put a row that says "not known" before *table*: nothing precedes the first token."""
-    assert table is not None
-    ids = np.zeros((1, k), dtype=np.int32)
-    values = np.full((1, k), TOPK_SENTINEL, dtype=np.float32)
-    return TopkLogprobs(
-        np.concatenate((ids, table.token_ids)), np.concatenate((values, table.logprobs))
-    )
-
-
-def _digest(tokens: npt.NDArray[np.int32]) -> int:
-    """A number that depends on every token and its place."""
-    places = np.arange(tokens.size, dtype=np.uint64) << np.uint64(32)
-    return int(np.bitwise_xor.reduce(_mix(tokens.astype(np.uint64) | places)))
-
-
-def _loss(
-    name: str,
-    logprobs: npt.NDArray[np.float64],
-    inputs: Inputs,
-    config: Mapping[str, Union[float, str]],
-) -> float:
-    """Sum a loss over the tokens of a datum (definitions: tinkex.local.torch_engine.losses)."""
-    if name == "cross_entropy":
-        return float(-(logprobs * inputs.get("weights", np.ones_like(logprobs))).sum())
-    old, advantages = inputs["logprobs"], inputs["advantages"]
-    weights = inputs.get("weights", np.ones_like(logprobs))
-    difference = logprobs - old
-    ratio = np.exp(difference)
-    low = float(config.get("clip_low_threshold", 0.8))
-    high = float(config.get("clip_high_threshold", 1.2))
-    if name == "importance_sampling":
-        per_token = -ratio * advantages
-    elif name == "ppo":
-        per_token = -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
-    elif name == "cispo":
-        per_token = -np.clip(ratio, low, high) * advantages * logprobs
-    else:  # dro
-        beta = float(config.get("beta", 0.05))
-        per_token = -(logprobs * advantages - 0.5 * beta * difference**2)
-    return float((per_token * weights).sum())
+    for end in [stop] if isinstance(stop, str) else stop:
+        if isinstance(end, str):
+            if "".join(map(chr, tokens[-len(end) :])) == end:
+                return True
+        elif end == tokens[-1]:
+            return True
+    return False
 
 
 def _read_state(folder: Path) -> Dict[str, Any]:

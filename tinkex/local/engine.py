@@ -108,7 +108,9 @@ class Engine(Protocol):
     def unload_sampler(self, sampler_id: str) -> None:
         """Forget a sampler; nothing happens if it is unknown."""
 
-    def sample(self, sampler_id: str, requests: Sequence[SampleRequest]) -> Iterator[List[Finished]]:
+    def sample(
+        self, sampler_id: str, requests: Sequence[SampleRequest]
+    ) -> Iterator[List[Finished]]:
         """Run *requests* as one batch, in slices of a few tokens.
 
         Each step of the iterator does a slice of work and yields what finished during it

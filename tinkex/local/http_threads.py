@@ -39,25 +39,27 @@ class HttpThreads:
     def add_task(self, task: Any) -> None:
         """Have *task* (waitress's, with ``service`` and ``cancel``) run soon."""
         with self._wake:
-            self._tasks.append(task)
-            if self._idle >= len(self._tasks):
-                self._wake.notify()
-                return
-            if len(self._threads) >= self._most:
-                return
-            self._made += 1
-            thread = threading.Thread(
-                target=self._work, name=f"tinkex-http-{self._made}", daemon=True
-            )
-            self._threads.append(thread)
+            closing = self._closing
+            if not closing:
+                self._tasks.append(task)
+                if self._idle >= len(self._tasks):
+                    self._wake.notify()
+                elif len(self._threads) < self._most:
+                    self._add_thread_locked()
+        if closing:
+            task.cancel()
+
+    def _add_thread_locked(self) -> None:
+        self._made += 1
+        thread = threading.Thread(target=self._work, name=f"tinkex-http-{self._made}", daemon=True)
         try:
+            # Under the lock, so that shutdown only ever sees threads it can join.
             thread.start()
-        except RuntimeError:  # the system has no more threads: those there are take the task
-            with self._lock:
-                self._threads.remove(thread)
-                alone = not self._threads
-            if alone:
+        except RuntimeError:  # the system has no more threads
+            if not self._threads:
                 raise
+            return  # those there are take the task
+        self._threads.append(thread)
 
     def set_thread_count(self, count: int) -> None:
         """Do nothing: waitress asks for its fixed number of threads here."""

@@ -17,10 +17,14 @@ REMEMBERED = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One unit of engine work: *run* is called on the engine thread, its value is the result."""
+    """One unit of engine work: *run* is called on the engine thread, its value is the result.
+
+    If it *creates* the model and fails, nothing after it can work.
+    """
 
     request_id: str
     run: Callable[[], object]
+    creates: bool = False
 
 
 class SeenIds:

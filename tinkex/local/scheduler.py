@@ -330,7 +330,7 @@ class Scheduler:
             value = job.run()
         except Exception as error:
             failure = _failure(error, job.request_id)
-            if job.request_id.endswith(":0"):  # it was to make the model
+            if job.creates:
                 lane.broken = f"model {lane.model_id} was not created: {failure.message}"
             self._futures.complete(job.request_id, failure)
         else:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Dict, Optional, Type, Union
 
+from tinkex import lifecycle
 from tinkex.errors import LocalServerError
 from tinkex.local.batches import SamplingLimits
 from tinkex.local.engine import Engine
@@ -110,6 +111,7 @@ class LocalServer:
         self._lock = threading.Lock()
         self._closed = False
         self._sockets: Dict[int, Any] = {}  # waitress's map; the server thread's own
+        self._store: Any = None
         self._backend: Any = None
         self._http: Any = None
         self._threads: Any = None
@@ -144,6 +146,8 @@ class LocalServer:
             self._start_on(listener)
         except BaseException:
             listener.close()
+            if self._store is not None:
+                self._store.close()
             self._remove_temporary()
             raise
 
@@ -157,6 +161,7 @@ class LocalServer:
             if self._closed:
                 return
             self._closed = True
+        lifecycle.untrack(self)
         if self._thread is not None:
             self._backend.futures.close()  # held polls answer now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
@@ -165,6 +170,15 @@ class LocalServer:
             self._thread.join(0.5)
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
+
+    def close_at_exit(self, status: str, timeout_s: float) -> None:
+        """See lifecycle.Tracked: above all, the temporary folder must go."""
+        self.close()
+
+    def forget_after_fork(self) -> None:
+        """See lifecycle.Tracked: the threads, and the folder, are the parent's."""
+        self._lock = threading.Lock()  # the parent's may be held by a thread that is not here
+        self._closed = True
 
     def __enter__(self) -> LocalServer:
         """Start."""
@@ -196,9 +210,9 @@ class LocalServer:
 
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
-        store = Store(self._temporary or self._data_dir or Path())
+        self._store = Store(self._temporary or self._data_dir or Path())
         self._backend = Backend(
-            self._engine, store, session_ttl_s=self._session_ttl_s, limits=self._limits
+            self._engine, self._store, session_ttl_s=self._session_ttl_s, limits=self._limits
         )
         app = create_app(
             self._backend,
@@ -217,7 +231,7 @@ class LocalServer:
             connection_limit=self._max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
-            # Bodies of a few MB are read and written in few system calls, and never on disk.
+            # Bodies of a few MB are read in few system calls, and never put on disk.
             recv_bytes=1 << 18,
             inbuf_overflow=1 << 27,
             outbuf_overflow=1 << 27,
@@ -226,6 +240,7 @@ class LocalServer:
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
         self._thread.start()
+        lifecycle.track(self)
 
     def _serve(self) -> None:
         """Move bytes until close; the thread tinkex-server."""

@@ -249,17 +249,17 @@ class Store:
         """Give a sampler its own copy of a checkpoint, which outlives the checkpoint.
 
         Files are hard links where the file system has them: no saved file is ever changed.
+        Problem 404 if the checkpoint is deleted at the same time.
         """
+        source = self.folder_of(checkpoint)
         target = self.new_sampler_folder()
-        for source in sorted(self.folder_of(checkpoint).rglob("*")):
-            copy = target / source.relative_to(self.folder_of(checkpoint))
-            if source.is_dir():
-                copy.mkdir(parents=True, exist_ok=True)
-                continue
-            try:
-                os.link(source, copy)
-            except OSError:
-                shutil.copy2(source, copy)
+        try:
+            shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+        except OSError as error:
+            shutil.rmtree(target, ignore_errors=True)
+            if source.exists():
+                raise
+            raise Problem(404, f"{checkpoint.tinker_path} was deleted just now") from error
         return target
 
     def new_sampler_folder(self) -> Path:
@@ -401,6 +401,13 @@ class Store:
         for folder in (self.data_dir / "checkpoints").glob("*/*/*"):
             if str(folder.relative_to(self.data_dir)) not in known:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _open_database(path: Union[str, Path]) -> sqlite3.Connection:

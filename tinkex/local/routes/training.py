@@ -87,7 +87,7 @@ def _register_runs(app: Flask, backend: Backend) -> None:
             backend.store.add_run(
                 model_id, session_of(model_id), base_model, lora, _ADAMW, metadata
             )
-            return Job(f"{model_id}:0", create)
+            return Job(f"{model_id}:0", create, creates=True)
 
         def create() -> object:
             try:
@@ -170,7 +170,7 @@ def _load_into_new_run(backend: Backend, body: Dict[str, Any], body_digest: byte
         backend.store.add_run(
             model_id, session_of(model_id), backend.info.model_name, lora, _ADAMW, metadata
         )
-        return Job(f"{model_id}:0", create)
+        return Job(f"{model_id}:0", create, creates=True)
 
     def create() -> object:
         try:

@@ -1,0 +1,370 @@
+"""APIFuture: a concurrent.futures.Future that settles once, whoever comes first."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor
+from typing import Any, Iterator, List
+
+import pytest
+from support.threads import PATIENCE_S, race, wait_until
+
+from tinkex.errors import ClientClosedError, RequestFailedError
+from tinkex.futures import APIFuture, FutureStatus, gather
+from tinkex.scheduler import WorkerPool
+
+
+def new(kind: str = "sample", **how: Any) -> APIFuture[Any]:
+    return APIFuture(kind, **how)
+
+
+@pytest.fixture
+def callbacks() -> Iterator[WorkerPool]:
+    pool = WorkerPool("tinkex-callbacks", 1)
+    yield pool
+    pool.close()
+    assert pool.join(time.monotonic() + PATIENCE_S) == []
+
+
+def test_a_result_is_returned_to_every_waiter() -> None:
+    future = new()
+    with ThreadPoolExecutor(4) as pool:
+        waiters = [pool.submit(future.result, PATIENCE_S) for _ in range(4)]
+        assert future.settle("value")
+        assert [w.result(PATIENCE_S) for w in waiters] == ["value"] * 4
+    assert future.result(0) == "value"
+    assert future.exception() is None
+    assert future.done()
+
+
+def test_an_error_is_raised_by_result_and_returned_by_exception() -> None:
+    future = new()
+    error = RequestFailedError("no", request_id="r", category="user")
+    assert future.settle_error(error)
+    assert future.exception() is error
+    with pytest.raises(RequestFailedError):
+        future.result()
+
+
+def test_a_result_may_be_an_exception_type_that_waiting_itself_raises() -> None:
+    future = new()
+    future.settle_error(concurrent.futures.TimeoutError("the operation's own"))
+    with pytest.raises(concurrent.futures.TimeoutError, match="the operation's own"):
+        future.result(5)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01, -1.0])
+def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: float) -> None:
+    future = new("forward_backward")
+    future.enter("waiting", "r-17")
+    for wait in (future.result, future.exception):
+        with pytest.raises(concurrent.futures.TimeoutError) as caught:
+            wait(timeout)
+        assert "forward_backward: waiting" in str(caught.value)
+        assert "r-17" in str(caught.value)
+    assert not future.done()
+    assert future.settle(1)
+    assert future.result(0) == 1
+
+
+def test_it_works_with_wait_and_as_completed() -> None:
+    futures = [new() for _ in range(3)]
+    futures[1].settle("b")
+    done, pending = concurrent.futures.wait(futures, 5, FIRST_COMPLETED)
+    assert done == {futures[1]}
+    assert pending == {futures[0], futures[2]}
+    futures[0].settle_error(ValueError("a"))
+    futures[2].cancel()
+    assert set(concurrent.futures.as_completed(futures, 5)) == set(futures)
+
+
+def test_a_cancel_wakes_those_in_wait_and_as_completed() -> None:
+    first, second = new(), new()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(concurrent.futures.wait, [first, second], PATIENCE_S)
+        iterating = pool.submit(
+            lambda: list(concurrent.futures.as_completed([first, second], PATIENCE_S))
+        )
+        first.cancel()
+        second.cancel()
+        assert waiting.result(PATIENCE_S).not_done == set()
+        assert set(iterating.result(PATIENCE_S)) == {first, second}
+
+
+def test_cancel_settles_and_a_late_result_is_no_error() -> None:
+    future = new()
+    assert future.cancel()
+    assert future.cancelled()
+    assert not future.settle("late")
+    assert not future.settle_error(ValueError("late"))
+    with pytest.raises(CancelledError):
+        future.result()
+    with pytest.raises(CancelledError):
+        future.exception()
+
+
+def test_cancel_after_the_result_does_nothing() -> None:
+    future = new()
+    future.settle(1)
+    assert not future.cancel()
+    assert future.result() == 1
+
+
+def test_exactly_one_of_many_settles_it() -> None:
+    for _ in range(300):
+        future = new()
+        called: List[Any] = []
+        future.add_done_callback(called.append)
+        outcomes = race(
+            future.cancel,
+            future.cancel,
+            lambda: future.settle(1),
+            lambda: future.settle_error(ValueError("x")),
+        )
+        assert sorted(outcomes) == [False, False, False, True]
+        assert called == [future]
+        assert future.cancelled() == (outcomes[0] or outcomes[1])
+
+
+# Notices
+
+
+def test_a_long_wait_explains_itself_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    future = new("sample", notice_after_s=0.005)
+    future.enter("waiting", "r-1")
+    future.queue_state, future.queue_state_reason = "paused_capacity", "all GPUs are busy"
+    future.last_error = "503 from the server"
+    with caplog.at_level(logging.INFO, "tinkex.futures"):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.result(0.1)
+    notices = [r for r in caplog.records if "still waiting" in r.getMessage()]
+    # After 5, 15, 35 and 75 ms on a quiet machine: ever more rarely.
+    assert 1 <= len(notices) <= 4
+    assert {r.levelno for r in notices} == {logging.INFO}
+    text = notices[0].getMessage()
+    for part in ("sample: waiting", "r-1", "paused_capacity", "all GPUs are busy", "503"):
+        assert part in text
+
+
+def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    future = new()
+    threading.Timer(0.01, future.settle, ["v"]).start()
+    with caplog.at_level(logging.DEBUG):
+        assert future.result() == "v"
+    assert caplog.text == ""
+
+
+# Status
+
+
+def test_status_follows_the_operation() -> None:
+    future = new("optim_step")
+    assert future.status().state == "queued"
+    future.enter("submitting")
+    assert future.status().state == "submitting"
+    future.enter("waiting", "r-9")
+    future.attempts = 3
+    status = future.status()
+    assert (status.state, status.request_id, status.attempts) == ("waiting", "r-9", 3)
+    assert future.request_id == "r-9"
+    future.settle(None)
+    assert future.status().state == "done"
+
+
+def test_a_status_reads_as_a_sentence() -> None:
+    status = FutureStatus("sample", "waiting", 12.4, "r", "active", None, 2, None)
+    assert str(status) == "sample: waiting for 12 s, request r"
+    status = FutureStatus("sample", "waiting", 1.0, None, "paused_rate_limit", None, 2, "boom")
+    assert str(status) == (
+        "sample: waiting for 1 s, paused_rate_limit (no reason given), last error: boom"
+    )
+
+
+def test_the_status_of_a_whole_is_that_of_its_first_open_part() -> None:
+    parts = [new("forward"), new("forward")]
+    whole = gather(new("forward"), parts, list)
+    parts[0].enter("waiting", "r-0")
+    parts[1].enter("waiting", "r-1")
+    assert whole.request_id == "r-0"
+    assert whole.status().request_id == "r-0"
+    parts[0].settle(1)
+    assert whole.status().request_id == "r-1"
+    parts[1].settle(2)
+    assert whole.status().state == "done"
+
+
+# Callbacks
+
+
+def test_callbacks_run_on_their_own_thread(callbacks: WorkerPool) -> None:
+    future = new(run_callback=callbacks.submit)
+    ran = threading.Event()
+    names: List[str] = []
+
+    def callback(settled: Any) -> None:
+        names.append(threading.current_thread().name)
+        assert settled.result(0) == 1
+        ran.set()
+
+    future.add_done_callback(callback)
+    future.settle(1)
+    assert ran.wait(PATIENCE_S)
+    assert names == ["tinkex-callbacks"]
+
+
+def test_a_callback_of_a_settled_future_runs_at_once_here(callbacks: WorkerPool) -> None:
+    future = new(run_callback=callbacks.submit)
+    future.settle(1)
+    names: List[str] = []
+    future.add_done_callback(lambda _: names.append(threading.current_thread().name))
+    assert names == [threading.current_thread().name]
+
+
+@pytest.mark.parametrize("failure", [ValueError("mine"), SystemExit(3), KeyboardInterrupt()])
+def test_a_callback_that_raises_stops_neither_the_others_nor_the_thread(
+    callbacks: WorkerPool, caplog: pytest.LogCaptureFixture, failure: BaseException
+) -> None:
+    ran = threading.Event()
+
+    def fail(_: Any) -> None:
+        raise failure
+
+    first, second = new(run_callback=callbacks.submit), new(run_callback=callbacks.submit)
+    first.add_done_callback(fail)
+    second.add_done_callback(lambda _: ran.set())
+    with caplog.at_level(logging.ERROR, "tinkex.futures"):
+        assert first.settle(1)
+        assert second.settle(2)
+        assert ran.wait(PATIENCE_S)
+    assert "a callback of sample failed" in caplog.text
+
+
+def test_a_callback_that_waits_for_another_future_holds_up_no_result(
+    callbacks: WorkerPool,
+) -> None:
+    first, second = new(run_callback=callbacks.submit), new(run_callback=callbacks.submit)
+    seen: List[Any] = []
+    done = threading.Event()
+    first.add_done_callback(lambda _: (seen.append(second.result(PATIENCE_S)), done.set()))
+    assert first.settle("a")
+    assert first.result(PATIENCE_S) == "a"
+    assert second.settle("b")
+    assert done.wait(PATIENCE_S)
+    assert seen == ["b"]
+
+
+def test_a_callback_still_runs_when_its_thread_is_gone() -> None:
+    callbacks = WorkerPool("tinkex-callbacks", 1)
+    future = new(run_callback=callbacks.submit)
+    called: List[Any] = []
+    future.add_done_callback(called.append)
+    callbacks.close()
+    future.settle(1)
+    assert called == [future]
+
+
+def test_every_callback_runs_once_whenever_it_was_added(callbacks: WorkerPool) -> None:
+    for _ in range(200):
+        future = new(run_callback=callbacks.submit)
+        ran: List[int] = []
+        race(
+            lambda: future.settle(1),
+            lambda: future.add_done_callback(lambda _: ran.append(1)),
+            lambda: future.add_done_callback(lambda _: ran.append(2)),
+        )
+        wait_until(lambda: len(ran) == 2, "both callbacks ran")
+        assert sorted(ran) == [1, 2]
+
+
+# Gather
+
+
+def test_gather_joins_results_in_the_order_of_the_parts() -> None:
+    parts = [new() for _ in range(3)]
+    whole = gather(new(), parts, list)
+    for index in (2, 0, 1):
+        assert not whole.done()
+        parts[index].settle(index)
+    assert whole.result(0) == [0, 1, 2]
+
+
+def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
+    parts = [new() for _ in range(3)]
+    whole = gather(new(), parts, list)
+    error = ValueError("second part")
+    parts[1].settle_error(error)
+    assert whole.exception(0) is error
+    assert parts[0].cancelled()
+    assert parts[2].cancelled()
+
+
+def test_cancelling_the_whole_cancels_its_parts() -> None:
+    parts = [new() for _ in range(3)]
+    whole = gather(new(), parts, list)
+    parts[0].settle(0)
+    assert whole.cancel()
+    assert [p.cancelled() for p in parts] == [False, True, True]
+
+
+def test_cancelling_a_part_cancels_the_whole() -> None:
+    parts = [new() for _ in range(2)]
+    whole = gather(new(), parts, list)
+    parts[0].cancel()
+    assert whole.cancelled()
+    assert parts[1].cancelled()
+
+
+def test_a_whole_that_was_cancelled_first_cancels_the_parts_it_is_given() -> None:
+    whole = new()
+    whole.cancel()
+    parts = [new() for _ in range(2)]
+    gather(whole, parts, list)
+    assert all(p.cancelled() for p in parts)
+
+
+def test_an_error_while_joining_is_the_wholes() -> None:
+    def fail(results: List[Any]) -> Any:
+        raise ValueError("cannot be joined")
+
+    part = new()
+    whole = gather(new(), [part], fail)
+    part.settle(1)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        whole.result(0)
+
+
+def test_parts_that_settle_at_once_settle_the_whole_once() -> None:
+    for _ in range(300):
+        parts = [new() for _ in range(3)]
+        whole = gather(new(), parts, list)
+        joined: List[Any] = []
+        whole.add_done_callback(joined.append)
+        race(*[lambda i=i: parts[i].settle(i) for i in range(3)])
+        assert whole.result(0) == [0, 1, 2]
+        assert joined == [whole]
+
+
+def test_cancel_races_failure_and_every_part_ends() -> None:
+    for _ in range(300):
+        parts = [new() for _ in range(3)]
+        whole = gather(new(), parts, list)
+        race(whole.cancel, lambda: parts[0].settle_error(ValueError("x")))
+        assert whole.done()
+        assert all(p.done() for p in parts)
+
+
+# Fork
+
+
+def test_a_wait_in_the_child_of_a_fork_ends_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    future = new("forward_backward")
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(ClientClosedError, match="forward_backward was started before a fork"):
+        future.result()

@@ -1,0 +1,248 @@
+"""What an answer to a poll means (reference, sections 2.2 and 2.3), and the pacing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict, Optional
+
+import pytest
+
+from tinkex.config import Config
+from tinkex.errors import (
+    APIStatusError,
+    NotFoundError,
+    RequestFailedError,
+    ResponseDecodeError,
+    ResultExpiredError,
+    status_error_type,
+)
+from tinkex.poll_rules import (
+    FIRST_SPACING_S,
+    LAST_BACKOFF_S,
+    LAST_SPACING_S,
+    SAME_500_LIMIT,
+    Done,
+    Failed,
+    Outcome,
+    Pacing,
+    Pending,
+    Trouble,
+    interpret,
+)
+from tinkex.retry import MAX_HINT_S
+from tinkex.transport import Reply, Request, Transport
+
+POLL = Request("POST", "/api/v1/retrieve_future")
+
+
+def outcome(
+    status: int,
+    body: Any = b"",
+    content_type: str = "application/json",
+    maybe_lost: bool = False,
+    headers: Optional[Dict[str, str]] = None,
+) -> Outcome:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = Reply(status, {"content-type": content_type, **(headers or {})}, raw)
+    transport = Transport(Config.resolve(environ={}, base_url="http://127.0.0.1:1"))
+    error = None if status < 300 else transport.status_error(POLL, reply)
+    return interpret(reply, error, request_id="r-1", kind="sample", maybe_lost=maybe_lost)
+
+
+# 2xx
+
+
+@pytest.mark.parametrize("status", [200, 201, 202])
+def test_a_json_object_is_a_result(status: int) -> None:
+    found = outcome(status, {"path": "tinker://r/weights/a"})
+    assert isinstance(found, Done)
+    assert found.reply.json() == {"path": "tinker://r/weights/a"}
+
+
+def test_protobuf_is_a_result_whatever_bytes_it_holds() -> None:
+    found = outcome(200, b'{"type":"try_again","error":"x"}', "application/x-protobuf")
+    assert isinstance(found, Done)
+
+
+@pytest.mark.parametrize("body", [{}, {"error": None, "path": "p"}, {"metrics": {"error": 0.5}}])
+def test_results_that_look_like_failures_are_results(body: Any) -> None:
+    assert isinstance(outcome(200, body), Done)
+
+
+@pytest.mark.parametrize(
+    ("body", "state", "reason"),
+    [
+        ({"type": "try_again", "request_id": "r-1", "queue_state": "active"}, "active", None),
+        (
+            {"type": "try_again", "queue_state": "paused_capacity", "queue_state_reason": "full"},
+            "paused_capacity",
+            "full",
+        ),
+        ({"type": "try_again"}, None, None),
+        # The tag may come last, behind a long reason.
+        ({"queue_state_reason": "x" * 5000, "type": "try_again"}, None, "x" * 5000),
+    ],
+)
+def test_try_again_is_pending(body: Any, state: Optional[str], reason: Optional[str]) -> None:
+    assert outcome(200, body) == Pending(state, reason)
+
+
+@pytest.mark.parametrize(
+    ("category", "expected"),
+    [
+        ("user", "user"),
+        ("server", "server"),
+        ("USER", "user"),
+        ("unknown", "unknown"),
+        ("cosmic", "unknown"),
+        (None, "unknown"),
+        (7, "unknown"),
+    ],
+)
+def test_an_error_key_is_failed_work(category: Any, expected: str) -> None:
+    found = outcome(200, {"error": "loss is NaN", "category": category})
+    assert isinstance(found, Failed)
+    assert isinstance(found.error, RequestFailedError)
+    assert found.error.category == expected
+    assert found.error.request_id == "r-1"
+    assert "loss is NaN" in str(found.error)
+    assert "sample" in str(found.error)
+
+
+def test_a_2xx_that_is_not_json_and_mentions_an_error_is_a_decode_error() -> None:
+    with pytest.raises(ResponseDecodeError):
+        outcome(200, b'<html>"error"</html>', "text/html")
+
+
+# Error statuses
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"detail": "still running"}, Pending()),
+        (
+            {"queue_state": "paused_rate_limit", "queue_state_reason": "quota"},
+            Pending("paused_rate_limit", "quota"),
+        ),
+        (b"", Pending()),
+        (b"Request Timeout", Pending()),
+        ([1], Pending()),
+    ],
+)
+def test_408_is_pending(body: Any, expected: Pending) -> None:
+    assert outcome(408, body) == expected
+
+
+@pytest.mark.parametrize("status", [402, 429, 500, 502, 503, 504, 529])
+def test_what_may_pass_is_trouble(status: int) -> None:
+    found = outcome(status, {"detail": "passing"})
+    assert isinstance(found, Trouble)
+    assert type(found.error) is status_error_type(status)
+    assert found.error.request_id == "r-1"
+
+
+def test_410_is_an_expired_result() -> None:
+    found = outcome(410, {"detail": "gone"})
+    assert isinstance(found, Failed)
+    assert isinstance(found.error, ResultExpiredError)
+    assert found.error.status == 410
+    assert isinstance(found.error.__cause__, APIStatusError)
+
+
+def test_404_is_not_found_unless_an_answer_was_lost_on_the_way() -> None:
+    never = outcome(404, {"detail": "unknown future"})
+    assert isinstance(never, Failed)
+    assert isinstance(never.error, NotFoundError)
+    lost = outcome(404, {"detail": "unknown future"}, maybe_lost=True)
+    assert isinstance(lost, Failed)
+    assert isinstance(lost.error, ResultExpiredError)
+    assert "before you submit it again" in str(lost.error)
+
+
+@pytest.mark.parametrize("status", [400, 409, 422])
+def test_how_open_servers_report_failed_work(status: int) -> None:
+    # SkyRL: 400 with a detail; TuFT: the mapped status, "Future failed: ..."
+    found = outcome(status, {"detail": "Future failed: unknown loss"})
+    assert isinstance(found, Failed)
+    assert isinstance(found.error, RequestFailedError)
+    assert found.error.category == "user"
+    assert found.error.status == status
+    assert "unknown loss" in str(found.error)
+    assert isinstance(found.error.__cause__, APIStatusError)
+
+
+@pytest.mark.parametrize("status", [302, 401, 403, 405, 415, 501])
+def test_other_answers_are_final_under_their_own_type(status: int) -> None:
+    found = outcome(status, {"detail": "no"})
+    assert isinstance(found, Failed)
+    assert type(found.error) is status_error_type(status)
+
+
+# Pacing
+
+
+def test_a_real_long_poll_is_followed_at_once() -> None:
+    assert Pacing().after_pending(took_s=30.0, rand=0.9) == 0.0
+
+
+def test_quick_pending_answers_are_spaced_ever_further_up_to_a_second() -> None:
+    pacing = Pacing()
+    delays = [pacing.after_pending(took_s=0.0, rand=0.5) for _ in range(30)]
+    assert delays[0] == FIRST_SPACING_S
+    assert delays == sorted(delays)
+    assert delays[-1] == LAST_SPACING_S
+
+
+def test_jitter_is_half_to_one_and_a_half() -> None:
+    assert Pacing().after_pending(0.0, rand=0.0) == FIRST_SPACING_S * 0.5
+    assert Pacing().after_pending(0.0, rand=1.0) == FIRST_SPACING_S * 1.5
+
+
+def test_a_held_poll_starts_the_spacing_again() -> None:
+    pacing = Pacing()
+    for _ in range(20):
+        pacing.after_pending(0.0, 0.5)
+    pacing.after_pending(10.0, 0.5)
+    assert pacing.after_pending(0.0, 0.5) == FIRST_SPACING_S
+
+
+def test_trouble_backs_off_to_ten_seconds_and_pending_resets_it() -> None:
+    pacing = Pacing()
+    delays = [pacing.after_trouble(rand=1.0) for _ in range(7)]
+    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, LAST_BACKOFF_S, LAST_BACKOFF_S]
+    pacing.after_pending(0.0, 0.5)
+    assert pacing.after_trouble(rand=1.0) == 0.5
+
+
+def test_the_servers_wish_is_obeyed_within_reason() -> None:
+    assert Pacing().after_trouble(0.0, hint_s=3.0) == 3.0
+    assert Pacing().after_trouble(0.0, hint_s=86400.0) == MAX_HINT_S
+    assert Pacing().after_trouble(0.0, hint_s=0.0) == 0.25
+
+
+def error_500(text: str = "boom") -> APIStatusError:
+    return status_error_type(500)(text, status=500)
+
+
+def test_the_same_500_over_and_over_is_the_answer() -> None:
+    pacing = Pacing()
+    verdicts = [pacing.is_final(error_500()) for _ in range(SAME_500_LIMIT)]
+    assert verdicts == [False] * (SAME_500_LIMIT - 1) + [True]
+
+
+def test_different_500s_and_503s_may_pass() -> None:
+    pacing = Pacing()
+    assert not any(pacing.is_final(error_500(f"boom {n}")) for n in range(20))
+    for _ in range(SAME_500_LIMIT - 1):
+        pacing.is_final(error_500())
+    assert not pacing.is_final(status_error_type(503)("busy", status=503))
+    assert not pacing.is_final(error_500())
+
+
+def test_a_pending_answer_between_500s_starts_the_count_again() -> None:
+    pacing = Pacing()
+    for _ in range(SAME_500_LIMIT - 1):
+        pacing.is_final(error_500())
+    pacing.after_pending(0.0, 0.5)
+    assert not pacing.is_final(error_500())

@@ -1,0 +1,592 @@
+"""Poller: settles futures over a real server, whatever it answers, and ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any, Callable, Iterator, List, Optional
+
+import pytest
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import wait_until
+from support.transports import open_transport
+
+from tinkex import poll_rules
+from tinkex import poller as poller_module
+from tinkex.api._call import read
+from tinkex.channel import Channel
+from tinkex.errors import (
+    APIConnectionError,
+    BillingError,
+    ClientClosedError,
+    InternalServerError,
+    NoProgressError,
+    NotFoundError,
+    OperationTimeoutError,
+    RequestFailedError,
+    ResponseDecodeError,
+    ResultExpiredError,
+    SessionLostError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.poller import Operation, Poller
+from tinkex.transport import Reply
+from tinkex.types import SaveWeightsResponse, UntypedFuture
+
+POLL = "POST /api/v1/retrieve_future"
+TRY_AGAIN = Answer(body={"type": "try_again", "request_id": "r", "queue_state": "active"})
+
+
+def same(error: TinkexError) -> TinkexError:
+    return error
+
+
+@contextlib.contextmanager
+def open_poller(
+    server: ScriptedServer,
+    explain: Callable[[TinkexError], TinkexError] = same,
+    **settings: Any,
+) -> Iterator[Poller]:
+    """A poller, closed at the end in the order in which a session closes its own."""
+    with open_transport(server, **settings) as transport:
+        poller = Poller(transport, explain)
+        try:
+            yield poller
+        finally:
+            shut(poller)
+
+
+def shut(poller: Poller) -> None:
+    poller._transport.closing.set()
+    poller.close(ClientClosedError("the client was closed"))
+    poller._transport.abort()
+    assert poller.join(time.monotonic() + PATIENCE_S) == []
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
+
+
+def decode_path(reply: Reply) -> str:
+    return read(SaveWeightsResponse, reply, "save").path
+
+
+def watch(
+    poller: Poller,
+    request_id: str = "r",
+    lane: str = "model",
+    decode: Callable[[Reply], Any] = decode_path,
+    binary: bool = False,
+) -> APIFuture[Any]:
+    """A future of work that the server has accepted."""
+    future = poller.new_future("save_state")
+    future.enter("waiting", request_id)
+    poller.watch(lane, Operation(future, decode, binary))
+    return future
+
+
+def by_request(answers: Any) -> Callable[[Received], Answer]:
+    """Answer each poll by its request id."""
+    return lambda received: answers[received.json()["request_id"]]
+
+
+def result(path: str = "p") -> Answer:
+    return Answer(body={"path": path})
+
+
+def test_a_result_settles_the_future(server: ScriptedServer) -> None:
+    server.on(POLL, result("tinker://r/weights/a"))
+    with open_poller(server) as poller:
+        future = watch(poller, "r-1")
+        assert future.result(PATIENCE_S) == "tinker://r/weights/a"
+        assert poller.inflight() == []
+    assert server.requests()[0].json() == {"request_id": "r-1"}
+    assert future.attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("binary", "accept"),
+    [(True, "application/x-protobuf, application/json"), (False, "application/json")],
+)
+def test_binary_results_are_asked_for_where_there_may_be_some(
+    server: ScriptedServer, binary: bool, accept: str
+) -> None:
+    server.on(POLL, result())
+    with open_poller(server) as poller:
+        watch(poller, binary=binary).result(PATIENCE_S)
+    assert server.requests()[0].headers["accept"] == accept
+
+
+def test_pending_work_is_asked_for_again_and_its_state_shown(server: ScriptedServer) -> None:
+    release = threading.Event()
+    paused = {"type": "try_again", "queue_state": "paused_capacity", "queue_state_reason": "full"}
+    finished = Answer(body={"path": "p"}, hold=release)
+    server.on(POLL, TRY_AGAIN, Answer(408), Answer(body=paused), finished)
+    with open_poller(server) as poller:
+        future = watch(poller)
+        server.wait_for(POLL, 4)
+        assert poller.inflight() == [future]
+        status = future.status()
+        assert (status.state, status.request_id, status.attempts) == ("waiting", "r", 4)
+        assert (status.queue_state, status.queue_state_reason) == ("paused_capacity", "full")
+        release.set()
+        assert future.result(PATIENCE_S) == "p"
+
+
+def test_a_server_that_answers_pending_at_once_is_not_hammered(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller_module.random, "random", lambda: 0.5)
+    server.on(POLL, *[Answer(408)] * 3, *[TRY_AGAIN] * 2, result())
+    with open_poller(server) as poller:
+        watch(poller).result(PATIENCE_S)
+    at = [r.at for r in server.requests()]
+    gaps = [later - earlier for earlier, later in zip(at, at[1:])]
+    for gap, least in zip(gaps, (0.02, 0.03, 0.045, 0.0675, 0.101)):
+        assert gap >= least * 0.95
+
+
+def test_trouble_is_ridden_out_and_shown(server: ScriptedServer) -> None:
+    release = threading.Event()
+    server.on(
+        POLL,
+        Answer(503, {"detail": "restarting"}),
+        Answer(reset=True),
+        Answer(429),
+        Answer(500, b"Internal Server Error", content_type="text/plain", close_after=True),
+        Answer(502, {"detail": "bad gateway"}),
+        Answer(body={"path": "p"}, hold=release),
+    )
+    with open_poller(server) as poller:
+        future = watch(poller)
+        server.wait_for(POLL, 6)
+        assert "bad gateway" in (future.status().last_error or "")
+        release.set()
+        assert future.result(PATIENCE_S) == "p"
+
+
+def test_trouble_is_backed_off_from(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.02)
+    monkeypatch.setattr(poller_module.random, "random", lambda: 1.0)
+    server.on(POLL, *[Answer(503)] * 3, result())
+    with open_poller(server) as poller:
+        watch(poller).result(PATIENCE_S)
+    at = [r.at for r in server.requests()]
+    for gap, least in zip([b - a for a, b in zip(at, at[1:])], (0.02, 0.04, 0.08)):
+        assert gap >= least * 0.95
+
+
+def test_the_servers_wish_for_a_pause_is_obeyed(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(503, headers={"Retry-After": "0.1"}), result())
+    with open_poller(server) as poller:
+        watch(poller).result(PATIENCE_S)
+    first, second = server.requests()
+    assert second.at - first.at >= 0.095
+
+
+def test_the_same_500_over_and_over_is_believed(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(500, {"detail": "route is broken"}))
+    with open_poller(server) as poller:
+        with pytest.raises(InternalServerError, match="route is broken") as caught:
+            watch(poller, "r-5").result(PATIENCE_S)
+    assert len(server.requests()) == 5
+    assert caught.value.attempts == 5
+    assert caught.value.request_id == "r-5"
+
+
+def test_failed_work_is_the_futures_error(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(body={"error": "no such loss", "category": "user"}))
+    with open_poller(server) as poller, pytest.raises(RequestFailedError) as caught:
+        watch(poller, "r-6").result(PATIENCE_S)
+    assert (caught.value.category, caught.value.request_id) == ("user", "r-6")
+
+
+def test_the_session_may_explain_the_error(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(404, {"detail": "unknown"}))
+
+    def explain(error: TinkexError) -> TinkexError:
+        return SessionLostError("the session was lost")
+
+    with open_poller(server, explain) as poller, pytest.raises(SessionLostError) as caught:
+        watch(poller).result(PATIENCE_S)
+    assert isinstance(caught.value.__cause__, NotFoundError)
+
+
+@pytest.mark.parametrize("cut_off", [Answer(drop=True), Answer(body={"path": "x"}, cut_after=4)])
+def test_a_404_after_a_poll_that_was_cut_off_means_the_result_is_gone(
+    server: ScriptedServer, cut_off: Answer
+) -> None:
+    server.on(POLL, cut_off, Answer(404, {"detail": "unknown"}))
+    with open_poller(server) as poller, pytest.raises(ResultExpiredError):
+        watch(poller).result(PATIENCE_S)
+
+
+def test_a_404_to_the_first_poll_is_not_found(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(404, {"detail": "unknown"}))
+    with open_poller(server) as poller, pytest.raises(NotFoundError):
+        watch(poller).result(PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"<html>hello</html>", "text/html"),
+        ({"wrong": "fields"}, "application/json"),
+        (b"", "application/json"),
+        (b'{"path": "p"', "application/json"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_the_futures_error(
+    server: ScriptedServer, body: Any, content_type: str
+) -> None:
+    server.on(POLL, Answer(body=body, content_type=content_type), result("next"))
+    with open_poller(server) as poller:
+        with pytest.raises(ResponseDecodeError):
+            watch(poller).result(PATIENCE_S)
+        assert watch(poller).result(PATIENCE_S) == "next"
+
+
+def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(
+    server: ScriptedServer,
+) -> None:
+    server.on(POLL, result())
+
+    def decode(reply: Reply) -> Any:
+        raise KeyError("a bug")
+
+    with open_poller(server) as poller:
+        first, second = watch(poller, decode=decode), watch(poller)
+        with pytest.raises(KeyError):
+            first.result(PATIENCE_S)
+        assert second.result(PATIENCE_S) == "p"
+
+
+# Limits
+
+
+def test_an_operation_that_takes_too_long_fails(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server, operation_timeout_s=0.1) as poller:
+        with pytest.raises(OperationTimeoutError) as caught:
+            watch(poller, "r-7").result(PATIENCE_S)
+    assert not isinstance(caught.value, NoProgressError)
+    assert "operation_timeout_s = 0.1 s" in str(caught.value)
+    assert caught.value.request_id == "r-7"
+
+
+def test_an_operation_that_is_pending_for_too_long_fails(server: ScriptedServer) -> None:
+    server.on(POLL, TRY_AGAIN)
+    with open_poller(server, operation_timeout_s=0.1) as poller:
+        with pytest.raises(OperationTimeoutError):
+            watch(poller).result(PATIENCE_S)
+
+
+def test_time_behind_others_of_the_lane_counts_but_a_result_that_is_there_is_fetched(
+    server: ScriptedServer,
+) -> None:
+    never = threading.Event()
+    server.on(
+        POLL,
+        by_request({"slow": Answer(hold=never), "late": Answer(hold=never), "ready": result()}),
+    )
+    with open_poller(server, operation_timeout_s=0.3) as poller:
+        slow, late, ready = watch(poller, "slow"), watch(poller, "late"), watch(poller, "ready")
+        began = time.monotonic()
+        for future in (slow, late):
+            with pytest.raises(OperationTimeoutError):
+                future.result(PATIENCE_S)
+        assert time.monotonic() - began < 0.55  # not 0.3 s each
+        assert ready.result(PATIENCE_S) == "p"
+
+
+@pytest.mark.parametrize("answer", [Answer(hold=threading.Event()), Answer(drop=True)])
+def test_a_server_that_is_silent_for_too_long_is_given_up(
+    server: ScriptedServer, answer: Answer
+) -> None:
+    server.on(POLL, answer)
+    with open_poller(server, no_progress_timeout_s=0.1) as poller:
+        with pytest.raises(NoProgressError, match="no contact with the server") as caught:
+            watch(poller).result(PATIENCE_S)
+    assert caught.value.elapsed_s is not None
+    assert caught.value.elapsed_s >= 0.1
+
+
+def test_contact_keeps_a_slow_operation_alive(server: ScriptedServer) -> None:
+    server.on(POLL, *[Answer(408)] * 6, result())
+    with open_poller(server, no_progress_timeout_s=0.25) as poller:
+        assert watch(poller).result(PATIENCE_S) == "p"  # after more than 0.3 s in all
+
+
+def test_an_outage_is_ridden_out_for_its_time(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(drop=True))
+    with open_poller(server, max_outage_s=0.1) as poller:
+        with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}") as caught:
+            watch(poller, "r-8").result(PATIENCE_S)
+    assert caught.value.request_id == "r-8"
+    assert caught.value.elapsed_s is not None
+    assert caught.value.elapsed_s >= 0.1
+
+
+def test_a_gateway_that_fails_for_too_long_is_an_outage_too(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(503, {"detail": "no upstream"}))
+    with open_poller(server, max_outage_s=0.1) as poller:
+        with pytest.raises(InternalServerError, match="no upstream"):
+            watch(poller).result(PATIENCE_S)
+    assert len(server.requests()) > 2
+
+
+def test_a_server_that_says_slow_down_is_not_an_outage(server: ScriptedServer) -> None:
+    server.on(POLL, *[Answer(429)] * 8, result())
+    with open_poller(server, max_outage_s=0.01) as poller:
+        assert watch(poller).result(PATIENCE_S) == "p"
+
+
+def test_a_402_raises_at_once_by_default(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(402, {"detail": "top up"}))
+    with open_poller(server) as poller, pytest.raises(BillingError, match="top up"):
+        watch(poller).result(PATIENCE_S)
+
+
+def test_a_402_may_be_waited_out(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(402), Answer(402), result())
+    with open_poller(server, on_billing="wait") as poller:
+        assert watch(poller).result(PATIENCE_S) == "p"
+
+
+def test_a_poll_that_took_its_full_time_is_followed_by_another(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server holds polls for longer than we wait: that is no outage.
+    hold = threading.Event()
+    server.on(POLL, Answer(hold=hold), result())
+    with open_poller(
+        server, poll_timeout_s=1.2, connect_timeout_s=0.05, max_outage_s=0.1
+    ) as poller:
+        assert watch(poller).result(PATIENCE_S) == "p"
+    hold.set()
+
+
+# Lanes
+
+
+def test_a_lane_is_polled_in_order_by_one_thread(server: ScriptedServer) -> None:
+    release = threading.Event()
+    held = Answer(body={"path": "a"}, hold=release)
+    server.on(POLL, by_request({"a": held, "b": result("b"), "c": result("c")}))
+    with open_poller(server) as poller:
+        futures = [watch(poller, name) for name in "abc"]
+        server.wait_for(POLL)
+        assert [r.json()["request_id"] for r in server.requests()] == ["a"]
+        release.set()
+        assert [f.result(PATIENCE_S) for f in futures] == ["a", "b", "c"]
+    assert [r.json()["request_id"] for r in server.requests()] == ["a", "b", "c"]
+    assert {r.connection for r in server.requests()} == {0}
+
+
+def test_lanes_do_not_wait_for_each_other(server: ScriptedServer) -> None:
+    never = threading.Event()
+    server.on(POLL, by_request({"stuck": Answer(hold=never), "free": result("free")}))
+    with open_poller(server) as poller:
+        stuck = watch(poller, "stuck", lane="one")
+        server.wait_for(POLL)
+        assert watch(poller, "free", lane="two").result(PATIENCE_S) == "free"
+        assert not stuck.done()
+
+
+def test_a_cancelled_head_does_not_hold_up_its_lane(server: ScriptedServer) -> None:
+    server.on(POLL, by_request({"head": TRY_AGAIN, "next": result("next")}))
+    with open_poller(server) as poller:
+        head, following = watch(poller, "head"), watch(poller, "next")
+        server.wait_for(POLL)
+        assert head.cancel()
+        assert following.result(PATIENCE_S) == "next"
+        with pytest.raises(CancelledError):
+            head.result(0)
+
+
+def test_a_lane_that_ran_dry_is_taken_up_again(server: ScriptedServer) -> None:
+    server.on(POLL, result())
+    with open_poller(server) as poller:
+        for _ in range(200):  # the next one arrives while the lane is being given up
+            assert watch(poller).result(PATIENCE_S) == "p"
+        wait_until(lambda: poller._lanes == {}, "the lane is gone")
+
+
+def test_a_lane_without_a_thread_fails_and_works_again_later(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.on(POLL, result())
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with open_poller(server) as poller:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            failed = watch(poller)
+            unsent = sample(poller, "s", server)
+        for future in (failed, unsent):
+            with pytest.raises(ClientClosedError, match="can't start new thread"):
+                future.result(PATIENCE_S)
+        assert watch(poller).result(PATIENCE_S) == "p"
+
+
+# Samples
+
+
+def sample(
+    poller: Poller,
+    name: str,
+    server: ScriptedServer,
+    sent: Optional[List[str]] = None,
+) -> APIFuture[Any]:
+    future = poller.new_future("sample")
+
+    def send(channel: Channel) -> UntypedFuture:
+        if sent is not None:
+            sent.append(name)
+        return UntypedFuture(name)
+
+    poller.submit_sample(Operation(future, decode_path, binary=True), send)
+    return future
+
+
+def test_samples_wait_side_by_side_each_on_its_own_connection(server: ScriptedServer) -> None:
+    release = threading.Event()
+    server.on(POLL, Answer(body={"path": "p"}, hold=release))
+    with open_poller(server) as poller:
+        futures = [sample(poller, f"s{i}", server) for i in range(24)]
+        server.wait_for(POLL, 24)
+        assert server.connections == 24
+        release.set()
+        assert [f.result(PATIENCE_S) for f in futures] == ["p"] * 24
+
+
+def test_samples_finish_in_any_order(server: ScriptedServer) -> None:
+    never = threading.Event()
+    server.on(POLL, by_request({"slow": Answer(hold=never), "quick": result("quick")}))
+    with open_poller(server) as poller:
+        slow = sample(poller, "slow", server)
+        assert sample(poller, "quick", server).result(PATIENCE_S) == "quick"
+        assert not slow.done()
+
+
+def test_samples_beyond_the_cap_wait_their_turn(server: ScriptedServer) -> None:
+    release = threading.Event()
+    server.on(POLL, Answer(body={"path": "p"}, hold=release))
+    sent: List[str] = []
+    with open_poller(server, max_concurrent_samples=2) as poller:
+        futures = [sample(poller, f"s{i}", server, sent) for i in range(5)]
+        server.wait_for(POLL, 2)
+        assert sent == ["s0", "s1"]
+        assert [f.status().state for f in futures[2:]] == ["queued"] * 3
+        futures[3].cancel()
+        release.set()
+        for index in (0, 1, 2, 4):
+            assert futures[index].result(PATIENCE_S) == "p"
+    assert sorted(sent) == ["s0", "s1", "s2", "s4"]  # a cancelled one is not even sent
+
+
+def test_a_sample_that_cannot_be_submitted_fails(server: ScriptedServer) -> None:
+    with open_poller(server) as poller:
+        future = poller.new_future("sample")
+
+        def send(channel: Channel) -> UntypedFuture:
+            raise NotFoundError("no such sampler")
+
+        poller.submit_sample(Operation(future, decode_path), send)
+        with pytest.raises(NotFoundError, match="no such sampler"):
+            future.result(PATIENCE_S)
+
+
+def test_workers_keep_their_connections(server: ScriptedServer) -> None:
+    server.on(POLL, result())
+    with open_poller(server, max_concurrent_samples=1) as poller:
+        for _ in range(10):
+            sample(poller, "s", server).result(PATIENCE_S)
+    assert server.connections == 1
+
+
+# Close
+
+
+def test_close_wakes_every_waiter_and_ends_long_polls_at_once(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server, max_concurrent_samples=3) as poller, ThreadPoolExecutor(10) as pool:
+        futures = [watch(poller, f"r{i}", lane=f"lane {i % 2}") for i in range(4)]
+        futures += [sample(poller, f"s{i}", server) for i in range(6)]
+        waiters = [pool.submit(f.exception, PATIENCE_S) for f in futures]
+        server.wait_for(POLL, 5)
+        began = time.monotonic()
+        shut(poller)
+        errors = [w.result(PATIENCE_S) for w in waiters]
+        assert time.monotonic() - began < 2.0
+    assert all(isinstance(error, ClientClosedError) for error in errors)
+    assert poller.inflight() == []
+
+
+def test_close_wakes_a_pause_between_polls(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(poll_rules, "LAST_BACKOFF_S", 60.0)
+    server.on(POLL, Answer(503))
+    with open_poller(server) as poller:
+        watch(poller)
+        server.wait_for(POLL)
+        began = time.monotonic()
+        shut(poller)
+        assert time.monotonic() - began < 2.0
+
+
+def test_a_closed_poller_takes_nothing_more(server: ScriptedServer) -> None:
+    with open_poller(server) as poller:
+        shut(poller)
+        with pytest.raises(ClientClosedError):
+            poller.new_future("sample")
+
+
+def test_callbacks_of_futures_that_close_settles_still_run(
+    server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.on(POLL, Answer(hold=threading.Event()))
+    seen: List[Any] = []
+    with caplog.at_level(logging.WARNING), open_poller(server) as poller:
+        for index in range(5):
+            future = watch(poller, f"r{index}")
+            future.add_done_callback(lambda f: seen.append(type(f.exception())))
+        shut(poller)
+        assert seen == [ClientClosedError] * 5
+    assert caplog.text == ""
+
+
+def test_close_races_new_work_and_leaves_no_future_open(server: ScriptedServer) -> None:
+    server.on(POLL, TRY_AGAIN)
+    for _ in range(40):
+        with open_poller(server) as poller, ThreadPoolExecutor(2) as pool:
+            made: List[APIFuture[Any]] = []
+            barrier = threading.Barrier(3)
+
+            def submit(lane: str) -> None:
+                barrier.wait(PATIENCE_S)
+                try:
+                    for _ in range(20):
+                        made.append(watch(poller, lane=lane))
+                        made.append(sample(poller, "s", server))
+                except ClientClosedError:
+                    pass
+
+            jobs = [pool.submit(submit, lane) for lane in ("one", "two")]
+            barrier.wait(PATIENCE_S)
+            shut(poller)
+            for job in jobs:
+                job.result(PATIENCE_S)
+            for future in made:
+                assert isinstance(future.exception(PATIENCE_S), ClientClosedError)

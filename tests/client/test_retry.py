@@ -1,0 +1,125 @@
+"""RetryPolicy and the server's wishes: pure arithmetic."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pytest
+from freezegun import freeze_time
+
+from tinkex.clock import SYSTEM_CLOCK
+from tinkex.retry import MAX_HINT_S, RetryPolicy, retry_after_s
+
+#: Sun, 06 Nov 1994 08:49:37 GMT
+WALL = 784111777.0
+
+
+def test_delays_double_up_to_the_cap_with_half_of_it_random() -> None:
+    policy = RetryPolicy(base_s=0.5, cap_s=4.0)
+    lowest = [policy.delay_s(n, 0.0, None, 0.0) for n in range(1, 7)]
+    assert lowest == [0.25, 0.5, 1.0, 2.0, 2.0, 2.0]
+    highest = [policy.delay_s(n, 0.0, None, 1.0) for n in range(1, 7)]
+    assert highest == [0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_a_thousandth_attempt_does_not_overflow() -> None:
+    assert RetryPolicy(max_elapsed_s=1e9).delay_s(100_000, 0.0, None, 1.0) == 10.0
+
+
+def test_the_servers_wish_goes_first_up_to_a_minute() -> None:
+    policy = RetryPolicy()
+    assert policy.delay_s(1, 0.0, 7.5, 0.0) == 7.5
+    assert policy.delay_s(9, 0.0, 0.125, 0.0) == 0.125
+    assert policy.delay_s(1, 0.0, 86400.0, 0.0) == MAX_HINT_S
+
+
+def test_a_wish_for_no_pause_is_not_granted() -> None:
+    assert RetryPolicy().delay_s(1, 0.0, 0.0, 0.0) == 0.25
+
+
+def test_no_attempt_begins_after_the_time_is_up() -> None:
+    policy = RetryPolicy(base_s=1.0, max_elapsed_s=10.0)
+    assert policy.delay_s(1, 9.0, None, 1.0) == 1.0
+    assert policy.delay_s(1, 9.1, None, 1.0) is None
+    assert policy.delay_s(1, 0.0, 30.0, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "again"),
+    [
+        (400, False),
+        (401, False),
+        (402, False),
+        (403, False),
+        (404, False),
+        (408, True),
+        (409, False),
+        (410, False),
+        (415, False),
+        (422, False),
+        (429, True),
+        (500, True),
+        (501, False),
+        (502, True),
+        (503, True),
+        (504, True),
+        (529, True),
+        (302, False),
+    ],
+)
+def test_which_statuses_are_sent_again(status: int, again: bool) -> None:
+    assert RetryPolicy().retries_status(status, 1, {}) is again
+
+
+def test_a_plain_500_is_believed_the_fourth_time_and_a_503_never() -> None:
+    policy = RetryPolicy()
+    assert [policy.retries_status(500, n, {}) for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert policy.retries_status(503, 100, {})
+
+
+@pytest.mark.parametrize(
+    ("wish", "status", "again"),
+    [("true", 400, True), ("True", 409, True), ("false", 503, False), ("maybe", 503, True)],
+)
+def test_the_servers_header_decides_before_the_status(wish: str, status: int, again: bool) -> None:
+    assert RetryPolicy().retries_status(status, 1, {"x-should-retry": wish}) is again
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "expected"),
+    [
+        ("retry-after", "3", 3.0),
+        ("retry-after", "0.25", 0.25),
+        ("retry-after", " 2 ", 2.0),
+        ("retry-after", "0", 0.0),
+        ("retry-after", "-3", None),
+        ("retry-after", "soon", None),
+        ("retry-after", "inf", None),
+        ("retry-after", "nan", None),
+        ("retry-after", "", None),
+        ("retry-after", "\u00b2", None),
+        ("retry-after-ms", "1500", 1.5),
+        ("retry-after-ms", "-1", None),
+        ("retry-after-ms", "nan", None),
+        ("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT", 3.0),
+        ("retry-after", "Sun, 06 Nov 1994 08:49:30 GMT", 0.0),
+        ("retry-after", "Sun, 99 Nov 1994 08:49:30 GMT", None),
+    ],
+)
+def test_reading_the_wish(header: str, value: str, expected: Optional[float]) -> None:
+    assert retry_after_s({header: value}, WALL) == expected
+
+
+def test_no_wish() -> None:
+    assert retry_after_s({}, WALL) is None
+
+
+def test_milliseconds_win_and_nonsense_in_them_does_not_hide_the_seconds() -> None:
+    assert retry_after_s({"retry-after-ms": "100", "retry-after": "3"}, WALL) == 0.1
+    assert retry_after_s({"retry-after-ms": "soon", "retry-after": "3"}, WALL) == 3.0
+
+
+def test_a_date_is_compared_with_the_wall_clock() -> None:
+    with freeze_time("1994-11-06 08:49:37"):
+        wish = retry_after_s({"retry-after": "Sun, 06 Nov 1994 08:50:37 GMT"}, SYSTEM_CLOCK.wall())
+    assert wish == 60.0

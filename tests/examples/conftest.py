@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from examples.programs import Server, serving
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore = ["test_examples.py"]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """The deterministic engine, behind the real server."""
+    from tinkex.local.deterministic import DeterministicEngine
+
+    with serving(DeterministicEngine(), tmp_path / "server") as running:
+        yield running

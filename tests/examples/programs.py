@@ -1,0 +1,152 @@
+"""Runs the command line and the examples as a user does: as processes, against a real server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from unittest import mock
+
+import requests
+
+from tinkex.cli.main import run_command
+from tinkex.local.engine import Engine
+from tinkex.local.server import LocalServer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Nothing here takes longer than this, in seconds, not even on a busy machine.
+PATIENCE_S = 180.0
+#: What a user would see anyway, and sockets and files that were not closed.
+STRICT = ["-W", "always::ResourceWarning"]
+
+
+def environment(base_url: Optional[str]) -> Dict[str, str]:
+    """Return this process's environment without its own server and key, and with *base_url*."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
+    kept.pop("COLUMNS", None)
+    kept["PYTHONUNBUFFERED"] = "1"
+    kept["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
+    # The installed package is tested if there is one; else the source tree.
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if base_url is not None:
+        kept["TINKER_BASE_URL"] = base_url
+    return kept
+
+
+def run(
+    arguments: List[str],
+    base_url: Optional[str] = None,
+    *,
+    stdin: str = "",
+    cwd: Optional[Path] = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end."""
+    return subprocess.run(
+        [sys.executable, *STRICT, *arguments],
+        env=environment(base_url),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        cwd=cwd,
+    )
+
+
+class Done(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def tinkex(*arguments: str, base_url: Optional[str] = None, stdin: str = "") -> Done:
+    """Run ``tinkex ARGUMENTS`` within this process, which takes less than starting one."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environment(base_url), clear=True),
+        mock.patch("sys.stdin", io.StringIO(stdin)),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        code = run_command(arguments)
+    return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+@contextlib.contextmanager
+def started(
+    arguments: List[str], base_url: Optional[str] = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Start ``python ARGUMENTS``; it is killed at the end of the block if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, *STRICT, *arguments],
+        env=environment(base_url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def interrupt(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Press Ctrl-C, wait for the end and return what was left to read."""
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+class Server:
+    """A LocalServer in this process, and what became of its sessions."""
+
+    def __init__(self, server: LocalServer, trained: threading.Event) -> None:
+        self.url = server.url
+        self.model: str = requests_get(f"{server.url}/api/v1/get_server_capabilities")[
+            "supported_models"
+        ][0]["model_name"]
+        #: Set when the engine has taken its first optimizer step.
+        self.trained = trained
+
+    def ends(self) -> List[str]:
+        """Return how each session ended, the newest first; ``"live"`` if it lives."""
+        answers = []
+        for session_id in requests_get(f"{self.url}/api/v1/sessions")["sessions"]:
+            reply = requests.post(
+                f"{self.url}/api/v1/session_heartbeat", json={"session_id": session_id}, timeout=10
+            )
+            answers.append("live" if reply.ok else f"{reply.status_code} {reply.text}")
+        return answers
+
+
+def requests_get(url: str) -> Any:
+    """Return the JSON at *url*."""
+    reply = requests.get(url, timeout=10)
+    reply.raise_for_status()
+    return reply.json()
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, data_dir: Path) -> Iterator[Server]:
+    """Serve *engine* for the length of the block."""
+    trained = threading.Event()
+    engine.optim_step = _telling(engine.optim_step, trained)  # type: ignore[method-assign]
+    with LocalServer(engine, data_dir=data_dir) as server:
+        yield Server(server, trained)
+
+
+def _telling(method: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
+    def told(*arguments: Any) -> Any:
+        answer = method(*arguments)
+        event.set()
+        return answer
+
+    return told

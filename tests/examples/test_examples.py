@@ -1,0 +1,174 @@
+"""The examples and `tinkex sample`, run as processes, with torch and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+from examples.programs import REPOSITORY, Server, interrupt, run, serving, started, tinkex
+
+pytestmark = pytest.mark.engine
+
+EXAMPLES = REPOSITORY / "examples"
+QUICKSTART = str(EXAMPLES / "quickstart.py")
+MODEL = "tiny-random"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tiny model is made once, away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
+        patch.setenv("TINKEX_EXAMPLE_MODEL", MODEL)
+        yield
+
+
+@pytest.fixture
+def torch_server(tmp_path: Path) -> Iterator[Server]:
+    from tinkex.local.server import load_engine
+
+    with serving(load_engine(MODEL), tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> List[str]:
+    """Options that name a short text of one's own."""
+    (tmp_path / "train.txt").write_text("ONE, n. A\nnumber.\n\nTWO, n. Another.\n\n\nTHREE, n.\n")
+    (tmp_path / "heldout.txt").write_text("FOUR, n. The next.\n\nFIVE, n. And so on.\n")
+    return ["--data", str(tmp_path / "train.txt"), "--heldout", str(tmp_path / "heldout.txt")]
+
+
+def ended_by(server: Server) -> List[str]:
+    """Return the reason each session ended for."""
+    return [re.search(r"ended it: (\w+)", end)[1] for end in server.ends()]  # type: ignore[index]
+
+
+def test_quickstart_on_a_server(torch_server, texts, tmp_path):
+    options = ["--steps", "5", "--batch-size", "2", "--model", MODEL, "--learning-rate", "0.01"]
+    done = run(
+        [QUICKSTART, *options, *texts, "--base-url", torch_server.url, "--data-dir", str(tmp_path)]
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 paragraphs to train on, 2 held out" in done.stdout
+    before, after = re.search(r"per token: ([\d.]+) before, ([\d.]+) after", done.stdout).groups()
+    assert float(after) < float(before)
+    assert done.stdout.count("PROGRAMMER, n.") == 2
+    assert re.search(r"To train on: tinker://\S+/weights/quickstart\n", done.stdout)
+    assert re.search(r"To sample:   tinker://\S+/sampler_weights/quickstart\n", done.stdout)
+    assert "└─────" in done.stdout
+    assert ended_by(torch_server) == ["success"]
+
+
+def test_quickstart_on_the_embedded_server_keeps_its_checkpoint(texts, tmp_path):
+    kept = tmp_path / "kept"
+    options = ["--steps", "2", "--batch-size", "2", "--model", MODEL, "--data-dir", str(kept)]
+    done = run([QUICKSTART, *options, *texts, "--prompt", "SIX, n."])
+    assert (done.returncode, done.stderr) == (0, "")
+    path = re.search(r"To sample:   (\S+)", done.stdout)[1]
+    sample = ["-m", "tinkex", "sample", "SIX, n.", "--local", "--base-model", MODEL]
+    drawn_alike = ["--max-tokens", "60", "--temperature", "0.7", "--top-p", "0.9", "--seed", "0"]
+    again = run([*sample, "--data-dir", str(kept), "--model-path", path, *drawn_alike])
+    assert (again.returncode, again.stderr) == (0, "")
+    written = re.search(r"After\n  SIX, n. (.*?)\n\n", done.stdout, re.DOTALL)[1]
+    assert "".join(again.stdout.split()) == "".join(written.split())
+
+
+def test_ctrl_c_ends_the_quickstart_and_its_session(torch_server, texts):
+    options = ["--steps", "1000000", "--model", MODEL, "--base-url", torch_server.url]
+    with started([QUICKSTART, *options, *texts]) as process:
+        assert torch_server.trained.wait(120)
+        done = interrupt(process)
+    assert done.returncode == 130
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == (
+        "Interrupted; the session is ended, and nothing was saved."
+    )
+    assert ended_by(torch_server) == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe\x00"], ids=["missing", "empty", "binary"]
+)
+def test_quickstart_names_data_it_cannot_read(tmp_path, content):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    done = run([QUICKSTART, "--data", str(path), "--base-url", "http://127.0.0.1:9"])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    assert str(path) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_quickstart_names_a_model_the_server_lacks(torch_server, texts):
+    done = run([QUICKSTART, *texts, "--model", "no-such-model", "--base-url", torch_server.url])
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "no-such-model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ended_by(torch_server) == ["errored"]
+
+
+@pytest.mark.parametrize("name", ["training_loop.py", "sampling.py"])
+def test_short_examples_on_a_server(torch_server, name):
+    done = run([str(EXAMPLES / name)], base_url=torch_server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    assert ended_by(torch_server) == ["success"]
+
+
+def test_the_training_loop_lowers_the_loss_on_the_embedded_server():
+    done = run([str(EXAMPLES / "training_loop.py")])
+    assert (done.returncode, done.stderr) == (0, "")
+    losses = [float(loss) for loss in re.findall(r"loss per token ([\d.]+)", done.stdout)]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+
+
+def test_short_examples_are_short():
+    for name in ("training_loop.py", "sampling.py"):
+        assert len((EXAMPLES / name).read_text().splitlines()) <= 40
+    assert len(Path(QUICKSTART).read_text().splitlines()) <= 270
+
+
+def test_sample_prints_the_text_and_ends_its_session(torch_server):
+    command = ["-m", "tinkex", "sample", "Once", "--seed", "3", "--max-tokens", "12"]
+    first = run([*command], base_url=torch_server.url)  # the server's one model is found
+    assert (first.returncode, first.stderr) == (0, "")
+    again = tinkex(*command[2:], "--base-model", MODEL, base_url=torch_server.url)
+    assert again.stdout == first.stdout
+    assert ended_by(torch_server) == ["success", "success"]
+
+
+def test_sample_several_as_json(torch_server):
+    command = ["sample", "-", "-n", "3", "--max-tokens", "4", "-f", "json"]
+    done = tinkex(*command, "--stop", "zz", "--chat", base_url=torch_server.url, stdin="Hello")
+    assert (done.returncode, done.stderr) == (0, "")
+    sequences = json.loads(done.stdout)["sequences"]
+    assert len(sequences) == 3
+    assert all(len(s["tokens"]) <= 4 and s["stop_reason"] in ("length", "stop") for s in sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model-path", "nonsense"], "nonsense"),
+        (["--base-model", "no-such-model"], "no-such-model"),
+        (["--temperature", "-1"], "temperature"),
+        (["--model-path", "tinker://no-such/sampler_weights/run"], "no-such"),
+    ],
+    ids=["bad path", "unknown model", "bad temperature", "no such checkpoint"],
+)
+def test_sample_names_what_is_wrong(torch_server, options, named):
+    done = tinkex("sample", "Once", *options, base_url=torch_server.url)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "live" not in torch_server.ends()

@@ -1,0 +1,42 @@
+"""Racing threads, and waiting for what they do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Callable, List
+
+#: Long enough for any machine; reaching it is a failure.
+PATIENCE_S = 10.0
+
+
+def race(*functions: Callable[[], Any]) -> List[Any]:
+    """Call all *functions* at once, each in a thread; return what they returned or raised."""
+    barrier = threading.Barrier(len(functions))
+    outcomes: List[Any] = [None] * len(functions)
+
+    def run(index: int, function: Callable[[], Any]) -> None:
+        barrier.wait(PATIENCE_S)
+        try:
+            outcomes[index] = function()
+        except BaseException as error:
+            outcomes[index] = error
+
+    threads = [
+        threading.Thread(target=run, args=(index, function), daemon=True)
+        for index, function in enumerate(functions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), "a racing thread hangs"
+    return outcomes
+
+
+def wait_until(predicate: Callable[[], bool], what: str) -> None:
+    """Wait until *predicate* holds: for conditions that no Event tells of."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not predicate():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s: {what}"
+        time.sleep(0.001)

@@ -1,0 +1,25 @@
+"""Clients' machinery, pointed at a scripted server and quick to give up."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator
+
+from support.scripted_server import ScriptedServer
+from tinkex.config import Config
+from tinkex.transport import Transport
+
+
+def quick_config(server: ScriptedServer, **settings: Any) -> Config:
+    return Config.resolve(environ={}, **{"base_url": server.url, **settings})
+
+
+@contextlib.contextmanager
+def open_transport(server: ScriptedServer, **settings: Any) -> Iterator[Transport]:
+    """A transport to *server*, closed at the end as a session closes its own."""
+    transport = Transport(quick_config(server, **settings))
+    try:
+        yield transport
+    finally:
+        transport.closing.set()
+        transport.abort()
