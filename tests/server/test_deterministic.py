@@ -171,3 +171,32 @@ def test_top_p_keeps_the_likeliest(engine: DeterministicEngine) -> None:
         sample(engine, SampleRequest(prompt, 1, p)).sequences[0].tokens for p in (params, greedy)
     )
     assert narrow == best
+
+
+def test_topk_of_a_greedy_sample_begins_with_what_was_sampled(engine: DeterministicEngine) -> None:
+    request = SampleRequest(
+        ModelInput.from_ints([1, 2, 3]),
+        1,
+        SamplingParams(max_tokens=5, temperature=0.0, stop=[]),
+        topk_prompt_logprobs=2,
+        topk_sample_logprobs=2,
+        prompt_logprobs=True,
+    )
+    response = sample(engine, request)
+    sequence = response.sequences[0]
+    rows = sequence.topk_logprobs
+    assert rows is not None
+    firsts = [row[0] for row in rows if row]
+    assert [token for token, _ in firsts] == sequence.tokens
+    assert [logprob for _, logprob in firsts] == pytest.approx(sequence.logprobs)
+    assert response.topk_prompt_logprobs is not None
+    assert [len(row or ()) for row in response.topk_prompt_logprobs] == [0, 2, 2]
+
+
+def test_clip_bounds_may_differ_by_token(engine: DeterministicEngine) -> None:
+    output = engine.forward_backward("m", [datum()], "cross_entropy", {}, forward_only=True)
+    old = output.loss_fn_outputs[0]["logprobs"].to_numpy() - np.float32(np.log(3.0))
+    inputs = {"logprobs": old, "advantages": np.ones(3, np.float32)}
+    bounds = np.array([1.5, 2.0, 4.0], np.float32)
+    clipped = loss(engine, "ppo", **inputs, clip_high_threshold=bounds)
+    assert clipped == pytest.approx(-(1.5 + 2.0 + 3.0), rel=1e-5)

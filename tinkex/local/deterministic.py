@@ -43,6 +43,7 @@ from tinkex.types import (
     TensorData,
     TopkLogprobs,
 )
+from tinkex.types.sampling import TOPK_SENTINEL
 
 _SLICE = 8  # tokens per sequence and slice
 _STATE_FILE = "deterministic.json"
@@ -267,12 +268,7 @@ class DeterministicEngine:
                     str(draw.stop_reason),
                     np.array(draw.tokens, dtype=np.int32),
                     np.array(draw.logprobs, dtype=np.float32),
-                    topk_logprobs_np=self._topk(
-                        [int(prompt[-1]), *draw.tokens[:-1]],
-                        int(prompt.size),
-                        request.topk_sample_logprobs,
-                        steps,
-                    ),
+                    topk_logprobs_np=self._sampled_topk(request, draw),
                 )
                 for draw in draws
             ],
@@ -291,8 +287,13 @@ class DeterministicEngine:
                 known[: max(0, known.size - request.prompt_logprobs_last_n)] = np.nan
             facts["prompt_logprobs_np"] = np.concatenate(([np.nan], known)).astype(np.float32)
         if request.topk_prompt_logprobs:
-            table = self._topk(before.tolist(), 0, request.topk_prompt_logprobs, steps)
-            facts["topk_prompt_logprobs_np"] = _with_empty_row(table, request.topk_prompt_logprobs)
+            k = request.topk_prompt_logprobs
+            table = self._model.topk(before, 0, k, steps)
+            # Nothing precedes the first token: its row is empty.
+            facts["topk_prompt_logprobs_np"] = TopkLogprobs(
+                np.concatenate((np.zeros((1, k), np.int32), table.token_ids)),
+                np.concatenate((np.full((1, k), TOPK_SENTINEL, np.float32), table.logprobs)),
+            )
         if request.target_prompt_logprobs is not None:
             asked = request.target_prompt_logprobs
             rows = asked.to_numpy(pad_value=-1)
@@ -311,6 +312,14 @@ class DeterministicEngine:
                 TensorData.from_numpy(tokens), TensorData.from_numpy(values)
             )
         return facts
+
+    def _sampled_topk(self, request: SampleRequest, draw: _Draw) -> Optional[TopkLogprobs]:
+        if not request.topk_sample_logprobs:
+            return None
+        prompt = request.prompt.to_numpy()
+        previous = np.array([int(prompt[-1]), *draw.tokens[:-1]], dtype=np.int64)
+        last = int(prompt.size) - 1
+        return self._model.topk(previous, last, request.topk_sample_logprobs, draw.steps)
 
     def _adapter(self, model_id: str) -> _Adapter:
         if model_id not in self._adapters:

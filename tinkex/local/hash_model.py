@@ -47,9 +47,7 @@ class HashModel:
     def candidates(self, previous: I64, positions: I64, top_k: int) -> Tuple[I64, F32]:
         """Return the candidate tokens after each token, likeliest first, and their weights."""
         count = len(_WEIGHTS) if top_k < 1 else min(top_k, len(_WEIGHTS))
-        seeds = mix(
-            previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64)
-        )
+        seeds = mix(previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64))
         rank = np.arange(count, dtype=np.uint64)
         hashes = mix(seeds[:, None] + rank[None, :] * np.uint64(0x9E3779B97F4A7C15))
         # Never the end token, but for the last and least likely candidate.
@@ -120,5 +118,3 @@ def loss(
         beta = float(config.get("beta", 0.05))
         per_token = -(logprobs * advantages - 0.5 * beta * difference**2)
     return float((per_token * weights).sum())
-
-

@@ -1,0 +1,469 @@
+"""TrainingClient: the numbers it gives its requests, and training end to end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any, List
+
+import numpy as np
+import pytest
+from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.threads import wait_until
+from support.tinker_routes import TinkerRoutes
+
+from tinkex import ServiceClient, TrainingClient, training_client, types
+from tinkex.errors import (
+    APIConnectionError,
+    BadRequestError,
+    ClientClosedError,
+    ConflictError,
+    InvalidInputError,
+    RequestFailedError,
+    ResponseDecodeError,
+)
+
+ADAM = types.AdamParams(learning_rate=0.01)
+
+
+def datum(seed: int = 0, length: int = 8) -> types.Datum:
+    tokens = np.random.default_rng(seed).integers(1, 1000, length + 1)
+    return types.Datum(
+        types.ModelInput.from_ints(tokens[:-1]),
+        {"target_tokens": tokens[1:], "weights": [1.0] * length},
+    )
+
+
+@pytest.fixture
+def scripted_trainer(scripted: ServiceClient) -> TrainingClient:
+    return scripted.create_lora_training_client("base")
+
+
+# Order and numbers
+
+
+def test_calls_go_out_in_call_order_numbered_from_one(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    trainer = scripted_trainer
+    futures: List[Any] = []
+    for _ in range(3):
+        futures.append(trainer.forward_backward([datum()], "cross_entropy"))
+        futures.append(trainer.optim_step(ADAM))
+    futures.append(trainer.save_state("a"))
+    futures.append(trainer.load_state("tinker://x/weights/a"))
+    futures.append(trainer.load_state_with_optimizer("tinker://x/weights/a"))
+    futures.append(trainer.save_weights_for_sampler("a"))
+    futures.append(trainer.save_weights_and_get_sampling_client_future())
+    futures.append(trainer.forward([datum()], "cross_entropy"))
+    for future in futures:
+        future.result(PATIENCE_S)
+    assert routes.seq_ids() == list(range(1, 13))
+    assert [b.seq_id for b in routes.submitted("forward_backward")] == [1, 3, 5, 12]
+    assert routes.submitted("forward_backward")[-1].forward_only
+    assert [b["optimizer"] for b in routes.submitted("load_weights")] == [False, True]
+
+
+def test_submission_does_not_wait_for_results(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer
+) -> None:
+    release = threading.Event()
+    routes.serve("retrieve_future", lambda r: Answer(body=routes.retrieve(r).body, hold=release))
+    first = scripted_trainer.forward_backward([datum()], "cross_entropy")
+    second = scripted_trainer.optim_step(ADAM)
+    server.wait_for("POST /api/v1/optim_step")
+    assert not first.done()
+    release.set()
+    assert second.result(PATIENCE_S).metrics == {"grad_norm:mean": 1.0}
+
+
+BAD_CALLS = {
+    "an empty batch": lambda t: t.forward_backward([], "cross_entropy"),
+    "one datum for a batch": lambda t: t.forward_backward(datum(), "cross_entropy"),
+    "a wrong length": lambda t: t.forward(
+        [types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": [1]})], "cross_entropy"
+    ),
+    "NaN weights": lambda t: t.forward_backward(
+        [
+            types.Datum(
+                types.ModelInput.from_ints([1, 2]),
+                {"target_tokens": [1, 2], "weights": [1.0, float("nan")]},
+            )
+        ],
+        "cross_entropy",
+    ),
+    "ragged loss inputs": lambda t: t.forward_backward(
+        [types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": [[1], [2, 3]]})],
+        "cross_entropy",
+    ),
+    "a negative token": lambda t: types.ModelInput.from_ints([-1]),
+    "no loss": lambda t: t.forward_backward([datum()], ""),
+    "a NaN setting": lambda t: t.forward_backward([datum()], "ppo", {"clip": float("nan")}),
+    "no Adam": lambda t: t.optim_step(),
+    "two Adams": lambda t: t.optim_step(ADAM, adam_params=ADAM),
+    "a learning rate for Adam": lambda t: t.optim_step(0.1),
+    "a learning rate for a step": lambda t: t.train_step([datum()], "cross_entropy", 0.1),
+    "a NaN learning rate": lambda t: t.optim_step(types.AdamParams(learning_rate=float("nan"))),
+    "an empty name": lambda t: t.save_state(""),
+    "a path for a name": lambda t: t.save_state("tinker://x/weights/a"),
+    "a name that climbs": lambda t: t.save_weights_for_sampler(".."),
+    "no time to live": lambda t: t.save_state("a", ttl_seconds=0),
+    "words to live": lambda t: t.save_weights_for_sampler("a", ttl_seconds="1h"),
+    "a file for a path": lambda t: t.load_state("/tmp/weights"),
+    "nothing for a path": lambda t: t.load_state_with_optimizer("tinker://"),
+    "no path": lambda t: t.create_sampling_client(None),
+    "no target": lambda t: t.forward_backward_custom(
+        [types.Datum(types.ModelInput.from_ints([1]), {})], lambda d, p: (p[0].sum(), {})
+    ),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_input_is_told_at_once_and_uses_up_no_number(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer, call: str
+) -> None:
+    if call == "no target":
+        pytest.importorskip("torch")
+    scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
+    before = len(server.requests())
+    with pytest.raises(InvalidInputError) as caught:
+        BAD_CALLS[call](scripted_trainer)
+    assert isinstance(caught.value, ValueError)
+    assert len(server.requests()) == before
+    scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
+    assert routes.seq_ids() == [1, 2]
+
+
+def test_what_cannot_be_written_uses_up_no_number(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    metadata: Any = {"when": object()}
+    with pytest.raises(InvalidInputError, match="JSON"):
+        scripted_trainer.save_state("a", user_metadata=metadata).result(PATIENCE_S)
+    scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
+    assert routes.seq_ids() == [1]
+
+
+def test_a_call_cancelled_in_the_queue_is_not_sent(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer
+) -> None:
+    release = threading.Event()
+    routes.serve("optim_step", lambda r: Answer(body=routes.accept(r).body, hold=release))
+    first = scripted_trainer.optim_step(ADAM)
+    server.wait_for("POST /api/v1/optim_step")
+    second = scripted_trainer.forward_backward([datum()], "cross_entropy")
+    third = scripted_trainer.optim_step(ADAM)
+    assert second.cancel()
+    release.set()
+    first.result(PATIENCE_S)
+    third.result(PATIENCE_S)
+    assert routes.seq_ids() == [1, 2]
+    with pytest.raises(CancelledError):
+        second.result()
+
+
+def test_an_answer_without_a_request_id_is_a_decode_error(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("optim_step", Answer(body={"unexpected": 1}))
+    with pytest.raises(ResponseDecodeError, match="POST /api/v1/optim_step"):
+        scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
+
+
+def test_a_result_without_the_path_is_a_decode_error(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("retrieve_future", Answer(body={}))
+    with pytest.raises(ResponseDecodeError, match="path"):
+        scripted_trainer.save_weights_for_sampler("a").result(PATIENCE_S)
+    with pytest.raises(ResponseDecodeError, match="sampling_session_id"):
+        scripted_trainer.save_weights_and_get_sampling_client()
+
+
+def test_a_sampler_of_a_strange_checkpoint_does_not_claim_our_base_model(
+    scripted_trainer: TrainingClient, server: ScriptedServer
+) -> None:
+    server.on(
+        "GET /api/v1/samplers/session-1:sample:0",
+        Answer(body={"sampler_id": "session-1:sample:0", "base_model": "another"}),
+    )
+    own = scripted_trainer.create_sampling_client(
+        f"tinker://{scripted_trainer.model_id}/sampler_weights/a"
+    )
+    assert own.get_base_model() == "base"
+    strange = scripted_trainer.create_sampling_client("tinker://other/sampler_weights/a")
+    assert strange.get_base_model() == "another"
+
+
+# Chunks
+
+
+def test_a_large_batch_is_sent_in_parts_and_joined(
+    trainer: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [datum(seed) for seed in range(7)]
+    whole = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", 3)
+    parts = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    assert len(parts.loss_fn_outputs) == 7
+    for mine, theirs in zip(parts.loss_fn_outputs, whole.loss_fn_outputs):
+        np.testing.assert_array_equal(mine["logprobs"].to_numpy(), theirs["logprobs"].to_numpy())
+    assert parts.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"])
+
+
+@pytest.mark.parametrize(("datums", "size"), [(2, 10**6), (100, 1), (100, 2 * datum().nbytes)])
+def test_parts_are_numbered_one_after_the_other(
+    scripted_trainer: TrainingClient,
+    routes: TinkerRoutes,
+    monkeypatch: pytest.MonkeyPatch,
+    datums: int,
+    size: int,
+) -> None:
+    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", datums)
+    monkeypatch.setattr(training_client, "MAX_CHUNK_BYTES", size)
+    data = [datum(seed) for seed in range(4)]
+    future = scripted_trainer.forward_backward(data, "cross_entropy")
+    step = scripted_trainer.optim_step(ADAM)
+    assert future.result(PATIENCE_S).metrics == {"loss:sum": 4.0}
+    step.result(PATIENCE_S)
+    sent = routes.submitted("forward_backward")
+    assert len(sent) == (4 if size == 1 else 2)
+    assert [d for batch in sent for d in batch.data] == data
+    assert routes.seq_ids() == list(range(1, len(sent) + 2))
+
+
+def test_a_bad_part_fails_the_whole_and_the_run_goes_on(
+    trainer: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", 1)
+    beyond = types.Datum(types.ModelInput.from_ints([5000]), {"target_tokens": [1]})
+    with pytest.raises(BadRequestError, match="5000"):
+        trainer.forward_backward([datum(), beyond, datum()], "cross_entropy").result(PATIENCE_S)
+    step = trainer.train_step([datum()], "cross_entropy", ADAM)
+    assert step.optim.metrics == {"grad_norm:mean": 1.0, "optimizer_steps:max": 1.0}
+
+
+# End to end
+
+
+def test_training_lowers_the_loss_step_by_step(trainer: TrainingClient) -> None:
+    data = [datum(seed) for seed in range(4)]
+    losses = []
+    for number in range(1, 6):
+        step = trainer.train_step(data, "cross_entropy", ADAM)
+        losses.append(step.forward_backward.metrics["loss:sum"])
+        assert step.optim.metrics is not None
+        assert step.optim.metrics["optimizer_steps:max"] == number
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 5
+
+
+def test_outputs_come_in_input_order_as_float32(trainer: TrainingClient) -> None:
+    data = [datum(1, 3), datum(2, 9), datum(3, 1)]
+    output = trainer.forward(data, "cross_entropy").result(PATIENCE_S)
+    logprobs = [fields["logprobs"].to_numpy() for fields in output.loss_fn_outputs]
+    assert [p.shape for p in logprobs] == [(3,), (9,), (1,)]
+    assert {p.dtype for p in logprobs} == {np.dtype(np.float32)}
+    assert output.metrics["loss:sum"] == pytest.approx(-sum(p.sum() for p in logprobs), rel=1e-5)
+
+
+def test_a_forward_pass_leaves_no_gradient(trainer: TrainingClient) -> None:
+    trainer.forward([datum()], "cross_entropy").result(PATIENCE_S)
+    metrics = trainer.optim_step(adam_params=ADAM).result(PATIENCE_S).metrics
+    assert metrics is not None
+    assert metrics["grad_norm:mean"] == 0.0
+
+
+def test_saved_state_comes_back_with_and_without_the_optimizer(
+    service: ServiceClient, trainer: TrainingClient
+) -> None:
+    data = [datum()]
+
+    def loss(client: TrainingClient) -> float:
+        return client.forward(data, "cross_entropy").result(PATIENCE_S).metrics["loss:sum"]
+
+    def optimizer_steps(client: TrainingClient) -> float:
+        metrics = client.train_step(data, "cross_entropy", ADAM).optim.metrics
+        assert metrics is not None
+        return metrics["optimizer_steps:max"]
+
+    for _ in range(2):
+        trainer.train_step(data, "cross_entropy", ADAM)
+    saved_loss = loss(trainer)
+    path = trainer.save_state("two-steps").result(PATIENCE_S).path
+    trainer.train_step(data, "cross_entropy", ADAM)
+    assert loss(trainer) < saved_loss
+    trainer.load_state_with_optimizer(path).result(PATIENCE_S)
+    assert loss(trainer) == saved_loss
+    assert optimizer_steps(trainer) == 3.0
+    trainer.load_state(path).result(PATIENCE_S)
+    assert loss(trainer) == saved_loss
+    assert optimizer_steps(trainer) == 1.0
+
+    again = service.create_training_client_from_state_with_optimizer(path)
+    assert loss(again) == saved_loss
+    assert optimizer_steps(again) == 3.0
+    fresh = service.create_training_client_from_state(path)
+    assert loss(fresh) == saved_loss
+    assert optimizer_steps(fresh) == 1.0
+    assert len({trainer.model_id, again.model_id, fresh.model_id}) == 3
+
+
+def test_a_checkpoint_name_is_taken_until_overwritten(trainer: TrainingClient) -> None:
+    first = trainer.save_state("name", user_metadata={"k": "v"}).result(PATIENCE_S)
+    with pytest.raises(ConflictError, match="name"):
+        trainer.save_state("name").result(PATIENCE_S)
+    again = trainer.save_state("name", ttl_seconds=3600, overwrite=True).result(PATIENCE_S)
+    assert again.path == first.path
+
+
+def test_weights_for_sampling_by_name_and_ephemeral(
+    service: ServiceClient, trainer: TrainingClient
+) -> None:
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    before = service.create_sampling_client(base_model="deterministic")
+    base = before.compute_logprobs(prompt).result(PATIENCE_S)
+    trainer.train_step([datum()], "cross_entropy", ADAM)
+    path = trainer.save_weights_for_sampler("s1").result(PATIENCE_S).path
+    assert path is not None
+    named = trainer.create_sampling_client(path)
+    ephemeral = trainer.save_weights_and_get_sampling_client("ignored")
+    assert named.sampling_session_id != ephemeral.sampling_session_id
+    assert named.get_base_model() == ephemeral.get_base_model() == "deterministic"
+    trained = named.compute_logprobs(prompt).result(PATIENCE_S)
+    assert trained == ephemeral.compute_logprobs(prompt).result(PATIENCE_S)
+    assert trained != base
+
+
+def test_get_info_is_asked_once(scripted_trainer: TrainingClient, server: ScriptedServer) -> None:
+    info = scripted_trainer.get_info()
+    assert info.model_data.model_name == "base"
+    assert scripted_trainer.get_info() is info
+    assert len(server.requests("POST /api/v1/get_info")) == 1
+    assert "session-1:train:0" in repr(scripted_trainer)
+
+
+def test_the_tokenizer_is_the_servers(
+    scripted: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: List[Any] = []
+    monkeypatch.setattr(training_client, "load_tokenizer", lambda *a: asked.append(a))
+    info = {"model_id": "m", "model_data": {"model_name": "base", "tokenizer_id": "org/tok"}}
+    routes.serve("get_info", Answer(body=info))
+    scripted.create_lora_training_client("base").get_tokenizer()
+    assert asked == [("base", "org/tok")]
+
+
+def test_server_side_failures_are_typed_and_the_run_goes_on(trainer: TrainingClient) -> None:
+    no_targets = types.Datum(types.ModelInput.from_ints([1, 2]), {"weights": [1.0, 1.0]})
+    with pytest.raises(RequestFailedError) as caught:
+        trainer.forward_backward([no_targets], "cross_entropy").result(PATIENCE_S)
+    assert caught.value.category == "user"
+    assert caught.value.request_id is not None
+    with pytest.raises(BadRequestError, match=r"'nonsense' is unknown; there are cross_entropy"):
+        trainer.forward_backward([datum()], "nonsense").result(PATIENCE_S)
+    too_long = types.Datum(types.ModelInput.from_ints([1] * 65), {"target_tokens": [1] * 65})
+    with pytest.raises(BadRequestError, match="at most 64"):
+        trainer.forward_backward([too_long], "cross_entropy").result(PATIENCE_S)
+    with pytest.raises(BadRequestError, match="token 1000"):
+        bad = types.Datum(types.ModelInput.from_ints([1000]), {"target_tokens": [1]})
+        trainer.forward_backward([bad], "cross_entropy").result(PATIENCE_S)
+    step = trainer.train_step([datum()], "cross_entropy", ADAM)
+    assert step.optim.metrics is not None
+    assert step.optim.metrics["optimizer_steps:max"] == 1.0
+
+
+def test_many_threads_may_share_a_client(trainer: TrainingClient) -> None:
+    def step(seed: int) -> float:
+        metrics = trainer.train_step([datum(seed)], "cross_entropy", ADAM).optim.metrics
+        assert metrics is not None
+        return metrics["optimizer_steps:max"]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(step, range(40)))
+    final = trainer.train_step([datum()], "cross_entropy", ADAM).optim.metrics
+    assert final is not None
+    # Two passes may be joined by one step, so some of the 40 find no gradient.
+    assert 1 < final["optimizer_steps:max"] <= 41
+
+
+def test_a_client_that_is_dropped_still_sends_what_was_queued(service: ServiceClient) -> None:
+    futures = [
+        service.create_lora_training_client("deterministic").forward([datum(s)], "cross_entropy")
+        for s in range(3)
+    ]
+    gc.collect()
+    for future in futures:
+        assert future.result(PATIENCE_S).metrics["loss:sum"] > 0
+
+
+def test_a_client_that_is_dropped_takes_its_thread_along(service: ServiceClient) -> None:
+    trainer = service.create_lora_training_client("deterministic")
+    trainer.optim_step(ADAM).result(PATIENCE_S)
+    name = f"tinkex-submit-{trainer.model_id}"
+    alive = weakref.ref(trainer)
+    assert name in {t.name for t in threading.enumerate()}
+    del trainer
+    gc.collect()
+    assert alive() is None
+    wait_until(lambda: name not in {t.name for t in threading.enumerate()}, "its thread ended")
+
+
+# Closed
+
+
+def test_a_closed_client_says_so_and_leaves_the_session(
+    service: ServiceClient, trainer: TrainingClient
+) -> None:
+    queued = trainer.forward([datum()], "cross_entropy")
+    trainer.close()
+    trainer.close()
+    for call in (
+        lambda: trainer.forward_backward([datum()], "cross_entropy"),
+        lambda: trainer.optim_step(ADAM),
+        lambda: trainer.save_state("a"),
+        lambda: trainer.get_info(),
+        lambda: trainer.save_weights_and_get_sampling_client(),
+        lambda: trainer.create_sampling_client("tinker://x/weights/a"),
+    ):
+        with pytest.raises(ClientClosedError, match="TrainingClient"):
+            call()
+    assert queued.result(PATIENCE_S).metrics["loss:sum"] > 0
+    assert service.create_lora_training_client("deterministic").get_info().lora_rank == 32
+
+
+def test_closing_the_service_ends_its_runs(service: ServiceClient, trainer: TrainingClient) -> None:
+    service.close()
+    with pytest.raises(ClientClosedError, match=f"optim_step.*{service.session_id}"):
+        trainer.optim_step(ADAM)
+    with pytest.raises(ClientClosedError, match="get_info"):
+        trainer.get_info()
+
+
+def test_closing_the_service_wakes_who_waits(
+    scripted: ServiceClient,
+    scripted_trainer: TrainingClient,
+    routes: TinkerRoutes,
+    server: ScriptedServer,
+) -> None:
+    routes.serve("retrieve_future", Answer(hold=threading.Event()))
+    polls = len(server.requests("POST /api/v1/retrieve_future"))
+    with ThreadPoolExecutor(3) as pool:
+        futures = [scripted_trainer.forward_backward([datum()], "cross_entropy") for _ in range(3)]
+        waiters = [pool.submit(f.exception, PATIENCE_S) for f in futures]
+        server.wait_for("POST /api/v1/retrieve_future", polls + 1)
+        scripted.close()
+        for waiter in waiters:
+            assert isinstance(waiter.result(PATIENCE_S), ClientClosedError)
+
+
+def test_a_submission_that_finds_no_server_fails_after_the_outage(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    with ServiceClient(base_url=server.url, max_outage_s=0.2) as service:
+        trainer = service.create_lora_training_client("base")
+        server.close()
+        with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
+            trainer.optim_step(ADAM).result(PATIENCE_S)

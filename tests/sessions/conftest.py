@@ -1,0 +1,44 @@
+"""Fixtures of the tests about sessions."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from sessions.fakes import HandTurned, hand_turned
+from sessions.session_server import SessionServer
+
+from tinkex import ServiceClient
+from tinkex.config import Config
+
+
+@pytest.fixture
+def server() -> Iterator[SessionServer]:
+    with SessionServer() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def bench() -> Iterator[HandTurned]:
+    with hand_turned() as made:
+        yield made
+
+
+@pytest.fixture
+def config(server: SessionServer) -> Config:
+    return Config(server.url, heartbeat_interval_s=0.05)
+
+
+@pytest.fixture
+def connect(server: SessionServer) -> Iterator[Callable[..., ServiceClient]]:
+    """Open clients of the server; they are closed after the test."""
+    opened: List[ServiceClient] = []
+
+    def connect(**settings: Any) -> ServiceClient:
+        settings = {"base_url": server.url, "heartbeat_interval_s": 0.05, **settings}
+        opened.append(ServiceClient(**settings))
+        return opened[-1]
+
+    yield connect
+    for service in opened:
+        service.close()

@@ -1,0 +1,147 @@
+"""A network without sockets for SessionManager, and a manager whose turns a test takes itself."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from support.clocks import ManualClock
+
+from tinkex.config import Config
+from tinkex.errors import APIConnectionError
+from tinkex.heartbeat import ClockWatch, turn
+from tinkex.session_manager import SessionManager
+from tinkex.types import CreateSessionResponse
+
+PATIENCE_S = 10.0
+
+
+class FakeNetwork:
+    """What the servers do: the functions may answer, raise, or wait for an event."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards what follows
+        self.created = 0
+        self.sent: List[str] = []  # the sessions of the beats, in order
+        self.finished: List[Tuple[str, str, Optional[str]]] = []
+        self.threads: List[str] = []  # who created sessions
+        self.links: List[FakeLink] = []
+        self.on_create: Callable[[str], CreateSessionResponse] = CreateSessionResponse
+        self.on_beat: Callable[[str], int] = lambda session_id: 200
+        self.on_finish: Callable[[str], int] = lambda session_id: 200
+        self.answered: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def open(self, config: Config) -> FakeLink:
+        link = FakeLink(self, config)
+        with self.lock:
+            self.links.append(link)
+        return link
+
+    def beats(self, session_id: str) -> int:
+        with self.lock:
+            return self.sent.count(session_id)
+
+    def wait_for_beat(self) -> str:
+        """Wait until one more beat was answered; return its session."""
+        return self.answered.get(timeout=PATIENCE_S)
+
+
+class FakeLink:
+    def __init__(self, network: FakeNetwork, config: Config) -> None:
+        self.network = network
+        self.config = config
+        self.dropped = 0
+        self.aborted = threading.Event()
+
+    def create(self) -> CreateSessionResponse:
+        with self.network.lock:
+            session_id = f"s{self.network.created}"
+            self.network.created += 1
+            self.network.threads.append(threading.current_thread().name)
+        return self.network.on_create(session_id)
+
+    def beat(self, session_id: str) -> int:
+        with self.network.lock:
+            self.network.sent.append(session_id)
+        try:
+            return self.network.on_beat(session_id)
+        finally:
+            self.network.answered.put(session_id)
+
+    def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
+        with self.network.lock:
+            self.network.finished.append((session_id, status, detail))
+        return self.network.on_finish(session_id)
+
+    def drop_idle(self) -> None:
+        self.dropped += 1
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def hang(self) -> int:
+        """Answer nothing until the link is aborted."""
+        assert self.aborted.wait(PATIENCE_S)
+        raise APIConnectionError("broken off")
+
+
+class HandTurned:
+    """A manager whose heartbeat thread is the test: it moves the clock and takes the turns."""
+
+    def __init__(self, **how: Any) -> None:
+        self.clock = ManualClock()
+        self.network = FakeNetwork()
+        self.manager = SessionManager(
+            clock=self.clock, rand=lambda: 0.0, open_link=self.network.open, **how
+        )
+        self.core = self.manager._core
+        self.core.thread = threading.current_thread()  # so that none is started
+        self.watch = ClockWatch(self.clock)
+
+    def start(self, base_url: str = "http://a.test", **settings: Any) -> str:
+        return self.manager.start_session(Config(base_url, **settings))
+
+    def turn(self, advance_s: float = 0.0) -> bool:
+        """Let time pass, then take one turn."""
+        self.clock.advance(advance_s)
+        while not self.core.inbox.empty():
+            self.core.inbox.get()
+        self.core.wake()
+        return turn(self.core, self.watch)
+
+    def snapshot(self) -> Any:
+        (snapshot,) = self.manager.snapshot()
+        return snapshot
+
+
+@contextlib.contextmanager
+def hand_turned(**how: Any) -> Iterator[HandTurned]:
+    bench = HandTurned(**how)
+    try:
+        yield bench
+    finally:
+        bench.manager.close()
+
+
+@contextlib.contextmanager
+def managed(**how: Any) -> Iterator[Tuple[SessionManager, FakeNetwork]]:
+    """A manager with its real threads on a fake network."""
+    network = FakeNetwork()
+    manager = SessionManager(open_link=network.open, **how)
+    try:
+        yield manager, network
+    finally:
+        manager.close()
+
+
+def raising(error: BaseException) -> Callable[[str], int]:
+    def beat(session_id: str) -> int:
+        raise error
+
+    return beat
+
+
+def answering(answers: Dict[str, int]) -> Callable[[str], int]:
+    return lambda session_id: answers.get(session_id, 200)

@@ -1,0 +1,69 @@
+"""A scripted server that knows sessions: it counts them, their heartbeats and their ends."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, List, Optional
+
+from support.scripted_server import Answer, Received, ScriptedServer
+
+CREATE = "POST /api/v1/create_session"
+BEAT = "POST /api/v1/session_heartbeat"
+
+
+class SessionServer(ScriptedServer):
+    """Creates sessions s0, s1, ...; takes their heartbeats and their ends.
+
+    `on` changes what a route answers; `create_hold` holds answers to create_session.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()  # guards _count
+        self._count = 0
+        self.create_hold: Optional[threading.Event] = None
+        self.finish_answer = Answer()
+        self.on(CREATE, self._create)
+        self.on(BEAT, Answer(body={"type": "session_heartbeat"}))
+
+    def _create(self, received: Received) -> Answer:
+        with self._lock:
+            session_id = f"s{self._count}"
+            self._count += 1
+        self.on(finish_route(session_id), lambda _: self.finish_answer)
+        return Answer(body={"session_id": session_id}, hold=self.create_hold)
+
+    @property
+    def created(self) -> int:
+        with self._lock:
+            return self._count
+
+    def beats(self, session_id: Optional[str] = None) -> List[Received]:
+        """The heartbeats so far, of one session or of all."""
+        return [r for r in self.requests(BEAT) if session_id in (None, r.json()["session_id"])]
+
+    def finishes(self, session_id: str) -> List[Received]:
+        return self.requests(finish_route(session_id))
+
+    def reasons(self, session_id: str = "s0") -> List[str]:
+        """Why the session ended, as it was told, once for each time it was told."""
+        return [r.json()["reason"]["type"] for r in self.finishes(session_id)]
+
+    def details(self, session_id: str = "s0") -> List[Any]:
+        return [r.json()["detail"] for r in self.finishes(session_id)]
+
+    def wait_for_finish(self, session_id: str = "s0") -> List[str]:
+        self.wait_for(finish_route(session_id))
+        return self.reasons(session_id)
+
+    def assert_ended_once(self, session_id: str = "s0") -> None:
+        """The session was finished exactly once, and not a heartbeat came after that."""
+        finishes = self.finishes(session_id)
+        assert len(finishes) == 1, f"{session_id} was finished {len(finishes)} times"
+        # One that was under way may still come in.
+        late = [b for b in self.beats(session_id) if b.at > finishes[0].at + 0.1]
+        assert not late, f"{len(late)} heartbeats of {session_id} came after its end"
+
+
+def finish_route(session_id: str) -> str:
+    return f"POST /api/v1/sessions/{session_id}/finish"
