@@ -68,7 +68,6 @@ def turn(core: Core, watch: ClockWatch) -> bool:
         # Replaced while it was sending?  Then this must not even look into the inbox.
         if core.thread is not threading.current_thread():
             return False
-        core.sending_inline = False
         wanted = core.table.next_due()
     late_s = _sleep(core, wanted)
     jump_s = watch.jump_s()
@@ -101,6 +100,9 @@ def turn(core: Core, watch: ClockWatch) -> bool:
     for link in links:
         link.drop_idle()
     _send(core, due, inline=alone)
+    with core.lock:
+        if core.thread is threading.current_thread():
+            core.sending_inline = False
     return True
 
 

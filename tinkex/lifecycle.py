@@ -54,6 +54,9 @@ def track(thing: Tracked) -> None:
         _tracked[thing] = None
         install, _installed = not _installed, True
     if install:
+        # urllib3 closes its pools when weakref's own exit hook runs.  Hooks run in reverse: have
+        # that one registered before ours, because ending a session takes a connection.
+        weakref.finalize(thing, int).detach()
         atexit.register(_at_exit)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_after_fork_in_child)

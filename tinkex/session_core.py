@@ -68,7 +68,7 @@ class Core:
         self.table = SessionTable()
         self.live: Dict[str, Live] = {}
         self.lost: Dict[str, str] = {}  # why and when, until the session is stopped
-        self.no_finish: Set[str] = set()  # base URLs without that route
+        self.finish_route: Dict[str, bool] = {}  # by base URL: does the server have that route?
         self.beats = BeatQueue(WORKER_CAP)
         self.workers = new_workers()
         self.thread: Optional[threading.Thread] = None
@@ -143,15 +143,18 @@ def finish(
 
     False if the server was asked and did not answer.
     """
+    base_url = live.base_url
     with core.lock:
-        known_missing = live.base_url in core.no_finish
+        known = core.finish_route.get(base_url)
     try:
-        if live.owned and not known_missing and timeout_s > 0:
+        if live.owned and known is not False and timeout_s > 0:
             answer = live.link.finish(session_id, status, detail, timeout_s)
-            if answer in (404, 405, 501):
+            # Where sessions were finished before, 404 means that this one had ended already.
+            missing = answer in (405, 501) or (answer == 404 and known is None)
+            if missing or answer < 300:
                 with core.lock:
-                    core.no_finish.add(live.base_url)
-            elif answer >= 300:
+                    core.finish_route[base_url] = not missing
+            else:
                 logger.debug("finishing session %s: status %d", session_id, answer)
     except Exception as error:
         logger.debug("finishing session %s: %s", session_id, error)

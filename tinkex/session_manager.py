@@ -215,7 +215,8 @@ class SessionManager:
                 core.table.add(session_id, HeartbeatPolicy.of(config), now=now, phase=core.rand())
             elif known.owned or not known.owners:
                 raise InvalidInputError(
-                    f"session {session_id} is kept alive by this manager already"
+                    f"session {session_id} is kept alive by this manager already",
+                    hint="Two servers that use the same ids need a SessionManager each.",
                 )
             if owner is not None:
                 core.add_owner_locked(session_id, owner)

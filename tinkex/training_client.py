@@ -21,7 +21,13 @@ from tinkex.custom_loss import (
     merge_metrics,
 )
 from tinkex.child_client import ChildClient
-from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.errors import (
+    APIConnectionError,
+    APIStatusError,
+    ConflictError,
+    InvalidInputError,
+    ResponseDecodeError,
+)
 from tinkex.futures import APIFuture, gather
 from tinkex.poller import Operation
 from tinkex.sampling_client import SamplingClient
@@ -80,7 +86,10 @@ class TrainingClient(ChildClient):
         self._base_model = base_model
         self._info: Optional[GetInfoResponse] = None
         self._lane = session.new_lane(f"tinkex-submit-{model_id}")
-        self._next_seq_id = 1  # used by the lane's thread alone
+        # Used by the lane's thread alone: the next number, and whether the server may have a
+        # request of that number already, whose answer was lost.
+        self._next_seq_id = 1
+        self._doubtful = False
         weakref.finalize(self, self._lane.stopper).atexit = False
 
     def forward(
@@ -395,17 +404,41 @@ class TrainingClient(ChildClient):
         poller = self._session.poller
         future.enter("submitting")
         try:
-            accepted = send(self._next_seq_id)
-        except InvalidInputError as error:  # nothing was sent: the number is still free
-            poller.fail(future, error)
-            return
+            accepted = self._send_numbered(send)
         except Exception as error:
-            self._next_seq_id += 1
             poller.fail(future, error)
             return
-        self._next_seq_id += 1
         future.enter("waiting", accepted.request_id)
         poller.watch(self.model_id, Operation(future, decode, binary))
+
+    def _send_numbered(self, send: Callable[[int], UntypedFuture]) -> UntypedFuture:
+        """Send under the next number, and use it up unless the server may never have seen it.
+
+        A server waits for a number that is left out, and the run would hang.  So one whose
+        request got no answer is used again; if the server had taken that request after all, it
+        says 409, or knows the body and does the work once.
+        """
+        try:
+            accepted = send(self._next_seq_id)
+        except InvalidInputError:  # nothing was sent
+            raise
+        except ConflictError:
+            self._next_seq_id += 1
+            if not self._doubtful:
+                raise
+            self._doubtful = False
+            return self._send_numbered(send)
+        except (APIConnectionError, APIStatusError) as error:
+            status = error.status
+            self._doubtful = status is None or status in (408, 429) or status >= 500
+            self._next_seq_id += not self._doubtful
+            raise
+        except Exception:
+            self._next_seq_id += 1
+            raise
+        self._next_seq_id += 1
+        self._doubtful = False
+        return accepted
 
 
 def _reader(answer: Type[W]) -> Callable[[Reply], W]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from examples.programs import PATIENCE_S, REPOSITORY, Server, interrupt, run, serving, started, tinkex
+from examples.programs import (
+    PATIENCE_S,
+    REPOSITORY,
+    Server,
+    interrupt,
+    run,
+    serving,
+    started,
+    tinkex,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -133,6 +142,19 @@ def test_the_training_loop_lowers_the_loss_on_the_embedded_server():
     assert done.returncode == 0
     losses = [float(loss) for loss in re.findall(r"loss per token ([\d.]+)", done.stdout)]
     assert len(losses) == 10
+    assert losses[-1] < losses[0]
+
+
+def test_the_readmes_program_runs(tmp_path):
+    (program,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
+    )
+    script = tmp_path / "readme.py"
+    script.write_text(program.replace("smollm2-135m", MODEL))
+    done = run([str(script)])
+    assert done.stderr == ""
+    assert done.returncode == 0
+    losses = [float(line) for line in done.stdout.splitlines()[:10]]
     assert losses[-1] < losses[0]
 
 

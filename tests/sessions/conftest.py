@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any, Callable, Iterator, List
 
 import pytest
@@ -42,3 +43,12 @@ def connect(server: SessionServer) -> Iterator[Callable[..., ServiceClient]]:
     yield connect
     for service in opened:
         service.close()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

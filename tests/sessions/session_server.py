@@ -9,16 +9,18 @@ from support.scripted_server import Answer, Received, ScriptedServer
 
 CREATE = "POST /api/v1/create_session"
 BEAT = "POST /api/v1/session_heartbeat"
+POLL = "POST /api/v1/retrieve_future"
 
 
 class SessionServer(ScriptedServer):
-    """Creates sessions s0, s1, ...; takes their heartbeats and their ends.
+    """Creates sessions s0, s1, ... (or with another prefix); takes their heartbeats and ends.
 
     `on` changes what a route answers; `create_hold` holds answers to create_session.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "s") -> None:
         super().__init__()
+        self._prefix = prefix
         self._lock = threading.Lock()  # guards _count
         self._count = 0
         self.create_hold: Optional[threading.Event] = None
@@ -28,10 +30,22 @@ class SessionServer(ScriptedServer):
 
     def _create(self, received: Received) -> Answer:
         with self._lock:
-            session_id = f"s{self._count}"
+            session_id = f"{self._prefix}{self._count}"
             self._count += 1
         self.on(finish_route(session_id), lambda _: self.finish_answer)
         return Answer(body={"session_id": session_id}, hold=self.create_hold)
+
+    def serve_work(self, hold: Optional[threading.Event] = None) -> None:
+        """Create models and samplers; answer their polls once *hold* is set.
+
+        Samples have one token.
+        """
+        self.on("POST /api/v1/create_model", _create_model)
+        self.on("POST /api/v1/load_weights", _create_model)
+        self.on("POST /api/v1/get_info", _get_info)
+        self.on("POST /api/v1/create_sampling_session", _create_sampler)
+        self.on("POST /api/v1/asample", Answer(body={"request_id": "sample"}))
+        self.on(POLL, lambda received: _result(received, hold))
 
     @property
     def created(self) -> int:
@@ -67,3 +81,33 @@ class SessionServer(ScriptedServer):
 
 def finish_route(session_id: str) -> str:
     return f"POST /api/v1/sessions/{session_id}/finish"
+
+
+def _create_model(received: Received) -> Answer:
+    body = received.json()
+    return Answer(body={"request_id": f"{body['session_id']}:train:{body['model_seq_id']}"})
+
+
+def _get_info(received: Received) -> Answer:
+    return Answer(
+        body={
+            "model_data": {"model_name": "m"},
+            "model_id": received.json()["model_id"],
+            "is_lora": True,
+            "lora_rank": 8,
+        }
+    )
+
+
+def _create_sampler(received: Received) -> Answer:
+    body = received.json()
+    sampler = f"{body['session_id']}:sample:{body['sampling_session_seq_id']}"
+    return Answer(body={"sampling_session_id": sampler})
+
+
+def _result(received: Received, hold: Optional[threading.Event]) -> Answer:
+    request_id = received.json()["request_id"]
+    if request_id == "sample":
+        sequence = {"tokens": [7], "logprobs": [-0.5], "stop_reason": "length"}
+        return Answer(body={"sequences": [sequence]}, hold=hold)
+    return Answer(body={"model_id": request_id}, hold=hold)

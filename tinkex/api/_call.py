@@ -49,7 +49,9 @@ def read(answer: Type[W], reply: Reply, name: str) -> W:
     try:
         return answer.from_wire(reply.json())
     except ResponseDecodeError as error:
-        raise ResponseDecodeError(f"{name}: {error.message}", status=reply.status) from error
+        raise ResponseDecodeError(
+            f"{name}: {error.message}", status=reply.status, hint=error.hint
+        ) from error
 
 
 def post(transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
@@ -24,6 +25,8 @@ import torch
 from tinkex.local.engine import EngineError
 from tinkex.local.torch_engine.quiet import quiet
 from tinkex.types import LoraConfig
+
+logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 32
 
@@ -70,6 +73,9 @@ class AdapterPool:
             EngineError: the model has none of the wanted kind.
         """
         wanted = _wanted_modules(self._model, lora)
+        for kind in _lacking(self._model, lora) if wanted else ():
+            # Experts of a mixture held in one tensor, for instance.
+            logger.warning("%s has no %s layers LoRA can adapt", self._model_name, kind)
         if not wanted:
             raise EngineError(
                 f"{self._model_name} has no layers of the kinds asked for by {lora}; "
@@ -300,9 +306,19 @@ def _kind_of(name: str) -> Optional[str]:
     return None
 
 
-def _wanted_modules(model: Any, lora: LoraConfig) -> List[str]:
+def _wanted_kinds(lora: LoraConfig) -> List[str]:
     wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    return [name for name, kind in _linear_modules(model).items() if wanted[kind]]
+    return [kind for kind, asked_for in wanted.items() if asked_for]
+
+
+def _wanted_modules(model: Any, lora: LoraConfig) -> List[str]:
+    kinds = _wanted_kinds(lora)
+    return [name for name, kind in _linear_modules(model).items() if kind in kinds]
+
+
+def _lacking(model: Any, lora: LoraConfig) -> List[str]:
+    present = set(_linear_modules(model).values())
+    return [kind for kind in _wanted_kinds(lora) if kind not in present]
 
 
 def _shorten(wanted: List[str], linear: Dict[str, str]) -> List[str]:

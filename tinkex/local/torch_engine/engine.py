@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_WEIGHTS = "optimizer.safetensors"
 OPTIMIZER_FILE = "optimizer.json"
 
+_CONTEXT_IF_UNKNOWN = 2048
+
 
 @dataclasses.dataclass(eq=False)
 class _Run:
@@ -96,11 +98,10 @@ class TorchEngine:
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         network, tokenizer = load_network(resolved.source, device, dtype, model)
-        config = network.model.config
         info = EngineInfo(
             model_name=resolved.name,
             arch=type(network.model).__name__,
-            context_length=int(config.get_text_config().max_position_embeddings),
+            context_length=_context_length(network.model.config.get_text_config(), tokenizer),
             vocab_size=network.vocab_size,
             tokenizer_id=resolved.source,
             aliases=resolved.aliases,
@@ -283,6 +284,13 @@ class TorchEngine:
         del self._network, self._pool
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _context_length(config: Any, tokenizer: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:  # positions without a table, as BLOOM's: what the tokenizer says, if sane
+        length = min(tokenizer.model_max_length, _CONTEXT_IF_UNKNOWN)
+    return int(length)
 
 
 def _check_finite(result: BatchResult, gradients: List[torch.Tensor]) -> None:

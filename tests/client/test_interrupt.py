@@ -1,0 +1,102 @@
+"""Ctrl-C while a program waits: it ends at once, and with nothing but its own traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.tinker_routes import TinkerRoutes
+
+import tinkex
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+TRAIN = """
+import sys
+from tinkex import ServiceClient, types
+
+datum = types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3]})
+service = ServiceClient(base_url=sys.argv[1])
+if sys.argv[2] == "with":
+    service.__enter__()
+trainer = service.create_lora_training_client("base")
+future = trainer.forward_backward([datum], "cross_entropy")
+print("waiting", flush=True)
+if sys.argv[2] == "with":
+    try:
+        future.result()
+    except BaseException:
+        service.__exit__(*sys.exc_info())
+        raise
+future.result()
+"""
+
+CONSTRUCT = """
+import sys
+from tinkex import ServiceClient
+
+print("waiting", flush=True)
+ServiceClient(base_url=sys.argv[1])
+"""
+
+
+def run_until_waiting(script: str, *arguments: str) -> subprocess.Popen[str]:
+    root = str(Path(tinkex.__file__).resolve().parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "default"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
+def interrupt(process: subprocess.Popen[str], within_s: float) -> str:
+    """Send SIGINT; return what the program wrote to stderr on its way out."""
+    try:
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        took_s = time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+    assert process.returncode == -signal.SIGINT
+    assert took_s < within_s
+    return errors
+
+
+def assert_only_a_traceback(errors: str) -> None:
+    assert errors.startswith("Traceback (most recent call last):")
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("style", ["with", "bare"])
+def test_during_result(server: ScriptedServer, style: str) -> None:
+    routes = TinkerRoutes(server)
+    routes.serve("retrieve_future", routes.retrieve, Answer(hold=None, drop=True))
+    polled = "POST /api/v1/retrieve_future"
+    process = run_until_waiting(TRAIN, server.url, style)
+    server.wait_for(polled, 2)
+    # Nothing is waited for; the time is the interpreter's own, on a busy machine.
+    assert_only_a_traceback(interrupt(process, within_s=1.5))
+    # The server is told how the program ended, even without a `with`.
+    assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
+
+
+def test_during_construction(server: ScriptedServer) -> None:
+    server.on("POST /api/v1/create_session", Answer(503))
+    process = run_until_waiting(CONSTRUCT, server.url)
+    server.wait_for("POST /api/v1/create_session")
+    # A session that may still arrive is waited for, a second at most.
+    assert_only_a_traceback(interrupt(process, within_s=2.5))

@@ -1,0 +1,74 @@
+"""Which tokenizer is loaded, and what happens if there is none.  Needs no transformers."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any, Dict, List, Optional
+
+import pytest
+
+from tinkex import tokenizers
+from tinkex.errors import ConfigError, TinkexError
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_cache", {})
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """The names a stand-in for transformers was asked for."""
+    names: List[str] = []
+
+    class AutoTokenizer:
+        @staticmethod
+        def from_pretrained(name: str) -> Dict[str, Any]:
+            names.append(name)
+            if name.startswith("missing"):
+                raise OSError(f"{name} is not a local folder\nand a long explanation")
+            return {"name": name}
+
+    module = types.ModuleType("transformers")
+    module.AutoTokenizer = AutoTokenizer  # type: ignore[attr-defined]  # a stand-in
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("base_model", "tokenizer_id", "expected"),
+    [
+        ("Qwen/Qwen3-8B", None, "Qwen/Qwen3-8B"),
+        ("org/model/variant", None, "org/model"),
+        ("org/model:fast", None, "org/model"),
+        ("meta-llama/Llama-3.1-8B", None, "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"),
+        ("smollm2-135m", "/models/smollm2", "/models/smollm2"),
+        ("anything", "org/tok", "org/tok"),
+        ("meta-llama/Llama-3.1-8B", "org/tok", "org/tok"),
+    ],
+)
+def test_names(base_model: str, tokenizer_id: Optional[str], expected: str) -> None:
+    assert tokenizers.tokenizer_name(base_model, tokenizer_id) == expected
+
+
+def test_it_is_loaded_once_and_each_caller_has_its_own(loaded: List[str]) -> None:
+    first, second = tokenizers.load_tokenizer("org/m"), tokenizers.load_tokenizer("org/m")
+    assert first == second == {"name": "org/m"}
+    assert first is not second
+    assert loaded == ["org/m"]
+
+
+def test_one_that_cannot_be_had_is_named_and_asked_for_again(loaded: List[str]) -> None:
+    for _ in range(2):
+        with pytest.raises(TinkexError, match="'missing/tok' cannot be loaded") as caught:
+            tokenizers.load_tokenizer("m", "missing/tok")
+        assert "long explanation" not in str(caught.value)
+    assert loaded == ["missing/tok"] * 2
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="transformers") as caught:
+        tokenizers.load_tokenizer("m")
+    assert "pip install" in str(caught.value)

@@ -1,0 +1,105 @@
+"""Scripts in processes of their own, watched from the side of the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import tinkex
+
+#: A script that takes longer hangs: they all take about a second.
+BOUND_S = 20.0
+
+PRELUDE = """\
+import gc, os, signal, sys, threading, warnings
+from tinkex import ServiceClient, errors, types
+
+# Python 3.12 warns of every fork of a process with threads.
+warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
+PROMPT = types.ModelInput.from_ints([1, 2, 3])
+
+def connect(**settings):
+    settings = {"base_url": os.environ["SERVER"], "heartbeat_interval_s": 0.05, **settings}
+    return ServiceClient(**settings)
+
+def sample(sampler):
+    return sampler.sample(PROMPT).result(10).sequences[0].tokens
+
+class Boom(Exception):
+    pass
+
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a script ended; *seconds* are from the signal, if one was sent, else from the start."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def assert_silent(self) -> None:
+        """Nothing on stderr but perhaps one traceback."""
+        for sign in ("Warning", "ignored", "Fatal", "During handling", "Error in", "unclosed"):
+            assert sign not in self.err, self.err
+        assert self.err.count("Traceback") <= 1, self.err
+        if "Traceback" not in self.err:
+            assert self.err == ""
+
+
+class Script:
+    """A running script; *server_url* is what it connects to."""
+
+    def __init__(self, folder: Path, body: str, server_url: str, **environment: str) -> None:
+        self.path = folder / "script.py"
+        self.path.write_text(PRELUDE + textwrap.dedent(body))
+        root = Path(tinkex.__file__).resolve().parents[1]
+        environ: Dict[str, Any] = {k: v for k, v in os.environ.items() if "TINKER" not in k}
+        environ.update(
+            SERVER=server_url, PYTHONPATH=str(root), PYTHONWARNINGS="always::ResourceWarning"
+        )
+        environ.update(environment)
+        self._began = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, str(self.path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environ,
+            text=True,
+        )
+
+    def send(self, number: int) -> None:
+        self._began = time.monotonic()
+        self._process.send_signal(number)
+
+    def wait(self) -> Ended:
+        try:
+            out, err = self._process.communicate(timeout=BOUND_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            out, err = self._process.communicate()
+            raise AssertionError(f"the script hangs\n{out}\n{err}") from None
+        return Ended(self._process.returncode, out, err, time.monotonic() - self._began)
+
+
+def line_of(script: Script, text: str) -> int:
+    """The line of the script that holds *text*."""
+    lines: List[str] = script.path.read_text().splitlines()
+    (found,) = [number for number, line in enumerate(lines, 1) if re.search(text, line)]
+    return found
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+Signal = Optional[Tuple[int, str]]

@@ -1,0 +1,871 @@
+"""SessionManager, requirements 1 to 13: on a fake network, or turned by hand, or for real."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import queue
+import threading
+import time
+from typing import Any, Callable, List, Optional
+
+import pytest
+from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
+from sessions.session_server import BEAT, CREATE, SessionServer, finish_route
+from support.scripted_server import Answer
+from support.threads import race, wait_until
+
+from tinkex import errors, session_manager
+from tinkex._version import PROTOCOL_VERSION
+from tinkex.config import Config
+from tinkex.errors import APIConnectionError, APITimeoutError, ClientClosedError, InvalidInputError
+from tinkex.heartbeat import LATE_S, turn
+from tinkex.session_link import HTTPLink
+from tinkex.session_manager import SessionManager
+from tinkex.transport import Request, Transport
+from tinkex.types import CreateSessionResponse
+
+A = Config("http://a.test", heartbeat_interval_s=0.02)
+B = Config("http://b.test", heartbeat_interval_s=0.02)
+
+
+def heartbeat_threads() -> List[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "tinkex-heartbeat"]
+
+
+def messages(caplog: pytest.LogCaptureFixture, at_least: int = logging.INFO) -> List[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= at_least]
+
+
+# 1: start and stop
+
+
+def test_req_01_start_returns_the_id_and_stop_ends_it_once(
+    server: SessionServer, config: Config
+) -> None:
+    with SessionManager() as manager:
+        session_id = manager.start_session(config)
+        assert session_id == "s0"
+        server.wait_for(BEAT, 2)
+        assert manager.stop_session(session_id, "errored", "why") is None
+        manager.stop_session(session_id)
+        manager.stop_session("never heard of")
+    assert server.reasons() == ["errored"]
+    assert server.details() == ["why"]
+    server.assert_ended_once()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (Answer(401), errors.AuthenticationError),
+        (Answer(403), errors.PermissionDeniedError),
+        (Answer(404), errors.NotFoundError),
+        (Answer(reset=True), errors.APIConnectionError),
+        (Answer(hold=threading.Event()), errors.APITimeoutError),
+        (Answer(body=b"hello", content_type="text/html"), errors.ResponseDecodeError),
+    ],
+)
+def test_req_01_failing_to_start_raises_a_typed_error(
+    server: SessionServer, answer: Answer, error: Any
+) -> None:
+    server.on(CREATE, answer)
+    with SessionManager() as manager:
+        with pytest.raises(error):
+            manager.start_session(Config(server.url, startup_timeout_s=0.2))
+        assert manager.snapshot() == []
+    assert not heartbeat_threads()
+
+
+def test_req_01_a_link_that_cannot_be_opened_is_reported_at_once() -> None:
+    def no_link(config: Config) -> Any:
+        raise ValueError("no such proxy")
+
+    with SessionManager(open_link=no_link) as manager, pytest.raises(ValueError, match="proxy"):
+        manager.start_session(A)
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("bug"), APIConnectionError("refused")])
+def test_req_01_stop_never_raises(trouble: Exception) -> None:
+    with managed() as (manager, network):
+        network.on_finish = raising(trouble)
+        session_id = manager.start_session(A)
+        manager.stop_session(session_id)
+        assert manager.snapshot() == []
+    assert network.links[0].aborted.is_set()
+
+
+def test_req_01_stop_is_bounded_when_the_server_hangs(
+    server: SessionServer, config: Config
+) -> None:
+    with SessionManager() as manager:
+        session_id = manager.start_session(config)
+        server.finish_answer = Answer(hold=threading.Event())
+        began = time.monotonic()
+        manager.stop_session(session_id, timeout_s=0.2)
+        assert time.monotonic() - began < 5
+
+
+def test_req_01_many_threads_start_and_stop_sessions_of_different_servers() -> None:
+    with managed() as (manager, network):
+
+        def live_and_die(config: Config) -> None:
+            for _ in range(5):
+                session_id = manager.start_session(config)
+                wait_until(lambda: network.beats(session_id) > 0, f"a beat of {session_id}")
+                manager.stop_session(session_id)
+
+        outcomes = race(*[lambda c=c: live_and_die(c) for c in (A, B) * 6])
+        assert outcomes == [None] * 12
+        assert manager.snapshot() == []
+    assert len(network.finished) == len({session for session, _, _ in network.finished}) == 60
+
+
+def test_an_id_that_lives_already_is_refused_and_the_first_goes_on() -> None:
+    with managed() as (manager, network):
+        network.on_create = lambda _: CreateSessionResponse("same")
+        manager.start_session(A)
+        with pytest.raises(InvalidInputError, match="already"):
+            manager.start_session(A)
+        assert [s.session_id for s in manager.snapshot()] == ["same"]
+        assert network.finished == []
+
+
+# 2: creation
+
+
+def test_req_02_creation_sends_the_labels(server: SessionServer) -> None:
+    config = Config(
+        server.url,
+        tags=("nightly", "ci"),
+        user_metadata={"who": "me"},
+        project_id="p1",
+        display_name="run 7",
+    )
+    with SessionManager() as manager:
+        manager.start_session(config)
+        manager.start_session(Config(server.url))
+    first, second = [json.loads(r.body) for r in server.requests(CREATE)]
+    assert first == {
+        "tags": ["nightly", "ci"],
+        "user_metadata": {"who": "me"},
+        "sdk_version": PROTOCOL_VERSION,
+        "project_id": "p1",
+        "display_name": "run 7",
+        "type": "create_session",
+    }
+    assert second == {
+        "tags": [],
+        "user_metadata": {},
+        "sdk_version": PROTOCOL_VERSION,
+        "type": "create_session",
+    }
+
+
+def test_req_02_what_the_server_says_is_logged_at_its_level(
+    server: SessionServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"info_message": "hello", "warning_message": "old client", "error_message": "no credit"}
+    server.on(CREATE, Answer(body={"session_id": "s0", **said}))
+    with caplog.at_level(logging.INFO), SessionManager() as manager:
+        manager.start_session(Config(server.url))
+    levels = {r.getMessage().rpartition(": ")[2]: r.levelname for r in caplog.records}
+    assert levels == {"hello": "INFO", "old client": "WARNING", "no credit": "ERROR"}
+
+
+@pytest.mark.parametrize("body", [{}, {"session_id": None}, {"session_id": 7}, {"session_id": ""}])
+def test_req_02_a_session_without_a_proper_id_is_an_error(server: SessionServer, body: Any) -> None:
+    server.on(CREATE, Answer(body=body))
+    with SessionManager() as manager, pytest.raises(errors.ResponseDecodeError, match="session_id"):
+        manager.start_session(Config(server.url))
+
+
+# 3: creation gets in nobody's way, and leaves no orphan
+
+
+def test_req_03_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
+    with managed() as (manager, network):
+        release = threading.Event()
+
+        def create(session_id: str) -> CreateSessionResponse:
+            if session_id != "s0":
+                assert release.wait(10)
+            return CreateSessionResponse(session_id)
+
+        network.on_create = create
+        manager.start_session(A)
+        slow = threading.Thread(target=lambda: manager.start_session(B))
+        slow.start()
+        wait_until(lambda: network.created == 2, "the second creation has begun")
+        before = network.beats("s0")
+        wait_until(lambda: network.beats("s0") >= before + 3, "beats go on meanwhile")
+        assert [s.session_id for s in manager.snapshot()] == ["s0"]
+        release.set()
+        slow.join(10)
+        assert {s.session_id for s in manager.snapshot()} == {"s0", "s1"}
+    assert all(name.startswith("tinkex-session-") for name in network.threads)
+
+
+def test_req_03_a_session_that_arrives_after_its_caller_gave_up_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
+    with managed() as (manager, network):
+        release = threading.Event()
+
+        def create(session_id: str) -> CreateSessionResponse:
+            assert release.wait(10)
+            return CreateSessionResponse(session_id)
+
+        network.on_create = create
+        with pytest.raises(APITimeoutError, match=r"a\.test:80 did not create a session"):
+            manager.start_session(Config("http://a.test", startup_timeout_s=0.05))
+        assert network.finished == []
+        release.set()
+        wait_until(lambda: bool(network.finished), "the late session is ended")
+        assert network.finished == [("s0", "interrupted", None)]
+        assert manager.snapshot() == []
+        assert network.sent == []
+
+
+def test_req_03_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
+    with managed() as (manager, network):
+
+        def create(session_id: str) -> CreateSessionResponse:
+            manager.close(timeout_s=0.1)
+            return CreateSessionResponse(session_id)
+
+        network.on_create = create
+        with pytest.raises(ClientClosedError, match="manager was closed"):
+            manager.start_session(A)
+        assert [session_id for session_id, _, _ in network.finished] == ["s0"]
+        with pytest.raises(ClientClosedError, match="manager was closed"):
+            manager.start_session(A)
+
+
+# 4: one thread; the form of a beat
+
+
+def test_req_04_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
+    with managed() as (manager, _):
+        assert not heartbeat_threads()
+        first, second = manager.start_session(A), manager.start_session(B)
+        (thread,) = heartbeat_threads()
+        assert thread.daemon
+        manager.stop_session(first)
+        assert thread.is_alive()
+        manager.stop_session(second)
+        thread.join(10)
+        assert not thread.is_alive()
+        manager.start_session(A)
+        (again,) = heartbeat_threads()
+        manager.close()
+        again.join(10)
+        assert not heartbeat_threads()
+
+
+def test_req_04_a_thread_that_was_interrupted_before_its_start_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = session_manager.new_thread_locked
+
+    class Unstartable(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    def no_thread(core: Any) -> threading.Thread:
+        core.thread = Unstartable(name="tinkex-heartbeat")
+        return core.thread
+
+    with managed() as (manager, network):
+        monkeypatch.setattr(session_manager, "new_thread_locked", no_thread)
+        with pytest.raises(ClientClosedError, match="can't start new thread"):
+            manager.start_session(A)
+        assert manager.snapshot() == []
+        assert network.finished == [("s0", "interrupted", None)]
+        monkeypatch.setattr(session_manager, "new_thread_locked", real)
+        manager.start_session(A)
+        assert network.wait_for_beat() == "s1"
+
+
+def test_req_04_a_beat_is_one_request_of_the_exact_form(
+    server: SessionServer, config: Config
+) -> None:
+    server.on(BEAT, Answer(503))  # the transport would retry this
+    with SessionManager() as manager:
+        session_id = manager.start_session(config)
+        wait_until(
+            lambda: manager.snapshot()[0].consecutive_failures >= 3, "three beats have failed"
+        )
+        failures = manager.snapshot()[0].consecutive_failures
+        assert len(server.beats()) - failures in (0, 1)  # one may be under way
+        manager.stop_session(session_id)
+    request = server.beats()[0]
+    assert (request.method, request.path) == ("POST", "/api/v1/session_heartbeat")
+    assert json.loads(request.body) == {"session_id": "s0", "type": "session_heartbeat"}
+
+
+@pytest.mark.parametrize(("interval_s", "timeout_s"), [(10, 10), (60, 10), (2, 2)])
+def test_req_04_a_beat_may_take_ten_seconds_and_no_longer_than_the_interval(
+    monkeypatch: pytest.MonkeyPatch, interval_s: float, timeout_s: float
+) -> None:
+    seen: List[Optional[float]] = []
+
+    def send_once(self: Transport, request: Request, **how: Any) -> Any:
+        seen.append(request.read_timeout_s)
+        raise APITimeoutError("slow")
+
+    monkeypatch.setattr(Transport, "send_once", send_once)
+    link = HTTPLink(Config("http://a.test", heartbeat_interval_s=interval_s))
+    with pytest.raises(APITimeoutError):
+        link.beat("s0")
+    assert seen == [timeout_s]
+
+
+def test_req_04_beats_have_connections_of_their_own(
+    server: SessionServer, connect: Callable[..., Any]
+) -> None:
+    service = connect()
+    server.on("GET /api/v1/get_server_capabilities", Answer(body={"supported_models": []}))
+    service.get_server_capabilities()
+    server.wait_for(BEAT, 2)
+    mine = {r.connection for r in server.requests("GET /api/v1/get_server_capabilities")}
+    assert mine.isdisjoint({r.connection for r in server.beats()})
+
+
+# 5: who beats when
+
+
+def test_req_05_the_interval_is_that_of_the_session(bench: HandTurned) -> None:
+    bench.start(heartbeat_interval_s=10)
+    assert bench.core.table.next_due() == bench.clock.monotonic()  # rand() is 0 here
+    sent = []
+    for _ in range(30):
+        bench.turn(1)
+        sent.append(len(bench.network.sent))
+    assert sent[0] == 1
+    assert sent[-1] == 4
+
+
+def test_req_05_a_hung_host_delays_nobody() -> None:
+    with managed() as (manager, network):
+        stuck = threading.Event()
+
+        def beat(session_id: str) -> int:
+            if session_id == "s0":
+                stuck.set()
+                return network.links[0].hang()
+            return 200
+
+        network.on_beat = beat
+        manager.start_session(A)
+        assert stuck.wait(10)  # alone, so the heartbeat thread itself hangs in it
+        manager.start_session(B)
+        manager.start_session(B)
+        for session_id in ("s1", "s2"):
+            wait_until(lambda s=session_id: network.beats(s) >= 5, f"five beats of {session_id}")
+        assert network.beats("s0") == 1
+
+
+def test_req_05_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> None:
+    with managed() as (manager, network):
+        stuck, release = threading.Event(), threading.Event()
+
+        def beat(session_id: str) -> int:
+            if session_id == "s0":
+                stuck.set()
+                assert release.wait(10)
+            return 200
+
+        network.on_beat = beat
+        manager.start_session(A)
+        assert stuck.wait(10)
+        (first,) = heartbeat_threads()
+        manager.start_session(Config("http://b.test", heartbeat_interval_s=3600))
+        assert len(heartbeat_threads()) == 2
+        release.set()
+        first.join(10)
+        assert not first.is_alive()
+        (second,) = heartbeat_threads()
+        assert manager._core.thread is second
+
+
+def test_req_05_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
+    with managed() as (manager, network):
+        network.on_beat = lambda session_id: next(
+            link for link in network.links if link.config.display_name == session_id
+        ).hang()
+        for number in range(12):
+            config = Config(
+                f"http://h{number}.test", heartbeat_interval_s=0.02, display_name=f"s{number}"
+            )
+            manager.start_session(config)
+        wait_until(lambda: len(network.sent) >= 8, "all workers are busy")
+        workers = [t for t in threading.enumerate() if "tinkex-heartbeat-worker" in t.name]
+        assert 1 <= len(workers) <= 8
+        assert all(t.daemon for t in workers)
+
+
+def test_req_05_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with managed() as (manager, network):
+
+        def refuse(task: Any) -> None:
+            raise ClientClosedError("can't start new thread")
+
+        monkeypatch.setattr(manager._core.workers, "submit", refuse)
+        for config in (A, B):
+            manager.start_session(config)
+        for session_id in ("s0", "s1"):
+            wait_until(lambda s=session_id: network.beats(s) >= 2, f"beats of {session_id}")
+
+
+# 6, 7, 8: what an answer means
+
+
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize(("quiet", "level"), [(False, "INFO"), (True, "DEBUG")])
+def test_req_06_a_session_that_is_gone_is_forgotten_without_a_warning(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int, quiet: bool, level: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    session_id = bench.start(quiet=quiet)
+    bench.turn()
+    bench.network.on_beat = answering({session_id: status})
+    caplog.clear()
+    bench.turn(10)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert record.getMessage() == (
+        f"session {session_id} is gone: the server ended it or let it expire"
+    )
+    assert bench.manager.snapshot() == []
+    assert bench.turn(10) is False  # the last session: the thread ends
+    assert len(bench.network.sent) == 2
+    assert bench.network.links[0].aborted.is_set()
+
+
+def test_req_06_not_found_on_the_very_first_beat_gives_one_hint(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.network.on_beat = answering({"s0": 404})
+    bench.start()
+    bench.turn()
+    (text,) = messages(caplog)
+    assert "the very first heartbeat of session s0 got 'not found' from a.test:80" in text
+    assert "is base_url right" in text
+
+
+def test_req_06_no_hint_where_the_path_is_right(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.network.on_beat = answering({"s0": 410, "elsewhere": 404})
+    bench.start()
+    bench.turn()  # 410: the server knew the session
+    bench.core.thread = threading.current_thread()
+    bench.manager.adopt_session(Config("http://a.test"), "elsewhere")
+    bench.turn()  # 404: the process that opened it has ended it
+    assert len(messages(caplog)) == 2
+    assert messages(caplog, logging.WARNING) == []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 422])
+def test_req_07_a_refused_session_is_removed_with_one_warning(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.network.on_beat = answering({"s0": status})
+    bench.start()
+    bench.turn()
+    bench.turn(10)
+    key = "check the API key and " if status in (401, 403) else ""
+    assert messages(caplog) == [
+        f"session s0 is given up: the server refused its heartbeat (status {status}). "
+        f"Work that needs it will fail; {key}create a new client"
+    ]
+    assert len(bench.network.sent) == 1
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        answering({"s0": 408}),
+        answering({"s0": 429}),
+        answering({"s0": 500}),
+        answering({"s0": 503}),
+        raising(APITimeoutError("slow")),
+        raising(APIConnectionError("refused")),
+        raising(ValueError("a bug")),
+    ],
+)
+def test_req_08_trouble_that_may_pass_is_only_debugged_and_the_next_beat_comes(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, trouble: Callable[[str], int]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    bench.network.on_beat = trouble
+    bench.start()
+    for _ in range(5):
+        assert bench.turn(10)
+    assert len(bench.network.sent) == 5
+    assert bench.snapshot().consecutive_failures == 5
+    assert messages(caplog) == []
+    assert any("heartbeat of session s0" in m for m in messages(caplog, logging.DEBUG))
+
+
+def test_req_08_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
+    def on_removed(session_id: str, reason: str) -> None:
+        raise SystemExit("a callback that wants out")
+
+    class Broken(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise RuntimeError("a filter with a bug")
+
+    with managed(on_removed=on_removed) as (manager, network):
+        network.on_beat = answering({"s0": 410, "s1": 401, "s3": 500})
+        for _ in range(4):
+            manager.start_session(A)
+        wait_until(lambda: len(manager.snapshot()) == 2, "two sessions are lost")
+        broken = Broken()
+        logging.getLogger("tinkex.heartbeat").addFilter(broken)
+        try:
+            network.on_beat = answering({"s3": 410})
+            wait_until(lambda: len(manager.snapshot()) == 1, "and a third")
+        finally:
+            logging.getLogger("tinkex.heartbeat").removeFilter(broken)
+        before = network.beats("s2")
+        wait_until(lambda: network.beats("s2") >= before + 3, "the last one lives on")
+        assert heartbeat_threads()
+
+
+def test_req_08_a_turn_that_fails_does_not_end_the_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with managed() as (manager, network):
+        manager.start_session(A)
+        network.wait_for_beat()
+        real = manager._core.table.take_due
+
+        def once(now: float) -> List[str]:
+            monkeypatch.setattr(manager._core.table, "take_due", real)
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(manager._core.table, "take_due", once)
+        wait_until(lambda: "a turn of the heartbeat thread failed" in caplog.text, "it is logged")
+        before = len(network.sent)
+        wait_until(lambda: len(network.sent) > before, "it beats again")
+
+
+# 9, 10: silence
+
+
+def test_req_09_a_long_silence_is_told_once_a_minute_and_its_end_once(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.start()
+    bench.turn()
+    bench.network.on_beat = raising(APIConnectionError("connection refused"))
+    for _ in range(19):  # 190 seconds
+        bench.turn(10)
+    assert messages(caplog) == [
+        f"no heartbeat of session s0 has succeeded at a.test:80 for {seconds} s "
+        "(connection refused); still trying"
+        for seconds in (120, 180)
+    ]
+    assert all(r.levelname == "WARNING" for r in caplog.records)
+    caplog.clear()
+    bench.network.on_beat = answering({})
+    bench.turn(10)
+    bench.turn(10)
+    assert messages(caplog) == ["heartbeats of session s0 succeed again, after 200 s"]
+    assert caplog.records[0].levelname == "INFO"
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_heartbeat_failures": 3}, {"max_heartbeat_failure_s": 25.0}]
+)
+def test_req_10_reaching_a_limit_removes_the_session_with_a_warning(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, limit: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.start(**limit)
+    bench.turn()
+    bench.network.on_beat = answering({"s0": 503})
+    for _ in range(3):
+        bench.turn(10)
+    assert messages(caplog) == [
+        "session s0 is given up: no heartbeat succeeded for 30 s (status 503). "
+        "Work that needs it will fail; create a new client"
+    ]
+    assert bench.manager.snapshot() == []
+
+
+def test_req_10_without_limits_it_is_tried_for_ever(bench: HandTurned) -> None:
+    bench.network.on_beat = answering({"s0": 503})
+    bench.start()
+    for _ in range(500):
+        bench.turn(10)
+    assert bench.snapshot().consecutive_failures == 500
+
+
+# 11: the end
+
+
+def test_req_11_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> None:
+    def finish(session_id: str) -> int:
+        assert bench.manager.snapshot() == []
+        return 200
+
+    bench.network.on_finish = finish
+    bench.manager.stop_session(bench.start(), "interrupted", "Ctrl-C")
+    assert bench.network.finished == [("s0", "interrupted", "Ctrl-C")]
+
+
+@pytest.mark.parametrize("late", [200, 401, 404, 500])
+def test_req_11_a_beat_in_flight_neither_revives_nor_logs(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, late: int
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    lost: List[str] = []
+    bench.core.on_removed = lambda session_id, reason: lost.append(session_id)
+
+    def beat(session_id: str) -> int:
+        bench.manager.stop_session(session_id)
+        return late
+
+    bench.network.on_beat = beat
+    bench.start()
+    caplog.clear()
+    bench.turn()
+    assert bench.manager.snapshot() == []
+    assert bench.manager.lost_reason("s0") is None
+    assert messages(caplog, logging.DEBUG) == []
+    assert lost == []
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_req_11_servers_without_that_route_are_asked_once(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    bench.network.on_finish = lambda session_id: status
+    for _ in range(3):
+        bench.manager.stop_session(bench.start("http://old.test"))
+    bench.manager.stop_session(bench.start("http://new.test"))
+    assert [session_id for session_id, _, _ in bench.network.finished] == ["s0", "s3"]
+    assert messages(caplog, logging.DEBUG) == []
+
+
+def test_req_11_not_found_where_the_route_exists_is_about_that_session_only(
+    bench: HandTurned,
+) -> None:
+    bench.network.on_finish = answering({"s1": 404})
+    for _ in range(3):
+        bench.manager.stop_session(bench.start())
+    assert [session_id for session_id, _, _ in bench.network.finished] == ["s0", "s1", "s2"]
+
+
+def test_req_11_another_error_is_not_remembered(bench: HandTurned) -> None:
+    bench.network.on_finish = lambda session_id: 500
+    for _ in range(2):
+        bench.manager.stop_session(bench.start())
+    assert len(bench.network.finished) == 2
+
+
+# 12: clocks
+
+
+def test_req_12_after_a_sleep_it_beats_at_once_on_fresh_connections(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.start(heartbeat_interval_s=10)
+    bench.turn()
+    bench.turn(1)
+    assert len(bench.network.sent) == 1
+    bench.clock._wall += 3600  # asleep: the monotonic clock stood still
+    bench.turn(1)
+    assert len(bench.network.sent) == 2
+    assert bench.network.links[0].dropped == 1
+    assert messages(caplog) == ["the clock jumped by 3600 s (the machine slept?): beating at once"]
+    bench.turn(1)
+    assert len(bench.network.sent) == 2  # once
+
+
+class Oversleeping:
+    """An inbox in which waiting takes longer than it should."""
+
+    def __init__(self, bench: HandTurned, by_s: float) -> None:
+        self._bench = bench
+        self._by_s = by_s
+
+    def get(self, timeout: float) -> Any:
+        self._bench.clock.advance(timeout + self._by_s)
+        raise queue.Empty
+
+    def put(self, message: Any) -> None:
+        pass
+
+
+def test_req_12_a_thread_woken_much_too_late_says_so_once(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.start(heartbeat_interval_s=10)
+    bench.turn()
+    bench.core.inbox = Oversleeping(bench, 7.5)  # type: ignore[assignment] # a fake
+    for _ in range(3):
+        turn(bench.core, bench.watch)
+    assert messages(caplog) == [
+        "heartbeats ran 7.5 s late: something kept this process from running (a long computation "
+        "that holds the GIL?). If that lasts, the server will end the session"
+    ]
+    assert caplog.records[0].levelname == "WARNING"
+    assert len(bench.network.sent) == 4
+    assert bench.network.links[0].dropped == 3  # the process may have been stopped all that time
+
+
+def test_req_12_a_little_late_is_no_news(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.start()
+    bench.core.inbox = Oversleeping(bench, LATE_S / 2)  # type: ignore[assignment] # a fake
+    for _ in range(3):
+        turn(bench.core, bench.watch)
+    assert messages(caplog) == []
+
+
+# 13: looking in
+
+
+def test_req_13_the_snapshot_tells_all_and_no_secret() -> None:
+    with hand_turned() as bench:
+        bench.start(api_key="tml-secret", extra_headers={"x-token": "hush"})
+        bench.turn()
+        bench.network.on_beat = raising(APIConnectionError("refused"))
+        began = bench.clock.monotonic()
+        bench.turn(10)
+        snapshot = bench.snapshot()
+        assert snapshot.session_id == "s0"
+        assert snapshot.created == snapshot.last_success == began
+        assert snapshot.consecutive_failures == 1
+        assert (snapshot.last_error, snapshot.state) == ("refused", "failing")
+        assert "secret" not in repr(snapshot)
+        assert "hush" not in repr(snapshot)
+
+
+def test_req_13_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
+    lost: List[Any] = []
+
+    def on_removed(session_id: str, reason: str) -> None:
+        lost.append((session_id, reason, bench.manager.snapshot()))  # takes the lock
+        bench.manager.stop_session(session_id)
+
+    with hand_turned(on_removed=on_removed) as bench:
+        bench.network.on_beat = answering({"s0": 401})
+        bench.start()
+        bench.turn()
+        bench.manager.stop_session(bench.start())
+        assert lost == [("s0", "the server refused its heartbeat (status 401)", [])]
+
+
+def test_req_13_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
+    bench.start()
+    assert bench.turn()
+    assert bench.network.sent == ["s0"]
+    assert bench.snapshot().last_success == bench.clock.monotonic()
+
+
+# Beyond the list: the manager's own end, and adopted sessions
+
+
+def test_closing_ends_every_session_in_parallel_and_a_hung_host_costs_one_wait() -> None:
+    with managed() as (manager, network):
+        configs = [
+            Config(f"http://h{number}.test", heartbeat_interval_s=0.02) for number in range(10)
+        ]
+        for config in configs * 3:
+            manager.start_session(config)
+        wait_until(lambda: len(set(network.sent)) == 30, "every session was beaten")
+        hung = {f"s{number}" for number in (0, 10, 20)}
+
+        def finish(session_id: str) -> int:
+            if session_id in hung:
+                raise APITimeoutError("hung")
+            return 200
+
+        network.on_finish = finish
+        manager.close()
+        told = {session_id for session_id, _, _ in network.finished}
+        assert len(told - hung) == 27
+        assert 1 <= len(told & hung) <= 2  # those in flight when it was found out
+        assert all(link.aborted.is_set() for link in network.links)
+        manager.close()
+        assert len(network.finished) == len(told)
+
+
+def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() -> None:
+    class Owner:
+        pass
+
+    with managed() as (manager, network):
+        ending, release = threading.Event(), threading.Event()
+
+        def finish(session_id: str) -> int:
+            ending.set()
+            assert release.wait(10)
+            return 200
+
+        network.on_finish = finish
+        owner = Owner()
+        manager.start_session(A, owner=owner)
+        del owner
+        gc.collect()
+        assert ending.wait(10)
+        assert manager.snapshot() == []
+        threading.Timer(0.05, release.set).start()
+        manager.close()
+        assert network.finished == [("s0", "success", "the client was dropped")]
+
+
+def test_a_forgotten_manager_ends_its_sessions_and_its_thread() -> None:
+    from sessions.fakes import FakeNetwork
+
+    network = FakeNetwork()
+    manager = SessionManager(open_link=network.open)
+    manager.start_session(A)
+    (thread,) = heartbeat_threads()
+    del manager
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert network.finished == [("s0", "success", "the session manager was dropped")]
+
+
+def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() -> None:
+    class Owner:
+        pass
+
+    with managed() as (manager, network):
+        first, second = Owner(), Owner()
+        manager.adopt_session(A, "theirs", owner=first)
+        manager.adopt_session(A, "theirs", owner=second)
+        assert network.wait_for_beat() == "theirs"
+        del first
+        gc.collect()
+        before = network.beats("theirs")
+        wait_until(lambda: network.beats("theirs") >= before + 3, "the second one needs it")
+        del second
+        gc.collect()
+        wait_until(lambda: manager.snapshot() == [], "nobody needs it")
+        third = Owner()
+        manager.adopt_session(A, "theirs", owner=third)  # and once more
+        manager.stop_session("theirs")
+        assert network.finished == []
+
+
+def test_finish_goes_to_the_path_of_the_session(server: SessionServer, config: Config) -> None:
+    with SessionManager() as manager:
+        manager.stop_session(manager.start_session(config), "errored", "disk full")
+    (request,) = server.requests(finish_route("s0"))
+    assert json.loads(request.body) == {"reason": {"type": "errored"}, "detail": "disk full"}
