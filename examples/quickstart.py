@@ -211,7 +211,7 @@ def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
     heldout = heldout[: arguments.eval_entries]
     console.print(
         f"[bold]{arguments.model}[/bold], LoRA of rank {arguments.rank}: {len(training)} "
-        f"paragraphs to train on, {len(heldout)} held out (session {service.session_id})"
+        f"paragraphs to train on, {len(heldout)} held out\nSession {service.session_id}"
     )
     before = evaluate(trainer, heldout)
     base = service.create_sampling_client(base_model=arguments.model)

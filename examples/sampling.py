@@ -30,7 +30,7 @@ def main() -> None:
         params = types.SamplingParams(max_tokens=24, temperature=0.7, seed=0)
         answer = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
         for sequence in answer.sequences:
-            print(PROMPT + tokenizer.decode(sequence.tokens))
+            print(PROMPT + tokenizer.decode(sequence.tokens, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

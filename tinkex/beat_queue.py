@@ -10,8 +10,8 @@ import collections
 import dataclasses
 from typing import Deque, Dict, List, Optional, Tuple
 
-#: A beat in flight for longer than this many seconds makes its host slow.
-SLOW_S = 0.25
+#: A beat in flight for twice its host's usual time, but no less than this many seconds, is overdue.
+OVERDUE_S = 0.1
 
 
 @dataclasses.dataclass
@@ -19,6 +19,11 @@ class _Host:
     waiting: Deque[str] = dataclasses.field(default_factory=collections.deque)
     sent: List[float] = dataclasses.field(default_factory=list)  # when, for each in flight
     answers: Optional[bool] = None  # the last beat was answered; None before the first
+    usual_s: float = 0.0  # a moving average of what an answer takes
+
+    def overdue(self, now: float) -> bool:
+        """True if a beat takes much longer than usual."""
+        return any(now - sent > max(OVERDUE_S, 2 * self.usual_s) for sent in self.sent)
 
 
 class BeatQueue:
@@ -48,11 +53,15 @@ class BeatQueue:
                 return name, host.waiting.popleft()
         return None
 
-    def done(self, host: str, sent: float, *, answered: bool) -> None:
-        """Note the end of a beat taken at *sent*."""
+    def done(self, host: str, sent: float, now: float, *, answered: bool) -> None:
+        """Note the end, at *now*, of a beat taken at *sent*."""
         entry = self._hosts.get(host)
         if entry is not None:
             entry.sent.remove(sent)
+            if answered:
+                took_s = now - sent
+                weight = 0.2 if entry.answers is not None else 1.0
+                entry.usual_s += weight * (took_s - entry.usual_s)
             entry.answers = answered
 
     def forget(self, host: str) -> None:
@@ -67,8 +76,9 @@ class BeatQueue:
             # Hosts that did not answer last time get half of the workers at most, all together.
             troubled = sum(len(h.sent) for h in self._hosts.values() if h.answers is False)
             return 1 if troubled < self._workers // 2 else 0
-        if host.answers and all(now - sent < SLOW_S for sent in host.sent):
-            # It may begin to hang at this very moment: some workers stay free for the others.
-            others = len(self._hosts) > 1
-            return self._workers - self._workers // 4 if others else self._workers
-        return max(2, self._workers // len(self._hosts))
+        if len(self._hosts) == 1:
+            return self._workers
+        if host.answers is None:
+            return max(2, self._workers // len(self._hosts))
+        # It may begin to hang at this very moment: some workers stay free for the others.
+        return 1 if host.overdue(now) else self._workers - self._workers // 4

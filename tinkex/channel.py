@@ -132,6 +132,8 @@ class Channel:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         self._session = session
+        # urllib3 before 2 leaves the sockets of a forgotten pool to the garbage collector.
+        weakref.finalize(self, session.close).atexit = False
 
     def request(
         self,
@@ -143,9 +145,11 @@ class Channel:
         timeout: Tuple[float, float],
     ) -> requests.Response:
         """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
-        return self._session.request(
+        response = self._session.request(
             method, url, headers=dict(headers), data=body, timeout=timeout, allow_redirects=False
         )
+        _check_length(response)
+        return response
 
     def close(self) -> None:
         """Close idle connections."""
@@ -155,3 +159,13 @@ class Channel:
         """Break off every request in flight, at once, and those that follow; then close."""
         self._sockets.abort()
         self._session.close()
+
+
+def _check_length(response: requests.Response) -> None:
+    """Raise for an answer that ends too soon: urllib3 before 2 takes it for a whole one."""
+    announced = response.headers.get("Content-Length", "")
+    received = response.raw.tell()
+    if announced.isdigit() and received < int(announced):
+        raise requests.exceptions.ChunkedEncodingError(
+            f"the connection was closed after {received} of {announced} bytes of the answer"
+        )

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import urllib.request
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 from tinkex.errors import ConfigError
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -78,6 +81,8 @@ class Config:
         if self.api_key is not None:
             _check_header("the API key", self.api_key)
         for name, text in self.extra_headers.items():
+            if not (isinstance(name, str) and _HEADER_NAME.fullmatch(name)):
+                raise ConfigError(f"{name!r} is not the name of a header")
             _check_header(f"the header {name!r}", text)
         # Copies, because the caller's own may change later.
         object.__setattr__(self, "user_metadata", dict(self.user_metadata))

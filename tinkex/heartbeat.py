@@ -167,7 +167,7 @@ def _beat_next(core: Core) -> bool:
             logger.debug("heartbeat of session %s failed", session_id, exc_info=True)
     now = core.clock.monotonic()
     with core.lock:
-        core.beats.done(host, sent, answered=status is not None or live is None)
+        core.beats.done(host, sent, now, answered=status is not None or live is None)
         verdict = None
         if live is not None and core.live.get(session_id) is live:  # else it was stopped meanwhile
             verdict = core.table.record(session_id, status=status, error=error, now=now)

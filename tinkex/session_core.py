@@ -222,6 +222,7 @@ class _FinishRound:
             share_s = min(FINISH_S, left_s / 2)
             answered = finish(self._core, session_id, live, *self._reason, share_s)
             with self._lock:
-                self._queue.done(host, now, answered=answered)
+                ended = self._core.clock.monotonic()
+                self._queue.done(host, now, ended, answered=answered)
                 if not answered:
                     self._silent.add(host)

@@ -14,6 +14,7 @@ import threading
 import uuid
 import weakref
 from typing import Any, Dict, Mapping, NoReturn, Optional
+from urllib.parse import urlsplit
 
 import orjson
 import requests
@@ -258,6 +259,9 @@ class Transport:
                 limit = f"{request.read_timeout_s or self.config.read_timeout_s:g} s"
             raise APITimeoutError(f"{where} did not answer {request.name} within {limit}") from error
         reason = self.redact(_root_cause(error))
+        if isinstance(error, requests.exceptions.ProxyError):
+            proxy = urlsplit(self.config.proxy or "")
+            reason = f"the proxy {proxy.hostname}:{proxy.port}: {reason}"
         raise APIConnectionError(
             f"cannot reach {where} for {request.name}: {reason}",
             retryable=not isinstance(error, requests.exceptions.SSLError),

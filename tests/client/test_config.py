@@ -115,12 +115,15 @@ def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
         ("api_key", "caf\u2014"),
         ("extra_headers", {"X-A": "a\r\nX-B: b"}),
         ("extra_headers", {"X-A": 3}),
+        ("extra_headers", {"X-A\n": "b"}),
+        ("extra_headers", {"": "X-A"}),
+        ("extra_headers", {3: "X-A"}),
     ],
 )
 def test_a_bad_value_is_a_config_error_that_names_it(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(**{setting: value})
-    named = {"api_key": "API key", "extra_headers": "X-A"}.get(setting, setting)
+    named = {"api_key": "API key", "extra_headers": "header"}.get(setting, setting)
     assert named in str(caught.value)
 
 

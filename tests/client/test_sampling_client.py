@@ -118,12 +118,12 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_input_is_told_at_once_and_sends_nothing(
-    scripted_sampler: SamplingClient, routes: TinkerRoutes, server: ScriptedServer, call: str
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, call: str
 ) -> None:
-    before = len(server.requests())
+    before = routes.count()
     with pytest.raises(InvalidInputError):
         BAD_CALLS[call](scripted_sampler)
-    assert len(server.requests()) == before
+    assert routes.count() == before
     scripted_sampler.sample(PROMPT).result(PATIENCE_S)
     assert routes.submitted("asample")[0]["seq_id"] == 0
 

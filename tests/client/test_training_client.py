@@ -126,16 +126,16 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_input_is_told_at_once_and_uses_up_no_number(
-    scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer, call: str
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, call: str
 ) -> None:
     if call == "no target" and importlib.util.find_spec("torch") is None:
         pytest.skip("needs torch")
     scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
-    before = len(server.requests())
+    before = routes.count()
     with pytest.raises(InvalidInputError) as caught:
         BAD_CALLS[call](scripted_trainer)
     assert isinstance(caught.value, ValueError)
-    assert len(server.requests()) == before
+    assert routes.count() == before
     scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
     assert routes.seq_ids() == [1, 2]
 
@@ -271,6 +271,14 @@ def test_outputs_come_in_input_order_as_float32(trainer: TrainingClient) -> None
     assert [p.shape for p in logprobs] == [(3,), (9,), (1,)]
     assert {p.dtype for p in logprobs} == {np.dtype(np.float32)}
     assert output.metrics["loss:sum"] == pytest.approx(-sum(p.sum() for p in logprobs), rel=1e-5)
+
+
+def test_a_learning_rate_may_come_from_numpy(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    rate: Any = np.linspace(0, 1, 5, dtype=np.float32)[1]
+    scripted_trainer.optim_step(types.AdamParams(learning_rate=rate)).result(PATIENCE_S)
+    assert routes.submitted("optim_step")[0]["adam_params"]["learning_rate"] == 0.25
 
 
 def test_a_forward_pass_leaves_no_gradient(trainer: TrainingClient) -> None:

@@ -351,6 +351,21 @@ def test_tls_to_a_plain_port(server: ScriptedServer) -> None:
     assert not caught.value.retryable
 
 
+def test_a_proxy_that_is_not_there_is_named_without_its_password(server: ScriptedServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    proxy = f"http://me:hunter2@127.0.0.1:{port}"
+    for url in ("http://far.example", "https://far.example"):
+        with open_transport(server, base_url=url, proxy=proxy) as transport:
+            with pytest.raises(APIConnectionError) as caught:
+                transport.send(SUBMIT, ONCE)
+        text = str(caught.value)
+        assert "far.example" in text
+        assert f"the proxy 127.0.0.1:{port}" in text
+        assert "Connection refused" in text
+        assert "hunter2" not in "".join(traceback.format_exception(caught.type, caught.value, None))
+
+
 def test_an_answer_that_is_not_http(transport: Transport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

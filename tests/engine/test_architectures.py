@@ -63,13 +63,15 @@ def write_model(config: Any, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.position_ids. have no functionality in BLOOM:FutureWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_and_samples_as_transformers_does(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = write_model(CONFIGS[name](), tmp_path)
     engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
-    assert engine._network.is_split == (name != "gemma2")
+    if name in ("gpt2", "gemma2"):
+        assert engine._network.is_split == (name == "gpt2")
     prompts = [np.random.default_rng(n).integers(0, 256, n) for n in (30, 5, 19)]
     params = SamplingParams(max_tokens=16, temperature=0, stop=[])
     requests = [SampleRequest(ModelInput.from_ints(prompt), 1, params) for prompt in prompts]
@@ -94,8 +96,10 @@ def test_it_trains_and_samples_as_transformers_does(
         assert sequence.tokens == expected[0, len(prompt) :].tolist()
 
     engine.create("m", LoraConfig(rank=4, seed=0))
+    # Before transformers 5 the experts were linear layers, after it they are one tensor.
+    experts = any("experts.0" in name for name, _ in engine._network.model.named_modules())
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == (name == "qwen3-moe"), warnings
+    assert len(warnings) == (name == "qwen3-moe" and not experts), warnings
     losses = []
     for _ in range(4):
         output = engine.forward_backward("m", make_data([40, 17]), "cross_entropy", {})
@@ -103,6 +107,23 @@ def test_it_trains_and_samples_as_transformers_does(
         engine.optim_step("m", AdamParams(learning_rate=1e-2))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(tmp_path: Path) -> None:
+    write_model(CONFIGS["gpt2"](), tmp_path)  # has a table of positions, which ends
+    engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
+    engine.create_sampler("base", None)
+
+    def request(length: int, count: int) -> SampleRequest:
+        prompt = np.random.default_rng(length).integers(0, 256, length)
+        params = SamplingParams(max_tokens=count, temperature=0, stop=[])
+        return SampleRequest(ModelInput.from_ints(prompt), 1, params)
+
+    requests = [request(124, 4), *(request(10 + n, 50) for n in range(7))]
+    together = dict(pair for done in engine.sample("base", requests) for pair in done)
+    for index, asked in enumerate(requests):
+        alone = dict(pair for done in engine.sample("base", [asked]) for pair in done)[0]
+        assert together[index].sequences[0].tokens == alone.sequences[0].tokens
 
 
 def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from engine.reference import Reference, give_random_delta, make_data, relative_e
 from transformers import AutoModelForCausalLM
 
 from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine import decoding, sampling
+from tinkex.local.torch_engine import decoding, sample_jobs, sampling
 from tinkex.local.torch_engine.drawing import draw
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
 
@@ -196,7 +196,7 @@ def test_the_end_of_sequence_token_stops_unless_stop_is_given(
     prompt = prompt_of(10, 4)
     free = SampleRequest(prompt, 1, SamplingParams(max_tokens=30, seed=5, stop=[]))
     tokens = run_all(samplers, "base", [free])[0].sequences[0].tokens
-    ends = sampling.Vocabulary(samplers._vocabulary.tokenizer, frozenset({tokens[6]}))
+    ends = sample_jobs.Vocabulary(samplers._vocabulary.tokenizer, frozenset({tokens[6]}))
     monkeypatch.setattr(samplers, "_vocabulary", ends)
     default = SampleRequest(prompt, 1, SamplingParams(max_tokens=30, seed=5))
     sequence = run_all(samplers, "base", [default])[0].sequences[0]

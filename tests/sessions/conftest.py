@@ -6,11 +6,20 @@ import socket
 from typing import Any, Callable, Iterator, List
 
 import pytest
+from sessions import processes
 from sessions.fakes import HandTurned, hand_turned
 from sessions.session_server import SessionServer
 
 from tinkex import ServiceClient
 from tinkex.config import Config
+
+
+@pytest.fixture(autouse=True)
+def no_script_is_left() -> Iterator[None]:
+    """Kill the scripts of a test that failed before it waited for them."""
+    yield
+    for script in list(processes.running):
+        script.kill()
 
 
 @pytest.fixture

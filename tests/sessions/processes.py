@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import tinkex
 
@@ -31,10 +31,6 @@ def connect(**settings):
 
 def sample(sampler):
     return sampler.sample(PROMPT).result(10).sequences[0].tokens
-
-class Boom(Exception):
-    pass
-
 """
 
 
@@ -56,12 +52,16 @@ class Ended:
             assert self.err == ""
 
 
+#: The scripts that were not waited for.
+running: List[Script] = []
+
+
 class Script:
     """A running script; *server_url* is what it connects to."""
 
     def __init__(self, folder: Path, body: str, server_url: str, **environment: str) -> None:
         self.path = folder / "script.py"
-        self.path.write_text(PRELUDE + textwrap.dedent(body))
+        self.path.write_text(PRELUDE + "\n" + textwrap.dedent(body))
         root = Path(tinkex.__file__).resolve().parents[1]
         environ: Dict[str, Any] = {k: v for k, v in os.environ.items() if "TINKER" not in k}
         environ.update(
@@ -71,23 +71,31 @@ class Script:
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, str(self.path)],
+            stdin=subprocess.PIPE,  # closed by wait
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environ,
             text=True,
         )
+        running.append(self)
 
     def send(self, number: int) -> None:
         self._began = time.monotonic()
         self._process.send_signal(number)
 
+    def kill(self) -> Tuple[str, str]:
+        """End it by force; return what it wrote."""
+        running.remove(self)
+        self._process.kill()
+        return self._process.communicate()
+
     def wait(self) -> Ended:
         try:
             out, err = self._process.communicate(timeout=BOUND_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            out, err = self._process.communicate()
+            out, err = self.kill()
             raise AssertionError(f"the script hangs\n{out}\n{err}") from None
+        running.remove(self)
         return Ended(self._process.returncode, out, err, time.monotonic() - self._began)
 
 
@@ -100,6 +108,3 @@ def line_of(script: Script, text: str) -> int:
 
 def last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
-
-
-Signal = Optional[Tuple[int, str]]

@@ -51,11 +51,11 @@ CASES = [
     Case("normal end", "with connect(): pass"),
     Case(
         "exception",
-        "with connect(): raise Boom('oh')",
+        "with connect(): raise ValueError('oh')",
         code=1,
         reasons=["errored"],
-        detail="Boom",
-        error="Boom: oh",
+        detail="ValueError",
+        error="ValueError: oh",
     ),
     Case(
         "sys.exit",
@@ -67,11 +67,11 @@ CASES = [
     Case("without close", "service = connect()", detail=UNCLOSED),
     Case(
         "exception without close",
-        "service = connect()\nraise Boom('oh')",
+        "service = connect()\nraise ValueError('oh')",
         code=1,
         reasons=["errored"],
         detail=UNCLOSED,
-        error="Boom: oh",
+        error="ValueError: oh",
     ),
     Case("sys.exit without close", "service = connect()\nsys.exit(3)", code=3, detail=UNCLOSED),
     Case(

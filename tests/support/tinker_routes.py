@@ -91,6 +91,11 @@ class TinkerRoutes:
         self.finished.append(received.json())
         return Answer(body={})
 
+    def count(self) -> int:
+        """How many requests came, without heartbeats, which come when they like."""
+        beats = self._server.requests(f"POST {API}session_heartbeat")
+        return len(self._server.requests()) - len(beats)
+
     def submitted(self, route: str) -> List[Any]:
         """The bodies submitted to *route*, decoded."""
         bodies = []

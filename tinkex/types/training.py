@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Dict, List, Optional
 
 from tinkex.errors import InvalidInputError
@@ -54,7 +55,7 @@ class AdamParams(Wire):
         """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            if not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
                 raise InvalidInputError(
                     f"AdamParams.{field.name} is {value!r}; it must be a finite number, 0 or more"
                 )

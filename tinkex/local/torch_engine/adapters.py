@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
-from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 
@@ -29,10 +27,6 @@ from tinkex.types import LoraConfig
 logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 32
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-RUN_FILE = "tinkex_lora.json"
 
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "expert", "moe")
@@ -81,7 +75,7 @@ class AdapterPool:
                 f"{self._model_name} has no layers of the kinds asked for by {lora}; "
                 "set train_mlp, train_attn or train_unembed"
             )
-        return _shorten(wanted, _linear_modules(self._model))
+        return _shorten(wanted, linear_modules(self._model))
 
     def make_config(self, lora: LoraConfig) -> Any:
         """Return peft's configuration for *lora*."""
@@ -152,109 +146,6 @@ class AdapterPool:
         self.activate(None)
 
 
-def write_adapter(adapter: Adapter, lora: LoraConfig, folder: Path) -> None:
-    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in adapter.parameters.items()
-    }
-    save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
-    config = dataclasses.replace(adapter.config, inference_mode=True)
-    config.save_pretrained(str(folder))
-    (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
-
-
-def read_config(folder: Path) -> Any:
-    """Return peft's configuration of the adapter saved in *folder*; EngineError if it has none."""
-    import peft
-
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
-    if not isinstance(config, peft.LoraConfig):
-        raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
-    config.inference_mode = False
-    return config
-
-
-def read_lora(folder: Path, model: Any) -> LoraConfig:
-    """Return the LoraConfig of the adapter saved in *folder*, whoever wrote it."""
-    file = folder / RUN_FILE
-    if file.is_file():
-        known = {field.name for field in dataclasses.fields(LoraConfig)}
-        saved = json.loads(file.read_text())
-        return LoraConfig(**{name: value for name, value in saved.items() if name in known})
-    config = read_config(folder)
-    kinds = set()
-    for name, kind in _linear_modules(model).items():
-        if any(name == target or name.endswith(f".{target}") for target in config.target_modules):
-            kinds.add(kind)
-    return LoraConfig(
-        rank=config.r,
-        train_unembed="unembed" in kinds,
-        train_mlp="mlp" in kinds,
-        train_attn="attn" in kinds,
-    )
-
-
-def read_tensors(
-    folder: Path, file: str, wanted: Dict[str, torch.Tensor]
-) -> Dict[str, torch.Tensor]:
-    """Return the tensors saved in *folder*/*file*: of the names and shapes of *wanted*.
-
-    Raises:
-        EngineError: the file is missing or damaged, or holds something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        saved: Dict[str, torch.Tensor] = load_file(str(folder / file))
-    except (OSError, SafetensorError) as error:
-        raise EngineError(f"{folder / file} cannot be read: {error}") from error
-    if saved.keys() != wanted.keys():
-        raise EngineError(
-            f"the checkpoint adapts {_sample_of(saved.keys() - wanted.keys())} beyond this model's "
-            f"adapter, and lacks {_sample_of(wanted.keys() - saved.keys())}; "
-            "load it into a model with the same train_mlp, train_attn and train_unembed"
-        )
-    for name, tensor in saved.items():
-        if tensor.shape != wanted[name].shape:
-            raise EngineError(
-                f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's adapter "
-                f"{tuple(wanted[name].shape)}; load it into a model with the same rank"
-            )
-    return saved
-
-
-def read_into(adapter: Adapter, folder: Path) -> Dict[str, torch.Tensor]:
-    """Return the weights saved in *folder*, checked to fit *adapter*; nothing is changed yet."""
-    saved = read_config(folder)
-    mine = adapter.config
-    for name in ("r", "lora_alpha"):
-        if getattr(saved, name) != getattr(mine, name):
-            raise EngineError(
-                f"the checkpoint has LoRA {name} {getattr(saved, name)}, this model "
-                f"{getattr(mine, name)}; load it into a model with the same rank"
-            )
-    wanted: Dict[str, torch.Tensor] = dict(adapter.parameters)
-    return read_tensors(folder, WEIGHTS_FILE, wanted)
-
-
-def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Tensor]) -> None:
-    """Copy *values* into *parameters*, by name."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-
-
-def _sample_of(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "") if ordered else "nothing"
-
-
 def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) -> None:
     generator = torch.Generator()
     if seed is None:
@@ -272,7 +163,7 @@ def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) 
                 parameter.copy_(values)
 
 
-def _linear_modules(model: Any) -> Dict[str, str]:
+def linear_modules(model: Any) -> Dict[str, str]:
     """Map the names of the linear layers of *model* to "attn", "mlp" or "unembed"."""
     from transformers.pytorch_utils import Conv1D
 
@@ -313,11 +204,11 @@ def _wanted_kinds(lora: LoraConfig) -> List[str]:
 
 def _wanted_modules(model: Any, lora: LoraConfig) -> List[str]:
     kinds = _wanted_kinds(lora)
-    return [name for name, kind in _linear_modules(model).items() if kind in kinds]
+    return [name for name, kind in linear_modules(model).items() if kind in kinds]
 
 
 def _lacking(model: Any, lora: LoraConfig) -> List[str]:
-    present = set(_linear_modules(model).values())
+    present = set(linear_modules(model).values())
     return [kind for kind in _wanted_kinds(lora) if kind not in present]
 
 

@@ -112,11 +112,15 @@ def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 class DecodeBatch:
     """Rows that are continued one token at a time.
 
-    *sources* says for each row which (cache, row of it, prompt length) it starts from.
+    *sources* says for each row which (cache, row of it, prompt length) it starts from.  A row may
+    go on after it has ended, beyond *context_length* even; its logits mean nothing then.
     """
 
-    def __init__(self, network: Network, sources: Sequence[Tuple[Any, int, int]]) -> None:
+    def __init__(
+        self, network: Network, sources: Sequence[Tuple[Any, int, int]], context_length: int
+    ) -> None:
         self._network = network
+        self._last_position = context_length - 1
         width = max(length for _, _, length in sources)
         self._filled = width
         # First real column of each row; what is left of it is padding.
@@ -154,7 +158,7 @@ class DecodeBatch:
             past_key_values=self._cache,
             use_cache=True,
             attention_mask=mask,
-            position_ids=(self._filled - self._starts)[:, None],
+            position_ids=(self._filled - self._starts).clamp(max=self._last_position)[:, None],
         )
         self._filled += 1
         return self._network.logits(features[:, -1])

@@ -19,20 +19,33 @@ def draw(
     likeliest.  Returns the tokens, and their log-probabilities under the logits as they are:
     temperature 1, nothing cut off.
     """
-    tokens = logits.argmax(-1)
-    random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
-    if random_rows:
-        index = torch.tensor(random_rows, device=logits.device)
-        chosen = [params[row] for row in random_rows]
-        numbers = [uniforms[row] for row in random_rows]
-        scaled = logits if len(index) == len(logits) else logits[index]
-        tokens[index] = _invert(_truncated(scaled, chosen), numbers)
-    picked = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    logprobs = picked - torch.logsumexp(logits, -1)
+    normalizer = torch.logsumexp(logits, -1, keepdim=True)
+    greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+    # Most requests ask for the model's own distribution; the normalizer is all that takes.
+    plain = [row for row, p in enumerate(params) if p.temperature == 1 and not _cuts(p)]
+    shaped = sorted(set(range(len(params))) - {*greedy, *plain})
+    tokens = torch.zeros(len(params), dtype=torch.long, device=logits.device)
+    if greedy:
+        tokens[greedy] = _rows(logits, greedy).argmax(-1)
+    if plain:
+        probabilities = torch.exp(_rows(logits, plain) - _rows(normalizer, plain))
+        tokens[plain] = _invert(probabilities, [uniforms[row] for row in plain])
+    if shaped:
+        probabilities = _shaped(_rows(logits, shaped), [params[row] for row in shaped])
+        tokens[shaped] = _invert(probabilities, [uniforms[row] for row in shaped])
+    logprobs = (logits.gather(-1, tokens[:, None]) - normalizer).squeeze(-1)
     return tokens.tolist(), logprobs.tolist()
 
 
-def _truncated(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1
+
+
+def _rows(values: torch.Tensor, rows: List[int]) -> torch.Tensor:
+    return values if len(rows) == len(values) else values[rows]
+
+
+def _shaped(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Probabilities after temperature, then top-k, then top-p (renormalizing is left out)."""
     temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
     # Shifted first, so that a tiny temperature cannot overflow.
@@ -64,9 +77,10 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 def _invert(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     numbers = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)
-    targets = numbers[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     # right=True: the first entry above the target; entries of probability zero never are.
-    drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    # Rounding may push a target onto the total; then the last possible token is meant.
-    last = (cumulative < cumulative[:, -1:]).sum(-1)
-    return torch.minimum(drawn, last)
+    drawn = torch.searchsorted(cumulative, numbers[:, None] * total, right=True)
+    # Rounding may push a target onto the total; then the last possible token is meant, which is
+    # the first to reach it.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(drawn, last).squeeze(-1)

@@ -19,12 +19,13 @@ import torch
 from tinkex.errors import InvalidInputError
 from tinkex.local import models
 from tinkex.local.engine import EngineError, EngineInfo, Finished
-from tinkex.local.torch_engine import adapters
+from tinkex.local.torch_engine import adapter_files
 from tinkex.local.torch_engine.adam import Adam, global_norm
 from tinkex.local.torch_engine.adapters import Adapter, AdapterPool
 from tinkex.local.torch_engine.batching import check_batch, check_loss
 from tinkex.local.torch_engine.network import Network, load_network
-from tinkex.local.torch_engine.sampling import SampleRun, Vocabulary
+from tinkex.local.torch_engine.sample_jobs import Vocabulary
+from tinkex.local.torch_engine.sampling import SampleRun
 from tinkex.local.torch_engine.training import BatchResult, metrics_of, run_batch
 from tinkex.types import (
     AdamParams,
@@ -199,7 +200,7 @@ class TorchEngine:
         """Write the adapter (PEFT's format), and the optimizer's state if asked, into *folder*."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
-        adapters.write_adapter(run.adapter, run.lora, folder)
+        adapter_files.write_adapter(run.adapter, run.lora, folder)
         if with_optimizer:
             from safetensors.torch import save_file
 
@@ -214,7 +215,7 @@ class TorchEngine:
         Rank, alpha and adapted layers must be the same.  An accumulated gradient is dropped.
         """
         run = self._run(model_id)
-        weights = adapters.read_into(run.adapter, folder)
+        weights = adapter_files.read_into(run.adapter, folder)
         optimizer = Adam(run.adapter.parameters)
         if with_optimizer:
             if not (folder / OPTIMIZER_FILE).is_file():
@@ -222,16 +223,16 @@ class TorchEngine:
                     f"{folder} was saved without optimizer state; load it without (load_state)"
                 )
             state = json.loads((folder / OPTIMIZER_FILE).read_text())
-            tensors = adapters.read_tensors(folder, OPTIMIZER_WEIGHTS, optimizer.tensors())
+            tensors = adapter_files.read_tensors(folder, OPTIMIZER_WEIGHTS, optimizer.tensors())
             optimizer.restore(tensors, int(state["step"]))
-        adapters.assign(run.adapter.parameters, weights)
+        adapter_files.assign(run.adapter.parameters, weights)
         for parameter in run.adapter.parameters.values():
             parameter.grad = None
         run.optimizer = optimizer
 
     def lora_config(self, folder: Path) -> LoraConfig:
         """Return the configuration of a saved adapter."""
-        return adapters.read_lora(folder, self._network.model)
+        return adapter_files.read_lora(folder, self._network.model)
 
     # --- sampling ------------------------------------------------------------------------------
 
@@ -241,14 +242,14 @@ class TorchEngine:
             raise EngineError(f"sampler {sampler_id} exists already")
         adapter: Optional[Adapter] = None
         if folder is not None:
-            config = adapters.read_config(folder)
+            config = adapter_files.read_config(folder)
             adapter = self._pool.add(config, seed=0)
             try:
-                weights = adapters.read_into(adapter, folder)
+                weights = adapter_files.read_into(adapter, folder)
             except BaseException:
                 self._pool.remove(adapter)
                 raise
-            adapters.assign(adapter.parameters, weights)
+            adapter_files.assign(adapter.parameters, weights)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
         self._samplers[sampler_id] = adapter
@@ -281,7 +282,8 @@ class TorchEngine:
         """Release the model."""
         self._runs.clear()
         self._samplers.clear()
-        del self._network, self._pool
+        for name in ("_network", "_pool"):
+            self.__dict__.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
