@@ -84,7 +84,7 @@ def report(name: str, found: Dict[str, Any]) -> bool:
         f"p50 {found['p50']:5.1f}  p99 {found['p99']:5.1f}  max {found['max']:6.1f} ms late",
         flush=True,
     )
-    return share >= 99.5 and found["p99"] < 100
+    return bool(share >= 99.5 and found["p99"] < 100)
 
 
 def one_host(count: int, seconds: float) -> bool:

@@ -120,13 +120,13 @@ def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: An
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s "),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s "),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=console,
     )
     with progress:
-        task = progress.add_task("train", total=arguments.steps, loss=float("nan"), speed=0.0)
+        task = progress.add_task("train", total=arguments.steps, loss="-", speed="-")
         source = batches(data, arguments.batch_size, arguments.seed)
         for step in range(arguments.steps + 1):
             if step < arguments.steps:
@@ -144,7 +144,7 @@ def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: An
                 stepped.result()
                 tokens_done += tokens_sent[step]
                 speed = tokens_done / (time.monotonic() - begun)
-                progress.update(task, advance=1, loss=losses[-1], speed=speed)
+                progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
     console.print(f"Trained on {tokens_done} tokens in {time.monotonic() - begun:.0f} s.")
     return losses
 

@@ -42,14 +42,12 @@ if TYPE_CHECKING:
         TinkexError as TinkexError,
         UnprocessableEntityError as UnprocessableEntityError,
     )
-    from tinkex.futures import APIFuture as APIFuture
-    from tinkex.futures import FutureStatus as FutureStatus
+    from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
     from tinkex.rest_client import RestClient as RestClient
     from tinkex.sampling_client import SamplingClient as SamplingClient
     from tinkex.service_client import ServiceClient as ServiceClient
     from tinkex.session_manager import SessionManager as SessionManager
-    from tinkex.training_client import TrainingClient as TrainingClient
-    from tinkex.training_client import TrainStep as TrainStep
+    from tinkex.training_client import TrainingClient as TrainingClient, TrainStep as TrainStep
     from tinkex.types import (
         AdamParams as AdamParams,
         Checkpoint as Checkpoint,
@@ -132,7 +130,7 @@ _MODULES = {
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", "types", *sorted(_WHERE)]  # noqa: PLE0604
+__all__ = ["__version__", "types", *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,9 @@ _PER_TOKEN = frozenset(INPUT_DTYPES)
 
 
 def check_batch(
-    data: Sequence[Datum], loss_fn: str, loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
 ) -> List[Datum]:
     """Return *data* as a list.
 
@@ -57,7 +59,8 @@ def _check_datum(index: int, datum: Any) -> None:
     length = datum.model_input.length if text_only else None
     if length == 0:
         raise InvalidInputError(
-            f"data[{index}]: model_input has no tokens", hint="Leave empty examples out of the batch."
+            f"data[{index}]: model_input has no tokens",
+            hint="Leave empty examples out of the batch.",
         )
     for name, tensor in datum.loss_fn_inputs.items():
         if length is not None and name in _PER_TOKEN and len(tensor) != length:

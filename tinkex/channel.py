@@ -8,6 +8,7 @@ shutting its sockets down, so that nobody waits for a long poll to end.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import weakref
@@ -63,12 +64,10 @@ class _Sockets:
 
 
 def _shut_down(sock: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # not connected any more, which is what we want
         # The plain socket's method: SSLSocket's own would pull the TLS state away
         # from under the thread that reads.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more, which is what we want
 
 
 class _TrackedAdapter(HTTPAdapter):

@@ -39,7 +39,9 @@ class ChildClient:
         self.close()
 
     def _ensure_open(self, what: str) -> None:
-        """Raise ClientClosedError, naming *what* was asked, if this client or its session is closed."""
+        """Raise ClientClosedError, naming *what* was asked, if it or its session is closed."""
         self._session.ensure_open(what)
         if self._closed:
-            raise ClientClosedError(f"{what}: {self!r} was closed", session_id=self._session.session_id)
+            raise ClientClosedError(
+                f"{what}: {self!r} was closed", session_id=self._session.session_id
+            )

@@ -94,12 +94,18 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_s") and value is not None and not _is_positive(value):
-                raise ConfigError(f"{field.name} is {value!r}; it must be a positive number of seconds")
+                raise ConfigError(
+                    f"{field.name} is {value!r}; it must be a positive number of seconds"
+                )
         for name in ("max_concurrent_samples", "max_heartbeat_failures"):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
-        if self.ca_bundle and self.base_url.startswith("https") and not os.path.exists(self.ca_bundle):
+        if (
+            self.ca_bundle
+            and self.base_url.startswith("https")
+            and not os.path.exists(self.ca_bundle)
+        ):
             raise ConfigError(
                 f"the CA bundle {self.ca_bundle!r} does not exist",
                 hint=f"It comes from ca_bundle=, or from one of {', '.join(_CA_VARIABLES)}.",
@@ -126,7 +132,9 @@ class Config:
                 f"unknown setting: {', '.join(unknown)}",
                 hint=f"Known are: {', '.join(sorted(known))}.",
             )
-        given: Dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        given: Dict[str, Any] = {
+            name: value for name, value in settings.items() if value is not None
+        }
         base_url = given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
         given["base_url"] = str(base_url).strip().rstrip("/")
         # Keys read from files end with a newline.
@@ -177,7 +185,10 @@ def _check_header(what: str, text: str) -> None:
     """Raise unless *text* can be sent as a header; the message does not hold it."""
     if not isinstance(text, str):
         raise ConfigError(f"{what} is a {type(text).__name__}, not a string")
-    if not all(" " <= char <= "~" or "\xa0" <= char <= "\xff" for char in text) or text != text.strip():
+    if (
+        not all(" " <= char <= "~" or "\xa0" <= char <= "\xff" for char in text)
+        or text != text.strip()
+    ):
         raise ConfigError(
             f"{what} cannot be sent: it holds a line break, a control character, spaces around it "
             "or a character outside Latin-1"

@@ -44,7 +44,9 @@ def check_custom_batch(data: Sequence[Datum]) -> None:
 
 def forward_data(data: Sequence[Datum]) -> List[Datum]:
     """The batch of the first pass, which only asks for logprobs: its weights do not matter."""
-    return [_weighted(datum, np.zeros(datum.loss_fn_inputs["target_tokens"].shape)) for datum in data]
+    return [
+        _weighted(datum, np.zeros(datum.loss_fn_inputs["target_tokens"].shape)) for datum in data
+    ]
 
 
 def gradient_data(

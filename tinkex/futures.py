@@ -13,8 +13,7 @@ import logging
 import os
 import sys
 import time
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
 from typing import Any, Callable, Generic, List, Optional, Sequence, TypeVar
 
 from tinkex.errors import ClientClosedError
@@ -162,7 +161,8 @@ class APIFuture(Future[T], Generic[T]):
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
-        settled already, at once in this thread.  Its exceptions are logged."""
+        settled already, at once in this thread.  Its exceptions are logged.
+        """
         run = self._run_callback
         if run is None or self.done():
             super().add_done_callback(fn)
@@ -214,7 +214,9 @@ class APIFuture(Future[T], Generic[T]):
             except FutureTimeoutError:
                 now = time.monotonic()
                 if now >= deadline:
-                    raise FutureTimeoutError(f"no result within {timeout:g} s: {self.status()}") from None
+                    raise FutureTimeoutError(
+                        f"no result within {timeout:g} s: {self.status()}"
+                    ) from None
                 if now >= notice_at:
                     logger.info("still waiting: %s", self.status())
                     pause = min(pause * 2, _LONGEST_NOTICE_S)

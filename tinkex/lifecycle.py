@@ -37,6 +37,7 @@ _lock = threading.Lock()
 # Used as a set that keeps its order: what was opened last is closed first.
 _tracked: weakref.WeakKeyDictionary[Tracked, None] = weakref.WeakKeyDictionary()
 _installed = False
+_hooked_pid = 0  # the multiprocessing child that _hook_multiprocessing has seen to
 
 
 def module_lock() -> threading.Lock:
@@ -49,10 +50,13 @@ def module_lock() -> threading.Lock:
 
 def track(thing: Tracked) -> None:
     """Have *thing* closed at exit and told of forks, for as long as it lives."""
-    global _installed
+    global _installed, _hooked_pid
     with _lock:
         _tracked[thing] = None
         install, _installed = not _installed, True
+        hook, _hooked_pid = _hooked_pid != os.getpid(), os.getpid()
+    if hook:
+        _hook_multiprocessing()
     if install:
         # urllib3 closes its pools when weakref's own exit hook runs.  Hooks run in reverse: have
         # that one registered before ours, because ending a session takes a connection.
@@ -71,12 +75,20 @@ def untrack(thing: Tracked) -> None:
 def exit_status() -> str:
     """Say how the process is ending: success, errored or interrupted.
 
-    The interpreter leaves an uncaught exception's type in ``sys.last_type``.
+    The interpreter leaves an uncaught exception's type in ``sys.last_type``; a child of
+    multiprocessing is still handling it.
     """
-    last = getattr(sys, "last_type", None)
+    last = getattr(sys, "last_type", None) or sys.exc_info()[0]
     if last is None:
         return "success"
     return "errored" if issubclass(last, Exception) else "interrupted"
+
+
+def _hook_multiprocessing() -> None:
+    """Have multiprocessing call us: before Python 3.13 most of its children skip ``atexit``."""
+    process, util = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
+    if process is not None and util is not None and process.parent_process() is not None:
+        util.Finalize(None, _at_exit, exitpriority=1)
 
 
 def _at_exit() -> None:
@@ -93,9 +105,10 @@ def _at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock
+    global _lock, _hooked_pid
     _lock = threading.Lock()  # the parent's may be held by a thread that is not here
     things = list(_tracked)
     _tracked.clear()
     for thing in things:
         thing.forget_after_fork()
+    _hooked_pid = 0  # multiprocessing forgets its hooks only after this

@@ -67,7 +67,9 @@ def interpret(
     was cut off, so its answer may have been the result: a 404 now means that it is gone.
     """
     if error is not None:
-        return _interpret_error(reply, error, request_id=request_id, kind=kind, maybe_lost=maybe_lost)
+        return _interpret_error(
+            reply, error, request_id=request_id, kind=kind, maybe_lost=maybe_lost
+        )
     if "application/x-protobuf" in reply.content_type:
         return Done(reply)
     if b'"try_again"' not in reply.body and b'"error"' not in reply.body:
@@ -80,7 +82,9 @@ def interpret(
         known = category if category in ("user", "server") else "unknown"
         return Failed(
             RequestFailedError(
-                f"{kind} failed on the server: {body['error']}", request_id=request_id, category=known
+                f"{kind} failed on the server: {body['error']}",
+                request_id=request_id,
+                category=known,
             )
         )
     return Done(reply)

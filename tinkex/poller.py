@@ -238,7 +238,9 @@ class _Poll:
             if self._transport.closing.is_set() or (
                 delay > 0 and self._transport.closing.wait(delay)
             ):
-                raise ClientClosedError(f"the client was closed before {self._future.kind} was done")
+                raise ClientClosedError(
+                    f"the client was closed before {self._future.kind} was done"
+                )
 
     def _step(self, request_id: str) -> Optional[float]:
         """Poll once; return the pause before the next poll, or None when settled."""
@@ -325,7 +327,10 @@ class _Poll:
 
     def _check_limits(self, now: float) -> None:
         config, future = self._config, self._future
-        if config.operation_timeout_s is not None and now - self._started >= config.operation_timeout_s:
+        if (
+            config.operation_timeout_s is not None
+            and now - self._started >= config.operation_timeout_s
+        ):
             raise OperationTimeoutError(
                 f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
                 f"{future.status()}",

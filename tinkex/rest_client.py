@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Callable, Optional, TypeVar
 
-from tinkex.api import rest as api
-from tinkex.api import sampling as sampling_api
-from tinkex.api import sessions as sessions_api
+from tinkex.api import rest as api, sampling as sampling_api, sessions as sessions_api
 from tinkex.batch_checks import check_ttl
 from tinkex.child_client import ChildClient
 from tinkex.errors import InvalidInputError
@@ -179,4 +177,6 @@ class RestClient(ChildClient):
 
 def _check_page(limit: int, offset: int) -> None:
     if not (type(limit) is type(offset) is int and limit >= 1 and offset >= 0):
-        raise InvalidInputError(f"limit is {limit!r} and offset {offset!r}; need limit >= 1, offset >= 0")
+        raise InvalidInputError(
+            f"limit is {limit!r} and offset {offset!r}; need limit >= 1, offset >= 0"
+        )

@@ -31,7 +31,8 @@ from tinkex.types import (
     UntypedFuture,
 )
 from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.wire.codec import align_prompt_logprobs, codec_for
+from tinkex.wire.codec import align_prompt_logprobs
+from tinkex.wire.codecs import codec_for
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class SamplingClient(ChildClient):
         base_model: Optional[str] = None,
         known_base_model: Optional[str] = None,
     ) -> APIFuture[SamplingClient]:
-        """Create the server's sampler; return at once.  See ServiceClient.create_sampling_client."""
+        """Create the server's sampler; return at once.  See `ServiceClient`."""
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
         if model_path is not None:
@@ -222,7 +223,9 @@ class SamplingClient(ChildClient):
         return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
     def __repr__(self) -> str:
-        return f"<SamplingClient {self.sampling_session_id} of {self._base_model or 'a checkpoint'}>"
+        return (
+            f"<SamplingClient {self.sampling_session_id} of {self._base_model or 'a checkpoint'}>"
+        )
 
     def _submit(
         self, kind: str, request: SampleRequest, pick: Callable[[SampleResponse], T]

@@ -24,7 +24,8 @@ class _State:
     """What the threads of a pool share.
 
     *lock* guards the counters and the lists; it is held for a few statements and the start of a
-    thread, never while a task runs.  *queue* is a SimpleQueue because finalizers post to it (bpo-32576).
+    thread, never while a task runs.  *queue* is a SimpleQueue because finalizers post to it
+    (bpo-32576).
     """
 
     def __init__(self, name: str, idle_s: float) -> None:
@@ -117,7 +118,7 @@ class WorkerPool:
         self._state.queue.put(None)
 
     def join(self, deadline: float) -> List[str]:
-        """Wait until *deadline* (monotonic) for the threads to end; return the names of the rest."""
+        """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
         with self._state.lock:
             threads = [t for t in self._state.threads if t.ident is not None]
         current = threading.current_thread()

@@ -12,8 +12,7 @@ import random
 import threading
 import time
 import weakref
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
 from typing import Callable, List, Optional, Tuple, Type
 
 from tinkex import lifecycle

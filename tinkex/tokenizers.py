@@ -57,8 +57,9 @@ def _load(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TinkexError(
-            f"the tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="It is loaded from the Hugging Face hub, or from a folder on the server's machine; "
-            "load it yourself with transformers if it lies elsewhere.",
+            f"the tokenizer {name!r} cannot be loaded: {reason}",
+            hint="It is loaded from the Hugging Face hub, or from a folder on the server's "
+            "machine; load it yourself with transformers if it lies elsewhere.",
         ) from error

@@ -13,6 +13,7 @@ from typing import Any, Callable, List, Mapping, Optional, Sequence, Type, TypeV
 from tinkex.api import training as api
 from tinkex.api._call import read
 from tinkex.batch_checks import check_batch, check_ttl
+from tinkex.child_client import ChildClient
 from tinkex.custom_loss import (
     CustomLoss,
     check_custom_batch,
@@ -20,7 +21,6 @@ from tinkex.custom_loss import (
     gradient_data,
     merge_metrics,
 )
-from tinkex.child_client import ChildClient
 from tinkex.errors import (
     APIConnectionError,
     APIStatusError,
@@ -49,7 +49,7 @@ from tinkex.types import (
 from tinkex.types._wire import Wire
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.wire.chunking import combine, split
-from tinkex.wire.codec import codec_for
+from tinkex.wire.codecs import codec_for
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)

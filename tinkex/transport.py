@@ -105,7 +105,11 @@ class Transport:
     """
 
     def __init__(
-        self, config: Config, *, closing: Optional[threading.Event] = None, clock: Clock = SYSTEM_CLOCK
+        self,
+        config: Config,
+        *,
+        closing: Optional[threading.Event] = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.config = config
         self.closing = closing or threading.Event()
@@ -123,7 +127,7 @@ class Transport:
             self._headers["X-API-Key"] = config.api_key
 
     def open_channel(self) -> Channel:
-        """A private connection for one busy thread; it is closed with the transport at the latest."""
+        """A private connection for one busy thread; closed with the transport at the latest."""
         channel = Channel(self.config, pool_size=1)
         with self._lock:
             self._private.add(channel)
@@ -246,7 +250,9 @@ class Transport:
         key = self.config.api_key
         return text.replace(key, "<api key>") if key else text
 
-    def _raise_connection_error(self, request: Request, error: requests.RequestException) -> NoReturn:
+    def _raise_connection_error(
+        self, request: Request, error: requests.RequestException
+    ) -> NoReturn:
         if self.closing.is_set():
             raise ClientClosedError(
                 f"the client was closed while {request.name} was under way"
@@ -257,7 +263,9 @@ class Transport:
                 limit = f"{self.config.connect_timeout_s:g} s to connect"
             else:
                 limit = f"{request.read_timeout_s or self.config.read_timeout_s:g} s"
-            raise APITimeoutError(f"{where} did not answer {request.name} within {limit}") from error
+            raise APITimeoutError(
+                f"{where} did not answer {request.name} within {limit}"
+            ) from error
         reason = self.redact(_root_cause(error))
         if isinstance(error, requests.exceptions.ProxyError):
             proxy = urlsplit(self.config.proxy or "")
@@ -295,7 +303,9 @@ def _root_cause(error: BaseException) -> str:
             inner = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
         if inner is None:
             inner = seen.__cause__ or (
-                seen.args[1] if len(seen.args) > 1 and isinstance(seen.args[1], BaseException) else None
+                seen.args[1]
+                if len(seen.args) > 1 and isinstance(seen.args[1], BaseException)
+                else None
             )
         if inner is None or inner is seen:
             break

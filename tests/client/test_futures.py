@@ -57,6 +57,11 @@ def test_a_result_may_be_an_exception_type_that_waiting_itself_raises() -> None:
         future.result(5)
 
 
+def test_it_is_its_own_future() -> None:
+    future = new()
+    assert future.future() is future
+
+
 @pytest.mark.parametrize("timeout", [0, 0.01, -1.0])
 def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: float) -> None:
     future = new("forward_backward")

@@ -14,8 +14,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
-from tinkex import poll_rules
-from tinkex import poller as poller_module
+from tinkex import poll_rules, poller as poller_module
 from tinkex.api._call import read
 from tinkex.channel import Channel
 from tinkex.errors import (

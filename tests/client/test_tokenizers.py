@@ -28,6 +28,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
             names.append(name)
             if name.startswith("missing"):
                 raise OSError(f"{name} is not a local folder\nand a long explanation")
+            if name.startswith("silent"):
+                raise ValueError
             return {"name": name}
 
     module = types.ModuleType("transformers")
@@ -65,6 +67,11 @@ def test_one_that_cannot_be_had_is_named_and_asked_for_again(loaded: List[str]) 
             tokenizers.load_tokenizer("m", "missing/tok")
         assert "long explanation" not in str(caught.value)
     assert loaded == ["missing/tok"] * 2
+
+
+def test_one_that_fails_without_a_word_is_named_too(loaded: List[str]) -> None:
+    with pytest.raises(TinkexError, match="'silent/tok' cannot be loaded: ValueError"):
+        tokenizers.load_tokenizer("silent/tok")
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 import threading
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tinkex.errors import (
     APIConnectionError,
     BadRequestError,
     ClientClosedError,
+    ConfigError,
     ConflictError,
     InternalServerError,
     InvalidInputError,
@@ -199,6 +201,16 @@ def test_a_sampler_of_a_strange_checkpoint_does_not_claim_our_base_model(
     assert own.get_base_model() == "base"
     strange = scripted_trainer.create_sampling_client("tinker://other/sampler_weights/a")
     assert strange.get_base_model() == "another"
+
+
+def test_a_custom_loss_without_torch_says_what_to_install(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match="torch") as caught:
+        scripted_trainer.forward_backward_custom([datum()], lambda d, p: (p[0].sum(), {}))
+    assert "pip install" in str(caught.value)
+    assert routes.seq_ids() == []
 
 
 # Chunks

@@ -14,12 +14,11 @@ from typing import Any, Iterator, List
 
 import pytest
 from support.clocks import ManualClock
-from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
-from tinkex import errors
-from tinkex import transport as transport_module
+from tinkex import errors, transport as transport_module
 from tinkex.errors import (
     APIConnectionError,
     APITimeoutError,
@@ -339,6 +338,37 @@ def test_a_silent_server_is_a_timeout(server: ScriptedServer, cut_after: Any) ->
     assert "POST /api/v1/asample" in text
     assert "0.1 s" in text
     hold.set()
+
+
+def test_tls_with_a_certificate_that_is_trusted() -> None:
+    with ScriptedServer(tls=True) as server:
+        server.on(route(), Answer())
+        with open_transport(server, ca_bundle=str(CERTIFICATE)) as transport:
+            for _ in range(3):
+                assert transport.send(SUBMIT, QUICK).status == 200
+        assert server.connections == 1
+
+
+def test_tls_with_a_certificate_that_nobody_knows() -> None:
+    with ScriptedServer(tls=True) as server, open_transport(server) as transport:
+        with pytest.raises(APIConnectionError, match="certificate") as caught:
+            transport.send(SUBMIT, QUICK)
+        assert f"127.0.0.1:{server.port}" in str(caught.value)
+        assert caught.value.attempts == 1  # it will not be known the next time either
+
+
+def test_closing_breaks_off_a_tls_request_in_flight() -> None:
+    with ScriptedServer(tls=True) as server, ThreadPoolExecutor(1) as pool:
+        server.on(route(), Answer(hold=threading.Event()))
+        with open_transport(server, ca_bundle=str(CERTIFICATE)) as transport:
+            sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
+            server.wait_for(route())
+            began = time.monotonic()
+            transport.closing.set()
+            transport.abort()
+            with pytest.raises(ClientClosedError, match="POST /api/v1/asample"):
+                sending.result(PATIENCE_S)
+            assert time.monotonic() - began < 2.0
 
 
 def test_tls_to_a_plain_port(server: ScriptedServer) -> None:

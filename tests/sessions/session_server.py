@@ -53,8 +53,9 @@ class SessionServer(ScriptedServer):
             return self._count
 
     def beats(self, session_id: Optional[str] = None) -> List[Received]:
-        """The heartbeats so far, of one session or of all."""
-        return [r for r in self.requests(BEAT) if session_id in (None, r.json()["session_id"])]
+        """The heartbeats so far, of one session or of all; not those cut off on the way."""
+        whole = [r for r in self.requests(BEAT) if len(r.body) == int(r.headers["content-length"])]
+        return [r for r in whole if session_id in (None, r.json()["session_id"])]
 
     def finishes(self, session_id: str) -> List[Received]:
         return self.requests(finish_route(session_id))

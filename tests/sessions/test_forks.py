@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -167,6 +168,36 @@ service.close("errored")
     assert server.reasons("s0") == ["errored"]
     assert server.reasons("s1") == ["success"]
     assert server.details("s1") == ["the process ended without closing the client"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_req_23_a_client_left_open_in_a_child_of_multiprocessing_is_ended(
+    server: SessionServer, tmp_path: Path, method: str, fails: bool
+) -> None:
+    body = f"""
+import io, multiprocessing
+kept = []
+
+def work():
+    kept.append(connect())
+    if {fails}:
+        sys.stderr = io.StringIO()
+        raise ValueError("oh")
+
+if __name__ == "__main__":
+    with connect():
+        process = multiprocessing.get_context({method!r}).Process(target=work)
+        process.start()
+        process.join()
+        print(process.exitcode)
+"""
+    assert run(server, tmp_path, body) == f"{int(fails)}\n"
+    assert server.reasons("s0") == ["success"]
+    # Python 3.13 has forgotten the exception by the time it runs the exit hooks.
+    errored = fails and sys.version_info < (3, 13)
+    assert server.reasons("s1") == ["errored" if errored else "success"]
+    server.assert_ended_once("s1")
 
 
 def test_req_23_forks_in_the_middle_of_work(server: SessionServer, tmp_path: Path) -> None:

@@ -19,8 +19,13 @@ from support.scripted_server import Answer
 from support.threads import race, wait_until
 
 import tinkex
-from tinkex import ServiceClient, errors, rate_limiter, types
-from tinkex import session_manager as session_manager_module
+from tinkex import (
+    ServiceClient,
+    errors,
+    rate_limiter,
+    session_manager as session_manager_module,
+    types,
+)
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,

@@ -12,12 +12,17 @@ import dataclasses
 import gzip
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
 from http.client import responses as REASONS
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple, Type, Union
+
+#: Of the server with ``tls=True``; a client must be told to trust it.
+CERTIFICATE = Path(__file__).parent / "tls" / "cert.pem"
 
 #: Nothing in a test takes longer than this, in seconds; waiting for it is a failure.
 PATIENCE_S = 10.0
@@ -75,6 +80,8 @@ Step = Union[Answer, Callable[[Received], Answer]]
 class ScriptedServer:
     """A server whose routes answer from a script.
 
+    With *tls* it speaks HTTPS, under CERTIFICATE.
+
     ::
 
         with ScriptedServer() as server:
@@ -83,10 +90,14 @@ class ScriptedServer:
     A route's answers are used up in order; its last one is repeated.  What has no route gets 404.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool = False) -> None:
+        self._tls: Optional[ssl.SSLContext] = None
+        if tls:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(CERTIFICATE, CERTIFICATE.with_name("key.pem"))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         # Guards everything below, and is notified of each request.
         self._changed = threading.Condition()
         self._routes: Dict[str, Deque[Step]] = {}
@@ -189,6 +200,17 @@ class ScriptedServer:
 
     def _serve(self, connection: socket.socket, number: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+                with self._changed:  # the plain socket is of no use any more
+                    self._connections[number] = connection
+                connection.do_handshake()
+        except OSError:  # the client does not trust us
+            self._forget(connection, number)
+            return
         stream = connection.makefile("rb")
         try:
             while not self._closing.is_set():
@@ -199,10 +221,13 @@ class ScriptedServer:
             pass  # the client went away, or close broke it off
         finally:
             stream.close()
-            connection.close()
-            with self._changed:
-                del self._connections[number]
-                self._changed.notify_all()
+            self._forget(connection, number)
+
+    def _forget(self, connection: socket.socket, number: int) -> None:
+        connection.close()
+        with self._changed:
+            del self._connections[number]
+            self._changed.notify_all()
 
     def _reply(self, connection: socket.socket, received: Received) -> bool:
         """Answer; return whether the connection stays open."""

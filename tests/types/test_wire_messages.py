@@ -8,8 +8,7 @@ import warnings
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tinkex.errors import ResponseDecodeError
 from tinkex.types import (

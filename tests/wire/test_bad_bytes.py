@@ -7,8 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from wire import test_golden
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError

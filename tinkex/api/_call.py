@@ -54,7 +54,9 @@ def read(answer: Type[W], reply: Reply, name: str) -> W:
         ) from error
 
 
-def post(transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:
+def post(
+    transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any
+) -> W:
     """POST *body* and read the answer; *how* as for `call`."""
     return read(answer, call(transport, "POST", path, body, **how), f"POST {path}")
 

@@ -192,6 +192,9 @@ class DeterministicEngine:
             raise EngineError(f"sampler {sampler_id} is unknown", "server")
         return self._slices(self._samplers[sampler_id], requests)
 
+    def interrupt(self) -> None:
+        """Do nothing: no call takes long."""
+
     def close(self) -> None:
         """Forget everything."""
         self._adapters.clear()

@@ -118,5 +118,12 @@ class Engine(Protocol):
         iterator abandons the rest.  A request that is at fault fails alone.
         """
 
+    def interrupt(self) -> None:
+        """Make the call in progress, and every later one, fail soon with EngineError.
+
+        The one method for any thread: the server calls it when it is closed, since a process
+        cannot end in good order while a thread of it computes.
+        """
+
     def close(self) -> None:
         """Release the model."""

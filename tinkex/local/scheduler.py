@@ -8,6 +8,7 @@ thread).
 
 from __future__ import annotations
 
+import atexit
 import logging
 import shutil
 import threading
@@ -24,6 +25,9 @@ from tinkex.local.problems import Problem
 from tinkex.types import SampleRequest
 
 _log = logging.getLogger(__name__)
+
+#: The process waits at most this long at its end for an interrupted turn, in seconds.
+EXIT_PATIENCE_S = 20.0
 
 AnyLane = Union[Lane, SamplerLane]
 
@@ -71,17 +75,25 @@ class Scheduler:
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """Fail what is queued, end the thread after its current turn, and close the engine.
+        """Fail what is queued, interrupt the engine, end the thread, and close the engine.
 
         Waits at most *timeout_s*; a turn that takes longer ends in the background.
         """
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._engine.interrupt()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                _log.warning("the engine is still busy; thread tinkex-engine ends after its turn")
+                _log.info("the engine is still busy; thread tinkex-engine ends after its turn")
+                # Python kills a daemon thread that computes in C++ by aborting the process.
+                atexit.register(self._thread.join, EXIT_PATIENCE_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, but no longer than *timeout_s*."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def poke(self) -> None:
         """Have the engine thread do its housekeeping soon."""

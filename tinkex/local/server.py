@@ -22,6 +22,7 @@ from tinkex import lifecycle
 from tinkex.errors import LocalServerError
 from tinkex.local.batches import SamplingLimits
 from tinkex.local.engine import Engine
+from tinkex.local.scheduler import EXIT_PATIENCE_S
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +175,8 @@ class LocalServer:
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
         self.close()
+        if self._backend is not None:
+            self._backend.scheduler.join(EXIT_PATIENCE_S)  # an exit hook made now is not run
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the threads, and the folder, are the parent's."""

@@ -55,7 +55,8 @@ class AdamParams(Wire):
         """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
+            # Real, so that numpy's own floats are taken too.
+            if not (isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
                 raise InvalidInputError(
                     f"AdamParams.{field.name} is {value!r}; it must be a finite number, 0 or more"
                 )

@@ -1,6 +1,6 @@
 """The two dialects of bulk values behind one interface.  Pure functions, safe from any thread.
 
-`codec_for` picks a dialect by content type.  protobuf is imported when it is first asked for.
+The dialects are json_codec and proto_codec; codecs.py picks one by content type.
 """
 
 from __future__ import annotations
@@ -55,18 +55,6 @@ class Codec(Protocol):
 
     def decode_samples(self, body: bytes) -> SampleResponse:
         """Read the result of a sample request; ResponseDecodeError if it is malformed."""
-
-
-def codec_for(content_type: str) -> Codec:
-    """Return the codec of an HTTP ``Content-Type`` value; JSON for whatever is not protobuf."""
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type in (PROTOBUF_CONTENT_TYPE, "application/protobuf"):
-        from tinkex.wire.proto_codec import PROTOBUF
-
-        return PROTOBUF
-    from tinkex.wire.json_codec import JSON
-
-    return JSON
 
 
 @contextlib.contextmanager

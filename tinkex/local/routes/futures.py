@@ -13,7 +13,8 @@ from tinkex.local.futures import Failure, Waiting
 from tinkex.local.http import answer, json_body, need
 from tinkex.local.problems import Problem
 from tinkex.types import ForwardBackwardOutput, SampleResponse
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
+from tinkex.wire.codecs import codec_for
 
 
 def register(app: Flask, backend: Backend, max_held_polls: int, hold_s: float) -> None:

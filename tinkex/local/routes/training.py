@@ -32,7 +32,8 @@ from tinkex.local.lanes import Job
 from tinkex.local.problems import Problem
 from tinkex.local.store import CheckpointRow
 from tinkex.types import AdamParams, ForwardBackwardRequest, GetInfoResponse, LoraConfig, ModelData
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, codec_for
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE
+from tinkex.wire.codecs import codec_for
 
 _ADAMW = {"type": "adamw"}
 

@@ -65,6 +65,7 @@ class TorchEngine:
 
     def __init__(self, network: Network, tokenizer: Any, info: EngineInfo) -> None:
         self._network = network
+        self._interruption = network.interruption
         self._vocabulary = Vocabulary.of(network.model, tokenizer)
         self._info = info
         self._pool = AdapterPool(network.model, info.model_name)
@@ -277,6 +278,10 @@ class TorchEngine:
             with torch.inference_mode():
                 finished = run.advance()
             yield finished
+
+    def interrupt(self) -> None:
+        """Make the call in progress, and every later one, fail within a layer's work."""
+        self._interruption.requested = True
 
     def close(self) -> None:
         """Release the model."""

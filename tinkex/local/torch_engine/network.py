@@ -11,10 +11,39 @@ from typing import Any, List, Tuple
 import torch
 
 from tinkex.errors import LocalServerError
+from tinkex.local.engine import EngineError
 from tinkex.local.torch_engine.quiet import quiet
 
 #: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
 LOGITS_ROWS = 256
+
+
+class Interruption:
+    """Stops a computation from another thread: each layer looks here, on the way back too."""
+
+    def __init__(self) -> None:
+        self.requested = False  # written by any thread, once; read by the engine's
+
+    def check(self) -> None:
+        """Raise EngineError once it is requested."""
+        if self.requested:
+            raise EngineError("the engine was interrupted, since the server is closing", "server")
+
+    def watch(self, model: Any) -> None:
+        """Look after each layer of *model*, and when a gradient comes back to it."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.ModuleList):
+                for layer in module:
+                    layer.register_forward_hook(self._after_layer)
+
+    def _after_layer(self, layer: Any, arguments: Any, output: Any) -> None:
+        self.check()
+        features = output[0] if isinstance(output, tuple) else output
+        if isinstance(features, torch.Tensor) and features.requires_grad:
+            features.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: torch.Tensor) -> None:
+        self.check()
 
 
 class Network:
@@ -32,6 +61,8 @@ class Network:
         self.layer_count = int(text_config.num_hidden_layers)
         self.device: torch.device = next(model.parameters()).device
         self._decoder = model.base_model
+        self.interruption = Interruption()
+        self.interruption.watch(model)
         with torch.no_grad():
             self.is_split = self._try_split()
 
@@ -58,6 +89,7 @@ class Network:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (..., vocabulary) of *features* (..., d)."""
+        self.interruption.check()
         if self.is_split:
             features = self.model.get_output_embeddings()(features)
         return features.float()
