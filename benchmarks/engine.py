@@ -13,7 +13,9 @@ Three measurements, through the whole stack (client, HTTP, server, engine) and o
 - `tinkex serve`, from the start of the process to the first answered health check.  Aim: 10 s.
 
 Contenders take turns, round by round, and each is judged by its best round: on a shared machine
-the best is the one least disturbed.  Needs the extra "local", and the model (downloaded once).
+the best is the one least disturbed.  CPU seconds (of the whole process: client and server threads
+included) are shown as well; busy neighbours hardly change them.  Needs the extra "local", and the
+model (downloaded once).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -185,9 +187,16 @@ class WholeStack:
         return sum(len(s.tokens_np) for future in futures for s in future.result().sequences)
 
 
+class Best(NamedTuple):
+    """The least seconds of several rounds: by the clock, and of all the process's threads."""
+
+    seconds: float
+    cpu: float
+
+
 def best_times(
     contenders: Mapping[str, Callable[[], Any]], repeat: int, same: float
-) -> Dict[str, float]:
+) -> Dict[str, Best]:
     """Let *contenders* take turns; return the best seconds of each.
 
     Raises:
@@ -196,12 +205,13 @@ def best_times(
     answers = {name: work() for name, work in contenders.items()}  # warm up, and compare
     first = next(iter(answers.values()))
     assert all(abs(answer - first) <= same * abs(first) for answer in answers.values()), answers
-    best = dict.fromkeys(contenders, float("inf"))
+    best = dict.fromkeys(contenders, Best(float("inf"), float("inf")))
     for _ in range(repeat):
         for name, work in contenders.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             work()
-            best[name] = min(best[name], time.perf_counter() - started)
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+            best[name] = Best(min(best[name].seconds, seconds), min(best[name].cpu, cpu))
     return best
 
 
@@ -232,14 +242,14 @@ def _running(command: List[str]) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(30)
 
 
-def report(title: str, best: Mapping[str, float], amount: int, unit: str) -> None:
+def report(title: str, best: Mapping[str, Best], amount: int, unit: str) -> None:
     """Print one table; ratios are to the plain loop, the first row."""
     plain = next(iter(best.values()))
     print(f"\n{title}")
-    print(f"  {'':24}{'seconds':>10}{unit + '/s':>12}{'time x':>9}{'speed x':>9}")
-    for name, seconds in best.items():
-        line = f"  {name:24}{seconds:10.3f}{amount / seconds:12.1f}"
-        print(f"{line}{seconds / plain:9.3f}{plain / seconds:9.3f}")
+    print(f"  {'':22}{'s':>9}{unit + '/s':>9}{'time x':>9}{'speed x':>9}{'cpu s':>9}{'cpu x':>8}")
+    for name, (seconds, cpu) in best.items():
+        line = f"  {name:22}{seconds:9.3f}{amount / seconds:9.1f}{seconds / plain.seconds:9.3f}"
+        print(f"{line}{plain.seconds / seconds:9.3f}{cpu:9.3f}{cpu / plain.cpu:8.3f}", flush=True)
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ import os
 import random
 import sys
 import time
-from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, NamedTuple, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -28,6 +27,7 @@ import tinkex
 from tinkex import types
 
 TEXT = Path(__file__).parent / "data"
+MAX_TOKENS = 512  # longer paragraphs are cut
 PROMPTS = ("PROGRAMMER, n.", "COFFEE, n.", "TELEPHONE, n.")
 
 console = Console(highlight=False, emoji=False)
@@ -84,7 +84,8 @@ def read_paragraphs(path: Path) -> List[str]:
 
 def make_datum(text: str, tokenizer: Any) -> types.Datum:
     """Make an example of *text*: each token is to be predicted from those before it."""
-    tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    tokens = tokenizer.encode(text, truncation=True, max_length=MAX_TOKENS - 1)
+    tokens.append(tokenizer.eos_token_id)
     return types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={
@@ -111,41 +112,51 @@ def loss_per_token(output: types.ForwardBackwardOutput) -> float:
     return -float(np.concatenate(logprobs).mean())
 
 
+class Step(NamedTuple):
+    """A training step that is under way on the server."""
+
+    passed: tinkex.APIFuture[types.ForwardBackwardOutput]
+    stepped: tinkex.APIFuture[types.OptimStepResponse]
+    tokens: int
+
+
+def submit(trainer: tinkex.TrainingClient, batch: List[types.Datum], rate: float) -> Step:
+    """Submit a forward and backward pass and an optimizer step; wait for neither."""
+    return Step(
+        trainer.forward_backward(batch, "cross_entropy"),
+        trainer.optim_step(types.AdamParams(learning_rate=rate)),
+        sum(datum.model_input.length for datum in batch),
+    )
+
+
 def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: Any) -> List[float]:
     """Train, showing how it goes; return the loss per token of each step."""
+    rates = arguments.learning_rate * (1 - np.arange(arguments.steps) / arguments.steps)
+    source = batches(data, arguments.batch_size, arguments.seed)
+    steps = (submit(trainer, batch, float(rate)) for rate, batch in zip(rates, source))
     losses: List[float] = []
-    pending: Deque[Tuple[Any, Any]] = deque()
-    tokens_done, tokens_sent, begun = 0, deque([0]), time.monotonic()
-    progress = Progress(
+    tokens, begun = 0, time.monotonic()
+    columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s "),
         TimeRemainingColumn(),
         TextColumn("left"),
-        console=console,
     )
-    with progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=arguments.steps, loss="-", speed="-")
-        source = batches(data, arguments.batch_size, arguments.seed)
-        for step in range(arguments.steps + 1):
-            if step < arguments.steps:
-                batch = next(source)
-                rate = arguments.learning_rate * (1 - step / arguments.steps)
-                # Both are submitted before the step before them is waited for, so that the
-                # server always has the next one at hand.
-                passed = trainer.forward_backward(batch, "cross_entropy")
-                stepped = trainer.optim_step(types.AdamParams(learning_rate=rate))
-                pending.append((passed, stepped))
-                tokens_sent.append(sum(datum.model_input.length for datum in batch))
-            if step > 0:
-                passed, stepped = pending.popleft()
-                losses.append(loss_per_token(passed.result()))
-                stepped.result()
-                tokens_done += tokens_sent[step]
-                speed = tokens_done / (time.monotonic() - begun)
-                progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
-    console.print(f"Trained on {tokens_done} tokens in {time.monotonic() - begun:.0f} s.")
+        ahead = next(steps, None)
+        while ahead is not None:
+            # The next step is submitted before this one is waited for, so that the server
+            # always has work at hand.
+            step, ahead = ahead, next(steps, None)
+            losses.append(loss_per_token(step.passed.result()))
+            step.stepped.result()
+            tokens += step.tokens
+            speed = tokens / (time.monotonic() - begun)
+            progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
+    console.print(f"Trained on {tokens} tokens in {time.monotonic() - begun:.0f} s.")
     return losses
 
 
@@ -245,10 +256,10 @@ def main() -> int:
         with connect(arguments) as service:
             run(service, arguments)
     except KeyboardInterrupt:
-        console.print("Interrupted; the session is ended, and nothing was saved.")
+        console.print("Interrupted; nothing is left running.")
         return 130
     except tinkex.TinkexError as error:
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
 

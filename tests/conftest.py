@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import time
 from typing import Iterator, List
@@ -11,6 +12,11 @@ import pytest
 
 #: How long a stopped thread may take to leave.
 GRACE_S = 5.0
+
+
+# A background job of a shell ignores Ctrl-C, and its children would inherit that; ours are sent it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tinkex_threads() -> List[threading.Thread]:

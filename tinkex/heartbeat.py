@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SLEEP_JUMP_S = 5.0
 #: A thread woken later than this is worth a warning: something held the interpreter.
 LATE_S = 2.0
+#: The longest sleep: a sleeping machine is noticed between two, and waits have an upper limit.
+NAP_S = 60.0
 
 
 class ClockWatch:
@@ -112,8 +114,9 @@ def _sleep(core: Core, wanted: Optional[float]) -> float:
     Returns how much later than wanted the thread was woken, in seconds.
     """
     began = core.clock.monotonic()
+    nap_s = NAP_S if wanted is None else min(NAP_S, max(0.0, wanted - began))
     try:
-        message = core.inbox.get(timeout=None if wanted is None else max(0.0, wanted - began))
+        message = core.inbox.get(timeout=nap_s)
     except queue.Empty:
         return core.clock.monotonic() - max(began, wanted or 0.0)
     if message[0] == "abandon":

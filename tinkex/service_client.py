@@ -280,7 +280,7 @@ class ServiceClient:
             self._session.close(status, detail, timeout_s=timeout_s)
         finally:  # also when Ctrl-C breaks in
             server, self._server = self._server, None
-            if server is not None and not self._session.forked:
+            if server is not None:
                 server.close()
         done: Future[None] = Future()
         done.set_result(None)

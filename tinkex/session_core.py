@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 WORKER_CAP = 8
 #: A server is given this long, in seconds, to take note of a session's end when many end at once.
 FINISH_S = 2.0
+#: So many lost sessions are remembered.
+LOST_KEPT = 1000
 
 #: Called as ``on_removed(session_id, reason)``, outside every lock, when a session is lost.
 RemovalCallback = Callable[[str, str], object]
@@ -101,6 +103,8 @@ class Core:
         self.take_off_locked(session_id)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.clock.wall()))
         self.lost[session_id] = f"{reason}, at {stamp}"
+        if len(self.lost) > LOST_KEPT:  # clients that were dropped never ask
+            del self.lost[next(iter(self.lost))]
 
 
 def new_workers() -> WorkerPool:

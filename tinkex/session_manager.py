@@ -255,6 +255,8 @@ def _live(config: Config, open_link: LinkFactory) -> Live:
 
 def _create(core: Core, open_link: LinkFactory, config: Config, arrival: _Arrival) -> None:
     """Create a session and hand it over; end it if nobody waits any more."""
+    if arrival.cancelled():
+        return
     live: Optional[Live] = None
     try:
         live = _live(config, open_link)

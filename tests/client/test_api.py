@@ -22,7 +22,10 @@ from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
 BASE = "http://tinker.example/prefix"
-CONFIG = Config.resolve(environ={}, base_url=BASE, tags=["t"], user_metadata={"k": "v"})
+# A request to the wrong place is to fail, not to be tried for minutes.
+CONFIG = Config.resolve(
+    environ={}, base_url=BASE, tags=["t"], user_metadata={"k": "v"}, max_outage_s=0.01
+)
 LORA = types.LoraConfig(rank=8, seed=3)
 LORA_JSON = {
     "rank": 8,

@@ -132,7 +132,8 @@ def test_close_drops_what_has_not_begun_and_lets_it_be_collected() -> None:
     alive = weakref.ref(owner)
     pool.submit(lambda: (began.set(), release.wait(PATIENCE_S)))
     assert began.wait(PATIENCE_S)
-    pool.submit(owner.task)
+    for _ in range(3):
+        pool.submit(owner.task)
     pool.close()
     release.set()
     assert pool.join(time.monotonic() + PATIENCE_S) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -268,12 +269,32 @@ def test_the_cache_folder_follows_the_environment(
     assert models.default_cache_dir().parts[-3:] == (".cache", "tinkex", "models")
 
 
-def test_folders_and_hub_names_pass_through(tmp_path: Path) -> None:
+def test_folders_and_hub_names_pass_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     with pytest.raises(LocalServerError, match="holds no model"):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert models.resolve(str(tmp_path)).source == str(tmp_path)
     assert models.resolve("org/name") == models.ResolvedModel("org/name", "org/name")
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(LocalServerError, match="cannot be reached") as caught:
+        models.resolve("nobody/nothing")
+    assert "smollm2-135m" in str(caught.value.hint)
+
+
+def test_what_cannot_be_a_model_name_is_refused() -> None:
+    with pytest.raises(LocalServerError, match="neither a folder nor the name of a model"):
+        models.resolve("no/such/folder")
 
 
 def test_an_unknown_model_is_reported_with_the_remedy(

@@ -97,10 +97,19 @@ def test_ctrl_c_ends_the_quickstart_and_its_session(torch_server, texts):
     assert trained, done.stderr
     assert done.returncode == 130
     assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == (
-        "Interrupted; the session is ended, and nothing was saved."
-    )
+    assert done.stdout.splitlines()[-1] == "Interrupted; nothing is left running."
     assert ended_by(torch_server) == ["interrupted"]
+
+
+def test_ctrl_c_ends_the_quickstart_and_the_server_in_it(texts, tmp_path):
+    options = ["--steps", "1000000", "--model", MODEL, "--data-dir", str(tmp_path / "kept")]
+    with started([QUICKSTART, *options, *texts]) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("Session "):
+            assert process.poll() is None
+        done = interrupt(process)
+    assert done.returncode == 130
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

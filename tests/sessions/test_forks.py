@@ -122,14 +122,15 @@ with connect() as service:
     if pid == 0:
         sys.exit(7)  # leaves the with block, and the exit hooks run
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    service.create_sampling_client(base_model="m")
     print(sample(sampler), len(service.inflight()))
 """
     assert run(server, tmp_path, body) == "[7] 0\n"
     assert server.reasons() == ["success"]
     server.assert_ended_once()
     # The child must not have broken the parent's connections off.
-    assert len({r.connection for r in server.requests(BEAT)}) == 1
-    assert len({r.connection for r in server.requests(POLL)}) == 1
+    for route in (BEAT, POLL, "POST /api/v1/create_sampling_session"):
+        assert len({r.connection for r in server.requests(route)}) == 1, route
 
 
 def test_req_23_a_child_creates_its_own_client(server: SessionServer, tmp_path: Path) -> None:

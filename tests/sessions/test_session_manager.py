@@ -244,6 +244,19 @@ def test_req_03_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
             manager.start_session(A)
 
 
+def test_req_03_a_creation_that_nobody_waits_for_any_more_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
+    with managed() as (manager, network):
+        queued: List[Callable[[], None]] = []
+        monkeypatch.setattr(manager._core.errands, "submit", queued.append)  # all are busy
+        with pytest.raises(APITimeoutError):
+            manager.start_session(Config("http://a.test", startup_timeout_s=0.01))
+        queued[0]()
+        assert network.created == 0
+
+
 # 4: one thread; the form of a beat
 
 
@@ -644,6 +657,21 @@ def test_req_11_a_beat_in_flight_neither_revives_nor_logs(
     assert lost == []
 
 
+def test_req_11_a_beat_in_flight_says_nothing_of_the_next_session_of_that_id(
+    bench: HandTurned,
+) -> None:
+    def beat(session_id: str) -> int:
+        bench.manager.stop_session(session_id)
+        bench.manager.adopt_session(Config("http://a.test"), session_id)
+        return 404
+
+    bench.network.on_beat = beat
+    bench.manager.adopt_session(Config("http://a.test"), "theirs")
+    bench.core.thread = threading.current_thread()
+    bench.turn()
+    assert bench.snapshot().session_id == "theirs"
+
+
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_req_11_servers_without_that_route_are_asked_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
@@ -691,6 +719,19 @@ def test_req_12_after_a_sleep_it_beats_at_once_on_fresh_connections(
     assert messages(caplog) == ["the clock jumped by 3600 s (the machine slept?): beating at once"]
     bench.turn(1)
     assert len(bench.network.sent) == 2  # once
+
+
+def test_req_12_an_interval_of_ages_is_slept_in_naps(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.start(heartbeat_interval_s=1e15)
+    bench.turn()
+    bench.core.inbox = Oversleeping(bench, 0.0)  # type: ignore[assignment] # a fake
+    began = bench.clock.monotonic()
+    assert turn(bench.core, bench.watch)
+    assert bench.clock.monotonic() - began == 60
+    assert len(bench.network.sent) == 1
+    assert messages(caplog) == []
 
 
 class Oversleeping:
@@ -767,6 +808,20 @@ def test_req_13_the_callback_is_called_with_the_reason_outside_every_lock() -> N
         bench.turn()
         bench.manager.stop_session(bench.start())
         assert lost == [("s0", "the server refused its heartbeat (status 401)", [])]
+
+
+def test_req_13_lost_sessions_are_not_remembered_for_ever(
+    bench: HandTurned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinkex.session_core.LOST_KEPT", 2)
+    bench.network.on_beat = lambda session_id: 410
+    lost = []
+    for _ in range(4):
+        bench.core.thread = threading.current_thread()
+        lost.append(bench.start())
+        bench.turn()
+    known = [bench.manager.lost_reason(session_id) is not None for session_id in lost]
+    assert known == [False, False, True, True]
 
 
 def test_req_13_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:

@@ -19,13 +19,16 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Callable, Dict, Iterator, Optional, Tuple
+from urllib.parse import urlsplit
 
 from tinkex.errors import LocalServerError
 
@@ -97,7 +100,34 @@ def resolve(
                 hint="Give a folder written by save_pretrained.",
             )
         return ResolvedModel(name, str(folder.resolve()))
+    _check_hub(name)
     return ResolvedModel(name, name)
+
+
+def _check_hub(name: str) -> None:
+    """Fail at once, not after a minute of retries, where there is no way to the model hub."""
+    _check_packages("huggingface_hub")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    hint = "Give a folder written by save_pretrained, or smollm2-135m, which needs no model hub."
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except ValueError as error:
+        raise LocalServerError(
+            f"{name!r} is neither a folder nor the name of a model: {error}", hint=hint
+        ) from error
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return  # transformers knows what to do, or a proxy does
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise LocalServerError(
+            f"cannot load the model {name}: it is not on this machine, and the model hub {host} "
+            f"cannot be reached ({error.strerror or error})",
+            hint=hint,
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

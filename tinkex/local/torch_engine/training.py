@@ -96,9 +96,8 @@ def _run_pass(
                     gradient[chunk] = leaf.grad
                 logprobs[chunk] = lp.detach()
                 losses[chunk] = token_losses.detach()
-    if (
-        gradient is not None and flat.requires_grad
-    ):  # it does not if only the output layer is trained
+    # Where only the output layer is trained, nothing before it takes part.
+    if gradient is not None and flat.requires_grad:
         torch.autograd.backward(flat, gradient)
     return logprobs.cpu().numpy(), losses.cpu().numpy()
 
