@@ -150,6 +150,8 @@ class Session:
         future: APIFuture[T] = self.poller.new_future(kind)
 
         def task() -> None:
+            if future.done():  # cancelled while it waited for a thread
+                return
             try:
                 future.settle(work())
             except Exception as error:

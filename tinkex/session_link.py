@@ -28,6 +28,9 @@ class SessionLink(Protocol):
     def create(self) -> CreateSessionResponse:
         """Create a session; retried for ``startup_timeout_s``.  Raises TinkexError."""
 
+    def give_up(self) -> None:
+        """Have `create` begin no further attempt; the one in flight may still succeed."""
+
     def beat(self, session_id: str) -> int:
         """Send one heartbeat, once, and return the status.  Raises TinkexError."""
 
@@ -56,6 +59,10 @@ class HTTPLink:
     def create(self) -> CreateSessionResponse:
         """See SessionLink."""
         return create_session(self._transport, self._config)
+
+    def give_up(self) -> None:
+        """See SessionLink."""
+        self._transport.closing.set()
 
     def beat(self, session_id: str) -> int:
         """See SessionLink."""

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
-from typing import Callable, List, Optional, Tuple, Type
+from typing import Callable, List, Optional, Type
 
 from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
@@ -41,7 +41,7 @@ _GRACE_S = 3.0
 #: close waits this long for threads once everything is broken off, in seconds.
 _LINGER_S = 1.0
 
-_Arrival = Future[Tuple[CreateSessionResponse, Live]]
+_Arrival = Future[CreateSessionResponse]
 
 
 class SessionManager:
@@ -84,13 +84,14 @@ class SessionManager:
         if core.closed:
             raise _closed()
         arrival: _Arrival = Future()
-        core.errands.submit(lambda: _create(core, self._open_link, config, arrival))
+        live = _live(config, self._open_link)
         try:
-            created, live = arrival.result(config.startup_timeout_s + _GRACE_S)
+            core.errands.submit(lambda: _create(core, live, arrival))
+            created = arrival.result(config.startup_timeout_s + _GRACE_S)
         except BaseException as error:
             if arrival.done() and not arrival.cancelled() and arrival.exception() is error:
                 raise
-            _give_up(core, arrival)
+            _give_up(core, live, arrival)
             if isinstance(error, FutureTimeoutError):
                 raise _too_slow(config) from None
             raise
@@ -253,35 +254,33 @@ def _live(config: Config, open_link: LinkFactory) -> Live:
     return Live(open_link(config), config.base_url, config.host_and_port, config.quiet)
 
 
-def _create(core: Core, open_link: LinkFactory, config: Config, arrival: _Arrival) -> None:
+def _create(core: Core, live: Live, arrival: _Arrival) -> None:
     """Create a session and hand it over; end it if nobody waits any more."""
     if arrival.cancelled():
+        live.link.abort()
         return
-    live: Optional[Live] = None
     try:
-        live = _live(config, open_link)
         created = live.link.create()
     except BaseException as error:
-        if live is not None:
-            live.link.abort()
+        live.link.abort()
         try:
             arrival.set_exception(error)
         except InvalidStateError:
             logger.debug("creating a session failed after its caller gave up: %s", error)
         return
     try:
-        arrival.set_result((created, live))
+        arrival.set_result(created)
     except InvalidStateError:
         logger.info("session %s arrived after its caller gave up; ending it", created.session_id)
         finish(core, created.session_id, live, "interrupted", None, FINISH_S)
 
 
-def _give_up(core: Core, arrival: _Arrival) -> None:
+def _give_up(core: Core, live: Live, arrival: _Arrival) -> None:
     """The caller waits no longer; a session that is there already is ended now."""
+    live.link.give_up()
     if arrival.cancel() or arrival.exception() is not None:
         return
-    created, live = arrival.result()
-    finish(core, created.session_id, live, "interrupted", None, FINISH_S)
+    finish(core, arrival.result().session_id, live, "interrupted", None, FINISH_S)
 
 
 def _undo(core: Core, session_id: str, live: Live) -> None:

@@ -53,6 +53,7 @@ class FakeLink:
         self.network = network
         self.config = config
         self.dropped = 0
+        self.given_up = False
         self.aborted = threading.Event()
 
     def create(self) -> CreateSessionResponse:
@@ -74,6 +75,9 @@ class FakeLink:
         with self.network.lock:
             self.network.finished.append((session_id, status, detail))
         return self.network.on_finish(session_id)
+
+    def give_up(self) -> None:
+        self.given_up = True
 
     def drop_idle(self) -> None:
         self.dropped += 1

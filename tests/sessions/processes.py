@@ -29,6 +29,10 @@ def connect(**settings):
     settings = {"base_url": os.environ["SERVER"], "heartbeat_interval_s": 0.05, **settings}
     return ServiceClient(**settings)
 
+def wait_for_ever(service):
+    service.get_server_capabilities()  # tells the test that we are here
+    threading.Event().wait()
+
 def sample(sampler):
     return sampler.sample(PROMPT).result(10).sequences[0].tokens
 """

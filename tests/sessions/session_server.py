@@ -9,6 +9,7 @@ from support.scripted_server import Answer, Received, ScriptedServer
 
 CREATE = "POST /api/v1/create_session"
 BEAT = "POST /api/v1/session_heartbeat"
+CAPABILITIES = "GET /api/v1/get_server_capabilities"
 POLL = "POST /api/v1/retrieve_future"
 
 
@@ -40,6 +41,7 @@ class SessionServer(ScriptedServer):
 
         Samples have one token.
         """
+        self.on(CAPABILITIES, Answer(body={"supported_models": []}))
         self.on("POST /api/v1/create_model", _create_model)
         self.on("POST /api/v1/load_weights", _create_model)
         self.on("POST /api/v1/get_info", _get_info)

@@ -11,7 +11,13 @@ from typing import List, Optional
 
 import pytest
 from sessions.processes import Ended, Script, last_line, line_of
-from sessions.session_server import BEAT, CREATE, POLL, SessionServer, finish_route
+from sessions.session_server import (
+    CAPABILITIES,
+    CREATE,
+    POLL,
+    SessionServer,
+    finish_route,
+)
 from support.scripted_server import Answer
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
@@ -42,7 +48,7 @@ class Case:
     detail: Optional[str] = None
     error: Optional[str] = None
     signal: int = 0
-    at: str = BEAT
+    at: str = CAPABILITIES
     hold: Optional[str] = None
     within_s: float = 10.0
 
@@ -76,7 +82,7 @@ CASES = [
     Case("sys.exit without close", "service = connect()\nsys.exit(3)", code=3, detail=UNCLOSED),
     Case(
         "Ctrl-C without close",
-        "service = connect()\nthreading.Event().wait()",
+        "service = connect()\nwait_for_ever(service)",
         code=-signal.SIGINT,
         reasons=["interrupted"],
         detail=UNCLOSED,
@@ -170,7 +176,7 @@ CASES = [
     # Python does nothing at all on SIGTERM: the server's TTL ends the session.
     Case(
         "SIGTERM",
-        "with connect(): threading.Event().wait()",
+        "with connect() as service: wait_for_ever(service)",
         code=-signal.SIGTERM,
         reasons=[],
         signal=signal.SIGTERM,
@@ -179,7 +185,7 @@ CASES = [
         "SIGTERM turned into sys.exit",
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        with connect(): threading.Event().wait()
+        with connect() as service: wait_for_ever(service)
         """,
         code=143,
         reasons=["interrupted"],

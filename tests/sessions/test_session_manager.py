@@ -257,6 +257,28 @@ def test_req_03_a_creation_that_nobody_waits_for_any_more_is_not_begun(
         assert network.created == 0
 
 
+def test_req_03_nothing_more_is_tried_for_a_caller_that_gave_up(server: SessionServer) -> None:
+    server.on(CREATE, Answer(503, headers={"Retry-After": "5"}))
+    link = HTTPLink(Config(server.url))
+    errors: List[BaseException] = []
+
+    def create() -> None:
+        try:
+            link.create()
+        except ClientClosedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    wait_until(lambda: bool(server.requests(CREATE)), "the first attempt is made")
+    link.give_up()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(errors) == 1
+    assert len(server.requests(CREATE)) == 1
+    link.abort()
+
+
 # 4: one thread; the form of a beat
 
 
