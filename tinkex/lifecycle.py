@@ -96,10 +96,12 @@ def _at_exit() -> None:
         things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
-    for index, thing in enumerate(things):
-        share = max(0.1, deadline - time.monotonic()) / (len(things) - index)
+    for thing in things:
+        # Half of what is left: one that hangs must not use up the time of all, and an equal share
+        # would be too short for a busy machine when there are many.
+        share_s = max(0.05, (deadline - time.monotonic()) / 2)
         try:
-            thing.close_at_exit(status, share)
+            thing.close_at_exit(status, share_s)
         except Exception:
             logger.debug("closing %r at exit failed", thing, exc_info=True)
 

@@ -97,4 +97,8 @@ class HttpThreads:
             try:
                 task.service()
             except Exception:
-                _log.exception("an HTTP request failed")
+                # waitress 3.0 stumbles (no `path`) over a client that sent nonsense and hung up.
+                if getattr(task, "connected", True):
+                    _log.exception("an HTTP request failed")
+                else:
+                    _log.debug("a client hung up", exc_info=True)

@@ -169,6 +169,7 @@ class LocalServer:
             self._stop.set()
             self._http.pull_trigger()
             self._thread.join(0.5)
+            self._close_sockets()  # only now: the trigger pulled above is one of them
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
 
@@ -260,6 +261,10 @@ class LocalServer:
         for channel in list(self._sockets.values()):
             if getattr(channel, "total_outbufs_len", 0):
                 channel.handle_write()
+
+    def _close_sockets(self) -> None:
+        from waitress import wasyncore
+
         wasyncore.close_all(map=self._sockets, ignore_all=True)
 
     def _remove_temporary(self) -> None:
