@@ -74,8 +74,9 @@ class Dialect:
         try:
             accepted = forward_backward(transport, JSON, request, policy)
         except APIStatusError as second:
-            # 415 names the wrong encoding: the other answer is about the batch itself.
-            told = first if second.status == 415 else second
+            # 415 names the wrong encoding, and 409 says that the first body was read and has used
+            # the number up: then the first answer is about the batch itself.
+            told = first if second.status in (409, 415) else second
             if told is first:
                 self._settle(PROTOBUF)
                 if first.status == 500:  # which may pass, after all

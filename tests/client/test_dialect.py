@@ -165,6 +165,20 @@ def test_a_bad_batch_on_a_server_without_protobuf_is_reported_as_such(
     assert dialect.codec is JSON
 
 
+def test_a_bad_batch_that_used_its_number_up_is_reported_as_such(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(
+        ROUTE, Answer(400, {"detail": "too long"}), Answer(409, {"detail": "7 was used"}), ACCEPTED
+    )
+    dialect = Dialect(transport.config)
+    with pytest.raises(BadRequestError, match="too long"):
+        dialect.submit(transport, batch())
+    assert dialect.codec is PROTOBUF  # which was read, so that is settled
+    dialect.submit(transport, batch(8))
+    assert encodings(server) == ["x-protobuf", "json", "x-protobuf"]
+
+
 def test_a_passing_500_on_a_server_without_json_is_ridden_out(
     transport: Transport, server: ScriptedServer
 ) -> None:

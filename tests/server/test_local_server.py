@@ -396,3 +396,16 @@ def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.Monk
     until.set()
     assert second.begun.wait(20)
     assert threads.shutdown(timeout=20)
+
+
+def test_close_comes_after_a_socket_thread_that_has_ended_by_itself() -> None:
+    # It may see the stop before it is woken for it; what wakes it must still be open then.
+    server = LocalServer(DeterministicEngine())
+    server.start()
+    server._stop.set()
+    server._http.pull_trigger()
+    assert server._thread is not None
+    server._thread.join(20)
+    server.close()
+    assert own_threads() == []
+    assert not server._sockets
