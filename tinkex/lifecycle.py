@@ -96,10 +96,11 @@ def _at_exit() -> None:
         things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
-    for thing in things:
+    for number, thing in enumerate(things, 1):
         # Half of what is left: one that hangs must not use up the time of all, and an equal share
-        # would be too short for a busy machine when there are many.
-        share_s = max(0.05, (deadline - time.monotonic()) / 2)
+        # would be too short for a busy machine when there are many.  The last one gets the rest.
+        left_s = deadline - time.monotonic()
+        share_s = max(0.05, left_s if number == len(things) else left_s / 2)
         try:
             thing.close_at_exit(status, share_s)
         except Exception:

@@ -187,6 +187,7 @@ def finish_all(core: Core, status: str, detail: Optional[str], timeout_s: float)
     one_round = _FinishRound(core, todo, status, detail, core.clock.monotonic() + timeout_s)
     core.workers.submit_to_idle(one_round.run, len(todo) - 1)
     one_round.run()
+    one_round.wait_for_others()
 
 
 class _FinishRound:
@@ -204,10 +205,11 @@ class _FinishRound:
         self._reason = (status, detail)
         self._deadline = deadline
         self._live = dict(todo)
-        # Guards the queue and the set.
-        self._lock = threading.Lock()
+        # Guards the queue, the set and the number; notified when a post has ended.
+        self._changed = threading.Condition()
         self._queue = BeatQueue(WORKER_CAP + 1)
         self._silent: Set[str] = set()
+        self._posting = 0
         for session_id, live in todo:
             self._queue.put(live.host, session_id)
 
@@ -215,18 +217,27 @@ class _FinishRound:
         """Post until there is nothing left that this thread may post."""
         while True:
             now = self._core.clock.monotonic()
-            with self._lock:
+            with self._changed:
                 item = self._queue.take(now)
                 if item is None:
                     return
+                self._posting += 1
                 host, session_id = item
                 left_s = 0.0 if host in self._silent else max(0.0, self._deadline - now)
             live = self._live[session_id]
             # Half of what is left: one silent host must not use up the time of all.
             share_s = min(FINISH_S, left_s / 2)
             answered = finish(self._core, session_id, live, *self._reason, share_s)
-            with self._lock:
+            with self._changed:
                 ended = self._core.clock.monotonic()
                 self._queue.done(host, now, ended, answered=answered)
                 if not answered:
                     self._silent.add(host)
+                self._posting -= 1
+                self._changed.notify_all()
+
+    def wait_for_others(self) -> None:
+        """Wait until no thread posts any more: a process that exits would cut its post in two."""
+        with self._changed:
+            left_s = self._deadline - self._core.clock.monotonic()
+            self._changed.wait_for(lambda: not self._posting, max(0.0, left_s))

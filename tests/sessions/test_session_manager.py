@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import queue
+import sys
 import threading
 import time
 from typing import Any, Callable, List, Optional
@@ -903,6 +904,36 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
         threading.Timer(0.05, release.set).start()
         manager.close()
         assert network.finished == [("s0", "success", "the client was dropped")]
+
+
+def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
+    """A process that exits in the middle of a post would cut it in two."""
+    with managed() as (manager, network):
+        for _ in range(2):
+            manager.start_session(A)
+        wait_until(lambda: manager._core.workers._state.idle > 0, "an idle worker")
+        posting, ours_done, done = threading.Event(), threading.Event(), threading.Event()
+
+        def finish(session_id: str) -> int:
+            if threading.current_thread() is threading.main_thread():
+                assert posting.wait(10)
+                ours_done.set()
+            else:
+                posting.set()
+                assert ours_done.wait(10)
+                wait_until(round_is_waiting, "close to wait")
+                done.set()
+            return 200
+
+        def round_is_waiting() -> bool:
+            frame: Any = sys._current_frames()[threading.main_thread().ident or 0]
+            while frame is not None and frame.f_code.co_name != "wait_for_others":
+                frame = frame.f_back
+            return frame is not None
+
+        network.on_finish = finish
+        manager.close()
+        assert done.is_set()
 
 
 def test_a_forgotten_manager_ends_its_sessions_and_its_thread() -> None:

@@ -27,6 +27,8 @@ CERTIFICATE = Path(__file__).parent / "tls" / "cert.pem"
 #: Nothing in a test takes longer than this, in seconds; waiting for it is a failure.
 PATIENCE_S = 10.0
 
+_TLS_GREETING = b"\x16"  # the first byte of a TLS handshake
+
 
 @dataclasses.dataclass(frozen=True)
 class Received:
@@ -213,6 +215,9 @@ class ScriptedServer:
             return
         stream = connection.makefile("rb")
         try:
+            if self._tls is None and stream.peek(1)[:1] == _TLS_GREETING:
+                _refuse_tls(connection, stream)
+                return
             while not self._closing.is_set():
                 received = _read_request(stream, number)
                 if received is None or not self._reply(connection, received):
@@ -280,22 +285,37 @@ def _encode(answer: Answer) -> Tuple[bytes, bytes]:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), payload
 
 
+def _refuse_tls(connection: socket.socket, stream: Any) -> None:
+    """Answer a TLS greeting in plain text, as web servers do, and wait for the client to leave.
+
+    Closing with part of the greeting unread would send an RST, and the client might never see
+    the answer.
+    """
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+    connection.shutdown(socket.SHUT_WR)
+    while stream.read1(65536):
+        pass
+
+
 def _read_request(stream: Any, number: int) -> Optional[Received]:
-    line = stream.readline(65537)
-    if not line:
-        return None
-    words = line.decode("latin-1").split(" ")
+    """Read one request; None if the client left, or before it had sent all of it."""
+    words = stream.readline(65537).decode("latin-1").split(" ")
     if len(words) != 3:
-        return None  # not HTTP, e.g. a TLS greeting
+        return None
     method, path, _ = words
     headers: Dict[str, str] = {}
     while True:
-        line = stream.readline(65537).decode("latin-1").rstrip("\r\n")
-        if not line:
+        line = stream.readline(65537).decode("latin-1")
+        if not line.endswith("\n"):
+            return None
+        if not line.strip():
             break
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
-    body = stream.read(int(headers.get("content-length", "0")))
+    length = int(headers.get("content-length", "0"))
+    body = stream.read(length)
+    if len(body) < length:
+        return None
     return Received(method, path, headers, body, number, time.monotonic())
 
 
