@@ -910,8 +910,9 @@ def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
     """A process that exits in the middle of a post would cut it in two."""
     with managed() as (manager, network):
         for _ in range(2):
-            manager.start_session(A)
-        wait_until(lambda: manager._core.workers._state.idle > 0, "an idle worker")
+            manager.start_session(Config("http://a.test", heartbeat_interval_s=3600))
+        manager._core.workers.submit(int)
+        wait_until(lambda: manager._core.workers._state.idle == 1, "an idle worker")
         posting, ours_done, done = threading.Event(), threading.Event(), threading.Event()
 
         def finish(session_id: str) -> int:
