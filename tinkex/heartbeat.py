@@ -88,7 +88,7 @@ def turn(core: Core, watch: ClockWatch) -> bool:
         stale = slept or late_s > SLEEP_JUMP_S
         links = [live.link for live in core.live.values()] if stale else []
     if idle is not None:
-        idle.close()
+        idle.drain()  # they may be finishing sessions
         return False
     if slept:
         logger.info("the clock jumped by %.0f s (the machine slept?): beating at once", jump_s)

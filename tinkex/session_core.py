@@ -179,13 +179,13 @@ def finish_all(core: Core, status: str, detail: Optional[str], timeout_s: float)
         todo = sorted(core.live.items(), key=lambda item: item[0] in failing)
         core.live, core.lost, core.table = {}, {}, SessionTable()
         core.beats = BeatQueue(WORKER_CAP)
-    core.wake()
+        workers = core.workers
     for _, live in todo:
         live.disown()
-    if not todo:
-        return
     one_round = _FinishRound(core, todo, status, detail, core.clock.monotonic() + timeout_s)
-    core.workers.submit_to_idle(one_round.run, len(todo) - 1)
+    # Before the heartbeat thread wakes, finds nothing left to do and lets the workers go.
+    workers.submit_to_idle(one_round.run, len(todo) - 1)
+    core.wake()
     one_round.run()
     one_round.wait_for_others()
 
