@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 import threading
 import time
 from typing import Iterator, List
@@ -38,5 +39,9 @@ def no_thread_is_left() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {[t.name for t in left]}"
+    # Servers of later tests may get the ports of this one's.
+    memory = sys.modules.get("tinkex.server_memory")
+    if memory is not None:
+        memory.forget_servers()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)

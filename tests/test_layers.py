@@ -14,18 +14,27 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 LAYERS = (
-    ("leaves", "_version errors clock lifecycle"),
-    ("values", "config types wire retry batch_checks"),
-    ("machinery", "channel transport rate_limiter auth scheduler"),
+    ("leaves", "_version errors clock lifecycle single_flight"),
+    (
+        "values",
+        "config credentials types wire retry request redaction redirects batch_checks"
+        " sample_checks retry_config telemetry_events",
+    ),
+    (
+        "machinery",
+        "billing channel transport rate_limiter server_flags server_memory credential_command"
+        " tokens connection_errors deprecations downloads extraction scheduler",
+    ),
     (
         "protocol",
-        "api session_table beat_queue session_link session_core heartbeat session_manager"
-        " poll_rules poller futures dialect session telemetry",
+        "api auth session_table beat_queue session_link session_core heartbeat session_manager"
+        " poll_rules poll_loop pause_notices cancel_queue sample_gate poller futures dialect connection"
+        " session telemetry training_run numbered_lane training_pass new_run",
     ),
     (
         "clients",
-        "child_client service_client training_client sampling_client rest_client admin_client"
-        " custom_loss tokenizers checkpoints",
+        "child_client lookup_client service_client training_client sampling_client rest_client admin_client"
+        " loss_graph custom_loss custom_pass loss_registry run_factory tokenizers checkpoints",
     ),
     ("edges", "__main__ cli testing local"),
 )
@@ -50,12 +59,14 @@ HEAVY = {
     "matplotlib",
     "rich",
     "click",
+    "huggingface_hub",
 }
 #: These may import at module level what they are there for, being imported late themselves.
 HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
     "tinkex.local.http": {"flask", "werkzeug"},
     "tinkex.local.http_threads": {"waitress"},
+    "tinkex.local.profiles": {"werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
     "tinkex.local.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},

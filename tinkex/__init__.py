@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, List
 from tinkex._version import __version__
 
 if TYPE_CHECKING:
-    from tinkex import types as types
+    from tinkex import auth as auth, types as types
+    from tinkex.admin_client import AdminClient as AdminClient
     from tinkex.config import Config as Config
+    from tinkex.custom_loss import LossHandle as LossHandle, PerDatumLossFn as PerDatumLossFn
     from tinkex.errors import (
         APIConnectionError as APIConnectionError,
         APIError as APIError,
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
         ClientClosedError as ClientClosedError,
         ConfigError as ConfigError,
         ConflictError as ConflictError,
+        CredentialError as CredentialError,
+        DownloadCancelledError as DownloadCancelledError,
+        ExperimentalWarning as ExperimentalWarning,
+        IncompleteGradientError as IncompleteGradientError,
         InternalServerError as InternalServerError,
         InvalidInputError as InvalidInputError,
         LocalServerError as LocalServerError,
@@ -37,41 +43,64 @@ if TYPE_CHECKING:
         RequestFailedError as RequestFailedError,
         ResponseDecodeError as ResponseDecodeError,
         ResultExpiredError as ResultExpiredError,
+        RouteMissingError as RouteMissingError,
+        SequenceLostError as SequenceLostError,
         SessionLostError as SessionLostError,
         TinkerError as TinkerError,
         TinkexError as TinkexError,
         UnprocessableEntityError as UnprocessableEntityError,
+        UnsupportedError as UnsupportedError,
     )
     from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
     from tinkex.rest_client import RestClient as RestClient
-    from tinkex.sampling_client import SamplingClient as SamplingClient
+    from tinkex.retry_config import RetryConfig as RetryConfig
+    from tinkex.sampling_client import (
+        BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
+        SamplingClient as SamplingClient,
+    )
     from tinkex.service_client import ServiceClient as ServiceClient
     from tinkex.session_manager import SessionManager as SessionManager
-    from tinkex.training_client import TrainingClient as TrainingClient, TrainStep as TrainStep
+    from tinkex.training_client import (
+        BackcompatTrainingClientFuture as BackcompatTrainingClientFuture,
+        TrainingClient as TrainingClient,
+        TrainStep as TrainStep,
+    )
     from tinkex.types import (
+        AdamOptimizerConfig as AdamOptimizerConfig,
         AdamParams as AdamParams,
         Checkpoint as Checkpoint,
+        CheckpointType as CheckpointType,
         Datum as Datum,
+        DimuonOptimizerConfig as DimuonOptimizerConfig,
+        DimuonParams as DimuonParams,
         DmelChunk as DmelChunk,
         EncodedTextChunk as EncodedTextChunk,
         ForwardBackwardOutput as ForwardBackwardOutput,
         ImageAssetPointerChunk as ImageAssetPointerChunk,
         ImageChunk as ImageChunk,
         LoraConfig as LoraConfig,
+        ModelID as ModelID,
         ModelInput as ModelInput,
         ModelInputChunk as ModelInputChunk,
+        OptimParams as OptimParams,
         OptimStepResponse as OptimStepResponse,
         ParsedCheckpointTinkerPath as ParsedCheckpointTinkerPath,
+        PromptProvenanceSpan as PromptProvenanceSpan,
+        SampledProvenanceSpan as SampledProvenanceSpan,
         SampledSequence as SampledSequence,
         SampleRequest as SampleRequest,
         SampleResponse as SampleResponse,
         SamplingParams as SamplingParams,
+        StopReason as StopReason,
         TensorData as TensorData,
+        TensorDtype as TensorDtype,
         TrainingRun as TrainingRun,
     )
 
 _MODULES = {
+    "admin_client": ["AdminClient"],
     "config": ["Config"],
+    "custom_loss": ["LossHandle", "PerDatumLossFn"],
     "errors": [
         "APIConnectionError",
         "APIError",
@@ -84,6 +113,10 @@ _MODULES = {
         "ClientClosedError",
         "ConfigError",
         "ConflictError",
+        "CredentialError",
+        "DownloadCancelledError",
+        "ExperimentalWarning",
+        "IncompleteGradientError",
         "InternalServerError",
         "InvalidInputError",
         "LocalServerError",
@@ -95,47 +128,62 @@ _MODULES = {
         "RequestFailedError",
         "ResponseDecodeError",
         "ResultExpiredError",
+        "RouteMissingError",
+        "SequenceLostError",
         "SessionLostError",
         "TinkerError",
         "TinkexError",
         "UnprocessableEntityError",
+        "UnsupportedError",
     ],
     "futures": ["APIFuture", "FutureStatus"],
     "rest_client": ["RestClient"],
-    "sampling_client": ["SamplingClient"],
+    "retry_config": ["RetryConfig"],
+    "sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
     "service_client": ["ServiceClient"],
     "session_manager": ["SessionManager"],
-    "training_client": ["TrainStep", "TrainingClient"],
+    "training_client": ["BackcompatTrainingClientFuture", "TrainStep", "TrainingClient"],
     "types": [
+        "AdamOptimizerConfig",
         "AdamParams",
         "Checkpoint",
+        "CheckpointType",
         "Datum",
+        "DimuonOptimizerConfig",
+        "DimuonParams",
         "DmelChunk",
         "EncodedTextChunk",
         "ForwardBackwardOutput",
         "ImageAssetPointerChunk",
         "ImageChunk",
         "LoraConfig",
+        "ModelID",
         "ModelInput",
         "ModelInputChunk",
+        "OptimParams",
         "OptimStepResponse",
         "ParsedCheckpointTinkerPath",
+        "PromptProvenanceSpan",
+        "SampledProvenanceSpan",
         "SampleRequest",
         "SampleResponse",
         "SampledSequence",
         "SamplingParams",
+        "StopReason",
         "TensorData",
+        "TensorDtype",
         "TrainingRun",
     ],
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", "types", *sorted(_WHERE)]
+__title__ = "tinkex"
+__all__ = ["__version__", "auth", "types", *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "types":
-        return importlib.import_module("tinkex.types")
+    if name in ("auth", "types"):
+        return importlib.import_module(f"tinkex.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'tinkex' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"tinkex.{_WHERE[name]}"), name)

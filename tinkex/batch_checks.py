@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -83,3 +83,41 @@ def check_ttl(ttl_seconds: Optional[int]) -> None:
         raise InvalidInputError(
             f"ttl_seconds is {ttl_seconds!r}; it must be a whole number, 1 or more, or None"
         )
+
+
+def check_name(name: object) -> None:
+    """Raise InvalidInputError unless *name* can name a checkpoint."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+        raise InvalidInputError(
+            f"checkpoint name {name!r} must be a bare name, without slashes",
+            hint="The server makes the path: tinker://<run>/weights/<name>.",
+        )
+
+
+def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[str, str]]:
+    """Return a copy of *user_metadata*; InvalidInputError unless it maps strings to strings."""
+    if user_metadata is None:
+        return None
+    if not isinstance(user_metadata, Mapping):
+        raise InvalidInputError(
+            f"user_metadata is a {type(user_metadata).__name__}; it must be a dict"
+        )
+    for key, value in user_metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InvalidInputError(
+                f"user_metadata[{key!r}] is {value!r}; keys and values must be strings"
+            )
+    return dict(user_metadata)
+
+
+def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]:
+    """Return a copy of age *recipients*; InvalidInputError unless it is a list of strings."""
+    if recipients is None:
+        return None
+    found = [] if isinstance(recipients, str) else list(recipients)
+    if not found or not all(isinstance(recipient, str) and recipient for recipient in found):
+        raise InvalidInputError(
+            f"age_encryption_recipients is a {type(recipients).__name__} of no use",
+            hint="Give a list of age public keys, such as 'age1...', or None for no encryption.",
+        )
+    return found

@@ -9,19 +9,28 @@ shutting its sockets down, so that nobody waits for a long poll to end.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import socket
 import threading
 import weakref
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Optional, Tuple
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.response import HTTPResponse
 
 from tinkex.config import Config
+from tinkex.errors import ResponseDecodeError
+
+_HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
+_URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
+
+#: Encodings of answers that can be read here.
+ACCEPT_ENCODING = "gzip, deflate" + (", zstd" if _HAVE_ZSTD or _URLLIB3_DECODES_ZSTD else "")
 
 # A dead peer is noticed after about a minute, though polls may be silent for longer.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
@@ -111,15 +120,30 @@ class _TrackedAdapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
 
 
+class _Session(requests.Session):
+    """Leaves redirects alone: the original reads the target even if it is not to follow it.
+
+    A target that makes no sense would then raise errors of many kinds.
+    """
+
+    def resolve_redirects(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        return iter(())
+
+
 class Channel:
     """One connection pool to the server.  Thread-safe up to *pool_size* threads at once.
 
     More threads work too, at the cost of a fresh connection for each request beyond.
+
+    Attributes:
+        stopped: set once nothing more is to be begun; `abort` sets it, and so may others who let
+            the request in flight come to its end.
     """
 
     def __init__(self, config: Config, pool_size: int) -> None:
+        self.stopped = threading.Event()
         self._sockets = _Sockets()
-        session = requests.Session()
+        session = _Session()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.headers.clear()
@@ -150,14 +174,59 @@ class Channel:
         _check_length(response)
         return response
 
+    @contextlib.contextmanager
+    def stream(
+        self, url: str, *, headers: Mapping[str, str], timeout: Tuple[float, float]
+    ) -> Iterator[requests.Response]:
+        """GET once and yield the answer before its body, which the caller reads or leaves.
+
+        A read timeout bounds each pause in the body.  Raises what requests raises.  Blocks.
+        """
+        response = self._session.get(
+            url, headers=dict(headers), timeout=timeout, allow_redirects=False, stream=True
+        )
+        try:
+            yield response
+        finally:
+            response.close()
+
     def close(self) -> None:
         """Close idle connections."""
         self._session.close()
 
     def abort(self) -> None:
         """Break off every request in flight, at once, and those that follow; then close."""
+        self.stopped.set()
         self._sockets.abort()
         self._session.close()
+
+
+def content_of(response: requests.Response) -> bytes:
+    """The body of an answer of `Channel.request`, decompressed.
+
+    Raises:
+        ContentDecodingError: of requests; the body is broken.
+        ResponseDecodeError: it is compressed in a way that cannot be read here.
+    """
+    body: bytes = response.content
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding != "zstd" or _URLLIB3_DECODES_ZSTD or not body:
+        return body
+    if not _HAVE_ZSTD:  # some servers send it unasked
+        raise ResponseDecodeError(
+            "the server compresses its answers with zstd",
+            hint='Install what reads it: python -m pip install "tinkex[zstd]"',
+        )
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
+            plain: bytes = reader.read()
+            return plain
+    except zstandard.ZstdError as error:
+        raise requests.exceptions.ContentDecodingError(
+            f"the zstd body is broken: {error}"
+        ) from error
 
 
 def _check_length(response: requests.Response) -> None:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Optional, TypeVar
+from typing import Any, Generic, Optional, Protocol, TypeVar
 
 from tinkex.errors import ClientClosedError
 from tinkex.session import Session
+from tinkex.telemetry import Reporter
 
-C = TypeVar("C", bound="ChildClient")
+
+class Owner(Protocol):
+    """What a client works in: a Session, or a Connection that has none."""
+
+    @property
+    def session_id(self) -> Optional[str]:
+        """The server's id of the session, for errors."""
+
+    def ensure_open(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was asked, unless it is usable here."""
 
 
-class ChildClient:
-    """A client that works in a session it does not own.
+C = TypeVar("C", bound="BaseClient[Any]")
+OwnerT = TypeVar("OwnerT", bound=Owner)
+
+
+class BaseClient(Generic[OwnerT]):
+    """A client that works in something that it need not own.
 
     It is also its own result: creators block and return clients, and ``result()`` on them lets
     scripts for the official SDK's future-returning style run unchanged.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: OwnerT) -> None:
         self._session = session
         self._closed = False
 
@@ -45,3 +59,11 @@ class ChildClient:
             raise ClientClosedError(
                 f"{what}: {self!r} was closed", session_id=self._session.session_id
             )
+
+
+class ChildClient(BaseClient[Session]):
+    """A client that works in a session it does not own."""
+
+    def get_telemetry(self) -> Optional[Reporter]:
+        """What reports on the session, or None if telemetry is off (the default)."""
+        return self._session.telemetry

@@ -8,14 +8,24 @@ import math
 import os
 import re
 import urllib.request
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
+from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.errors import ConfigError
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
+
+#: What a site behind Cloudflare Access lets a program in by.
+_ACCESS_VARIABLES = {
+    "CF-Access-Client-Id": "CLOUDFLARE_ACCESS_CLIENT_ID",
+    "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
+}
+
+#: What switches a variable on.
+_YES = ("1", "true", "yes", "on")
 
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -28,10 +38,14 @@ class Config:
 
     Attributes:
         base_url: the server, without a trailing slash; may hold a path prefix.
-        api_key: sent as ``X-API-Key``; None for servers that ask for none.
+        api_key: sent as ``X-API-Key``, or exchanged for a token where the server wants that; None
+            for servers that ask for none.
+        credential_cmd: a shell command that prints a key or a token, run whenever one is needed;
+            used if there is no api_key, or if the server says so.
         project_id, tags, user_metadata, display_name: what a new session is labelled with.
         wire: how training batches are sent: ``"auto"``, ``"protobuf"`` or ``"json"``.
-        extra_headers: sent with every request; they win over our own.
+        extra_headers: sent with every request to base_url; they win over our own.
+        access_headers: likewise, but those of the environment, for what stands before the server.
         connect_timeout_s, read_timeout_s: of one HTTP attempt.
         poll_timeout_s: read timeout of a long poll; must exceed the server's longest hold.
         startup_timeout_s: a server that cannot be reached is reported after this long.
@@ -48,16 +62,19 @@ class Config:
         proxy: URL of the HTTP proxy to use for this base URL, or None.
         ca_bundle: path of a CA bundle to trust instead of the built-in one, or None.
         max_concurrent_samples: sampling requests in flight at once; more wait their turn.
+        telemetry: report sessions and failures to the server; see `tinkex.telemetry`.
     """
 
     base_url: str
     api_key: Optional[str] = dataclasses.field(default=None, repr=False)
+    credential_cmd: Optional[str] = dataclasses.field(default=None, repr=False)
     project_id: Optional[str] = None
     tags: Tuple[str, ...] = ()
     user_metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     display_name: Optional[str] = None
     wire: str = "auto"
     extra_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    access_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     connect_timeout_s: float = 3.05  # just over TCP's first retransmission
     read_timeout_s: float = 60.0
     poll_timeout_s: float = 320.0
@@ -75,18 +92,20 @@ class Config:
     proxy: Optional[str] = dataclasses.field(default=None, repr=False)
     ca_bundle: Optional[str] = None
     max_concurrent_samples: int = 400
+    telemetry: bool = False
 
     def __post_init__(self) -> None:
         _check_base_url(self.base_url)
         if self.api_key is not None:
-            _check_header("the API key", self.api_key)
-        for name, text in self.extra_headers.items():
+            check_header("the API key", self.api_key)
+        for name, text in {**self.access_headers, **self.extra_headers}.items():
             if not (isinstance(name, str) and _HEADER_NAME.fullmatch(name)):
                 raise ConfigError(f"{name!r} is not the name of a header")
-            _check_header(f"the header {name!r}", text)
+            check_header(f"the header {name!r}", text)
         # Copies, because the caller's own may change later.
         object.__setattr__(self, "user_metadata", dict(self.user_metadata))
         object.__setattr__(self, "extra_headers", dict(self.extra_headers))
+        object.__setattr__(self, "access_headers", dict(self.access_headers))
         if self.wire not in ("auto", "json", "protobuf"):
             raise ConfigError(f"wire is {self.wire!r}; it must be auto, json or protobuf")
         if self.on_billing not in ("raise", "wait"):
@@ -116,13 +135,17 @@ class Config:
         """Make a Config from keywords, then the environment, then defaults.
 
         A keyword that is None counts as not given.  Variables read: ``TINKER_BASE_URL``,
-        ``TINKER_API_KEY``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS`` (comma-separated), and, through
-        the standard library, the usual proxy and CA variables.
+        ``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS``
+        (comma-separated), ``CLOUDFLARE_ACCESS_CLIENT_ID`` and ``_SECRET``,
+        ``TINKER_TELEMETRY`` (1, true, yes or on), and, through the standard library, the usual
+        proxy and CA variables.  Without a key and a command, the default key of
+        ``~/.tinker/credentials.json`` is taken, if there is one.
 
         Programs on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
         Raises:
             ConfigError: an unknown setting, or a value out of its range.
+            CredentialError: the credentials file is needed, and broken.
         """
         env = os.environ if environ is None else environ
         known = {field.name for field in dataclasses.fields(cls)}
@@ -137,12 +160,21 @@ class Config:
         }
         base_url = given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
         given["base_url"] = str(base_url).strip().rstrip("/")
-        # Keys read from files end with a newline.
-        given["api_key"] = (given.get("api_key") or env.get("TINKER_API_KEY") or "").strip() or None
+        given["credential_cmd"] = _stripped(given.get("credential_cmd")) or _stripped(
+            env.get(COMMAND_VARIABLE)
+        )
+        given["api_key"] = _stripped(given.get("api_key")) or _stripped(env.get(KEY_VARIABLE))
+        if given["api_key"] is None and given["credential_cmd"] is None:
+            given["api_key"] = stored_key(environ)
+        access = {
+            name: env.get(variable, "").strip() for name, variable in _ACCESS_VARIABLES.items()
+        }
+        given.setdefault("access_headers", {name: text for name, text in access.items() if text})
         given.setdefault("project_id", env.get("TINKER_PROJECT_ID") or None)
         tags = given.get("tags", env.get("TINKER_TAGS", ""))
         given["tags"] = tuple(_split(tags) if isinstance(tags, str) else tags)
-        given.setdefault("proxy", _proxy_for(given["base_url"]))
+        given.setdefault("telemetry", env.get("TINKER_TELEMETRY", "").strip().lower() in _YES)
+        given.setdefault("proxy", proxy_for(given["base_url"]))
         given.setdefault("ca_bundle", next((env[v] for v in _CA_VARIABLES if env.get(v)), None))
         return cls(**given)
 
@@ -155,7 +187,35 @@ class Config:
     @property
     def key_digest(self) -> str:
         """A short digest of the key: tells two accounts apart without revealing either."""
-        return hashlib.sha256((self.api_key or "").encode()).hexdigest()[:16]
+        source = self.api_key or ""
+        if self.credential_cmd:
+            source += f"\0{self.credential_cmd}"
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+    def __copy__(self) -> Config:
+        return self
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> Config:
+        return self
+
+    def __reduce__(self) -> Tuple[Callable[..., Config], Tuple[Any, ...]]:
+        # Without anything that authenticates: who unpickles it uses its own.
+        fields = (field.name for field in dataclasses.fields(self))
+        kept = {name: getattr(self, name) for name in fields if name not in _SECRET}
+        return _resolve, (kept,)
+
+
+#: Settings that may hold secrets.  A proxy's URL may hold a password.
+_SECRET = ("api_key", "credential_cmd", "extra_headers", "access_headers", "proxy")
+
+
+def _resolve(settings: Mapping[str, Any]) -> Config:
+    return Config.resolve(**settings)
+
+
+def _stripped(text: Optional[str]) -> Optional[str]:
+    """None if there is nothing in it; keys read from files end with a newline."""
+    return (text or "").strip() or None
 
 
 def _is_positive(value: Any) -> bool:
@@ -181,7 +241,7 @@ def _check_base_url(base_url: str) -> None:
         )
 
 
-def _check_header(what: str, text: str) -> None:
+def check_header(what: str, text: str) -> None:
     """Raise unless *text* can be sent as a header; the message does not hold it."""
     if not isinstance(text, str):
         raise ConfigError(f"{what} is a {type(text).__name__}, not a string")
@@ -199,7 +259,7 @@ def _split(text: str) -> List[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _proxy_for(base_url: str) -> Optional[str]:
+def proxy_for(base_url: str) -> Optional[str]:
     """The proxy that the environment (or the system's settings) names for *base_url*."""
     _check_base_url(base_url)
     parts = urlsplit(base_url)

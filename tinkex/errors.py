@@ -4,20 +4,26 @@
 
     TinkexError
       ConfigError                     a setting is wrong or missing; nothing was sent
+        CredentialError               there is no usable key or token
       InvalidInputError (ValueError)  an argument is wrong; nothing was sent
       ClientClosedError               the client was closed, or crossed a fork
+      DownloadCancelledError          a download was cancelled; what came is kept
       LocalServerError                the embedded server could not start or load its model
       APIError                        the server, or the way to it, failed
         APIConnectionError            no answer: DNS, refused, reset, TLS
           APITimeoutError             no answer in time
         ResponseDecodeError           an answer that is not what the protocol promises
+        UnsupportedError              an answer without what was asked for: an older server
         APIStatusError                an answer with an error status
           BadRequestError 400, AuthenticationError 401, BillingError 402,
           PermissionDeniedError 403, NotFoundError 404, ConflictError 409,
           UnprocessableEntityError 422, RateLimitError 429, InternalServerError 5xx
+          RouteMissingError           404, 405 or 501: the server has no such route
       RequestFailedError              the server accepted the work, and the work failed
       ResultExpiredError              the work may be done, but its result is gone
       SessionLostError                work failed because the session had ended
+      SequenceLostError               the server counts a run's requests differently from us
+      IncompleteGradientError         part of a batch was added to the run's gradient, part was not
       OperationTimeoutError           operation_timeout_s passed
         NoProgressError               no contact with the server for no_progress_timeout_s
 
@@ -99,6 +105,10 @@ class ConfigError(TinkexError):
     """A setting is wrong or missing.  Nothing was sent."""
 
 
+class CredentialError(ConfigError):
+    """There is no usable key or token: none found, expired, or what should tell it failed."""
+
+
 class InvalidInputError(TinkexError, ValueError):
     """An argument is wrong.  Nothing was sent and no counter moved."""
 
@@ -107,12 +117,22 @@ class ClientClosedError(TinkexError):
     """The client was closed, or belongs to the parent process of a fork."""
 
 
+class DownloadCancelledError(TinkexError):
+    """A download was cancelled by its caller; the same call goes on where it stopped."""
+
+
 class LocalServerError(TinkexError):
     """The embedded server could not start, or could not load its model."""
 
 
 class APIError(TinkexError):
-    """The server, or the way to it, failed."""
+    """The server, or the way to it, failed.
+
+    Attributes:
+        maybe_taken: True if the server may have taken the request, though no answer says so.
+    """
+
+    maybe_taken: bool = False
 
 
 class APIConnectionError(APIError):
@@ -127,6 +147,10 @@ class APITimeoutError(APIConnectionError):
 
 class ResponseDecodeError(APIError):
     """The server's answer is not what the protocol promises."""
+
+
+class UnsupportedError(APIError):
+    """The server ignored a part of the request that it is too old to know."""
 
 
 class APIStatusError(APIError):
@@ -190,6 +214,10 @@ class InternalServerError(APIStatusError):
     retryable = True
 
 
+class RouteMissingError(APIStatusError):
+    """The server does not have the route: 404, 405 or 501.  It was not about a thing's absence."""
+
+
 class RequestFailedError(TinkexError):
     """The server accepted the work, and the work failed.  ``category`` says whose fault it was."""
 
@@ -202,12 +230,30 @@ class SessionLostError(TinkexError):
     """Work failed because its session had ended.  ``hint`` says how to resume."""
 
 
+class IncompleteGradientError(TinkexError):
+    """Part of a batch was added to the run's gradient, or may have been; the rest was not.
+
+    Weights and optimizer state are as they were, and can be saved; the run cannot be trained on.
+    """
+
+
+class SequenceLostError(TinkexError):
+    """The server expects a number that this run has used up: the two have lost each other.
+
+    ``hint`` says how to continue from the last checkpoint.
+    """
+
+
 class OperationTimeoutError(TinkexError):
     """``operation_timeout_s`` passed; the work may still finish on the server."""
 
 
 class NoProgressError(OperationTimeoutError):
     """No contact with the server for ``no_progress_timeout_s``."""
+
+
+class ExperimentalWarning(FutureWarning):
+    """The official SDK warns so of calls that may change; here it exists for filters only."""
 
 
 _BY_STATUS: Dict[int, Type[APIStatusError]] = {

@@ -68,8 +68,8 @@ class APIFuture(Future[T], Generic[T]):
     """The result of a long operation, later.
 
     Works with `concurrent.futures.wait`, `as_completed` and `add_done_callback`.  `result(timeout)`
-    bounds only the caller's wait: the operation goes on.  `cancel` stops waiting for the result
-    and settles the future; the server may still do the work.  Thread-safe.
+    bounds only the caller's wait: the operation goes on.  `cancel` settles the future and stops
+    asking for the result; the server may still do the work.  Thread-safe.
 
     Args:
         kind: the operation's name, for messages.
@@ -148,7 +148,8 @@ class APIFuture(Future[T], Generic[T]):
     def cancel(self) -> bool:
         """Settle the future as cancelled; False if it was settled already.
 
-        The server is not told: work it has accepted runs to its end.
+        A sample's place is free at once, and the server is told where it takes that; other work
+        that it has accepted runs to its end.
         """
         # super().cancel() is True for every caller of a cancelled future, and wait() and
         # as_completed() notice a cancel only once it is notified, which must happen just once.

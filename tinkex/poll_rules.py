@@ -7,7 +7,7 @@ a ``try_again`` body, or just a long silence; a failed one a 200 with ``error``,
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
 from tinkex.retry import MAX_HINT_S
@@ -24,6 +24,9 @@ FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 10.0
 #: A 500 that repeats, word for word, for so often and so long is the answer.
 SAME_500_LIMIT = 5
+
+#: What a JSON answer that is no result holds somewhere.
+_SPECIAL = (b'"try_again"', b'"complete_metadata"', b'"error"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Done:
 
 
 @dataclasses.dataclass(frozen=True)
+class Announced:
+    """Done, but the server only says how large the result is; it is to be asked for."""
+
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Failed:
     """Over, without a result."""
 
@@ -55,7 +65,7 @@ class Trouble:
     error: APIError
 
 
-Outcome = Union[Pending, Done, Failed, Trouble]
+Outcome = Union[Pending, Done, Announced, Failed, Trouble]
 
 
 def interpret(
@@ -72,12 +82,17 @@ def interpret(
         )
     if "application/x-protobuf" in reply.content_type:
         return Done(reply)
-    if b'"try_again"' not in reply.body and b'"error"' not in reply.body:
+    if not any(word in reply.body for word in _SPECIAL):
         return Done(reply)  # do not decode a large result just to look at its keys
     body = reply.json()
-    if isinstance(body, dict) and body.get("type") == "try_again":
-        return Pending(body.get("queue_state"), body.get("queue_state_reason"))
-    if isinstance(body, dict) and body.get("error") is not None:
+    if not isinstance(body, dict):
+        return Done(reply)
+    if body.get("type") == "try_again":
+        return _pending(body)
+    if body.get("status") == "complete_metadata":
+        size = body.get("response_payload_size")
+        return Announced(size if isinstance(size, int) else 0)
+    if body.get("error") is not None:
         category = str(body.get("category") or "unknown").lower()
         known = category if category in ("user", "server") else "unknown"
         return Failed(
@@ -97,9 +112,7 @@ def _interpret_error(
     error.request_id = request_id
     if status == 408:
         body = getattr(error, "body", None)
-        if isinstance(body, dict):
-            return Pending(body.get("queue_state"), body.get("queue_state_reason"))
-        return Pending()
+        return _pending(body) if isinstance(body, dict) else Pending()
     if status in (402, 429) or (status >= 500 and status != 501):
         return Trouble(error)
     if status == 410 or (status == 404 and maybe_lost):
@@ -121,6 +134,13 @@ def _interpret_error(
         failed.__cause__ = error
         return Failed(failed)
     return Failed(error)
+
+
+def _pending(body: Dict[str, Any]) -> Pending:
+    state, reason = body.get("queue_state"), body.get("queue_state_reason")
+    return Pending(
+        state if isinstance(state, str) else None, reason if isinstance(reason, str) else None
+    )
 
 
 class Pacing:

@@ -6,57 +6,42 @@ worker of its own, on its own connection, up to a cap; more wait their turn.  Me
 (design notes): with completions in order a few threads equal a thread per future, while
 unordered long polls behind a small pool turn milliseconds into seconds.
 
+A worker whose future is cancelled is free at once: its connection is broken off, and it gets a
+new one.
+
 Threads: ``tinkex-poll-i`` (one per lane that has work), ``tinkex-sample-i`` (one per sample in
-flight) and ``tinkex-callbacks`` (users' callbacks).  All are lazy and end when idle, or at close.
+flight), ``tinkex-cancel-i`` (see CancelQueue) and ``tinkex-callbacks`` (users' callbacks).  All
+are lazy and end when idle, or at close.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import random
+import contextlib
+import itertools
+import logging
 import threading
-import time
-from typing import Any, Callable, Deque, Dict, Generic, List, Optional, Set, TypeVar
+from types import TracebackType
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Type
 
-from tinkex.api.futures import retrieve_future
+from tinkex.cancel_queue import CancelQueue
 from tinkex.channel import Channel
-from tinkex.errors import (
-    APIConnectionError,
-    APIError,
-    APITimeoutError,
-    ClientClosedError,
-    NoProgressError,
-    OperationTimeoutError,
-    TinkexError,
-)
+from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
-from tinkex.poll_rules import Done, Failed, Pacing, Pending, Trouble, interpret
+from tinkex.pause_notices import PauseNotices
+from tinkex.poll_loop import Operation as Operation, PollLoop
 from tinkex.scheduler import WorkerPool
-from tinkex.transport import Reply, Request, Transport
+from tinkex.transport import Transport
 from tinkex.types import UntypedFuture
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 #: Most lanes polled at once; a lane beyond waits for another to run dry.
 POLL_CAP = 256
 
-_POLL = Request("POST", "/api/v1/retrieve_future")
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation(Generic[T]):
-    """Work the server is asked to do: its future, and how to read the result.
-
-    Attributes:
-        future: to be settled.
-        decode: turns the final answer into the result; may raise TinkexError.
-        binary: the result may be protobuf.
-    """
-
-    future: APIFuture[T]
-    decode: Callable[[Reply], T]
-    binary: bool = False
+#: After how many seconds to submit a sample again whose result was lost, by the number of times
+#: it was submitted again before; None is never.
+Resubmit = Callable[[int], Optional[float]]
 
 
 class Poller:
@@ -66,14 +51,21 @@ class Poller:
         transport: polls go through it; its ``closing`` event ends every wait.
         explain: turns the error of failed work into the one the user gets (e.g. because the
             session was lost); called in a poller thread without locks.
+        on_failure: is told of each future that fails, with its error; must be quick and not raise.
     """
 
     def __init__(
-        self, transport: Transport, explain: Callable[[TinkexError], TinkexError] = lambda e: e
+        self,
+        transport: Transport,
+        explain: Callable[[TinkexError], TinkexError] = lambda e: e,
+        on_failure: Optional[Callable[[APIFuture[Any], BaseException], None]] = None,
     ) -> None:
         self._transport = transport
         self._config = transport.config
         self._explain = explain
+        self._on_failure = on_failure
+        self._pauses = PauseNotices()
+        self._cancels = CancelQueue(transport)
         self._polls = WorkerPool("tinkex-poll", POLL_CAP)
         self._samples = WorkerPool("tinkex-sample", self._config.max_concurrent_samples)
         self._callbacks = WorkerPool("tinkex-callbacks", 1)
@@ -123,27 +115,58 @@ class Poller:
                 self.fail(left.future, error)
 
     def submit_sample(
-        self, operation: Operation[Any], send: Callable[[Channel], UntypedFuture]
+        self,
+        operation: Operation[Any],
+        send: Callable[[Channel], UntypedFuture],
+        resubmit: Resubmit = lambda times: None,
     ) -> None:
-        """Have a worker *send* a sampling request and poll for its result.  Returns at once."""
+        """Have a worker *send* a sampling request and poll for its result.  Returns at once.
+
+        If the server has lost the result, *send* is called again, as *resubmit* says: each time it
+        must make a new request of it.
+        """
 
         def run() -> None:
-            channel = self._own_channel()
+            if operation.future.done():  # cancelled while it waited its turn
+                return
             try:
-                if operation.future.done():
-                    return
-                operation.future.enter("submitting")
-                accepted = send(channel)
+                with _Stint(operation.future, self._own_channel()) as stint:
+                    self._sample(operation, send, resubmit, stint)
             except Exception as error:
                 self.fail(operation.future, error)
-                return
-            operation.future.enter("waiting", accepted.request_id)
-            self._poll(operation, channel)
 
         try:
             self._samples.submit(run)
         except ClientClosedError as error:
             self.fail(operation.future, error)
+
+    def _sample(
+        self,
+        operation: Operation[Any],
+        send: Callable[[Channel], UntypedFuture],
+        resubmit: Resubmit,
+        stint: _Stint,
+    ) -> None:
+        future = operation.future
+        for times in itertools.count():
+            if future.done():
+                return
+            future.enter("submitting")
+            with stint.unbroken():
+                accepted = send(stint.channel)
+            future.enter("waiting", accepted.request_id)
+            try:
+                self._poll(operation, stint.channel)
+                return
+            except ResultExpiredError as lost:
+                delay_s = resubmit(times)
+                if delay_s is None:
+                    raise
+                logger.info("%s; submitting it again in %.1f s", lost, delay_s)
+                stint.channel.stopped.wait(delay_s)
+            finally:
+                if future.cancelled():
+                    self._cancels.put(accepted.request_id)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
@@ -152,7 +175,8 @@ class Poller:
             if explained is not error:
                 explained.__cause__ = error
             error = explained
-        future.settle_error(error)
+        if future.settle_error(error) and self._on_failure is not None:
+            self._on_failure(future, error)
 
     def close(self, error: TinkexError) -> None:
         """Settle everything outstanding with *error* and stop the threads.  Returns at once.
@@ -162,6 +186,7 @@ class Poller:
         with self._lock:
             self._closed = self._closed or error
             outstanding = list(self._outstanding)
+        self._cancels.close()
         for pool in (self._polls, self._samples):
             pool.close()
         for future in outstanding:
@@ -170,32 +195,42 @@ class Poller:
 
     def join(self, deadline: float) -> List[str]:
         """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
-        pools = (self._polls, self._samples, self._callbacks)
+        pools = (self._polls, self._samples, self._cancels, self._callbacks)
         return [name for pool in pools for name in pool.join(deadline)]
 
     @property
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
-        return [pool.stopper for pool in (self._polls, self._samples, self._callbacks)]
+        pools = (self._polls, self._samples, self._cancels, self._callbacks)
+        return [pool.stopper for pool in pools]
 
     def _forget(self, future: Any) -> None:
         with self._lock:
             self._outstanding.discard(future)
 
     def _own_channel(self) -> Channel:
-        """The calling worker's own connection, made at its first use."""
+        """The calling worker's own connection, made at its first use and when it was stopped."""
         channel: Optional[Channel] = getattr(self._thread_local, "channel", None)
+        if channel is not None and channel.stopped.is_set():
+            channel.abort()
+            channel = None
         if channel is None:
             channel = self._thread_local.channel = self._transport.open_channel()
         return channel
 
     def _drain(self, lane: str) -> None:
         """Poll the head of *lane* until the lane is empty."""
-        channel = self._own_channel()
         while True:
             with self._lock:
                 head = self._lanes[lane][0]
-            self._poll(head, channel)
+            try:
+                if not head.future.done():
+                    with _Stint(head.future, self._own_channel()) as stint:
+                        self._poll(head, stint.channel)
+            except Exception as error:  # a TinkexError to report, or a bug that must not be lost
+                left = error if head.appeal is None else head.appeal(error)
+                if left is not None:
+                    self.fail(head.future, left)
             with self._lock:
                 queue = self._lanes[lane]
                 queue.popleft()
@@ -204,143 +239,54 @@ class Poller:
                     return
 
     def _poll(self, operation: Operation[Any], channel: Channel) -> None:
-        """Poll until the operation's future is settled, by us or by somebody else."""
+        """Poll until the operation's future is settled by somebody, or raise its error."""
+        PollLoop(self._transport, operation, channel, self._pauses).run()
+
+
+class _Stint:
+    """A worker's time with one future; it is over as soon as the future is cancelled.
+
+    A poll is broken off then.  A submission is let finish, but not retried: its answer holds the
+    id by which the server can be told.
+    """
+
+    def __init__(self, future: APIFuture[Any], channel: Channel) -> None:
+        self.channel = channel
+        # Guards _over and _submitting.
+        self._lock = threading.Lock()
+        self._over = False
+        self._submitting = False
+        future.on_settled(self._settled)
+
+    def __enter__(self) -> _Stint:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        with self._lock:
+            self._over = True
+
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Let the request that is sent inside come to its end."""
+        with self._lock:
+            self._submitting = True
         try:
-            _Poll(self._transport, operation, channel).run()
-        except Exception as error:  # a TinkexError to report, or a bug that must not be lost
-            self.fail(operation.future, error)
+            yield
+        finally:
+            with self._lock:
+                self._submitting = False
 
-
-class _Poll:
-    """The polling of one request, from its acceptance to its end.  Used by one thread."""
-
-    def __init__(self, transport: Transport, operation: Operation[Any], channel: Channel) -> None:
-        self._transport = transport
-        self._config = transport.config
-        self._operation = operation
-        self._future = operation.future
-        self._channel = channel
-        self._pacing = Pacing()
-        self._maybe_lost = False
-        self._last_contact = time.monotonic()
-        # The server accepted it some time ago, if others of its lane had to be waited for.
-        self._started = self._last_contact - operation.future.status().since_s
-        self._polled = False
-        self._trouble_since: Optional[float] = None
-
-    def run(self) -> None:
-        """Settle the future, or raise what it is to be settled with."""
-        request_id = self._future.request_id or ""
-        while not self._future.done():
-            delay = self._step(request_id)
-            if delay is None:
+    def _settled(self, future: Any) -> None:
+        """In the thread that settles the future: set the worker free."""
+        with self._lock:
+            if self._over or not future.cancelled():
                 return
-            if self._transport.closing.is_set() or (
-                delay > 0 and self._transport.closing.wait(delay)
-            ):
-                raise ClientClosedError(
-                    f"the client was closed before {self._future.kind} was done"
-                )
-
-    def _step(self, request_id: str) -> Optional[float]:
-        """Poll once; return the pause before the next poll, or None when settled."""
-        began = time.monotonic()
-        if self._polled:  # a result that is there is fetched, however late
-            self._check_limits(began)
-        self._polled = True
-        self._future.attempts += 1
-        try:
-            reply = retrieve_future(
-                self._transport,
-                request_id,
-                binary=self._operation.binary,
-                read_timeout_s=self._read_timeout_s(began),
-                channel=self._channel,
-            )
-        except APIConnectionError as silence:
-            self._maybe_lost = True
-            return self._after_silence(silence, began)
-        self._last_contact = time.monotonic()
-        error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
-        outcome = interpret(
-            reply,
-            error,
-            request_id=request_id,
-            kind=self._future.kind,
-            maybe_lost=self._maybe_lost,
-        )
-        return self._act_on(outcome, took_s=self._last_contact - began)
-
-    def _act_on(self, outcome: Any, took_s: float) -> Optional[float]:
-        if isinstance(outcome, Done):
-            self._future.settle(self._operation.decode(outcome.reply))
-            return None
-        if isinstance(outcome, Failed):
-            raise outcome.error
-        if isinstance(outcome, Pending):
-            self._future.queue_state = outcome.queue_state
-            self._future.queue_state_reason = outcome.reason
-            self._future.last_error = None
-            self._trouble_since = None
-            return self._pacing.after_pending(took_s, random.random())
-        assert isinstance(outcome, Trouble)
-        error = outcome.error
-        self._future.last_error = error.message
-        if self._is_final(error):
-            error.attempts = self._future.attempts
-            error.elapsed_s = self._last_contact - self._started
-            raise error
-        hint_s = getattr(error, "retry_after_s", None)
-        return self._pacing.after_trouble(random.random(), hint_s)
-
-    def _is_final(self, error: APIError) -> bool:
-        """Decide whether trouble that may pass has lasted too long."""
-        if error.status == 402:
-            return self._config.on_billing == "raise"
-        if error.status == 429:
-            return False  # the server lives, and asks for patience
-        if self._trouble_since is None:
-            self._trouble_since = self._last_contact
-        lasted_s = self._last_contact - self._trouble_since
-        return self._pacing.is_final(error) or lasted_s > self._config.max_outage_s
-
-    def _after_silence(self, error: APIError, began: float) -> float:
-        """No answer: ride it out for max_outage_s, unless the poll just took its full time."""
-        self._future.last_error = error.message
-        now = time.monotonic()
-        if isinstance(error, APITimeoutError) and now - began > self._config.connect_timeout_s + 1:
-            return 0.0  # the server held the poll for longer than we wait: ask again
-        if now - self._last_contact > self._config.max_outage_s:
-            error.elapsed_s = now - self._last_contact
-            error.request_id = self._future.request_id
-            raise error
-        return self._pacing.after_trouble(random.random())
-
-    def _read_timeout_s(self, now: float) -> float:
-        """Wait for an answer no longer than the limits of the operation allow."""
-        limits = [self._config.poll_timeout_s]
-        if self._config.operation_timeout_s is not None:
-            limits.append(self._started + self._config.operation_timeout_s - now)
-        if self._config.no_progress_timeout_s is not None:
-            limits.append(self._last_contact + self._config.no_progress_timeout_s - now)
-        return max(0.05, min(limits))
-
-    def _check_limits(self, now: float) -> None:
-        config, future = self._config, self._future
-        if (
-            config.operation_timeout_s is not None
-            and now - self._started >= config.operation_timeout_s
-        ):
-            raise OperationTimeoutError(
-                f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
-                f"{future.status()}",
-                request_id=future.request_id,
-                elapsed_s=now - self._started,
-            )
-        silent = now - self._last_contact
-        if config.no_progress_timeout_s is not None and silent >= config.no_progress_timeout_s:
-            raise NoProgressError(
-                f"no contact with the server for {silent:.0f} s: {future.status()}",
-                request_id=future.request_id,
-                elapsed_s=now - self._started,
-            )
+            self.channel.stopped.set()  # the worker's next one takes another channel
+            submitting = self._submitting
+        if not submitting:
+            self.channel.abort()

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import itertools
+import logging
+import random
 import secrets
-from typing import Any, Callable, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterator, List, Optional, Tuple, TypeVar
 
 import orjson
 
 from tinkex.api import sampling as api
+from tinkex.api.rest import get_weights_info
 from tinkex.channel import Channel
 from tinkex.child_client import ChildClient
 from tinkex.config import Config
-from tinkex.errors import APIStatusError, InvalidInputError, ResponseDecodeError
+from tinkex.errors import (
+    APIStatusError,
+    InvalidInputError,
+    ResponseDecodeError,
+    UnprocessableEntityError,
+)
 from tinkex.futures import APIFuture
+from tinkex.new_run import wait_for_result
 from tinkex.poller import Operation
+from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.sample_checks import (
+    check_request,
+    complete_response,
+    has_unknown_logprobs,
+    unsupported_by,
+)
+from tinkex.sample_gate import SampleGate
+from tinkex.server_flags import ABSENT, flags_for
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
+from tinkex.single_flight import SingleFlight
 from tinkex.tokenizers import load_tokenizer
 from tinkex.transport import Reply
 from tinkex.types import (
+    CreateSamplingSessionResponse,
     GetSamplerResponse,
     ModelInput,
     SampleRequest,
@@ -31,8 +50,9 @@ from tinkex.types import (
     UntypedFuture,
 )
 from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.wire.codec import align_prompt_logprobs
 from tinkex.wire.codecs import codec_for
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,6 +81,13 @@ class SamplingClient(ChildClient):
 
     Attributes:
         sampling_session_id: the server's id of the sampler.
+
+    Args:
+        retry_config: limits and retries of this client; None takes RetryConfig's for the retries,
+            and the session's settings for the limits.
+        record_stability_info: have the server record, with each sample, what later training may
+            refer to by its sequence_id.
+        clone: it is a second client of a sampler that another one made.
     """
 
     def __init__(
@@ -68,13 +95,24 @@ class SamplingClient(ChildClient):
         session: Session,
         sampling_session_id: str,
         base_model: Optional[str] = None,
-        clone_id: int = 0,
+        *,
+        model_path: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        clone: bool = False,
     ) -> None:
         super().__init__(session)
         self.sampling_session_id = sampling_session_id
         self._base_model = base_model
-        # next() is atomic.  Clones in other processes count in blocks of their own.
-        self._seq_ids = itertools.count(clone_id * CLONE_BLOCK)
+        self._model_path = model_path
+        self._record_stability_info = record_stability_info
+        self._retries = retry_config or RetryConfig()
+        self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
+        self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
+        # next() is atomic.  A clone counts in a block of its own, known with its first sample.
+        self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
+        self._joining: SingleFlight[Iterator[int]] = SingleFlight()
+        self._warned_of_nan = False
 
     @classmethod
     def create_future(
@@ -84,8 +122,11 @@ class SamplingClient(ChildClient):
         model_path: Optional[str] = None,
         base_model: Optional[str] = None,
         known_base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
         """Create the server's sampler; return at once.  See `ServiceClient`."""
+        check_retry_config(retry_config)
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
         if model_path is not None:
@@ -103,7 +144,18 @@ class SamplingClient(ChildClient):
                 base_model=base_model,
                 model_path=model_path,
             )
-            return cls(session, created.sampling_session_id, base_model or known_base_model)
+            if isinstance(created, UntypedFuture):
+                created = wait_for_result(
+                    session, "create_sampling_session", created, CreateSamplingSessionResponse
+                )
+            return cls(
+                session,
+                created.sampling_session_id,
+                base_model or known_base_model,
+                model_path=model_path,
+                retry_config=retry_config,
+                record_stability_info=record_stability_info,
+            )
 
         return session.run("create_sampling_client", create)
 
@@ -121,16 +173,23 @@ class SamplingClient(ChildClient):
     ) -> APIFuture[SampleResponse]:
         """Draw *num_samples* continuations of *prompt*; return at once.
 
+        Cancelling the future frees its place at once, and tells the server where it takes that.
+
         Args:
-            prompt: at least one token.
+            prompt: n tokens, at least one.
             num_samples: how many, drawn as one batch.
             sampling_params: how tokens are drawn; the defaults of SamplingParams if None.
             include_prompt_logprobs: also return the logprob of each prompt token.
             topk_prompt_logprobs, topk_sample_logprobs: also return the likeliest tokens at each
                 prompt, or sampled, position.
-            target_prompt_logprobs: int64 token ids ``(len(prompt) - 1, k)`` to get logprobs of.
+            target_prompt_logprobs: int64 token ids ``(n - 1, k)``, dense or CSR, to get logprobs
+                of; row r belongs to prompt token r + 1, and -1 skips a cell.
             prompt_alt_tokens_k: alternative draws per prompt position.
-            prompt_logprobs_last_n: logprobs of the last n prompt tokens only.
+            prompt_logprobs_last_n: logprobs of the last 1 .. n - 1 prompt tokens only; needs
+                *include_prompt_logprobs*.
+
+        The future raises RequestFailedError if the server rejects the request, and
+        UnsupportedError if it is too old for what was asked and ignored it.
         """
         request = SampleRequest(
             prompt=prompt,
@@ -142,6 +201,7 @@ class SamplingClient(ChildClient):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
+            record_stability_info=self._record_stability_info,
         )
         return self._submit("sample", request, lambda response: response)
 
@@ -150,41 +210,51 @@ class SamplingClient(ChildClient):
     ) -> APIFuture[List[Optional[float]]]:
         """Compute the logprob of each token of *prompt*; return at once.
 
-        The result has one entry per token; the first, which nothing predicts, is None.
+        The result has one entry per token; the first, which nothing predicts, is None, and so are
+        those before the last *prompt_logprobs_last_n* tokens.
         """
         request = SampleRequest(
             prompt=prompt,
             sampling_params=_ONE_TOKEN,
             prompt_logprobs=True,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
+            record_stability_info=self._record_stability_info,
         )
         return self._submit("compute_logprobs", request, _prompt_logprobs)
 
     def get_base_model(self) -> str:
         """Name of the base model.  Blocks if the server must be asked; then cached."""
         if self._base_model is None:
-            self._base_model = self._get_sampler("get_base_model").base_model
+            sampler = self._get_sampler("get_base_model")
+            self._base_model = self._ask_base_model() if sampler is None else sampler.base_model
         return self._base_model
 
     def get_tokenizer(self) -> Any:
         """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
-        try:
-            sampler = self._get_sampler("get_tokenizer")
-        except APIStatusError as error:
-            if self._base_model is None or error.status not in (404, 405, 501):
-                raise
-            return load_tokenizer(self._base_model)  # a server without this route
+        sampler = self._get_sampler("get_tokenizer")
+        if sampler is None:
+            return load_tokenizer(self._base_model or self._ask_base_model())
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
-    def _get_sampler(self, what: str) -> GetSamplerResponse:
+    def _get_sampler(self, what: str) -> Optional[GetSamplerResponse]:
+        """What the server says of the sampler; None if it does not, and we can do without."""
         self._ensure_open(what)
-        return api.get_sampler(self._session.transport, self.sampling_session_id)
+        try:
+            return api.get_sampler(self._session.transport, self.sampling_session_id)
+        except APIStatusError as error:
+            dispensable = self._base_model is not None or self._model_path is not None
+            if not dispensable or error.status not in ABSENT:
+                raise
+            return None
+
+    def _ask_base_model(self) -> str:
+        return get_weights_info(self._session.transport, self._model_path or "").base_model
 
     def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
         """Text from which another process can make a client of the same sampler.
 
         It works while the session lives.  The key is left out unless asked for; the receiver then
-        uses its own.  Pickling a client does the same.
+        uses its own.  So is the retry_config.  Pickling a client does the same.
         """
         config = self._session.config
         settings = {name: getattr(config, name) for name in _HANDED_ON}
@@ -194,6 +264,8 @@ class SamplingClient(ChildClient):
             "session_id": self._session.session_id,
             "sampling_session_id": self.sampling_session_id,
             "base_model": self._base_model,
+            "model_path": self._model_path,
+            "record_stability_info": self._record_stability_info,
             "settings": settings,
         }
         return base64.urlsafe_b64encode(orjson.dumps(state)).decode("ascii")
@@ -216,8 +288,14 @@ class SamplingClient(ChildClient):
         if api_key is not None:
             settings["api_key"] = api_key
         session = Session.attach(Config.resolve(**settings), default_manager(), session_id)
-        clone_id = 1 + secrets.randbelow(CLONE_BLOCK)
-        return cls(session, sampler_id, state.get("base_model"), clone_id)
+        return cls(
+            session,
+            sampler_id,
+            state.get("base_model"),
+            model_path=state.get("model_path"),
+            record_stability_info=bool(state.get("record_stability_info")),
+            clone=True,
+        )
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
@@ -230,32 +308,93 @@ class SamplingClient(ChildClient):
     def _submit(
         self, kind: str, request: SampleRequest, pick: Callable[[SampleResponse], T]
     ) -> APIFuture[T]:
-        _check(request)
+        check_request(request)
         session = self._session
         self._ensure_open(kind)
         future: APIFuture[T] = session.poller.new_future(kind)
-        seq_id = next(self._seq_ids)
         sequence_ids: List[str] = []
 
         def send(channel: Channel) -> UntypedFuture:
-            accepted = api.asample(
-                session.transport,
-                sampling_session_id=self.sampling_session_id,
-                seq_id=seq_id,
-                request=request,
-                channel=channel,
-            )
-            sequence_ids.extend(accepted.sample_sequence_ids or ())
+            number = self._next_seq_id()
+            try:
+                accepted = api.asample(
+                    session.transport,
+                    sampling_session_id=self.sampling_session_id,
+                    seq_id=number,
+                    request=request,
+                    channel=channel,
+                )
+            except UnprocessableEntityError as error:
+                unsupported = unsupported_by(error, request)
+                if unsupported is None:
+                    raise
+                raise unsupported from error
+            sequence_ids[:] = accepted.sample_sequence_ids or ()
             return accepted
 
         def decode(reply: Reply) -> T:
             response = codec_for(reply.content_type).decode_samples(reply.body)
-            if response.prompt_logprobs_np is not None:
-                response = align_prompt_logprobs(response, request.prompt.length)
-            return pick(_with_ids(response, sequence_ids))
+            response = complete_response(response, request, sequence_ids)
+            if not self._warned_of_nan and has_unknown_logprobs(response, request):
+                self._warned_of_nan = True
+                logger.warning(
+                    "%s of %r: some logprobs are NaN, which usually means that the prompt holds "
+                    "token ids that the model does not have",
+                    kind,
+                    self,
+                )
+            return pick(response)
 
-        session.poller.submit_sample(Operation(future, decode, binary=True), send)
+        operation = Operation(
+            future,
+            decode,
+            binary=True,
+            owner=f"sampler {self.sampling_session_id}",
+            pause_grace_s=0.0,
+            no_progress_timeout_s=self._no_progress_s,
+        )
+        self._gate.enter(
+            future, lambda: session.poller.submit_sample(operation, send, self._resubmit(kind))
+        )
         return future
+
+    def _resubmit(self, kind: str) -> Callable[[int], Optional[float]]:
+        """When a sample whose result was lost is submitted again.  Called by its worker."""
+
+        def delay_s(times: int) -> Optional[float]:
+            delay = self._retries.delay_s(times, random.random())
+            asked = delay is not None and kind == "sample"
+            if asked and flags_for(self._session.transport).sample_no_retries:
+                return None
+            return delay
+
+        return delay_s
+
+    def _next_seq_id(self) -> int:
+        """The next number; the first one of a clone may block.  Called by workers."""
+        seq_ids = self._seq_ids
+        if seq_ids is None:
+            seq_ids = self._joining.run(self._join, self._session.transport.closing)
+        return next(seq_ids)
+
+    def _join(self) -> Iterator[int]:
+        if self._seq_ids is None:
+            self._seq_ids = itertools.count(self._clone_id() * CLONE_BLOCK)
+        return self._seq_ids
+
+    def _clone_id(self) -> int:
+        transport = self._session.transport
+        if flags_for(transport).sample_join_sampling_session:
+            try:
+                return api.join_sampling_session(transport, self.sampling_session_id).client_counter
+            except APIStatusError as error:
+                if error.status not in ABSENT:
+                    raise
+        return 1 + secrets.randbelow(CLONE_BLOCK)
+
+
+#: The official SDK's name of what creators return; here they return the client itself.
+BackcompatSamplingClientFuture = SamplingClient
 
 
 def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
@@ -263,37 +402,3 @@ def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
     if logprobs is None:
         raise ResponseDecodeError("compute_logprobs: the answer has no prompt logprobs")
     return logprobs
-
-
-def _with_ids(response: SampleResponse, sequence_ids: List[str]) -> SampleResponse:
-    """The ids come with the submission's answer, not with the result; some servers send none."""
-    if len(sequence_ids) != len(response.sequences):
-        return response
-    pairs = zip(response.sequences, sequence_ids)
-    named = [dataclasses.replace(sequence, sequence_id=name) for sequence, name in pairs]
-    return dataclasses.replace(response, sequences=named)
-
-
-def _check(request: SampleRequest) -> None:
-    if not isinstance(request.prompt, ModelInput):
-        raise InvalidInputError(
-            f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
-            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
-        )
-    if request.prompt.length == 0:
-        raise InvalidInputError("the prompt has no tokens")
-    if not isinstance(request.sampling_params, SamplingParams):
-        raise InvalidInputError(
-            f"sampling_params is a {type(request.sampling_params).__name__}, not SamplingParams"
-        )
-    if not isinstance(request.target_prompt_logprobs, (TensorData, type(None))):
-        raise InvalidInputError(
-            f"target_prompt_logprobs is a {type(request.target_prompt_logprobs).__name__}; "
-            "it must be a TensorData"
-        )
-    request.check()
-    last_n = request.prompt_logprobs_last_n
-    if last_n is not None and last_n >= request.prompt.length:
-        raise InvalidInputError(
-            f"prompt_logprobs_last_n is {last_n}; it must lie in 1 .. len(prompt) - 1"
-        )

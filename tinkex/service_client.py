@@ -7,25 +7,29 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, List, Mapping, Optional, Type
 
-from tinkex.api import training as api
-from tinkex.api._call import read
+from tinkex.api import rest
+from tinkex.batch_checks import check_ttl
 from tinkex.config import Config
+from tinkex.custom_loss import LossHandle, PerDatumLossFn
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.poller import Operation
+from tinkex.loss_registry import LossRegistry
 from tinkex.rest_client import RestClient
+from tinkex.retry_config import RetryConfig
+from tinkex.run_factory import RunFactory
 from tinkex.sampling_client import SamplingClient
+from tinkex.server_memory import ServerDialect
 from tinkex.session import STATUSES, Session
 from tinkex.session_manager import SessionManager, default_manager
+from tinkex.telemetry import Reporter
 from tinkex.training_client import TrainingClient
 from tinkex.types import (
-    CreateModelResponse,
     GetServerCapabilitiesResponse,
-    LoadWeightsResponse,
     LoraConfig,
-    UntypedFuture,
+    OptimizerConfig,
 )
 from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.types.console import session_url
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,8 @@ class ServiceClient:
         if config is not None and any(value is not None for value in settings.values()):
             raise InvalidInputError("give either config or single settings, not both")
         self._session = Session(config or Config.resolve(**settings), manager or default_manager())
+        self._runs = RunFactory(self._session)
+        self._losses = LossRegistry(self._session)
         self._server: Any = None
 
     @classmethod
@@ -126,15 +132,18 @@ class ServiceClient:
         return self._session.config
 
     @property
-    def server_dialect(self) -> Optional[str]:
-        """How training batches are sent: ``"protobuf"``, ``"json"``, or None while not known."""
-        codec = self._session.dialect.codec
-        return None if codec is None else codec.name
+    def server_dialect(self) -> ServerDialect:
+        """How the server speaks, as far as it has shown by now: a snapshot, fit to be printed."""
+        return self._session.dialect.snapshot()
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; ``status()`` tells of each."""
         self._session.ensure_not_forked("inflight")
         return self._session.poller.inflight()
+
+    def get_telemetry(self) -> Optional[Reporter]:
+        """What reports on the session, or None if telemetry is off (the default)."""
+        return self._session.telemetry
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """The base models the server offers.  Blocks."""
@@ -149,6 +158,7 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: UserMetadata = None,
+        optimizer: Optional[OptimizerConfig] = None,
     ) -> TrainingClient:
         """Create a fresh LoRA adapter over *base_model* and return its client.  Blocks.
 
@@ -158,9 +168,11 @@ class ServiceClient:
             seed: of its initial values.
             train_mlp, train_attn, train_unembed: which layers; at least one.
             user_metadata: kept with the run.
+            optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or a mapping
+                or object with a ``type`` for one that only the server knows.
         """
         return self.create_lora_training_client_future(
-            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
         ).result()
 
     def create_lora_training_client_future(
@@ -172,29 +184,11 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: UserMetadata = None,
+        optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; returns at once."""
-        if not isinstance(base_model, str) or not base_model:
-            raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
         lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        lora.check()
-        session = self._session
-        session.ensure_open("create_lora_training_client")
-        number = session.next_model_number()
-
-        def create() -> TrainingClient:
-            accepted = api.create_model(
-                session.transport,
-                session_id=session.session_id,
-                model_seq_id=number,
-                base_model=base_model,
-                lora_config=lora,
-                user_metadata=user_metadata,
-            )
-            created = self._await("create_model", accepted, CreateModelResponse)
-            return self._ready(TrainingClient(session, created.model_id, base_model))
-
-        return session.run("create_lora_training_client", create)
+        return self._runs.fresh(base_model, lora, user_metadata, optimizer)
 
     def create_training_client_from_state(
         self,
@@ -202,10 +196,14 @@ class ServiceClient:
         base_model: Optional[str] = None,
         user_metadata: UserMetadata = None,
         weights_access_token: Optional[str] = None,
+        optimizer: Optional[OptimizerConfig] = None,
     ) -> TrainingClient:
-        """Create a run from the weights at *path*, with a fresh optimizer.  Blocks."""
+        """Create a run from the weights at *path*, with a fresh optimizer.  Blocks.
+
+        *optimizer* as for `create_lora_training_client`.
+        """
         return self.create_training_client_from_state_future(
-            path, base_model, user_metadata, weights_access_token
+            path, base_model, user_metadata, weights_access_token, optimizer
         ).result()
 
     def create_training_client_from_state_future(
@@ -214,9 +212,17 @@ class ServiceClient:
         base_model: Optional[str] = None,
         user_metadata: UserMetadata = None,
         weights_access_token: Optional[str] = None,
+        optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state`; returns at once."""
-        return self._from_state(path, base_model, user_metadata, weights_access_token, False)
+        return self._runs.from_checkpoint(
+            path,
+            base_model,
+            user_metadata,
+            weights_access_token,
+            with_optimizer=False,
+            optimizer=optimizer,
+        )
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -238,21 +244,97 @@ class ServiceClient:
         weights_access_token: Optional[str] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state_with_optimizer`; returns at once."""
-        return self._from_state(path, base_model, user_metadata, weights_access_token, True)
+        return self._runs.from_checkpoint(
+            path, base_model, user_metadata, weights_access_token, with_optimizer=True
+        )
 
     def create_sampling_client(
-        self, model_path: Optional[str] = None, base_model: Optional[str] = None
+        self,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples a checkpoint or a base model (give one).  Blocks."""
-        return self.create_sampling_client_future(model_path, base_model).result()
+        """Return a client that samples a checkpoint or a base model (give one).  Blocks.
+
+        Args:
+            model_path: of a checkpoint saved for sampling, as the server named it.
+            base_model: a name the server offers.
+            retry_config: limits and retries of this one client.
+            record_stability_info: have the server record, with each sample, what later training
+                may refer to by its sequence_id.
+        """
+        return self.create_sampling_client_future(
+            model_path, base_model, retry_config, record_stability_info
+        ).result()
 
     def create_sampling_client_future(
-        self, model_path: Optional[str] = None, base_model: Optional[str] = None
+        self,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
         """Like `create_sampling_client`; returns at once."""
         return SamplingClient.create_future(
-            self._session, model_path=model_path, base_model=base_model
+            self._session,
+            model_path=model_path,
+            base_model=base_model,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
+
+    def create_custom_loss(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> LossHandle:
+        """Trace a loss, for `TrainingClient.forward_backward_custom`.  Blocks.  Needs torch.
+
+        A server that takes such losses then computes it itself, in one pass; otherwise it is
+        computed here.
+
+        Args:
+            fn: ``fn(logprobs, ...)`` of one datum -> a scalar tensor and a dict of metrics named
+                ``custom/<name>:sum`` or ``:mean``.  The further parameters, 15 at most, are loss
+                inputs of the datum.  It uses functions of torch, math and operator only.
+            input_ranks: number of dimensions of every parameter, 0, 1 or 2.
+
+        Raises:
+            InvalidInputError: *fn* cannot be traced, or was given in this session before.
+            ConfigError: torch is not installed.
+        """
+        return self._losses.create(fn, input_ranks).result()
+
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: Optional[int] = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[str]:
+        """Copy a checkpoint into this client's project; the result is the path of the copy.
+
+        Args:
+            path: of the checkpoint.
+            ttl_seconds: the copy is deleted after this long; None keeps it.
+            weights_access_token: allows to read a checkpoint of somebody else.
+
+        The future raises RouteMissingError where the server has no such route.
+        """
+        check_tinker_path(path)
+        check_ttl(ttl_seconds)
+
+        def copy() -> str:
+            return rest.copy_weights(
+                self._session.transport,
+                source_path=path,
+                destination_project_id=self.config.project_id or None,
+                ttl_seconds=ttl_seconds,
+                weights_access_token=weights_access_token,
+            ).tinker_path
+
+        return self._session.run("copy_weights", copy)
+
+    def get_console_url(self) -> str:
+        """The session's page in the hosted service's console."""
+        return session_url(self.session_id)
 
     def create_rest_client(self) -> RestClient:
         """Return a client for runs, checkpoints and sessions.  Does not block."""
@@ -306,54 +388,3 @@ class ServiceClient:
     def __repr__(self) -> str:
         state = "closed" if self._session.closed else "open"
         return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
-
-    def _from_state(
-        self,
-        path: str,
-        base_model: Optional[str],
-        user_metadata: UserMetadata,
-        weights_access_token: Optional[str],
-        optimizer: bool,
-    ) -> APIFuture[TrainingClient]:
-        check_tinker_path(path)
-        session = self._session
-        session.ensure_open("create_training_client_from_state")
-        number = session.next_model_number()
-
-        def create() -> TrainingClient:
-            accepted = api.create_model_from_weights(
-                session.transport,
-                session_id=session.session_id,
-                model_seq_id=number,
-                path=path,
-                optimizer=optimizer,
-                base_model=base_model,
-                user_metadata=user_metadata,
-                weights_access_token=weights_access_token,
-            )
-            loaded = self._await("load_weights", accepted, LoadWeightsResponse)
-            # The id a server does not send is the one all of them make (reference, section 3.1).
-            model_id = loaded.model_id or accepted.model_id
-            model_id = model_id or f"{session.session_id}:train:{number}"
-            return self._ready(TrainingClient(session, model_id, base_model))
-
-        return session.run("create_training_client_from_state", create)
-
-    def _await(self, kind: str, accepted: UntypedFuture, answer: Any) -> Any:
-        """Wait, on a background thread, for the result of accepted work."""
-        poller = self._session.poller
-        future = poller.new_future(kind)
-        future.enter("waiting", accepted.request_id)
-        lane = f"create {accepted.request_id}"
-        poller.watch(lane, Operation(future, lambda reply: read(answer, reply, kind)))
-        return future.result()
-
-    @staticmethod
-    def _ready(client: TrainingClient) -> TrainingClient:
-        """Ask for the run's facts while we are in the background anyway."""
-        try:
-            client.get_info()
-        except BaseException:
-            client.close()
-            raise
-        return client

@@ -29,7 +29,9 @@ from tinkex.errors import (
 from tinkex.futures import APIFuture
 from tinkex.poller import Poller
 from tinkex.scheduler import WorkerPool
+from tinkex.server_flags import flags_for
 from tinkex.session_manager import SessionManager
+from tinkex.telemetry import Reporter, open_reporter
 from tinkex.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ T = TypeVar("T")
 _open_here: weakref.WeakValueDictionary[Tuple[int, str], Session] = weakref.WeakValueDictionary()
 
 STATUSES = ("success", "errored", "interrupted")
+
+#: What close may take for the telemetry that waits, in seconds.
+TELEMETRY_S = 1.0
 
 
 class Session:
@@ -83,9 +88,17 @@ class Session:
         self.session_id = session_id
         try:
             self.transport = Transport(config, closing=self._closing)
-            self.poller = Poller(self.transport, self.explain)
+            self.transport.billing.find_limit_s = _billing_limit(self.transport)
+            #: Reports on the session, if that is wanted.
+            self.telemetry: Optional[Reporter] = open_reporter(config, session_id)
+            report = None if self.telemetry is None else self.telemetry.operation_failed
+            self.poller = Poller(self.transport, self.explain, report)
             self._background = WorkerPool("tinkex-create", 8)
             stoppers = [*self.poller.stoppers, self._background.stopper]
+            if self.telemetry is not None:
+                stoppers.append(self.telemetry.stopper)
+                if not self._borrowed:
+                    self.telemetry.session_started()
             self._finalizer = weakref.finalize(self, _stop_all, stoppers)
             self._finalizer.atexit = False
             lifecycle.track(self)
@@ -168,19 +181,20 @@ class Session:
         reason = self.manager.lost_reason(self.session_id)
         if reason is None or not isinstance(error, (APIStatusError, RequestFailedError)):
             return error
-        last = self.last_checkpoint
-        resume = (
-            f"Resume with create_training_client_from_state_with_optimizer({last!r})."
-            if last
-            else "No checkpoint was saved by this client: start again, and save_state now and then."
-        )
         return SessionLostError(
             f"session {self.session_id} was lost ({reason}); then: {error.message}",
             status=error.status,
             request_id=error.request_id,
             session_id=self.session_id,
-            hint=f"Create a new ServiceClient. {resume}",
+            hint=f"Create a new ServiceClient. {self.how_to_resume()}",
         )
+
+    def how_to_resume(self) -> str:
+        """In words: how to continue a run that cannot go on."""
+        last = self.last_checkpoint
+        if last:
+            return f"Resume with create_training_client_from_state_with_optimizer({last!r})."
+        return "No checkpoint was saved by this client: start again, and save_state now and then."
 
     def new_lane(self, name: str) -> WorkerPool:
         """Make a serial lane with a thread of that *name*; it is stopped with the session."""
@@ -195,8 +209,8 @@ class Session:
         """End the session; at most about *timeout_s*.  Idempotent, safe from several threads.
 
         The order: refuse new work, so that nothing is added; settle outstanding futures, so that
-        every waiter wakes; stop the threads; stop the heartbeats and finish the session; close
-        connections last, since finishing needs one.
+        every waiter wakes; stop the threads; stop the heartbeats and finish the session; send the
+        telemetry that waits, within a second; close connections last, since these need some.
         """
         if self.forked:
             return
@@ -214,6 +228,9 @@ class Session:
             pools = self._stop_work()
             left_s = max(0.2, (deadline - time.monotonic()) / 2)
             self.manager.stop_session(self.session_id, status, detail, timeout_s=left_s)
+            if self.telemetry is not None:
+                left_s = max(0.2, (deadline - time.monotonic()) / 2)
+                self.telemetry.close(min(left_s, TELEMETRY_S), ended=not self._borrowed)
             self._join(pools, deadline)
         except BaseException:
             with self._lock:
@@ -226,6 +243,8 @@ class Session:
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked.  The manager, which is closed after us, tells the server."""
         self._join(self._stop_work(), time.monotonic() + min(timeout_s, 0.5))
+        if self.telemetry is not None:
+            self.telemetry.close(min(timeout_s / 2, 0.5), ended=not self._borrowed)
         self._finalizer.detach()
         self._closed.set()
 
@@ -265,6 +284,10 @@ class Session:
                 source=self,
                 stacklevel=2,
             )
+
+
+def _billing_limit(transport: Transport) -> Callable[[], float]:
+    return lambda: flags_for(transport).billing_exception_max_pause_duration_sec
 
 
 def _stop_all(stoppers: List[Callable[[], None]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from tinkex.beat_queue import BeatQueue
 from tinkex.clock import Clock
 from tinkex.scheduler import WorkerPool
+from tinkex.server_memory import memory_of
 from tinkex.session_link import SessionLink
 from tinkex.session_table import SessionTable
 
@@ -158,6 +159,8 @@ def finish(
             if missing or answer < 300:
                 with core.lock:
                     core.finish_route[base_url] = not missing
+                if missing:
+                    memory_of(base_url).note_missing("POST sessions/{id}/finish", answer)
             else:
                 logger.debug("finishing session %s: status %d", session_id, answer)
     except Exception as error:

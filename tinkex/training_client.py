@@ -1,62 +1,56 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
-Calls return futures at once.  A lane thread, ``tinkex-submit-<model>``, sends them in call
-order and numbers them as it does, so bad input never uses up a number.
+Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
+sends them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Type, TypeVar, Union
+import warnings
+from typing import Any, Callable, Mapping, Optional, Sequence, Type, TypeVar, Union
 
 from tinkex.api import training as api
 from tinkex.api._call import read
-from tinkex.batch_checks import check_batch, check_ttl
+from tinkex.batch_checks import (
+    check_batch,
+    check_metadata,
+    check_name,
+    check_recipients,
+    check_ttl,
+)
 from tinkex.child_client import ChildClient
-from tinkex.custom_loss import (
-    CustomLoss,
-    check_custom_batch,
-    forward_data,
-    gradient_data,
-    merge_metrics,
-)
-from tinkex.errors import (
-    APIConnectionError,
-    APIStatusError,
-    ConflictError,
-    InvalidInputError,
-    ResponseDecodeError,
-)
-from tinkex.futures import APIFuture, gather
-from tinkex.poller import Operation
+from tinkex.custom_loss import CustomLoss, LossHandle, check_custom_batch
+from tinkex.custom_pass import CustomPass
+from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.futures import APIFuture
+from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.sampling_client import SamplingClient
 from tinkex.session import Session
 from tinkex.tokenizers import load_tokenizer
+from tinkex.training_run import TrainingRun
 from tinkex.transport import Reply
 from tinkex.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
-    ForwardBackwardRequest,
     GetInfoResponse,
     LoadWeightsResponse,
+    OptimParams,
     OptimStepResponse,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    UnloadModelResponse,
     UntypedFuture,
 )
 from tinkex.types._wire import Wire
 from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.wire.chunking import combine, split
-from tinkex.wire.codecs import codec_for
+from tinkex.types.console import training_run_url
+from tinkex.types.optimizer import optim_params_to_wire
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
-
-#: A batch is sent in several requests beyond this (reference, section 5.3).
-MAX_CHUNK_DATUMS = 1024
-MAX_CHUNK_BYTES = 5_000_000
 
 LossConfig = Optional[Mapping[str, Union[float, str]]]
 
@@ -80,17 +74,18 @@ class TrainingClient(ChildClient):
         model_id: the server's id of the run.
     """
 
-    def __init__(self, session: Session, model_id: str, base_model: Optional[str] = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        model_id: str,
+        base_model: Optional[str] = None,
+        first_seq_id: int = 1,
+    ) -> None:
         super().__init__(session)
         self.model_id = model_id
         self._base_model = base_model
         self._info: Optional[GetInfoResponse] = None
-        self._lane = session.new_lane(f"tinkex-submit-{model_id}")
-        # Used by the lane's thread alone: the next number, and whether the server may have a
-        # request of that number already, whose answer was lost.
-        self._next_seq_id = 1
-        self._doubtful = False
-        weakref.finalize(self, self._lane.stopper).atexit = False
+        self._run = TrainingRun(session, model_id, first_seq_id)
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -117,45 +112,69 @@ class TrainingClient(ChildClient):
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
     def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: CustomLoss
+        self,
+        data: Sequence[Datum],
+        loss_fn: Union[CustomLoss, LossHandle],
+        *,
+        loss_type_input: Optional[str] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Train on a loss of your own, computed here with torch; return at once.
 
         ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
         target_tokens, and returns a scalar tensor and a dict of metrics.  It runs on the lane's
         thread; calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
+
+        A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
+        one pass like any other.
+
+        Args:
+            data: each with ``target_tokens``, and whatever the loss reads.
+            loss_fn: the function, or what `ServiceClient.create_custom_loss` returned.
+            loss_type_input: has no effect; deprecated.
+
+        The future raises what *loss_fn* raises, and then no gradient was added.  It raises
+        IncompleteGradientError if a large batch was added in part; the run then refuses to train.
         """
+        if loss_type_input is not None:
+            warnings.warn(
+                "loss_type_input has no effect: custom losses are computed from logprobs",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        handle = loss_fn if isinstance(loss_fn, LossHandle) else None
+        if handle is not None and handle.is_at_server(self._session.session_id):
+            batch = check_batch(data, "custom")
+            handle.check(batch)
+            self._ensure_open("forward_backward_custom")
+            config = {"loss_id": str(handle.loss_id)}
+            return self._run.submit_pass("forward_backward", batch, "custom", config)
         batch = check_batch(data, "cross_entropy")
-        check_custom_batch(batch)
-        future = self._new_future("forward_backward_custom")
-
-        def task() -> None:
-            if future.done():
-                return
-            future.enter("submitting")
-            logprobs = self._send_pass("forward", forward_data(batch), "cross_entropy", {}).result()
-            weighted, metrics = gradient_data(batch, logprobs, loss_fn)
-            if future.done():
-                return  # cancelled: the gradient must not be added
-            second = self._send_pass("forward_backward", weighted, "cross_entropy", {})
-            gather(future, [second], lambda outputs: merge_metrics(outputs[0], metrics))
-
-        return self._queue(future, task)
+        check_custom_batch(batch, loss_fn)
+        self._ensure_open("forward_backward_custom")
+        future: APIFuture[ForwardBackwardOutput] = self._run.new_future("forward_backward_custom")
+        task = CustomPass(self._run, future, batch, loss_fn)
+        return self._run.queue(future, task)
 
     def optim_step(
         self,
-        optim_params: Optional[AdamParams] = None,
+        optim_params: Optional[OptimParams] = None,
         *,
         adam_params: Optional[AdamParams] = None,
     ) -> APIFuture[OptimStepResponse]:
-        """Queue one optimizer step with the accumulated gradient; return at once."""
+        """Queue one optimizer step with the accumulated gradient; return at once.
+
+        Args:
+            optim_params: of the run's own optimizer: `AdamParams`, `DimuonParams`, or a mapping
+                or object with a ``type`` for one that only the server knows.
+            adam_params: the older name for it.
+        """
         if (optim_params is None) == (adam_params is None):
-            raise InvalidInputError("give optim_step one AdamParams")
-        params = _check_adam(adam_params if optim_params is None else optim_params)
+            raise InvalidInputError("give optim_step one set of parameters, such as AdamParams()")
+        params = optim_params_to_wire(adam_params if optim_params is None else optim_params)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.optim_step(
-                self._session.transport, model_id=self.model_id, seq_id=seq_id, adam_params=params
+                self._run.transport, model_id=self.model_id, seq_id=seq_id, params=params
             )
 
         return self._submit("optim_step", send, _reader(OptimStepResponse))
@@ -164,14 +183,14 @@ class TrainingClient(ChildClient):
         self,
         data: Sequence[Datum],
         loss_fn: str,
-        adam_params: AdamParams,
+        adam_params: OptimParams,
         loss_fn_config: LossConfig = None,
     ) -> TrainStep:
         """Submit `forward_backward` and `optim_step` together, and wait for both.
 
         One waiting time instead of two.  Blocks; raises the first failure.
         """
-        _check_adam(adam_params)
+        optim_params_to_wire(adam_params)  # before the pass is sent
         forward_backward = self.forward_backward(data, loss_fn, loss_fn_config)
         optim = self.optim_step(adam_params)
         return TrainStep(forward_backward.result(), optim.result())
@@ -188,20 +207,22 @@ class TrainingClient(ChildClient):
         Args:
             name: a bare name, unique in the run unless *overwrite*.
             ttl_seconds: how long the server keeps it; None is for ever.
-            overwrite: replace a checkpoint of that name.
+            overwrite: replace a checkpoint of that name, and its metadata.
             user_metadata: to be kept with it.
         """
-        _check_save(name, ttl_seconds)
+        check_name(name)
+        check_ttl(ttl_seconds)
+        metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.save_weights(
-                self._session.transport,
+                self._run.transport,
                 model_id=self.model_id,
                 seq_id=seq_id,
                 path=name,
                 ttl_seconds=ttl_seconds,
                 overwrite=overwrite,
-                user_metadata=user_metadata,
+                user_metadata=metadata,
             )
 
         def decode(reply: Reply) -> SaveWeightsResponse:
@@ -217,20 +238,55 @@ class TrainingClient(ChildClient):
         ttl_seconds: Optional[int] = None,
         user_metadata: Optional[Mapping[str, str]] = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Queue saving weights for sampling under *name*; the result has the ``path``."""
-        _check_save(name, ttl_seconds)
+        """Queue saving weights for sampling under *name*; the result has the ``path``.
+
+        Arguments as for `save_state`.
+        """
+        check_name(name)
+        check_ttl(ttl_seconds)
+        metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.save_weights_for_sampler(
-                self._session.transport,
+                self._run.transport,
                 model_id=self.model_id,
                 seq_id=seq_id,
                 path=name,
                 ttl_seconds=ttl_seconds,
-                user_metadata=user_metadata,
+                user_metadata=metadata,
             )
 
         return self._submit("save_weights_for_sampler", send, _sampler_reader("path"))
+
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        age_encryption_recipients: Optional[Sequence[str]] = None,
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        """Queue saving weights for download under *name*; the result has the ``path``.
+
+        Args:
+            name, ttl_seconds: as for `save_state`.
+            age_encryption_recipients: public keys of age; the files are encrypted for them.
+
+        The future raises RouteMissingError where the server has no such route.
+        """
+        check_name(name)
+        check_ttl(ttl_seconds)
+        recipients = check_recipients(age_encryption_recipients)
+
+        def send(seq_id: int) -> UntypedFuture:
+            return api.save_weights_external(
+                self._run.transport,
+                model_id=self.model_id,
+                seq_id=seq_id,
+                path=name,
+                ttl_seconds=ttl_seconds,
+                age_encryption_recipients=recipients,
+            )
+
+        return self._submit("save_weights_external", send, _reader(SaveWeightsExternalResponse))
 
     def load_state(
         self, path: str, weights_access_token: Optional[str] = None
@@ -244,38 +300,84 @@ class TrainingClient(ChildClient):
         """Queue loading weights and optimizer state at *path* into this run."""
         return self._load("load_state_with_optimizer", path, True, weights_access_token)
 
-    def save_weights_and_get_sampling_client(self, name: Optional[str] = None) -> SamplingClient:
+    def save_weights_and_get_sampling_client(
+        self,
+        name: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
+    ) -> SamplingClient:
         """Save the present weights for this session only, and return a client that samples them.
 
-        Blocks.  *name* has no effect; it is there for scripts of the official SDK.
+        Blocks.
+
+        Args:
+            name: has no effect; it is there for scripts of the official SDK.
+            retry_config: limits and retries of the new client.
+            record_stability_info: have the server record, with each sample, what later training
+                may refer to by its sequence_id.
+            kind: ``"snapshot"``: the client samples these weights for ever.  ``"inflight"``:
+                it samples the newest weights saved so, never older ones than these; generations
+                may span an update.
         """
-        return self.save_weights_and_get_sampling_client_future(name).result()
+        return self.save_weights_and_get_sampling_client_future(
+            name, retry_config, record_stability_info, kind
+        ).result()
 
     def save_weights_and_get_sampling_client_future(
-        self, name: Optional[str] = None
+        self,
+        name: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
     ) -> APIFuture[SamplingClient]:
         """Like `save_weights_and_get_sampling_client`; returns at once."""
+        if kind not in ("snapshot", "inflight"):
+            raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
+        check_retry_config(retry_config)
         session = self._session
 
         def send(seq_id: int) -> UntypedFuture:
             return api.save_weights_for_sampler(
-                session.transport,
+                self._run.transport,
                 model_id=self.model_id,
                 seq_id=seq_id,
                 sampling_session_seq_id=session.next_sampler_number(),
+                kind=kind,
             )
 
         def decode(reply: Reply) -> SamplingClient:
             saved = _sampler_reader("sampling_session_id")(reply)
-            return SamplingClient(session, str(saved.sampling_session_id), self._base_model)
+            return SamplingClient(
+                session,
+                str(saved.sampling_session_id),
+                self._base_model,
+                retry_config=retry_config,
+                record_stability_info=record_stability_info,
+            )
 
         return self._submit("save_weights_and_get_sampling_client", send, decode)
 
-    def create_sampling_client(self, model_path: str) -> SamplingClient:
-        """Return a client that samples the checkpoint at *model_path*.  Blocks."""
-        return self.create_sampling_client_future(model_path).result()
+    def create_sampling_client(
+        self,
+        model_path: str,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Return a client that samples the checkpoint at *model_path*.  Blocks.
 
-    def create_sampling_client_future(self, model_path: str) -> APIFuture[SamplingClient]:
+        Further arguments as for `save_weights_and_get_sampling_client`.
+        """
+        return self.create_sampling_client_future(
+            model_path, retry_config, record_stability_info
+        ).result()
+
+    def create_sampling_client_future(
+        self,
+        model_path: str,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> APIFuture[SamplingClient]:
         """Like `create_sampling_client`; returns at once."""
         self._ensure_open("create_sampling_client")
         own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
@@ -283,7 +385,25 @@ class TrainingClient(ChildClient):
             self._session,
             model_path=model_path,
             known_base_model=self._base_model if own else None,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
+
+    def unload(self) -> APIFuture[UnloadModelResponse]:
+        """Queue having the server let go of this run, and close this client; return at once.
+
+        It is sent after all that was asked of the run, and only when that is done.  What was not
+        saved is lost.  The future raises RouteMissingError where the server has no such route;
+        then the run ends with its session.
+        """
+        self._ensure_open("unload")
+
+        def send() -> UntypedFuture:
+            return api.unload_model(self._session.transport, self.model_id)
+
+        unloaded = self._run.submit_unnumbered("unload", send, _reader(UnloadModelResponse))
+        self.close()
+        return unloaded
 
     def get_info(self) -> GetInfoResponse:
         """What the server says of this run.  Blocks the first time; then cached."""
@@ -299,10 +419,14 @@ class TrainingClient(ChildClient):
         name = info.model_data.model_name or info.model_name or self._base_model or ""
         return load_tokenizer(name, info.model_data.tokenizer_id)
 
+    def get_console_url(self) -> str:
+        """The run's page in the hosted service's console."""
+        return training_run_url(self.model_id)
+
     def close(self) -> None:
         """Refuse further work; what was queued is still submitted.  See ChildClient."""
         super().close()
-        self._lane.drain()
+        self._run.drain()
 
     def __repr__(self) -> str:
         return f"<TrainingClient {self.model_id} of {self._base_model or 'unknown model'}>"
@@ -310,46 +434,10 @@ class TrainingClient(ChildClient):
     def _pass(
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue a pass over a whole batch, in one task, so that its chunks stay together."""
         batch = check_batch(data, loss_fn, loss_fn_config)
         config = dict(loss_fn_config or {})
-        chunks = split(batch, MAX_CHUNK_DATUMS, MAX_CHUNK_BYTES)
-        futures = [self._new_future(kind) for _ in chunks]
-        whole = futures[0]
-        if len(futures) > 1:
-            whole = gather(self._new_future(kind), futures, combine)
-
-        def task() -> None:
-            for future, chunk in zip(futures, chunks):
-                self._send_chunk(future, chunk, loss_fn, config)
-
-        return self._queue(whole, task)
-
-    def _send_pass(
-        self, kind: str, data: List[Datum], loss_fn: str, config: Mapping[str, Union[float, str]]
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Like `_pass`, from the lane's thread, and without its checks."""
-        chunks = split(data, MAX_CHUNK_DATUMS, MAX_CHUNK_BYTES)
-        futures = [self._new_future(kind) for _ in chunks]
-        whole = gather(self._new_future(kind), futures, combine)
-        for future, chunk in zip(futures, chunks):
-            self._send_chunk(future, chunk, loss_fn, config)
-        return whole
-
-    def _send_chunk(
-        self,
-        future: APIFuture[ForwardBackwardOutput],
-        chunk: List[Datum],
-        loss_fn: str,
-        config: Mapping[str, Union[float, str]],
-    ) -> None:
-        def send(seq_id: int) -> UntypedFuture:
-            request = ForwardBackwardRequest(
-                self.model_id, seq_id, chunk, loss_fn, config, forward_only=future.kind == "forward"
-            )
-            return self._session.dialect.submit(self._session.transport, request)
-
-        self._send(future, send, _decode_output, binary=True)
+        self._ensure_open(kind)
+        return self._run.submit_pass(kind, batch, loss_fn, config)
 
     def _load(
         self, kind: str, path: str, optimizer: bool, token: Optional[str]
@@ -358,7 +446,7 @@ class TrainingClient(ChildClient):
 
         def send(seq_id: int) -> UntypedFuture:
             return api.load_weights(
-                self._session.transport,
+                self._run.transport,
                 model_id=self.model_id,
                 seq_id=seq_id,
                 path=path,
@@ -368,77 +456,16 @@ class TrainingClient(ChildClient):
 
         return self._submit(kind, send, _reader(LoadWeightsResponse))
 
-    def _new_future(self, kind: str) -> APIFuture[Any]:
-        self._ensure_open(kind)
-        return self._session.poller.new_future(kind)
-
     def _submit(
         self, kind: str, send: Callable[[int], UntypedFuture], decode: Callable[[Reply], T]
     ) -> APIFuture[T]:
         """Queue one request."""
-        future: APIFuture[T] = self._new_future(kind)
-        return self._queue(future, lambda: self._send(future, send, decode))
+        self._ensure_open(kind)
+        return self._run.submit(kind, send, decode)
 
-    def _queue(self, future: APIFuture[T], task: Callable[[], None]) -> APIFuture[T]:
-        """Have the lane run *task*; its failure is the future's."""
 
-        def guarded() -> None:
-            try:
-                task()
-            except Exception as error:
-                self._session.poller.fail(future, error)
-
-        self._lane.submit(guarded)
-        return future
-
-    def _send(
-        self,
-        future: APIFuture[T],
-        send: Callable[[int], UntypedFuture],
-        decode: Callable[[Reply], T],
-        binary: bool = False,
-    ) -> None:
-        """Send one request under the next number and have it polled.  On the lane's thread."""
-        if future.done():  # cancelled while it waited its turn
-            return
-        poller = self._session.poller
-        future.enter("submitting")
-        try:
-            accepted = self._send_numbered(send)
-        except Exception as error:
-            poller.fail(future, error)
-            return
-        future.enter("waiting", accepted.request_id)
-        poller.watch(self.model_id, Operation(future, decode, binary))
-
-    def _send_numbered(self, send: Callable[[int], UntypedFuture]) -> UntypedFuture:
-        """Send under the next number, and use it up unless the server may never have seen it.
-
-        A server waits for a number that is left out, and the run would hang.  So one whose
-        request got no answer is used again; if the server had taken that request after all, it
-        says 409, or knows the body and does the work once.
-        """
-        try:
-            accepted = send(self._next_seq_id)
-        except InvalidInputError:  # nothing was sent
-            raise
-        except ConflictError:
-            self._next_seq_id += 1
-            if not self._doubtful:
-                raise
-            self._doubtful = False
-            return self._send_numbered(send)
-        except (APIConnectionError, APIStatusError) as error:
-            status = error.status
-            self._doubtful = status is None or status in (408, 429) or status >= 500
-            self._next_seq_id += not self._doubtful
-            raise
-        except Exception:
-            self._next_seq_id += 1
-            raise
-        self._next_seq_id += 1
-        self._doubtful = False
-        return accepted
+#: The official SDK's name of what creators return; here they return the client itself.
+BackcompatTrainingClientFuture = TrainingClient
 
 
 def _reader(answer: Type[W]) -> Callable[[Reply], W]:
@@ -455,23 +482,3 @@ def _sampler_reader(field: str) -> Callable[[Reply], SaveWeightsForSamplerRespon
         return saved
 
     return decode
-
-
-def _decode_output(reply: Reply) -> ForwardBackwardOutput:
-    return codec_for(reply.content_type).decode_output(reply.body)
-
-
-def _check_adam(params: Any) -> AdamParams:
-    if not isinstance(params, AdamParams):
-        raise InvalidInputError(f"an optimizer step takes AdamParams, not {type(params).__name__}")
-    params.check()
-    return params
-
-
-def _check_save(name: str, ttl_seconds: Optional[int]) -> None:
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
-        raise InvalidInputError(
-            f"checkpoint name {name!r} must be a bare name, without slashes",
-            hint="The server makes the path: tinker://<run>/weights/<name>.",
-        )
-    check_ttl(ttl_seconds)

@@ -6,41 +6,45 @@ delay a submission.  Nothing here knows an endpoint.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
 import platform
 import random
 import threading
 import uuid
 import weakref
-from typing import Any, Dict, Mapping, NoReturn, Optional
-from urllib.parse import urlsplit
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional
 
 import orjson
 import requests
-import urllib3.exceptions
 
 from tinkex._version import __version__
-from tinkex.channel import Channel
+from tinkex.billing import BillingPause
+from tinkex.channel import ACCEPT_ENCODING, Channel, content_of
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
+from tinkex.connection_errors import connection_error
+from tinkex.deprecations import note_deprecation
 from tinkex.errors import (
     APIConnectionError,
     APIError,
-    APITimeoutError,
+    APIStatusError,
     ClientClosedError,
-    ResponseDecodeError,
     status_error_type,
 )
 from tinkex.rate_limiter import limiter_for
+from tinkex.redaction import redact, redact_reply, secrets_of
+from tinkex.redirects import MAX_HOPS, next_hop, same_origin, shown
+from tinkex.request import (
+    JSON_TYPE as JSON_TYPE,
+    Reply as Reply,
+    Request as Request,
+    broken_route,
+)
 from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.tokens import Token, is_invalid_token, source_for
 
 logger = logging.getLogger(__name__)
-
-JSON_TYPE = "application/json"
-
-#: Pause between attempts while the account cannot pay, with ``on_billing="wait"``, in seconds.
-BILLING_PAUSE_S = 5.0
 
 #: Connections kept per traffic class.
 POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
@@ -51,50 +55,14 @@ _HINTS: Mapping[int, str] = {
     403: "The key is known but may not do this.",
 }
 
+# An answer of 400 without a body does not come from the server but from a proxy before it, which
+# dislikes the connection: so many in a row are tried again on a fresh one.
+_EDGE_BUDGET = 16
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One logical request; every attempt sends the same bytes and the same idempotency key."""
+# Of one logical request.
+_EDGE_ATTEMPTS = 4
 
-    method: str
-    path: str
-    body: Optional[bytes] = None
-    content_type: str = JSON_TYPE
-    accept: str = JSON_TYPE
-    traffic: str = "work"
-    read_timeout_s: Optional[float] = None
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Method and path, for messages."""
-        return f"{self.method} {self.path.partition('?')[0]}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer of any status, read to its end."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    @property
-    def content_type(self) -> str:
-        """Lower-case content type, with its parameters."""
-        return self.headers.get("content-type", "").lower()
-
-    def json(self) -> Any:
-        """The decoded body; ResponseDecodeError if it is not JSON."""
-        try:
-            return orjson.loads(self.body)
-        except orjson.JSONDecodeError as error:
-            raise ResponseDecodeError(
-                f"the answer (status {self.status}, {self.content_type or 'no content type'}) "
-                f"is not JSON: {self.body[:200]!r}",
-                status=self.status,
-                hint="Is base_url the address of a Tinker server, and its path prefix right?",
-            ) from error
+_KEY_HEADER = "x-api-key"
 
 
 class Transport:
@@ -114,6 +82,8 @@ class Transport:
         self.config = config
         self.closing = closing or threading.Event()
         self.clock = clock
+        #: Paces whoever gets a 402, with ``on_billing="wait"``.
+        self.billing = BillingPause(config.host_and_port, clock)
         self._limiter = limiter_for(config.base_url, config.key_digest)
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
         # Guards _private: the channels of busy threads.
@@ -121,10 +91,24 @@ class Transport:
         self._private: weakref.WeakSet[Channel] = weakref.WeakSet()
         self._headers: Dict[str, str] = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
-            "Accept-Encoding": "gzip, deflate",
+            "Accept-Encoding": ACCEPT_ENCODING,
         }
-        if config.api_key:
-            self._headers["X-API-Key"] = config.api_key
+        #: What requests are authenticated with; shared with other transports.
+        self.tokens = source_for(config)
+        self._secrets = secrets_of(config)
+        # Rejections by a proxy that may still be tried again; refilled by successes.  A count that
+        # is off by a few because threads race does no harm.
+        self._edge_budget = _EDGE_BUDGET
+        self._before_send: Optional[Callable[[Request], Request]] = None
+
+    def watched(self, before_send: Callable[[Request], Request]) -> Transport:
+        """Return a view of this transport whose `send` sends what *before_send* makes of a request.
+
+        What that raises keeps the request from being sent.
+        """
+        view = copy.copy(self)
+        view._before_send = before_send
+        return view
 
     def open_channel(self) -> Channel:
         """A private connection for one busy thread; closed with the transport at the latest."""
@@ -144,37 +128,88 @@ class Transport:
     ) -> Reply:
         """Send one attempt and return the answer, whatever its status.
 
+        A token that the server calls invalid is renewed, and the request sent again, once.
+        Redirects are followed.
+
         Raises:
-            APITimeoutError, APIConnectionError: there was no answer.
+            APITimeoutError, APIConnectionError: there was no answer, or no new token to be had.
+            APIStatusError: the server refuses to give a token.
+            CredentialError: there is no usable key or token.
             ClientClosedError: the transport was closed meanwhile.
         """
-        headers = {**self._headers, "Accept": request.accept, **request.headers}
+        headers = {**self._headers, "Accept": request.accept}
         if request.method != "GET":
             headers["Content-Type"] = request.content_type
             headers["X-Idempotency-Key"] = idempotency_key or str(uuid.uuid4())
-        headers.update(self.config.extra_headers)
+        token = self.token_for(request)
+        channel = channel or self._channels[request.traffic]
+        reply = self._follow(request, headers, token, channel)
+        if token is not None and reply.status == 401:
+            if token.renewable and is_invalid_token(reply.status, reply.headers):
+                token = self.tokens.renew(self, request, token)
+                reply = self._follow(request, headers, token, channel)
+            else:
+                self.tokens.forget(token)
+        note_deprecation(request.name, reply.headers)
+        self._check_for_edge(request, reply, channel)
+        return reply
+
+    def token_for(self, request: Request) -> Optional[Token]:
+        """What *request* is to be authenticated with; None if it brings its own, or needs none."""
+        own = {name.lower() for name in (*request.headers, *self.config.extra_headers)}
+        return None if _KEY_HEADER in own else self.tokens.token_for(self, request)
+
+    def _follow(
+        self, request: Request, headers: Mapping[str, str], token: Optional[Token], channel: Channel
+    ) -> Reply:
+        """Send, and go where redirects lead; what authenticates goes nowhere else."""
+        private = {**self.config.access_headers, **request.headers}
+        if token is not None:
+            private["X-API-Key"] = token.text
+        private.update(self.config.extra_headers)
+        url = self.config.base_url + request.path
+        for _ in range(MAX_HOPS):
+            reply = self._attempt(request, url, {**headers, **private}, channel)
+            target = next_hop(request.method, url, reply.status, reply.headers.get("location"))
+            if target is None or not request.follow_redirects:
+                return reply
+            if not same_origin(url, target):
+                if request.secrets and request.body:
+                    return reply  # the secrets may be in the body
+                private = {}
+            url = target
+        return self._attempt(request, url, {**headers, **private}, channel)
+
+    def _attempt(
+        self, request: Request, url: str, headers: Mapping[str, str], channel: Channel
+    ) -> Reply:
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s
         timeout = (min(self.config.connect_timeout_s, read_timeout_s), read_timeout_s)
         try:
-            response = (channel or self._channels[request.traffic]).request(
-                request.method,
-                self.config.base_url + request.path,
-                headers=headers,
-                body=request.body,
-                timeout=timeout,
+            response = channel.request(
+                request.method, url, headers=headers, body=request.body, timeout=timeout
             )
+            body = content_of(response)
         except requests.RequestException as error:
-            self._raise_connection_error(request, error)
+            self._no_answer(request, error)
         lowered = {name.lower(): value for name, value in response.headers.items()}
-        reply = Reply(response.status_code, lowered, response.content)
-        return self._without_key(reply)
-
-    def _without_key(self, reply: Reply) -> Reply:
-        """Take the key out of a text that echoes it, before it gets into any error or log."""
-        key = (self.config.api_key or "").encode("latin-1")
-        if not key or key not in reply.body or "protobuf" in reply.content_type:
+        reply = Reply(response.status_code, lowered, body)
+        if request.secret_reply and 200 <= reply.status < 300:
             return reply
-        return dataclasses.replace(reply, body=reply.body.replace(key, b"<api key>"))
+        return redact_reply(reply, self.config.api_key, self._all_secrets(request))
+
+    def _check_for_edge(self, request: Request, reply: Reply, channel: Channel) -> None:
+        """Raise APIConnectionError if a proxy before the server has rejected the connection."""
+        if 200 <= reply.status < 300:
+            self._edge_budget = min(self._edge_budget + 1, _EDGE_BUDGET)
+        if reply.status != 400 or reply.body or self._edge_budget <= 0:
+            return
+        self._edge_budget -= 1
+        channel.close()  # idle connections only: the next attempt makes a new one
+        raise APIConnectionError(
+            f"{request.name} answered 400 without a word, as a proxy before the server does",
+            status=400,
+        ) from self.status_error(request, reply)
 
     def send(
         self, request: Request, policy: RetryPolicy, *, channel: Optional[Channel] = None
@@ -184,13 +219,18 @@ class Transport:
         Raises:
             APIStatusError: the server's last answer.
             APIConnectionError: no answer within the policy's time.
-            ClientClosedError: closed meanwhile.
+            ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
-        key = str(uuid.uuid4())
+        if self._before_send is not None:
+            request = self._before_send(request)
+        key = request.idempotency_key or str(uuid.uuid4())
         started = self.clock.monotonic()
         attempt = 0
+        same = 0  # times that the last answer came
+        last: Optional[str] = None
+        maybe_taken = False
         while True:
-            self._wait(self._limiter.wait_s(), request)
+            self._wait(self._limiter.wait_s(), request, channel)
             attempt += 1
             reply: Optional[Reply] = None
             hint_s: Optional[float] = None
@@ -201,23 +241,34 @@ class Transport:
                 error: APIError = self.status_error(request, reply)
                 hint_s = retry_after_s(reply.headers, self.clock.wall())
                 again = policy.retries_status(reply.status, attempt, reply.headers)
-            except APIConnectionError as caught:
+            except (APIConnectionError, APIStatusError) as caught:  # the latter: of a token
                 error, again = caught, caught.retryable
+                if caught.status == 400 and attempt >= _EDGE_ATTEMPTS:
+                    again = False
+                    if isinstance(caught.__cause__, APIStatusError):
+                        error = caught.__cause__  # so often, it must be the server's own answer
             elapsed = self.clock.monotonic() - started
             delay = policy.delay_s(attempt, elapsed, hint_s, random.random()) if again else None
             if error.status == 402 and self.config.on_billing == "wait":
-                delay = BILLING_PAUSE_S
+                delay = self.billing.after_402(may_ask=not request.bare)
             error.attempts, error.elapsed_s = attempt, elapsed
+            error.maybe_taken = maybe_taken = (
+                maybe_taken or error.maybe_taken or error.status in (502, 504)
+            )
+            same, last = (same + 1 if error.message == last else 1), error.message
             if delay is None:
+                if same > 1 and reply is not None and reply.status >= 500:
+                    error.hint = error.hint or broken_route(request, same)
                 raise error
             if reply is not None and reply.status == 429:
                 self._limiter.back_off(delay)
             level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
-            self._wait(delay, request)
+            self._wait(delay, request, channel)
 
-    def _wait(self, delay_s: float, request: Request) -> None:
-        if self.closing.is_set() or (delay_s > 0 and self.closing.wait(delay_s)):
+    def _wait(self, delay_s: float, request: Request, channel: Optional[Channel]) -> None:
+        stop = self.closing if channel is None else channel.stopped  # which closing sets, too
+        if (delay_s > 0 and stop.wait(delay_s)) or stop.is_set() or self.closing.is_set():
             raise ClientClosedError(f"the client was closed before {request.name} was done")
 
     def status_error(self, request: Request, reply: Reply) -> APIError:
@@ -228,8 +279,14 @@ class Transport:
             status=reply.status,
             body=body,
             retry_after_s=retry_after_s(reply.headers, self.clock.wall()),
-            hint=_HINTS.get(reply.status),
+            hint=self._hint(reply),
         )
+
+    def _hint(self, reply: Reply) -> Optional[str]:
+        if 300 <= reply.status < 400:
+            where = shown(reply.headers.get("location", ""))
+            return f"The server redirects to {where}, which is not followed. Is base_url right?"
+        return _HINTS.get(reply.status)
 
     def _read_error_body(self, reply: Reply) -> Any:
         """The decoded body, and the part of it a person wants to read."""
@@ -246,35 +303,21 @@ class Transport:
         return (body if len(reply.body) <= 500 else text), text
 
     def redact(self, text: str) -> str:
-        """Return *text* without the key, should a server have echoed it."""
-        key = self.config.api_key
-        return text.replace(key, "<api key>") if key else text
+        """Return *text* without the key and the like, should a server have echoed them."""
+        return redact(text, self.config.api_key, self._all_secrets(None))
 
-    def _raise_connection_error(
-        self, request: Request, error: requests.RequestException
-    ) -> NoReturn:
+    def _all_secrets(self, request: Optional[Request]) -> List[str]:
+        own = () if request is None else request.secrets
+        return [*self._secrets, *self.tokens.secrets, *own]
+
+    def _no_answer(self, request: Request, error: requests.RequestException) -> NoReturn:
+        # They hold the request with its headers, and so the key.
+        error.request = error.response = None
         if self.closing.is_set():
             raise ClientClosedError(
                 f"the client was closed while {request.name} was under way"
             ) from error
-        where = self.config.host_and_port
-        if isinstance(error, requests.Timeout) or _is_stalled_body(error):
-            if isinstance(error, requests.ConnectTimeout):
-                limit = f"{self.config.connect_timeout_s:g} s to connect"
-            else:
-                limit = f"{request.read_timeout_s or self.config.read_timeout_s:g} s"
-            raise APITimeoutError(
-                f"{where} did not answer {request.name} within {limit}"
-            ) from error
-        reason = self.redact(_root_cause(error))
-        if isinstance(error, requests.exceptions.ProxyError):
-            proxy = urlsplit(self.config.proxy or "")
-            reason = f"the proxy {proxy.hostname}:{proxy.port}: {reason}"
-        raise APIConnectionError(
-            f"cannot reach {where} for {request.name}: {reason}",
-            retryable=not isinstance(error, requests.exceptions.SSLError),
-            hint=f"Is the server running at {self.config.base_url}, and base_url right?",
-        ) from error
+        raise connection_error(self.config, request, error, self.redact) from error
 
     def drop_idle(self) -> None:
         """Close the idle connections of the shared channels; those in use are kept."""
@@ -287,32 +330,3 @@ class Transport:
             channels = [*self._channels.values(), *self._private]
         for channel in channels:
             channel.abort()
-
-
-def _is_stalled_body(error: requests.RequestException) -> bool:
-    """True for a timeout in the middle of an answer, which requests calls a ConnectionError."""
-    return bool(error.args) and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, in words: it wraps the cause three deep."""
-    seen: BaseException = error
-    while True:
-        inner: Any = getattr(seen, "reason", None)
-        if not isinstance(inner, BaseException):
-            inner = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
-        if inner is None:
-            inner = seen.__cause__ or (
-                seen.args[1]
-                if len(seen.args) > 1 and isinstance(seen.args[1], BaseException)
-                else None
-            )
-        if inner is None or inner is seen:
-            break
-        seen = inner
-    if isinstance(seen, OSError) and seen.strerror:
-        return seen.strerror
-    if isinstance(seen, urllib3.exceptions.HTTPError):
-        text = str(seen)
-        return text.partition(": ")[2] or text
-    return str(seen) or type(seen).__name__

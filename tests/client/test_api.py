@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from datetime import datetime, timezone
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -12,12 +13,13 @@ import responses
 
 from tinkex import types
 from tinkex._version import PROTOCOL_VERSION
-from tinkex.api import futures, rest, sampling, sessions, training
+from tinkex.api import futures, rest, sampling, sessions, telemetry, training
 from tinkex.api._call import encode
 from tinkex.config import Config
 from tinkex.errors import InvalidInputError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Transport
+from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -41,9 +43,8 @@ ADAM_JSON = {
     "beta1": 0.9,
     "beta2": 0.95,
     "eps": 1e-12,
-    "weight_decay": 0.0,
-    "grad_clip_norm": 0.0,
 }
+ADAM = optim_params_to_wire(types.AdamParams(learning_rate=0.01))
 RUN_JSON = {
     "training_run_id": "s:train:0",
     "base_model": "b",
@@ -191,12 +192,75 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "optim_step",
-        lambda t: training.optim_step(
-            t, model_id="m", seq_id=2, adam_params=types.AdamParams(learning_rate=0.01)
-        ),
+        lambda t: training.optim_step(t, model_id="m", seq_id=2, params=ADAM),
         "POST",
         "optim_step",
         {"adam_params": ADAM_JSON, "model_id": "m", "seq_id": 2, "type": "optim_step"},
+        FUTURE_JSON,
+        FUTURE,
+    ),
+    (
+        "optim_step of another optimizer",
+        lambda t: training.optim_step(
+            t, model_id="m", seq_id=2, params={"optimizer_params": {"type": "dimuon"}}
+        ),
+        "POST",
+        "optim_step",
+        {
+            "optimizer_params": {"type": "dimuon"},
+            "model_id": "m",
+            "seq_id": 2,
+            "type": "optim_step",
+        },
+        FUTURE_JSON,
+        FUTURE,
+    ),
+    (
+        "save_weights_external",
+        lambda t: training.save_weights_external(
+            t, model_id="m", seq_id=3, path="a", age_encryption_recipients=("age1x",)
+        ),
+        "POST",
+        "save_weights_external",
+        {
+            "model_id": "m",
+            "seq_id": 3,
+            "path": "a",
+            "age_encryption_recipients": ["age1x"],
+            "type": "save_weights_external",
+        },
+        FUTURE_JSON,
+        FUTURE,
+    ),
+    (
+        "unload_model",
+        lambda t: training.unload_model(t, "m"),
+        "POST",
+        "unload_model",
+        {"model_id": "m", "type": "unload_model"},
+        FUTURE_JSON,
+        FUTURE,
+    ),
+    (
+        "create_custom_loss",
+        lambda t: training.create_custom_loss(
+            t,
+            session_id="s",
+            custom_loss_seq_id=0,
+            name="f",
+            inputs=[{"name": "logprobs", "rank": 1}],
+            graph={"format": 1, "nodes": []},
+        ),
+        "POST",
+        "create_custom_loss",
+        {
+            "session_id": "s",
+            "custom_loss_seq_id": 0,
+            "name": "f",
+            "inputs": [{"name": "logprobs", "rank": 1}],
+            "graph": {"format": 1, "nodes": []},
+            "type": "create_custom_loss",
+        },
         FUTURE_JSON,
         FUTURE,
     ),
@@ -312,6 +376,70 @@ CASES: Tuple[Case, ...] = (
         },
         {"request_id": "r-2", "sample_sequence_ids": ["q-1"]},
         types.UntypedFuture("r-2", sample_sequence_ids=["q-1"]),
+    ),
+    (
+        "asample with everything",
+        lambda t: sampling.asample(
+            t,
+            sampling_session_id="s:sample:0",
+            seq_id=5,
+            request=types.SampleRequest(
+                types.ModelInput.from_ints([1, 2]),
+                2,
+                types.SamplingParams(3, 4, ["a"], 0.5, 6, 0.7),
+                True,
+                8,
+                9,
+                1,
+                types.TensorData([10], "int64", (1, 1)),
+                11,
+                True,
+            ),
+        ),
+        "POST",
+        "asample",
+        {
+            "num_samples": 2,
+            "prompt": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]},
+            "sampling_params": {
+                "temperature": 0.5,
+                "top_k": 6,
+                "top_p": 0.7,
+                "max_tokens": 3,
+                "seed": 4,
+                "stop": ["a"],
+            },
+            "prompt_logprobs": True,
+            "topk_prompt_logprobs": 8,
+            "topk_sample_logprobs": 9,
+            "prompt_logprobs_last_n": 1,
+            "target_prompt_logprobs": {"data": [10], "dtype": "int64", "shape": [1, 1]},
+            "prompt_alt_tokens_k": 11,
+            "record_stability_info": True,
+            "type": "sample",
+            "sampling_session_id": "s:sample:0",
+            "seq_id": 5,
+        },
+        {"request_id": "r-2"},
+        types.UntypedFuture("r-2"),
+    ),
+    (
+        "join_sampling_session",
+        lambda t: sampling.join_sampling_session(t, "s:sample:0"),
+        "POST",
+        "join_sampling_session",
+        {"sampling_session_id": "s:sample:0", "type": "join_sampling_session"},
+        {"client_counter": 2, "type": "join_sampling_session"},
+        types.JoinSamplingSessionResponse(2),
+    ),
+    (
+        "cancel_future",
+        lambda t: futures.cancel_future(t, "r-1"),
+        "POST",
+        "cancel_future",
+        {"request_id": "r-1"},
+        {},
+        None,
     ),
     (
         "get_sampler",
@@ -515,13 +643,42 @@ def test_retrieve_future_returns_any_answer(
     assert json.loads(sent(mocked).body) == {"request_id": "r"}
 
 
+def test_a_result_itself_is_insisted_on_after_its_announcement(
+    mocked: responses.RequestsMock, transport: Transport
+) -> None:
+    mocked.add("POST", f"{BASE}/api/v1/retrieve_future", json={})
+    futures.retrieve_future(transport, "r", binary=True, read_timeout_s=1.0, payload=True)
+    assert json.loads(sent(mocked).body) == {"request_id": "r", "allow_metadata_only": False}
+
+
+def test_telemetry_returns_any_answer_and_carries_no_key(
+    mocked: responses.RequestsMock,
+) -> None:
+    mocked.add("POST", f"{BASE}/api/v1/client/config", json={})  # is the key to be exchanged?
+    mocked.add("POST", f"{BASE}/api/v1/telemetry", status=503)
+    keyed = Transport(Config.resolve(environ={}, base_url=BASE, api_key="tml-secret-0815"))
+    events = [{"event": "GENERIC_EVENT", "event_data": {"header": "tml-secret-0815"}}]
+    reply = telemetry.send_telemetry(
+        keyed, events, session_id="s", process_uuid="p", channel=keyed.open_channel()
+    )
+    assert reply.status == 503
+    assert json.loads(mocked.calls[-1].request.body) == {
+        "events": [{"event": "GENERIC_EVENT", "event_data": {"header": "<api key>"}}],
+        "platform": platform.system(),
+        "sdk_version": PROTOCOL_VERSION,
+        "session_id": "s",
+        "process_uuid": "p",
+    }
+    keyed.abort()
+
+
 @pytest.mark.parametrize("body", ["[]", "{}", '{"request_id": null}', "not json", ""])
 def test_an_answer_that_breaks_the_promise_names_the_route(
     mocked: responses.RequestsMock, transport: Transport, body: str
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/optim_step", body=body, content_type="application/json")
     with pytest.raises(ResponseDecodeError, match="POST /api/v1/optim_step"):
-        training.optim_step(transport, model_id="m", seq_id=1, adam_params=types.AdamParams())
+        training.optim_step(transport, model_id="m", seq_id=1, params=ADAM)
 
 
 @pytest.mark.parametrize("session_id", [None, "", 7])

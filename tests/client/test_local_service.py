@@ -196,9 +196,9 @@ def test_inflight_lists_what_is_outstanding(
 def test_the_dialect_is_known_after_the_first_batch(
     service: ServiceClient, trainer: TrainingClient
 ) -> None:
-    assert service.server_dialect is None
+    assert service.server_dialect.encoding is None
     trainer.forward([DATUM], "cross_entropy").result(PATIENCE_S)
-    assert service.server_dialect == "protobuf"
+    assert service.server_dialect.encoding == "protobuf"
 
 
 @pytest.mark.parametrize("wire", ["json", "protobuf"])
@@ -207,7 +207,7 @@ def test_both_dialects_train_alike(local: LocalServer, wire: str) -> None:
         trainer = service.create_lora_training_client("deterministic")
         forward = trainer.forward([DATUM], "cross_entropy").result(PATIENCE_S)
         step = trainer.train_step([DATUM], "cross_entropy", ADAM)
-        assert service.server_dialect == wire
+        assert service.server_dialect.encoding == wire
         assert step.forward_backward.metrics == forward.metrics
         assert step.optim.metrics is not None
         assert step.optim.metrics["optimizer_steps:max"] == 1.0

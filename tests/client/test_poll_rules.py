@@ -21,6 +21,7 @@ from tinkex.poll_rules import (
     LAST_BACKOFF_S,
     LAST_SPACING_S,
     SAME_500_LIMIT,
+    Announced,
     Done,
     Failed,
     Outcome,
@@ -85,6 +86,31 @@ def test_results_that_look_like_failures_are_results(body: Any) -> None:
 )
 def test_try_again_is_pending(body: Any, state: Optional[str], reason: Optional[str]) -> None:
     assert outcome(200, body) == Pending(state, reason)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [(7, None), (None, ["x"]), ({}, 3)], ids=["state", "reason", "both"]
+)
+def test_a_queue_state_that_is_no_text_is_none(state: Any, reason: Any) -> None:
+    body = {"type": "try_again", "queue_state": state, "queue_state_reason": reason}
+    assert outcome(200, body) == Pending()
+    assert outcome(408, body) == Pending()
+
+
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ({"status": "complete_metadata", "response_payload_size": 70_000_000}, 70_000_000),
+        ({"status": "complete_metadata"}, 0),
+        ({"status": "complete_metadata", "response_payload_size": "large"}, 0),
+    ],
+)
+def test_metadata_announces_a_result(body: Any, size: int) -> None:
+    assert outcome(200, body) == Announced(size)
+
+
+def test_a_result_may_speak_of_metadata() -> None:
+    assert isinstance(outcome(200, {"path": '"complete_metadata"', "status": "done"}), Done)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
-from tinkex import poll_rules, poller as poller_module
+from tinkex import billing, poll_loop, poll_rules
 from tinkex.api._call import read
 from tinkex.channel import Channel
 from tinkex.errors import (
@@ -37,6 +38,7 @@ from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
 POLL = "POST /api/v1/retrieve_future"
+CANCEL = "POST /api/v1/cancel_future"
 TRY_AGAIN = Answer(body={"type": "try_again", "request_id": "r", "queue_state": "active"})
 
 
@@ -140,7 +142,7 @@ def test_pending_work_is_asked_for_again_and_its_state_shown(server: ScriptedSer
 def test_a_server_that_answers_pending_at_once_is_not_hammered(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller_module.random, "random", lambda: 0.5)
+    monkeypatch.setattr(poll_loop.random, "random", lambda: 0.5)
     server.on(POLL, *[Answer(408)] * 3, *[TRY_AGAIN] * 2, result())
     with open_poller(server) as poller:
         watch(poller).result(PATIENCE_S)
@@ -173,7 +175,7 @@ def test_trouble_is_backed_off_from(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.02)
-    monkeypatch.setattr(poller_module.random, "random", lambda: 1.0)
+    monkeypatch.setattr(poll_loop.random, "random", lambda: 1.0)
     server.on(POLL, *[Answer(503)] * 3, result())
     with open_poller(server) as poller:
         watch(poller).result(PATIENCE_S)
@@ -267,6 +269,50 @@ def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(
         assert second.result(PATIENCE_S) == "p"
 
 
+# Large results
+
+
+def test_a_result_that_is_only_announced_is_asked_for(server: ScriptedServer) -> None:
+    announced = Answer(body={"status": "complete_metadata", "response_payload_size": 5_000_000})
+    server.on(POLL, announced, result("large"))
+    with open_poller(server) as poller:
+        assert watch(poller, "r-1").result(PATIENCE_S) == "large"
+    first, second = (r.json() for r in server.requests())
+    assert first == {"request_id": "r-1"}
+    assert second == {"request_id": "r-1", "allow_metadata_only": False}
+
+
+def test_a_result_that_is_announced_for_ever_is_an_error(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(body={"status": "complete_metadata", "response_payload_size": 7}))
+    with open_poller(server) as poller, pytest.raises(ResponseDecodeError, match="7 bytes"):
+        watch(poller).result(PATIENCE_S)
+    assert len(server.requests()) == 2
+
+
+# Pauses
+
+
+def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
+    server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    paused = {
+        "type": "try_again",
+        "queue_state": "paused_rate_limit",
+        "queue_state_reason": "quota",
+    }
+    server.on(POLL, Answer(body=paused), Answer(body=paused), result())
+    with caplog.at_level(logging.INFO, "tinkex.pause_notices"), open_poller(server) as poller:
+        future = poller.new_future("sample")
+        operation = Operation(future, decode_path, owner="sampler s-1", pause_grace_s=0.0)
+        poller.submit_sample(operation, lambda channel: UntypedFuture("r"))
+        future.result(PATIENCE_S)
+        assert future.status().queue_state == "active"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "the server has paused sampler s-1: paused_rate_limit (quota)"),
+        ("INFO", "sampler s-1: the server goes on"),
+    ]
+
+
 # Limits
 
 
@@ -353,7 +399,22 @@ def test_a_402_raises_at_once_by_default(server: ScriptedServer) -> None:
         watch(poller).result(PATIENCE_S)
 
 
-def test_a_402_may_be_waited_out(server: ScriptedServer) -> None:
+def test_a_402_is_waited_out_for_the_time_that_the_server_allows(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(billing, "PAUSE_S", 0.001)
+    server.on(POLL, Answer(402, {"detail": "top up"}))
+    with open_poller(server, on_billing="wait") as poller:
+        poller._transport.billing.find_limit_s = lambda: 0.05
+        with pytest.raises(BillingError, match="top up"):
+            watch(poller).result(PATIENCE_S)
+    assert len(server.requests()) > 2
+    told = [r.levelname for r in caplog.records if "pay" in r.getMessage()]
+    assert told == ["WARNING"]  # at most once a minute
+
+
+def test_a_402_may_be_waited_out(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(billing, "PAUSE_S", 0.001)
     server.on(POLL, Answer(402), Answer(402), result())
     with open_poller(server, on_billing="wait") as poller:
         assert watch(poller).result(PATIENCE_S) == "p"
@@ -511,6 +572,204 @@ def test_workers_keep_their_connections(server: ScriptedServer) -> None:
         for _ in range(10):
             sample(poller, "s", server).result(PATIENCE_S)
     assert server.connections == 1
+
+
+# Cancelled samples
+
+
+def cancellable(server: ScriptedServer, most: int = 64) -> None:
+    """Have the server take cancels."""
+    body = {"sample_cancel_enabled": True, "sample_cancel_max_batch_size": most}
+    server.on("POST /api/v1/client/dynamic_config", Answer(body=body))
+    server.on(CANCEL, Answer())
+
+
+def test_a_cancelled_sample_frees_its_worker_at_once(server: ScriptedServer) -> None:
+    never = threading.Event()
+    server.on(POLL, by_request({"stuck": Answer(hold=never), "next": result("next")}))
+    with open_poller(server, max_concurrent_samples=1) as poller:
+        stuck, following = sample(poller, "stuck", server), sample(poller, "next", server)
+        server.wait_for(POLL)
+        assert stuck.cancel()
+        assert following.result(PATIENCE_S) == "next"  # the long poll would have lasted
+        assert {r.connection for r in server.requests(POLL)} == {0, 1}
+        following = sample(poller, "next", server)
+        assert following.result(PATIENCE_S) == "next"
+        assert {r.connection for r in server.requests(POLL)} == {0, 1}  # and keeps the new one
+
+
+def test_a_cancelled_sample_does_not_wait_out_its_back_off(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 60.0)
+    server.on(POLL, by_request({"failing": Answer(503), "next": result("next")}))
+    with open_poller(server, max_concurrent_samples=1) as poller:
+        failing, following = sample(poller, "failing", server), sample(poller, "next", server)
+        server.wait_for(POLL)
+        wait_until(lambda: failing.last_error is not None, "the trouble is noted")
+        failing.cancel()
+        assert following.result(PATIENCE_S) == "next"
+
+
+def test_a_cancelled_head_frees_its_lane_at_once(server: ScriptedServer) -> None:
+    never = threading.Event()
+    server.on(POLL, by_request({"head": Answer(hold=never), "next": result("next")}))
+    with open_poller(server) as poller:
+        head, following = watch(poller, "head"), watch(poller, "next")
+        server.wait_for(POLL)
+        assert head.cancel()
+        assert following.result(PATIENCE_S) == "next"
+
+
+def test_cancels_race_results_and_every_worker_goes_on(server: ScriptedServer) -> None:
+    server.on(POLL, result())
+    with open_poller(server, max_concurrent_samples=4) as poller:
+        for _ in range(100):
+            futures = [sample(poller, "s", server) for _ in range(4)]
+            for future in futures:
+                future.cancel()
+            for future in futures:
+                assert future.cancelled() or future.result(PATIENCE_S) == "p"
+        assert [sample(poller, "s", server).result(PATIENCE_S) for _ in range(8)] == ["p"] * 8
+
+
+def test_the_server_is_told_of_cancelled_samples_if_it_wants_to_know(
+    server: ScriptedServer,
+) -> None:
+    cancellable(server)
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server) as poller:
+        futures = [sample(poller, f"s{i}", server) for i in range(20)]
+        lane = watch(poller, "a training request")
+        server.wait_for(POLL, 21)
+        for future in futures:
+            future.cancel()
+        lane.cancel()
+        told = server.wait_for(CANCEL, 20)
+        assert sorted(r.json()["request_id"] for r in told) == sorted(f"s{i}" for i in range(20))
+    assert len(server.requests(CANCEL)) == 20  # only samples can be cancelled
+    assert len(server.requests("POST /api/v1/client/dynamic_config")) == 1
+
+
+def test_no_more_cancels_go_out_at_once_than_the_server_takes(server: ScriptedServer) -> None:
+    cancellable(server, most=1)
+    release = threading.Event()
+    server.on(CANCEL, Answer(hold=release), Answer())
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server) as poller:
+        futures = [sample(poller, f"s{i}", server) for i in range(5)]
+        server.wait_for(POLL, 5)
+        for future in futures:
+            future.cancel()
+        server.wait_for(CANCEL)
+        wait_until(
+            lambda: poller._cancels._busy == 1 and len(poller._cancels._waiting) == 4,
+            "the others leave it to one",
+        )
+        assert len(server.requests(CANCEL)) == 1
+        release.set()
+        server.wait_for(CANCEL, 5)
+
+
+@pytest.mark.parametrize("answer", [Answer(404), Answer(body={"sample_cancel_enabled": False})])
+def test_a_server_that_takes_no_cancels_is_told_nothing(
+    server: ScriptedServer, answer: Answer
+) -> None:
+    server.on("POST /api/v1/client/dynamic_config", answer)
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server) as poller:
+        for number in range(3):
+            future = sample(poller, f"s{number}", server)
+            server.wait_for(POLL, number + 1)
+            future.cancel()
+        server.wait_for("POST /api/v1/client/dynamic_config")
+        wait_until(lambda: poller._cancels._busy == 0, "the cancels are dealt with")
+    assert server.requests(CANCEL) == []
+
+
+def test_a_server_without_the_route_is_not_asked_again(server: ScriptedServer) -> None:
+    cancellable(server)
+    server.on(CANCEL, Answer(405))
+    server.on(POLL, Answer(hold=threading.Event()))
+    with open_poller(server) as poller:
+        for number in range(3):
+            future = sample(poller, f"s{number}", server)
+            server.wait_for(POLL, number + 1)
+            future.cancel()
+            server.wait_for(CANCEL)
+            wait_until(lambda: poller._cancels._busy == 0, "the cancel is dealt with")
+    assert len(server.requests(CANCEL)) == 1
+
+
+def test_a_sample_cancelled_while_it_is_submitted_is_cancelled_on_the_server(
+    server: ScriptedServer,
+) -> None:
+    cancellable(server)
+    accepted = threading.Event()
+    begun = threading.Event()
+    with open_poller(server) as poller:
+        future = poller.new_future("sample")
+
+        def send(channel: Channel) -> UntypedFuture:
+            begun.set()
+            assert accepted.wait(PATIENCE_S)
+            return UntypedFuture("r-9")
+
+        poller.submit_sample(Operation(future, decode_path), send)
+        assert begun.wait(PATIENCE_S)
+        assert future.cancel()
+        accepted.set()
+        assert [r.json() for r in server.wait_for(CANCEL)] == [{"request_id": "r-9"}]
+    assert server.requests(POLL) == []
+
+
+# Lost results of samples
+
+
+def test_a_sample_whose_result_is_lost_is_submitted_again_as_a_new_request(
+    server: ScriptedServer,
+) -> None:
+    server.on(POLL, by_request({"s0": Answer(410), "s1": Answer(410), "s2": result("third")}))
+    numbers = itertools.count()
+    asked: List[int] = []
+
+    def soon(times: int) -> float:
+        asked.append(times)
+        return 0.001
+
+    with open_poller(server) as poller:
+        future = poller.new_future("sample")
+        operation = Operation(future, decode_path, binary=True)
+        poller.submit_sample(operation, lambda c: UntypedFuture(f"s{next(numbers)}"), soon)
+        assert future.result(PATIENCE_S) == "third"
+    assert future.request_id == "s2"
+    assert asked == [0, 1]
+
+
+def test_a_lost_result_is_an_error_once_there_is_no_other_try(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(410))
+    with open_poller(server) as poller:
+        with pytest.raises(ResultExpiredError):
+            sample(poller, "s", server).result(PATIENCE_S)
+
+
+def test_a_failure_is_reported_once_it_is_there_and_a_cancel_is_none(
+    server: ScriptedServer,
+) -> None:
+    server.on(POLL, by_request({"bad": Answer(404), "gone": Answer(hold=threading.Event())}))
+    reported: List[Any] = []
+
+    def report(future: APIFuture[Any], error: BaseException) -> None:
+        reported.append((future.done(), future.request_id, error))
+
+    with open_transport(server) as transport:
+        poller = Poller(transport, same, report)
+        bad, gone = sample(poller, "bad", server), sample(poller, "gone", server)
+        error = bad.exception(PATIENCE_S)
+        server.wait_for(POLL, 2)
+        gone.cancel()
+        shut(poller)
+    assert reported == [(True, "bad", error)]
 
 
 # Close

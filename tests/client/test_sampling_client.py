@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, List
@@ -11,14 +13,21 @@ import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import SamplingClient, ServiceClient, sampling_client, types
+from tinkex import RetryConfig, SamplingClient, ServiceClient, sampling_client, types
 from tinkex.errors import (
     BadRequestError,
     ClientClosedError,
     InvalidInputError,
+    NoProgressError,
     NotFoundError,
     ResponseDecodeError,
+    ResultExpiredError,
+    UnprocessableEntityError,
+    UnsupportedError,
 )
+from tinkex.wire.codec import Codec
+from tinkex.wire.json_codec import JSON
+from tinkex.wire.proto_codec import PROTOBUF
 
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 SAMPLER_ROUTE = "GET /api/v1/samplers/session-1:sample:0"
@@ -80,6 +89,30 @@ def test_every_argument_is_sent(scripted_sampler: SamplingClient, routes: Tinker
     assert sent["prompt_logprobs_last_n"] == 2
 
 
+def test_stability_is_recorded_if_asked_for(scripted: ServiceClient, routes: TinkerRoutes) -> None:
+    sampler = scripted.create_sampling_client(base_model="base", record_stability_info=True)
+    sampler.sample(PROMPT).result(PATIENCE_S)
+    sampler.compute_logprobs(PROMPT).exception(PATIENCE_S)
+    copy = SamplingClient.from_sampler_handle(sampler.get_sampler_handle())
+    copy.sample(PROMPT).result(PATIENCE_S)
+    assert [b["record_stability_info"] for b in routes.submitted("asample")] == [True] * 3
+
+
+def test_sparse_targets_are_sent_as_they_are(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("retrieve_future", Answer(body={"error": "enough seen", "category": "user"}))
+    sparse = types.TensorData([7, -1, 9], "int64", (2, 50), [0, 1, 3], [4, 0, 49])
+    scripted_sampler.sample(PROMPT, target_prompt_logprobs=sparse).exception(PATIENCE_S)
+    assert routes.submitted("asample")[0]["target_prompt_logprobs"] == {
+        "data": [7, -1, 9],
+        "dtype": "int64",
+        "shape": [2, 50],
+        "sparse_crow_indices": [0, 1, 3],
+        "sparse_col_indices": [4, 0, 49],
+    }
+
+
 def test_each_sample_has_its_own_number(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
@@ -110,6 +143,16 @@ BAD_CALLS = {
     "a negative top-k": lambda s: s.sample(PROMPT, topk_prompt_logprobs=-1),
     "a top-k in words": lambda s: s.sample(PROMPT, topk_sample_logprobs="5"),
     "targets in a list": lambda s: s.sample(PROMPT, target_prompt_logprobs=[[1]]),
+    "a row of targets per token": lambda s: s.sample(
+        PROMPT, target_prompt_logprobs=types.TensorData([1, 2, 3], "int64", (3, 1))
+    ),
+    "flat targets": lambda s: s.sample(
+        PROMPT, target_prompt_logprobs=types.TensorData([1, 2], "int64")
+    ),
+    "targets that are no tokens": lambda s: s.sample(
+        PROMPT, target_prompt_logprobs=types.TensorData([1.0, 2.0], "float32", (2, 1))
+    ),
+    "fewer than no alternatives": lambda s: s.sample(PROMPT, prompt_alt_tokens_k=-1),
     "last n without logprobs": lambda s: s.sample(PROMPT, prompt_logprobs_last_n=1),
     "last n beyond the prompt": lambda s: s.compute_logprobs(PROMPT, 3),
     "last 0": lambda s: s.compute_logprobs(PROMPT, 0),
@@ -170,6 +213,295 @@ def test_sequences_carry_the_ids_of_the_submission(
     named = scripted_sampler.sample(PROMPT).result(PATIENCE_S)
     unnamed = scripted_sampler.sample(PROMPT).result(PATIENCE_S)
     assert [r.sequences[0].sequence_id for r in (named, unnamed)] == ["q-1", None]
+
+
+SEQUENCES = {"sequences": [{"stop_reason": "length", "tokens": [5], "logprobs": [-1.0]}]}
+
+
+def answer_of(**parts: Any) -> Answer:
+    return Answer(body={**SEQUENCES, **parts})
+
+
+def test_the_last_n_logprobs_may_come_alone_or_with_gaps_before_them(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    prompt = types.ModelInput.from_ints([1, 2, 3, 4])
+    routes.serve(
+        "retrieve_future",
+        answer_of(prompt_logprobs=[None, None, None, -0.5]),
+        answer_of(prompt_logprobs=[-0.5]),
+    )
+    for _ in range(2):
+        logprobs = scripted_sampler.compute_logprobs(prompt, 1).result(PATIENCE_S)
+        assert logprobs == [None, None, None, -0.5]
+
+
+def test_logprobs_that_were_not_asked_for_tell_of_an_old_server(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("retrieve_future", answer_of(prompt_logprobs=[None, -0.5, -0.25]))
+    with pytest.raises(UnsupportedError, match="prompt_logprobs_last_n: it is too old") as caught:
+        scripted_sampler.compute_logprobs(PROMPT, 1).result(PATIENCE_S)
+    assert not isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt_alt_tokens_k": 2},
+        {"target_prompt_logprobs": types.TensorData([1, 2], "int64", (2, 1))},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_a_server_leaves_out_tells_of_an_old_server(
+    scripted_sampler: SamplingClient, asked: Any
+) -> None:
+    with pytest.raises(UnsupportedError, match=next(iter(asked))):
+        scripted_sampler.sample(PROMPT, **asked).result(PATIENCE_S)
+
+
+def forbidden(*names: str) -> Answer:
+    """How a strict server refuses fields that it does not know."""
+    detail = [
+        {"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted"}
+        for name in names
+    ]
+    return Answer(422, {"detail": detail})
+
+
+def test_a_server_that_refuses_what_it_does_not_know_is_an_old_one(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    refusal = forbidden("prompt_alt_tokens_k", "topk_sample_logprobs")
+    routes.serve("asample", refusal, forbidden("num_samples"), refusal)
+    with pytest.raises(UnsupportedError) as caught:
+        scripted_sampler.sample(PROMPT, topk_sample_logprobs=3, prompt_alt_tokens_k=1).result(
+            PATIENCE_S
+        )
+    assert "refuses topk_sample_logprobs and prompt_alt_tokens_k:" in caught.value.message
+    assert caught.value.status == 422
+    assert isinstance(caught.value.__cause__, UnprocessableEntityError)
+    for _ in range(2):  # what was not asked for is not why
+        with pytest.raises(UnprocessableEntityError):
+            scripted_sampler.sample(PROMPT).result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=lambda codec: codec.name)
+def test_everything_that_may_be_asked_for_comes_in_either_encoding(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, codec: Codec
+) -> None:
+    target = types.TensorData([-0.5, -1.5], "float32", (2, 9), [0, 1, 2], [3, 8])
+    draws = types.PromptAltTokens(
+        types.TensorData([[7, 8], [9, 7]], "int64"),
+        types.TensorData([[-0.1, -0.2], [-0.3, -0.4]], "float32"),
+    )
+    table = types.TopkLogprobs(np.array([[7], [8]], np.int32), np.array([[-0.1], [-0.2]], "f4"))
+    sent = types.SampleResponse(
+        [types.SampledSequence("stop", np.array([5], np.int32), np.array([-1.0], np.float32))],
+        np.array([np.nan, np.nan, -0.25], np.float32),
+        table,
+        target,
+        3,
+        draws,
+    )
+    body = codec.encode_samples(sent)
+    routes.serve("retrieve_future", Answer(body=body, content_type=codec.content_type))
+    asked = types.TensorData([1, 2], "int64", (2, 9), [0, 1, 2], [3, 8])
+    got = scripted_sampler.sample(
+        PROMPT,
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=1,
+        target_prompt_logprobs=asked,
+        prompt_alt_tokens_k=2,
+        prompt_logprobs_last_n=1,
+    ).result(PATIENCE_S)
+    assert got.prompt_logprobs == [None, None, -0.25]
+    assert got.topk_prompt_logprobs == [
+        None,
+        [(7, pytest.approx(-0.1))],
+        [(8, pytest.approx(-0.2))],
+    ]
+    assert got.target_prompt_logprobs == target
+    assert got.target_prompt_logprobs is not None
+    assert got.target_prompt_logprobs.is_sparse
+    assert got.prompt_alt_tokens is not None
+    assert got.prompt_alt_tokens.tokens == draws.tokens
+    assert got.prompt_alt_tokens.logprobs == draws.logprobs
+    assert got.prompt_cache_hit_tokens == 3
+
+
+def test_logprobs_that_are_no_numbers_are_told_once(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
+) -> None:
+    routes.serve("retrieve_future", answer_of(prompt_logprobs=[None, -0.5, None]))
+    for _ in range(2):
+        logprobs = scripted_sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
+        assert logprobs == [None, -0.5, None]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "token ids that the model does not have" in warnings[0]
+
+
+# Retries and limits of one client
+
+
+def test_a_lost_sample_is_submitted_again_under_a_new_number(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    ids = itertools.count()
+
+    def accept(received: Any) -> Answer:
+        accepted = routes.accept(received)
+        return Answer(body={**accepted.body, "sample_sequence_ids": [f"q-{next(ids)}"]})
+
+    routes.serve("asample", accept)
+    routes.serve("retrieve_future", Answer(410), routes.retrieve)
+    config = RetryConfig(retry_delay_base=0.001)
+    sampler = SamplingClient(scripted_sampler._session, "s", retry_config=config)
+    response = sampler.sample(PROMPT).result(PATIENCE_S)
+    assert [b["seq_id"] for b in routes.submitted("asample")] == [0, 1]
+    assert response.sequences[0].sequence_id == "q-1"  # of the attempt that brought the result
+
+
+@pytest.mark.parametrize("switch", ["the caller", "the server"])
+def test_a_lost_sample_is_an_error_if_retries_are_off(
+    scripted: ServiceClient, routes: TinkerRoutes, switch: str
+) -> None:
+    routes.serve("retrieve_future", Answer(410))
+    by_caller = switch == "the caller"
+    routes.serve("client/config", Answer(body={"sample_no_retries": not by_caller}))
+    sampler = scripted.create_sampling_client(
+        base_model="base", retry_config=RetryConfig(enable_retry_logic=not by_caller)
+    )
+    with pytest.raises(ResultExpiredError):
+        sampler.sample(PROMPT).result(PATIENCE_S)
+    assert len(routes.submitted("asample")) == 1
+
+
+def test_a_client_may_have_a_cap_of_its_own(
+    scripted: ServiceClient, routes: TinkerRoutes, server: ScriptedServer
+) -> None:
+    release = threading.Event()
+    one_by_one = scripted.create_sampling_client(
+        base_model="base", retry_config=RetryConfig(max_connections=2)
+    )
+    free = scripted.create_sampling_client(base_model="base")
+    routes.serve("retrieve_future", lambda r: dataclasses.replace(routes.retrieve(r), hold=release))
+    futures = [one_by_one.sample(PROMPT) for _ in range(6)]
+    server.wait_for("POST /api/v1/retrieve_future", 2)
+    assert [f.status().state for f in futures[2:]] == ["queued"] * 4
+    others = [free.sample(PROMPT) for _ in range(3)]
+    server.wait_for("POST /api/v1/retrieve_future", 5)  # other clients are not held up
+    futures[4].cancel()
+    futures[0].cancel()  # and its place is taken at once
+    server.wait_for("POST /api/v1/asample", 6)
+    release.set()
+    for future in [*others, *(futures[i] for i in (1, 2, 3, 5))]:
+        assert future.result(PATIENCE_S).sequences
+    assert len(routes.submitted("asample")) == 8  # not the one that was cancelled in the queue
+
+
+def test_many_samples_behind_a_cap_are_all_told_of_the_close(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("asample", Answer(hold=threading.Event()))
+    sampler = scripted.create_sampling_client(
+        base_model="base", retry_config=RetryConfig(max_connections=1)
+    )
+    futures = [sampler.sample(PROMPT) for _ in range(3000)]  # deeper than Python can recurse
+    scripted.close()
+    assert {type(future.exception(0)) for future in futures} == {ClientClosedError}
+
+
+def test_silence_ends_a_sample_after_the_progress_timeout(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("retrieve_future", Answer(hold=threading.Event()))
+    sampler = scripted.create_sampling_client(
+        base_model="base", retry_config=RetryConfig(progress_timeout=0.1)
+    )
+    with pytest.raises(NoProgressError):
+        sampler.sample(PROMPT).result(PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_connections": 0},
+        {"max_connections": 1.5},
+        {"progress_timeout": 0.0},
+        {"retry_delay_base": -1.0},
+        {"retry_delay_max": float("nan")},
+        {"jitter_factor": 1.5},
+    ],
+)
+def test_limits_out_of_their_range_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RetryConfig(**wrong)
+
+
+def test_delays_grow_vary_and_end() -> None:
+    config = RetryConfig(retry_delay_base=1.0, retry_delay_max=3.0, jitter_factor=0.5)
+    assert [config.delay_s(times, 0.5) for times in range(4)] == [1.0, 2.0, 3.0, 3.0]
+    assert config.delay_s(0, 0.0) == 0.5
+    assert config.delay_s(2, 1.0) == 3.0  # never longer
+    assert config.delay_s(5, 0.5) is None
+    assert RetryConfig(enable_stuck_detection=False).no_progress_timeout_s is None
+
+
+def test_a_retry_config_of_another_kind_is_refused(scripted: ServiceClient) -> None:
+    with pytest.raises(InvalidInputError, match="retry_config is a dict"):
+        scripted.create_sampling_client(
+            base_model="base",
+            retry_config={"max_connections": 1},  # type: ignore[arg-type]
+        )
+
+
+# Clones
+
+
+def test_a_clone_counts_in_a_block_that_the_server_gives_it(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, server: ScriptedServer
+) -> None:
+    routes.serve("client/config", Answer(body={"sample_join_sampling_session": True}))
+    routes.serve("join_sampling_session", Answer(body={"client_counter": 3}))
+    clone = SamplingClient.from_sampler_handle(scripted_sampler.get_sampler_handle())
+    assert server.requests("POST /api/v1/join_sampling_session") == []  # before its first sample
+    with ThreadPoolExecutor(8) as pool:
+        futures = list(pool.map(lambda _: clone.sample(PROMPT), range(20)))
+    for future in futures:
+        future.result(PATIENCE_S)
+    numbers = sorted(body["seq_id"] for body in routes.submitted("asample"))
+    assert numbers == [3 * 10**9 + n for n in range(20)]
+    assert routes.submitted("join_sampling_session") == [
+        {"sampling_session_id": "session-1:sample:0", "type": "join_sampling_session"}
+    ]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_clone_takes_a_random_block_where_the_server_gives_none(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, flag: bool
+) -> None:
+    routes.serve("client/config", Answer(body={"sample_join_sampling_session": flag}))
+    for _ in range(2):
+        clone = SamplingClient.from_sampler_handle(scripted_sampler.get_sampler_handle())
+        clone.sample(PROMPT).result(PATIENCE_S)
+    blocks = {body["seq_id"] // 10**9 for body in routes.submitted("asample")}
+    assert len(blocks) == 2
+    assert 0 not in blocks
+
+
+# Facts about the sampler
+
+
+def test_the_base_model_of_a_checkpoint_is_asked_of_its_weights_where_samplers_tell_nothing(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
+    info = {"base_model": "base", "is_lora": True}
+    routes.serve("weights_info", Answer(body=info))
+    sampler = scripted.create_sampling_client("tinker://x/sampler_weights/a")
+    assert [sampler.get_base_model(), sampler.get_base_model()] == ["base", "base"]
+    assert routes.submitted("weights_info") == [{"tinker_path": "tinker://x/sampler_weights/a"}]
 
 
 def test_the_base_model_is_asked_for_once(scripted: ServiceClient, server: ScriptedServer) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import sys
 import threading
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, List
+from typing import Any, Iterator, List
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import ServiceClient, TrainingClient, training_client, types
+from tinkex import RetryConfig, ServiceClient, TrainingClient, training_client, types
 from tinkex.errors import (
     APIConnectionError,
     BadRequestError,
@@ -28,8 +29,11 @@ from tinkex.errors import (
     InvalidInputError,
     RequestFailedError,
     ResponseDecodeError,
+    RouteMissingError,
 )
 from tinkex.local import LocalServer
+from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.settings import ClientFlags, ServerSettings
 
 ADAM = types.AdamParams(learning_rate=0.01)
 
@@ -107,6 +111,11 @@ BAD_CALLS = {
     "a negative token": lambda t: types.ModelInput.from_ints([-1]),
     "no loss": lambda t: t.forward_backward([datum()], ""),
     "a NaN setting": lambda t: t.forward_backward([datum()], "ppo", {"clip": float("nan")}),
+    "metadata that is no map": lambda t: t.save_state("a", user_metadata=["x"]),
+    "metadata that is no text": lambda t: t.save_weights_for_sampler("a", None, {"when": 5}),
+    "one recipient for a list": lambda t: t.save_weights_external("a", None, "age1x"),
+    "no recipient": lambda t: t.save_weights_external("a", age_encryption_recipients=[]),
+    "an external checkpoint with slashes": lambda t: t.save_weights_external("a/b"),
     "no Adam": lambda t: t.optim_step(),
     "two Adams": lambda t: t.optim_step(ADAM, adam_params=ADAM),
     "a learning rate for Adam": lambda t: t.optim_step(0.1),
@@ -145,9 +154,8 @@ def test_bad_input_is_told_at_once_and_uses_up_no_number(
 def test_what_cannot_be_written_uses_up_no_number(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
-    metadata: Any = {"when": object()}
     with pytest.raises(InvalidInputError, match="JSON"):
-        scripted_trainer.save_state("a", user_metadata=metadata).result(PATIENCE_S)
+        scripted_trainer.save_state("a", user_metadata={"k": "\ud800"}).result(PATIENCE_S)
     scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
     assert routes.seq_ids() == [1]
 
@@ -204,25 +212,39 @@ def test_a_sampler_of_a_strange_checkpoint_does_not_claim_our_base_model(
 
 
 def test_a_custom_loss_without_torch_says_what_to_install(
-    scripted_trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
+    scripted: ServiceClient,
+    scripted_trainer: TrainingClient,
+    routes: TinkerRoutes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError, match="torch") as caught:
         scripted_trainer.forward_backward_custom([datum()], lambda d, p: (p[0].sum(), {}))
     assert "pip install" in str(caught.value)
+    with pytest.raises(ConfigError, match="create_custom_loss needs torch"):
+        scripted.create_custom_loss(lambda logprobs: (logprobs.sum(), {}), {"logprobs": 1})
     assert routes.seq_ids() == []
 
 
 # Chunks
 
 
+@pytest.fixture
+def small_parts() -> Iterator[TrainingClient]:
+    """A run on an embedded server that takes three datums at a time."""
+    settings = ServerSettings(flags=ClientFlags(fwdbwd_max_chunk_len=3))
+    engine = DeterministicEngine(vocab_size=1000, context_length=64)
+    with LocalServer(engine, settings=settings) as server:
+        with ServiceClient(base_url=server.url) as client:
+            yield client.create_lora_training_client("deterministic", rank=4)
+
+
 def test_a_large_batch_is_sent_in_parts_and_joined(
-    trainer: TrainingClient, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainingClient, small_parts: TrainingClient
 ) -> None:
     data = [datum(seed) for seed in range(7)]
     whole = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
-    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", 3)
-    parts = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    parts = small_parts.forward_backward(data, "cross_entropy").result(PATIENCE_S)
     assert len(parts.loss_fn_outputs) == 7
     for mine, theirs in zip(parts.loss_fn_outputs, whole.loss_fn_outputs):
         np.testing.assert_array_equal(mine["logprobs"].to_numpy(), theirs["logprobs"].to_numpy())
@@ -231,33 +253,29 @@ def test_a_large_batch_is_sent_in_parts_and_joined(
 
 @pytest.mark.parametrize(("datums", "size"), [(2, 10**6), (100, 1), (100, 2 * datum().nbytes)])
 def test_parts_are_numbered_one_after_the_other(
-    scripted_trainer: TrainingClient,
-    routes: TinkerRoutes,
-    monkeypatch: pytest.MonkeyPatch,
-    datums: int,
-    size: int,
+    server: ScriptedServer, routes: TinkerRoutes, datums: int, size: int
 ) -> None:
-    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", datums)
-    monkeypatch.setattr(training_client, "MAX_CHUNK_BYTES", size)
+    flags = {"fwdbwd_max_chunk_len": datums, "fwdbwd_max_chunk_bytes_count": size}
+    routes.serve("client/config", Answer(body=flags))
     data = [datum(seed) for seed in range(4)]
-    future = scripted_trainer.forward_backward(data, "cross_entropy")
-    step = scripted_trainer.optim_step(ADAM)
-    assert future.result(PATIENCE_S).metrics == {"loss:sum": 4.0}
-    step.result(PATIENCE_S)
+    with ServiceClient(base_url=server.url, wire="protobuf") as client:
+        trainer = client.create_lora_training_client("base")
+        future = trainer.forward_backward(data, "cross_entropy")
+        step = trainer.optim_step(ADAM)
+        assert future.result(PATIENCE_S).metrics == {"loss:sum": 4.0}
+        step.result(PATIENCE_S)
     sent = routes.submitted("forward_backward")
     assert len(sent) == (4 if size == 1 else 2)
     assert [d for batch in sent for d in batch.data] == data
     assert routes.seq_ids() == list(range(1, len(sent) + 2))
 
 
-def test_a_bad_part_fails_the_whole_and_the_run_goes_on(
-    trainer: TrainingClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", 1)
+def test_a_bad_part_fails_the_whole_and_the_run_goes_on(small_parts: TrainingClient) -> None:
     beyond = types.Datum(types.ModelInput.from_ints([5000]), {"target_tokens": [1]})
+    data = [*(datum(seed) for seed in range(3)), beyond, *(datum(seed) for seed in range(3))]
     with pytest.raises(BadRequestError, match="5000"):
-        trainer.forward_backward([datum(), beyond, datum()], "cross_entropy").result(PATIENCE_S)
-    step = trainer.train_step([datum()], "cross_entropy", ADAM)
+        small_parts.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    step = small_parts.train_step([datum()], "cross_entropy", ADAM)
     assert step.optim.metrics == {"grad_norm:mean": 1.0, "optimizer_steps:max": 1.0}
 
 
@@ -439,6 +457,190 @@ def test_a_client_that_is_dropped_takes_its_thread_along(service: ServiceClient)
     gc.collect()
     assert alive() is None
     wait_until(lambda: name not in {t.name for t in threading.enumerate()}, "its thread ended")
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sent"),
+    [
+        (None, None),
+        (types.AdamOptimizerConfig(), None),
+        (types.DimuonOptimizerConfig(), {"type": "dimuon", "version": 1}),
+        ({"type": "lion", "beta": 0.5}, {"type": "lion", "beta": 0.5}),
+    ],
+)
+def test_the_optimizer_of_a_run_is_sent_unless_it_is_the_default(
+    scripted: ServiceClient, routes: TinkerRoutes, optimizer: Any, sent: Any
+) -> None:
+    scripted.create_lora_training_client("base", optimizer=optimizer)
+    scripted.create_training_client_from_state("tinker://x/weights/a", optimizer=optimizer)
+    for route in ("create_model", "load_weights"):
+        (body,) = routes.submitted(route)
+        assert body.get("optimizer_config") == sent
+        assert ("optimizer_config" in body) == (sent is not None)
+
+
+def test_an_optimizer_without_a_type_is_refused(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
+    before = routes.count()
+    with pytest.raises(InvalidInputError, match="no type"):
+        scripted.create_lora_training_client("base", optimizer={"version": 1})
+    with pytest.raises(InvalidInputError, match="no type"):
+        scripted.create_training_client_from_state("tinker://x/weights/a", optimizer=5)
+    assert routes.count() == before
+
+
+def test_steps_of_other_optimizers_have_a_field_of_their_own(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    scripted_trainer.optim_step(types.DimuonParams(learning_rate=0.02)).result(PATIENCE_S)
+    scripted_trainer.train_step([datum()], "cross_entropy", {"type": "lion", "rate": 1})
+    dimuon, lion = routes.submitted("optim_step")
+    assert dimuon["optimizer_params"]["type"] == "dimuon"
+    assert dimuon["optimizer_params"]["learning_rate"] == 0.02
+    assert lion["optimizer_params"] == {"type": "lion", "rate": 1}
+    assert "adam_params" not in dimuon
+
+
+def test_an_optimizer_that_the_embedded_server_lacks_is_named(service: ServiceClient) -> None:
+    with pytest.raises((BadRequestError, RequestFailedError), match="dimuon"):
+        service.create_lora_training_client(
+            "deterministic", optimizer=types.DimuonOptimizerConfig()
+        )
+
+
+# Less common requests
+
+
+def test_external_weights_are_saved_for_who_can_decrypt_them(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("save_weights_external", Answer(body={"request_id": "external"}))
+    saved = {"path": "tinker://x/external_weights/a", "size_bytes": 7}
+    routes.results["external"] = Answer(body=saved)
+    recipients = ["age1x", "age1y"]
+    future = scripted_trainer.save_weights_external("a", 3600, recipients)
+    recipients.clear()
+    assert future.result(PATIENCE_S) == types.SaveWeightsExternalResponse(**saved)
+    scripted_trainer.save_weights_external("b").result(PATIENCE_S)
+    first, second = routes.submitted("save_weights_external")
+    assert first == {
+        "model_id": scripted_trainer.model_id,
+        "seq_id": 1,
+        "path": "a",
+        "ttl_seconds": 3600,
+        "age_encryption_recipients": ["age1x", "age1y"],
+        "type": "save_weights_external",
+    }
+    assert set(second) == {"model_id", "seq_id", "path", "type"}
+
+
+def test_a_route_that_the_server_lacks_takes_no_number(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("save_weights_external", Answer(404, {"detail": "Not Found"}))
+    with pytest.raises(RouteMissingError, match="save_weights_external"):
+        scripted_trainer.save_weights_external("a").result(PATIENCE_S)
+    scripted_trainer.optim_step(ADAM).result(PATIENCE_S)
+    assert [body["seq_id"] for body in routes.submitted("optim_step")] == [1]
+
+
+def test_samplers_may_follow_the_weights_and_have_settings_of_their_own(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    retries = RetryConfig(max_connections=3)
+    fixed = scripted_trainer.save_weights_and_get_sampling_client()
+    moving = scripted_trainer.save_weights_and_get_sampling_client(
+        retry_config=retries, record_stability_info=True, kind="inflight"
+    )
+    first, second = routes.submitted("save_weights_for_sampler")
+    assert "kind" not in first
+    assert second["kind"] == "inflight"
+    assert "path" not in second
+    prompt = types.ModelInput.from_ints([1, 2])
+    for client in (fixed, moving):
+        client.sample(prompt).result(PATIENCE_S)
+    asked = routes.submitted("asample")
+    assert ["record_stability_info" in body for body in asked] == [False, True]
+    bad: Any = {"max_connections": 3}
+    with pytest.raises(InvalidInputError, match="RetryConfig"):
+        scripted_trainer.save_weights_and_get_sampling_client(retry_config=bad)
+    with pytest.raises(InvalidInputError, match="'snapshot' or 'inflight'"):
+        scripted_trainer.save_weights_and_get_sampling_client(kind="live")
+
+
+def test_unloading_comes_after_everything_is_done(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes, server: ScriptedServer
+) -> None:
+    release = threading.Event()
+    routes.serve("retrieve_future", lambda r: dataclasses.replace(routes.retrieve(r), hold=release))
+    routes.serve("unload_model", Answer(body={"request_id": "unload"}))
+    routes.results["unload"] = Answer(body={"model_id": scripted_trainer.model_id})
+    polls = len(server.requests("POST /api/v1/retrieve_future"))
+    step = scripted_trainer.optim_step(ADAM)
+    unloaded = scripted_trainer.unload()
+    with pytest.raises(ClientClosedError):
+        scripted_trainer.optim_step(ADAM)
+    server.wait_for("POST /api/v1/retrieve_future", polls + 1)
+    assert routes.submitted("unload_model") == []
+    release.set()
+    assert unloaded.result(PATIENCE_S).model_id == scripted_trainer.model_id
+    assert step.done()
+    body = {"model_id": scripted_trainer.model_id, "type": "unload_model"}
+    assert routes.submitted("unload_model") == [body]
+
+
+def test_a_server_that_cannot_unload_says_so(
+    scripted_trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("unload_model", Answer(405, {"detail": "Method Not Allowed"}))
+    with pytest.raises(RouteMissingError, match="unload_model"):
+        scripted_trainer.unload().result(PATIENCE_S)
+
+
+def test_weights_are_copied_into_the_clients_project(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    routes.serve("copy_weights", Answer(body={"tinker_path": "tinker://y/weights/a"}))
+    with ServiceClient(base_url=server.url, project_id="p-1") as client:
+        copied = client.copy_weights(
+            "tinker://x/weights/a", ttl_seconds=3600, weights_access_token="secret-token"
+        )
+        assert copied.result(PATIENCE_S) == "tinker://y/weights/a"
+        with pytest.raises(InvalidInputError, match="checkpoint path"):
+            client.copy_weights("weights/a")
+    (received,) = server.requests("POST /api/v1/copy_weights")
+    assert received.json() == {
+        "source_path": "tinker://x/weights/a",
+        "destination_project_id": "p-1",
+        "ttl_seconds": 3600,
+    }
+    assert received.headers["x-tinker-weights-access-token"] == "secret-token"
+
+
+def test_pages_of_the_console(scripted: ServiceClient, scripted_trainer: TrainingClient) -> None:
+    base = "https://tinker.thinkingmachines.ai"
+    run = "session-1%3Atrain%3A0"
+    assert scripted.get_console_url() == f"{base}/sessions/session-1"
+    assert scripted_trainer.get_console_url() == f"{base}/training_runs/{run}"
+    saved = scripted_trainer.save_state("a").result(PATIENCE_S)
+    assert saved.get_console_url() == f"{base}/checkpoints/{run}/weights%2Fa"
+    named = scripted_trainer.save_weights_for_sampler("a").result(PATIENCE_S)
+    assert named.get_console_url() == f"{base}/checkpoints/{run}/sampler_weights%2Fa"
+    opaque = types.SaveWeightsResponse("tinker://m/checkpoints/c 1")
+    assert opaque.get_console_url() == f"{base}/checkpoints/m/checkpoints%2Fc%201"
+    path = f"tinker%3A%2F%2F{run}%2Fsampler_weights%2Fa"
+    assert named.get_playground_url() == f"{base}/playground?mode=checkpoint&checkpoint={path}"
+
+
+def test_telemetry_is_off_unless_asked_for(
+    scripted: ServiceClient, scripted_trainer: TrainingClient
+) -> None:
+    assert scripted.get_telemetry() is None
+    assert scripted_trainer.get_telemetry() is None
 
 
 # Closed

@@ -14,11 +14,12 @@ from typing import Any, Iterator, List
 
 import pytest
 from support.clocks import ManualClock
-from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, ScriptedServer
+from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
-from tinkex import errors, transport as transport_module
+from tinkex import billing, channel as channel_module, errors
+from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
     APITimeoutError,
@@ -47,7 +48,7 @@ def pauses(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> List[float]
     """The waits between attempts, which do not take their time."""
     waited: List[float] = []
 
-    def wait(delay_s: float, request: Request) -> None:
+    def wait(delay_s: float, request: Request, channel: Any) -> None:
         if delay_s > 0:
             waited.append(delay_s)
 
@@ -59,10 +60,15 @@ def route(request: Request = SUBMIT) -> str:
     return f"{request.method} {request.path}"
 
 
+def sent(server: ScriptedServer) -> List[Received]:
+    """What was sent, but for the question that a first request with a key entails."""
+    return [r for r in server.requests() if not r.path.endswith("/client/config")]
+
+
 def test_headers_of_a_post(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer())
     transport.send(SUBMIT, QUICK)
-    headers = server.requests()[0].headers
+    headers = sent(server)[0].headers
     assert headers["x-api-key"] == KEY
     assert headers["content-type"] == "application/json"
     assert headers["accept"] == "application/json"
@@ -76,7 +82,7 @@ def test_a_get_has_neither_content_type_nor_idempotency_key(
 ) -> None:
     server.on("GET /a", Answer())
     transport.send(Request("GET", "/a"), QUICK)
-    headers = server.requests()[0].headers
+    headers = sent(server)[0].headers
     assert "content-type" not in headers
     assert "x-idempotency-key" not in headers
 
@@ -85,7 +91,7 @@ def test_extra_headers_win(server: ScriptedServer) -> None:
     server.on(route(), Answer())
     with open_transport(server, extra_headers={"X-Team": "a", "User-Agent": "mine"}) as transport:
         transport.send(SUBMIT, QUICK)
-    headers = server.requests()[0].headers
+    headers = sent(server)[0].headers
     assert headers["x-team"] == "a"
     assert headers["user-agent"] == "mine"
     assert "x-api-key" not in headers
@@ -107,12 +113,12 @@ def test_all_attempts_carry_the_same_body_and_idempotency_key(
 ) -> None:
     server.on(route(), Answer(503), Answer(reset=True), Answer(429), Answer(drop=True), Answer())
     assert transport.send(SUBMIT, QUICK).status == 200
-    attempts = server.requests()
+    attempts = sent(server)
     assert len(attempts) == 5
     assert {a.body for a in attempts} == {SUBMIT.body}
     assert len({a.headers["x-idempotency-key"] for a in attempts}) == 1
     transport.send(SUBMIT, QUICK)
-    assert server.requests()[5].headers["x-idempotency-key"] not in {
+    assert sent(server)[5].headers["x-idempotency-key"] not in {
         a.headers["x-idempotency-key"] for a in attempts
     }
 
@@ -135,7 +141,7 @@ def test_a_500_is_believed_after_four_attempts(
     server.on(route(), Answer(500, {"detail": "broken for good"}))
     with pytest.raises(InternalServerError, match="broken for good") as caught:
         transport.send(SUBMIT, RetryPolicy())
-    assert len(server.requests()) == 4
+    assert len(sent(server)) == 4
     assert caught.value.attempts == 4
     assert caught.value.status == caught.value.status_code == 500
     assert [round(p, 2) >= low for p, low in zip(pauses, (0.25, 0.5, 1.0))] == [True] * 3
@@ -151,17 +157,18 @@ def test_an_answer_that_will_not_change_is_not_asked_for_again(
     assert type(caught.value) is errors.status_error_type(status)
     assert caught.value.status == status
     assert caught.value.body == {"detail": f"because of {status}"}
-    assert len(server.requests()) == 1
+    assert len(sent(server)) == 1
 
 
-def test_a_redirect_is_an_error_not_a_second_request(
+def test_a_redirect_that_would_change_the_method_is_an_error(
     transport: Transport, server: ScriptedServer
 ) -> None:
-    server.on(route(), Answer(307, headers={"Location": "/elsewhere"}))
+    server.on(route(), Answer(303, headers={"Location": "/elsewhere"}))
     with pytest.raises(errors.APIStatusError) as caught:
         transport.send(SUBMIT, QUICK)
-    assert caught.value.status == 307
-    assert len(server.requests()) == 1
+    assert caught.value.status == 303
+    assert "redirects" in str(caught.value)
+    assert len(sent(server)) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,7 @@ def test_the_server_can_forbid_and_demand_retries(
     server.on(route(), Answer(503, headers={"X-Should-Retry": "false"}))
     with pytest.raises(InternalServerError):
         transport.send(SUBMIT, QUICK)
-    assert len(server.requests()) == 1
+    assert len(sent(server)) == 1
     server.on(route(), Answer(409, headers={"X-Should-Retry": "true"}), Answer())
     assert transport.send(SUBMIT, QUICK).status == 200
 
@@ -229,7 +236,7 @@ def test_a_429_holds_back_every_submitter_of_the_same_server_and_key(
         wait_until(lambda: transport._limiter.wait_s() > 0 or first.done(), "the answer was read")
         other.send(SUBMIT, QUICK)
         assert first.result(PATIENCE_S).status == 200
-    for attempt in server.requests()[1:]:
+    for attempt in sent(server)[1:]:
         assert attempt.at - limited.at >= 0.19
 
 
@@ -264,11 +271,11 @@ def test_a_402_raises_at_once(transport: Transport, server: ScriptedServer) -> N
 def test_a_402_is_waited_out_if_asked_to(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport_module, "BILLING_PAUSE_S", 0.001)
+    monkeypatch.setattr(billing, "PAUSE_S", 0.001)
     server.on(route(), *[Answer(402)] * 3, Answer())
     with open_transport(server, on_billing="wait") as transport:
         assert transport.send(SUBMIT, QUICK).status == 200
-    assert len(server.requests()) == 4
+    assert len(sent(server)) == 4
 
 
 # No answer
@@ -323,7 +330,7 @@ def test_a_connection_that_breaks(
 def test_a_body_that_is_cut_off(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(body=b'{"request_id": "r"}', cut_after=5), Answer())
     assert transport.send(SUBMIT, QUICK).status == 200
-    assert len(server.requests()) == 2
+    assert len(sent(server)) == 2
 
 
 @pytest.mark.parametrize("cut_after", [None, 5])
@@ -459,7 +466,7 @@ def test_a_channel_opened_after_closing_does_not_work(
     transport.abort()
     with pytest.raises(ClientClosedError):
         transport.send_once(SUBMIT, channel=transport.open_channel())
-    assert server.requests() == []
+    assert sent(server) == []
 
 
 # The key
@@ -598,10 +605,119 @@ def test_a_private_channel_is_used_again_and_closed_when_dropped(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer())
+    transport.send(SUBMIT, QUICK)  # which asks for the server's flags, on a shared channel
+    others = server.connections
     channel = transport.open_channel()
     for _ in range(3):
         transport.send(SUBMIT, QUICK, channel=channel)
-    assert server.connections == 1
+    assert server.connections == others + 1
+    transport.drop_idle()
     del channel
     gc.collect()
     server.wait_until_idle()
+
+
+# What else servers and what stands before them do
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_zstd_answer_is_read(transport: Transport, server: ScriptedServer, frames: int) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    text = b'{"request_id": "r"}'
+    size = -(-len(text) // frames)
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    packed = b"".join(zstandard.ZstdCompressor().compress(part) for part in parts)
+    server.on(route(), Answer(body=packed, headers={"Content-Encoding": "zstd"}))
+    assert transport.send(SUBMIT, QUICK).json() == {"request_id": "r"}
+    assert "zstd" in sent(server)[0].headers["accept-encoding"]
+
+
+def test_a_gzip_answer_is_read(transport: Transport, server: ScriptedServer) -> None:
+    server.on(route(), Answer(body={"request_id": "r"}, use_gzip=True))
+    assert transport.send(SUBMIT, QUICK).json() == {"request_id": "r"}
+
+
+@pytest.mark.parametrize("encoding", ["zstd", "gzip"])
+def test_a_broken_compressed_answer_is_a_connection_error(
+    transport: Transport, server: ScriptedServer, encoding: str
+) -> None:
+    server.on(route(), Answer(body=b"not compressed", headers={"Content-Encoding": encoding}))
+    with pytest.raises(APIConnectionError):
+        transport.send(SUBMIT, ONCE)
+
+
+def test_without_zstandard_such_an_answer_is_told_at_once(
+    transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "_HAVE_ZSTD", False)
+    monkeypatch.setattr(channel_module, "_URLLIB3_DECODES_ZSTD", False)
+    server.on(route(), Answer(body=b"\x28\xb5\x2f\xfd", headers={"Content-Encoding": "zstd"}))
+    with pytest.raises(ResponseDecodeError, match=r"tinkex\[zstd\]"):
+        transport.send(SUBMIT, QUICK)
+    assert len(sent(server)) == 1
+
+
+def test_a_400_without_a_word_is_tried_again_on_a_new_connection(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(route(), Answer(400, b""), Answer(400, b""), Answer())
+    assert transport.send(SUBMIT, QUICK).status == 200
+    assert len({attempt.connection for attempt in sent(server)}) == 3
+
+
+def test_a_400_without_a_word_that_stays_is_told(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(route(), Answer(400, b""))
+    with pytest.raises(errors.BadRequestError) as caught:
+        transport.send(SUBMIT, QUICK)
+    assert caught.value.attempts == len(sent(server)) == 4
+    for _ in range(12):  # until the budget of the transport is used up
+        with pytest.raises(APIConnectionError, match="proxy"):
+            transport.send_once(SUBMIT)
+    assert transport.send_once(SUBMIT).status == 400
+    before = len(sent(server))
+    server.on(route(), Answer())
+    transport.send(SUBMIT, QUICK)
+    server.on(route(), Answer(400, b""), Answer())
+    assert transport.send(SUBMIT, QUICK).status == 200  # a success refills it
+    assert len(sent(server)) == before + 3
+
+
+def test_a_400_with_words_is_an_answer(transport: Transport, server: ScriptedServer) -> None:
+    server.on(route(), Answer(400, b"{}"))
+    with pytest.raises(errors.BadRequestError):
+        transport.send(SUBMIT, QUICK)
+    assert len(sent(server)) == 1
+
+
+@pytest.mark.parametrize(("level", "expected"), [(None, logging.WARNING), ("error", logging.ERROR)])
+def test_a_deprecation_is_told_once(
+    transport: Transport,
+    server: ScriptedServer,
+    caplog: pytest.LogCaptureFixture,
+    level: Any,
+    expected: int,
+) -> None:
+    note = {"X-Deprecation-Note": f"asample goes away, {level}"}
+    if level:
+        note["X-Deprecation-Level"] = level
+    server.on(route(), Answer(headers=note), Answer(404, headers=note), Answer(headers=note))
+    transport.send(SUBMIT, QUICK)
+    with pytest.raises(errors.NotFoundError):
+        transport.send(SUBMIT, QUICK)
+    transport.send(SUBMIT, QUICK)
+    told = [r for r in caplog.records if f"goes away, {level}" in r.getMessage()]
+    assert [(r.levelno, route() in r.getMessage()) for r in told] == [(expected, True)]
+
+
+def test_the_headers_of_what_stands_before_the_server_come_from_the_environment(
+    server: ScriptedServer,
+) -> None:
+    server.on(route(), Answer())
+    environ = {"CLOUDFLARE_ACCESS_CLIENT_ID": "i", "CLOUDFLARE_ACCESS_CLIENT_SECRET": "s\n"}
+    transport = Transport(Config.resolve(environ=environ, base_url=server.url))
+    transport.send(SUBMIT, QUICK)
+    transport.abort()
+    headers = sent(server)[0].headers
+    assert (headers["cf-access-client-id"], headers["cf-access-client-secret"]) == ("i", "s")

@@ -11,9 +11,11 @@ import torch
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import ServiceClient, TrainingClient, training_client, types
+from tinkex import ServiceClient, TrainingClient, types
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.local import LocalServer
+from tinkex.local.settings import ClientFlags, ServerSettings
+from tinkex.local.torch_engine import TorchEngine
 
 ADAM = types.AdamParams(learning_rate=0.02, eps=1e-8)
 Loss = Tuple[torch.Tensor, Dict[str, float]]
@@ -37,6 +39,16 @@ def batch(*lengths: int) -> List[types.Datum]:
 def service(engine: Any) -> Iterator[ServiceClient]:
     with LocalServer(engine) as server, ServiceClient(base_url=server.url) as client:
         yield client
+
+
+@pytest.fixture
+def small_parts(cache: Any) -> Iterator[ServiceClient]:
+    """A client of a server that takes three datums at a time."""
+    settings = ServerSettings(flags=ClientFlags(fwdbwd_max_chunk_len=3))
+    engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
+    with LocalServer(engine, settings=settings) as server:
+        with ServiceClient(base_url=server.url) as client:
+            yield client
 
 
 def new_run(service: ServiceClient) -> TrainingClient:
@@ -84,7 +96,7 @@ def test_cross_entropy_written_by_hand_trains_as_the_servers_own(service: Servic
 
 
 def test_a_loss_across_the_batch_has_the_gradient_of_its_derivative(
-    service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+    service: ServiceClient, small_parts: ServiceClient
 ) -> None:
     data = batch(6, 4, 9, 2)
 
@@ -92,7 +104,7 @@ def test_a_loss_across_the_batch_has_the_gradient_of_its_derivative(
         means = torch.stack([row.mean() for row in logprobs])
         return ((means - means.mean()) ** 2).sum(), {}
 
-    ours, theirs = new_run(service), new_run(service)
+    ours, theirs = new_run(small_parts), new_run(service)
     rows = logprobs_of(theirs, data)
     # d/dp of sum((m_i - mean(m))^2) with m_i = mean(p_i), written out.
     means = np.array([row.mean() for row in rows])
@@ -102,7 +114,6 @@ def test_a_loss_across_the_batch_has_the_gradient_of_its_derivative(
     ]
     theirs.forward_backward(weighted(data, weights), "cross_entropy").result(60)
     theirs.optim_step(ADAM).result(60)
-    monkeypatch.setattr(training_client, "MAX_CHUNK_DATUMS", 3)  # in two parts, both ways
     result = ours.forward_backward_custom(data, spread).result(60)
     ours.optim_step(ADAM).result(60)
     assert result.metrics["loss:sum"] == pytest.approx(
@@ -167,7 +178,8 @@ def test_two_passes_are_sent_with_targets_and_weights_only(
     assert routes.seq_ids() == [1, 2, 3]
     first, second = routes.submitted("forward_backward")
     assert [b.loss_fn for b in (first, second)] == ["cross_entropy"] * 2
-    assert first.data[0].loss_fn_inputs["weights"].tolist() == [0.0] * 4
+    assert sorted(first.data[0].loss_fn_inputs) == ["target_tokens", "weights"]
+    assert first.data[0].loss_fn_inputs["weights"] == datum.loss_fn_inputs["weights"]
     assert sorted(second.data[0].loss_fn_inputs) == ["target_tokens", "weights"]
     assert second.data[0].loss_fn_inputs["weights"].tolist() == [0.0, -1.0, -2.0, -3.0]
     # The scripted server's logprobs are all -1, and its loss is the size of the batch.
@@ -182,6 +194,10 @@ def failing(data: Any, logprobs: Any) -> Any:
     raise LossError("in the user's own code")
 
 
+def leaving(data: Any, logprobs: Any) -> Any:
+    raise SystemExit("the lane must not end with it")
+
+
 BAD_LOSSES: Dict[str, Tuple[Any, Any]] = {
     "raises": (failing, LossError),
     "a float": (lambda d, p: (1.0, {}), InvalidInputError),
@@ -189,6 +205,9 @@ BAD_LOSSES: Dict[str, Tuple[Any, Any]] = {
     "nothing": (lambda d, p: None, InvalidInputError),
     "detached": (lambda d, p: (p[0].detach().sum(), {}), InvalidInputError),
     "no scalar": (lambda d, p: (p[0], {}), InvalidInputError),
+    "metrics that are no numbers": (lambda d, p: (p[0].sum(), {"m": "x"}), InvalidInputError),
+    "metrics that are no dict": (lambda d, p: (p[0].sum(), [1.0]), InvalidInputError),
+    "leaves": (leaving, InvalidInputError),
     "a NaN gradient": (lambda d, p: ((p[0] * float("nan")).sum(), {}), InvalidInputError),
 }
 

@@ -410,3 +410,30 @@ def test_abandoning_a_batch_leaves_the_engine_usable(samplers: Any) -> None:
     next(steps)
     steps.close()
     assert len(run_all(samplers, "base", [request()])[0].sequences[0].tokens) == 12
+
+
+@pytest.mark.parametrize("after", [0, 1, 3], ids=["before", "at the start", "in the middle"])
+def test_a_dropped_request_ends_and_the_others_go_on_unchanged(samplers: Any, after: int) -> None:
+    requests = [request(seed=n, samples=2, max_tokens=64, temperature=0.0) for n in (1, 2, 3)]
+    alone = run_all(samplers, "base", requests)
+    dropped = {1} if after == 0 else set()
+    found: Dict[int, Any] = {}
+    for slices, finished in enumerate(samplers.sample("base", requests, dropped), 1):
+        if slices == after:
+            dropped.add(1)
+        found.update(finished)
+    assert found.keys() == {0, 2}
+    for index in found:
+        for mine, theirs in zip(found[index].sequences, alone[index].sequences):
+            assert mine.tokens == theirs.tokens
+
+
+def test_a_batch_of_dropped_requests_ends_early(samplers: Any) -> None:
+    dropped: set = set()
+    requests = [request(max_tokens=400), request(max_tokens=400, seed=1)]
+    slices = 0
+    for finished in samplers.sample("base", requests, dropped):
+        assert finished == []
+        slices += 1
+        dropped |= {0, 1}
+    assert slices < 5

@@ -1,59 +1,28 @@
-"""The official client, as published, against the embedded server: a black box on both sides.
+"""The official client 0.38, as published, against the embedded server: two black boxes.
 
-Run it in an environment that has the package ``tinker`` and pytest::
+``tox -e interop`` runs it.  By hand, in an environment that has the package ``tinker`` and pytest::
 
     python -m venv interop && interop/bin/python -m pip install tinker==0.38.0 pytest
     TINKEX_INTEROP_PYTHON=python interop/bin/python -m pytest tests/interop
 
-TINKEX_INTEROP_PYTHON is the interpreter of the environment that has tinkex and what its server
-needs (by default the one that runs the tests); TINKEX_INTEROP_MODEL the model it serves
-(``deterministic`` by default).  TINKEX_INTEROP_URL names a server that runs already instead.
+conftest.py says what the environment variables are for.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
+from interop.official import official
 
-tinker = pytest.importorskip("tinker", reason="the official client is not installed")
+tinker = official("0.38")
 types = tinker.types
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the official client's own are not ours
 
-SERVE = "from tinkex.cli.serve import serve; serve()"
-MODEL = os.environ.get("TINKEX_INTEROP_MODEL", "deterministic")
-
-
-@pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    url = os.environ.get("TINKEX_INTEROP_URL")
-    if url:
-        yield url
-        return
-    python = os.environ.get("TINKEX_INTEROP_PYTHON", sys.executable)
-    root = Path(__file__).resolve().parents[2]
-    data_dir = tmp_path_factory.mktemp("data")
-    command = [python, "-c", SERVE, "--model", MODEL, "--port", "0", "--data-dir", str(data_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout is not None
-        ready = server.stdout.readline()
-        found = re.search(r"http://\S+", ready)
-        assert found, f"the server did not start; it said {ready!r}"
-        yield found.group()
-        server.terminate()
-        assert server.wait(10) == 0
-
 
 @pytest.fixture(scope="module")
 def service(base_url: str) -> Iterator[Any]:
-    os.environ.update(TINKER_TELEMETRY="0")
     with tinker.ServiceClient(base_url=base_url, api_key="tml-local") as client:
         yield client
 

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Union,
+)
 
 from flask.testing import FlaskClient
 
@@ -14,6 +26,8 @@ from tinkex.local.backend import Backend
 from tinkex.local.batches import SamplingLimits
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.engine import Finished
+from tinkex.local.futures import FutureTable
+from tinkex.local.settings import ServerSettings
 from tinkex.local.store import Store
 from tinkex.types import (
     AdamParams,
@@ -85,10 +99,13 @@ class HeldEngine(DeterministicEngine):
         super().unload_sampler(sampler_id)
 
     def sample(
-        self, sampler_id: str, requests: Sequence[SampleRequest]
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
         self.log.append(f"sample {len(requests)}")
-        for finished in super().sample(sampler_id, requests):
+        for finished in super().sample(sampler_id, requests, dropped):
             self.log.append("slice")
             yield finished
 
@@ -218,16 +235,20 @@ def serving(
     data_dir: Path,
     engine: Optional[DeterministicEngine] = None,
     *,
-    api_key: Optional[str] = None,
-    hold_s: float = WAIT_S,
-    max_held_polls: int = 100,
-    **facts: Any,
+    clock: Callable[[], float] = time.monotonic,
+    futures: Optional[FutureTable] = None,
+    store: Optional[Store] = None,
+    **settings: Any,
 ) -> Iterator[Api]:
     """Run a backend, and hand out a client of it; ``api.backend`` is the backend itself."""
-    facts.setdefault("limits", AT_ONCE)
-    backend = Backend(engine or HeldEngine(), Store(data_dir), **facts)
+    chosen = ServerSettings(
+        **{"limits": AT_ONCE, "retrieve_hold_s": WAIT_S, "max_held_polls": 100, **settings}
+    )
+    backend = Backend(
+        engine or HeldEngine(), store or Store(data_dir), chosen, futures=futures, clock=clock
+    )
     backend.start()
-    app = create_app(backend, api_key=api_key, hold_s=hold_s, max_held_polls=max_held_polls)
+    app = create_app(backend, chosen)
     api = Api(app.test_client())
     api.backend = backend  # type: ignore[attr-defined]  # a test looks behind the scenes
     try:

@@ -200,3 +200,15 @@ def test_clip_bounds_may_differ_by_token(engine: DeterministicEngine) -> None:
     bounds = np.array([1.5, 2.0, 4.0], np.float32)
     clipped = loss(engine, "ppo", **inputs, clip_high_threshold=bounds)
     assert clipped == pytest.approx(-(1.5 + 2.0 + 3.0), rel=1e-5)
+
+
+def test_a_dropped_request_ends_and_the_others_go_on(engine: DeterministicEngine) -> None:
+    engine.create_sampler("s", None)
+    params = SamplingParams(max_tokens=50, stop=[])
+    asked = SampleRequest(ModelInput.from_ints([1, 2, 3]), sampling_params=params)
+    dropped = set()
+    found = []
+    for finished in engine.sample("s", [asked, asked], dropped):
+        dropped.add(0)
+        found += [index for index, _ in finished]
+    assert found == [1]

@@ -75,7 +75,7 @@ def test_requests_that_arrive_in_any_order_run_in_seq_id_order(
 
 
 def test_a_request_beyond_a_gap_says_what_it_waits_for(tmp_path: Path) -> None:
-    with serving(tmp_path, hold_s=0.0) as api:
+    with serving(tmp_path, retrieve_hold_s=0.0) as api:
         session = api.session()
         request_id = api.submit_model(session)
         model = f"{session}:train:0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Container, Dict, Iterator, List, Sequence
 
 import numpy as np
 import pytest
@@ -146,9 +146,12 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
         """Tells when the first slice is done."""
 
         def sample(
-            self, sampler_id: str, requests: Sequence[SampleRequest]
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
         ) -> Iterator[List[Finished]]:
-            for finished in super().sample(sampler_id, requests):
+            for finished in super().sample(sampler_id, requests, dropped):
                 self.holding.set()
                 yield finished
 
@@ -189,7 +192,10 @@ def test_a_request_at_fault_fails_alone(tmp_path: Path) -> None:
 def test_a_batch_that_breaks_fails_all_its_requests(tmp_path: Path) -> None:
     class Broken(HeldEngine):
         def sample(
-            self, sampler_id: str, requests: Sequence[SampleRequest]
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
         ) -> Iterator[List[Finished]]:
             yield []
             if requests[0].num_samples == 2:
@@ -447,7 +453,10 @@ def test_a_sampler_that_cannot_be_loaded_says_why_and_may_be_tried_again(
 def test_a_batch_the_engine_refuses_fails(tmp_path: Path) -> None:
     class Refusing(HeldEngine):
         def sample(
-            self, sampler_id: str, requests: Sequence[SampleRequest]
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
         ) -> Iterator[List[Finished]]:
             raise EngineError("not today", "server")
 

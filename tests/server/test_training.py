@@ -38,7 +38,7 @@ def test_both_dialects_compute_the_same(api: Api) -> None:
 
 
 def test_failures_and_pending_answers_are_json_whatever_is_accepted(tmp_path: Path) -> None:
-    with serving(tmp_path, hold_s=0.0) as api:
+    with serving(tmp_path, retrieve_hold_s=0.0) as api:
         session = api.session()
         api.submit_model(session)
         pending = api.poll(api.step(f"{session}:train:0", 2), accept="application/x-protobuf")
@@ -157,7 +157,8 @@ def test_a_batch_that_cannot_be_is_refused(api: Api, data: list, says: str) -> N
     [
         ("optim_step", {"adam_params": {"beta1": 1.0}}, "beta1"),
         ("optim_step", {"adam_params": {"learning_rate": "x"}}, "learning_rate"),
-        ("optim_step", {"optimizer_params": {"type": "dimuon"}}, "adam_params"),
+        ("optim_step", {"optimizer_params": {"type": "dimuon"}}, "adamw"),
+        ("optim_step", {"optimizer_params": {}, "adam_params": {}}, "one of them"),
         ("optim_step", {}, "'adam_params' is missing"),
         ("save_weights", {}, "'path' is missing"),
         ("save_weights", {"path": "a/b"}, "not a checkpoint name"),
@@ -167,10 +168,12 @@ def test_a_batch_that_cannot_be_is_refused(api: Api, data: list, says: str) -> N
         ("save_weights", {"path": "a", "ttl_seconds": 5}, "ttl_seconds"),
         (
             "save_weights_for_sampler",
-            {"kind": "inflight", "sampling_session_seq_id": 0},
-            "snapshot",
+            {"kind": "nonsense", "sampling_session_seq_id": 0},
+            "snapshot, inflight",
         ),
         ("save_weights_for_sampler", {}, "sampling_session_seq_id"),
+        ("save_weights_for_sampler", {"path": "a", "kind": "inflight"}, "no name"),
+        ("save_weights_external", {"path": "a", "age_encryption_recipients": ["age1x"]}, "age_"),
         ("load_weights", {"path": "weights/a"}, "not a checkpoint path"),
         ("load_weights", {"path": "tinker://a/b/c"}, "does not name a checkpoint"),
         ("load_weights", {"path": "tinker://a/sampler_weights/c", "optimizer": True}, "needs"),

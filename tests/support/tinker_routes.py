@@ -39,7 +39,7 @@ class TinkerRoutes:
     def __init__(self, server: ScriptedServer) -> None:
         self._server = server
         self._numbers = itertools.count()
-        self._results: Dict[str, Answer] = {}
+        self.results: Dict[str, Answer] = {}
         self.finished: List[Any] = []
         work = ["create_model", "load_weights", "optim_step", "save_weights"]
         work += ["save_weights_for_sampler", "asample"]
@@ -63,7 +63,7 @@ class TinkerRoutes:
     def accept(self, received: Received) -> Answer:
         """Accept work; its result is that of the route."""
         route = received.path.rpartition("/")[2]
-        return self._accepted(route, Answer(body=RESULTS[route]))
+        return self.accepted(route, Answer(body=RESULTS[route]))
 
     def accept_pass(self, received: Received) -> Answer:
         """Accept a pass; its result has logprobs of -1."""
@@ -75,17 +75,18 @@ class TinkerRoutes:
         ]
         output = ForwardBackwardOutput(outputs, {"loss:sum": float(len(outputs))}, "T")
         body = JSON.encode_output(output)
-        return self._accepted(received.path.rpartition("/")[2], Answer(body=body))
+        return self.accepted(received.path.rpartition("/")[2], Answer(body=body))
 
-    def _accepted(self, route: str, result: Answer) -> Answer:
+    def accepted(self, route: str, result: Answer) -> Answer:
+        """Accept work whose result is *result*."""
         request_id = f"{route}-{next(self._numbers)}"
-        self._results[request_id] = result
+        self.results[request_id] = result
         return Answer(body={"request_id": request_id, "model_id": MODEL})
 
     def retrieve(self, received: Received) -> Answer:
         """Answer a poll."""
         missing = Answer(404, {"detail": "unknown request"})
-        return self._results.get(received.json()["request_id"], missing)
+        return self.results.get(received.json()["request_id"], missing)
 
     def _finish(self, received: Received) -> Answer:
         self.finished.append(received.json())

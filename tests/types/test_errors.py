@@ -43,7 +43,7 @@ FACTS = {
 
 
 def test_every_error_is_in_the_docstring_tree():
-    assert len(EVERY_TYPE) == 24
+    assert len(EVERY_TYPE) >= 24
     for error_type in EVERY_TYPE:
         assert error_type is TinkexError or f" {error_type.__name__} " in f"{errors.__doc__} "
 

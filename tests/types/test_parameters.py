@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -184,17 +185,13 @@ def test_adam_params_out_of_range_are_refused_by_name(values):
         AdamParams(**values).check()
 
 
-def test_adam_params_in_range_pass_and_are_sent_whole():
+def test_adam_params_in_range_pass_and_what_came_later_is_sent_only_if_set():
     params = AdamParams(learning_rate=0, beta1=0, beta2=0.999, eps=0)
     params.check()
-    assert params.to_wire() == {
-        "learning_rate": 0,
-        "beta1": 0,
-        "beta2": 0.999,
-        "eps": 0,
-        "weight_decay": 0.0,
-        "grad_clip_norm": 0.0,
-    }
+    first = {"learning_rate": 0, "beta1": 0, "beta2": 0.999, "eps": 0}
+    assert params.to_wire() == first
+    later = dataclasses.replace(params, weight_decay=0.1, grad_clip_norm=1)
+    assert later.to_wire() == {**first, "weight_decay": 0.1, "grad_clip_norm": 1}
     assert AdamParams.from_wire({"learning_rate": 1e-3, "new": 1}).learning_rate == 1e-3
 
 

@@ -202,3 +202,19 @@ def test_torch_dtypes_and_layouts():
     assert TensorData.from_torch(torch.eye(2).to_sparse()).tolist() == [[1, 0], [0, 1]]
     with pytest.raises(InvalidInputError):
         TensorData.from_torch(torch.tensor([True]))
+
+
+def test_a_torch_table_becomes_sparse_if_that_is_smaller():
+    torch = pytest.importorskip("torch")
+    table = torch.full((4, 10), 7, dtype=torch.int64)
+    table[0, 3], table[2, 0], table[2, 9] = 1, 2, 3
+    sparse = TensorData.from_torch_sparse(table, pad_value=7)
+    assert sparse.is_sparse
+    assert sparse.data == [1, 2, 3]
+    assert sparse.to_numpy(pad_value=7).tolist() == table.tolist()
+    small = TensorData.from_torch_sparse(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
+    assert not small.is_sparse  # 2 + 1 + 2 * 2 numbers are no fewer than 4
+    assert small.tolist() == [[0.0, 1.0], [2.0, 0.0]]
+    for bad, pad in ((torch.zeros(3), 0), (torch.zeros(2, 2), 0.5), (torch.zeros(2, 2), True)):
+        with pytest.raises(InvalidInputError):
+            TensorData.from_torch_sparse(bad, pad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import warnings
 from datetime import datetime, timedelta, timezone
@@ -129,7 +130,7 @@ def test_bulk_fields_are_handed_through_as_they_are():
         UntypedFuture.from_wire({"request_id": "r", "sample_sequence_ids": ids}).sample_sequence_ids
         is ids
     )
-    assert OptimStepResponse.from_wire({"metrics": metrics}).metrics is metrics
+    assert OptimStepResponse.from_wire({"metrics": metrics}).metrics == metrics
     session = {"training_run_ids": [], "sampler_ids": [], "user_metadata": metadata}
     assert GetSessionResponse.from_wire(session).user_metadata is metadata
 
@@ -141,7 +142,29 @@ def test_bulk_fields_are_not_copied_on_the_way_out():
 
 @pytest.mark.parametrize("metrics", [{}, {"metrics": None}])
 def test_an_optimizer_step_may_have_no_metrics(metrics):
-    assert OptimStepResponse.from_wire(metrics).metrics is None
+    assert OptimStepResponse.from_wire(metrics).metrics == {}
+
+
+def test_a_null_metric_is_nan_and_a_whole_number_a_float():
+    found = OptimStepResponse.from_wire({"metrics": {"a": None, "b": 1}}).metrics
+    assert math.isnan(found["a"])
+    assert type(found["b"]) is float
+
+
+@pytest.mark.parametrize(
+    ("message", "payload"),
+    [
+        (OptimStepResponse, {"metrics": []}),
+        (OptimStepResponse, {"metrics": {"a": "1"}}),
+        (OptimStepResponse, {"metrics": {"a": True}}),
+        (UntypedFuture, {"request_id": "r", "sample_sequence_ids": {}}),
+        (UntypedFuture, {"request_id": "r", "sample_sequence_ids": [None]}),
+        (GetSessionResponse, {"training_run_ids": [], "sampler_ids": [], "user_metadata": [1]}),
+    ],
+)
+def test_a_bulk_field_of_another_kind_is_refused(message, payload):
+    with pytest.raises(ResponseDecodeError, match=message.__name__):
+        message.from_wire(payload)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from tinkex.types import (
     ImageChunk,
     ModelInput,
     PromptAltTokens,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
     TensorData,
@@ -68,6 +70,17 @@ datums = st.builds(
     Datum,
     st.builds(ModelInput, st.lists(chunks, max_size=3)),
     st.dictionaries(names, dense(), max_size=3),
+)
+spans = st.builds(
+    lambda kind, name, offset, length: kind(name, offset=offset, length=length),
+    st.sampled_from([PromptProvenanceSpan, SampledProvenanceSpan]),
+    names.filter(bool),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**63 - 1),
+)
+span_lists = st.lists(spans, min_size=1, max_size=3)
+datums_with_spans = st.builds(
+    Datum, st.just(ModelInput()), st.dictionaries(names, dense()), span_lists, span_lists
 )
 sparse_datums = st.builds(Datum, st.just(ModelInput()), st.dictionaries(names, sparse()))
 requests = st.builds(

@@ -13,6 +13,8 @@ from tinkex.types import (
     ForwardBackwardRequest,
     ImageChunk,
     ModelInput,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
     TensorData,
@@ -102,10 +104,21 @@ def test_the_schema_has_the_provenance_spans():
     assert message.SerializeToString(deterministic=True) == C
 
 
-def test_a_request_with_provenance_is_read_without_it():
-    request = PROTOBUF.decode_forward_backward(C)
+def test_a_request_with_provenance_goes_both_ways():
     datum = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
-    assert request == ForwardBackwardRequest("m", 3, [datum], "stable_reinforce")
+    datum = datum.with_provenance(
+        model_input=[
+            PromptProvenanceSpan("q", length=2),
+            SampledProvenanceSpan("q", length=1),
+        ],
+        loss_fn_inputs=[
+            PromptProvenanceSpan("q", offset=1, length=1),
+            SampledProvenanceSpan("q", length=2),
+        ],
+    )
+    request = ForwardBackwardRequest("m", 3, [datum], "stable_reinforce")
+    assert PROTOBUF.encode_forward_backward(request) == C
+    assert PROTOBUF.decode_forward_backward(C) == request
 
 
 def test_an_output_goes_both_ways_and_loses_the_module_of_its_type():

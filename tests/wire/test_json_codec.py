@@ -15,6 +15,8 @@ from tinkex.types import (
     ForwardBackwardRequest,
     ImageAssetPointerChunk,
     ModelInput,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
     TensorData,
@@ -77,6 +79,16 @@ def test_an_asset_pointer_can_be_written():
     chunk = ImageAssetPointerChunk("png", "https://example.org/x.png", 7)
     sent = request(data=[Datum(ModelInput([chunk]), {})])
     assert JSON.decode_forward_backward(JSON.encode_forward_backward(sent)) == sent
+
+
+def test_provenance_has_no_json_form_and_the_error_says_what_to_do():
+    datum = Datum(ModelInput.from_ints([1]), {"target_tokens": [2]}).with_provenance(
+        [PromptProvenanceSpan("q", length=1)], [SampledProvenanceSpan("q", length=1)]
+    )
+    request = ForwardBackwardRequest("m", 1, [datum], "stable_reinforce")
+    with pytest.raises(InvalidInputError, match="no JSON form") as caught:
+        JSON.encode_forward_backward(request)
+    assert "leave the spans out" in str(caught.value)
 
 
 def test_a_sparse_tensor_is_written_dense():

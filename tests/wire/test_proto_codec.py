@@ -148,11 +148,13 @@ def test_config_of_older_clients_and_newer_ones_is_merged():
     assert config == {"old": 1.0, "both": 2.0, "text": "t"}
 
 
-@pytest.mark.parametrize("where", ["chunk", "config"])
+@pytest.mark.parametrize("where", ["chunk", "config", "span"])
 def test_a_choice_of_an_unknown_kind_is_refused(where):
     message = pb.ForwardBackwardRequest(seq_id=1)
     if where == "chunk":
         message.data.add().model_input.add()
+    elif where == "span":
+        message.data.add().model_input_spans.add()
     else:
         message.loss_fn_config_v2["a"].SetInParent()
     with pytest.raises(InvalidInputError):

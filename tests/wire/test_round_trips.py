@@ -42,6 +42,15 @@ def test_sparse_loss_inputs_keep_their_values(codec: Codec, datum: Datum):
     assert sparse == (set(datum.loss_fn_inputs) if codec is PROTOBUF else set())
 
 
+@quick
+@given(datum=strategies.datums_with_spans)
+def test_provenance_spans(datum: Datum):
+    request = ForwardBackwardRequest("m", 1, [datum], "stable_reinforce")
+    received = PROTOBUF.decode_forward_backward(PROTOBUF.encode_forward_backward(request)).data[0]
+    assert received.model_input_spans == datum.model_input_spans
+    assert received.loss_fn_input_spans == datum.loss_fn_input_spans
+
+
 @both
 @quick
 @given(output=strategies.outputs)

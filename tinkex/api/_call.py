@@ -37,9 +37,18 @@ def call(
     traffic: str = "work",
     policy: Optional[RetryPolicy] = None,
     channel: Optional[Channel] = None,
+    headers: Optional[Mapping[str, str]] = None,
 ) -> Reply:
     """Send a JSON request with retries; return the 2xx answer."""
-    request = Request(method, path, None if body is None else encode(body), traffic=traffic)
+    token = (body or {}).get("weights_access_token")
+    request = Request(
+        method,
+        path,
+        None if body is None else encode(body),
+        traffic=traffic,
+        headers=headers or {},
+        secrets=(token,) if isinstance(token, str) else (),
+    )
     policy = policy or RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
     return transport.send(request, policy, channel=channel)
 

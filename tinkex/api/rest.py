@@ -1,31 +1,66 @@
-"""Runs, checkpoints and sessions (protocol reference, section 1.5.5)."""
+"""Runs, checkpoints and sessions (protocol reference, section 1.5.5 and appendix A).
+
+Every function blocks, and raises RouteMissingError where the server does not have the route.
+"""
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Dict, Mapping, Optional, Type, TypeVar
 
-from tinkex.api._call import call, get, post, segment
-from tinkex.transport import Transport
+from tinkex.api._call import call, encode, get, post, read, segment
+from tinkex.api._optional import optional_route
+from tinkex.retry import RetryPolicy
+from tinkex.transport import Request, Transport
 from tinkex.types import (
     CheckpointsListResponse,
+    CopyWeightsResponse,
+    ExternalWeightsUrlsResponse,
     GetSessionResponse,
     ListSessionsResponse,
+    SessionSearchRequest,
+    SessionSearchResponse,
+    SessionTraceExport,
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
 )
+from tinkex.types._wire import Wire
 
-_RUNS = "/api/v1/training_runs"
+W = TypeVar("W", bound=Wire)
+
+_API = "/api/v1/"
+_CHECKPOINT = "training_runs/{id}/checkpoints/{checkpoint}"
+_TOKEN_HEADER = "X-Tinker-Weights-Access-Token"
 
 
 def _run(run_id: str) -> str:
-    return f"{_RUNS}/{segment('the training run id', run_id)}"
+    return f"{_API}training_runs/{segment('the training run id', run_id)}"
 
 
-def _checkpoint(run_id: str, checkpoint_id: str) -> str:
+def checkpoint_route(run_id: str, checkpoint_id: str) -> str:
     """The route of a checkpoint; its id is ``<kind>/<name>``, and the slash is not escaped."""
     parts = [segment("the checkpoint id", part) for part in checkpoint_id.split("/")]
     return f"{_run(run_id)}/checkpoints/{'/'.join(parts)}"
+
+
+def _session(session_id: str) -> str:
+    return f"{_API}sessions/{segment('the session id', session_id)}"
+
+
+def _list(transport: Transport, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+    with optional_route(transport, f"GET {route}", names_nothing=True):
+        return get(transport, f"{_API}{route}", answer, query)
+
+
+def _change(
+    transport: Transport,
+    method: str,
+    path: str,
+    route: str,
+    body: Optional[Mapping[str, Any]] = None,
+) -> None:
+    with optional_route(transport, f"{method} {route}"):
+        call(transport, method, path, body)
 
 
 def list_training_runs(
@@ -38,17 +73,19 @@ def list_training_runs(
         "access_scope": access_scope,
         "project_id": project_id,
     }
-    return get(transport, _RUNS, TrainingRunsResponse, query)
+    return _list(transport, "training_runs", TrainingRunsResponse, query)
 
 
 def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> TrainingRun:
     """``GET training_runs/{id}``."""
-    return get(transport, _run(run_id), TrainingRun, {"access_scope": access_scope})
+    with optional_route(transport, "GET training_runs/{id}"):
+        return get(transport, _run(run_id), TrainingRun, {"access_scope": access_scope})
 
 
 def list_checkpoints(transport: Transport, run_id: str) -> CheckpointsListResponse:
     """``GET training_runs/{id}/checkpoints``."""
-    return get(transport, f"{_run(run_id)}/checkpoints", CheckpointsListResponse)
+    with optional_route(transport, "GET training_runs/{id}/checkpoints"):
+        return get(transport, f"{_run(run_id)}/checkpoints", CheckpointsListResponse)
 
 
 def list_user_checkpoints(
@@ -56,36 +93,76 @@ def list_user_checkpoints(
 ) -> CheckpointsListResponse:
     """``GET checkpoints``."""
     query = {"limit": limit, "offset": offset}
-    return get(transport, "/api/v1/checkpoints", CheckpointsListResponse, query)
+    return _list(transport, "checkpoints", CheckpointsListResponse, query)
 
 
 def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE training_runs/{id}/checkpoints/{checkpoint}``."""
-    call(transport, "DELETE", _checkpoint(run_id, checkpoint_id))
+    _change(transport, "DELETE", checkpoint_route(run_id, checkpoint_id), _CHECKPOINT)
 
 
 def publish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``POST .../publish``."""
-    call(transport, "POST", f"{_checkpoint(run_id, checkpoint_id)}/publish")
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
+    _change(transport, "POST", path, f"{_CHECKPOINT}/publish")
 
 
 def unpublish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE .../publish``."""
-    call(transport, "DELETE", f"{_checkpoint(run_id, checkpoint_id)}/publish")
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
+    _change(transport, "DELETE", path, f"{_CHECKPOINT}/publish")
 
 
 def set_checkpoint_ttl(
     transport: Transport, run_id: str, checkpoint_id: str, ttl_seconds: Optional[int]
 ) -> None:
     """``PUT .../ttl``; None removes the limit."""
-    path = f"{_checkpoint(run_id, checkpoint_id)}/ttl"
-    call(transport, "PUT", path, {"ttl_seconds": ttl_seconds})
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/ttl"
+    _change(transport, "PUT", path, f"{_CHECKPOINT}/ttl", {"ttl_seconds": ttl_seconds})
+
+
+def get_external_weights_urls(
+    transport: Transport, run_id: str, checkpoint_id: str
+) -> ExternalWeightsUrlsResponse:
+    """``GET .../external_weights_urls``; only for ``external_weights/<name>``."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/external_weights_urls"
+    with optional_route(transport, f"GET {_CHECKPOINT}/external_weights_urls"):
+        return get(transport, path, ExternalWeightsUrlsResponse)
 
 
 def get_weights_info(transport: Transport, tinker_path: str) -> WeightsInfoResponse:
     """``POST weights_info``."""
     body = {"tinker_path": tinker_path}
-    return post(transport, "/api/v1/weights_info", body, WeightsInfoResponse)
+    with optional_route(transport, "POST weights_info"):
+        return post(transport, f"{_API}weights_info", body, WeightsInfoResponse)
+
+
+def copy_weights(
+    transport: Transport,
+    *,
+    source_path: str,
+    destination_project_id: Optional[str] = None,
+    ttl_seconds: Optional[int] = None,
+    weights_access_token: Optional[str] = None,
+) -> CopyWeightsResponse:
+    """``POST copy_weights``; all its attempts have one idempotency key, so it copies once."""
+    fields = {
+        "source_path": source_path,
+        "destination_project_id": destination_project_id,
+        "ttl_seconds": ttl_seconds,
+    }
+    body = {name: value for name, value in fields.items() if value is not None}
+    token = weights_access_token
+    request = Request(
+        "POST",
+        f"{_API}copy_weights",
+        encode(body),
+        headers={_TOKEN_HEADER: token} if token else {},
+        secrets=(token,) if token else (),
+    )
+    with optional_route(transport, "POST copy_weights"):
+        policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+        return read(CopyWeightsResponse, transport.send(request, policy), request.name)
 
 
 def list_sessions(
@@ -93,10 +170,51 @@ def list_sessions(
 ) -> ListSessionsResponse:
     """``GET sessions``."""
     query = {"limit": limit, "offset": offset, "access_scope": access_scope}
-    return get(transport, "/api/v1/sessions", ListSessionsResponse, query)
+    return _list(transport, "sessions", ListSessionsResponse, query)
 
 
 def get_session(transport: Transport, session_id: str, *, access_scope: str) -> GetSessionResponse:
     """``GET sessions/{id}``."""
-    path = f"/api/v1/sessions/{segment('the session id', session_id)}"
-    return get(transport, path, GetSessionResponse, {"access_scope": access_scope})
+    with optional_route(transport, "GET sessions/{id}"):
+        query = {"access_scope": access_scope}
+        return get(transport, _session(session_id), GetSessionResponse, query)
+
+
+def assign_session_project(transport: Transport, session_id: str, project_id: str) -> None:
+    """``PUT sessions/{id}/project``."""
+    path = f"{_session(session_id)}/project"
+    _change(transport, "PUT", path, "sessions/{id}/project", {"project_id": project_id})
+
+
+def get_trace_export(transport: Transport, session_id: str) -> SessionTraceExport:
+    """``GET sessions/{id}/trace_export``: starts the export, then tells how it stands."""
+    with optional_route(transport, "GET sessions/{id}/trace_export"):
+        return get(transport, f"{_session(session_id)}/trace_export", SessionTraceExport)
+
+
+def search_sessions(transport: Transport, request: SessionSearchRequest) -> SessionSearchResponse:
+    """``POST sessions/search``."""
+    body: Dict[str, Any] = {
+        "user_metadata": dict(request.user_metadata),
+        "owner": request.owner.to_wire(),
+    }
+    if request.session_id is not None:
+        body["session_id"] = request.session_id
+    if request.project_ids is not None:
+        body["project_ids"] = list(request.project_ids)
+    if request.display_name is not None:
+        body["display_name"] = request.display_name
+    if request.statuses is not None:
+        body["statuses"] = [status.to_wire() for status in request.statuses]
+    if request.limit != SessionSearchRequest.limit:
+        body["limit"] = request.limit
+    if request.cursor is not None:
+        body["cursor"] = request.cursor.to_wire()
+    with optional_route(transport, "POST sessions/search", names_nothing=True):
+        return post(transport, f"{_API}sessions/search", body, SessionSearchResponse)
+
+
+def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:
+    """``GET .../archive``, for `tinkex.api.archives`; its answer may be a redirect."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/archive"
+    return Request("GET", path, traffic="poll", read_timeout_s=timeout_s, follow_redirects=False)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
-from tinkex.api._call import get, post, segment
+from tinkex.api._call import call, get, post, read, segment
+from tinkex.api._optional import optional_route
 from tinkex.channel import Channel
 from tinkex.transport import Transport
 from tinkex.types import (
     CreateSamplingSessionResponse,
     GetSamplerResponse,
+    JoinSamplingSessionResponse,
     SampleRequest,
     UntypedFuture,
 )
@@ -22,8 +24,8 @@ def create_sampling_session(
     sampling_session_seq_id: int,
     base_model: Optional[str] = None,
     model_path: Optional[str] = None,
-) -> CreateSamplingSessionResponse:
-    """``POST create_sampling_session``."""
+) -> Union[CreateSamplingSessionResponse, UntypedFuture]:
+    """``POST create_sampling_session``; some servers answer with a future of the response."""
     body: Dict[str, Any] = {
         "session_id": session_id,
         "sampling_session_seq_id": sampling_session_seq_id,
@@ -33,7 +35,26 @@ def create_sampling_session(
         body["base_model"] = base_model
     if model_path is not None:
         body["model_path"] = model_path
-    return post(transport, "/api/v1/create_sampling_session", body, CreateSamplingSessionResponse)
+    route = "/api/v1/create_sampling_session"
+    reply = call(transport, "POST", route, body)
+    answer = reply.json()
+    if isinstance(answer, dict) and "request_id" in answer and "sampling_session_id" not in answer:
+        return read(UntypedFuture, reply, f"POST {route}")
+    return read(CreateSamplingSessionResponse, reply, f"POST {route}")
+
+
+def join_sampling_session(
+    transport: Transport, sampling_session_id: str
+) -> JoinSamplingSessionResponse:
+    """``POST join_sampling_session``: another client of the same sampler makes itself known."""
+    body = {"sampling_session_id": sampling_session_id, "type": "join_sampling_session"}
+    return post(
+        transport,
+        "/api/v1/join_sampling_session",
+        body,
+        JoinSamplingSessionResponse,
+        traffic="control",
+    )
 
 
 def asample(
@@ -48,10 +69,19 @@ def asample(
     body = request.to_json()
     body["sampling_session_id"] = sampling_session_id
     body["seq_id"] = seq_id
-    return post(transport, "/api/v1/asample", body, UntypedFuture, channel=channel)
+    return post(
+        transport,
+        "/api/v1/asample",
+        body,
+        UntypedFuture,
+        channel=channel,
+        # We slow down when a server answers 429, so it may.
+        headers={"X-Tinker-Sampling-Backpressure": "1"},
+    )
 
 
 def get_sampler(transport: Transport, sampler_id: str) -> GetSamplerResponse:
-    """``GET samplers/{id}``."""
+    """``GET samplers/{id}``.  Raises RouteMissingError where the server does not have it."""
     path = f"/api/v1/samplers/{segment('the sampler id', sampler_id)}"
-    return get(transport, path, GetSamplerResponse)
+    with optional_route(transport, "GET samplers/{id}", ask_once=True):
+        return get(transport, path, GetSamplerResponse)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from tinkex.api._call import post, read
+from tinkex.api._optional import optional_route
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
 from tinkex.types import (
-    AdamParams,
     ForwardBackwardRequest,
     GetInfoResponse,
     LoraConfig,
     UntypedFuture,
 )
 from tinkex.wire.codec import Codec
+from tinkex.wire.compression import compress
 
 
 def _given(**fields: Any) -> Dict[str, Any]:
@@ -30,6 +31,7 @@ def create_model(
     base_model: str,
     lora_config: LoraConfig,
     user_metadata: Optional[Mapping[str, str]] = None,
+    optimizer_config: Optional[Mapping[str, Any]] = None,
 ) -> UntypedFuture:
     """``POST create_model`` -> future of CreateModelResponse."""
     body = _given(
@@ -38,6 +40,7 @@ def create_model(
         base_model=base_model,
         lora_config=lora_config.to_wire(),
         user_metadata=None if user_metadata is None else dict(user_metadata),
+        optimizer_config=optimizer_config,
         type="create_model",
     )
     return post(transport, "/api/v1/create_model", body, UntypedFuture)
@@ -53,6 +56,7 @@ def create_model_from_weights(
     base_model: Optional[str] = None,
     user_metadata: Optional[Mapping[str, str]] = None,
     weights_access_token: Optional[str] = None,
+    optimizer_config: Optional[Mapping[str, Any]] = None,
 ) -> UntypedFuture:
     """``POST load_weights``, form 1: a new model from a checkpoint -> LoadWeightsResponse."""
     body = _given(
@@ -63,6 +67,7 @@ def create_model_from_weights(
         base_model=base_model,
         user_metadata=None if user_metadata is None else dict(user_metadata),
         weights_access_token=weights_access_token,
+        optimizer_config=optimizer_config,
         type="load_weights",
     )
     return post(transport, "/api/v1/load_weights", body, UntypedFuture)
@@ -96,29 +101,37 @@ def get_info(transport: Transport, model_id: str) -> GetInfoResponse:
 
 
 def forward_backward(
-    transport: Transport, codec: Codec, request: ForwardBackwardRequest, policy: RetryPolicy
+    transport: Transport,
+    codec: Codec,
+    request: ForwardBackwardRequest,
+    policy: RetryPolicy,
+    *,
+    compressed: bool = False,
 ) -> UntypedFuture:
-    """``POST forward_backward`` (or ``forward``, in JSON) -> future of ForwardBackwardOutput."""
+    """``POST forward_backward`` (or ``forward``, in JSON) -> future of ForwardBackwardOutput.
+
+    *compressed* sends the body as a zstd frame, which needs ``zstandard``.
+    """
     route = "forward" if request.forward_only and codec.name == "json" else "forward_backward"
+    body = codec.encode_forward_backward(request)
     http = Request(
         "POST",
         f"/api/v1/{route}",
-        codec.encode_forward_backward(request),
+        compress(body) if compressed else body,
         content_type=codec.content_type,
+        headers={"Content-Encoding": "zstd"} if compressed else {},
     )
     return read(UntypedFuture, transport.send(http, policy), http.name)
 
 
 def optim_step(
-    transport: Transport, *, model_id: str, seq_id: int, adam_params: AdamParams
+    transport: Transport, *, model_id: str, seq_id: int, params: Mapping[str, Any]
 ) -> UntypedFuture:
-    """``POST optim_step`` -> future of OptimStepResponse."""
-    body = {
-        "adam_params": adam_params.to_wire(),
-        "model_id": model_id,
-        "seq_id": seq_id,
-        "type": "optim_step",
-    }
+    """``POST optim_step`` -> future of OptimStepResponse.
+
+    *params* is one field with its value, as `types.optimizer.optim_params_to_wire` makes it.
+    """
+    body = {**params, "model_id": model_id, "seq_id": seq_id, "type": "optim_step"}
     return post(transport, "/api/v1/optim_step", body, UntypedFuture)
 
 
@@ -154,6 +167,7 @@ def save_weights_for_sampler(
     sampling_session_seq_id: Optional[int] = None,
     ttl_seconds: Optional[int] = None,
     user_metadata: Optional[Mapping[str, str]] = None,
+    kind: str = "snapshot",
 ) -> UntypedFuture:
     """``POST save_weights_for_sampler``: named by *path*, or ephemeral by number."""
     body = _given(
@@ -163,6 +177,68 @@ def save_weights_for_sampler(
         sampling_session_seq_id=sampling_session_seq_id,
         ttl_seconds=ttl_seconds,
         user_metadata=None if user_metadata is None else dict(user_metadata),
+        kind=None if kind == "snapshot" else kind,
         type="save_weights_for_sampler",
     )
     return post(transport, "/api/v1/save_weights_for_sampler", body, UntypedFuture)
+
+
+def save_weights_external(
+    transport: Transport,
+    *,
+    model_id: str,
+    seq_id: int,
+    path: str,
+    ttl_seconds: Optional[int] = None,
+    age_encryption_recipients: Optional[Sequence[str]] = None,
+) -> UntypedFuture:
+    """``POST save_weights_external`` -> future of SaveWeightsExternalResponse.
+
+    Raises RouteMissingError where the server does not have the route.
+    """
+    recipients = age_encryption_recipients
+    body = _given(
+        model_id=model_id,
+        seq_id=seq_id,
+        path=path,
+        ttl_seconds=ttl_seconds,
+        age_encryption_recipients=None if recipients is None else list(recipients),
+        type="save_weights_external",
+    )
+    with optional_route(transport, "POST save_weights_external"):
+        return post(transport, "/api/v1/save_weights_external", body, UntypedFuture)
+
+
+def unload_model(transport: Transport, model_id: str) -> UntypedFuture:
+    """``POST unload_model`` -> future of UnloadModelResponse (Appendix A).
+
+    Raises RouteMissingError where the server does not have the route, as newer ones do not.
+    """
+    body = {"model_id": model_id, "type": "unload_model"}
+    with optional_route(transport, "POST unload_model"):
+        return post(transport, "/api/v1/unload_model", body, UntypedFuture)
+
+
+def create_custom_loss(
+    transport: Transport,
+    *,
+    session_id: str,
+    custom_loss_seq_id: int,
+    name: str,
+    inputs: Sequence[Mapping[str, Any]],
+    graph: Mapping[str, Any],
+) -> UntypedFuture:
+    """``POST create_custom_loss`` -> future of CreateCustomLossResponse.
+
+    Raises RouteMissingError where the server does not have the route.
+    """
+    body = {
+        "session_id": session_id,
+        "custom_loss_seq_id": custom_loss_seq_id,
+        "name": name,
+        "inputs": list(inputs),
+        "graph": graph,
+        "type": "create_custom_loss",
+    }
+    with optional_route(transport, "POST create_custom_loss", names_nothing=True):
+        return post(transport, "/api/v1/create_custom_loss", body, UntypedFuture)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import click
 
 import tinkex
 from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.deletions import delete
 from tinkex.cli.output import format_option, print_json, print_table, size, wants_json, when
-from tinkex.errors import APIStatusError, NotFoundError
-from tinkex.types import Checkpoint, ParsedCheckpointTinkerPath
+from tinkex.cli.transfers import download, push_to_hub
+from tinkex.errors import NotFoundError, RouteMissingError
+from tinkex.types import Checkpoint
+from tinkex.types.checkpoint_path import locate_checkpoint
 
 
 @click.group()
 def checkpoint() -> None:
-    """List, show and delete checkpoints."""
+    """List, change and fetch checkpoints."""
 
 
 @checkpoint.command("list")
@@ -37,12 +40,13 @@ def list_checkpoints(run_id: Optional[str], limit: int, base_url: Optional[str])
         return
     print_table(
         f"{len(found)} checkpoints" + (f" of run {run_id}" if run_id else ""),
-        ["Checkpoint ID", "Type", "Size", "Created", "Expires", "Path"],
+        ["Checkpoint ID", "Type", "Size", "Public", "Created", "Expires", "Path"],
         [
             [
                 item.checkpoint_id,
                 item.checkpoint_type,
                 size(item.size_bytes),
+                "yes" if item.public else "no",
                 when(item.time),
                 when(item.expires_at) if item.expires_at else "never",
                 item.tinker_path,
@@ -69,7 +73,7 @@ def _of_user(rest: tinkex.RestClient, limit: int) -> List[Checkpoint]:
 @format_option
 def show_checkpoint(path: str, base_url: Optional[str]) -> None:
     """Show the checkpoint at PATH (tinker://...), and what it was trained from."""
-    parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
+    parsed = locate_checkpoint(path)
     with open_rest(base_url) as rest:
         of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
         found = next((item for item in of_run if item.tinker_path == path), None)
@@ -78,9 +82,9 @@ def show_checkpoint(path: str, base_url: Optional[str]) -> None:
                 f"there is no checkpoint {path}",
                 hint=f"`tinkex checkpoint list --run-id {parsed.training_run_id}` lists the run's.",
             )
-        weights = rest.get_weights_info_by_tinker_path(path).result()
+        weights = _weights_info(rest, path)
     if wants_json():
-        print_json({**found.to_wire(), **weights.to_wire()})
+        print_json({**found.to_wire(), **weights})
         return
     print_table(
         f"Checkpoint {path}",
@@ -88,49 +92,75 @@ def show_checkpoint(path: str, base_url: Optional[str]) -> None:
         [
             ["Checkpoint ID", found.checkpoint_id],
             ["Type", found.checkpoint_type],
-            ["Base Model", weights.base_model],
-            ["LoRA", f"rank {weights.lora_rank}" if weights.is_lora else "no"],
+            ["Base Model", weights.get("base_model", "-")],
+            ["LoRA", _lora(weights)],
             ["Size", size(found.size_bytes)],
+            ["Public", "yes" if found.public else "no"],
             ["Created", when(found.time)],
             ["Expires", when(found.expires_at) if found.expires_at else "never"],
         ],
     )
 
 
-@checkpoint.command("delete")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def _weights_info(rest: tinkex.RestClient, path: str) -> Dict[str, Any]:
+    """What a checkpoint was trained from; empty if the server does not tell."""
+    try:
+        return rest.get_weights_info_by_tinker_path(path).result().to_wire()
+    except RouteMissingError:
+        return {}
+
+
+def _lora(weights: Dict[str, Any]) -> str:
+    if not weights:
+        return "-"
+    if not weights["is_lora"]:
+        return "no"
+    rank = weights.get("lora_rank")
+    return "yes" if rank is None else f"rank {rank}"
+
+
+@checkpoint.command("publish")
+@click.argument("path")
 @base_url_option
 @format_option
-@click.pass_context
-def delete_checkpoints(
-    ctx: click.Context, paths: Tuple[str, ...], yes: bool, base_url: Optional[str]
-) -> None:
-    """Delete the checkpoints at PATH... (tinker://...), for good."""
-    for path in paths:
-        ParsedCheckpointTinkerPath.from_tinker_path(path)
-    if not yes:
-        for path in paths:
-            click.echo(path, err=True)
-        if not click.confirm(f"Delete {_count(len(paths))} for good?", err=True):
-            ctx.exit(1)
-    failed = []
+def publish(path: str, base_url: Optional[str]) -> None:
+    """Let everybody read the checkpoint at PATH."""
     with open_rest(base_url) as rest:
-        for path in paths:
-            try:
-                rest.delete_checkpoint_from_tinker_path(path).result()
-            except APIStatusError as error:  # the others may still be there
-                failed.append({"tinker_path": path, "error": str(error)})
-    deleted = len(paths) - len(failed)
-    if wants_json():
-        print_json({"deleted_count": deleted, "failed": failed})
-    else:
-        click.echo(f"Deleted {_count(deleted)}.")
-        for failure in failed:
-            click.echo(f"Error: {failure['tinker_path']}: {failure['error']}", err=True)
-    if failed:
-        ctx.exit(1)
+        rest.publish_checkpoint_from_tinker_path(path).result()
+    _say(f"{path} is public.")
 
 
-def _count(number: int) -> str:
-    return f"{number} checkpoint{'' if number == 1 else 's'}"
+@checkpoint.command("unpublish")
+@click.argument("path")
+@base_url_option
+@format_option
+def unpublish(path: str, base_url: Optional[str]) -> None:
+    """Make the checkpoint at PATH private again."""
+    with open_rest(base_url) as rest:
+        rest.unpublish_checkpoint_from_tinker_path(path).result()
+    _say(f"{path} is private.")
+
+
+@checkpoint.command("set-ttl")
+@click.argument("path")
+@click.option("--ttl", type=int, metavar="SECONDS", help="The server deletes it after this long.")
+@click.option("--remove", is_flag=True, help="Keep it for ever.")
+@base_url_option
+@format_option
+def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]) -> None:
+    """Say how long the checkpoint at PATH is to be kept."""
+    if (ttl is None) != remove:
+        raise click.UsageError("give --ttl or --remove")
+    with open_rest(base_url) as rest:
+        rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
+    _say(f"{path} is kept for ever." if remove else f"{path} is deleted in {ttl} seconds.")
+
+
+def _say(text: str) -> None:
+    if not wants_json():
+        click.echo(text)
+
+
+checkpoint.add_command(delete)
+checkpoint.add_command(download)
+checkpoint.add_command(push_to_hub)

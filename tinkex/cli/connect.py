@@ -22,12 +22,12 @@ base_url_option = click.option(
 
 def check_that_a_server_is_known(base_url: Optional[str], otherwise: str = "") -> None:
     """Raise ConfigError if there is neither a base URL nor a key for the hosted service."""
-    if base_url or os.environ.get("TINKER_BASE_URL") or os.environ.get("TINKER_API_KEY"):
+    if base_url or os.environ.get("TINKER_BASE_URL") or tinkex.auth.tinker_has_credentials():
         return
     raise ConfigError(
         "no server to talk to",
         hint="Give --base-url or set TINKER_BASE_URL (`tinkex serve` starts a server here), or set "
-        f"TINKER_API_KEY for the hosted service{otherwise}.",
+        f"TINKER_API_KEY (or run `tinkex auth login`) for the hosted service{otherwise}.",
     )
 
 
@@ -53,7 +53,15 @@ def open_service(
 
 @contextmanager
 def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
-    """Open a session for lists and records; it ends with the block."""
+    """Open a client for lists and records, without a session; it closes with the block."""
     check_that_a_server_is_known(base_url)
-    with tinkex.ServiceClient(base_url=base_url) as service:
-        yield service.create_rest_client()
+    with tinkex.RestClient(base_url=base_url) as rest:
+        yield rest
+
+
+@contextmanager
+def open_admin(base_url: Optional[str]) -> Iterator[tinkex.AdminClient]:
+    """Likewise, for audit and billing."""
+    check_that_a_server_is_known(base_url)
+    with tinkex.AdminClient(base_url=base_url) as admin:
+        yield admin

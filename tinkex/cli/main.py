@@ -18,9 +18,13 @@ from tinkex.errors import TinkexError
 
 #: Command -> where it is, and what it does; imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
-    "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, show and delete checkpoints."),
+    "auth": ("tinkex.cli.auth:auth", "Store a key, and see whether it works."),
+    "billing": ("tinkex.cli.billing:billing", "What was used, and what is kept."),
+    "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and fetch checkpoints."),
+    "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
+    "session": ("tinkex.cli.sessions:session", "List and show sessions."),
     "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
     "version": ("tinkex.cli.main:version", "Print the version."),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import click
 
@@ -16,11 +16,41 @@ def run() -> None:
     """List and show training runs."""
 
 
+#: Column -> its title, and what it shows of a run.
+COLUMNS: Dict[str, Tuple[str, Callable[[TrainingRun], str]]] = {
+    "id": ("Run ID", lambda run: run.training_run_id),
+    "model": ("Base Model", lambda run: run.base_model),
+    "owner": ("Owner", lambda run: run.model_owner),
+    "lora": ("LoRA", lambda run: _lora(run)),
+    "updated": ("Last Update", lambda run: when(run.last_request_time)),
+    "status": ("Status", lambda run: _status(run)),
+    "checkpoint": ("Last Checkpoint", lambda run: _checkpoint(run, "checkpoint_id")),
+    "checkpoint_time": ("Checkpoint Time", lambda run: _checkpoint(run, "time")),
+}
+
+
+def _columns(_: click.Context, option: click.Parameter, value: str) -> List[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown or not names:
+        raise click.BadParameter(f"choose from {', '.join(COLUMNS)}", param=option)
+    return names
+
+
 @run.command("list")
 @click.option("--limit", default=20, show_default=True, help="At most this many; 0 lists all.")
+@click.option(
+    "-c",
+    "--columns",
+    default="id,model,lora,updated,status",
+    show_default=True,
+    metavar="NAMES",
+    callback=_columns,
+    help=f"What to show of each, with commas between: {', '.join(COLUMNS)}.",
+)
 @base_url_option
 @format_option
-def list_runs(limit: int, base_url: Optional[str]) -> None:
+def list_runs(limit: int, columns: List[str], base_url: Optional[str]) -> None:
     """List training runs, the one used last first."""
     found: List[TrainingRun] = []
     total: Optional[int] = None
@@ -38,11 +68,8 @@ def list_runs(limit: int, base_url: Optional[str]) -> None:
     of_all = f" of {total}" if total is not None and total > len(found) else ""
     print_table(
         f"{len(found)}{of_all} training runs",
-        ["Run ID", "Base Model", "LoRA", "Last Update", "Status"],
-        [
-            [r.training_run_id, r.base_model, _lora(r), when(r.last_request_time), _status(r)]
-            for r in found
-        ],
+        [COLUMNS[name][0] for name in columns],
+        [[COLUMNS[name][1](item) for name in columns] for item in found],
     )
 
 
@@ -79,6 +106,13 @@ def _lora(found: TrainingRun) -> str:
     if not found.is_lora:
         return "no"
     return f"rank {found.lora_rank}" if found.lora_rank is not None else "yes"
+
+
+def _checkpoint(found: TrainingRun, what: str) -> str:
+    newest = found.last_checkpoint
+    if newest is None:
+        return "-"
+    return when(newest.time) if what == "time" else newest.checkpoint_id
 
 
 def _status(found: TrainingRun) -> str:

@@ -43,6 +43,9 @@ def default_data_dir() -> Path:
 @click.option("--session-ttl", "session_ttl_s", default=60.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(min=1), help="A session without a heartbeat for this long "
               "expires.")  # fmt: skip
+@click.option("--profile", default=None, metavar="NAME",
+              help="Differ from the protocol like a real server: hosted, skyrl-0.3, skyrl-0.4, "
+              "tuft-0.2 or hatchery-0.3.  By default every form is taken.")  # fmt: skip
 def serve(
     model: str,
     host: str,
@@ -51,6 +54,7 @@ def serve(
     device: str,
     api_key: Optional[str],
     session_ttl_s: float,
+    profile: Optional[str],
 ) -> None:
     """Serve the Tinker API on this machine, with one base model.
 
@@ -58,7 +62,16 @@ def serve(
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _serve(model, host, port, data_dir or default_data_dir(), device, api_key, session_ttl_s)
+        _serve(
+            model,
+            host,
+            port,
+            data_dir or default_data_dir(),
+            device,
+            api_key,
+            session_ttl_s,
+            profile,
+        )
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
         sys.exit(130)
@@ -74,10 +87,14 @@ def _serve(
     device: str,
     api_key: Optional[str],
     session_ttl_s: float,
+    profile: Optional[str],
 ) -> None:
+    from tinkex.local.profiles import profile_named
     from tinkex.local.server import LocalServer, check_bind, load_engine
 
     check_bind(host, port, api_key)  # before the model is loaded, which takes long
+    if profile is not None:
+        profile_named(profile)
     server = LocalServer(
         load_engine(model, device, progress=_say),
         host=host,
@@ -85,6 +102,7 @@ def _serve(
         data_dir=data_dir,
         api_key=api_key,
         session_ttl_s=session_ttl_s,
+        profile=profile,
     )
     with server:
         click.echo(

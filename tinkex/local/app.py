@@ -5,7 +5,6 @@ Made by LocalServer, or by a test that drives it with Flask's test client.  No t
 
 from __future__ import annotations
 
-import hmac
 import logging
 from typing import Optional
 
@@ -13,52 +12,51 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer
+from tinkex.local.http import MAX_BODY, answer
 from tinkex.local.problems import Problem
-from tinkex.local.routes import futures, rest, sampling, sessions, training
+from tinkex.local.routes import (
+    auth,
+    checkpoints,
+    downloads,
+    flags,
+    futures,
+    passes,
+    rest,
+    runs,
+    sampling,
+    saves,
+    sessions,
+    telemetry,
+)
+from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
 
-def create_app(
-    backend: Backend,
-    *,
-    api_key: Optional[str] = None,
-    max_held_polls: int = 1000,
-    hold_s: float = 30.0,
-) -> Flask:
+def create_app(backend: Backend, settings: Optional[ServerSettings] = None) -> Flask:
     """Make the application.
 
     Args:
         backend: does the work; started and closed by the caller.
-        api_key: what ``X-API-Key`` must carry; None lets everybody in.
-        max_held_polls: so many polls are held at once, each in an HTTP thread; more get 429.
-        hold_s: a poll for pending work is answered ``try_again`` after this long.
+        settings: how it behaves; the defaults if None.
     """
+    settings = settings or ServerSettings()
     app = Flask(__name__, static_folder=None)
-    if api_key is not None:
-        _require_key(app, api_key)
-    sessions.register(app, backend, max_held_polls)
-    training.register(app, backend)
+    app.config[MAX_BODY] = settings.max_body_bytes
+    auth.register(app, settings)
+    flags.register(app, settings)
+    sessions.register(app, backend, settings)
+    runs.register(app, backend)
+    passes.register(app, backend)
+    saves.register(app, backend)
     sampling.register(app, backend)
-    futures.register(app, backend, max_held_polls, hold_s)
+    futures.register(app, backend, settings)
     rest.register(app, backend)
+    checkpoints.register(app, backend)
+    downloads.register(app, backend, settings)
+    telemetry.register(app, backend)
     _register_errors(app)
     return app
-
-
-def _require_key(app: Flask, api_key: str) -> None:
-    expected = api_key.encode()
-
-    @app.before_request
-    def check_key() -> Optional[Response]:
-        if request.path == "/api/v1/healthz":
-            return None
-        given = request.headers.get("X-API-Key", "").encode()
-        if hmac.compare_digest(given, expected):
-            return None
-        what = "is not the one of this server" if given else "is missing"
-        return answer({"detail": f"the API key {what}; set TINKER_API_KEY, or api_key=..."}, 401)
 
 
 def _register_errors(app: Flask) -> None:
@@ -71,8 +69,14 @@ def _register_errors(app: Flask) -> None:
 
     @app.errorhandler(HTTPException)
     def no_such_route(error: HTTPException) -> Response:
-        detail = f"{request.method} {request.path}: {error.description}"
-        return answer({"detail": detail}, error.code or 500)
+        response = answer(
+            {"detail": f"{request.method} {request.path}: {error.description}"}, error.code or 500
+        )
+        if error.code == 405 and error.get_headers():
+            response.headers.extend(
+                (name, value) for name, value in error.get_headers() if name == "Allow"
+            )
+        return response
 
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> Response:

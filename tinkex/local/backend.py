@@ -13,17 +13,20 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.batches import SamplingLimits
 from tinkex.local.engine import Engine, EngineInfo
 from tinkex.local.futures import FutureTable
-from tinkex.local.lanes import Job
+from tinkex.local.lanes import Job, Lane
+from tinkex.local.once import Once
 from tinkex.local.problems import Problem
+from tinkex.local.rows import CheckpointRow, RunRow
 from tinkex.local.scheduler import Scheduler
 from tinkex.local.sessions import SessionTable
-from tinkex.local.store import KIND_OF, CheckpointRow, Store
+from tinkex.local.settings import ServerSettings
+from tinkex.local.store import KIND_OF, Store
+from tinkex.local.telemetry import TelemetrySink
 from tinkex.types import ParsedCheckpointTinkerPath
 
 _log = logging.getLogger(__name__)
@@ -41,8 +44,8 @@ class Backend:
     Args:
         engine: does the work; the backend owns it from now on and closes it.
         store: remembers; owned likewise.
-        session_ttl_s: a session without heartbeats for this long expires.
-        limits: how sampling shares the engine.
+        settings: how it behaves; the defaults if None.
+        lane_type: the queue of a training run; a server profile brings its own.
         futures: results; a table of its own unless given.
         clock: monotonic seconds, for liveness and results.
     """
@@ -51,28 +54,38 @@ class Backend:
         self,
         engine: Engine,
         store: Store,
+        settings: Optional[ServerSettings] = None,
         *,
-        session_ttl_s: float = 60.0,
-        limits: Optional[SamplingLimits] = None,
+        lane_type: Type[Lane] = Lane,
         futures: Optional[FutureTable] = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.settings = settings = settings or ServerSettings()
         self.engine = engine
         self.info: EngineInfo = engine.info
         self.store = store
         self.futures = FutureTable(clock=clock) if futures is None else futures
         self.scheduler = Scheduler(
-            engine, self.futures, self.housekeeping, limits=limits, clock=clock
+            engine,
+            self.futures,
+            self.housekeeping,
+            limits=settings.limits,
+            max_waiting=settings.max_waiting_per_run,
+            lane_type=lane_type,
+            clock=clock,
         )
+        self.wall = store.wall
         self._clock = clock
         # Guards the table; nothing else is done while it is held.
         self._lock = threading.Lock()
-        self._sessions = SessionTable(session_ttl_s)
+        self._sessions = SessionTable(settings.session_ttl_s)
         self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start
         # Serialises the creation of runs and samplers: a number is looked up, then taken.
         # Guards _created: id -> digest of the body, and the answer's id.
         self._creating = threading.Lock()
         self._created: Dict[str, Tuple[bytes, str]] = {}
+        self._once = Once()
+        self.telemetry = TelemetrySink(settings.telemetry_kept)
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -93,8 +106,14 @@ class Backend:
 
     # Sessions
 
-    def create_session(self, facts: Dict[str, Any]) -> str:
-        """Start a session and return its id; *facts* is what the client says about it."""
+    def create_session(self, facts: Dict[str, Any], idempotency_key: Optional[str] = None) -> str:
+        """Start a session and return its id; *facts* is what the client says about it.
+
+        The same *idempotency_key* again stands for the same session: the answer was lost.
+        """
+        return self._once.get(idempotency_key, lambda: self._create_session(facts))
+
+    def _create_session(self, facts: Dict[str, Any]) -> str:
         session_id = str(uuid.uuid4())
         self.store.add_session(session_id, facts)
         with self._lock:
@@ -116,12 +135,15 @@ class Backend:
         if not alive:
             raise self._over(session_id)
 
-    def finish_session(self, session_id: str, reason: str) -> None:
+    def finish_session(self, session_id: str, reason: str, detail: Optional[str]) -> None:
         """End a session; a second end changes nothing.  Problem 404 if it is unknown."""
         with self._lock:
             removed = self._sessions.remove(session_id)
         if removed:
-            self._end_session(session_id, "finished", f"the client ended it: {reason}")
+            said = f"{reason}, {detail}" if detail else reason
+            self._end_session(
+                session_id, "finished", f"the client ended it: {said}", reason, detail
+            )
         elif self.store.session(session_id) is None:
             raise self._over(session_id)
 
@@ -144,8 +166,15 @@ class Backend:
             "create a new one and load the last checkpoint",
         )
 
-    def _end_session(self, session_id: str, state: str, reason: str) -> None:
-        self.store.end_session(session_id, state, reason)
+    def _end_session(
+        self,
+        session_id: str,
+        state: str,
+        reason: str,
+        end_reason: Optional[str] = None,
+        end_detail: Optional[str] = None,
+    ) -> None:
+        self.store.end_session(session_id, state, reason, end_reason, end_detail)
         with self._creating:
             for made_id in [made for made in self._created if session_of(made) == session_id]:
                 del self._created[made_id]
@@ -203,19 +232,57 @@ class Backend:
         name = parsed.checkpoint_id.partition("/")[2]
         return self.checkpoint(parsed.training_run_id, found_kind, name)
 
+    def need_run(self, run_id: str) -> RunRow:
+        """Return a training run; Problem 404 if it is unknown."""
+        row = self.store.run(run_id)
+        if row is None:
+            raise Problem(404, f"training run {run_id} is unknown")
+        return row
+
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
         """Return a checkpoint; Problem 404 says whether the run or the checkpoint is missing."""
         row = self.store.checkpoint(run_id, kind, name)
         if row is not None:
             return row
-        if self.store.run(run_id) is None:
-            raise Problem(404, f"training run {run_id} is unknown")
+        self.need_run(run_id)
         names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
         raise Problem(
             404,
             f"training run {run_id} has no checkpoint {kind}/{name}; "
             f"it has {', '.join(names) or 'none'}",
         )
+
+    def copy_checkpoint(
+        self,
+        source: CheckpointRow,
+        *,
+        project_id: Optional[str],
+        ttl_s: Optional[float],
+        idempotency_key: Optional[str],
+    ) -> str:
+        """Copy a checkpoint into a run of its own, and return the path of the copy.
+
+        The same *idempotency_key* again stands for the same copy.
+        """
+
+        def copy() -> str:
+            run = self.need_run(source.run_id)
+            copy_id = f"copy-{uuid.uuid4()}"
+            self.store.add_run(
+                copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
+            )
+            try:
+                with self.store.saving(
+                    copy_id, source.kind, source.name,
+                    overwrite=False, ttl_s=ttl_s, user_metadata=source.user_metadata,
+                ) as folder:  # fmt: skip
+                    self.store.copy_files(source, folder)
+            except BaseException:
+                self.store.drop_run(copy_id)
+                raise
+            return f"tinker://{copy_id}/{source.kind}/{source.name}"
+
+        return self._once.get(idempotency_key, copy)
 
     # Runs and samplers
 
@@ -254,11 +321,14 @@ class Backend:
         digest: bytes,
         model_path: Optional[str],
         weights: Callable[[], Optional[Path]],
+        *,
+        follows: Optional[str] = None,
     ) -> str:
         """Open the sampler *sampler_id*, and return its id.
 
         *weights* makes the folder of frozen weights, which the sampler owns from then on; None
-        stands for the base model.  A repetition with the same *digest* changes nothing; another
+        stands for the base model.  With *follows*, the sampler draws from the newest of such
+        weights of that training run.  A repetition with the same *digest* changes nothing; another
         body is Problem 409.
         """
         session_id = session_of(sampler_id)
@@ -272,7 +342,10 @@ class Backend:
             if known is None:
                 self._created[sampler_id] = (digest, sampler_id)
                 self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
-                self.scheduler.add_sampler(sampler_id, session_id, folder)
+                if follows is not None and folder is not None:
+                    self.scheduler.add_inflight_sampler(sampler_id, session_id, follows, folder)
+                else:
+                    self.scheduler.add_sampler(sampler_id, session_id, folder)
         if known is not None and folder is not None:  # the same request came twice at once
             shutil.rmtree(folder, ignore_errors=True)
         self._end_if_over(session_id)

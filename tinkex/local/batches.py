@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional
+from typing import Deque, Iterator, List, Optional, Set
 
 from tinkex.local.engine import Finished
 from tinkex.local.lanes import SeenIds
@@ -51,29 +51,60 @@ class SampleJob:
     arrived: float
 
 
+class SamplerWeights:
+    """Frozen weights that one or more samplers draw from, and the engine's name for them.
+
+    They are released when no sampler and no batch uses them any more.
+
+    Args:
+        engine_id: the engine's name for them.
+        folder: holds the adapter, and is removed with the weights; None is the base model.
+    """
+
+    def __init__(self, engine_id: str, folder: Optional[Path]) -> None:
+        self.engine_id = engine_id
+        self.folder = folder
+        self.samplers = 0  # guarded by the scheduler's lock
+        self.batches = 0  # engine thread only, like the next one
+        self.loaded = False
+
+
 class Batch:
     """Requests that the engine works on together."""
 
-    def __init__(self, jobs: List[SampleJob], slices: Iterator[List[Finished]]) -> None:
+    def __init__(self, jobs: List[SampleJob], weights: SamplerWeights) -> None:
         self.jobs = jobs
-        self.slices = slices
+        self.weights = weights
+        self.slices: Iterator[List[Finished]] = iter(())
         self.unfinished = set(range(len(jobs)))
+        self.dropped: Set[int] = set()  # cancelled while it ran; the engine looks at it
         self.cost = sum(job.cost for job in jobs)
 
 
 class SamplerLane:
-    """The queue of one sampler, and its live batches."""
+    """The queue of one sampler, and its live batches.
 
-    def __init__(self, sampler_id: str, session_id: str, folder: Optional[Path]) -> None:
+    *follows* is the training run whose newest weights it draws from, if it is an inflight one.
+    """
+
+    def __init__(
+        self,
+        sampler_id: str,
+        session_id: str,
+        weights: SamplerWeights,
+        follows: Optional[str] = None,
+    ) -> None:
         self.sampler_id = sampler_id
         self.session_id = session_id
-        self.folder = folder  # frozen adapter, or None for the base model
+        self.weights = weights
+        self.follows = follows
         self.queued: Deque[SampleJob] = deque()
+        self.cancelled: Set[str] = set()  # request ids that were not queued any more
         self.closed: Optional[str] = None
-        self.loaded = False  # engine thread only
         self.wanted = True  # it is to be loaded although nothing is queued yet
         self.live: Deque[Batch] = deque()  # engine thread only
         self.seen = SeenIds(sampler_id)
+        self.clones = 0  # clients that joined after the first one
 
     def starts_at(self, limits: SamplingLimits) -> float:
         """The instant from which the queued requests may form a batch; there must be some."""

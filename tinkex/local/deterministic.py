@@ -14,7 +14,18 @@ import bisect
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, TypedDict, Union
+from typing import (
+    Any,
+    Container,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    TypedDict,
+    Union,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -185,12 +196,15 @@ class DeterministicEngine:
         self._samplers.pop(sampler_id, None)
 
     def sample(
-        self, sampler_id: str, requests: Sequence[SampleRequest]
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
         """Run *requests* as one batch, eight tokens of each sequence per slice."""
         if sampler_id not in self._samplers:
             raise EngineError(f"sampler {sampler_id} is unknown", "server")
-        return self._slices(self._samplers[sampler_id], requests)
+        return self._slices(self._samplers[sampler_id], requests, dropped)
 
     def interrupt(self) -> None:
         """Do nothing: no call takes long."""
@@ -200,7 +214,9 @@ class DeterministicEngine:
         self._adapters.clear()
         self._samplers.clear()
 
-    def _slices(self, steps: int, requests: Sequence[SampleRequest]) -> Iterator[List[Finished]]:
+    def _slices(
+        self, steps: int, requests: Sequence[SampleRequest], dropped: Container[int]
+    ) -> Iterator[List[Finished]]:
         running: Dict[int, List[_Draw]] = {}
         finished: List[Finished] = []
         for index, request in enumerate(requests):
@@ -209,6 +225,7 @@ class DeterministicEngine:
             except (EngineError, InvalidInputError) as error:
                 finished.append((index, EngineError(str(error))))
         while running:
+            running = {index: draws for index, draws in running.items() if index not in dropped}
             for _ in range(_SLICE):
                 self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
             for index, draws in list(running.items()):

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
+from typing import (
+    Container,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from tinkex.types import (
     AdamParams,
@@ -109,13 +120,19 @@ class Engine(Protocol):
         """Forget a sampler; nothing happens if it is unknown."""
 
     def sample(
-        self, sampler_id: str, requests: Sequence[SampleRequest]
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
         """Run *requests* as one batch, in slices of a few tokens.
 
         Each step of the iterator does a slice of work and yields what finished during it
         (often nothing), so that the scheduler can do other work in between; closing the
         iterator abandons the rest.  A request that is at fault fails alone.
+
+        An index that appears in *dropped* meanwhile needs no answer any more: its work ends with
+        the slice.
         """
 
     def interrupt(self) -> None:

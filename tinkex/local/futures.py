@@ -10,7 +10,9 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict
-from typing import Callable, Dict, Optional, Union
+from typing import Callable, Dict, Iterable, List, Optional, Tuple, Union
+
+from tinkex.local.completions import Completions, Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +24,14 @@ class Success:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The work failed; *category* is ``"user"`` or ``"server"``."""
+    """The work failed; *category* is ``"user"`` or ``"server"``.
+
+    *status* is the HTTP status it would have as an answer of its own.
+    """
 
     message: str
     category: str
+    status: int = 422
 
 
 Outcome = Union[Success, Failure]
@@ -40,6 +46,8 @@ class _Entry:
     finished_at: float = 0.0
     fetched_at: Optional[float] = None
     fetched_bytes: int = 0
+    group: Optional[Group] = None  # who is told of its completion
+    number: int = 0  # among the completions of its group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,7 @@ class FutureTable:
         keep_unfetched_s: a result nobody asks for is dropped after this long.
         max_finished: at most this many results are kept, the oldest dropped first.
         max_fetched_bytes: at most this many encoded bytes of fetched results are kept.
+        max_gone: so many ids of dropped results are remembered.
         clock: monotonic seconds.
     """
 
@@ -69,12 +78,14 @@ class FutureTable:
         keep_unfetched_s: float = 3600.0,
         max_finished: int = 20_000,
         max_fetched_bytes: int = 256 << 20,
+        max_gone: int = 100_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keep_fetched_s = keep_fetched_s
         self._keep_unfetched_s = keep_unfetched_s
         self._max_finished = max_finished
         self._max_fetched_bytes = max_fetched_bytes
+        self._max_gone = max_gone
         self._clock = clock
         # Guards everything below.  Nothing is called and nobody waits while it is held.
         self._lock = threading.Lock()
@@ -82,12 +93,18 @@ class FutureTable:
         self._finished: OrderedDict[str, _Entry] = OrderedDict()  # by time of completion
         self._fetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of first fetch
         self._fetched_bytes = 0
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._completions = Completions()
+        self._listeners: Dict[Group, List[threading.Event]] = {}
         self._closing = False
 
-    def create(self, request_id: str, owner: str, seq_id: int) -> None:
-        """Add a pending future."""
+    def create(
+        self, request_id: str, owner: str, seq_id: int, *, group: Optional[Group] = None
+    ) -> None:
+        """Add a pending future; *group* is told when it is done."""
         with self._lock:
-            self._pending[request_id] = _Entry(owner, seq_id)
+            self._pending[request_id] = _Entry(owner, seq_id, group=group)
+            self._gone.pop(request_id, None)
 
     def complete(self, request_id: str, outcome: Outcome) -> None:
         """Settle a future and wake its waiters; nothing happens if it was settled before."""
@@ -98,11 +115,14 @@ class FutureTable:
             entry.outcome = outcome
             entry.finished_at = self._clock()
             self._finished[request_id] = entry
+            events = [] if entry.done is None else [entry.done]
+            if entry.group is not None:
+                entry.number = self._completions.add(entry.group, request_id)
+                events += self._listeners.pop(entry.group, [])
             while len(self._finished) > self._max_finished:
                 self._drop_locked(next(iter(self._finished)))
-            done = entry.done
-        if done is not None:
-            done.set()
+        for event in events:
+            event.set()
 
     def wait(self, request_id: str, timeout_s: float) -> Union[Waiting, Outcome, None]:
         """Return the outcome, blocking for at most *timeout_s* (or until close).
@@ -122,6 +142,50 @@ class FutureTable:
         done.wait(timeout_s)
         # Written before the Event is set, and never changed again.
         return entry.outcome or Waiting(entry.owner, entry.seq_id)
+
+    def completed(
+        self, group: Group, cursor: int, timeout_s: float
+    ) -> Tuple[List[Tuple[str, Outcome]], int]:
+        """Return what *group* had done after *cursor*, with outcomes, and the next cursor.
+
+        If it is nothing yet, blocks for at most *timeout_s*, or until close.
+        """
+        with self._lock:
+            done, upto = self._completions.after(group, cursor)
+            if done or timeout_s <= 0 or self._closing:
+                return self._outcomes_locked(done), upto
+            event = threading.Event()
+            self._listeners.setdefault(group, []).append(event)
+        event.wait(timeout_s)
+        with self._lock:
+            listeners = self._listeners.get(group, [])
+            if event in listeners:  # nothing was done
+                listeners.remove(event)
+                if not listeners:
+                    del self._listeners[group]
+            done, upto = self._completions.after(group, cursor)
+            return self._outcomes_locked(done), upto
+
+    def _outcomes_locked(self, request_ids: List[str]) -> List[Tuple[str, Outcome]]:
+        found = []
+        for request_id in request_ids:
+            outcome = self._finished[request_id].outcome
+            if outcome is not None:
+                found.append((request_id, outcome))
+        return found
+
+    def acknowledge(self, group: Group, request_ids: Iterable[str]) -> None:
+        """Drop the results of *group* that its client has; others are left alone."""
+        with self._lock:
+            for request_id in request_ids:
+                entry = self._finished.get(request_id)
+                if entry is not None and entry.group == group:
+                    self._drop_locked(request_id)
+
+    def is_gone(self, request_id: str) -> bool:
+        """True if there was such a result, and it was dropped (not too long ago)."""
+        with self._lock:
+            return request_id in self._gone
 
     def fetched(self, request_id: str, size: int) -> None:
         """Note that the result was handed out in *size* bytes."""
@@ -154,10 +218,19 @@ class FutureTable:
         with self._lock:
             self._closing = True
             events = [entry.done for entry in self._pending.values() if entry.done is not None]
+            for listeners in self._listeners.values():
+                events += listeners
         for event in events:
             event.set()
 
     def _drop_locked(self, request_id: str) -> None:
         entry = self._finished.pop(request_id, None)
-        if entry is not None and self._fetched.pop(request_id, None) is not None:
+        if entry is None:
+            return
+        if self._fetched.pop(request_id, None) is not None:
             self._fetched_bytes -= entry.fetched_bytes
+        if entry.group is not None:
+            self._completions.discard(entry.group, entry.number)
+        self._gone[request_id] = None
+        if len(self._gone) > self._max_gone:
+            self._gone.popitem(last=False)

@@ -10,7 +10,7 @@ import math
 from typing import Any, Dict, Optional, Tuple, Type, TypeVar
 
 import orjson
-from flask import Response, request
+from flask import Response, current_app, request
 
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.local.problems import Problem
@@ -19,8 +19,19 @@ from tinkex.types._wire import Wire
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
 
-#: A body decompresses to at most this many bytes.
-_MAX_BODY = 1 << 30
+#: Key of the application's config: most bytes of a body, as sent and decompressed.
+MAX_BODY = "TINKEX_MAX_BODY"
+
+# A zstd block of 128 KiB can be written in four bytes, so that this much input makes 32 MiB.
+_ZSTD_STEP = 1024
+
+#: Where signed URLs point.
+SIGNED_PREFIX = "/signed/"
+
+
+def needs_no_key(path: str) -> bool:
+    """True for what anybody may fetch: health, and URLs that carry a signature themselves."""
+    return path == "/api/v1/healthz" or path.startswith(SIGNED_PREFIX)
 
 
 def answer(value: Any, status: int = 200) -> Response:
@@ -33,28 +44,53 @@ def raw_body() -> bytes:
     """Return the request's body, decompressed.
 
     Raises:
-        Problem: 415, the encoding is unknown or zstandard is not installed; 400, it is broken.
+        Problem: 413, it is too large; 415, the encoding is unknown or zstandard is not
+            installed; 400, it is broken.
     """
+    most = int(current_app.config[MAX_BODY])
+    if (request.content_length or 0) > most:
+        raise _too_large(most)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
+    if len(body) > most:
+        raise _too_large(most)
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
         raise Problem(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
+    return _decompressed(body, most)
+
+
+def _decompressed(body: bytes, most: int) -> bytes:
+    """Undo zstd in small steps: a few bytes may stand for gigabytes."""
     try:
         import zstandard
     except ImportError as error:
         raise Problem(
             415, "zstandard is not installed on the server; send the body uncompressed"
         ) from error
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    parts, size = [], 0
     try:
-        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
-            plain: bytes = reader.read(_MAX_BODY + 1)
+        for start in range(0, len(body), _ZSTD_STEP):
+            if decompressor.eof:
+                raise Problem(400, "the zstd body has more than one frame")
+            part = decompressor.decompress(body[start : start + _ZSTD_STEP])
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise _too_large(most)
     except zstandard.ZstdError as error:
         raise Problem(400, f"the zstd body is broken: {error}") from error
-    if len(plain) > _MAX_BODY:
-        raise Problem(413, f"the body is larger than {_MAX_BODY} bytes")
-    return plain
+    if not decompressor.eof:
+        raise Problem(400, "the zstd body is cut short")
+    if decompressor.unused_data:
+        raise Problem(400, "the zstd body has more than one frame")
+    return b"".join(parts)
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, f"the body is larger than {most} bytes; send smaller batches")
 
 
 def json_body() -> Tuple[Dict[str, Any], bytes]:
@@ -123,6 +159,18 @@ def page(default_limit: int) -> Tuple[int, int]:
             raise Problem(400, f"{name} is {text!r}; it must be a number, 0 or more")
         numbers.append(min(int(text), 1 << 31))
     return numbers[0], numbers[1]
+
+
+def check_scope() -> None:
+    """Raise Problem 400 unless the query's access_scope is one there is; there is one user."""
+    scope = request.args.get("access_scope", "owned")
+    if scope not in ("owned", "accessible"):
+        raise Problem(400, f"access_scope is {scope!r}; it must be owned or accessible")
+
+
+def idempotency_key() -> Optional[str]:
+    """What tells that a request is the same as before, if the client says so."""
+    return request.headers.get("X-Idempotency-Key")
 
 
 def digest(raw: bytes) -> bytes:

@@ -92,6 +92,10 @@ class Lane:
             )
         return request_id
 
+    def named(self, job: Job) -> Job:
+        """Return *job* under the request id it is to have; a number comes once here."""
+        return job
+
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
         """Take in a new request, or None for a number that a rejected request used up."""
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
@@ -105,6 +109,10 @@ class Lane:
             if arrived is not None:
                 self.ready.append(arrived)
             self.next_seq += 1
+
+    def waits_beyond_a_gap(self, seq_id: int) -> int:
+        """How many requests wait already, if *seq_id* would wait for a missing one too; else 0."""
+        return len(self._early) if seq_id > self.next_seq else 0
 
     def take_all(self) -> List[Job]:
         """Remove and return everything that has not begun."""

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import atexit
 import logging
-import shutil
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from pathlib import Path
-from typing import Callable, Deque, Dict, List, Optional, Union
+from typing import Callable, Deque, Dict, List, Optional, Type, Union
 
-from tinkex.local.batches import Batch, SampleJob, SamplerLane, SamplingLimits
-from tinkex.local.engine import Engine, EngineError
+from tinkex.local.batches import SampleJob, SamplerLane, SamplerWeights, SamplingLimits
+from tinkex.local.completions import Group
+from tinkex.local.engine import Engine
 from tinkex.local.futures import Failure, FutureTable, Success
 from tinkex.local.lanes import Job, Lane
 from tinkex.local.problems import Problem
+from tinkex.local.sampling_turns import SamplingTurns, failure_of, guarded
 from tinkex.types import SampleRequest
 
 _log = logging.getLogger(__name__)
@@ -48,12 +49,16 @@ class Scheduler:
         housekeeping: Housekeeping,
         *,
         limits: Optional[SamplingLimits] = None,
+        max_waiting: int = 1024,
+        lane_type: Type[Lane] = Lane,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._lane_type = lane_type
         self._futures = futures
         self._housekeeping = housekeeping
         self._limits = limits or SamplingLimits()
+        self._max_waiting = max_waiting
         self._clock = clock
         # Guards the queues and the flags below; never held while the engine works.
         self._lock = threading.Lock()
@@ -65,9 +70,11 @@ class Scheduler:
         self._queued_samples = 0
         self._poked = False
         self._closing = False
+        self._retired: List[SamplerWeights] = []  # followed by newer ones
         # Engine thread only.
-        self._loaded: OrderedDict[str, SamplerLane] = OrderedDict()  # least recently used first
-        self._live_tokens = 0
+        self._sampling = SamplingTurns(
+            engine, futures, self._limits, self._lock, self._left_queue_locked, clock
+        )
         self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
 
     def start(self) -> None:
@@ -106,7 +113,7 @@ class Scheduler:
     def add_model(self, model_id: str, session_id: str, job: Job) -> None:
         """Open the queue of a new training run; *job* makes the model."""
         with self._wake:
-            lane = self._models[model_id] = Lane(model_id, session_id)
+            lane = self._models[model_id] = self._lane_type(model_id, session_id)
             self._futures.create(job.request_id, model_id, 0)
             lane.ready.append(job)
             self._enqueue_locked(lane)
@@ -136,7 +143,15 @@ class Scheduler:
             known = lane.find(seq_id, digest)
             if known is not None:
                 return known
+            if lane.waits_beyond_a_gap(seq_id) >= self._max_waiting:
+                raise Problem(
+                    429,
+                    f"{self._max_waiting} requests of {model_id} wait for seq_id {lane.next_seq} "
+                    "already; send that one",
+                    retry_after_s=1.0,
+                )
             if job is not None:
+                job = lane.named(job)
                 self._futures.create(job.request_id, model_id, seq_id)
             lane.add(seq_id, digest, job)
             if lane.ready:
@@ -173,8 +188,38 @@ class Scheduler:
         *folder* holds its weights (None: the base model) and is removed when the sampler ends.
         """
         with self._wake:
-            lane = self._samplers[sampler_id] = SamplerLane(sampler_id, session_id, folder)
-            self._enqueue_locked(lane)
+            weights = SamplerWeights(sampler_id, folder)
+            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights))
+
+    def add_inflight_sampler(
+        self, sampler_id: str, session_id: str, model_id: str, folder: Path
+    ) -> None:
+        """Open the queue of a sampler that follows the weights of a training run.
+
+        The weights in *folder* are the newest: every sampler that follows *model_id* draws from
+        them from its next batch on.
+        """
+        with self._wake:
+            weights = SamplerWeights(f"{sampler_id}:inflight", folder)
+            for lane in self._samplers.values():
+                if lane.follows == model_id and lane.closed is None:
+                    lane.weights.samplers -= 1
+                    self._retired.append(lane.weights)
+                    weights.samplers += 1
+                    lane.weights = weights
+            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights, model_id))
+
+    def _open_sampler_locked(self, lane: SamplerLane) -> None:
+        lane.weights.samplers += 1
+        self._samplers[lane.sampler_id] = lane
+        self._enqueue_locked(lane)
+
+    def join_sampler(self, sampler_id: str) -> int:
+        """Count one more client of a sampler and return its number; the first client is 0."""
+        with self._lock:
+            lane = self._open_sampler_lane_locked(sampler_id)
+            lane.clones += 1
+            return lane.clones
 
     def has_sampler(self, sampler_id: str) -> bool:
         """True if the sampler takes requests."""
@@ -186,9 +231,7 @@ class Scheduler:
     ) -> str:
         """Queue a sample request and return its request id; *cost* is its cache in tokens."""
         with self._wake:
-            lane = self._samplers.get(sampler_id)
-            if lane is None or lane.closed is not None or self._closing:
-                raise Problem(404, f"sampler {sampler_id} is not loaded")
+            lane = self._open_sampler_lane_locked(sampler_id)
             known = lane.seen.find(seq_id, digest)
             if known is not None:
                 return known
@@ -197,12 +240,30 @@ class Scheduler:
                     429, f"{self._queued_samples} sample requests are queued", retry_after_s=1.0
                 )
             request_id = f"{sampler_id}:{seq_id}"
-            self._futures.create(request_id, sampler_id, seq_id)
+            group = Group.of(sampler_id, seq_id)
+            self._futures.create(request_id, sampler_id, seq_id, group=group)
             lane.seen.add(seq_id, digest, request_id)
             lane.queued.append(SampleJob(request_id, seq_id, request, cost, self._clock()))
             self._queued_samples += 1
             self._enqueue_locked(lane)
             return request_id
+
+    def cancel_sample(self, sampler_id: str, request_id: str) -> None:
+        """Drop a sample request from the queue, or from the batch it is in, and fail it.
+
+        Nothing happens if it is done.
+        """
+        with self._wake:
+            lane = self._samplers.get(sampler_id)
+            if lane is not None:
+                queued = [job for job in lane.queued if job.request_id == request_id]
+                if queued:
+                    lane.queued.remove(queued[0])
+                    self._left_queue_locked(1)
+                else:
+                    lane.cancelled.add(request_id)
+                self._wake.notify()
+        self._fail([request_id], "the client cancelled the request")
 
     # All
 
@@ -239,6 +300,12 @@ class Scheduler:
             raise Problem(404, lane.closed if lane and lane.closed else f"{model_id} is not loaded")
         return lane
 
+    def _open_sampler_lane_locked(self, sampler_id: str) -> SamplerLane:
+        lane = self._samplers.get(sampler_id)
+        if lane is None or lane.closed is not None or self._closing:
+            raise Problem(404, f"sampler {sampler_id} is not loaded")
+        return lane
+
     def _enqueue_locked(self, lane: AnyLane) -> None:
         if lane is not self._running and lane not in self._turns:
             self._turns.append(lane)
@@ -250,9 +317,12 @@ class Scheduler:
         if isinstance(lane, Lane):
             return [job.request_id for job in lane.take_all()]
         failed = [job.request_id for job in lane.queued]
-        self._queued_samples -= len(failed)
+        self._left_queue_locked(len(failed))
         lane.queued.clear()
         return failed
+
+    def _left_queue_locked(self, samples: int) -> None:
+        self._queued_samples -= samples
 
     def _fail(self, request_ids: List[str], why: str, category: str = "user") -> None:
         for request_id in request_ids:
@@ -278,8 +348,11 @@ class Scheduler:
                 self._sampling_turn(lane)
             with self._lock:
                 self._running = None
+                retired, self._retired = self._retired, []
                 if lane is not None and self._has_work_locked(lane):
                     self._turns.append(lane)  # behind those that came meanwhile
+            for weights in retired:
+                self._sampling.release(weights)
         self._shut_down()
 
     def _has_work_locked(self, lane: AnyLane) -> bool:
@@ -303,7 +376,7 @@ class Scheduler:
         wait_until = chores_due
         for _ in range(len(self._turns)):
             lane = self._turns.popleft()
-            if isinstance(lane, Lane) or self._sampler_runnable(lane, now):
+            if isinstance(lane, Lane) or self._sampling.runnable(lane, now):
                 return lane
             self._turns.append(lane)
             if lane.queued:
@@ -313,14 +386,6 @@ class Scheduler:
         if not self._poked:
             self._wake.wait(max(0.0, wait_until - now))
         return None
-
-    def _sampler_runnable(self, lane: SamplerLane, now: float) -> bool:
-        return bool(
-            lane.live
-            or lane.closed is not None
-            or lane.wanted
-            or lane.may_start(self._limits, self._live_tokens, now)
-        )
 
     def _training_turn(self, lane: Lane) -> None:
         with self._lock:
@@ -332,7 +397,7 @@ class Scheduler:
             if unload:
                 self._models.pop(lane.model_id, None)
         if unload:
-            self._guarded(lambda: self._engine.unload(lane.model_id), f"unload {lane.model_id}")
+            guarded(lambda: self._engine.unload(lane.model_id), f"unload {lane.model_id}")
 
     def _run(self, lane: Lane, job: Job) -> None:
         if lane.broken is not None:
@@ -341,7 +406,7 @@ class Scheduler:
         try:
             value = job.run()
         except Exception as error:
-            failure = _failure(error, job.request_id)
+            failure = failure_of(error, job.request_id)
             if job.creates:
                 lane.broken = f"model {lane.model_id} was not created: {failure.message}"
             self._futures.complete(job.request_id, failure)
@@ -349,108 +414,12 @@ class Scheduler:
             self._futures.complete(job.request_id, Success(value))
 
     def _sampling_turn(self, lane: SamplerLane) -> None:
-        if lane.closed is not None:
-            self._end_sampler(lane, lane.closed)
+        if lane.closed is None:
+            self._sampling.turn(lane)
             return
-        batch: Optional[List[SampleJob]] = None
-        if self._load_sampler(lane):
-            with self._lock:
-                if lane.may_start(self._limits, self._live_tokens, self._clock()):
-                    batch = lane.take_batch(self._limits, self._live_tokens)
-                    self._queued_samples -= len(batch)
-            if batch:
-                self._start_batch(lane, batch)
-            if lane.live:
-                self._advance(lane)
-
-    def _load_sampler(self, lane: SamplerLane) -> bool:
-        """Have the engine hold the sampler; False if that failed, with what was queued."""
-        lane.wanted = False
-        if not lane.loaded:
-            for other in list(self._loaded.values()):
-                if len(self._loaded) < self._limits.max_loaded:
-                    break
-                if not other.live:
-                    self._unload_sampler(other)
-            try:
-                self._engine.create_sampler(lane.sampler_id, lane.folder)
-            except Exception as error:
-                failure = _failure(error, lane.sampler_id)
-                with self._lock:
-                    failed = [job.request_id for job in lane.queued]
-                    self._queued_samples -= len(failed)
-                    lane.queued.clear()
-                self._fail(failed, failure.message, failure.category)
-                return False
-            lane.loaded = True
-            self._loaded[lane.sampler_id] = lane
-        self._loaded.move_to_end(lane.sampler_id)
-        return True
-
-    def _start_batch(self, lane: SamplerLane, jobs: List[SampleJob]) -> None:
-        try:
-            slices = self._engine.sample(lane.sampler_id, [job.request for job in jobs])
-        except Exception as error:
-            failure = _failure(error, lane.sampler_id)
-            self._fail([job.request_id for job in jobs], failure.message, failure.category)
-            return
-        batch = Batch(jobs, slices)
-        self._live_tokens += batch.cost
-        lane.live.append(batch)
-
-    def _advance(self, lane: SamplerLane) -> None:
-        """Do one slice of the batch whose turn it is."""
-        batch = lane.live.popleft()
-        try:
-            for index, outcome in next(batch.slices):
-                batch.unfinished.discard(index)
-                self._futures.complete(
-                    batch.jobs[index].request_id,
-                    Failure(str(outcome), outcome.category)
-                    if isinstance(outcome, EngineError)
-                    else Success(outcome),
-                )
-        except StopIteration:
-            self._end_batch(batch, "the engine ended without a result", "server")
-        except Exception as error:
-            failure = _failure(error, lane.sampler_id)
-            self._end_batch(batch, failure.message, failure.category)
-        else:
-            if batch.unfinished:
-                lane.live.append(batch)
-            else:
-                self._end_batch(batch, "", "server")
-
-    def _end_batch(self, batch: Batch, why: str, category: str) -> None:
-        self._live_tokens -= batch.cost
-        self._fail([batch.jobs[i].request_id for i in sorted(batch.unfinished)], why, category)
-        close = getattr(batch.slices, "close", None)  # a generator has it, a plain iterator not
-        if close is not None:
-            self._guarded(close, "abandon a batch")
-
-    def _end_sampler(self, lane: SamplerLane, why: str) -> None:
-        while lane.live:
-            self._end_batch(lane.live.popleft(), why, "user")
-        if lane.loaded:
-            self._unload_sampler(lane)
-        if lane.folder is not None:
-            shutil.rmtree(lane.folder, ignore_errors=True)
+        self._sampling.end(lane, lane.closed)
         with self._lock:
             self._samplers.pop(lane.sampler_id, None)
-
-    def _unload_sampler(self, lane: SamplerLane) -> None:
-        lane.loaded = False
-        del self._loaded[lane.sampler_id]
-        self._guarded(
-            lambda: self._engine.unload_sampler(lane.sampler_id), f"unload {lane.sampler_id}"
-        )
-
-    def _guarded(self, action: Callable[[], object], what: str) -> None:
-        """Do engine work that no request waits for."""
-        try:
-            action()
-        except Exception:
-            _log.exception("the engine failed to %s", what)
 
     def _shut_down(self) -> None:
         why = "the server was closed"
@@ -462,15 +431,5 @@ class Scheduler:
         self._fail(failed, why, "server")
         for lane in lanes:
             if isinstance(lane, SamplerLane):
-                self._end_sampler(lane, why)
-        self._guarded(self._engine.close, "close")
-
-
-def _failure(error: Exception, what: str) -> Failure:
-    """Class what work raised: an EngineError speaks for itself, the rest is the server's fault."""
-    if isinstance(error, EngineError):
-        return Failure(str(error), error.category)
-    if isinstance(error, Problem):
-        return Failure(error.detail, "user")
-    _log.error("%s failed", what, exc_info=error)
-    return Failure(f"the engine failed: {type(error).__name__}: {error}", "server")
+                self._sampling.end(lane, why)
+        guarded(self._engine.close, "close")

@@ -6,6 +6,7 @@ Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and wri
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import secrets
@@ -20,9 +21,10 @@ from typing import Any, Callable, Dict, Optional, Type, Union
 
 from tinkex import lifecycle
 from tinkex.errors import LocalServerError
-from tinkex.local.batches import SamplingLimits
 from tinkex.local.engine import Engine
+from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
+from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -76,10 +78,10 @@ class LocalServer:
         data_dir: keeps runs and checkpoints from one start to the next; None takes a temporary
             folder, which close removes.
         api_key: what clients must send as ``X-API-Key``; None asks for none.
-        session_ttl_s: a session without a heartbeat for this long expires.
-        limits: how sampling shares the engine.
-        max_held_polls: so many polls are held at once, each in a thread (about 20 KB).
-        hold_s: a poll for pending work is answered after this long.
+        session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
+        settings: everything else about it; *api_key* and *session_ttl_s* win over it.
+        profile: the real server to differ like, e.g. ``"tuft-0.2"`` (see docs/profiles.md); None
+            takes every form of every request.
     """
 
     def __init__(
@@ -90,21 +92,17 @@ class LocalServer:
         port: int = 0,
         data_dir: Union[str, Path, None] = None,
         api_key: Optional[str] = None,
-        session_ttl_s: float = 60.0,
-        limits: Optional[SamplingLimits] = None,
-        max_held_polls: int = 1000,
-        hold_s: float = 30.0,
+        session_ttl_s: Optional[float] = None,
+        settings: Optional[ServerSettings] = None,
+        profile: Optional[str] = None,
     ) -> None:
-        _check_key(host, api_key)
+        self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
+        self._profile = None if profile is None else profile_named(profile)
+        _check_key(host, self.settings.api_key)
         self._engine = engine
         self._host = host
         self._port = port
         self._data_dir = None if data_dir is None else Path(data_dir)
-        self._api_key = api_key or None
-        self._session_ttl_s = session_ttl_s
-        self._limits = limits
-        self._max_held_polls = max_held_polls
-        self._hold_s = hold_s
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
@@ -215,16 +213,14 @@ class LocalServer:
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
         self._store = Store(self._temporary or self._data_dir or Path())
-        self._backend = Backend(
-            self._engine, self._store, session_ttl_s=self._session_ttl_s, limits=self._limits
-        )
-        app = create_app(
-            self._backend,
-            api_key=self._api_key,
-            max_held_polls=self._max_held_polls,
-            hold_s=self._hold_s,
-        )
-        self._threads = HttpThreads(self._max_held_polls + _SPARE_THREADS)
+        if self._profile is None:
+            self._backend = Backend(self._engine, self._store, self.settings)
+            app: Any = create_app(self._backend, self.settings)
+        else:
+            from tinkex.local.profiles.layer import assemble
+
+            self._backend, app = assemble(self._profile, self._engine, self._store, self.settings)
+        self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
         self._http = create_server(
             app,
             map=self._sockets,
@@ -232,13 +228,15 @@ class LocalServer:
             sockets=[listener],
             ident="tinkex",
             log_socket_errors=False,  # a client that went away is no error of the server
-            connection_limit=self._max_held_polls + 1024,
+            connection_limit=self.settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
             # Bodies of a few MB are read in few system calls, and never put on disk.
             recv_bytes=1 << 18,
             inbuf_overflow=1 << 27,
             outbuf_overflow=1 << 27,
+            # Beyond it waitress hangs up; up to it the application says in JSON what is wrong.
+            max_request_body_size=4 * self.settings.max_body_bytes,
         )
         self._port = listener.getsockname()[1]
         self._backend.start()
@@ -276,6 +274,16 @@ def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
     """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
     _check_key(host, api_key)
     _bind(host, port).close()
+
+
+def _settled(
+    settings: ServerSettings, api_key: Optional[str], session_ttl_s: Optional[float]
+) -> ServerSettings:
+    return dataclasses.replace(
+        settings,
+        api_key=api_key or settings.api_key or None,
+        session_ttl_s=settings.session_ttl_s if session_ttl_s is None else session_ttl_s,
+    )
 
 
 def _not_started() -> LocalServerError:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import typing
 from datetime import datetime
-from typing import Any, Dict, Mapping, Optional, Type, TypeVar
+from typing import Any, Callable, Dict, Mapping, Optional, Type, TypeVar
 
 from dataclasses_json import DataClassJsonMixin, config
 
@@ -31,9 +32,41 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def bulk(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that dataclasses-json hands through as it is, without walking it."""
-    metadata = config(encoder=_identity, decoder=_identity)
+def json_object(value: Any) -> Any:
+    """Return *value*, which must be an object or nothing, as it is; else ValueError."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{excerpt(value, 80)} is not an object")
+    return value
+
+
+def json_strings(value: Any) -> Any:
+    """Return *value*, which must be a list of strings or nothing, as it is; else ValueError."""
+    if value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        return value
+    raise ValueError(f"{excerpt(value, 80)} is not a list of strings")
+
+
+def json_string_map(value: Any) -> Any:
+    """Return *value*, which must map names to strings, as it is; else ValueError."""
+    if any(not isinstance(one, str) for one in json_object(value).values()):
+        raise ValueError(f"{excerpt(value, 80)} holds more than strings")
+    return value
+
+
+def json_number_map(value: Any) -> Dict[str, float]:
+    """Return *value*, which must map names to numbers or null, with floats, and NaN for null.
+
+    Servers that meet NaN write null, as JSON has no word for it.  ValueError if it is no such map.
+    """
+    items = json_object(value).values()
+    if any(one is not None and type(one) not in (int, float) for one in items):
+        raise ValueError(f"{excerpt(value, 80)} holds more than numbers")
+    return {name: math.nan if one is None else float(one) for name, one in value.items()}
+
+
+def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = json_object) -> Any:
+    """A dataclass field that dataclasses-json hands to *read*, without walking it."""
+    metadata = config(encoder=_identity, decoder=read)
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, (list, dict)):

@@ -29,7 +29,10 @@ def check_tinker_path(path: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCheckpointTinkerPath:
-    """A three-segment path, taken apart: ``tinker://<training_run_id>/<kind>/<name>``."""
+    """A three-segment path, taken apart: ``tinker://<training_run_id>/<kind>/<name>``.
+
+    ``checkpoint_type`` is training, sampler or external; ``checkpoint_id`` is ``<kind>/<name>``.
+    """
 
     tinker_path: str
     training_run_id: str
@@ -47,3 +50,24 @@ class ParsedCheckpointTinkerPath:
             )
         run, kind, name = parts
         return cls(tinker_path, run, KINDS[kind], f"{kind}/{name}")
+
+
+def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
+    """Take any path apart that names a run and something of it, as servers hand them out.
+
+    Some make ``tinker://<run>/<name>``, or kinds of their own (servers table): the type is
+    ``unknown`` then, and the id is all that follows the run.
+
+    Raises:
+        InvalidInputError: it names no more than a run, or not even that.
+    """
+    run, _, rest = check_tinker_path(tinker_path)[len(SCHEME) :].partition("/")
+    parts = rest.split("/")
+    if not run or not all(parts) or (parts[0] in KINDS and len(parts) != 2):
+        raise InvalidInputError(
+            f"{tinker_path!r} does not name a checkpoint of a training run",
+            hint="It is like tinker://<run>/weights/<name>; save_state(...).result().path and the "
+            "list of checkpoints hold such paths.",
+        )
+    kind = KINDS.get(parts[0], "unknown")
+    return ParsedCheckpointTinkerPath(tinker_path, run, kind, rest)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Mapping, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
 from tinkex.errors import InvalidInputError
 from tinkex.types.model_input import DmelChunk, EncodedTextChunk, ImageChunk, ModelInput
+from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
 from tinkex.types.tensor_data import TensorData
 
 #: The dtype a plain list is given, by loss input; any other name takes the dtype of its values.
@@ -52,25 +53,71 @@ class Datum:
             or TensorData.  ``target_tokens`` are int64 of shape ``(n,)`` (or ``(n, k)``), where
             ``target_tokens[i]`` is the token that should follow input token i; ``weights``,
             ``logprobs``, ``advantages`` are float32 of the same shape.
+        model_input_spans, loss_fn_input_spans: where the input tokens and the target tokens
+            came from, for losses that ask for it; both or neither.  See `with_provenance`.
 
     Raises:
-        InvalidInputError: a loss input is ragged, or of a kind that cannot be sent.
+        InvalidInputError: a loss input is ragged, or of a kind that cannot be sent, or only one
+            kind of spans is given.
     """
 
     model_input: ModelInput
     loss_fn_inputs: Dict[str, TensorData]
+    model_input_spans: Optional[Tuple[ProvenanceSpan, ...]] = None
+    loss_fn_input_spans: Optional[Tuple[ProvenanceSpan, ...]] = None
 
-    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model_input: ModelInput,
+        loss_fn_inputs: Mapping[str, Any],
+        model_input_spans: Optional[Iterable[ProvenanceSpan]] = None,
+        loss_fn_input_spans: Optional[Iterable[ProvenanceSpan]] = None,
+    ) -> None:
         object.__setattr__(self, "model_input", model_input)
         tensors = {
             str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()
         }
         object.__setattr__(self, "loss_fn_inputs", tensors)
+        if (model_input_spans is None) != (loss_fn_input_spans is None):
+            raise InvalidInputError(
+                "a Datum takes both model_input_spans and loss_fn_input_spans, or neither"
+            )
+        for name, spans in (
+            ("model_input_spans", model_input_spans),
+            ("loss_fn_input_spans", loss_fn_input_spans),
+        ):
+            object.__setattr__(self, name, None if spans is None else as_spans(name, spans))
+
+    def with_provenance(
+        self, model_input: Iterable[ProvenanceSpan], loss_fn_inputs: Iterable[ProvenanceSpan]
+    ) -> Datum:
+        """Return this datum with spans that say where its tokens came from.
+
+        Args:
+            model_input: runs that cover the input tokens, in order, without a gap.
+            loss_fn_inputs: runs that cover ``target_tokens`` (its first dimension) likewise.
+
+        Raises:
+            InvalidInputError: the runs are longer or shorter than the tokens (checked for
+                ``target_tokens`` of one dimension), or an image's length is not known.
+        """
+        datum = Datum(self.model_input, self.loss_fn_inputs, model_input, loss_fn_inputs)
+        check_tiling("model_input_spans", datum.model_input_spans or (), self.model_input.length)
+        targets = self.loss_fn_inputs.get("target_tokens")
+        if targets is not None and len(targets.shape) == 1:
+            spans = datum.loss_fn_input_spans or ()
+            check_tiling("loss_fn_input_spans", spans, targets.shape[0])
+        return datum
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Datum):
             return NotImplemented
-        return self.model_input == other.model_input and self.loss_fn_inputs == other.loss_fn_inputs
+        return (
+            self.model_input == other.model_input
+            and self.loss_fn_inputs == other.loss_fn_inputs
+            and self.model_input_spans == other.model_input_spans
+            and self.loss_fn_input_spans == other.loss_fn_input_spans
+        )
 
     def __hash__(self) -> int:
         return hash((self.model_input, tuple(sorted(self.loss_fn_inputs))))

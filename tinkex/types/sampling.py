@@ -106,6 +106,7 @@ class SampleRequest:
     prompt_logprobs_last_n: Optional[int] = None
     target_prompt_logprobs: Optional[TensorData] = None
     prompt_alt_tokens_k: int = 0
+    record_stability_info: bool = False
 
     def check(self) -> None:
         """Raise InvalidInputError if a value is out of its range, the parameters' included."""
@@ -140,6 +141,8 @@ class SampleRequest:
             value = getattr(self, name)
             if value:
                 encoded[name] = value
+        if self.record_stability_info:
+            encoded["record_stability_info"] = True
         if self.target_prompt_logprobs is not None:
             encoded["target_prompt_logprobs"] = tensor_to_json(self.target_prompt_logprobs)
         return encoded
@@ -161,6 +164,7 @@ class SampleRequest:
             prompt_logprobs_last_n=payload.get("prompt_logprobs_last_n"),
             target_prompt_logprobs=None if target is None else tensor_from_json(target),
             prompt_alt_tokens_k=_or_default(payload.get("prompt_alt_tokens_k"), 0),
+            record_stability_info=bool(payload.get("record_stability_info")),
         )
         request.check()
         return request
@@ -268,8 +272,10 @@ class SampleResponse:
         sequences: ``num_samples`` continuations.
         prompt_logprobs_np: float32 of shape ``(n,)``; NaN where unknown (always at 0).
         topk_prompt_logprobs_np: the likeliest tokens at each prompt position, if asked for.
-        target_prompt_logprobs: as asked for, in the request's shape.
+        target_prompt_logprobs: as asked for, in the request's shape and sparsity; the cells of
+            tokens that are -1 hold 0.
         prompt_cache_hit_tokens: prompt tokens the server did not have to compute again.
+        prompt_alt_tokens: alternative draws, if asked for.
     """
 
     sequences: List[SampledSequence]

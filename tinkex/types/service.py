@@ -1,18 +1,13 @@
-"""Sessions, capabilities, runs and checkpoints (reference, sections 1.5.1 and 1.5.5)."""
+"""Sessions, samplers and capabilities (protocol reference, section 1.5.1)."""
 
 from __future__ import annotations
 
 import dataclasses
-from datetime import datetime
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Type, TypeVar
 
-from dataclasses_json import config
+from tinkex.types._wire import Wire, bulk
 
-from tinkex.types._wire import Wire, bulk, instant
-
-
-def _required_instant() -> Any:
-    return instant(dataclasses.MISSING)
+G = TypeVar("G", bound="GetServerCapabilitiesResponse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +25,13 @@ class CreateSamplingSessionResponse(Wire):
     """A sampling session lives."""
 
     sampling_session_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinSamplingSessionResponse(Wire):
+    """A clone of a sampling client is known to the server; the original's counter is 0."""
+
+    client_counter: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,87 +60,35 @@ class GetServerCapabilitiesResponse(Wire):
 
     supported_models: List[SupportedModel]
 
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint(Wire):
-    """A saved checkpoint.  ``checkpoint_type`` is training, sampler or external."""
-
-    checkpoint_id: str
-    checkpoint_type: str
-    time: datetime = _required_instant()
-    tinker_path: str = ""
-    size_bytes: Optional[int] = None
-    public: bool = False
-    user_metadata: Optional[Dict[str, Any]] = bulk(None)
-    expires_at: Optional[datetime] = instant()
+    @classmethod
+    def from_wire(cls: Type[G], payload: Any) -> G:
+        """See Wire; one server calls a model's name ``model_id``."""
+        models = payload.get("supported_models") if isinstance(payload, dict) else None
+        if isinstance(models, list):
+            payload = {**payload, "supported_models": [_named(model) for model in models]}
+        return super().from_wire(payload)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingRun(Wire):
-    """A training run (a model of some session), living or not."""
+class WhoamiResponse(Wire):
+    """Who a key belongs to.  ``org_urn`` is empty where the server does not say."""
 
-    training_run_id: str
-    base_model: str
-    model_owner: str
-    is_lora: bool
-    last_request_time: datetime = _required_instant()
-    corrupted: bool = False
-    lora_rank: Optional[int] = None
-    last_checkpoint: Optional[Checkpoint] = None
-    last_sampler_checkpoint: Optional[Checkpoint] = None
-    user_metadata: Optional[Dict[str, Any]] = bulk(None)
+    user_urn: str
+    org_urn: str
+    email: Optional[str] = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Cursor(Wire):
-    """Where a page stands in a list."""
-
-    offset: int = 0
-    limit: int = 0
-    total_count: int = 0
+def _named(model: Any) -> Any:
+    if not isinstance(model, dict) or model.get("model_name") is not None:
+        return model
+    return {**model, "model_name": model.get("model_id")}
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingRunsResponse(Wire):
-    """A page of training runs."""
+class ApiKeyInfo(Wire):
+    """What a server knows of a key: ``details`` name its organization and its user."""
 
-    training_runs: List[TrainingRun]
-    cursor: Optional[Cursor] = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointsListResponse(Wire):
-    """Checkpoints, newest first."""
-
-    checkpoints: List[Checkpoint]
-    cursor: Optional[Cursor] = None
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsInfoResponse(Wire):
-    """What a checkpoint was trained from, and how."""
-
-    base_model: str
-    is_lora: bool
-    lora_rank: Optional[int] = None
-    train_unembed: Optional[bool] = None
-    train_mlp: Optional[bool] = None
-    train_attn: Optional[bool] = None
-    optimizer_config: Optional[Dict[str, Any]] = bulk(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class ListSessionsResponse(Wire):
-    """Ids of sessions, newest first."""
-
-    sessions: List[str] = dataclasses.field(metadata=config(encoder=list, decoder=list))
-
-
-@dataclasses.dataclass(frozen=True)
-class GetSessionResponse(Wire):
-    """What a session has made."""
-
-    training_run_ids: List[str]
-    sampler_ids: List[str]
-    user_metadata: Optional[Dict[str, Any]] = bulk(None)
-    display_name: Optional[str] = None
+    key_id: int
+    name: str = ""
+    note: Optional[str] = None
+    details: Optional[Dict[str, Any]] = bulk(None)

@@ -101,6 +101,19 @@ class TensorData:
         set_field(self, "col_indices", col)
 
     @classmethod
+    def _of(cls, values: Array, dtype: str, shape: Tuple[int, ...]) -> TensorData:
+        """Wrap flat, contiguous *values* of *dtype* that are known to fill *shape*.
+
+        For decoders, which have checked a whole field at once: the constructor's own checks are
+        most of what reading a result of a thousand tensors costs.
+        """
+        tensor = object.__new__(cls)
+        tensor.__dict__.update(
+            values=values, dtype=dtype, shape=shape, crow_indices=None, col_indices=None
+        )
+        return tensor
+
+    @classmethod
     def from_numpy(cls, array: Array) -> TensorData:
         """Wrap *array*: float kinds become float32, signed integers int64, others are refused."""
         return cls(_as_wire_array(array, None, "array"))
@@ -115,6 +128,24 @@ class TensorData:
             detached = detached.float()
         # A copy, because the caller may go on writing to the tensor while the request waits.
         return cls.from_numpy(detached.numpy().copy())
+
+    @classmethod
+    def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
+        """Copy a torch tensor of two dimensions, as CSR if that is smaller.
+
+        Cells equal to *pad_value* are not listed; reading it back dense takes the same value.
+        """
+        if type(pad_value) is not int:
+            raise InvalidInputError(f"pad_value is {pad_value!r}; it must be an integer")
+        dense = cls.from_torch(tensor)
+        if len(dense.shape) != 2:
+            raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {dense.shape}")
+        table = dense.to_numpy()
+        listed = table != pad_value
+        if len(table) + 1 + 2 * int(np.count_nonzero(listed)) >= table.size:
+            return dense
+        crow = np.concatenate([[0], np.cumsum(np.count_nonzero(listed, axis=1))])
+        return cls(table[listed], dense.dtype, dense.shape, crow, np.nonzero(listed)[1])
 
     @property
     def is_sparse(self) -> bool:

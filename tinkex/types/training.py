@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from typing import Any, Dict, List, Optional
 
 from tinkex.errors import InvalidInputError
-from tinkex.types._wire import Wire, bulk
+from tinkex.types import console
+from tinkex.types._wire import Wire, bulk, json_number_map, json_strings
 from tinkex.types.tensor_data import TensorData
 
 
@@ -33,41 +32,6 @@ class LoraConfig(Wire):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamParams(Wire):
-    """One Adam step.
-
-    Args:
-        learning_rate: step size.
-        beta1, beta2: decay of the running mean and square of the gradient, in [0, 1).
-        eps: added to the denominator.
-        weight_decay: decoupled decay (AdamW), per step times learning rate.
-        grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
-    """
-
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0
-
-    def check(self) -> None:
-        """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # Real, so that numpy's own floats are taken too.
-            if not (isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
-                raise InvalidInputError(
-                    f"AdamParams.{field.name} is {value!r}; it must be a finite number, 0 or more"
-                )
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise InvalidInputError(
-                    f"AdamParams.{name} is {getattr(self, name)}; it must be < 1"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
 class ForwardBackwardOutput:
     """The result of one pass over a batch.
 
@@ -89,7 +53,7 @@ class UntypedFuture(Wire):
 
     request_id: str
     model_id: Optional[str] = None
-    sample_sequence_ids: Optional[List[str]] = bulk(None)
+    sample_sequence_ids: Optional[List[str]] = bulk(None, read=json_strings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +75,7 @@ class LoadWeightsResponse(Wire):
 class OptimStepResponse(Wire):
     """An optimizer step was taken; ``metrics`` is empty on servers that report none."""
 
-    metrics: Optional[Dict[str, float]] = bulk(None)
+    metrics: Dict[str, float] = bulk({}, read=json_number_map)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +84,10 @@ class SaveWeightsResponse(Wire):
 
     path: str
 
+    def get_console_url(self) -> str:
+        """The checkpoint's page in the hosted service's console."""
+        return console.checkpoint_url(self.path)
+
 
 @dataclasses.dataclass(frozen=True)
 class SaveWeightsForSamplerResponse(Wire):
@@ -127,6 +95,36 @@ class SaveWeightsForSamplerResponse(Wire):
 
     path: Optional[str] = None
     sampling_session_id: Optional[str] = None
+
+    def get_console_url(self) -> str:
+        """The checkpoint's page in the hosted service's console; of named ones only."""
+        return console.checkpoint_url(self.path or "")
+
+    def get_playground_url(self) -> str:
+        """The page of the hosted service that samples the checkpoint; of named ones only."""
+        return console.playground_url(self.path or "")
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveWeightsExternalResponse(Wire):
+    """Weights were saved for download at ``path``; ``size_bytes`` where the server tells."""
+
+    path: str
+    size_bytes: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UnloadModelResponse(Wire):
+    """The server has let go of a run."""
+
+    model_id: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CreateCustomLossResponse(Wire):
+    """A custom loss was uploaded."""
+
+    loss_id: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Mapping, Sequence
+from typing import Callable, Dict, List, Mapping, Sequence
 
 from tinkex.errors import InvalidInputError
 from tinkex.types import Datum, ForwardBackwardOutput
@@ -11,16 +11,21 @@ from tinkex.types import Datum, ForwardBackwardOutput
 _UINT64 = (1 << 64) - 1
 
 
-def split(data: Sequence[Datum], max_datums: int, max_bytes: int) -> List[List[Datum]]:
+def split(
+    data: Sequence[Datum],
+    max_datums: int,
+    max_bytes: int,
+    size_of: Callable[[Datum], int] = lambda datum: datum.nbytes,
+) -> List[List[Datum]]:
     """Cut *data* into runs, in order, each of at most *max_datums* and *max_bytes*.
 
-    Bytes are estimated by ``Datum.nbytes``.  A datum above *max_bytes* goes alone.  No data
-    gives no chunks.
+    Bytes are those that *size_of* tells, by default the estimate ``Datum.nbytes``.  A datum above
+    *max_bytes* goes alone.  No data gives no chunks.
     """
     chunks: List[List[Datum]] = []
     filled_bytes = 0
     for datum in data:
-        nbytes = datum.nbytes
+        nbytes = size_of(datum)
         if chunks and len(chunks[-1]) < max_datums and filled_bytes + nbytes <= max_bytes:
             chunks[-1].append(datum)
             filled_bytes += nbytes

@@ -12,7 +12,13 @@ from typing import Iterator, Protocol, Type
 import numpy as np
 
 from tinkex.errors import ResponseDecodeError, TinkexError
-from tinkex.types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse, TopkLogprobs
+from tinkex.types import (
+    Datum,
+    ForwardBackwardOutput,
+    ForwardBackwardRequest,
+    SampleResponse,
+    TopkLogprobs,
+)
 from tinkex.types.sampling import TOPK_SENTINEL
 
 JSON_CONTENT_TYPE = "application/json"
@@ -43,6 +49,9 @@ class Codec(Protocol):
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read what `encode_forward_backward` wrote; InvalidInputError if it is malformed."""
+
+    def size_of(self, datum: Datum) -> int:
+        """About how many bytes *datum* takes in the body of a submission."""
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""

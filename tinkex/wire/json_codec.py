@@ -74,6 +74,11 @@ class JsonCodec:
                 forward_only=_INPUT_KEYS[keys[0]],
             )
 
+    def size_of(self, datum: Datum) -> int:
+        """Count the bytes of *datum* in a body; InvalidInputError if it has no JSON form."""
+        with translating(InvalidInputError, "this datum cannot be sent as JSON"):
+            return len(_dump(_datum_to_json(datum))) + 1  # and a comma
+
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""
         with translating(InvalidInputError, "this output cannot be sent as JSON"):
@@ -192,6 +197,11 @@ def _number(name: str, value: Any) -> float:
 
 
 def _datum_to_json(datum: Datum) -> Dict[str, Any]:
+    if datum.model_input_spans is not None:
+        raise InvalidInputError(
+            "a Datum with provenance spans has no JSON form",
+            hint="Use a server that takes protobuf, or leave the spans out.",
+        )
     return {
         "model_input": datum.model_input.to_json(),
         "loss_fn_inputs": {

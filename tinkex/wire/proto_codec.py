@@ -26,6 +26,9 @@ from tinkex.types import (
     ModelInput,
     ModelInputChunk,
     PromptAltTokens,
+    PromptProvenanceSpan,
+    ProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
     TensorData,
@@ -33,6 +36,7 @@ from tinkex.types import (
 )
 from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, translating
+from tinkex.wire.proto_writer import forward_backward_request
 
 Array = npt.NDArray[Any]
 
@@ -62,19 +66,10 @@ class ProtobufCodec:
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
         """Write a ForwardBackwardRequest; ``forward_only`` is one of its fields."""
         with translating(InvalidInputError, "this batch cannot be sent as protobuf"):
-            message = pb.ForwardBackwardRequest(
-                model_id=request.model_id,
-                seq_id=request.seq_id,
-                loss_fn=request.loss_fn,
-                forward_only=request.forward_only,
-            )
-            for datum in request.data:
-                _put_datum(message.data.add(), datum)
-            _put_loss_fn_config(message, request.loss_fn_config)
-            return _serialise(message)
+            return forward_backward_request(request)
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
-        """Read a ForwardBackwardRequest; provenance spans are ignored."""
+        """Read a ForwardBackwardRequest."""
         with translating(InvalidInputError, "malformed protobuf ForwardBackwardRequest"):
             message = pb.ForwardBackwardRequest()
             _parse(message, body)
@@ -86,6 +81,10 @@ class ProtobufCodec:
                 loss_fn_config=_get_loss_fn_config(message),
                 forward_only=message.forward_only,
             )
+
+    def size_of(self, datum: Datum) -> int:
+        """Estimate the bytes of *datum* in a body, by the protocol's own rule."""
+        return datum.nbytes
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write a ForwardBackwardOutput: one record per run of datums that look alike.
@@ -226,34 +225,28 @@ def _get_tensor(message: pb.Tensor) -> TensorData:
 # ---- Requests ----
 
 
-def _put_datum(message: pb.Datum, datum: Datum) -> None:
-    for chunk in datum.model_input.chunks:
-        _put_chunk(message.model_input.add(), chunk)
-    for name, tensor in datum.loss_fn_inputs.items():
-        _put_tensor(message.loss_fn_inputs[name], tensor)
-
-
 def _get_datum(message: pb.Datum) -> Datum:
     chunks = tuple(_get_chunk(chunk) for chunk in message.model_input)
     inputs = {name: _get_tensor(tensor) for name, tensor in message.loss_fn_inputs.items()}
-    return Datum(ModelInput(chunks), inputs)
+    if not message.model_input_spans and not message.loss_fn_input_spans:
+        return Datum(ModelInput(chunks), inputs)
+    return Datum(
+        ModelInput(chunks),
+        inputs,
+        [_get_span(span) for span in message.model_input_spans],
+        [_get_span(span) for span in message.loss_fn_input_spans],
+    )
 
 
-def _put_chunk(message: pb.Chunk, chunk: ModelInputChunk) -> None:
-    if isinstance(chunk, EncodedTextChunk):
-        message.encoded_text.tokens = _to_bytes(chunk.tokens_np, "<i4")
-    elif isinstance(chunk, ImageChunk):
-        message.image.data = chunk.data
-        message.image.format = chunk.format
-        if chunk.expected_tokens is not None:
-            message.image.expected_tokens = chunk.expected_tokens
-    elif isinstance(chunk, DmelChunk):
-        message.dmel.dmel = chunk.dmel
-    else:
-        raise InvalidInputError(
-            f"a {type(chunk).__name__} has no protobuf form; it is for sampling only",
-            hint="Load the image and pass its bytes as an ImageChunk.",
-        )
+def _get_span(message: pb.ProvenanceSpan) -> ProvenanceSpan:
+    kind = message.WhichOneof("span")
+    if kind == "sampled_tokens":
+        run = message.sampled_tokens
+        return SampledProvenanceSpan(run.sequence_id, offset=run.offset, length=run.length)
+    if kind == "prompt_tokens":
+        prompt = message.prompt_tokens
+        return PromptProvenanceSpan(prompt.sequence_id, offset=prompt.offset, length=prompt.length)
+    raise ValueError("a provenance span is empty, or of an unknown kind")
 
 
 def _get_chunk(message: pb.Chunk) -> ModelInputChunk:
@@ -267,17 +260,6 @@ def _get_chunk(message: pb.Chunk) -> ModelInputChunk:
     if kind == "dmel":
         return DmelChunk(message.dmel.dmel)
     raise ValueError("a chunk of the model input is empty, or of an unknown kind")
-
-
-def _put_loss_fn_config(
-    message: pb.ForwardBackwardRequest, config: Mapping[str, Union[float, str]]
-) -> None:
-    for name, value in config.items():
-        if isinstance(value, str):
-            message.loss_fn_config_v2[name].text = value
-        else:
-            message.loss_fn_config[name] = value
-            message.loss_fn_config_v2[name].number = value
 
 
 def _get_loss_fn_config(message: pb.ForwardBackwardRequest) -> Dict[str, Union[float, str]]:
@@ -346,8 +328,9 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     if not fits:
         raise ValueError(f"the offsets of field {name!r} do not cut its {len(message.data)} bytes")
     bounds = (offsets // itemsize).tolist()
+    dtype = str(values.dtype)
     return [
-        TensorData(values[start:end], shape=((end - start) // max(row, 1), *trailing_shape))
+        TensorData._of(values[start:end], dtype, ((end - start) // max(row, 1), *trailing_shape))
         for start, end in zip(bounds, bounds[1:])
     ]
 

@@ -47,6 +47,14 @@ def register(app: Flask, backend: Backend) -> None:
         )
         return answer({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
+    @app.post("/api/v1/join_sampling_session")
+    def join_sampling_session() -> Response:
+        body, _ = json_body()
+        sampler_id = need(body, "sampling_session_id", str)
+        backend.sampler_ready(sampler_id)
+        counter = backend.scheduler.join_sampler(sampler_id)
+        return answer({"client_counter": counter, "type": "join_sampling_session"})
+
     @app.get("/api/v1/samplers/<sampler_id>")
     def get_sampler(sampler_id: str) -> Response:
         row = backend.store.sampler(sampler_id)

@@ -1,12 +1,25 @@
-"""Health, flags, sessions and capabilities (protocol reference, sections 1.5.1 and 5.3)."""
+"""Sessions and capabilities (protocol reference, sections 1.5.1 and 1.5.5)."""
 
 from __future__ import annotations
+
+from typing import Any, Dict
 
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer, json_body, need, optional, page
+from tinkex.local.http import (
+    answer,
+    check_scope,
+    idempotency_key,
+    json_body,
+    need,
+    optional,
+    page,
+)
 from tinkex.local.problems import Problem
+from tinkex.local.rows import SessionRow
+from tinkex.local.session_search import Search, instant, project_of, status_of
+from tinkex.local.settings import ServerSettings
 from tinkex.types import (
     GetServerCapabilitiesResponse,
     GetSessionResponse,
@@ -17,21 +30,8 @@ from tinkex.types import (
 _REASONS = ("success", "errored", "interrupted")
 
 
-def register(app: Flask, backend: Backend, max_held_polls: int) -> None:
+def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
     """Add the routes to *app*."""
-
-    @app.get("/api/v1/healthz")
-    def healthz() -> Response:
-        return answer({"status": "ok"})
-
-    @app.route("/api/v1/client/config", methods=["GET", "POST"])
-    def client_config() -> Response:
-        # A client of ours or theirs must not hold more polls than there are threads for.
-        return answer({"sample_max_concurrent_requests": max_held_polls})
-
-    @app.route("/api/v1/client/dynamic_config", methods=["GET", "POST"])
-    def dynamic_config() -> Response:
-        return answer({"sample_cancel_enabled": False})
 
     @app.post("/api/v1/create_session")
     def create_session() -> Response:
@@ -41,8 +41,13 @@ def register(app: Flask, backend: Backend, max_held_polls: int) -> None:
             for name in ("tags", "user_metadata", "sdk_version", "project_id", "display_name")
             if body.get(name) is not None
         }
-        session_id = backend.create_session(facts)
-        return answer({"session_id": session_id, "type": "create_session"})
+        session_id = backend.create_session(facts, idempotency_key())
+        messages = {
+            name: getattr(settings, name)
+            for name in ("info_message", "warning_message", "error_message")
+            if getattr(settings, name)
+        }
+        return answer({"session_id": session_id, "type": "create_session", **messages})
 
     @app.post("/api/v1/session_heartbeat")
     def session_heartbeat() -> Response:
@@ -56,8 +61,7 @@ def register(app: Flask, backend: Backend, max_held_polls: int) -> None:
         reason = (optional(body, "reason", dict) or {}).get("type", "success")
         if reason not in _REASONS:
             raise Problem(400, f"reason {reason!r} is unknown; it must be one of {_REASONS}")
-        detail = optional(body, "detail", str)
-        backend.finish_session(session_id, f"{reason}, {detail}" if detail else reason)
+        backend.finish_session(session_id, reason, optional(body, "detail", str))
         return answer({})
 
     @app.get("/api/v1/get_server_capabilities")
@@ -68,16 +72,20 @@ def register(app: Flask, backend: Backend, max_held_polls: int) -> None:
         ]
         return answer(GetServerCapabilitiesResponse(models).to_wire())
 
+    _register_lists(app, backend, settings)
+
+
+def _register_lists(app: Flask, backend: Backend, settings: ServerSettings) -> None:
     @app.get("/api/v1/sessions")
     def list_sessions() -> Response:
+        check_scope()
         rows = backend.store.sessions(*page(20))
         return answer(ListSessionsResponse([row.session_id for row in rows]).to_wire())
 
     @app.get("/api/v1/sessions/<session_id>")
     def get_session(session_id: str) -> Response:
-        row = backend.store.session(session_id)
-        if row is None:
-            raise Problem(404, f"session {session_id} is unknown")
+        check_scope()
+        row = _need_session(backend, session_id)
         found = GetSessionResponse(
             training_run_ids=backend.store.runs_of(session_id),
             sampler_ids=backend.store.samplers_of(session_id),
@@ -85,3 +93,43 @@ def register(app: Flask, backend: Backend, max_held_polls: int) -> None:
             display_name=row.facts.get("display_name"),
         )
         return answer(found.to_wire())
+
+    @app.put("/api/v1/sessions/<session_id>/project")
+    def assign_project(session_id: str) -> Response:
+        body, _ = json_body()
+        project_id = need(body, "project_id", str)
+        if not project_id:
+            raise Problem(400, "project_id is empty; name a project")
+        _need_session(backend, session_id)
+        backend.store.set_project(session_id, project_id)
+        return answer({})
+
+    @app.post("/api/v1/sessions/search")
+    def search_sessions() -> Response:
+        body, _ = json_body()
+        search = Search.read(body)
+        rows, cursor = search.page(backend.store.all_sessions(), settings.owner_urn)
+        summaries = [_summary(backend, row, settings.owner_urn) for row in rows]
+        return answer({"sessions": summaries, "next_cursor": cursor})
+
+
+def _need_session(backend: Backend, session_id: str) -> SessionRow:
+    row = backend.store.session(session_id)
+    if row is None:
+        raise Problem(404, f"session {session_id} is unknown")
+    return row
+
+
+def _summary(backend: Backend, row: SessionRow, owner_urn: str) -> Dict[str, Any]:
+    count, size = backend.store.checkpoint_totals(row.session_id)
+    return {
+        "session_id": row.session_id,
+        "created_at": instant(row.created_at),
+        "owner": owner_urn,
+        "project_id": project_of(row),
+        "status": status_of(row),
+        "checkpoints_count": count,
+        "checkpoint_storage_bytes": size,
+        "display_name": row.facts.get("display_name"),
+        "user_metadata": row.facts.get("user_metadata"),
+    }

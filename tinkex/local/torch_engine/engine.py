@@ -11,7 +11,18 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -262,7 +273,10 @@ class TorchEngine:
             self._pool.remove(adapter)
 
     def sample(
-        self, sampler_id: str, requests: Sequence[SampleRequest]
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
         """Run *requests* as one batch, in slices of a few tokens; see `sampling`."""
         if sampler_id not in self._samplers:
@@ -274,6 +288,7 @@ class TorchEngine:
                 yield run.abandon(EngineError(f"sampler {sampler_id} was unloaded meanwhile"))
                 return
             self._pool.activate(adapter)
+            run.drop(dropped)
             # Left before each yield: the mode belongs to the thread, not to this generator.
             with torch.inference_mode():
                 finished = run.advance()

@@ -8,7 +8,7 @@ only, not on what else is in the batch (up to float rounding of the matrix produ
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
+from typing import Any, Container, Dict, Generator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -95,6 +95,18 @@ class SampleRun:
         finished, self._finished = self._finished, []
         return finished
 
+    def drop(self, dropped: Container[int]) -> None:
+        """End the requests whose index is in *dropped*, without an answer."""
+        gone = [index for index in self._jobs if index in dropped]
+        if not gone:
+            return
+        for index in gone:
+            del self._jobs[index]
+        for wave in self._waves:
+            for sequence in wave:
+                if sequence.job.index in gone and not sequence.stop_reason:
+                    sequence.stop_reason = "dropped"
+
     def abandon(self, error: EngineError) -> List[Finished]:
         """Give up; return what is finished, and *error* for every request that is not."""
         self.done = True
@@ -103,7 +115,10 @@ class SampleRun:
 
     def _run(self) -> Generator[bool, None, None]:
         """The whole work, yielding True after each slice."""
-        for wave in self._waves:
+        for planned in self._waves:
+            wave = [sequence for sequence in planned if not sequence.stop_reason]
+            if not wave:  # all of them were dropped
+                continue
             jobs: List[Job] = []
             for sequence in wave:
                 if not jobs or jobs[-1] is not sequence.job:
@@ -156,7 +171,8 @@ class SampleRun:
                 rows = [rows[row] for row in alive]
             if step % SLICE_STEPS == 0:
                 yield True
-            logits = batch.step([sequence.tokens[-1] for sequence in rows])
+            # A row that was dropped before its first token is carried along with any token.
+            logits = batch.step([row.tokens[-1] if row.tokens else 0 for row in rows])
 
     def _extend(self, rows: List[_Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each row that has not ended."""

@@ -1,0 +1,118 @@
+"""BillingPause: while the account cannot pay, everybody waits, but not for ever."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import List
+
+import pytest
+from support.clocks import ManualClock
+from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.threads import race
+
+from tinkex import ServiceClient, billing
+from tinkex.billing import DEFAULT_LIMIT_S, PAUSE_S, BillingPause
+from tinkex.errors import APIConnectionError, BillingError
+
+
+def pause(clock: ManualClock, limit_s: float = 1000.0) -> BillingPause:
+    made = BillingPause("host:80", clock)
+    made.find_limit_s = lambda: limit_s
+    return made
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> List[str]:
+    return [record.levelname for record in caplog.records]
+
+
+def test_it_is_waited_until_the_limit_and_told_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = ManualClock()
+    found = pause(clock, limit_s=150.0)
+    for _ in range(31):  # 0, 5, ... 150 seconds
+        assert found.after_402() == PAUSE_S
+        clock.advance(5.0)
+    assert levels(caplog) == ["WARNING"] * 3  # at 0, 60 and 120 seconds
+    assert found.after_402() is None
+    assert found.after_402() is None
+    clock.advance(60.0)
+    assert found.after_402() is None
+    assert levels(caplog)[3:] == ["ERROR"]
+
+
+def test_a_402_long_after_the_last_one_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock()
+    found = pause(clock, limit_s=10.0)
+    assert found.after_402() == PAUSE_S
+    clock.advance(20.0)
+    assert found.after_402() is None
+    clock.advance(301.0)
+    assert found.after_402() == PAUSE_S
+    assert levels(caplog) == ["WARNING", "WARNING"]
+
+
+def test_the_limit_is_asked_for_once_and_not_by_the_question_itself() -> None:
+    clock = ManualClock()
+    found = BillingPause("host:80", clock)
+    asked: List[int] = []
+
+    def ask() -> float:
+        asked.append(1)
+        assert found.after_402() == PAUSE_S  # the question is answered with 402, too
+        return 7.0
+
+    found.find_limit_s = ask
+    assert found.after_402(may_ask=False) == PAUSE_S
+    assert asked == []
+    race(*[found.after_402] * 8)
+    clock.advance(8.0)
+    assert found.after_402() is None
+    assert asked == [1]
+
+
+def test_without_an_answer_the_limit_is_an_hour() -> None:
+    clock = ManualClock()
+    found = BillingPause("host:80", clock)
+
+    def fail() -> float:
+        raise APIConnectionError("no answer")
+
+    found.find_limit_s = fail
+    for _ in range(int(DEFAULT_LIMIT_S) // 60):
+        assert found.after_402() == PAUSE_S
+        clock.advance(60.0)
+    assert found.after_402() == PAUSE_S
+    clock.advance(1.0)
+    assert found.after_402() is None
+
+
+def test_submissions_and_polls_share_the_servers_limit(
+    server: ScriptedServer, routes: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(billing, "PAUSE_S", 0.002)
+    server.on(
+        "POST /api/v1/client/config",
+        Answer(body={"billing_exception_max_pause_duration_sec": 0.05}),
+    )
+    server.on("POST /api/v1/create_sampling_session", Answer(402, {"detail": "top up"}))
+    with ServiceClient(base_url=server.url, on_billing="wait") as client:
+        with pytest.raises(BillingError, match="top up"):
+            client.create_sampling_client(base_model="base")
+    assert len(server.requests("POST /api/v1/create_sampling_session")) > 2
+    assert len(server.requests("POST /api/v1/client/config")) == 1
+
+
+def test_a_close_ends_the_pause(
+    server: ScriptedServer, routes: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.on("POST /api/v1/create_sampling_session", Answer(402))
+    with caplog.at_level(logging.ERROR):
+        with ServiceClient(base_url=server.url, on_billing="wait") as client:
+            future = client.create_sampling_client_future(base_model="base")
+            server.wait_for("POST /api/v1/create_sampling_session")
+            closer = threading.Thread(target=client.close)
+            closer.start()
+            assert future.exception(PATIENCE_S) is not None
+            closer.join(PATIENCE_S)

@@ -1,0 +1,58 @@
+"""A server of tinkex's in a process of its own, and a recorder before it.
+
+TINKEX_INTEROP_PYTHON is the interpreter of the environment that has tinkex and what its server
+needs (by default the one that runs the tests); TINKEX_INTEROP_MODEL the model it serves
+(``deterministic`` by default).  TINKEX_INTEROP_URL names a server that runs already instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from interop.recorder import Recorder
+
+SERVE = "from tinkex.cli.serve import serve; serve()"
+MODEL = os.environ.get("TINKEX_INTEROP_MODEL", "deterministic")
+PYTHON = os.environ.get("TINKEX_INTEROP_PYTHON", sys.executable)
+ROOT = Path(__file__).resolve().parents[2]
+
+# Read when the official client is imported; what it would send is looked at by one test only.
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+
+
+@pytest.fixture(scope="session")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    url = os.environ.get("TINKEX_INTEROP_URL")
+    if url:
+        yield url
+        return
+    folder = tmp_path_factory.mktemp("server")
+    command = [PYTHON, "-c", SERVE, "--model", MODEL, "--port", "0", "--data-dir", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = folder / "stderr.txt"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as server,
+    ):
+        assert server.stdout is not None
+        ready = server.stdout.readline()
+        found = re.search(r"http://\S+", ready)
+        assert found, f"the server did not start; it said {ready!r} and {log.read_text()!r}"
+        yield found.group()
+        server.terminate()
+        assert server.wait(10) == 0
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture
+def recorder(base_url: str) -> Iterator[Recorder]:
+    with Recorder(base_url) as found:
+        yield found

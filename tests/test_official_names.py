@@ -1,0 +1,132 @@
+"""The public names of the official SDK (reference, sections 8.1 to 8.7): all here, or left out
+for a reason that is written down."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Dict
+
+import pytest
+
+import tinkex
+from tinkex import types
+
+NAMES = """
+ServiceClient TrainingClient SamplingClient RestClient AdminClient APIFuture LossHandle
+PerDatumLossFn BackcompatTrainingClientFuture BackcompatSamplingClientFuture auth types resources
+AdamOptimizerConfig AdamParams DimuonOptimizerConfig DimuonParams OptimParams Checkpoint
+CheckpointType Datum DmelChunk EncodedTextChunk ForwardBackwardOutput LoraConfig ModelID ModelInput
+ModelInputChunk OptimStepRequest OptimStepResponse ParsedCheckpointTinkerPath PromptProvenanceSpan
+SampledProvenanceSpan SampledSequence SampleRequest SampleResponse SamplingParams StopReason
+TensorData TensorDtype TrainingRun Timeout RequestOptions APIResponse AsyncAPIResponse TinkerError
+APIError APIResponseValidationError APIStatusError BadRequestError AuthenticationError BillingError
+PermissionDeniedError NotFoundError ConflictError UnprocessableEntityError RateLimitError
+InternalServerError APIConnectionError APITimeoutError RequestFailedError ExperimentalWarning
+__version__ __title__
+"""
+TOP = NAMES.split()
+
+#: What tinkex does not have, and why.
+LEFT_OUT: Dict[str, str] = {
+    "resources": "coroutines, one class per group of endpoints; ours are plain functions",
+    "Timeout": "an object of httpx; see Config for our timeouts",
+    "RequestOptions": "options of an httpx request",
+    "APIResponse": "wraps an httpx response",
+    "AsyncAPIResponse": "wraps an httpx response, for coroutines",
+    "OptimStepRequest": "a request body; no call takes one",
+}
+
+#: Client -> its methods; the twins that end in _async are coroutines, and deprecated there.
+METHODS: Dict[str, str] = {
+    "ServiceClient": """create_lora_training_client create_training_client_from_state
+        create_training_client_from_state_with_optimizer create_sampling_client create_custom_loss
+        copy_weights close get_console_url get_telemetry get_server_capabilities
+        create_rest_client""",
+    "TrainingClient": """forward forward_backward forward_backward_custom optim_step save_state
+        save_weights_for_sampler save_weights_external save_weights_and_get_sampling_client
+        create_sampling_client get_info get_tokenizer get_console_url get_telemetry load_state
+        load_state_with_optimizer""",
+    "SamplingClient": """sample compute_logprobs get_base_model get_tokenizer get_sampler_handle
+        from_sampler_handle get_telemetry""",
+    "APIFuture": "result future",
+}
+
+SIGNATURES: Dict[str, str] = {
+    "ServiceClient.create_lora_training_client": "base_model rank seed train_mlp train_attn "
+    "train_unembed user_metadata optimizer",
+    "ServiceClient.create_training_client_from_state": "path base_model user_metadata "
+    "weights_access_token optimizer",
+    "ServiceClient.create_training_client_from_state_with_optimizer": "path base_model "
+    "user_metadata weights_access_token",
+    "ServiceClient.create_sampling_client": "model_path base_model retry_config "
+    "record_stability_info",
+    "ServiceClient.create_custom_loss": "fn input_ranks",
+    "ServiceClient.copy_weights": "path ttl_seconds weights_access_token",
+    "TrainingClient.forward": "data loss_fn loss_fn_config",
+    "TrainingClient.forward_backward": "data loss_fn loss_fn_config",
+    "TrainingClient.forward_backward_custom": "data loss_fn loss_type_input",
+    "TrainingClient.optim_step": "optim_params adam_params",
+    "TrainingClient.save_state": "name ttl_seconds overwrite user_metadata",
+    "TrainingClient.save_weights_for_sampler": "name ttl_seconds user_metadata",
+    "TrainingClient.save_weights_external": "name ttl_seconds age_encryption_recipients",
+    "TrainingClient.save_weights_and_get_sampling_client": "name retry_config "
+    "record_stability_info kind",
+    "TrainingClient.create_sampling_client": "model_path retry_config record_stability_info",
+    "TrainingClient.load_state": "path weights_access_token",
+    "TrainingClient.load_state_with_optimizer": "path weights_access_token",
+    "SamplingClient.sample": "prompt num_samples sampling_params include_prompt_logprobs "
+    "topk_prompt_logprobs topk_sample_logprobs target_prompt_logprobs prompt_alt_tokens_k "
+    "prompt_logprobs_last_n",
+    "SamplingClient.compute_logprobs": "prompt prompt_logprobs_last_n",
+}
+
+HELPERS: Dict[str, str] = {
+    "ModelInput": "from_ints to_ints length empty append append_int",
+    "EncodedTextChunk": "length",
+    "TensorData": "from_numpy from_torch from_torch_sparse to_numpy to_torch tolist data",
+    "Datum": "with_provenance",
+    "SaveWeightsResponse": "get_console_url",
+    "SaveWeightsForSamplerResponse": "get_console_url get_playground_url",
+    "ParsedCheckpointTinkerPath": "from_tinker_path",
+    "RequestErrorCategory": "Unknown Server User",
+}
+
+
+@pytest.mark.parametrize("name", TOP)
+def test_every_top_level_name_is_here_or_left_out_for_a_reason(name: str) -> None:
+    assert hasattr(tinkex, name) != (name in LEFT_OUT)
+
+
+@pytest.mark.parametrize(
+    ("client", "method"),
+    [(client, method) for client, methods in METHODS.items() for method in methods.split()],
+)
+def test_every_method_is_here(client: str, method: str) -> None:
+    assert callable(getattr(getattr(tinkex, client), method))
+
+
+@pytest.mark.parametrize("method", SIGNATURES)
+def test_parameters_have_the_names_and_the_order_of_the_official_ones(method: str) -> None:
+    owner, name = method.split(".")
+    parameters = list(inspect.signature(getattr(getattr(tinkex, owner), name)).parameters)
+    assert parameters[1:] == SIGNATURES[method].split()
+
+
+@pytest.mark.parametrize(
+    ("owner", "helper"),
+    [(owner, helper) for owner, helpers in HELPERS.items() for helper in helpers.split()],
+)
+def test_every_helper_of_the_types_is_here(owner: str, helper: str) -> None:
+    assert hasattr(getattr(types, owner), helper)
+
+
+def test_clients_stand_for_the_futures_of_themselves() -> None:
+    assert tinkex.BackcompatTrainingClientFuture is tinkex.TrainingClient
+    assert tinkex.BackcompatSamplingClientFuture is tinkex.SamplingClient
+
+
+def test_the_category_of_a_failure_equals_its_enum() -> None:
+    error = tinkex.RequestFailedError("x", category="user")
+    assert error.category == types.RequestErrorCategory.User
+    assert types.RequestErrorCategory("server") is types.RequestErrorCategory.Server
+    assert str(types.RequestErrorCategory.Unknown) == "unknown"

@@ -1,0 +1,35 @@
+"""Telemetry (protocol reference, section 9)."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Mapping, Sequence
+
+from tinkex._version import PROTOCOL_VERSION
+from tinkex.api._call import encode
+from tinkex.channel import Channel
+from tinkex.transport import Reply, Request, Transport
+
+#: One report may take this long, in seconds.
+TIMEOUT_S = 5.0
+
+
+def send_telemetry(
+    transport: Transport,
+    events: Sequence[Mapping[str, Any]],
+    *,
+    session_id: str,
+    process_uuid: str,
+    channel: Channel,
+) -> Reply:
+    """``POST telemetry``, once, without keys; returns the answer whatever its status."""
+    body = {
+        "events": events,
+        "platform": platform.system(),
+        "sdk_version": PROTOCOL_VERSION,
+        "session_id": session_id,
+        "process_uuid": process_uuid,
+    }
+    clean = transport.redact(encode(body).decode()).encode()
+    request = Request("POST", "/api/v1/telemetry", clean, read_timeout_s=TIMEOUT_S)
+    return transport.send_once(request, channel=channel)

@@ -1,0 +1,110 @@
+"""auth: whether there are credentials, whether a server takes them, and who they belong to.
+
+The names of the official SDK's ``auth`` module.  Where a key comes from is in `credentials`, how
+requests use it in `tokens`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+from tinkex.config import Config
+from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
+from tinkex.errors import CredentialError, ResponseDecodeError
+from tinkex.request import Reply, Request
+from tinkex.transport import Transport
+from tinkex.types import ApiKeyInfo, WhoamiResponse
+
+_KEY_PATH = "/api/v1/auth/apikey/me"
+_KEY_TIMEOUT_S = 30.0
+
+
+def get_tinker_token() -> Optional[str]:
+    """The key of the environment, else the stored one, else None.
+
+    The credential command is not run.
+
+    Raises:
+        CredentialError: the credentials file is needed, and broken.
+    """
+    return os.environ.get(KEY_VARIABLE, "").strip() or stored_key()
+
+
+def tinker_has_credentials() -> bool:
+    """Tell whether there is a key, or a credential command.  Sends nothing and runs nothing.
+
+    Raises:
+        CredentialError: the credentials file is needed, and broken.
+    """
+    return bool(os.environ.get(COMMAND_VARIABLE, "").strip()) or get_tinker_token() is not None
+
+
+def raise_if_tinker_not_accessible() -> None:
+    """Ask the server of the environment for its capabilities, once; return if it answers.
+
+    Raises:
+        CredentialError: there is no usable key.
+        APIError: the server refuses it, or cannot be reached.
+    """
+    check_access(Config.resolve())
+
+
+def check_access(config: Config) -> None:
+    """Likewise, for the server of *config*.  Blocks."""
+    path = "/api/v1/get_server_capabilities"
+    _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
+
+
+def _ask_once(config: Config, request: Request) -> Reply:
+    transport = Transport(config)
+    try:
+        reply = transport.send_once(request)
+        if not 200 <= reply.status < 300:
+            raise transport.status_error(request, reply)
+        return reply
+    finally:
+        transport.abort()
+
+
+def about_key(config: Config) -> ApiKeyInfo:
+    """What the server knows of the key of *config*.  Tried once; blocks.
+
+    Raises:
+        NotFoundError: this server does not tell.
+        APIError: it refuses the key, or cannot be reached.
+    """
+    reply = _ask_about_key(config, "GET")
+    try:
+        return ApiKeyInfo.from_wire(reply.json())
+    except ResponseDecodeError as error:
+        raise ResponseDecodeError(f"GET {_KEY_PATH}: {error.message}") from error
+
+
+def revoke_key(config: Config) -> None:
+    """Have the server forget the key of *config*, for good.  Raises as `about_key`."""
+    _ask_about_key(config, "DELETE")
+
+
+def _ask_about_key(config: Config, method: str) -> Reply:
+    # The key itself: a token would not be the thing that is asked about.
+    request = Request(method, _KEY_PATH, read_timeout_s=_KEY_TIMEOUT_S, bare=True)
+    return _ask_once(config, request)
+
+
+def whoami(transport: Transport) -> WhoamiResponse:
+    """Who the credential belongs to, as its token says.  Blocks if a token must be had first.
+
+    Raises:
+        CredentialError: there is no token: the server makes none, and the key is none.
+        APIError: the server refuses to make one, or cannot be reached.
+    """
+    token = transport.token_for(Request("GET", "/api/v1/auth/token"))
+    claims = None if token is None else read_claims(token.text)
+    if claims is None or claims.subject is None:
+        raise CredentialError(
+            f"{transport.config.host_and_port} does not tell who the key belongs to",
+            hint="Only a server that exchanges keys for tokens does; the hosted service is one.",
+        )
+    org_urn = f"tml:organization:{claims.org_id}" if claims.org_id else ""
+    return WhoamiResponse(claims.subject, org_urn, claims.email)

@@ -1,0 +1,418 @@
+"""Checkpoints as files: download, and push to the Hugging Face hub.
+
+Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
+exported weights.  Whichever it is, files are collected in a hidden folder beside the destination,
+which takes its place in one step when all is there; until then the destination is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from threading import Event
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, TypeVar, Union
+
+from tinkex.api import archives, rest as api
+from tinkex.downloads import Downloader, Part, Source, Tell
+from tinkex.errors import (
+    ConfigError,
+    InvalidInputError,
+    ResponseDecodeError,
+    RouteMissingError,
+    TinkexError,
+)
+from tinkex.extraction import extract, safe_parts
+from tinkex.futures import APIFuture
+from tinkex.lookup_client import LookupClient
+from tinkex.transport import Transport
+from tinkex.types import ExternalWeightsUrlsResponse, ParsedCheckpointTinkerPath
+from tinkex.types.checkpoint_path import locate_checkpoint
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Told of the bytes that are here, and of all of them, or None where that is not known.
+Progress = Callable[[int, Optional[int]], None]
+
+#: A temporary export is deleted by the server after this long, should we not get to it.
+EXPORT_TTL_S = 3600
+
+
+def download_checkpoint(
+    rest: LookupClient,
+    tinker_path: str,
+    dest: Union[str, Path],
+    *,
+    progress: Optional[Progress] = None,
+    overwrite: bool = False,
+    cancel: Optional[Event] = None,
+) -> Path:
+    """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
+
+    What an interrupted download has fetched stays in a hidden folder beside *dest*, and the next
+    call with the same arguments goes on from there.  On a server without archives, a training
+    checkpoint is exported for the purpose: that opens a session, and the export is deleted again.
+
+    Args:
+        rest: a client of the server that has it.
+        tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
+        dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.
+        progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
+            second; what it raises ends the download.
+        overwrite: replace what is at *dest*, once all is there.
+        cancel: set it, from any thread, to end the download soon.
+
+    Raises:
+        InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
+        RouteMissingError: the server offers no way to download it.
+        DownloadCancelledError: *cancel* was set.
+        ResponseDecodeError: what came is damaged, or not safe to unpack.
+        APIError: it cannot be had.
+        OSError: it cannot be written here.
+    """
+    parsed = locate_checkpoint(tinker_path)
+    target = Path(os.path.abspath(os.fspath(dest)))
+    _check_free(target, overwrite)
+    transport = rest.transport
+    work = _Work(target, tinker_path)
+    try:
+        with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
+            _Download(rest, parsed, work, downloader, progress or _silent).run()
+            downloader.check()
+    except BaseException:
+        work.drop_if_empty()
+        raise
+    work.finish(target)
+    return target
+
+
+def _silent(done: int, total: Optional[int]) -> None:
+    """Tell nobody."""
+
+
+class _Work:
+    """The hidden folder in which a download collects its files."""
+
+    def __init__(self, target: Path, tinker_path: str) -> None:
+        self.folder = target.with_name(f".{target.name}.part")
+        self.files = self.folder / "files"
+        self.notes = self.folder / "notes"
+        self.archive = self.folder / "archive"
+        self._made_for = self.folder / "checkpoint.json"
+        facts = json.dumps({"tinker_path": tinker_path})
+        if self.folder.exists() and self._read_facts() != facts:
+            shutil.rmtree(self.folder)  # of another checkpoint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made_for.write_text(facts, encoding="utf-8")
+
+    def _read_facts(self) -> str:
+        with contextlib.suppress(OSError, UnicodeError):
+            return self._made_for.read_text(encoding="utf-8")
+        return ""
+
+    def part(self, name: str) -> Part:
+        """The file *name* of the checkpoint, to be fetched; its folder is made."""
+        parts = safe_parts(name)
+        part = Part(name, self.files.joinpath(*parts), self.notes.joinpath(*parts))
+        for path in (part.file, part.note):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return part
+
+    def archive_part(self, name: str) -> Part:
+        """The archive of the checkpoint *name*, to be fetched."""
+        return Part(name, self.archive, self.folder / "archive.json")
+
+    def finish(self, target: Path) -> None:
+        """Put the files at *target*, in one step, and delete the rest."""
+        old: Optional[Path] = None
+        if target.exists() or target.is_symlink():
+            old = self.folder / f"old-{uuid.uuid4().hex}"
+            os.rename(target, old)
+        try:
+            os.rename(self.files, target)
+        except BaseException:
+            if old is not None:
+                os.rename(old, target)
+            raise
+        shutil.rmtree(self.folder)
+
+    def drop_if_empty(self) -> None:
+        """Delete the folder if there is nothing in it to go on from."""
+        if not (self.archive.exists() or any(file.is_file() for file in self.files.rglob("*"))):
+            shutil.rmtree(self.folder)
+
+
+class _Download:
+    """One download, from asking where the files are until they are here."""
+
+    def __init__(
+        self,
+        rest: LookupClient,
+        parsed: ParsedCheckpointTinkerPath,
+        work: _Work,
+        downloader: Downloader,
+        progress: Progress,
+    ) -> None:
+        self._rest = rest
+        self._parsed = parsed
+        self._work = work
+        self._downloader = downloader
+        self._progress = progress
+
+    def run(self) -> None:
+        """Bring all files here."""
+        if self._parsed.checkpoint_type == "external":
+            self.fetch_files(self._parsed)
+            return
+        try:
+            self.fetch_archive()
+        except RouteMissingError as missing:
+            if self._parsed.checkpoint_type != "training":
+                missing.hint = (
+                    "It cannot hand out a sampler checkpoint otherwise; save_state makes a "
+                    "training checkpoint of the same weights, which it may be able to export."
+                )
+                raise
+            self.fetch_through_export(missing)
+
+    def fetch_archive(self) -> None:
+        """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
+        parsed, transport = self._parsed, self._rest.transport
+        channel = self._downloader.adopt(transport.open_channel())
+
+        def sign(again: bool) -> Source:
+            answer = archives.get_checkpoint_archive_url(
+                transport,
+                parsed.training_run_id,
+                parsed.checkpoint_id,
+                pause=self._downloader.pause,
+                channel=channel,
+            )
+            return Source(answer.url, answer.expires)
+
+        part = self._work.archive_part(parsed.tinker_path)
+        try:
+            self._downloader.fetch(part, sign, self._progress)
+        finally:
+            channel.close()
+        logger.info("unpacking %s", parsed.tinker_path)
+        shutil.rmtree(self._work.files, ignore_errors=True)  # of a run that was killed
+        try:
+            extract(part.file, self._work.files, check=self._downloader.check)
+        except ResponseDecodeError:
+            part.discard()  # the next attempt is not to stumble over it
+            raise
+
+    def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
+        """Fetch each file of exported weights."""
+        urls = _Urls(self._rest.transport, parsed)
+        parts = [self._work.part(name) for name in urls.names]
+        arrived = 0
+        for part in parts:
+            tell = self._telling(arrived, alone=len(parts) == 1)
+            arrived += self._downloader.fetch(part, urls.signer(part.name), tell)
+        expected = {part.file for part in parts}
+        for file in self._work.files.rglob("*"):  # of an export with other files
+            if file.is_file() and file not in expected:
+                file.unlink()
+
+    def fetch_through_export(self, missing: RouteMissingError) -> None:
+        """Export a training checkpoint, fetch the export, and delete it again."""
+        from tinkex.service_client import ServiceClient  # it imports us
+
+        logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
+        with ServiceClient(config=self._rest.config) as service:
+            trainer = self._wait(
+                service.create_training_client_from_state_future(self._parsed.tinker_path)
+            )
+            name = f"download-{uuid.uuid4().hex[:12]}"
+            try:
+                saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))
+            except RouteMissingError as also:
+                raise missing from also
+            try:
+                self.fetch_files(locate_checkpoint(saved.path))
+            finally:
+                self._delete_export(saved.path)
+
+    def _delete_export(self, path: str) -> None:
+        """Delete a temporary export; the server does it by itself after an hour."""
+        parsed = locate_checkpoint(path)
+        try:
+            api.delete_checkpoint(
+                self._rest.transport, parsed.training_run_id, parsed.checkpoint_id
+            )
+        except TinkexError as error:
+            logger.warning("the temporary export %s was not deleted: %s", path, error)
+
+    def _wait(self, future: APIFuture[T]) -> T:
+        """Wait for *future*, and look now and then whether to stop."""
+        while True:
+            try:
+                return future.result(0.2)
+            except FutureTimeoutError:
+                if future.done():
+                    raise
+                self._downloader.check()
+
+    def _telling(self, arrived: int, alone: bool) -> Tell:
+        """Pass progress on, for a file that comes after *arrived* bytes of others."""
+
+        def tell(done: int, total: Optional[int]) -> None:
+            self._progress(arrived + done, total if alone else None)
+
+        return tell
+
+
+class _Urls:
+    """Where the files of exported weights are; asked for again when a signature is used up."""
+
+    def __init__(self, transport: Transport, parsed: ParsedCheckpointTinkerPath) -> None:
+        self._transport = transport
+        self._parsed = parsed
+        self._latest = self._ask()
+        self.names = sorted(self._latest.urls)
+        if not self.names:
+            raise ResponseDecodeError(f"{parsed.tinker_path} has no files")
+
+    def _ask(self) -> ExternalWeightsUrlsResponse:
+        return api.get_external_weights_urls(
+            self._transport, self._parsed.training_run_id, self._parsed.checkpoint_id
+        )
+
+    def signer(self, name: str) -> Callable[[bool], Source]:
+        """Return what finds out where the file *name* is."""
+
+        def source() -> Source:
+            url = self._latest.urls.get(name)
+            if not isinstance(url, str):
+                raise ResponseDecodeError(f"{self._parsed.tinker_path} no longer has {name!r}")
+            return Source(url, self._latest.expires)
+
+        def sign(again: bool) -> Source:
+            if again or source().is_stale(self._transport.clock.wall()):
+                self._latest = self._ask()
+            return source()
+
+        return sign
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if overwrite or not (target.exists() or target.is_symlink()):
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise InvalidInputError(
+            f"{target} exists already", hint="Choose another folder, or overwrite=True."
+        )
+
+
+def push_to_hub(
+    rest: LookupClient,
+    tinker_path: str,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: Optional[str] = None,
+    commit_message: Optional[str] = None,
+    create_pr: bool = False,
+    allow_patterns: Optional[Sequence[str]] = None,
+    ignore_patterns: Optional[Sequence[str]] = None,
+    add_model_card: bool = True,
+    progress: Optional[Progress] = None,
+    cancel: Optional[Event] = None,
+    hub: Any = None,
+) -> str:
+    """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.  Blocks.
+
+    Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or ``HF_TOKEN``).
+
+    Args:
+        rest: a client of the server that has it.
+        tinker_path: as for `download_checkpoint`.
+        repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
+        private: of a repository that is made.
+        revision: the branch to push to; made if it does not exist.
+        commit_message: of the commit.
+        create_pr: open a pull request instead of pushing.
+        allow_patterns, ignore_patterns: which files; all of them by default.
+        add_model_card: write a README.md that names base model and checkpoint, if it has none.
+        progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
+        hub: what to talk to the hub with, instead of ``huggingface_hub.HfApi()``.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed.
+        And what `download_checkpoint` and huggingface_hub raise.
+    """
+    locate_checkpoint(tinker_path)
+    if not isinstance(repo_id, str) or not repo_id.strip("/"):
+        raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
+    hub = hub or _hub()
+    with _temporary_folder() as folder:
+        files = download_checkpoint(
+            rest, tinker_path, folder / "checkpoint", progress=progress, cancel=cancel
+        )
+        if add_model_card and not (files / "README.md").exists():
+            card = _model_card(rest, tinker_path, repo_id, files)
+            (files / "README.md").write_text(card, encoding="utf-8")
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(files),
+            revision=revision,
+            commit_message=commit_message or f"Upload {tinker_path}",
+            create_pr=create_pr,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
+        )
+    return str(getattr(commit, "pr_url", None) or getattr(commit, "commit_url", commit))
+
+
+def _hub() -> Any:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            "pushing to the hub needs huggingface_hub", hint='Run pip install "tinkex[hub]".'
+        ) from error
+    return HfApi()
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
+        yield Path(folder)
+
+
+def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path) -> str:
+    """A README.md for the hub: front matter it can read, and where the weights come from."""
+    config: Dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((files / "adapter_config.json").read_text(encoding="utf-8"))
+    base_model = config.get("base_model_name_or_path")
+    rank = config.get("r")
+    try:
+        info = api.get_weights_info(rest.transport, tinker_path)
+        base_model, rank = info.base_model, info.lora_rank or rank
+    except TinkexError as error:
+        logger.info("the model card says no more than the files do: %s", error)
+    lines = ["---"]
+    if base_model:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    if config:
+        lines.append("library_name: peft")
+    lines += ["tags:", "- tinker", *(["- lora"] if rank else []), "---", ""]
+    lines += [f"# {repo_id.rpartition('/')[2]}", ""]
+    what = f"LoRA adapter of rank {rank}" if rank else "Weights"
+    over = f" over `{base_model}`" if base_model else ""
+    lines += [f"{what}{over}, trained through the Tinker API.", "", f"Checkpoint: `{tinker_path}`"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,150 @@
+"""``tinkex billing``: what was used, and what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Dict, Optional
+
+import click
+
+from tinkex.cli.connect import base_url_option, open_admin
+from tinkex.cli.output import (
+    format_option,
+    print_csv,
+    print_json,
+    print_table,
+    size,
+    wants_json,
+)
+from tinkex.types import BillingUsageEvent, BillingUsageResponse, CheckpointStorageUsage
+
+
+@click.group()
+def billing() -> None:
+    """Show what was used, and what is kept."""
+
+
+@billing.command("usage")
+@click.argument("start")
+@click.argument("end")
+@click.option("--csv", "csv_path", metavar="PATH", help='Write the usage as CSV; "-" is stdout.')
+@click.option("--sessions-csv", metavar="PATH", help="Write its sessions' metadata as CSV.")
+@base_url_option
+@format_option
+def usage(
+    start: str,
+    end: str,
+    csv_path: Optional[str],
+    sessions_csv: Optional[str],
+    base_url: Optional[str],
+) -> None:
+    """Show usage from START until before END: whole hours of UTC, at most 14 days.
+
+    Both are like 2026-01-31 or 2026-01-31T15:00:00Z.
+    """
+    with open_admin(base_url) as admin:
+        found = admin.get_billing_usage(start, end).result()
+    if csv_path is not None:
+        rows = [_facts(event) for event in found.data]
+        columns = list(dict.fromkeys(name for row in [_NO_USAGE, *rows] for name in row))
+        print_csv(csv_path, columns, [[row.get(name) for name in columns] for row in rows])
+    if sessions_csv is not None:
+        sessions = [
+            [name, json.dumps(item.user_metadata or {})] for name, item in found.sessions.items()
+        ]
+        print_csv(sessions_csv, ["session_id", "user_metadata"], sessions)
+    if "-" in (csv_path, sessions_csv):
+        return  # a table would spoil it
+    if wants_json():
+        print_json({"data": [], "sessions": {}, "cost_data_through": None, **found.to_wire()})
+    else:
+        _print_usage(found)
+
+
+def _print_usage(found: BillingUsageResponse) -> None:
+    through = found.cost_data_through
+    known = f"; costs are known until {through:%Y-%m-%d %H:%M}" if through else ""
+    print_table(
+        f"{len(found.data)} entries{known}",
+        ["From", "Kind", "Amount", "Model", "Session", "Cost (USD)"],
+        [
+            [
+                f"{event.bucket_start:%Y-%m-%d %H:%M}",
+                str(event.event_info.type),
+                _amount(event),
+                event.base_model or "-",
+                event.session_id or "-",
+                _usd(event.estimated_cost_usd),
+            ]
+            for event in found.data
+        ],
+    )
+
+
+@billing.command("checkpoint-storage")
+@click.option("--project-id", metavar="ID", help="Only of this project.")
+@click.option("--csv", "csv_path", metavar="PATH", help='Write it as CSV; "-" is stdout.')
+@base_url_option
+@format_option
+def checkpoint_storage(
+    project_id: Optional[str], csv_path: Optional[str], base_url: Optional[str]
+) -> None:
+    """Show what the checkpoints of now take and cost."""
+    with open_admin(base_url) as admin:
+        found = admin.get_current_checkpoint_storage_usage(project_id).result()
+    rate = found.effective_rate_usd_per_gigabyte_month
+    if csv_path is not None:
+        columns = [field.name for field in dataclasses.fields(CheckpointStorageUsage)]
+        print_csv(csv_path, columns, [[getattr(row, n) for n in columns] for row in found.data])
+        if csv_path == "-":
+            return
+    if wants_json():
+        rows = [row.to_wire() for row in found.data]
+        print_json({"effective_rate_usd_per_gigabyte_month": rate, "data": rows})
+        return
+    per = "" if rate is None else f" at {_usd(rate)} USD per gigabyte and month"
+    print_table(
+        f"Checkpoints{per}",
+        ["Project", "User", "Checkpoints", "Size", "Per Month (USD)"],
+        [
+            [
+                row.project_id or "-",
+                row.user_email or row.user_name or row.org_user_urn or "-",
+                str(row.checkpoint_count),
+                size(row.size_bytes),
+                _usd(row.estimated_monthly_cost_usd),
+            ]
+            for row in found.data
+        ],
+    )
+
+
+def _facts(event: BillingUsageEvent) -> Dict[str, Any]:
+    """An entry as one flat row."""
+    facts = event.to_wire()
+    info = facts.pop("event_info")
+    return {**_NO_USAGE, **facts, **info}
+
+
+#: The columns of an entry, whatever it is about.
+_NO_USAGE: Dict[str, Any] = {
+    **{f.name: None for f in dataclasses.fields(BillingUsageEvent) if f.name != "event_info"},
+    "type": None,
+}
+
+
+def _amount(event: BillingUsageEvent) -> str:
+    info = event.event_info.to_wire()
+    amounts = (
+        ("token_count", "tokens"),
+        ("count", "checkpoints"),
+        ("gigabyte_hours", "GB-hours"),
+    )
+    parts = [f"{info[name]} {unit}" for name, unit in amounts if info.get(name) is not None]
+    parts += [name for name in ("cached", "free") if info.get(name)]
+    return ", ".join(parts) or "-"
+
+
+def _usd(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,118 @@
+"""``tinkex checkpoint delete``: some checkpoints, or those of a run that fit a filter."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import List, Optional, Tuple
+
+import click
+
+import tinkex
+from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.errors import APIError
+from tinkex.types.checkpoint_path import KINDS, locate_checkpoint
+
+
+def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) -> Optional[datetime]:
+    """Read ISO 8601; what names no zone is UTC."""
+    if value is None:
+        return None
+    text = f"{value[:-1]}+00:00" if value[-1:] in "Zz" else value  # as Python before 3.11 wants it
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(
+            "give a time like 2026-01-31 or 2026-01-31T15:00:00Z", param=option
+        ) from error
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
+
+
+@click.command("delete")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option("--run-id", metavar="ID", help="Instead of PATHs: those of this training run.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice([*KINDS, *KINDS.values()]),
+    help="With --run-id: only of this kind.",
+)
+@click.option("--before", metavar="TIME", callback=_instant, help="With --run-id: made before.")
+@click.option("--after", metavar="TIME", callback=_instant, help="With --run-id: made after.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@base_url_option
+@format_option
+@click.pass_context
+def delete(
+    ctx: click.Context,
+    paths: Tuple[str, ...],
+    run_id: Optional[str],
+    kind: Optional[str],
+    before: Optional[datetime],
+    after: Optional[datetime],
+    yes: bool,
+    base_url: Optional[str],
+) -> None:
+    """Delete the checkpoints at PATH... (tinker://...), for good.
+
+    With --run-id, those of a training run; --type, --before and --after narrow them down.
+    """
+    if bool(paths) == bool(run_id):
+        raise click.UsageError("give paths, or --run-id")
+    if (kind or before or after) and not run_id:
+        raise click.UsageError("--type, --before and --after need --run-id")
+    for path in paths:
+        locate_checkpoint(path)
+    with open_rest(base_url) as rest:
+        chosen = list(dict.fromkeys(paths))
+        if run_id:
+            chosen = _of_run(rest, run_id, KINDS.get(kind or "", kind), before, after)
+        if chosen and not yes:
+            for path in chosen:
+                click.echo(path, err=True)
+            if not click.confirm(f"Delete {_count(len(chosen))} for good?", err=True):
+                ctx.exit(1)
+        failed = _delete(rest, chosen)
+    deleted = len(chosen) - len(failed)
+    if wants_json():
+        listed = [{"tinker_path": path, "error": str(error)} for path, error in failed]
+        print_json({"deleted_count": deleted, "failed": listed})
+    else:
+        click.echo(f"Deleted {_count(deleted)}.")
+        for path, error in failed:
+            click.echo(f"Error: {path}: {error}", err=True)
+    if failed:
+        ctx.exit(1)
+
+
+def _of_run(
+    rest: tinkex.RestClient,
+    run_id: str,
+    kind: Optional[str],
+    before: Optional[datetime],
+    after: Optional[datetime],
+) -> List[str]:
+    """Paths of those checkpoints of a run that fit."""
+    return [
+        item.tinker_path
+        for item in rest.list_checkpoints(run_id).result().checkpoints
+        if (kind is None or item.checkpoint_type == kind)
+        and (before is None or item.time < before)
+        and (after is None or item.time > after)
+    ]
+
+
+def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
+    """Delete several at a time; return those that could not be, and why."""
+    failed = []
+    futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
+    for path, future in futures:
+        try:
+            future.result()
+        except APIError as error:  # the others may still be there
+            failed.append((path, error))
+    return failed
+
+
+def _count(number: int) -> str:
+    return f"{number} checkpoint{'' if number == 1 else 's'}"

@@ -1,0 +1,62 @@
+"""``tinkex model``: the base models that the server offers."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import click
+
+from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.output import format_option, print_json, print_table, wants_json
+from tinkex.errors import NotFoundError
+
+
+@click.group()
+def model() -> None:
+    """List the models that the server offers."""
+
+
+@model.command("list")
+@click.argument("substring", default="")
+@base_url_option
+@format_option
+def list_models(substring: str, base_url: Optional[str]) -> None:
+    """List the models whose names hold SUBSTRING, in any case."""
+    with open_rest(base_url) as rest:
+        offered = rest.get_server_capabilities().result().supported_models
+    found = [item for item in offered if substring.lower() in (item.model_name or "").lower()]
+    if substring and not found:
+        names = ", ".join(sorted(item.model_name or "?" for item in offered))
+        raise NotFoundError(
+            f"the server offers no model whose name holds {substring!r}",
+            hint=f"It offers {names}." if names else None,
+        )
+    if wants_json():
+        listed = [
+            {
+                "model_name": item.model_name,
+                "max_context_length": item.max_context_length,
+                "trainable": item.trainable,
+                "sampleable": item.sampleable,
+            }
+            for item in found
+        ]
+        print_json({"models": listed})
+        return
+    print_table(
+        f"{len(found)} models",
+        ["Model", "Max Context", "Trainable", "Sampleable"],
+        [
+            [
+                item.model_name or "-",
+                "-" if item.max_context_length is None else str(item.max_context_length),
+                _said(item.trainable),
+                _said(item.sampleable),
+            ]
+            for item in found
+        ],
+    )
+
+
+def _said(value: Optional[bool]) -> str:
+    return "-" if value is None else "yes" if value else "no"

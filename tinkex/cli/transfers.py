@@ -1,0 +1,91 @@
+"""``tinkex checkpoint download`` and ``push-hf``: checkpoints on their way elsewhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Optional, Tuple
+
+import click
+
+from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.output import format_option, print_json, print_table, progress_bar, size, wants_json
+from tinkex.types.checkpoint_path import SCHEME, locate_checkpoint
+
+
+@click.command("download")
+@click.argument("path")
+@click.option("-o", "--output", default=".", metavar="DIR", help="Where to make the folder.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@base_url_option
+@format_option
+def download(path: str, output: str, force: bool, base_url: Optional[str]) -> None:
+    """Download the checkpoint at PATH into a folder named after it.
+
+    Interrupted, it keeps what has come; the same command goes on from there.
+    """
+    locate_checkpoint(path)
+    dest = Path(output) / _folder_name(path)
+    with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
+        dest = rest.download_checkpoint(path, dest, progress=tell, overwrite=force)
+    n_bytes = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
+    if wants_json():
+        facts = {"destination": str(dest), "file_size_bytes": n_bytes}
+        print_json({"checkpoint_path": path, **facts})
+        return
+    print_table(
+        "Downloaded",
+        ["Property", "Value"],
+        [["Checkpoint", path], ["Destination", str(dest)], ["Size", size(n_bytes)]],
+    )
+
+
+def _folder_name(path: str) -> str:
+    name = path[len(SCHEME) :].replace("/", "_")
+    return name.replace(":", "_") if os.name == "nt" else name
+
+
+@click.command("push-hf")
+@click.argument("path")
+@click.option("-r", "--repo", "repo_id", required=True, metavar="NAME", help="Like me/my-model.")
+@click.option("--public", is_flag=True, help="If the repository is made: for everybody.")
+@click.option("--revision", metavar="NAME", help="The branch; made if it does not exist.")
+@click.option("--commit-message", metavar="TEXT", help="Of the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing.")
+@click.option("--allow-pattern", multiple=True, metavar="GLOB", help="Only such files; repeatable.")
+@click.option("--ignore-pattern", multiple=True, metavar="GLOB", help="No such files; repeatable.")
+@click.option("--no-model-card", is_flag=True, help="Do not write a README.md.")
+@base_url_option
+@format_option
+def push_to_hub(
+    path: str,
+    repo_id: str,
+    public: bool,
+    revision: Optional[str],
+    commit_message: Optional[str],
+    create_pr: bool,
+    allow_pattern: Tuple[str, ...],
+    ignore_pattern: Tuple[str, ...],
+    no_model_card: bool,
+    base_url: Optional[str],
+) -> None:
+    """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
+    locate_checkpoint(path)
+    with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
+        url = rest.push_to_hub(
+            path,
+            repo_id,
+            private=not public,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            allow_patterns=allow_pattern or None,
+            ignore_patterns=ignore_pattern or None,
+            add_model_card=not no_model_card,
+            progress=tell,
+        )
+    if wants_json():
+        facts = {"repo_id": repo_id, "revision": revision, "public": public, "url": url}
+        print_json({"checkpoint_path": path, **facts})
+    else:
+        click.echo(url)

@@ -1,0 +1,18 @@
+"""The sink of telemetry (protocol reference, section 9)."""
+
+from __future__ import annotations
+
+from flask import Flask, Response
+
+from tinkex.local.backend import Backend
+from tinkex.local.http import answer, json_body
+
+
+def register(app: Flask, backend: Backend) -> None:
+    """Add the route to *app*."""
+
+    @app.post("/api/v1/telemetry")
+    def telemetry() -> Response:
+        body, _ = json_body()
+        backend.telemetry.take(body)
+        return answer({"status": "accepted"})

@@ -1,0 +1,113 @@
+"""What the store remembers, row by row: frozen values, and how they are read from SQLite.
+
+No state, no threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+from typing import Any, Dict, Optional
+
+from tinkex.types import LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionRow:
+    """A session.
+
+    *state* is live, expired, finished or lost (the server ended before it); *reason* says why in a
+    sentence.  *end_reason* and *end_detail* are what a client said that finished it.
+    """
+
+    session_id: str
+    created_at: float
+    state: str
+    facts: Dict[str, Any]
+    ended_at: Optional[float]
+    reason: Optional[str]
+    project_id: Optional[str]
+    end_reason: Optional[str]
+    end_detail: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRow:
+    """A training run, loaded or not.  A copy of a checkpoint belongs to no session."""
+
+    run_id: str
+    session_id: str
+    created_at: float
+    last_request_at: float
+    base_model: str
+    lora: LoraConfig
+    optimizer: Dict[str, Any]
+    user_metadata: Optional[Dict[str, Any]]
+    project_id: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRow:
+    """A saved checkpoint; *kind* is the path segment (weights, ...)."""
+
+    run_id: str
+    kind: str
+    name: str
+    created_at: float
+    folder: str
+    size_bytes: int
+    public: bool
+    expires_at: Optional[float]
+    user_metadata: Optional[Dict[str, Any]]
+
+    @property
+    def tinker_path(self) -> str:
+        """The ``tinker://`` path."""
+        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerRow:
+    """A sampling session."""
+
+    sampler_id: str
+    session_id: str
+    created_at: float
+    base_model: str
+    model_path: Optional[str]
+
+
+def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:
+    """Write an object, or nothing, into a column."""
+    return None if value is None else json.dumps(value)
+
+
+def _loads(text: Optional[str]) -> Optional[Dict[str, Any]]:
+    if text is None:
+        return None
+    value: Dict[str, Any] = json.loads(text)
+    return value
+
+
+def session_row(row: sqlite3.Row) -> SessionRow:
+    """Read a row of the table sessions."""
+    return SessionRow(**{**dict(row), "facts": json.loads(row["facts"])})
+
+
+def run_row(row: sqlite3.Row) -> RunRow:
+    """Read a row of the table runs."""
+    return RunRow(
+        **{
+            **dict(row),
+            "lora": LoraConfig.from_wire(json.loads(row["lora"])),
+            "optimizer": json.loads(row["optimizer"]),
+            "user_metadata": _loads(row["user_metadata"]),
+        }
+    )
+
+
+def checkpoint_row(row: sqlite3.Row) -> CheckpointRow:
+    """Read a row of the table checkpoints."""
+    facts = {**dict(row), "public": bool(row["public"])}
+    return CheckpointRow(**{**facts, "user_metadata": _loads(row["user_metadata"])})

@@ -1,0 +1,106 @@
+"""How one embedded server behaves: everything that can be chosen about it, in one frozen value.
+
+LocalServer and create_app take it; profiles and tests replace single fields of it
+(``dataclasses.replace``).  No threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, Optional
+
+from tinkex.local.batches import SamplingLimits
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientFlags:
+    """What ``client/config`` tells clients (protocol reference, section 5.3), but for JWT.
+
+    ``pjwt_auth_enabled`` is not here: it follows `ServerSettings.jwt`.
+    """
+
+    credential_default_source: str = "api_key"
+    sample_dispatch_bytes_semaphore_size: int = 10_485_760
+    inflight_response_bytes_semaphore_size: int = 52_428_800
+    fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
+    parallel_fwdbwd_chunks: bool = True
+    proto_compress_fwdbwd: bool = False
+    fwdbwd_max_chunk_len: int = 1024
+    fwdbwd_max_chunk_bytes_count: int = 5_000_000
+    billing_exception_max_pause_duration_sec: int = 3600
+    sample_no_retries: bool = False
+    sample_enable_stuck_detection: bool = True
+    #: None: as many as polls can be held, so that a client never asks for more than that.
+    sample_max_concurrent_requests: Optional[int] = None
+    use_pyqwest_transport: bool = True
+    sample_use_retrieve_futures: bool = False
+    custom_loss_server_side: bool = False
+    sample_join_sampling_session: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicClientFlags:
+    """What ``client/dynamic_config`` tells clients (section 5.3)."""
+
+    refresh_interval_sec: int = 300
+    sample_cancel_enabled: bool = False
+    sample_cancel_max_batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+    """One embedded server.
+
+    Args:
+        api_key: what ``X-API-Key`` must carry; None lets everybody in.
+        jwt: clients exchange their key for a token at ``auth/token`` (section 5.5).
+        jwt_lifetime_s: such a token is valid for this long.
+        owner_urn: who owns every session, run and checkpoint: there is one user.
+        org_id: the organization of that user.
+        flags: the answer of ``client/config``.
+        dynamic_flags: the answer of ``client/dynamic_config``.
+        info_message, warning_message, error_message: what ``create_session`` has clients log.
+        retrieve_hold_s: a poll for pending work is answered after this long.
+        max_held_polls: so many polls are held at once, each in a thread (about 20 KB); more
+            get 429.
+        metadata_threshold_bytes: a result of more bytes than this is first announced by its size,
+            to clients that allow it (section 2.2).
+        max_body_bytes: largest request body, compressed or not; beyond it is 413.
+        max_waiting_per_run: most requests of one run that wait for a missing seq_id; beyond it
+            is 429.
+        signed_url_lifetime_s: a signed URL of a checkpoint's files is valid for this long.
+        telemetry_kept: the last so many telemetry events are kept, in memory.
+        session_ttl_s: a session without a heartbeat for this long expires.
+        limits: how sampling shares the engine.
+    """
+
+    api_key: Optional[str] = None
+    jwt: bool = False
+    jwt_lifetime_s: float = 3600.0
+    owner_urn: str = "tml:user:local"
+    org_id: str = "local"
+    flags: ClientFlags = ClientFlags()
+    dynamic_flags: DynamicClientFlags = DynamicClientFlags()
+    info_message: Optional[str] = None
+    warning_message: Optional[str] = None
+    error_message: Optional[str] = None
+    retrieve_hold_s: float = 30.0
+    max_held_polls: int = 1000
+    metadata_threshold_bytes: int = 1 << 20
+    max_body_bytes: int = 256 << 20
+    max_waiting_per_run: int = 1024
+    signed_url_lifetime_s: float = 900.0
+    telemetry_kept: int = 1000
+    session_ttl_s: float = 60.0
+    limits: SamplingLimits = SamplingLimits()
+
+    def client_config(self) -> Dict[str, Any]:
+        """The body of ``client/config``."""
+        flags = dataclasses.asdict(self.flags)
+        if self.flags.sample_max_concurrent_requests is None:
+            flags["sample_max_concurrent_requests"] = self.max_held_polls
+        return {"pjwt_auth_enabled": self.jwt, **flags}
+
+    def client_dynamic_config(self) -> Dict[str, Any]:
+        """The body of ``client/dynamic_config``."""
+        return dataclasses.asdict(self.dynamic_flags)

@@ -1,0 +1,85 @@
+"""LossRegistry: the custom losses of one session, traced and uploaded (reference, section 4.9)."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from typing import Mapping, Optional, Set
+
+import orjson
+
+from tinkex.api import training as api
+from tinkex.custom_loss import LossHandle, PerDatumLossFn, require_torch
+from tinkex.errors import InvalidInputError, RouteMissingError
+from tinkex.futures import APIFuture
+from tinkex.loss_graph import LossGraph, trace_loss
+from tinkex.new_run import wait_for_result
+from tinkex.server_flags import flags_for
+from tinkex.session import Session
+from tinkex.types import CreateCustomLossResponse
+
+logger = logging.getLogger(__name__)
+
+_ROUTE = "create_custom_loss"
+
+
+class LossRegistry:
+    """Makes LossHandles for the session, each loss once.  Thread-safe."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        # next() on a count is atomic; a number is used up even if its request fails.
+        self._numbers = itertools.count()
+        # Guards _known: the graphs of the losses that were made, or are being made.
+        self._lock = threading.Lock()
+        self._known: Set[bytes] = set()
+
+    def create(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> APIFuture[LossHandle]:
+        """Trace *fn* at once, and upload it in the background.  See `ServiceClient`."""
+        require_torch("create_custom_loss")
+        graph = trace_loss(fn, input_ranks)
+        self._session.ensure_open(_ROUTE)
+        key = orjson.dumps([graph.inputs, graph.graph])
+        with self._lock:
+            known = key in self._known
+            self._known.add(key)
+        if known:
+            raise InvalidInputError(
+                f"the loss {graph.name!r} was created in this session before",
+                hint="Keep the LossHandle and use it for every step.",
+            )
+
+        def upload() -> LossHandle:
+            try:
+                return LossHandle(fn, graph, self._session.session_id, self._upload(graph))
+            except BaseException:
+                with self._lock:
+                    self._known.discard(key)  # it may be tried again
+                raise
+
+        return self._session.run(_ROUTE, upload)
+
+    def _upload(self, graph: LossGraph) -> Optional[str]:
+        """Return the server's id of the loss, or None if it takes none.  Blocks."""
+        session = self._session
+        if (
+            session.dialect.lacks(_ROUTE)
+            or not flags_for(session.transport).custom_loss_server_side
+        ):
+            return None
+        try:
+            accepted = api.create_custom_loss(
+                session.transport,
+                session_id=session.session_id,
+                custom_loss_seq_id=next(self._numbers),
+                name=graph.name,
+                inputs=[{"name": entry.name, "rank": entry.rank} for entry in graph.inputs],
+                graph=graph.graph,
+            )
+        except RouteMissingError as error:
+            logger.info("custom losses are computed here: %s", error.message)
+            session.dialect.note_missing(_ROUTE)
+            return None
+        created = wait_for_result(session, _ROUTE, accepted, CreateCustomLossResponse)
+        return created.loss_id

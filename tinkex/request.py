@@ -1,0 +1,81 @@
+"""One request and one answer, as they go over the wire.  Values only; `tinkex.transport` sends."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping, Optional, Tuple
+
+import orjson
+
+from tinkex.errors import ResponseDecodeError
+
+JSON_TYPE = "application/json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One logical request; every attempt sends the same bytes and the same idempotency key.
+
+    Attributes:
+        read_timeout_s: of one attempt; None takes the config's.
+        headers: of this request only; they are not sent to another origin after a redirect.
+        secrets: what *headers* or *body* hold that must not be shown, should the server echo it.
+        idempotency_key: of all attempts; None has one made.
+        bare: send the credential itself, never a token exchanged for it.
+        secret_reply: what it is answered is a secret, and shown nowhere.
+        follow_redirects: a GET goes on to where the server points, without credentials if that is
+            another origin; False returns the 3xx answer itself.
+    """
+
+    method: str
+    path: str
+    body: Optional[bytes] = dataclasses.field(default=None, repr=False)
+    content_type: str = JSON_TYPE
+    accept: str = JSON_TYPE
+    traffic: str = "work"
+    read_timeout_s: Optional[float] = None
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    secrets: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    bare: bool = False
+    idempotency_key: Optional[str] = None
+    secret_reply: bool = False
+    follow_redirects: bool = True
+
+    @property
+    def name(self) -> str:
+        """Method and path, for messages."""
+        return f"{self.method} {self.path.partition('?')[0]}"
+
+
+def broken_route(request: Request, times: int) -> str:
+    """The hint of an error that the server has answered several *times*, word for word."""
+    return (
+        f"The server answered the same {times} times: its route {request.name} is broken, or "
+        "breaks over this request. Its log tells why."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer of any status, read to its end.  *headers* have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    body: bytes = dataclasses.field(repr=False)
+
+    @property
+    def content_type(self) -> str:
+        """Lower-case content type, with its parameters."""
+        return self.headers.get("content-type", "").lower()
+
+    def json(self) -> Any:
+        """The decoded body; ResponseDecodeError if it is not JSON."""
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError as error:
+            raise ResponseDecodeError(
+                f"the answer (status {self.status}, {self.content_type or 'no content type'}) "
+                f"is not JSON: {self.body[:200]!r}",
+                status=self.status,
+                hint="Is base_url the address of a Tinker server, and its path prefix right?",
+            ) from error

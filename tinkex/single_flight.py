@@ -1,0 +1,83 @@
+"""SingleFlight: many threads want the same thing; one gets it, the others wait for its outcome."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Callable, Generic, Optional, TypeVar
+
+from tinkex.errors import ClientClosedError
+
+T = TypeVar("T")
+
+# Who waits looks this often, in seconds, whether its own client was closed: one cannot wait for
+# two Events, and the leader may belong to another client.
+_LOOK_S = 0.1
+
+
+class _Flight(Generic[T]):
+    """One run of the work; *value* and *error* are written before *landed* is set, never after."""
+
+    def __init__(self) -> None:
+        self.landed = threading.Event()
+        self.value: Optional[T] = None
+        self.error: Optional[Exception] = None
+        self.abandoned = False
+
+
+class SingleFlight(Generic[T]):
+    """Lets at most one thread at a time do a piece of work.  Thread-safe.
+
+    Those who come meanwhile get the leader's value, or a copy of its error.  A leader that was
+    interrupted, or whose own client was closed, decides nothing for the others: one of them leads.
+    """
+
+    def __init__(self) -> None:
+        # Guards _flight.  Never held while the work is done.
+        self._lock = threading.Lock()
+        self._flight: Optional[_Flight[T]] = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a thread does the work."""
+        with self._lock:
+            return self._flight is not None and not self._flight.landed.is_set()
+
+    def run(self, work: Callable[[], T], closing: threading.Event) -> T:
+        """Return the outcome of *work*, done by this thread or by the one that came first.
+
+        Blocks.  Raises what *work* raises, and ClientClosedError once *closing* is set while it
+        waits for another thread.
+        """
+        while True:
+            with self._lock:
+                flight = self._flight
+                # One that has landed is of no use: what it brought may be out of date.
+                if flight is None or flight.landed.is_set():
+                    mine = self._flight = _Flight()
+                    break
+            while not flight.landed.wait(_LOOK_S):
+                if closing.is_set():
+                    raise ClientClosedError("the client was closed while it waited for the server")
+            if flight.error is not None:
+                raise copy.copy(flight.error) from flight.error
+            if not flight.abandoned:
+                return flight.value  # type: ignore[return-value]  # a T once it has landed
+        return self._lead(mine, work)
+
+    def _lead(self, flight: _Flight[T], work: Callable[[], T]) -> T:
+        flight.abandoned = True  # until there is an outcome, also if Ctrl-C strikes
+        try:
+            value = flight.value = work()
+            flight.abandoned = False
+            return value
+        except ClientClosedError:
+            raise
+        except Exception as error:
+            flight.error = error
+            raise
+        finally:
+            flight.landed.set()
+            with self._lock:
+                if self._flight is flight:  # an error would keep its frames alive
+                    self._flight = None

@@ -1,0 +1,123 @@
+"""What becomes of the batch of a pass: how it is cut into requests, and how results are read.
+
+Servers report differently; what a caller sees here looks the same everywhere.  No threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Callable, List, Mapping, Optional, Sequence
+
+import numpy as np
+
+from tinkex.errors import InvalidInputError
+from tinkex.server_flags import ServerFlags
+from tinkex.transport import Reply
+from tinkex.types import Datum, ForwardBackwardOutput, TensorData
+from tinkex.wire.chunking import split
+from tinkex.wire.codec import Codec
+from tinkex.wire.codecs import codec_for
+from tinkex.wire.json_codec import JSON
+
+logger = logging.getLogger(__name__)
+
+#: JSON takes at most so many bytes for one of a buffer, and so many more for a datum's names.
+_JSON_GROWTH = 4
+_JSON_OVERHEAD = 2000
+
+
+def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> List[List[Datum]]:
+    """Cut a batch into requests as large as the server takes them, in order.
+
+    A limit in bytes is one of the bodies, so they are measured in the encoding that they will
+    have; while *codec* is not known (None), in the larger of the two.
+    """
+    limit = flags.fwdbwd_max_chunk_bytes_count
+    size_of: Callable[[Datum], int] = _nbytes
+    if codec is None or codec.name == JSON.name:
+        at_most = sum(_JSON_GROWTH * datum.nbytes + _JSON_OVERHEAD for datum in data)
+        size_of = _json_size if at_most > limit else _nbytes
+    return split(data, flags.fwdbwd_max_chunk_len, limit, size_of)
+
+
+def _nbytes(datum: Datum) -> int:
+    return datum.nbytes
+
+
+def _json_size(datum: Datum) -> int:
+    try:
+        return max(JSON.size_of(datum), datum.nbytes)
+    except InvalidInputError:  # it has no JSON form, so it will not be sent as JSON
+        return datum.nbytes
+
+
+class NaNWatch:
+    """Warns once, and only once, of logprobs that are no numbers.
+
+    Args:
+        owner: whose they are: ``"run ..."`` or ``"sampler ..."``.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._warned = False  # two threads that race may both warn
+
+    def look_at(self, logprobs: object, where: str) -> None:
+        """Warn if the float array *logprobs*, found at *where*, holds NaN."""
+        if self._warned or not np.isnan(np.asarray(logprobs, dtype=np.float32)).any():
+            return
+        self._warned = True
+        logger.warning(
+            "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
+            "the model's vocabulary: is the tokenizer that of the base model? (told once)",
+            self._owner,
+            where,
+        )
+
+
+class PassReader:
+    """Reads the results of one run's passes.  Thread-safe."""
+
+    def __init__(self, model_id: str) -> None:
+        self._nans = NaNWatch(f"run {model_id}")
+
+    def read(self, reply: Reply, data: Sequence[Datum], loss_fn: str) -> ForwardBackwardOutput:
+        """Decode the result of a pass over *data*.
+
+        Where the server does not tell ``loss:sum``, it is computed for ``cross_entropy``, from
+        the logprobs: -sum(weights * logprobs), with weights of 1 where there are none.
+        Logprobs that are NaN or null stay NaN, with one warning.
+        """
+        output = codec_for(reply.content_type).decode_output(reply.body)
+        for index, fields in enumerate(output.loss_fn_outputs):
+            if "logprobs" in fields:
+                self._nans.look_at(fields["logprobs"].values, f"data[{index}]")
+        if loss_fn == "cross_entropy" and "loss:sum" not in output.metrics:
+            loss = cross_entropy(data, output.loss_fn_outputs)
+            if loss is not None:
+                output.metrics["loss:sum"] = loss
+        return output
+
+
+def cross_entropy(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Optional[float]:
+    """Return -sum(weights * logprobs) of *data*; None if *outputs* do not fit.
+
+    Where a weight is 0 the logprob does not matter, not even if it is NaN.
+    """
+    if len(outputs) != len(data):
+        return None
+    total = 0.0
+    for datum, fields in zip(data, outputs):
+        if "logprobs" not in fields:
+            return None
+        logprobs = fields["logprobs"].to_numpy().astype(np.float64)
+        weights = np.ones(logprobs.shape)
+        if "weights" in datum.loss_fn_inputs:
+            weights = datum.loss_fn_inputs["weights"].to_numpy().astype(np.float64)
+        if weights.shape != logprobs.shape:
+            return None
+        counted = weights != 0
+        total -= float(np.dot(weights[counted], logprobs[counted]))
+    return total

@@ -1,0 +1,138 @@
+"""Audit, billing and storage (protocol reference, section 1.5.5)."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from typing import Any, Dict, List, Optional, Union
+
+from tinkex.types._union import UnknownVariant, variant
+from tinkex.types._wire import Wire, bulk, instant
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditLogEntry(Wire):
+    """Something that somebody did."""
+
+    timestamp: datetime = instant(dataclasses.MISSING)
+    event: str = ""
+    event_details: Dict[str, Any] = bulk({})
+    model_id: Optional[str] = None
+    tinker_path: Optional[str] = None
+    purpose: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditLogResponse(Wire):
+    """What was done on one day."""
+
+    entries: List[AuditLogEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingUsage(Wire):
+    """Tokens that were trained on."""
+
+    token_count: int
+    type: str = "training"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPrefillUsage(Wire):
+    """Prompt tokens that were read; *cached* ones were known already."""
+
+    token_count: int
+    cached: bool = False
+    type: str = "sampling_prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSampleUsage(Wire):
+    """Tokens that were sampled."""
+
+    token_count: int
+    type: str = "sampling_sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointUsage(Wire):
+    """Checkpoints that were written."""
+
+    count: int
+    type: str = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageUsage(Wire):
+    """Checkpoints that were kept."""
+
+    gigabyte_hours: float
+    free: bool = False
+    type: str = "storage"
+
+
+BillingEventInfo = Union[
+    TrainingUsage,
+    SamplingPrefillUsage,
+    SamplingSampleUsage,
+    CheckpointUsage,
+    StorageUsage,
+    UnknownVariant,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class BillingUsageEvent(Wire):
+    """Usage of one kind within one bucket of time."""
+
+    bucket_start: datetime = instant(dataclasses.MISSING)
+    bucket_end: datetime = instant(dataclasses.MISSING)
+    event_info: BillingEventInfo = variant(
+        TrainingUsage, SamplingPrefillUsage, SamplingSampleUsage, CheckpointUsage, StorageUsage
+    )
+    base_model: Optional[str] = None
+    user_id: Optional[str] = None
+    user_name: Optional[str] = None
+    session_id: Optional[str] = None
+    project_id: Optional[str] = None
+    estimated_cost_usd: Optional[float] = None
+    effective_rate_usd_per_million_tokens: Optional[float] = None
+    effective_rate_usd_per_gigabyte_month: Optional[float] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BillingSession(Wire):
+    """What a session that usage belongs to was labelled with."""
+
+    user_metadata: Optional[Dict[str, Any]] = bulk(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BillingUsageResponse(Wire):
+    """Usage within a time; ``sessions`` is by session id."""
+
+    data: List[BillingUsageEvent]
+    sessions: Dict[str, BillingSession] = dataclasses.field(default_factory=dict)
+    cost_data_through: Optional[datetime] = instant()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointStorageUsage(Wire):
+    """What one user's checkpoints in one project take and cost."""
+
+    checkpoint_count: int
+    size_bytes: int
+    size_gigabytes: float
+    project_id: Optional[str] = None
+    org_user_urn: Optional[str] = None
+    user_email: Optional[str] = None
+    user_name: Optional[str] = None
+    estimated_monthly_cost_usd: Optional[float] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CurrentCheckpointStorageUsageResponse(Wire):
+    """What the checkpoints of now take and cost."""
+
+    data: List[CheckpointStorageUsage]
+    effective_rate_usd_per_gigabyte_month: Optional[float] = None

@@ -1,0 +1,24 @@
+"""Names for plain strings, so that annotations written for the official SDK carry over."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+#: Id of a training run.
+ModelID = str
+
+CheckpointType = Literal["training", "sampler", "external"]
+StopReason = Literal["length", "stop"]
+TensorDtype = Literal["int64", "float32"]
+
+
+class RequestErrorCategory(str, enum.Enum):
+    """Whose fault a failed request was.  Equal to the text in ``RequestFailedError.category``."""
+
+    Unknown = "unknown"
+    Server = "server"
+    User = "user"
+
+    def __str__(self) -> str:
+        return str(self.value)

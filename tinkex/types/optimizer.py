@@ -1,0 +1,170 @@
+"""Optimizers: which one a run has, and the parameters of its steps (reference, section 4.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Dict, Mapping, Optional, Union
+
+from tinkex.errors import InvalidInputError
+from tinkex.types._wire import Wire, excerpt
+
+#: What every server takes a run without a word about its optimizer to have.
+_DEFAULT_CONFIG = {"type": "adamw"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamOptimizerConfig(Wire):
+    """A run trained with AdamW, which is the default."""
+
+    type: str = "adamw"
+
+
+@dataclasses.dataclass(frozen=True)
+class DimuonOptimizerConfig(Wire):
+    """A run trained with DiMuon, where the server has it."""
+
+    type: str = "dimuon"
+    version: int = 1
+
+
+#: Any mapping, or object, with a ``type`` stands for an optimizer that only the server knows.
+OptimizerConfig = Union[AdamOptimizerConfig, DimuonOptimizerConfig, Mapping[str, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamParams(Wire):
+    """One Adam step.
+
+    Args:
+        learning_rate: step size.
+        beta1, beta2: decay of the running mean and square of the gradient, in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled decay (AdamW), per step times learning rate.
+        grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def check(self) -> None:
+        """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
+        _check_range(self, [field.name for field in dataclasses.fields(self)], ("beta1", "beta2"))
+
+    def to_wire(self) -> Dict[str, Any]:
+        """JSON form.  What came to the protocol later is sent only if it is set."""
+        encoded = super().to_wire()
+        for name in ("weight_decay", "grad_clip_norm"):
+            if encoded[name] == 0:
+                del encoded[name]
+        return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class DimuonParams(Wire):
+    """One DiMuon step, for a run created with `DimuonOptimizerConfig`.
+
+    Args:
+        learning_rate: step size.
+        grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
+        beta1: momentum, in [0, 1).
+    """
+
+    learning_rate: float
+    grad_clip_norm: float = 0.0
+    beta1: float = 0.9
+    type: str = "dimuon"
+
+    def check(self) -> None:
+        """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
+        _check_range(self, ["learning_rate", "grad_clip_norm", "beta1"], ("beta1",))
+
+
+#: What `TrainingClient.optim_step` takes; mappings and objects as for `OptimizerConfig`.
+OptimParams = Union[AdamParams, DimuonParams, Mapping[str, Any], Any]
+
+
+def optimizer_config_to_wire(config: Optional[OptimizerConfig]) -> Optional[Dict[str, Any]]:
+    """Return the JSON form of *config*, or None if it is the default, which is not sent.
+
+    Raises:
+        InvalidInputError: it has no ``type``, or holds what JSON cannot express.
+    """
+    if config is None:
+        return None
+    encoded = _as_object("optimizer", config)
+    return None if encoded == _DEFAULT_CONFIG else encoded
+
+
+def optim_params_to_wire(params: OptimParams) -> Dict[str, Any]:
+    """Return the field of an ``optim_step`` body that *params* are sent in, and their JSON form.
+
+    Raises:
+        InvalidInputError: a value is out of its range, or *params* are of no known kind.
+    """
+    if isinstance(params, AdamParams):
+        params.check()
+        return {"adam_params": params.to_wire()}
+    if isinstance(params, DimuonParams):
+        params.check()
+    return {"optimizer_params": _as_object("optim_params", params)}
+
+
+def _check_range(params: Wire, names: Any, below_one: Any) -> None:
+    for name in names:
+        value = getattr(params, name)
+        # Real, so that numpy's own floats are taken too.
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (real and 0 <= float(value) < math.inf):
+            raise InvalidInputError(
+                f"{type(params).__name__}.{name} is {value!r}; "
+                "it must be a finite number, 0 or more"
+            )
+        if name in below_one and value >= 1:
+            raise InvalidInputError(f"{type(params).__name__}.{name} is {value}; it must be < 1")
+
+
+def _as_object(what: str, value: Any) -> Dict[str, Any]:
+    """Return *value*, a mapping or an object with a ``type``, as a JSON object."""
+    if isinstance(value, Mapping):
+        encoded = dict(value)
+    elif isinstance(value, Wire):
+        encoded = value.to_wire()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        encoded = dataclasses.asdict(value)
+    elif callable(getattr(value, "model_dump", None)):  # pydantic
+        encoded = dict(value.model_dump())
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        encoded = dict(vars(value))
+    else:
+        encoded = {}
+    encoded.setdefault("type", getattr(value, "type", None))
+    if not isinstance(encoded["type"], str) or not encoded["type"]:
+        raise InvalidInputError(
+            f"{what} is {excerpt(value, 100)}; it has no type",
+            hint="Give AdamParams, DimuonParams, AdamOptimizerConfig or DimuonOptimizerConfig, "
+            'or a dict like {"type": "dimuon", "learning_rate": 0.01}.',
+        )
+    return {name: _plain(f"{what}[{name!r}]", item) for name, item in encoded.items()}
+
+
+def _plain(what: str, value: Any) -> Any:
+    """Return *value* as plain JSON data; InvalidInputError, naming *what*, if it is none."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        if not math.isfinite(value):
+            raise InvalidInputError(f"{what} is {value}; it must be a finite number")
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{what}[{name!r}]", item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(f"{what}[{index}]", item) for index, item in enumerate(value)]
+    raise InvalidInputError(f"{what} is a {type(value).__name__}, which JSON cannot express")

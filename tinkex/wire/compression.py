@@ -1,0 +1,23 @@
+"""zstd compression of request bodies, where ``zstandard`` is installed (the ``zstd`` extra)."""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def can_compress() -> bool:
+    """True if ``zstandard`` is installed; it is imported when this is first asked."""
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def compress(body: bytes) -> bytes:
+    """Return *body* as one zstd frame.  Only where `can_compress` is true."""
+    import zstandard
+
+    frame: bytes = zstandard.ZstdCompressor().compress(body)
+    return frame
