@@ -22,8 +22,8 @@ LAYERS = (
     ),
     (
         "machinery",
-        "billing channel transport rate_limiter server_flags server_memory credential_command"
-        " tokens connection_errors deprecations downloads extraction scheduler",
+        "billing channel private_channel content_coding transport rate_limiter server_flags server_memory credential_command"
+        " tokens connection_errors deprecations downloads part_file extraction scheduler",
     ),
     (
         "protocol",
@@ -65,6 +65,7 @@ HEAVY = {
 HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
     "tinkex.local.http": {"flask", "werkzeug"},
+    "tinkex.local.http_errors": {"waitress"},
     "tinkex.local.http_threads": {"waitress"},
     "tinkex.local.profiles": {"werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
         SamplingClient as SamplingClient,
     )
+    from tinkex.server_memory import ServerDialect as ServerDialect
     from tinkex.service_client import ServiceClient as ServiceClient
     from tinkex.session_manager import SessionManager as SessionManager
     from tinkex.training_client import (
@@ -140,6 +141,7 @@ _MODULES = {
     "rest_client": ["RestClient"],
     "retry_config": ["RetryConfig"],
     "sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
+    "server_memory": ["ServerDialect"],
     "service_client": ["ServiceClient"],
     "session_manager": ["SessionManager"],
     "training_client": ["BackcompatTrainingClientFuture", "TrainStep", "TrainingClient"],

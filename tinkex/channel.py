@@ -9,7 +9,6 @@ shutting its sockets down, so that nobody waits for a long poll to end.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import socket
 import threading
 import weakref
@@ -24,13 +23,10 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.response import HTTPResponse
 
 from tinkex.config import Config
-from tinkex.errors import ResponseDecodeError
+from tinkex.content_coding import decompress
+from tinkex.request import Reply
 
-_HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
-
-#: Encodings of answers that can be read here.
-ACCEPT_ENCODING = "gzip, deflate" + (", zstd" if _HAVE_ZSTD or _URLLIB3_DECODES_ZSTD else "")
 
 # A dead peer is noticed after about a minute, though polls may be silent for longer.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
@@ -38,7 +34,7 @@ _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 ]
-_SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
+SOCKET_OPTIONS = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
 
 
 class _Sockets:
@@ -88,7 +84,7 @@ class _TrackedAdapter(HTTPAdapter):
         super().__init__(pool_connections=2, pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, socket_options=_SOCKET_OPTIONS, **kwargs)
+        super().init_poolmanager(*args, socket_options=SOCKET_OPTIONS, **kwargs)
         self._track(self.poolmanager)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.PoolManager:
@@ -166,13 +162,17 @@ class Channel:
         headers: Mapping[str, str],
         body: Optional[bytes],
         timeout: Tuple[float, float],
-    ) -> requests.Response:
+    ) -> Reply:
         """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
         response = self._session.request(
             method, url, headers=dict(headers), data=body, timeout=timeout, allow_redirects=False
         )
         _check_length(response)
-        return response
+        lowered = {name.lower(): value for name, value in response.headers.items()}
+        body: bytes = response.content  # gzip and deflate are undone by requests
+        if lowered.get("content-encoding", "").lower() == "zstd" and not _URLLIB3_DECODES_ZSTD:
+            body = decompress("zstd", body)
+        return Reply(response.status_code, lowered, body)
 
     @contextlib.contextmanager
     def stream(
@@ -199,34 +199,6 @@ class Channel:
         self.stopped.set()
         self._sockets.abort()
         self._session.close()
-
-
-def content_of(response: requests.Response) -> bytes:
-    """The body of an answer of `Channel.request`, decompressed.
-
-    Raises:
-        ContentDecodingError: of requests; the body is broken.
-        ResponseDecodeError: it is compressed in a way that cannot be read here.
-    """
-    body: bytes = response.content
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding != "zstd" or _URLLIB3_DECODES_ZSTD or not body:
-        return body
-    if not _HAVE_ZSTD:  # some servers send it unasked
-        raise ResponseDecodeError(
-            "the server compresses its answers with zstd",
-            hint='Install what reads it: python -m pip install "tinkex[zstd]"',
-        )
-    import zstandard
-
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
-            plain: bytes = reader.read()
-            return plain
-    except zstandard.ZstdError as error:
-        raise requests.exceptions.ContentDecodingError(
-            f"the zstd body is broken: {error}"
-        ) from error
 
 
 def _check_length(response: requests.Response) -> None:

@@ -17,12 +17,13 @@ import uuid
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from threading import Event
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
 
 from tinkex.api import archives, rest as api
-from tinkex.downloads import Downloader, Part, Source, Tell
+from tinkex.downloads import Downloader, Tell
 from tinkex.errors import (
     ConfigError,
+    DownloadCancelledError,
     InvalidInputError,
     ResponseDecodeError,
     RouteMissingError,
@@ -31,6 +32,7 @@ from tinkex.errors import (
 from tinkex.extraction import extract, safe_parts
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import LookupClient
+from tinkex.part_file import Part, Source
 from tinkex.transport import Transport
 from tinkex.types import ExternalWeightsUrlsResponse, ParsedCheckpointTinkerPath
 from tinkex.types.checkpoint_path import locate_checkpoint
@@ -58,8 +60,9 @@ def download_checkpoint(
     """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
     What an interrupted download has fetched stays in a hidden folder beside *dest*, and the next
-    call with the same arguments goes on from there.  On a server without archives, a training
-    checkpoint is exported for the purpose: that opens a session, and the export is deleted again.
+    call with the same arguments goes on from there; one at a time may use it.  On a server without
+    archives, a training checkpoint is exported for the purpose: that opens a session, and the
+    export is deleted again.
 
     Args:
         rest: a client of the server that has it.
@@ -82,13 +85,14 @@ def download_checkpoint(
     target = Path(os.path.abspath(os.fspath(dest)))
     _check_free(target, overwrite)
     transport = rest.transport
-    work = _Work(target, tinker_path)
+    work = _Work(target, {"server": rest.config.base_url, "tinker_path": tinker_path})
     try:
         with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(rest, parsed, work, downloader, progress or _silent).run()
             downloader.check()
-    except BaseException:
-        work.drop_if_empty()
+    except BaseException as error:
+        if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
+            error.hint = f"What has come is in {work.folder}; the same call goes on from there."
         raise
     work.finish(target)
     return target
@@ -101,13 +105,13 @@ def _silent(done: int, total: Optional[int]) -> None:
 class _Work:
     """The hidden folder in which a download collects its files."""
 
-    def __init__(self, target: Path, tinker_path: str) -> None:
+    def __init__(self, target: Path, made_for: Mapping[str, str]) -> None:
         self.folder = target.with_name(f".{target.name}.part")
         self.files = self.folder / "files"
         self.notes = self.folder / "notes"
         self.archive = self.folder / "archive"
         self._made_for = self.folder / "checkpoint.json"
-        facts = json.dumps({"tinker_path": tinker_path})
+        facts = json.dumps(made_for)
         if self.folder.exists() and self._read_facts() != facts:
             shutil.rmtree(self.folder)  # of another checkpoint
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,10 +148,12 @@ class _Work:
             raise
         shutil.rmtree(self.folder)
 
-    def drop_if_empty(self) -> None:
-        """Delete the folder if there is nothing in it to go on from."""
-        if not (self.archive.exists() or any(file.is_file() for file in self.files.rglob("*"))):
-            shutil.rmtree(self.folder)
+    def drop_if_empty(self) -> bool:
+        """Delete the folder if there is nothing in it to go on from; tell whether."""
+        if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
+            return False
+        shutil.rmtree(self.folder)
+        return True
 
 
 class _Download:
@@ -175,11 +181,12 @@ class _Download:
         try:
             self.fetch_archive()
         except RouteMissingError as missing:
-            if self._parsed.checkpoint_type != "training":
+            if self._parsed.checkpoint_type == "sampler":
                 missing.hint = (
                     "It cannot hand out a sampler checkpoint otherwise; save_state makes a "
                     "training checkpoint of the same weights, which it may be able to export."
                 )
+            if self._parsed.checkpoint_type != "training":
                 raise
             self.fetch_through_export(missing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -190,7 +191,7 @@ class Config:
         source = self.api_key or ""
         if self.credential_cmd:
             source += f"\0{self.credential_cmd}"
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return _digest(source)
 
     def __copy__(self) -> Config:
         return self
@@ -271,3 +272,8 @@ def proxy_for(base_url: str) -> Optional[str]:
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(parts.scheme) or proxies.get("all")
+
+
+@functools.lru_cache(64)  # it is asked for with each request
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:16]

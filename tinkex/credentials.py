@@ -7,7 +7,6 @@ The order: the argument, ``$TINKER_API_KEY``, ``$TINKER_CREDENTIAL_CMD``, the de
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import dataclasses
 import json
@@ -15,6 +14,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
+
+import orjson
 
 from tinkex.errors import CredentialError
 
@@ -141,8 +142,8 @@ class CredentialsFile:
 def _parse(raw: bytes) -> Any:
     """The decoded content, or None; not an exception, which would hold what the file holds."""
     try:
-        return json.loads(raw)
-    except ValueError:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
         return None
 
 
@@ -202,8 +203,8 @@ def read_claims(jwt: str) -> Optional[Claims]:
         return None
     try:
         raw = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        claims = json.loads(raw)
-    except (binascii.Error, ValueError):
+        claims = orjson.loads(raw)
+    except ValueError:  # no base64, or no JSON
         return None
     if not isinstance(claims, dict):
         return None

@@ -38,6 +38,8 @@ class LossHandle:
 
     Attributes:
         name: of the function.
+        inputs: its parameters, with the ranks given for them.
+        graph: the trace, as it is sent.
         loss_id: the server's id, or None if the server has it not.
         session_id: the session that the id belongs to.
     """
@@ -50,8 +52,9 @@ class LossHandle:
         loss_id: Optional[str] = None,
     ) -> None:
         self._fn = fn
-        self._inputs = graph.inputs
         self.name = graph.name
+        self.inputs = graph.inputs
+        self.graph = graph.graph
         self.session_id = session_id
         self.loss_id = loss_id
 
@@ -66,7 +69,7 @@ class LossHandle:
     def check(self, data: Sequence[Datum]) -> None:
         """Raise InvalidInputError unless every datum has the inputs, of the ranks given."""
         for index, datum in enumerate(data):
-            for entry in self._inputs:
+            for entry in self.inputs:
                 # The ranks of the logprobs are those of the tokens that they are of.
                 name = "target_tokens" if entry.name == "logprobs" else entry.name
                 tensor = datum.loss_fn_inputs.get(name)
@@ -98,7 +101,7 @@ class LossHandle:
 
     def _one(self, datum: Datum, row: torch.Tensor) -> Tuple[torch.Tensor, Mapping[str, Any]]:
         tensors = []
-        for entry in self._inputs[1:]:
+        for entry in self.inputs[1:]:
             tensor = datum.loss_fn_inputs[entry.name].to_torch()
             tensors.append(tensor.reshape(()) if entry.rank == 0 else tensor)
         loss, metrics = self._fn(row, *tensors)

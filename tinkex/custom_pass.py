@@ -16,6 +16,7 @@ from tinkex.errors import (
     IncompleteGradientError,
     InvalidInputError,
     RequestFailedError,
+    SequenceLostError,
     SessionLostError,
 )
 from tinkex.futures import APIFuture, gather
@@ -72,7 +73,7 @@ class CustomPass:
             output = combine([part.result() for part in parts])
             self._future.settle(merge_metrics(output, metrics))
             return
-        lost = isinstance(first, (ClientClosedError, SessionLostError))
+        lost = isinstance(first, (ClientClosedError, SequenceLostError, SessionLostError))
         if lost or all(map(_left_out, parts, failures)):
             raise first  # the run is no more, or nothing was added to it
         done = sum(failure is None for failure in failures)

@@ -3,26 +3,20 @@
 Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host is
 not to see one.  Signatures are secrets too, so no error and no log line holds a URL.
 
-A file that is under way has a note: the entity tag under which its bytes came.  Bytes are only
-ever added under the same tag.  Thread: ``tinkex-download``, while a Downloader is open,
-looks whether the caller has cancelled; a thread that reads from a socket cannot.
+Thread: ``tinkex-download``, while a Downloader is open, looks whether the caller has cancelled; a
+thread that reads from a socket cannot.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import random
 import re
 import threading
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Callable, Dict, List, Mapping, Optional
 from urllib.parse import urlsplit
 
 import requests
@@ -41,13 +35,11 @@ from tinkex.errors import (
     ResponseDecodeError,
     status_error_type,
 )
+from tinkex.part_file import Note, Part, Source, sha256_of
 from tinkex.redirects import MAX_HOPS, next_hop, same_origin
 from tinkex.retry import RetryPolicy, retry_after_s
 
 logger = logging.getLogger(__name__)
-
-#: A URL is signed anew so long before it expires, in seconds.
-EXPIRY_MARGIN_S = 300.0
 
 #: How often a URL that is refused is signed anew, without a byte in between.
 MAX_REFUSALS = 3
@@ -56,80 +48,12 @@ _CHUNK = 1 << 16  # it is waited for as a whole
 _LOOK_S = 0.1
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
-_SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 
 #: Told of the bytes of one file: those that are here, and all of them if that is known.
 Tell = Callable[[int, Optional[int]], None]
 
 #: Finds out where a file is; True asks for a fresh signature.
-Sign = Callable[[bool], "Source"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a file can be fetched without credentials, and until when."""
-
-    url: str = dataclasses.field(repr=False)
-    expires: Optional[datetime] = None
-
-    def is_stale(self, wall: float) -> bool:
-        """Tell whether it is to be signed anew at *wall*, in seconds since the epoch."""
-        return self.expires is not None and self.expires.timestamp() - wall < EXPIRY_MARGIN_S
-
-
-@dataclasses.dataclass
-class _Note:
-    """What is known of a file under way: kept beside it, and read by the next attempt."""
-
-    etag: Optional[str] = None
-    modified: Optional[str] = None
-    total: Optional[int] = None
-    sha256: Optional[str] = None  # base64
-
-    @property
-    def validator(self) -> Optional[str]:
-        """What ``If-Range`` may carry: a strong tag, or else a date."""
-        if self.etag and not self.etag.startswith("W/"):
-            return self.etag
-        return None if self.etag else self.modified
-
-    @classmethod
-    def of(cls, headers: Mapping[str, str], total: Optional[int]) -> _Note:
-        digest = _SHA256.search(headers.get("Repr-Digest") or headers.get("Digest") or "")
-        sha256 = digest[1] if digest else headers.get("x-amz-checksum-sha256")
-        return cls(headers.get("ETag"), headers.get("Last-Modified"), total, sha256)
-
-    @classmethod
-    def load(cls, path: Path) -> _Note:
-        """Read a note; an empty one if there is none, or it makes no sense."""
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**found)
-        except (OSError, ValueError, TypeError):
-            return cls()
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A file that is being fetched: its name for messages, where it is, and its note's place."""
-
-    name: str
-    file: Path
-    note: Path
-
-    @property
-    def size(self) -> int:
-        """How many bytes are here."""
-        return self.file.stat().st_size if self.file.exists() else 0
-
-    def discard(self) -> None:
-        """Delete what is here."""
-        for path in (self.file, self.note):
-            if path.exists():
-                path.unlink()
+Sign = Callable[[bool], Source]
 
 
 class _Again(Exception):
@@ -296,13 +220,18 @@ class Downloader:
                 self.pause(patience.delay_s(trouble.error, trouble.hint_s))
 
     def _attempt(self, part: Part, source: Source, tell: Tell) -> int:
-        note = _Note.load(part.note)
+        note = Note.load(part.note)
         offset = part.size if note.validator else 0
         headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
             headers["If-Range"] = note.validator or ""
         url = source.url
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ResponseDecodeError(
+                f"the server says where {part.name} is by a {urlsplit(url).scheme or 'bare'} URL",
+                hint="Only http and https can be downloaded from.",
+            )
         try:
             for _ in range(MAX_HOPS + 1):
                 limits = (self._config.connect_timeout_s, self._config.read_timeout_s)
@@ -318,11 +247,13 @@ class Downloader:
             self.check()
             # Not "from error": its text holds the URL, with the signature.
             what = f"the download of {part.name} from {_host(url)} broke off: {root_cause(error)}"
+            if isinstance(error, requests.exceptions.SSLError):
+                raise APIConnectionError(what, retryable=False) from None
             raise _Again(APIConnectionError(what)) from None
         raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects without end")
 
     def _take(
-        self, part: Part, note: _Note, offset: int, response: requests.Response, tell: Tell
+        self, part: Part, note: Note, offset: int, response: requests.Response, tell: Tell
     ) -> int:
         status = response.status_code
         if status == 416 and offset and _total_of_range(response.headers) == offset:
@@ -340,7 +271,7 @@ class Downloader:
         elif status == 200:
             offset = 0
             length = response.headers.get("Content-Length", "")
-            note = _Note.of(response.headers, int(length) if length.isdigit() else None)
+            note = Note.of(response.headers, int(length) if length.isdigit() else None)
         else:
             raise self._failure(part.name, response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -370,7 +301,7 @@ class Downloader:
             os.fsync(out.fileno())
         return offset
 
-    def _finish(self, part: Part, note: _Note, size: int) -> int:
+    def _finish(self, part: Part, note: Note, size: int) -> int:
         """Check what has come; return its size."""
         if note.total is not None and size < note.total:  # urllib3 before 2 does not say
             raise _Again(
@@ -378,8 +309,7 @@ class Downloader:
             )
         if note.total is not None and size > note.total:
             raise _StartOver
-        expected = _decode_sha256(note.sha256)
-        if expected is not None and _sha256(part.file, self.check) != expected:
+        if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
             part.discard()
             raise ResponseDecodeError(
                 f"{part.name}: the SHA-256 of its {size} bytes is not the announced one",
@@ -452,23 +382,3 @@ def _host(url: str) -> str:
 def _total_of_range(headers: Mapping[str, str]) -> Optional[int]:
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     return int(found[3]) if found is not None and found[3].isdigit() else None
-
-
-def _decode_sha256(text: Optional[str]) -> Optional[bytes]:
-    """A whole file's digest; None if it is none (S3 marks those of parts by a number)."""
-    try:
-        raw = base64.b64decode(text or "", validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    return raw if len(raw) == 32 else None
-
-
-def _sha256(file: Path, check: Callable[[], None]) -> bytes:
-    digest = hashlib.sha256()
-    with open(file, "rb") as source:
-        while True:
-            check()
-            piece: Any = source.read(_CHUNK * 16)
-            if not piece:
-                return digest.digest()
-            digest.update(piece)

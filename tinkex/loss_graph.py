@@ -81,8 +81,7 @@ def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGr
             "depends on their values.",
         ) from error
     nodes = [_node(node) for node in traced.nodes]
-    name = getattr(fn, "__name__", "")
-    name = name if isinstance(name, str) and name.isidentifier() else "custom_loss"
+    name = str(getattr(fn, "__name__", "custom_loss"))  # a functools.partial has none
     return LossGraph(name, inputs, {"format": 1, "nodes": nodes})
 
 

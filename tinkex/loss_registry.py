@@ -11,7 +11,7 @@ import orjson
 
 from tinkex.api import training as api
 from tinkex.custom_loss import LossHandle, PerDatumLossFn, require_torch
-from tinkex.errors import InvalidInputError, RouteMissingError
+from tinkex.errors import APIError, InvalidInputError, RouteMissingError
 from tinkex.futures import APIFuture
 from tinkex.loss_graph import LossGraph, trace_loss
 from tinkex.new_run import wait_for_result
@@ -21,7 +21,7 @@ from tinkex.types import CreateCustomLossResponse
 
 logger = logging.getLogger(__name__)
 
-_ROUTE = "create_custom_loss"
+_KIND = "create_custom_loss"
 
 
 class LossRegistry:
@@ -39,7 +39,7 @@ class LossRegistry:
         """Trace *fn* at once, and upload it in the background.  See `ServiceClient`."""
         require_torch("create_custom_loss")
         graph = trace_loss(fn, input_ranks)
-        self._session.ensure_open(_ROUTE)
+        self._session.ensure_open(_KIND)
         key = orjson.dumps([graph.inputs, graph.graph])
         with self._lock:
             known = key in self._known
@@ -58,15 +58,12 @@ class LossRegistry:
                     self._known.discard(key)  # it may be tried again
                 raise
 
-        return self._session.run(_ROUTE, upload)
+        return self._session.run(_KIND, upload)
 
     def _upload(self, graph: LossGraph) -> Optional[str]:
         """Return the server's id of the loss, or None if it takes none.  Blocks."""
         session = self._session
-        if (
-            session.dialect.lacks(_ROUTE)
-            or not flags_for(session.transport).custom_loss_server_side
-        ):
+        if not self._is_wanted():
             return None
         try:
             accepted = api.create_custom_loss(
@@ -79,7 +76,14 @@ class LossRegistry:
             )
         except RouteMissingError as error:
             logger.info("custom losses are computed here: %s", error.message)
-            session.dialect.note_missing(_ROUTE)
             return None
-        created = wait_for_result(session, _ROUTE, accepted, CreateCustomLossResponse)
+        created = wait_for_result(session, _KIND, accepted, CreateCustomLossResponse)
         return created.loss_id
+
+    def _is_wanted(self) -> bool:
+        """Whether the server computes such losses; no, if it does not tell."""
+        try:
+            return flags_for(self._session.transport, once=True).custom_loss_server_side
+        except APIError as error:
+            logger.info("custom losses are computed here: %s", error)
+            return False

@@ -39,8 +39,8 @@ from tinkex.errors import (
     APIStatusError,
     ClientClosedError,
     ConflictError,
-    InvalidInputError,
     RequestFailedError,
+    ResponseDecodeError,
     ResultExpiredError,
     RouteMissingError,
     SequenceLostError,
@@ -126,11 +126,13 @@ class NumberedLane:
         self._next_seq_id = first_seq_id
         self._turned_away = False
         # Guards what follows, and tells of changes to it: what was sent and is not answered, what
-        # was refused for its number (with the number expected), the highest number known to be
-        # done, and the number that the server has told to be next (0 if none).
+        # was refused for its number (with the number expected), whether the lane's thread is
+        # looking out for that, the highest number known to be done, and the number that the server
+        # has told to be next (0 if none).
         self._changed = threading.Condition()
         self._in_flight: Set[Work[Any]] = set()
         self._refused: List[Tuple[Work[Any], int]] = []
+        self._attending = False
         self._done_seq_id = first_seq_id - 1
         self._told_seq_id = 0
         weakref.finalize(self, self._lane.stopper).atexit = False
@@ -165,18 +167,22 @@ class NumberedLane:
         """
         for future in futures:
             future.on_settled(lambda settled: self._wake())
-        while not all(future.done() for future in futures):
-            self._send_refused_again()
-            with self._changed:
-                if not all(future.done() for future in futures) and not self._refused:
-                    self._changed.wait(_LOOK_S)
+        self._attend(lambda: all(future.done() for future in futures))
 
     def finish(self) -> None:
         """Wait until all that was sent is done, also what has to be sent again."""
+        self._attend(lambda: not self._in_flight)
+
+    def _attend(self, is_over: Callable[[], bool]) -> None:
+        """Send again what is refused for its number, until *is_over* and nothing is refused."""
+        with self._changed:
+            self._attending = True
         while True:
             self._send_refused_again()
             with self._changed:
-                if self._session.closed or not (self._refused or self._in_flight):
+                over = not self._refused and is_over()
+                self._attending = not over and not self._session.closed
+                if not self._attending:
                     return
                 if not self._refused:
                     self._changed.wait(_LOOK_S)
@@ -218,8 +224,6 @@ class NumberedLane:
                 accepted = work.send(work.seq_id)
             except _AnotherBody:
                 self._send_lost_again()
-            except (InvalidInputError, ClientClosedError):  # nothing was sent, or all is over
-                raise
             except RouteMissingError:  # and nothing there to read it
                 raise
             except ConflictError as error:
@@ -234,7 +238,7 @@ class NumberedLane:
             except (APIConnectionError, APIStatusError) as error:
                 self._note_failure(error)
                 raise
-            except Exception:  # the server has accepted something: its answer cannot be read
+            except ResponseDecodeError:  # the server has accepted it, but says so unreadably
                 self._use_number()
                 raise
             else:
@@ -338,11 +342,13 @@ class NumberedLane:
                 self._in_flight.discard(work)
                 self._refused.append((work, expected))
                 self._changed.notify_all()
+            attended = self._attending
         if not known:
             return _from(error, self._lost_place(error, work, expected))
         work.future.enter("queued")
         try:
-            self._lane.submit(self._send_refused_again)
+            if not attended:
+                self._lane.submit(self._send_refused_again)
         except ClientClosedError:  # nobody will send it
             with self._changed:
                 self._refused = [pair for pair in self._refused if pair[0] is not work]

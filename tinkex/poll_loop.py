@@ -95,7 +95,8 @@ class PollLoop:
                 return
             if delay > 0:
                 self._channel.stopped.wait(delay)
-            if self._channel.stopped.is_set() or self._transport.closing.is_set():
+            stopped = self._channel.stopped.is_set() or self._transport.closing.is_set()
+            if stopped and not self._future.done():
                 raise ClientClosedError(
                     f"the client was closed before {self._future.kind} was done"
                 )

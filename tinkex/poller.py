@@ -51,7 +51,8 @@ class Poller:
         transport: polls go through it; its ``closing`` event ends every wait.
         explain: turns the error of failed work into the one the user gets (e.g. because the
             session was lost); called in a poller thread without locks.
-        on_failure: is told of each future that fails, with its error; must be quick and not raise.
+        on_failure: is told of each future that is about to fail, with its error; must be quick and
+            not raise.
     """
 
     def __init__(
@@ -171,12 +172,15 @@ class Poller:
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
         if isinstance(error, TinkexError):
+            error.request_id = error.request_id or future.request_id
             explained = self._explain(error)
             if explained is not error:
                 explained.__cause__ = error
             error = explained
-        if future.settle_error(error) and self._on_failure is not None:
+        # Before those who wait for it wake: they may close us at once.
+        if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
+        future.settle_error(error)
 
     def close(self, error: TinkexError) -> None:
         """Settle everything outstanding with *error* and stop the threads.  Returns at once.
@@ -215,7 +219,7 @@ class Poller:
             channel.abort()
             channel = None
         if channel is None:
-            channel = self._thread_local.channel = self._transport.open_channel()
+            channel = self._thread_local.channel = self._transport.open_connection()
         return channel
 
     def _drain(self, lane: str) -> None:

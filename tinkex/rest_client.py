@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import date
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Mapping, Optional, Union
 
 from tinkex import auth, checkpoints
 from tinkex.admin_client import AdminClient
@@ -390,3 +390,7 @@ def _check_search(request: SessionSearchRequest) -> None:
     owner = request.owner
     if isinstance(owner, SessionsOfUsers) and not 1 <= len(owner.owner_urns) <= 10:
         raise InvalidInputError(f"owner names {len(owner.owner_urns)} users; it must be 1 to 10")
+    for value in (owner, *(request.statuses or ())):
+        kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+        if not isinstance(kind, str):
+            raise InvalidInputError(f"{value!r:.100} in the search has no type")

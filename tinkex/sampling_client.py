@@ -386,10 +386,17 @@ class SamplingClient(ChildClient):
         transport = self._session.transport
         if flags_for(transport).sample_join_sampling_session:
             try:
-                return api.join_sampling_session(transport, self.sampling_session_id).client_counter
+                joined = api.join_sampling_session(transport, self.sampling_session_id)
             except APIStatusError as error:
                 if error.status not in ABSENT:
                     raise
+            else:
+                if 0 < joined.client_counter <= CLONE_BLOCK:
+                    return joined.client_counter
+                raise ResponseDecodeError(
+                    f"join_sampling_session: the client_counter {joined.client_counter} is no "
+                    "number of a clone"
+                )
         return 1 + secrets.randbelow(CLONE_BLOCK)
 
 

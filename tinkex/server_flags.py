@@ -122,8 +122,12 @@ _known: Dict[Tuple[int, str, str], _Known] = {}
 
 
 def _known_of(config: Config) -> _Known:
+    key = (os.getpid(), config.base_url, config.key_digest)
     with lifecycle.module_lock():
-        return _known.setdefault((os.getpid(), config.base_url, config.key_digest), _Known())
+        known = _known.get(key)
+        if known is None:
+            known = _known[key] = _Known()
+    return known
 
 
 def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:

@@ -121,6 +121,8 @@ class Reporter:
         """Report that *future* failed with *error*.  Never raises."""
         if isinstance(error, ClientClosedError):
             return
+        if getattr(error, "request_id", None) not in (None, future.request_id):
+            return  # that of a part, which was reported for the part
         try:
             if future.request_id is not None:
                 found = failed_request(

@@ -133,11 +133,12 @@ def safe_message(error: BaseException) -> str:
 
 def safe_traceback(trace: Optional[TracebackType]) -> str:
     """The places in code, outermost first, without the text of the lines."""
-    frames = traceback.extract_tb(trace)[-_FRAMES:]
-    return "\n".join(
-        f'File "{package_path(frame.filename)}", line {frame.lineno}, in {frame.name}'
-        for frame in frames
-    )
+    # By hand: traceback.extract_tb reads the source files.
+    places = [
+        f'File "{package_path(frame.f_code.co_filename)}", line {line}, in {frame.f_code.co_name}'
+        for frame, line in traceback.walk_tb(trace)
+    ]
+    return "\n".join(places[-_FRAMES:])
 
 
 def package_path(path: str) -> str:

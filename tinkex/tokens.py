@@ -93,8 +93,9 @@ class Token:
             # New, and by our clock not yet valid or about to expire: the clocks disagree.
             began, expires_at = now, now + life_s
         # Spread, so that many processes do not come at once.
-        renew_at = began + life_s * (0.45 + 0.1 * rand)
-        return cls(text, True, exchanged, renew_at, expires_at - margin_s, expires_at)
+        urgent_at = expires_at - margin_s
+        renew_at = min(began + life_s * (0.45 + 0.1 * rand), urgent_at)
+        return cls(text, True, exchanged, renew_at, urgent_at, expires_at)
 
     def has_come(self, instant: Optional[float], now: float) -> bool:
         """Tell whether one of its instants has passed; None never does."""

@@ -3,6 +3,10 @@
 Calls return futures at once.  The lane (`NumberedLane`) has the only thread; it sends in call order
 and gives the numbers.  Its first rule for them: no number is ever used for another body once the
 server may have taken a request under it.
+
+The requests of a batch in parts go one after the other, whatever the server's flag says of sending
+them at once: sent at once they may arrive in any order, which some servers refuse, and one that
+fails would leave a gap behind.
 """
 
 from __future__ import annotations

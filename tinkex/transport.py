@@ -20,10 +20,11 @@ import requests
 
 from tinkex._version import __version__
 from tinkex.billing import BillingPause
-from tinkex.channel import ACCEPT_ENCODING, Channel, content_of
+from tinkex.channel import Channel
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
 from tinkex.connection_errors import connection_error
+from tinkex.content_coding import ACCEPT_ENCODING
 from tinkex.deprecations import note_deprecation
 from tinkex.errors import (
     APIConnectionError,
@@ -32,6 +33,7 @@ from tinkex.errors import (
     ClientClosedError,
     status_error_type,
 )
+from tinkex.private_channel import AnyChannel, PrivateChannel
 from tinkex.rate_limiter import limiter_for
 from tinkex.redaction import redact, redact_reply, secrets_of
 from tinkex.redirects import MAX_HOPS, next_hop, same_origin, shown
@@ -50,7 +52,8 @@ logger = logging.getLogger(__name__)
 POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
 
 _HINTS: Mapping[int, str] = {
-    401: "Set TINKER_API_KEY or pass api_key=; this server asks for a key it knows.",
+    401: "Set TINKER_API_KEY, pass api_key= or run `tinkex auth login`: the server asks for a key "
+    "that it knows.",
     402: "The account cannot pay for this: check its billing set-up.",
     403: "The key is known but may not do this.",
 }
@@ -88,7 +91,7 @@ class Transport:
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
         # Guards _private: the channels of busy threads.
         self._lock = threading.Lock()
-        self._private: weakref.WeakSet[Channel] = weakref.WeakSet()
+        self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
         self._headers: Dict[str, str] = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
             "Accept-Encoding": ACCEPT_ENCODING,
@@ -100,14 +103,17 @@ class Transport:
         # is off by a few because threads race does no harm.
         self._edge_budget = _EDGE_BUDGET
         self._before_send: Optional[Callable[[Request], Request]] = None
+        self._own: Optional[AnyChannel] = None
 
     def watched(self, before_send: Callable[[Request], Request]) -> Transport:
-        """Return a view of this transport whose `send` sends what *before_send* makes of a request.
+        """Return a view of this transport for one busy thread, with a connection of its own.
 
-        What that raises keeps the request from being sent.
+        Its `send` sends what *before_send* makes of a request; what that raises keeps the request
+        from being sent.
         """
         view = copy.copy(self)
         view._before_send = before_send
+        view._own = self.open_connection()
         return view
 
     def open_channel(self) -> Channel:
@@ -119,11 +125,23 @@ class Transport:
             channel.abort()
         return channel
 
+    def open_connection(self) -> AnyChannel:
+        """Like `open_channel`, for a thread that does nothing but short requests, and many."""
+        channel: AnyChannel
+        channel = (
+            Channel(self.config, pool_size=1) if self.config.proxy else PrivateChannel(self.config)
+        )
+        with self._lock:
+            self._private.add(channel)
+        if self.closing.is_set():
+            channel.abort()
+        return channel
+
     def send_once(
         self,
         request: Request,
         *,
-        channel: Optional[Channel] = None,
+        channel: Optional[AnyChannel] = None,
         idempotency_key: Optional[str] = None,
     ) -> Reply:
         """Send one attempt and return the answer, whatever its status.
@@ -142,7 +160,7 @@ class Transport:
             headers["Content-Type"] = request.content_type
             headers["X-Idempotency-Key"] = idempotency_key or str(uuid.uuid4())
         token = self.token_for(request)
-        channel = channel or self._channels[request.traffic]
+        channel = channel or self._own or self._channels[request.traffic]
         reply = self._follow(request, headers, token, channel)
         if token is not None and reply.status == 401:
             if token.renewable and is_invalid_token(reply.status, reply.headers):
@@ -160,7 +178,11 @@ class Transport:
         return None if _KEY_HEADER in own else self.tokens.token_for(self, request)
 
     def _follow(
-        self, request: Request, headers: Mapping[str, str], token: Optional[Token], channel: Channel
+        self,
+        request: Request,
+        headers: Mapping[str, str],
+        token: Optional[Token],
+        channel: AnyChannel,
     ) -> Reply:
         """Send, and go where redirects lead; what authenticates goes nowhere else."""
         private = {**self.config.access_headers, **request.headers}
@@ -177,28 +199,26 @@ class Transport:
                 if request.secrets and request.body:
                     return reply  # the secrets may be in the body
                 private = {}
+                channel = self._channels[request.traffic]  # a private one knows its server only
             url = target
         return self._attempt(request, url, {**headers, **private}, channel)
 
     def _attempt(
-        self, request: Request, url: str, headers: Mapping[str, str], channel: Channel
+        self, request: Request, url: str, headers: Mapping[str, str], channel: AnyChannel
     ) -> Reply:
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s
         timeout = (min(self.config.connect_timeout_s, read_timeout_s), read_timeout_s)
         try:
-            response = channel.request(
+            reply = channel.request(
                 request.method, url, headers=headers, body=request.body, timeout=timeout
             )
-            body = content_of(response)
         except requests.RequestException as error:
             self._no_answer(request, error)
-        lowered = {name.lower(): value for name, value in response.headers.items()}
-        reply = Reply(response.status_code, lowered, body)
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return redact_reply(reply, self.config.api_key, self._all_secrets(request))
 
-    def _check_for_edge(self, request: Request, reply: Reply, channel: Channel) -> None:
+    def _check_for_edge(self, request: Request, reply: Reply, channel: AnyChannel) -> None:
         """Raise APIConnectionError if a proxy before the server has rejected the connection."""
         if 200 <= reply.status < 300:
             self._edge_budget = min(self._edge_budget + 1, _EDGE_BUDGET)
@@ -212,7 +232,7 @@ class Transport:
         ) from self.status_error(request, reply)
 
     def send(
-        self, request: Request, policy: RetryPolicy, *, channel: Optional[Channel] = None
+        self, request: Request, policy: RetryPolicy, *, channel: Optional[AnyChannel] = None
     ) -> Reply:
         """Send until there is a 2xx answer or *policy* gives up.
 
@@ -266,7 +286,7 @@ class Transport:
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
             self._wait(delay, request, channel)
 
-    def _wait(self, delay_s: float, request: Request, channel: Optional[Channel]) -> None:
+    def _wait(self, delay_s: float, request: Request, channel: Optional[AnyChannel]) -> None:
         stop = self.closing if channel is None else channel.stopped  # which closing sets, too
         if (delay_s > 0 and stop.wait(delay_s)) or stop.is_set() or self.closing.is_set():
             raise ClientClosedError(f"the client was closed before {request.name} was done")

@@ -93,7 +93,7 @@ CASES: Tuple[Case, ...] = (
         "get_server_capabilities",
         None,
         {"supported_models": [{"model_name": "m", "new_field": 1}, {"model_id": "x"}]},
-        types.GetServerCapabilitiesResponse([types.SupportedModel("m"), types.SupportedModel()]),
+        types.GetServerCapabilitiesResponse([types.SupportedModel("m"), types.SupportedModel("x")]),
     ),
     ("healthz", sessions.healthz, "GET", "healthz", None, {"status": "ok"}, None),
     (

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
+from hypothesis import given, strategies as st
 from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
@@ -275,6 +276,38 @@ def test_a_clock_that_is_off_does_not_shorten_a_tokens_life(skew_s: float) -> No
     assert token.renew_at is not None
     assert token.expires_at is not None
     assert now < token.renew_at < token.expires_at == now + 3600.0
+
+
+INSTANTS = st.floats(-1e12, 1e12) | st.integers(0, 2 * 10**9)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(
+    st.text()
+    | st.builds(
+        lambda claims: jwt(life_s=None, **claims),
+        st.fixed_dictionaries({}, optional=dict.fromkeys(("iat", "exp", "sub"), json_values)),
+    )
+    | st.builds(lambda iat, exp: jwt(life_s=None, iat=iat, exp=exp), INSTANTS, INSTANTS),
+    st.floats(0, 1e10),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_any_text_may_be_a_token(text: str, now: float, rand: float) -> None:
+    token = Token.received(text, now, rand)
+    assert token.text == text
+    if token.expires_at is not None:
+        assert token.renew_at is not None
+        assert token.urgent_at is not None
+        assert token.renew_at <= token.urgent_at <= token.expires_at
+
+
+def test_a_token_of_endless_depth_is_a_token() -> None:
+    payload = base64.urlsafe_b64encode(b"[" * 100_000).decode()
+    assert read_claims(f"eyJ.{payload}.s") is None
 
 
 @pytest.mark.parametrize("text", [jwt(life_s=None), "opaque", "eyJ.x.y", "eyJ..", "a.b.c"])

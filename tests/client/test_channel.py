@@ -31,7 +31,7 @@ def post(channel: Channel, server: ScriptedServer, path: str = "/x") -> requests
 def test_a_connection_is_used_again(channel: Channel, server: ScriptedServer) -> None:
     server.on("POST /x", Answer())
     for _ in range(5):
-        assert post(channel, server).status_code == 200
+        assert post(channel, server).status == 200
     assert server.connections == 1
 
 
@@ -41,7 +41,7 @@ def test_an_idle_connection_that_the_server_closed_is_replaced(
     server.on("POST /x", Answer())
     post(channel, server)
     server.drop_connections()
-    assert post(channel, server).status_code == 200
+    assert post(channel, server).status == 200
     assert server.connections == 2
 
 
@@ -49,7 +49,7 @@ def test_redirects_are_not_followed(channel: Channel, server: ScriptedServer) ->
     server.on("POST /x", Answer(302, headers={"Location": "/y"}))
     server.on("POST /y", Answer())
     server.on("GET /y", Answer())
-    assert post(channel, server).status_code == 302
+    assert post(channel, server).status == 302
     assert [r.path for r in server.requests()] == ["/x"]
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_read_from_the_environment(
     monkeypatch.setenv("NETRC", str(netrc))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server.on("POST /x", Answer())
-    assert post(channel, server).status_code == 200
+    assert post(channel, server).status == 200
     assert "authorization" not in server.requests()[0].headers
 
 
@@ -143,7 +143,7 @@ def test_a_proxy_is_used_and_its_connections_can_be_aborted(server: ScriptedServ
     channel = Channel(quick_config(server, base_url="http://far.example", proxy=server.url), 1)
     server.on("POST http://far.example/x", Answer(), Answer(hold=threading.Event()))
     first = channel.request("POST", "http://far.example/x", headers={}, body=b"", timeout=(5, 5))
-    assert first.status_code == 200
+    assert first.status == 200
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(
             channel.request, "POST", "http://far.example/x", headers={}, body=b"", timeout=(5, 60)

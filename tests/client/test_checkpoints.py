@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import inspect
 import io
 import logging
 import os
+import sys
 import tarfile
 import threading
 from datetime import datetime, timedelta, timezone
@@ -19,11 +21,12 @@ import pytest
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
-from tinkex import RestClient, checkpoints, downloads, extraction
+from tinkex import RestClient, ServiceClient, TrainingClient, checkpoints, downloads, extraction
 from tinkex.api import archives
 from tinkex.errors import (
     APIConnectionError,
     ClientClosedError,
+    ConfigError,
     DownloadCancelledError,
     InternalServerError,
     InvalidInputError,
@@ -239,9 +242,10 @@ def test_a_download_that_was_cancelled_goes_on_in_the_next_call(
             arrived.set()
 
     dest = tmp_path / "x"
-    with pytest.raises(DownloadCancelledError):
+    with pytest.raises(DownloadCancelledError) as caught:
         rest.download_checkpoint(PATH, dest, progress=progress, cancel=cancel)
     stopper.join()
+    assert str(part_of(dest)) in str(caught.value)
     assert not dest.exists()
     assert os.listdir(tmp_path) == [".x.part"]
     assert (part_of(dest) / "archive").read_bytes() == TAR[:655_360]
@@ -479,6 +483,27 @@ def test_an_outage_ends_and_the_error_holds_no_signature(
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     assert "abc" not in " ".join(chain)
     assert "abc" not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "s3://bucket/key", "/no/host", "//"])
+def test_only_web_addresses_are_fetched(
+    rest: RestClient, server: ScriptedServer, tmp_path: Path, url: str
+) -> None:
+    server.on(ARCHIVE, Answer(body={"url": url}))
+    with pytest.raises(ResponseDecodeError, match="URL"):
+        rest.download_checkpoint(PATH, tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_host_that_cannot_be_trusted_is_told_at_once(
+    rest: RestClient, server: ScriptedServer, tmp_path: Path
+) -> None:
+    with ScriptedServer(tls=True) as host:
+        server.on(ARCHIVE, Answer(body={"url": f"{host.url}/a.tar?signature=1"}))
+        with pytest.raises(APIConnectionError, match="certificate") as caught:
+            rest.download_checkpoint(PATH, tmp_path / "x")
+    assert not caught.value.retryable
+    assert "signature" not in str(caught.value)
 
 
 def test_a_4xx_of_the_host_is_final(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
@@ -738,7 +763,7 @@ def test_the_embedded_server_hands_out_its_checkpoints(
         exported, tmp_path / "external", progress=lambda done, total: told.append(done)
     )
     for name in ("weights", "sampler", "external"):
-        assert "adapter_config.json" in {p.name for p in (tmp_path / name).rglob("*")}, name
+        assert list(contents(tmp_path / name)) == ["deterministic.json"]
     assert told[-1] == sum(len(body) for body in contents(tmp_path / "external").values())
     trainer.save_state("after").result(PATIENCE_S)  # the session goes on
 
@@ -757,23 +782,38 @@ def test_a_download_from_the_embedded_server_goes_on_too(
     assert contents(tmp_path / "x") == whole
 
 
+@pytest.mark.parametrize("profile", ["skyrl-0.3", "tuft-0.2"])
+def test_servers_that_differ_hand_out_theirs(profile: str, tmp_path: Path) -> None:
+    key = None if profile.startswith("skyrl") else KEY
+    engine = DeterministicEngine(vocab_size=1000, context_length=64)
+    with LocalServer(engine, profile=profile, api_key=key) as local:
+        with ServiceClient(base_url=local.url, api_key=key) as service:
+            trainer = service.create_lora_training_client("deterministic", rank=4)
+            saved = trainer.save_state("final").result(PATIENCE_S).path
+            sampler = trainer.save_weights_for_sampler("s").result(PATIENCE_S).path
+        with RestClient(base_url=local.url, api_key=key) as rest:
+            for number, path in enumerate((saved, str(sampler))):
+                rest.download_checkpoint(path, tmp_path / str(number))
+                assert list(contents(tmp_path / str(number))) == ["deterministic.json"]
+
+
 def test_without_archives_a_training_checkpoint_is_exported_for_the_purpose(
     tmp_path: Path,
 ) -> None:
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
-    with LocalServer(engine, profile="hosted") as local:
-        with ServiceClient(base_url=local.url) as service:
+    with LocalServer(engine, profile="hosted", api_key=KEY) as local:
+        with ServiceClient(base_url=local.url, api_key=KEY) as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
             path = trainer.save_state("final").result(PATIENCE_S).path
             sampler = trainer.save_weights_for_sampler("s").result(PATIENCE_S).path
-        with RestClient(base_url=local.url) as rest:
+        with RestClient(base_url=local.url, api_key=KEY) as rest:
             before = rest.list_user_checkpoints().result(PATIENCE_S).checkpoints
             with pytest.raises(RouteMissingError, match="archive"):
                 rest.download_checkpoint(str(sampler), tmp_path / "s")
             rest.download_checkpoint(path, tmp_path / "x")
             after = rest.list_user_checkpoints().result(PATIENCE_S).checkpoints
             sessions = rest.list_sessions().result(PATIENCE_S).sessions
-    assert "adapter_config.json" in contents(tmp_path / "x")
+    assert list(contents(tmp_path / "x")) == ["deterministic.json"]
     assert after == before, "the export is deleted again"
     assert len(sessions) == 2, "one is for the export"
     assert os.listdir(tmp_path) == ["x"]

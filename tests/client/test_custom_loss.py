@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
@@ -110,6 +111,22 @@ def test_a_loss_is_traced_into_plain_json() -> None:
     assert by_name["sum_1"]["kwargs"] == {"dim": {"tuple": [0]}}
     metrics = {"dict": {"custom/n:sum": {"ref": "sum_2"}}}
     assert nodes[-1]["args"] == [{"tuple": [{"ref": "sum_1"}, metrics]}]
+
+
+def golden(logprobs: Any, mask: Any, old: Any) -> Any:
+    ratio = torch.exp(logprobs - old)
+    kept = torch.where(mask > 0, ratio[..., 1:], float("-inf"))
+    bounded = torch.clamp(kept, min=-1e30, max=float("inf")).to(torch.float32)
+    moved = bounded.to(device=torch.device("cpu"), memory_format=torch.contiguous_format)
+    pair = torch.stack([moved.sum(dim=(0,)), abs(moved).mean()])
+    total = pair.sum() * math.sqrt(logprobs.shape[0])
+    return total, {"custom/n:sum": mask.sum(), "custom/r:mean": ratio.detach().mean()}
+
+
+def test_the_graph_is_the_one_that_the_official_client_sends() -> None:
+    # What tinker 0.38.0 sent for this very function, recorded from outside.
+    recorded = json.loads(Path(__file__).with_name("golden_loss.json").read_text())
+    assert trace_loss(golden, {"logprobs": 1, "mask": 1, "old": 1}).graph == recorded
 
 
 def test_math_shapes_and_devices_have_a_form_too() -> None:
@@ -374,6 +391,15 @@ def test_a_server_that_tells_the_flag_but_lacks_the_route_is_asked_once(
     assert flagged.create_custom_loss(clipped, RANKS).loss_id is None
     assert flagged.create_custom_loss(total, ONE).loss_id is None
     assert len(routes.submitted("create_custom_loss")) == 1
+
+
+def test_a_server_that_does_not_tell_its_flags_gets_no_losses(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    routes.serve("client/config", Answer(500, {"detail": "broken"}))
+    with ServiceClient(base_url=server.url) as client:
+        assert client.create_custom_loss(clipped, RANKS).loss_id is None
+    assert routes.submitted("create_custom_loss") == []
 
 
 def test_in_another_session_an_uploaded_loss_is_computed_here(

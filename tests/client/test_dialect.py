@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, List
 
 import pytest
-from support.scripted_server import Answer, Received, ScriptedServer
+import zstandard
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.transports import open_transport, quick_config
 
 from tinkex import retry
-from tinkex.dialect import Dialect
+from tinkex.api.sampling import get_sampler
+from tinkex.dialect import Dialect, ServerDialect
 from tinkex.errors import (
     APIConnectionError,
     APIStatusError,
     BadRequestError,
+    ClientClosedError,
     ConflictError,
     InternalServerError,
+    NotFoundError,
+    RouteMissingError,
 )
 from tinkex.transport import Transport
-from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
+from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, PromptProvenanceSpan
+from tinkex.wire.compression import can_compress
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -28,9 +38,11 @@ ACCEPTED = Answer(body={"request_id": "r-1"})
 PLAIN_500 = Answer(500, b"Internal Server Error", content_type="text/plain")
 
 
+DATUM = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
+
+
 def batch(seq_id: int = 7, forward_only: bool = False) -> ForwardBackwardRequest:
-    datum = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
-    return ForwardBackwardRequest("m", seq_id, [datum], "cross_entropy", {}, forward_only)
+    return ForwardBackwardRequest("m", seq_id, [DATUM], "cross_entropy", {}, forward_only)
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +223,201 @@ def test_once_settled_a_500_is_only_a_500(transport: Transport, server: Scripted
     with pytest.raises(InternalServerError):
         dialect.submit(transport, batch(2))
     assert encodings(server) == ["x-protobuf"] * 5
+
+
+def test_a_batch_without_a_json_form_is_reported_by_the_first_answer(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(ROUTE, Answer(400, {"detail": "the spans do not fit"}))
+    span = PromptProvenanceSpan("s", length=3)
+    with_spans = dataclasses.replace(batch(), data=[DATUM.with_provenance([span], [span])])
+    with pytest.raises(BadRequestError, match="the spans do not fit") as caught:
+        Dialect(transport.config).submit(transport, with_spans)
+    assert "no JSON form" in str(caught.value)
+    assert encodings(server) == ["x-protobuf"]
+
+
+def test_a_server_without_the_forward_route_speaks_protobuf(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(ROUTE, PLAIN_500, ACCEPTED)
+    server.on(FORWARD, Answer(404, {"detail": "Not Found"}))
+    dialect = Dialect(transport.config)
+    assert dialect.submit(transport, batch(1, forward_only=True)).request_id == "r-1"
+    assert dialect.codec is PROTOBUF
+
+
+def test_two_like_answers_are_told_once(transport: Transport, server: ScriptedServer) -> None:
+    server.on(ROUTE, Answer(400, {"detail": "loss 'x' is unknown"}))
+    with pytest.raises(BadRequestError) as caught:
+        Dialect(transport.config).submit(transport, batch())
+    assert caught.value.hint is None
+    assert str(caught.value).count("loss 'x'") == 1
+
+
+# Many at once
+
+
+def test_many_first_batches_at_once_settle_it_once(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    refusal = Answer(415, hold=threading.Event())
+    server.on(ROUTE, only("application/json", refusal))
+    arrived = threading.Semaphore(0)
+
+    def submit(seq_id: int) -> str:
+        arrived.release()
+        return Dialect(transport.config).submit(transport, batch(seq_id)).request_id
+
+    with ThreadPoolExecutor(20) as pool:
+        ids = [pool.submit(submit, seq_id) for seq_id in range(1, 21)]
+        for _ in range(20):
+            assert arrived.acquire(timeout=PATIENCE_S)
+        server.wait_for(ROUTE, 1)
+        assert refusal.hold is not None
+        refusal.hold.set()
+        assert [f.result(PATIENCE_S) for f in ids] == ["r-1"] * 20
+    assert encodings(server) == ["x-protobuf"] + ["json"] * 20
+    assert sorted(seq_ids(server)[1:]) == list(range(1, 21))
+
+
+def test_who_waits_for_the_first_batch_can_be_closed(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    held = Answer(body={"request_id": "r-1"}, hold=threading.Event())
+    server.on(ROUTE, held)
+    with open_transport(server) as other, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(Dialect(transport.config).submit, transport, batch(1))
+        server.wait_for(ROUTE, 1)
+        second = pool.submit(Dialect(other.config).submit, other, batch(2))
+        other.closing.set()
+        assert isinstance(second.exception(PATIENCE_S), ClientClosedError)
+        assert not first.done()
+        assert held.hold is not None
+        held.hold.set()
+        assert first.result(PATIENCE_S).request_id == "r-1"
+    assert len(server.requests(ROUTE)) == 1
+
+
+def test_the_failure_of_the_first_batch_is_its_own(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    bad = Answer(400, {"detail": "loss 'x' is unknown"}, hold=threading.Event())
+    server.on(ROUTE, bad, bad, ACCEPTED)
+    dialect = Dialect(transport.config)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(dialect.submit, transport, batch(1))
+        server.wait_for(ROUTE, 1)
+        second = pool.submit(dialect.submit, transport, batch(2))
+        assert bad.hold is not None
+        bad.hold.set()
+        assert isinstance(first.exception(PATIENCE_S), BadRequestError)
+        assert second.result(PATIENCE_S).request_id == "r-1"
+    assert seq_ids(server) == [1, 1, 2]
+
+
+# Compression
+
+
+def test_batches_are_compressed_once_the_encoding_is_settled(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(ROUTE, ACCEPTED)
+    dialect = Dialect(transport.config)
+    for seq_id in (1, 2):
+        dialect.submit(transport, batch(seq_id), compress=True)
+    plain, packed = server.requests(ROUTE)
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "zstd"
+    unpacked = zstandard.ZstdDecompressor().decompress(packed.body)
+    assert PROTOBUF.decode_forward_backward(unpacked) == batch(2)
+    assert dialect.snapshot() == ServerDialect("protobuf", "zstd")
+    assert str(dialect.snapshot()) == "batches as protobuf (zstd)"
+
+
+def test_a_server_that_cannot_decompress_gets_plain_bodies(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    def answer(received: Received) -> Answer:
+        return Answer(415) if "content-encoding" in received.headers else ACCEPTED
+
+    server.on(ROUTE, answer)
+    dialect = Dialect(transport.config)
+    for seq_id in (1, 2, 3):
+        dialect.submit(transport, batch(seq_id), compress=True)
+    packed = ["content-encoding" in r.headers for r in server.requests(ROUTE)]
+    assert packed == [False, True, False, False]
+    assert dialect.snapshot().compression is None
+
+
+def test_without_zstandard_nothing_is_compressed(
+    transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # its import fails
+    can_compress.cache_clear()
+    server.on(ROUTE, ACCEPTED)
+    dialect = Dialect(transport.config)
+    try:
+        for seq_id in (1, 2):
+            dialect.submit(transport, batch(seq_id), compress=True)
+    finally:
+        can_compress.cache_clear()
+    assert not any("content-encoding" in r.headers for r in server.requests(ROUTE))
+
+
+def test_json_is_never_compressed(server: ScriptedServer) -> None:
+    server.on(ROUTE, ACCEPTED)
+    with open_transport(server, wire="json") as transport:
+        Dialect(transport.config).submit(transport, batch(), compress=True)
+    assert "content-encoding" not in server.requests(ROUTE)[0].headers
+
+
+# What is remembered
+
+
+def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transport) -> None:
+    dialect = Dialect(transport.config)
+    before = dialect.snapshot()
+    dialect.note_missing("POST telemetry")
+    assert before == ServerDialect()
+    assert str(before) == "encoding not known yet"
+    assert dialect.lacks("POST telemetry")
+    assert not dialect.lacks("POST cancel_future")
+    after = dialect.snapshot()
+    assert after.missing_routes == ("POST telemetry",)
+    assert str(after) == "encoding not known yet; without POST telemetry"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        after.encoding = "json"  # type: ignore[misc]
+
+
+def test_a_route_that_has_answered_is_not_missing(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    route = "GET /api/v1/samplers/s"
+    known = Answer(body={"sampler_id": "s", "base_model": "m"})
+    nothing = Answer(404, {"detail": "Not Found"})
+    server.on(route, Answer(404, {"detail": "sampler 's' is unknown"}), known, nothing)
+    with pytest.raises(NotFoundError):  # about the sampler, not about the route
+        get_sampler(transport, "s")
+    assert get_sampler(transport, "s").base_model == "m"
+    for _ in range(2):
+        with pytest.raises(RouteMissingError):
+            get_sampler(transport, "s")
+    assert len(server.requests(route)) == 4
+    assert not Dialect(transport.config).lacks("GET samplers/{id}")
+
+
+def test_a_route_that_is_missing_is_asked_for_once(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    route = "GET /api/v1/samplers/s"
+    server.on(route, Answer(404, {"detail": "Not Found"}))
+    for _ in range(2):
+        with pytest.raises(RouteMissingError) as caught:
+            get_sampler(transport, "s")
+        assert caught.value.status == 404
+    assert len(server.requests(route)) == 1
+    assert Dialect(transport.config).snapshot().missing_routes == ("GET samplers/{id}",)
 
 
 def test_a_server_that_is_gone_teaches_nothing(server: ScriptedServer) -> None:

@@ -519,6 +519,21 @@ def test_sessions_are_found_however_they_stand(
     assert server.requests(SEARCH)[0].json() == {"user_metadata": {}, "owner": {"type": "own"}}
 
 
+def test_a_search_may_be_written_as_plain_objects(
+    server: ScriptedServer, alone: RestClient
+) -> None:
+    server.on(SEARCH, Answer(body={"sessions": []}))
+    request = types.SessionSearchRequest(
+        owner={"type": "team", "id": 5}, statuses=[{"type": "asleep"}]
+    )
+    alone.search_sessions(request).result(PATIENCE_S)
+    assert server.requests(SEARCH)[0].json() == {
+        "user_metadata": {},
+        "owner": {"type": "team", "id": 5},
+        "statuses": [{"type": "asleep"}],
+    }
+
+
 def test_a_search_says_all_that_was_asked_and_goes_on(
     server: ScriptedServer, alone: RestClient
 ) -> None:
@@ -563,6 +578,9 @@ def test_a_search_says_all_that_was_asked_and_goes_on(
         {"limit": 201},
         {"limit": True},
         {"display_name": ""},
+        {"owner": "own"},
+        {"owner": {"owner_urns": ["u"]}},
+        {"statuses": ["active"]},
         {"owner": types.SessionsOfUsers([])},
         {"owner": types.SessionsOfUsers(["u"] * 11)},
     ],

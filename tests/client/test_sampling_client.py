@@ -22,6 +22,7 @@ from tinkex.errors import (
     NotFoundError,
     ResponseDecodeError,
     ResultExpiredError,
+    RouteMissingError,
     UnprocessableEntityError,
     UnsupportedError,
 )
@@ -478,6 +479,23 @@ def test_a_clone_counts_in_a_block_that_the_server_gives_it(
     ]
 
 
+@pytest.mark.parametrize("counter", [0, -1, None, "many", 10**30])
+def test_a_clone_without_a_usable_number_says_so_and_asks_again(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, counter: Any
+) -> None:
+    routes.serve("client/config", Answer(body={"sample_join_sampling_session": True}))
+    routes.serve(
+        "join_sampling_session",
+        Answer(body={"client_counter": counter}),
+        Answer(body={"client_counter": 1}),
+    )
+    clone = SamplingClient.from_sampler_handle(scripted_sampler.get_sampler_handle())
+    with pytest.raises(ResponseDecodeError, match="client_counter"):
+        clone.sample(PROMPT).result(PATIENCE_S)
+    clone.sample(PROMPT).result(PATIENCE_S)
+    assert [b["seq_id"] for b in routes.submitted("asample")] == [10**9]
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_a_clone_takes_a_random_block_where_the_server_gives_none(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, flag: bool
@@ -525,7 +543,7 @@ def test_the_tokenizer_is_the_servers_or_that_of_the_known_base_model(
     scripted.create_sampling_client(base_model="given").get_tokenizer()
     scripted.create_sampling_client(base_model="given").get_tokenizer()
     assert asked == [("base", "org/tok"), ("given",)]
-    with pytest.raises(NotFoundError):
+    with pytest.raises(RouteMissingError, match="weights_info"):
         scripted.create_sampling_client("tinker://x/s").get_tokenizer()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator
 
 import pytest
+from hypothesis import given, strategies as st
 from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.transports import open_transport, quick_config
@@ -174,6 +176,23 @@ def test_a_leader_that_is_closed_leaves_the_question_to_others(server: ScriptedS
             with pytest.raises(ClientClosedError):
                 leading.result(PATIENCE_S)
             assert waiting.result(PATIENCE_S).fwdbwd_max_chunk_len == 3
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name for field in dataclasses.fields(ServerFlags)]) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats()
+        | st.text()
+        | st.lists(st.integers()),
+    )
+)
+def test_any_object_makes_flags_of_the_right_types(payload: Any) -> None:
+    flags = read_flags(ServerFlags, payload)
+    for field in dataclasses.fields(ServerFlags):
+        assert type(getattr(flags, field.name)) is type(field.default)
 
 
 # Flags that change

@@ -224,6 +224,24 @@ def test_creating_something_that_fails_is_reported_too(
     }
 
 
+def test_a_failure_is_reported_once_though_others_wait_for_it(
+    server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
+) -> None:
+    routes.serve("retrieve_future", Answer(body={"error": "no GPU", "category": "server"}))
+    with pytest.raises(RequestFailedError) as caught:
+        reporting.create_lora_training_client("base")
+    reporting.close()
+    found = [e.get("event_name", e["event"]) for e in events(server)]
+    assert sorted(found) == [
+        "APIFuture.result_async.application_error",
+        "SESSION_END",
+        "SESSION_START",
+        "UNHANDLED_EXCEPTION",
+    ]
+    name = "APIFuture.result_async.application_error"
+    assert generic(server)[name]["request_id"] == caught.value.request_id
+
+
 def test_a_close_is_not_a_failure(
     server: ScriptedServer, routes: TinkerRoutes, reporting: ServiceClient
 ) -> None:

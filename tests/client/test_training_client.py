@@ -16,7 +16,7 @@ import pytest
 from support.relay import Relay
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.threads import wait_until
-from support.tinker_routes import TinkerRoutes
+from support.tinker_routes import MODEL, TinkerRoutes
 
 from tinkex import RetryConfig, ServiceClient, TrainingClient, training_client, types
 from tinkex.errors import (
@@ -625,7 +625,7 @@ def test_pages_of_the_console(scripted: ServiceClient, scripted_trainer: Trainin
     base = "https://tinker.thinkingmachines.ai"
     run = "session-1%3Atrain%3A0"
     assert scripted.get_console_url() == f"{base}/sessions/session-1"
-    assert scripted_trainer.get_console_url() == f"{base}/training_runs/{run}"
+    assert scripted_trainer.get_console_url() == f"{base}/training_runs/{MODEL}"
     saved = scripted_trainer.save_state("a").result(PATIENCE_S)
     assert saved.get_console_url() == f"{base}/checkpoints/{run}/weights%2Fa"
     named = scripted_trainer.save_weights_for_sampler("a").result(PATIENCE_S)

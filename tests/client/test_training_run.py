@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import threading
 from typing import Any, Dict, Iterator, List, Tuple
@@ -17,14 +16,17 @@ from tinkex.errors import (
     APIConnectionError,
     AuthenticationError,
     BadRequestError,
+    CredentialError,
     InternalServerError,
     RequestFailedError,
+    ResponseDecodeError,
     ResultExpiredError,
     SequenceLostError,
     TinkexError,
 )
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.profiles import NAMES
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
 
@@ -195,8 +197,10 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
 
 
 def test_a_result_that_is_lost_with_its_answer_is_told_and_the_run_goes_on(
-    trainer: TrainingClient, routes: TinkerRoutes
+    scripted: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
+    trainer = scripted.create_lora_training_client("base")
     strict = Strict(routes)
     strict.swallow = 1  # the step is taken, and its answer lost; the retry is one too many
     with pytest.raises(ResultExpiredError, match="was done") as caught:
@@ -248,7 +252,7 @@ def test_another_409_is_only_a_failure(trainer: TrainingClient, routes: TinkerRo
     assert len(routes.submitted("save_weights")) == 1
 
 
-@pytest.mark.parametrize("profile", ["tuft-0.2", "skyrl-0.3", "skyrl-0.4", "hatchery-0.3", "hosted"])
+@pytest.mark.parametrize("profile", NAMES)
 def test_bad_input_never_loses_the_run(profile: str) -> None:
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
     with LocalServer(engine, profile=profile) as local:
@@ -324,7 +328,6 @@ def test_no_answer_of_another_body_is_taken_for_ones_own(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     first = FirstBodyWins(routes)
-    trainer._session.transport.config  # noqa: B018
     trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert trainer.save_state("a").result(PATIENCE_S).path == PATH
     assert first.ran == ["optim_step", "save_weights"]
@@ -390,6 +393,25 @@ def test_a_number_is_used_up_by_what_the_server_has_read(
     assert routes.seq_ids()[-1] == number
 
 
+def test_what_cannot_be_sent_uses_no_number(trainer: TrainingClient, routes: TinkerRoutes) -> None:
+    def send(seq_id: int) -> types.UntypedFuture:
+        raise CredentialError("the credential command failed")
+
+    future = trainer._run.submit("optim_step", send, lambda reply: None)
+    assert isinstance(future.exception(PATIENCE_S), CredentialError)
+    trainer.save_state("a").result(PATIENCE_S)
+    assert routes.seq_ids() == [1]
+
+
+def test_an_answer_that_cannot_be_read_uses_the_number_up(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("optim_step", Answer(body={"what": "is this"}))
+    assert isinstance(trainer.optim_step(ADAM).exception(PATIENCE_S), ResponseDecodeError)
+    trainer.save_state("a").result(PATIENCE_S)
+    assert routes.seq_ids() == [1, 2]
+
+
 def test_a_server_that_was_never_reached_has_taken_nothing(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
@@ -431,7 +453,6 @@ def test_a_5xx_that_repeats_names_the_route_that_is_broken(
     assert isinstance(error, InternalServerError)
     assert "POST /api/v1/optim_step answered 500: Internal Server Error" in str(error)
     assert "the same 4 times: its route POST /api/v1/optim_step is broken" in str(error)
-    routes.serve("optim_step", Answer(500, {"detail": "a"}), Answer(500, {"detail": "b"}))
     routes.serve("optim_step", *[Answer(500, {"detail": text}) for text in "abcd"])
     assert "broken" not in str(trainer.optim_step(ADAM).exception(PATIENCE_S))
 

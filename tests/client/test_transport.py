@@ -18,7 +18,7 @@ from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, S
 from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
-from tinkex import billing, channel as channel_module, errors
+from tinkex import billing, channel as channel_module, content_coding, errors
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -649,7 +649,7 @@ def test_a_broken_compressed_answer_is_a_connection_error(
 def test_without_zstandard_such_an_answer_is_told_at_once(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_module, "_HAVE_ZSTD", False)
+    monkeypatch.setattr(content_coding, "_HAVE_ZSTD", False)
     monkeypatch.setattr(channel_module, "_URLLIB3_DECODES_ZSTD", False)
     server.on(route(), Answer(body=b"\x28\xb5\x2f\xfd", headers={"Content-Encoding": "zstd"}))
     with pytest.raises(ResponseDecodeError, match=r"tinkex\[zstd\]"):

@@ -124,6 +124,27 @@ def test_a_loss_across_the_batch_has_the_gradient_of_its_derivative(
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_traced_loss_trains_as_the_servers_own(
+    service: ServiceClient, small_parts: ServiceClient
+) -> None:
+    data = batch(6, 4, 9, 2)
+
+    def traced(logprobs: Any, weights: Any) -> Any:
+        return -(logprobs * weights).sum(), {"custom/weight:mean": weights.sum()}
+
+    ours, theirs = new_run(small_parts), new_run(service)
+    handle = small_parts.create_custom_loss(traced, {"logprobs": 1, "weights": 1})
+    custom = ours.forward_backward_custom(data, handle).result(60)
+    own = theirs.forward_backward(data, "cross_entropy").result(60)
+    assert custom.metrics["loss:sum"] == pytest.approx(own.metrics["loss:sum"], rel=1e-5)
+    given = [datum.loss_fn_inputs["weights"].to_numpy().sum() for datum in data]
+    assert custom.metrics["custom/weight:mean"] == pytest.approx(np.mean(given))
+    for client in (ours, theirs):
+        client.optim_step(ADAM).result(60)
+    for mine, expected in zip(logprobs_of(ours, data), logprobs_of(theirs, data)):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_datum_that_the_loss_ignores_gets_no_gradient(service: ServiceClient) -> None:
     data = batch(5, 5)
     ours, theirs = new_run(service), new_run(service)

@@ -7,10 +7,13 @@ needs (by default the one that runs the tests); TINKEX_INTEROP_MODEL the model i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Iterator
 
@@ -26,20 +29,16 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 
-@pytest.fixture(scope="session")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    url = os.environ.get("TINKEX_INTEROP_URL")
-    if url:
-        yield url
-        return
-    folder = tmp_path_factory.mktemp("server")
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    """``tinkex serve`` on a free port; its URL."""
     command = [PYTHON, "-c", SERVE, "--model", MODEL, "--port", "0", "--data-dir", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = folder / "stderr.txt"
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as server,
     ):
         assert server.stdout is not None
@@ -52,7 +51,26 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
+@pytest.fixture(scope="session")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    url = os.environ.get("TINKEX_INTEROP_URL")
+    if url:
+        yield url
+        return
+    with serving(tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
 @pytest.fixture
 def recorder(base_url: str) -> Iterator[Recorder]:
     with Recorder(base_url) as found:
         yield found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_the_official_client_leaves_open_is_not_ours() -> Iterator[None]:
+    """It lets go of sockets without closing them, which is to warn of when they are collected."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()

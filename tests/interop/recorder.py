@@ -44,11 +44,12 @@ class Recorder:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._target = (parts.hostname or "", parts.port or 80)
-        # Guards the three below.
+        # Guards the four below.
         self._lock = threading.Lock()
         self._exchanges: List[Exchange] = []
         self._changes: Dict[str, Change] = {}
         self._drops: Dict[str, int] = {}
+        self._accept: Optional[str] = None
         recorder = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -88,6 +89,11 @@ class Recorder:
         with self._lock:
             self._drops[route] = times
 
+    def accept_only(self, content_type: str) -> None:
+        """Ask the server for *content_type*, whatever the client accepts."""
+        with self._lock:
+            self._accept = content_type
+
     def exchanges(self, route: Optional[str] = None) -> List[Exchange]:
         with self._lock:
             return [one for one in self._exchanges if route in (None, one.route)]
@@ -119,7 +125,14 @@ class Recorder:
         headers = {name.lower(): value for name, value in handler.headers.items()}
         connection = http.client.HTTPConnection(*self._target, timeout=120)
         with contextlib.closing(connection):
+            try:
+                connection.connect()
+            except OSError:  # the server is gone; so let the client believe
+                handler.close_connection = True
+                return
             sent = {k: v for k, v in headers.items() if k not in ("host", "connection")}
+            if self._accept is not None:
+                sent["accept"] = self._accept
             connection.request(handler.command, handler.path, body or None, sent)
             answer = connection.getresponse()
             content = answer.read()

@@ -58,13 +58,18 @@ def sent(recorder: Recorder, route: str) -> Any:
 
 
 def test_it_is_told_apart_by_what_it_sends(service: Any, trainer: Any, recorder: Recorder) -> None:
-    assert sent(recorder, "client/config") == {"sdk_version": tinker.__version__}
+    told = [one.json() for one in recorder.exchanges("client/config")]
+    assert {"sdk_version": tinker.__version__} in told
+    assert len({json.dumps(one) for one in told}) == 1
     assert recorder.exchanges("client/dynamic_config") == []
     created = sent(recorder, "create_model")
     assert set(created) == {"session_id", "model_seq_id", "base_model", "lora_config", "type"}
 
 
-def test_it_trains_in_json(trainer: Any, recorder: Recorder) -> None:
+@pytest.mark.parametrize("results_in", ["application/json", "application/x-protobuf"])
+def test_it_trains_in_json(trainer: Any, recorder: Recorder, results_in: str) -> None:
+    if results_in == "application/json":  # as a server answers that knows nothing else
+        recorder.accept_only(results_in)
     losses = train(trainer, 4)
     assert losses[-1] < losses[0]
     first = recorder.exchanges("forward_backward")[0]
@@ -73,7 +78,9 @@ def test_it_trains_in_json(trainer: Any, recorder: Recorder) -> None:
     assert set(body) == {"forward_backward_input", "model_id", "seq_id"}
     assert len(body["forward_backward_input"]["data"]) == 2
     polls = [one for one in recorder.exchanges("retrieve_future") if b":train:0:1" in one.body]
-    assert {one.answer_type for one in polls} == {"application/json"}
+    assert {one.answer_type for one in polls} == {results_in}
+    accepted = polls[0].headers["accept"]
+    assert accepted.split(", ") == ["application/x-protobuf", "application/json"]
 
 
 def test_forward_is_a_route_of_its_own(trainer: Any, recorder: Recorder) -> None:
@@ -127,7 +134,12 @@ def test_weights_are_loaded_into_a_run(trainer: Any) -> None:
     assert train(trainer, 2) == pytest.approx(ahead, rel=1e-6)
 
 
-def test_samples_and_their_logprobs(service: Any, trainer: Any, recorder: Recorder) -> None:
+@pytest.mark.parametrize("results_in", ["application/json", "application/x-protobuf"])
+def test_samples_and_their_logprobs(
+    service: Any, trainer: Any, recorder: Recorder, results_in: str
+) -> None:
+    if results_in == "application/json":
+        recorder.accept_only(results_in)
     path = trainer.save_weights_for_sampler(name="sampler").result().path
     sampler = service.create_sampling_client(model_path=path)
     asked = types.SamplingParams(max_tokens=6, seed=1, stop=[])
@@ -203,8 +215,14 @@ def test_a_bad_request_fails_and_the_run_goes_on(trainer: Any) -> None:
     train(trainer, 1)
 
 
-@pytest.mark.parametrize("flags", [{"proto_write_fwdbwd": True}, {"fwd_via_fwdbwd": True},
-                                   {"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True}])  # fmt: skip
+FLAGS = (
+    {"proto_write_fwdbwd": True},
+    {"fwd_via_fwdbwd": True},
+    {"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True},
+)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags))
 def test_what_flags_make_it_send_is_understood(
     recorder: Recorder, trainer: Any, flags: Any
 ) -> None:
@@ -216,6 +234,15 @@ def test_what_flags_make_it_send_is_understood(
     output = second.forward([datum()], "cross_entropy").result()
     assert output.metrics == pytest.approx(expected.metrics)
     assert train(second, 1) == pytest.approx([2 * expected.metrics["loss:sum"]])
+    binary = [
+        one.route
+        for one in recorder.exchanges()
+        if one.headers.get("content-type") == "application/x-protobuf"
+    ]
+    if not flags.get("proto_write_fwdbwd"):
+        assert binary == []
+    else:  # the other flag sends forward the same way
+        assert binary == ["forward_backward"] * len(flags)
 
 
 def test_lost_answers_are_made_up_for(trainer: Any, recorder: Recorder) -> None:

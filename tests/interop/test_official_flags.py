@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
+from interop.official import official
 
-tinker = pytest.importorskip("tinker", reason="the official client is not installed")
+tinker = official("0.38")
 types = tinker.types
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the official client's own are not ours

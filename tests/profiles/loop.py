@@ -27,6 +27,8 @@ from tinkex.types import AdamParams, Datum, ModelInput, SamplingParams
 ADAM = AdamParams(learning_rate=1e-3)
 WAIT_S = 20.0
 PROMPT = [5, 6, 7, 8, 9]
+#: Stands for the server without a profile.
+EVERYTHING = "everything"
 
 
 def datum(*tokens: int) -> Datum:
@@ -117,9 +119,9 @@ def forward(loop: Loop) -> None:
 
 @step
 def many_datums_in_chunks(loop: Loop) -> None:
-    batch = [datum(n % 900 + 1, 2, 3) for n in range(1500)]
+    batch = [datum(n % 900 + 1, 2, 3) for n in range(1030)]
     output = loop.trainer.forward_backward(batch, "cross_entropy").result(WAIT_S)
-    assert len(output.loss_fn_outputs) == 1500
+    assert len(output.loss_fn_outputs) == 1030
     loop.trainer.optim_step(ADAM).result(WAIT_S)
 
 
@@ -249,7 +251,7 @@ def lists(loop: Loop) -> None:
     ]
     assert loop.saved
     for call in calls:
-        if loop.profile in ("tuft-0.2", "hosted"):
+        if loop.profile in ("tuft-0.2", "hosted", EVERYTHING):
             assert call()
         else:
             with pytest.raises(APIStatusError) as raised:
@@ -286,6 +288,22 @@ def unknown_loss(loop: Loop) -> None:
 
 
 @step
+def failure_in_a_full_pipeline(loop: Loop) -> None:
+    trainer = loop.trainer
+    futures: List[Any] = [trainer.forward_backward([datum()], "cross_entropy")]
+    futures += [trainer.forward_backward([datum()], "no_such_loss") for _ in range(2)]
+    for _ in range(3):
+        futures += [trainer.forward_backward([datum()], "cross_entropy"), trainer.optim_step(ADAM)]
+    for bad in futures[1:3]:
+        with pytest.raises((RequestFailedError, APIStatusError), match="no_such_loss"):
+            bad.result(WAIT_S)
+    done = [future.result(WAIT_S) for future in futures if future not in futures[1:3]]
+    losses = [output.metrics["loss:sum"] for output in done if hasattr(output, "loss_fn_outputs")]
+    assert losses[0] == losses[1]  # no step was taken between these
+    assert losses[1] > losses[2] > losses[3]  # and one between these, no more and no less
+
+
+@step
 def bad_input_in_the_middle(loop: Loop) -> None:
     trainer = loop.trainer
     with pytest.raises(InvalidInputError):
@@ -305,7 +323,7 @@ def bad_input_in_the_middle(loop: Loop) -> None:
 def strange_token(loop: Loop) -> None:
     sampler = loop.service.create_sampling_client(base_model="deterministic")
     future = sampler.compute_logprobs(ModelInput.from_ints([1, 1_000_000, 3]))
-    if loop.profile in ("hosted", "hatchery-0.3"):
+    if loop.profile in ("hosted", "hatchery-0.3", EVERYTHING):
         with pytest.raises((RequestFailedError, APIStatusError), match="token"):
             future.result(WAIT_S)
         return

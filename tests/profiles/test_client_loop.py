@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import pytest
-from profiles.loop import ADAM, STEPS, Loop, Step, datum
+from profiles.loop import ADAM, EVERYTHING, STEPS, Loop, Step, datum, many_datums_in_chunks
 from profiles.raw import KEY, Raw
 from support.threads import wait_until
 
 import tinkex
+from tinkex.local import LocalServer
+from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 from tinkex.types import ModelInput
 
 
@@ -39,8 +42,44 @@ def test_step(loop: Loop, step: Step) -> None:
 
 def test_whole_loop(loop: Loop) -> None:
     """All steps in one session, and mostly on one run."""
+    _run_all(loop)
+
+
+def _run_all(loop: Loop) -> None:
     for step in STEPS:
-        step(loop)
+        if step is not many_datums_in_chunks:  # slow, and the same wherever it stands
+            step(loop)
+
+
+#: Whatever the hosted service may switch on.
+FLAGS = ServerSettings(
+    retrieve_hold_s=2.0,
+    flags=ClientFlags(
+        sample_use_retrieve_futures=True,
+        sample_join_sampling_session=True,
+        custom_loss_server_side=True,
+        parallel_fwdbwd_chunks=False,
+        fwdbwd_max_chunk_len=100,
+    ),
+    dynamic_flags=DynamicClientFlags(sample_cancel_enabled=True),
+    metadata_threshold_bytes=50,
+)
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings"),
+    [(None, ServerSettings()), (None, FLAGS), ("hosted", FLAGS)],
+    ids=["none", "none-flags", "hosted-flags"],
+)
+def test_whole_loop_with_flags(
+    profile: Optional[str], settings: ServerSettings, tmp_path: Path
+) -> None:
+    """The same without a profile, and with everything switched on that changes what is sent."""
+    engine = DeterministicEngine(vocab_size=1000, context_length=256)
+    with LocalServer(engine, profile=profile, api_key=KEY, settings=settings) as server:
+        with tinkex.ServiceClient(base_url=server.url, api_key=KEY) as service:
+            loop = Loop(service, profile or EVERYTHING, tmp_path)
+            _run_all(loop)
 
 
 def test_close_leaves_nothing(raw: Raw) -> None:

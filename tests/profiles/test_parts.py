@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from click.testing import CliRunner
 
 from tinkex.cli.serve import serve
@@ -41,6 +46,24 @@ def test_the_command_tells_of_every_profile_and_refuses_others() -> None:
     refused = CliRunner().invoke(serve, ["--port", "0", "--profile", "nope"])
     assert refused.exit_code == 1
     assert "no server profile 'nope'" in refused.output
+
+
+def test_the_command_serves_what_the_profile_says(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tinkex", "serve", "--model", "deterministic", "--port", "0"]
+    command += ["--profile", "skyrl-0.3", "--data-dir", str(tmp_path)]
+    root = str(Path(__file__).resolve().parents[2])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().partition("TINKER_BASE_URL=")[2].partition(";")[0]
+        with requests.Session() as http:
+            lists = http.get(f"{url}/api/v1/sessions", timeout=20)
+            config = http.get(f"{url}/api/v1/client/config", timeout=20)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert (lists.status_code, lists.json()) == (404, {"detail": "Not Found"})
+    assert (config.status_code, config.json()) == (405, {"detail": "Method Not Allowed"})
 
 
 def test_a_hold_that_was_chosen_wins_over_the_profile() -> None:

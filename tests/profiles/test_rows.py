@@ -398,6 +398,14 @@ def after_a_request_that_fails(raw: Raw) -> str:
     return f"{result.status_code} {conflict}; 1 again runs, then 2"
 
 
+@row([400, 400], [400, 400], [422, 409], [200, 200], [200, 200])
+def two_failures_in_flight(raw: Raw) -> List[int]:
+    """The second fails for its number's sake where the first one did not use its own up."""
+    model = raw.model()
+    futures = [raw.train(model, number, loss="no_such_loss") for number in (1, 2)]
+    return [raw.settled(future).status_code for future in futures]
+
+
 @row(
     "runs as it comes",
     "runs as it comes",

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 import numpy as np
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 
 from tinkex import api, types
 from tinkex.config import Config
@@ -258,6 +258,16 @@ replies = st.builds(
     headers,
     bodies,
 )
+
+
+def several(examples: int) -> settings:
+    """How a property is tried: always with the same *examples*."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 # What the endpoint functions may return

@@ -28,9 +28,10 @@ N = AnyNumber()
 class Clients:
     """The public clients of one session on a scripted server, each made when first asked for."""
 
-    def __init__(self, server: ScriptedServer) -> None:
+    def __init__(self, server: ScriptedServer, **settings: Any) -> None:
         self.server = server
-        self.service = tinkex.ServiceClient(base_url=server.url, api_key=KEY, wire="protobuf")
+        self._settings = {"base_url": server.url, "api_key": KEY, **settings}
+        self.service = tinkex.ServiceClient(wire="protobuf", **self._settings)
         self._made: Dict[str, Any] = {}
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -48,13 +49,11 @@ class Clients:
 
     @property
     def rest(self) -> Any:
-        make = lambda: tinkex.RestClient(base_url=self.server.url, api_key=KEY)  # noqa: E731
-        return self._once("rest", make)
+        return self._once("rest", lambda: tinkex.RestClient(**self._settings))
 
     @property
     def admin(self) -> Any:
-        make = lambda: tinkex.AdminClient(base_url=self.server.url, api_key=KEY)  # noqa: E731
-        return self._once("admin", make)
+        return self._once("admin", lambda: tinkex.AdminClient(**self._settings))
 
     def close(self) -> None:
         for client in self._made.values():

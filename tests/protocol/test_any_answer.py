@@ -6,13 +6,14 @@ import typing
 from typing import Any, Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from protocol.any_reply import (
     CannedTransport,
     Endpoint,
     conforms,
     endpoint_functions,
     replies,
+    several,
 )
 
 from tinkex import types
@@ -36,15 +37,6 @@ RESULTS = (
 POLL = Request("POST", "/api/v1/retrieve_future")
 
 
-def several(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 @pytest.fixture(scope="module")
 def transport() -> Iterator[CannedTransport]:
     canned = CannedTransport()
@@ -54,7 +46,7 @@ def transport() -> Iterator[CannedTransport]:
 
 
 @pytest.mark.parametrize("endpoint", FUNCTIONS, ids=lambda one: one[0])
-@several(80)
+@several(50)
 @given(reply=replies)
 def test_an_endpoint(transport: CannedTransport, endpoint: Endpoint, reply: Reply) -> None:
     _, function, arguments = endpoint
@@ -67,7 +59,7 @@ def test_an_endpoint(transport: CannedTransport, endpoint: Endpoint, reply: Repl
     assert conforms(result, promised), f"{result!r} is not {promised}"
 
 
-@several(1500)
+@several(1000)
 @given(reply=replies, maybe_lost=st.booleans())
 def test_a_poll(transport: CannedTransport, reply: Reply, maybe_lost: bool) -> None:
     check_poll(transport, reply, maybe_lost)

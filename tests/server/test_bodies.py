@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,27 @@ def test_large_bodies_get_413_with_a_reason(tmp_path: Path) -> None:
         assert send(api, body_of(model, 1), encoding="identity").status_code == 200
 
 
-def test_large_bodies_get_413_over_a_socket_too() -> None:
+def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
     settings = ServerSettings(max_body_bytes=10_000)
     with LocalServer(DeterministicEngine(), settings=settings) as server:
         url = f"{server.url}/api/v1/telemetry"
-        with requests.Session() as session:
-            answer = session.post(url, data=b"x" * 20_000, timeout=20)
-            assert answer.status_code == 413
-            assert "10000 bytes" in answer.json()["detail"]
-            answer = session.post(url, data=iter([b"x" * 20_000]), timeout=20)  # chunked
-            assert answer.status_code == 413
-            assert "10000 bytes" in answer.json()["detail"]
+        for says, body in [
+            ("10000 bytes", b"x" * 20_000),
+            ("10000 bytes", iter([b"x" * 20_000])),  # chunked
+            ("exceeds", b"x" * 50_000),
+            ("exceeds", iter([b"x" * 50_000])),
+        ]:
+            with requests.Session() as session:
+                answer = session.post(url, data=body, timeout=20)
+                assert answer.status_code == 413
+                assert answer.headers["Content-Type"] == "application/json"
+                assert says in answer.json()["detail"]
+        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) as raw:
+            raw.sendall(b"nonsense\r\n\r\n")
+            with raw.makefile("rb") as stream:
+                answered = stream.read()
+        assert answered.startswith(b"HTTP/1.0 400")
+        assert b'{"detail":' in answered
 
 
 def test_other_encodings_are_refused(api: Api) -> None:

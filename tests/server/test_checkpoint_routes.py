@@ -140,6 +140,7 @@ def test_a_copy_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
         run_id, kind, name = copied[len("tinker://") :].split("/")
         assert (kind, name) == ("weights", "a")
         assert run_id != model
+        assert "load its last checkpoint" in api.step(run_id, 1, expect=404)["detail"]
         api.client.delete(f"/api/v1/training_runs/{model}/checkpoints/weights/a")
         assert api.post("weights_info", tinker_path=copied)["lora_rank"] == 8
         of_project = api.get("training_runs?project_id=p")

@@ -326,6 +326,55 @@ def test_cancelling_while_it_finishes_leaves_one_outcome(api: Api) -> None:
     assert len(news(api, sampler)["completions"]) == 100
 
 
+def test_submitting_cancelling_and_polling_at_once_settles_every_sample_once(api: Api) -> None:
+    sampler = api.sampler(api.session())
+    count, workers = 120, 4
+    barrier = threading.Barrier(2 * workers)
+    failed: List[BaseException] = []
+
+    def own() -> Api:
+        return Api(api.client.application.test_client())
+
+    def guarded(work: Any, number: int) -> None:
+        try:
+            barrier.wait(WAIT_S)
+            work(own(), number)
+        except BaseException as error:
+            failed.append(error)
+
+    def submit(client: Api, number: int) -> None:
+        for seq_id in range(number, count, workers):
+            client.submit_sample(sampler, seq_id)
+
+    def cancel(client: Api, number: int) -> None:
+        for seq_id in range(number, count, workers):
+            body = {"request_id": f"{sampler}:{seq_id}"}
+            for _ in range(3):
+                client.client.post("/api/v1/cancel_future", json=body)  # known by now, or not
+
+    threads = [
+        threading.Thread(target=guarded, args=(work, number))
+        for work in (submit, cancel)
+        for number in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    told: List[str] = []
+    cursor = 0
+    while len(told) < count:
+        answer = news(api, sampler, cursor)
+        cursor = answer["cursor"]
+        told += ids(answer)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert failed == []
+    assert sorted(told) == sorted(f"{sampler}:{seq_id}" for seq_id in range(count))
+    for request_id in told:
+        outcome = api.result(request_id)
+        assert ("sequences" in outcome) != ("error" in outcome)
+    assert api.backend.scheduler._queued_samples == 0  # type: ignore[attr-defined]
+
+
 def test_only_samples_can_be_cancelled(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     held = api.hold(model, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
@@ -12,6 +13,7 @@ from tinkex.transport import Transport
 #: How web frameworks answer for a route they do not have; texts about a thing that is missing
 #: name the thing.
 _GENERIC = ("", "not found", "404 not found", "404: not found", "404 page not found")
+_NAMES_THE_ROUTE = re.compile(r"(cannot|no route:?) (get|post|put|delete) /")
 
 
 def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> bool:
@@ -32,7 +34,9 @@ def _is_generic(body: Any) -> bool:
     if not isinstance(body, str):
         return body is None
     text = body.strip().lower()
-    return text in _GENERIC or text.startswith("<") or "requested url was not found" in text
+    if text in _GENERIC or text.startswith("<") or "requested url was not found" in text:
+        return True
+    return _NAMES_THE_ROUTE.match(text) is not None
 
 
 @contextmanager

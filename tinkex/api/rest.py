@@ -5,7 +5,7 @@ Every function blocks, and raises RouteMissingError where the server does not ha
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Type, TypeVar
+from typing import Any, Dict, Mapping, Optional, Type, TypeVar, Union
 
 from tinkex.api._call import call, encode, get, post, read, segment
 from tinkex.api._optional import optional_route
@@ -196,7 +196,7 @@ def search_sessions(transport: Transport, request: SessionSearchRequest) -> Sess
     """``POST sessions/search``."""
     body: Dict[str, Any] = {
         "user_metadata": dict(request.user_metadata),
-        "owner": request.owner.to_wire(),
+        "owner": _plain(request.owner),
     }
     if request.session_id is not None:
         body["session_id"] = request.session_id
@@ -205,13 +205,17 @@ def search_sessions(transport: Transport, request: SessionSearchRequest) -> Sess
     if request.display_name is not None:
         body["display_name"] = request.display_name
     if request.statuses is not None:
-        body["statuses"] = [status.to_wire() for status in request.statuses]
+        body["statuses"] = [_plain(status) for status in request.statuses]
     if request.limit != SessionSearchRequest.limit:
         body["limit"] = request.limit
     if request.cursor is not None:
         body["cursor"] = request.cursor.to_wire()
     with optional_route(transport, "POST sessions/search", names_nothing=True):
         return post(transport, f"{_API}sessions/search", body, SessionSearchResponse)
+
+
+def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
+    return value.to_wire() if isinstance(value, Wire) else dict(value)
 
 
 def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:

@@ -240,5 +240,5 @@ def create_custom_loss(
         "graph": graph,
         "type": "create_custom_loss",
     }
-    with optional_route(transport, "POST create_custom_loss", names_nothing=True):
+    with optional_route(transport, "POST create_custom_loss", names_nothing=True, ask_once=True):
         return post(transport, "/api/v1/create_custom_loss", body, UntypedFuture)

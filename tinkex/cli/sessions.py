@@ -16,7 +16,8 @@ from tinkex.cli.output import (
     size,
     wants_json,
 )
-from tinkex.downloads import Downloader, Source, fetch_file
+from tinkex.downloads import Downloader, fetch_file
+from tinkex.part_file import Source
 
 
 @click.group()

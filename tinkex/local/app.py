@@ -20,6 +20,7 @@ from tinkex.local.routes import (
     downloads,
     flags,
     futures,
+    losses,
     passes,
     rest,
     runs,
@@ -48,6 +49,7 @@ def create_app(backend: Backend, settings: Optional[ServerSettings] = None) -> F
     sessions.register(app, backend, settings)
     runs.register(app, backend)
     passes.register(app, backend)
+    losses.register(app, backend, settings)
     saves.register(app, backend)
     sampling.register(app, backend)
     futures.register(app, backend, settings)

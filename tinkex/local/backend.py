@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from tinkex.errors import InvalidInputError
+from tinkex.local.custom_passes import CustomLosses
 from tinkex.local.engine import Engine, EngineInfo
-from tinkex.local.futures import FutureTable
+from tinkex.local.futures import FutureTable, Success
 from tinkex.local.lanes import Job, Lane
+from tinkex.local.loss_graph import LossProgram
 from tinkex.local.once import Once
 from tinkex.local.problems import Problem
 from tinkex.local.rows import CheckpointRow, RunRow
@@ -85,6 +87,7 @@ class Backend:
         self._creating = threading.Lock()
         self._created: Dict[str, Tuple[bytes, str]] = {}
         self._once = Once()
+        self.losses = CustomLosses()
         self.telemetry = TelemetrySink(settings.telemetry_kept)
 
     def start(self) -> None:
@@ -178,6 +181,7 @@ class Backend:
         with self._creating:
             for made_id in [made for made in self._created if session_of(made) == session_id]:
                 del self._created[made_id]
+        self.losses.drop_session(session_id)
         self.scheduler.end_session(session_id, f"session {session_id} is {state}: {reason}")
 
     def housekeeping(self, now: float) -> float:
@@ -295,7 +299,8 @@ class Backend:
         run = self.store.run(model_id)
         if run is None:
             raise Problem(404, f"model {model_id} is unknown; create_model returns the id")
-        self.check_session(run.session_id)
+        if run.session_id:  # a copy has none
+            self.check_session(run.session_id)
         raise Problem(404, f"model {model_id} was unloaded; load its last checkpoint")
 
     def create_run(self, model_id: str, digest: bytes, make: Callable[[], Job]) -> str:
@@ -350,6 +355,22 @@ class Backend:
             shutil.rmtree(folder, ignore_errors=True)
         self._end_if_over(session_id)
         return sampler_id
+
+    def create_loss(self, loss_id: str, digest: bytes, program: LossProgram) -> str:
+        """Keep a custom loss for its session, and return the request id of that.
+
+        A repetition with the same *digest* gets the first one's; another body is Problem 409.
+        """
+        with self._creating:
+            request_id = self._known(loss_id, digest)
+            if request_id is None:
+                request_id = f"{loss_id}:create"
+                self._created[loss_id] = (digest, request_id)
+                self.losses.add(loss_id, program)
+                self.futures.create(request_id, loss_id, 0)
+        made = {"loss_id": loss_id, "type": "create_custom_loss"}
+        self.futures.complete(request_id, Success(made))
+        return request_id
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, answer = self._created.get(made_id, (digest, None))

@@ -207,6 +207,7 @@ class LocalServer:
                 hint='Install it: python -m pip install "tinkex[local]"',
             ) from error
         from tinkex.local.backend import Backend
+        from tinkex.local.http_errors import JsonErrorChannel
         from tinkex.local.http_threads import HttpThreads
         from tinkex.local.store import Store
 
@@ -235,9 +236,10 @@ class LocalServer:
             recv_bytes=1 << 18,
             inbuf_overflow=1 << 27,
             outbuf_overflow=1 << 27,
-            # Beyond it waitress hangs up; up to it the application says in JSON what is wrong.
+            # A body somewhat too large is read, so that its sender gets to read the answer.
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
+        self._http.channel_class = JsonErrorChannel
         self._port = listener.getsockname()[1]
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)

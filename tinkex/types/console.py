@@ -11,12 +11,12 @@ CONSOLE = "https://tinker.thinkingmachines.ai"
 
 def session_url(session_id: str) -> str:
     """The page of a session."""
-    return f"{CONSOLE}/sessions/{quote(session_id, safe='')}"
+    return f"{CONSOLE}/sessions/{quote(session_id, safe=':')}"
 
 
 def training_run_url(model_id: str) -> str:
     """The page of a training run."""
-    return f"{CONSOLE}/training_runs/{quote(model_id, safe='')}"
+    return f"{CONSOLE}/training_runs/{quote(model_id, safe=':')}"
 
 
 def checkpoint_url(tinker_path: str) -> str:

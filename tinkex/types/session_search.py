@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from tinkex.types._union import UnknownVariant, variant
 from tinkex.types._wire import Wire, bulk, instant, json_strings
@@ -172,8 +172,8 @@ class SessionSearchRequest:
         project_ids: in one of these projects.
         user_metadata: with all of these values.
         display_name: of this name, at least one character.
-        owner: whose; the caller's own by default.
-        statuses: standing in one of these ways.
+        owner: whose; the caller's own by default.  A mapping with a ``type`` will do.
+        statuses: standing in one of these ways.  Mappings with a ``type`` will do.
         limit: sessions in a page, 1 to 200.
         cursor: ``next_cursor`` of the page before.
     """
@@ -182,8 +182,8 @@ class SessionSearchRequest:
     project_ids: Optional[Sequence[str]] = None
     user_metadata: Dict[str, str] = dataclasses.field(default_factory=dict)
     display_name: Optional[str] = None
-    owner: SessionOwnerFilter = OwnSessions()
-    statuses: Optional[Sequence[SessionStatusFilter]] = None
+    owner: Union[SessionOwnerFilter, Mapping[str, Any]] = OwnSessions()
+    statuses: Optional[Sequence[Union[SessionStatusFilter, Mapping[str, Any]]]] = None
     limit: int = 50
     cursor: Optional[SessionSearchCursor] = None
 

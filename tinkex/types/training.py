@@ -55,6 +55,17 @@ class UntypedFuture(Wire):
     model_id: Optional[str] = None
     sample_sequence_ids: Optional[List[str]] = bulk(None, read=json_strings)
 
+    @classmethod
+    def from_wire(cls, payload: Any) -> UntypedFuture:
+        """See Wire; spelt out, because every submission is answered with one."""
+        if isinstance(payload, dict):
+            request_id, model_id = payload.get("request_id"), payload.get("model_id")
+            ids = payload.get("sample_sequence_ids")
+            plain = type(request_id) is str and (model_id is None or type(model_id) is str)
+            if plain and (ids is None or (type(ids) is list and all(type(i) is str for i in ids))):
+                return cls(request_id, model_id, ids)
+        return super().from_wire(payload)  # which tells what is wrong
+
 
 @dataclasses.dataclass(frozen=True)
 class CreateModelResponse(Wire):

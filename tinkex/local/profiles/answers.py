@@ -11,16 +11,18 @@ from werkzeug.wrappers import Response
 
 from tinkex.local.backend import Backend
 from tinkex.local.futures import Failure, Success
+from tinkex.local.http import digest
+from tinkex.local.lanes import Job
 from tinkex.local.problems import Problem
 from tinkex.local.profiles import ids, results
-from tinkex.local.profiles.call import Call, crash, json_answer
+from tinkex.local.profiles.call import PASSES, Call, crash, json_answer
 from tinkex.local.profiles.profile import Profile
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
+from tinkex.local.sampling_turns import failure_of
+from tinkex.wire.codec import JSON_CONTENT_TYPE
 
 #: What is queued in a run or sampler; a refusal of it becomes a future that fails.
 _QUEUED = (
-    "forward_backward",
-    "forward",
+    *PASSES,
     "optim_step",
     "load_weights",
     "save_weights",
@@ -49,8 +51,9 @@ class Answers:
             return self._result(call, response)
         if route == "session_heartbeat" and status in (404, 410):
             return self._heartbeat_of_unknown(call, response)
-        if route is not None and route.endswith("/publish") and call.method == "DELETE":
-            return crash() if profile.failed_unpublish else response
+        unpublishing = call.method == "DELETE" and str(route).endswith("/publish")
+        if unpublishing and profile.unpublish_crashes:
+            return crash()
         if route in _QUEUED and status in (400, 404):
             return self._failing_future(call, response)
         if status in (404, 410) and profile.crashes_on_unknown and route != "retrieve_future":
@@ -118,15 +121,30 @@ class Answers:
                 response = json_answer({"detail": f"Model {owner} not loaded"}, 400)
             self._hide_colons(response)
             return response
-        request_id = f"{owner}:refused:{next(self._refused)}"
         detail = orjson.loads(response.get_data())["detail"]
-        status = 422 if response.status_code == 400 else response.status_code
-        self._backend.futures.create(request_id, owner, number)
-        self._backend.futures.complete(request_id, Failure(detail, "user", status))
+        problem = Problem(response.status_code, detail)
+        request_id = self._fail_in_turn(call, owner, number, problem)
         body = orjson.dumps({"request_id": request_id, "model_id": owner})
         accepted = json_answer(self._acceptance(body), self._profile.accepted)
         self._hide_colons(accepted)
         return accepted
+
+    def _fail_in_turn(self, call: Call, owner: str, number: int, problem: Problem) -> str:
+        """Return the id of a request that fails with *problem* when its number's turn comes."""
+
+        def fail() -> object:
+            raise problem
+
+        if call.route != "asample":
+            job = Job(f"{owner}:{number}:refused", fail)
+            try:
+                return self._backend.scheduler.submit(owner, number, digest(call.raw), job)
+            except Problem:
+                pass  # a number that can have no turn
+        request_id = f"{owner}:{number}:refused:{next(self._refused)}"
+        self._backend.futures.create(request_id, owner, number)
+        self._backend.futures.complete(request_id, failure_of(problem, request_id))
+        return request_id
 
     def _result(self, call: Call, response: Response) -> Response:
         """Encode the outcome of a future as this server does."""
@@ -180,7 +198,7 @@ class Answers:
 
 def _addressed(call: Call) -> Tuple[str, int]:
     """Return the run or sampler that a queued request is for, and its number."""
-    if call.media == PROTOBUF_CONTENT_TYPE:
+    if call.in_protobuf:
         from tinkex.wire import tinker_public_pb2 as pb
 
         message = pb.ForwardBackwardRequest()

@@ -9,10 +9,13 @@ import orjson
 from werkzeug.wrappers import Request, Response
 
 from tinkex.local.profiles.routes import PREFIX
-from tinkex.wire.codec import JSON_CONTENT_TYPE
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 Environ = Dict[str, Any]
 StartResponse = Callable[..., Any]
+
+#: Routes that take a training batch.
+PASSES = ("forward_backward", "forward")
 
 
 class Refusal(Exception):
@@ -32,7 +35,9 @@ class Call:
         path = request.path
         self.method = request.method
         self.route = path[len(PREFIX) :] if path.startswith(PREFIX) else None
-        self.media = (request.content_type or "").partition(";")[0].strip().lower()
+        media = (request.content_type or "").partition(";")[0].strip().lower()
+        #: The body is a batch in protobuf; whatever else comes is taken for JSON.
+        self.in_protobuf = media == PROTOBUF_CONTENT_TYPE and self.route in PASSES
         self.accept = request.headers.get("Accept", "")
         self.accept_encoding = request.headers.get("Accept-Encoding", "")
         self.raw = _decompressed(request.get_data(), request.headers.get("Content-Encoding"))

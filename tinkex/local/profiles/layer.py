@@ -19,7 +19,7 @@ from tinkex.local.engine import Engine
 from tinkex.local.problems import Problem
 from tinkex.local.profiles import bodies, ids, results
 from tinkex.local.profiles.answers import Answers
-from tinkex.local.profiles.call import Call, Environ, Refusal, StartResponse
+from tinkex.local.profiles.call import PASSES, Call, Environ, Refusal, StartResponse
 from tinkex.local.profiles.numbers import lane_of
 from tinkex.local.profiles.profile import Profile
 from tinkex.local.profiles.routes import RouteTable
@@ -29,7 +29,6 @@ from tinkex.local.settings import ServerSettings
 from tinkex.local.store import Store
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
-_PASSES = ("forward_backward", "forward")
 _SAVES = ("save_weights", "save_weights_for_sampler")
 
 #: Field of a route that holds a checkpoint's path -> kinds it may be of, likeliest first.
@@ -85,8 +84,8 @@ class ProfileLayer:
             raise Refusal(missing, "Not Found" if missing == 404 else "Method Not Allowed")
         if call.method != "POST":
             return
-        if route in _PASSES:
-            encoding = "protobuf" if call.media == PROTOBUF_CONTENT_TYPE else "json"
+        if route in PASSES:
+            encoding = "protobuf" if call.in_protobuf else "json"
             if encoding not in profile.reads:
                 # A server that expects JSON and trips over protobuf answers 500, in plain text.
                 detail = None if profile.unreadable == 500 else f"send {profile.reads[0]}"
@@ -110,7 +109,7 @@ class ProfileLayer:
 
     def _read_json(self, call: Call) -> None:
         """Parse the body, if it is JSON, into ``call.body``; 422 in FastAPI's words if broken."""
-        if call.media == PROTOBUF_CONTENT_TYPE:
+        if call.in_protobuf:
             call.body = {}
             return
         found: List[bodies.Fault] = []
@@ -147,7 +146,7 @@ class ProfileLayer:
         if call.method != "POST":
             return
         call.replace(call.raw)
-        if call.media != PROTOBUF_CONTENT_TYPE:
+        if not call.in_protobuf:
             call.body = orjson.loads(call.raw) if call.body else {}
         if route in _PATHS and isinstance(call.body.get(_PATHS[route][0]), str):
             field, kinds = _PATHS[route]

@@ -27,7 +27,7 @@ class Profile:
             application's own.
         beats_go_on: an expired session's heartbeats still succeed, and its work gets 400.
         crashes_on_unknown: an unknown session, run or sampler elsewhere gets a plain-text 500.
-        failed_unpublish: status that making a checkpoint private gets; None is success.
+        unpublish_crashes: making a checkpoint private gets a plain-text 500.
         numbers: ``"wait"`` for a missing number, run in order of ``"arrival"``, or be
             ``"strict"``: a number out of order fails, and a failed one is not used up.
         first_body_wins: a repeated number gets the first one's answer, whatever its body.
@@ -69,7 +69,7 @@ class Profile:
     unknown_heartbeat: Optional[int] = None
     beats_go_on: bool = False
     crashes_on_unknown: bool = False
-    failed_unpublish: Optional[int] = None
+    unpublish_crashes: bool = False
     numbers: str = "wait"
     first_body_wins: bool = False
     first_logprob: str = "none"

@@ -9,8 +9,9 @@ import orjson
 from flask import Flask, Response, request
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.backend import Backend
+from tinkex.local.backend import Backend, session_of
 from tinkex.local.checks import check_pass
+from tinkex.local.custom_passes import run_custom_pass
 from tinkex.local.http import as_problem, digest, json_body, need, need_seq_id, raw_body, read_wire
 from tinkex.local.problems import Problem
 from tinkex.local.routes.submission import submit
@@ -72,10 +73,33 @@ def _submit_pass(backend: Backend, raw: bytes, *, only_forward: bool) -> Respons
         asked = dataclasses.replace(asked, forward_only=True)
 
     def prepare() -> Callable[[], object]:
+        if asked.loss_fn == "custom" and backend.settings.flags.custom_loss_server_side:
+            return _prepare_custom(backend, asked)
         check_pass(backend.info, asked.loss_fn, asked.data)
         return lambda: _run_pass(backend, asked)
 
     return submit(backend, asked.model_id, asked.seq_id, digest(raw), prepare)
+
+
+def _prepare_custom(backend: Backend, asked: ForwardBackwardRequest) -> Callable[[], object]:
+    loss_id = asked.loss_fn_config.get("loss_id")
+    program = backend.losses.find(loss_id)
+    if program is None or session_of(str(loss_id)) != session_of(asked.model_id):
+        raise Problem(
+            400,
+            f"loss_id {loss_id!r:.100} is no custom loss of this session; create_custom_loss "
+            "returns the id",
+        )
+    check_pass(backend.info, "cross_entropy", asked.data)
+    for index, datum in enumerate(asked.data):
+        for name in ("target_tokens", *(name for name, _ in program.inputs[1:])):
+            if name not in datum.loss_fn_inputs:
+                raise Problem(
+                    400, f"datum {index}: the loss {program.name!r:.100} needs the input {name!r}"
+                )
+    return lambda: run_custom_pass(
+        backend.engine, asked.model_id, asked.data, program, forward_only=asked.forward_only
+    )
 
 
 def _run_pass(backend: Backend, asked: ForwardBackwardRequest) -> object:

@@ -1,0 +1,30 @@
+"""Custom losses that clients bring (protocol reference, sections 1.5.2, 3.5 and 4.9)."""
+
+from __future__ import annotations
+
+from flask import Flask, Response
+
+from tinkex.local.backend import Backend
+from tinkex.local.graph_loss import has_torch
+from tinkex.local.http import answer, digest, json_body, need, need_seq_id
+from tinkex.local.loss_graph import read_program
+from tinkex.local.problems import Problem
+from tinkex.local.settings import ServerSettings
+
+
+def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
+    """Add the route to *app*, if the flag says that this server takes such losses."""
+    if not settings.flags.custom_loss_server_side:
+        return
+
+    @app.post("/api/v1/create_custom_loss")
+    def create_custom_loss() -> Response:
+        body, raw = json_body()
+        session_id = need(body, "session_id", str)
+        backend.check_session(session_id)
+        number = need_seq_id(body, "custom_loss_seq_id")
+        if not has_torch():
+            raise Problem(501, "custom losses need torch, which is not installed on the server")
+        program = read_program(body)
+        loss_id = f"{session_id}:loss:{number}"
+        return answer({"request_id": backend.create_loss(loss_id, digest(raw), program)})
