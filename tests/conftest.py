@@ -43,5 +43,8 @@ def no_thread_is_left() -> Iterator[None]:
     memory = sys.modules.get("tinkex.server_memory")
     if memory is not None:
         memory.forget_servers()
+    for name, table in (("tinkex.server_flags", "_known"), ("tinkex.tokens", "_sources")):
+        if name in sys.modules:  # likewise: flags and tokens, by address
+            getattr(sys.modules[name], table).clear()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)

@@ -22,19 +22,21 @@ LAYERS = (
     ),
     (
         "machinery",
-        "billing channel private_channel content_coding transport rate_limiter server_flags server_memory credential_command"
-        " tokens connection_errors deprecations downloads part_file extraction scheduler",
+        "billing channel private_channel content_coding transport rate_limiter server_flags"
+        " server_memory credential_command tokens connection_errors deprecations"
+        " downloads part_file extraction scheduler",
     ),
     (
         "protocol",
         "api auth session_table beat_queue session_link session_core heartbeat session_manager"
-        " poll_rules poll_loop pause_notices cancel_queue sample_gate poller futures dialect connection"
-        " session telemetry training_run numbered_lane training_pass new_run",
+        " poll_rules poll_loop pause_notices cancel_queue sample_gate poller futures"
+        " dialect connection session telemetry training_run numbered_lane training_pass new_run",
     ),
     (
         "clients",
-        "child_client lookup_client service_client training_client sampling_client rest_client admin_client"
-        " loss_graph custom_loss custom_pass loss_registry run_factory tokenizers checkpoints",
+        "child_client lookup_client service_client training_client sampling_client rest_client"
+        " admin_client loss_graph custom_loss custom_pass loss_registry run_factory"
+        " tokenizers checkpoints",
     ),
     ("edges", "__main__ cli testing local"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any, Callable
 from urllib.parse import urlsplit
 
@@ -11,6 +12,13 @@ import urllib3.exceptions
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APITimeoutError
 from tinkex.request import Request
+
+#: What happens only while a connection is being made.
+_CONNECTING = (
+    urllib3.exceptions.NewConnectionError,
+    ConnectionRefusedError,
+    socket.gaierror,
+)
 
 
 def connection_error(
@@ -47,7 +55,7 @@ def _never_connected(error: requests.RequestException) -> bool:
     if isinstance(error, (requests.exceptions.SSLError, requests.exceptions.ProxyError)):
         return True
     inner: Any = error.args[0] if error.args else None
-    return isinstance(getattr(inner, "reason", inner), urllib3.exceptions.NewConnectionError)
+    return isinstance(getattr(inner, "reason", inner), _CONNECTING)
 
 
 def _is_stalled_body(error: requests.RequestException) -> bool:

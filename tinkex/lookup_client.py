@@ -64,8 +64,8 @@ class LookupClient(BaseClient[Union[Session, Connection]]):
         return self._session.transport
 
     def get_telemetry(self) -> Optional[Reporter]:
-        """What reports on the session, or None if there is none, or telemetry is off."""
-        return self._session.telemetry if isinstance(self._session, Session) else None
+        """What reports on this client's failures, or None if telemetry is off (the default)."""
+        return self._session.telemetry
 
     def close(self) -> None:
         """Refuse further work; idempotent.

@@ -11,7 +11,6 @@ import time
 from typing import Any, Callable, Generic, Optional, TypeVar
 
 from tinkex.api.futures import retrieve_future
-from tinkex.channel import Channel
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -25,6 +24,7 @@ from tinkex.errors import (
 from tinkex.futures import APIFuture
 from tinkex.pause_notices import PauseNotices
 from tinkex.poll_rules import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
+from tinkex.private_channel import AnyChannel
 from tinkex.request import broken_route
 from tinkex.transport import Reply, Request, Transport
 
@@ -67,7 +67,7 @@ class PollLoop:
         self,
         transport: Transport,
         operation: Operation[Any],
-        channel: Channel,
+        channel: AnyChannel,
         pauses: PauseNotices,
     ) -> None:
         self._transport = transport

@@ -25,11 +25,11 @@ from types import TracebackType
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Type
 
 from tinkex.cancel_queue import CancelQueue
-from tinkex.channel import Channel
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.pause_notices import PauseNotices
 from tinkex.poll_loop import Operation as Operation, PollLoop
+from tinkex.private_channel import AnyChannel
 from tinkex.scheduler import WorkerPool
 from tinkex.transport import Transport
 from tinkex.types import UntypedFuture
@@ -118,7 +118,7 @@ class Poller:
     def submit_sample(
         self,
         operation: Operation[Any],
-        send: Callable[[Channel], UntypedFuture],
+        send: Callable[[AnyChannel], UntypedFuture],
         resubmit: Resubmit = lambda times: None,
     ) -> None:
         """Have a worker *send* a sampling request and poll for its result.  Returns at once.
@@ -144,7 +144,7 @@ class Poller:
     def _sample(
         self,
         operation: Operation[Any],
-        send: Callable[[Channel], UntypedFuture],
+        send: Callable[[AnyChannel], UntypedFuture],
         resubmit: Resubmit,
         stint: _Stint,
     ) -> None:
@@ -212,9 +212,9 @@ class Poller:
         with self._lock:
             self._outstanding.discard(future)
 
-    def _own_channel(self) -> Channel:
+    def _own_channel(self) -> AnyChannel:
         """The calling worker's own connection, made at its first use and when it was stopped."""
-        channel: Optional[Channel] = getattr(self._thread_local, "channel", None)
+        channel: Optional[AnyChannel] = getattr(self._thread_local, "channel", None)
         if channel is not None and channel.stopped.is_set():
             channel.abort()
             channel = None
@@ -242,7 +242,7 @@ class Poller:
                     del self._lanes[lane]
                     return
 
-    def _poll(self, operation: Operation[Any], channel: Channel) -> None:
+    def _poll(self, operation: Operation[Any], channel: AnyChannel) -> None:
         """Poll until the operation's future is settled by somebody, or raise its error."""
         PollLoop(self._transport, operation, channel, self._pauses).run()
 
@@ -254,7 +254,7 @@ class _Stint:
     id by which the server can be told.
     """
 
-    def __init__(self, future: APIFuture[Any], channel: Channel) -> None:
+    def __init__(self, future: APIFuture[Any], channel: AnyChannel) -> None:
         self.channel = channel
         # Guards _over and _submitting.
         self._lock = threading.Lock()

@@ -236,7 +236,7 @@ class RestClient(LookupClient):
 
     def copy_weights(
         self,
-        tinker_path: str,
+        path: str,
         destination_project_id: Optional[str] = None,
         *,
         ttl_seconds: Optional[int] = None,
@@ -245,7 +245,7 @@ class RestClient(LookupClient):
         """Copy a checkpoint into a project; the future's result is the path of the copy.
 
         Args:
-            tinker_path: the checkpoint.
+            path: the checkpoint.
             destination_project_id: the project; else the client's, from ``TINKER_PROJECT_ID``.
             ttl_seconds: the copy is deleted after this long; None keeps it.
             weights_access_token: allows to read a checkpoint of somebody else.
@@ -253,7 +253,7 @@ class RestClient(LookupClient):
         Raises:
             InvalidInputError: there is no project, or an argument is wrong.
         """
-        check_tinker_path(tinker_path)
+        check_tinker_path(path)
         check_ttl(ttl_seconds)
         project_id = destination_project_id or self.config.project_id
         if not project_id:
@@ -265,7 +265,7 @@ class RestClient(LookupClient):
         def copy(transport: Transport) -> str:
             return api.copy_weights(
                 transport,
-                source_path=tinker_path,
+                source_path=path,
                 destination_project_id=project_id,
                 ttl_seconds=ttl_seconds,
                 weights_access_token=weights_access_token,

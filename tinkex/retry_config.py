@@ -48,9 +48,10 @@ class RetryConfig:
         if most is not None and not (type(most) is int and most >= 1):
             raise InvalidInputError(f"max_connections is {most!r}; it must be at least 1, or None")
         for name in ("progress_timeout", "retry_delay_base", "retry_delay_max"):
-            if not _is_number(getattr(self, name), above=0.0):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; it must be positive")
-        if not (_is_number(self.jitter_factor, above=-1e-9) and self.jitter_factor <= 1):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0):
+                raise InvalidInputError(f"{name} is {value!r}; it must be positive")
+        if not (_is_number(self.jitter_factor) and 0 <= self.jitter_factor <= 1):
             raise InvalidInputError(
                 f"jitter_factor is {self.jitter_factor!r}; it must lie in 0 .. 1"
             )
@@ -80,6 +81,6 @@ def check_retry_config(retry_config: object) -> None:
         )
 
 
-def _is_number(value: Any, above: float) -> bool:
+def _is_number(value: Any) -> bool:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return known and math.isfinite(value) and value > above
+    return known and math.isfinite(value)

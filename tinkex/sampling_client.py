@@ -13,7 +13,6 @@ import orjson
 
 from tinkex.api import sampling as api
 from tinkex.api.rest import get_weights_info
-from tinkex.channel import Channel
 from tinkex.child_client import ChildClient
 from tinkex.config import Config
 from tinkex.errors import (
@@ -25,6 +24,7 @@ from tinkex.errors import (
 from tinkex.futures import APIFuture
 from tinkex.new_run import wait_for_result
 from tinkex.poller import Operation
+from tinkex.private_channel import AnyChannel
 from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.sample_checks import (
     check_request,
@@ -314,7 +314,7 @@ class SamplingClient(ChildClient):
         future: APIFuture[T] = session.poller.new_future(kind)
         sequence_ids: List[str] = []
 
-        def send(channel: Channel) -> UntypedFuture:
+        def send(channel: AnyChannel) -> UntypedFuture:
             number = self._next_seq_id()
             try:
                 accepted = api.asample(

@@ -17,7 +17,6 @@ from support.transports import open_transport
 
 from tinkex import billing, poll_loop, poll_rules
 from tinkex.api._call import read
-from tinkex.channel import Channel
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -34,6 +33,7 @@ from tinkex.errors import (
 )
 from tinkex.futures import APIFuture
 from tinkex.poller import Operation, Poller
+from tinkex.private_channel import AnyChannel
 from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
@@ -509,7 +509,7 @@ def sample(
 ) -> APIFuture[Any]:
     future = poller.new_future("sample")
 
-    def send(channel: Channel) -> UntypedFuture:
+    def send(channel: AnyChannel) -> UntypedFuture:
         if sent is not None:
             sent.append(name)
         return UntypedFuture(name)
@@ -558,7 +558,7 @@ def test_a_sample_that_cannot_be_submitted_fails(server: ScriptedServer) -> None
     with open_poller(server) as poller:
         future = poller.new_future("sample")
 
-        def send(channel: Channel) -> UntypedFuture:
+        def send(channel: AnyChannel) -> UntypedFuture:
             raise NotFoundError("no such sampler")
 
         poller.submit_sample(Operation(future, decode_path), send)
@@ -724,7 +724,7 @@ def test_a_sample_cancelled_while_it_is_submitted_is_cancelled_on_the_server(
     with open_poller(server) as poller:
         future = poller.new_future("sample")
 
-        def send(channel: Channel) -> UntypedFuture:
+        def send(channel: AnyChannel) -> UntypedFuture:
             begun.set()
             assert accepted.wait(PATIENCE_S)
             return UntypedFuture("r-9")

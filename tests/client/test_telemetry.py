@@ -22,7 +22,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import SamplingClient, ServiceClient, SessionManager, telemetry, types
+from tinkex import RestClient, SamplingClient, ServiceClient, SessionManager, telemetry, types
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import (
@@ -278,6 +278,20 @@ def test_a_clone_reports_neither_start_nor_end_of_a_session_that_is_not_its_own(
     assert [e["event"] for e in events(server)] == ["GENERIC_EVENT"]
 
 
+def test_a_client_without_a_session_reports_failures_only(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    with RestClient(base_url=server.url, telemetry=True) as client:
+        with pytest.raises(TinkexError):
+            client.get_training_run("unknown").result(PATIENCE_S)
+        found = client.get_telemetry()
+        assert found is not None
+        assert found.session_id.startswith("sessionless-")
+    assert [e.get("event_name") for e in events(server)] == ["user_error"]
+    (body,) = [r.json() for r in server.requests(ROUTE)]
+    assert body["session_id"] == found.session_id
+
+
 # What is never reported
 
 
@@ -467,9 +481,9 @@ def test_a_server_without_the_route_is_left_alone_from_then_on(
     with ServiceClient(base_url=server.url, telemetry=True) as first:
         reporter(first).trigger_flush()
         server.wait_for(ROUTE)
-        thread = next(t for t in threading.enumerate() if t.name == "tinkex-telemetry")
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
+        wait_until(
+            lambda: all(t.name != "tinkex-telemetry" for t in threading.enumerate()), "it has ended"
+        )
         assert not reporter(first).log("more")
         with ServiceClient(base_url=server.url, telemetry=True, manager=sessions) as second:
             assert second.get_telemetry() is None

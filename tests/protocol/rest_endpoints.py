@@ -165,6 +165,22 @@ CHECKPOINTS = (
             {"model.safetensors": "https://files.test/1"}, INSTANT),
     ),
     Endpoint(
+        "get_checkpoint_archive_url",
+        lambda c: c.rest.get_checkpoint_archive_url(RUN, "weights/a").result(),
+        "GET", f"{AT}/archive",
+        least={"url": "https://files.test/a"},
+        least_gives=types.CheckpointArchiveUrlResponse("https://files.test/a"),
+        most={"url": "https://files.test/a", "expires": TIME},
+        most_gives=types.CheckpointArchiveUrlResponse("https://files.test/a", INSTANT),
+    ),
+    Endpoint(
+        "get_checkpoint_archive_url_from_tinker_path",
+        lambda c: c.rest.get_checkpoint_archive_url_from_tinker_path(f"{PATH}/weights/a").result(),
+        "GET", f"{AT}/archive",
+        least={"url": "https://files.test/a"},
+        least_gives=types.CheckpointArchiveUrlResponse("https://files.test/a"),
+    ),
+    Endpoint(
         "copy_weights",
         lambda c: c.rest.copy_weights(f"{PATH}/weights/a", "project").result(),
         "POST", "copy_weights",

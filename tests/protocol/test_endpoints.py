@@ -15,6 +15,7 @@ from support.scripted_server import Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
+import tinkex
 from tinkex.errors import ResponseDecodeError
 
 ALL = REST + WORK
@@ -151,3 +152,51 @@ def test_where_nothing_is_expected_anything_will_do(
     clients: Clients, endpoint: Endpoint, body: bytes
 ) -> None:
     assert call(clients, endpoint, body) is None
+
+
+# Nothing is forgotten
+
+#: Public methods that send nothing of their own, or whose requests other tests look at.
+ELSEWHERE = {
+    "close": "test_session_requests",
+    "create_future": "behind create_sampling_client",
+    "create_custom_loss": "tests/client/test_custom_loss.py",
+    "create_rest_client": "sends nothing",
+    "download_checkpoint": "tests/client/test_checkpoints.py",
+    "forward": "test_passes",
+    "forward_backward": "test_passes",
+    "forward_backward_custom": "tests/client/test_custom_loss.py",
+    "from_sampler_handle": "sends nothing",
+    "get_base_model": "get_sampler",
+    "get_console_url": "sends nothing",
+    "get_sampler_handle": "sends nothing",
+    "get_telemetry": "sends nothing",
+    "get_tokenizer": "get_sampler and get_info",
+    "inflight": "sends nothing",
+    "local": "tests/client/test_local_service.py",
+    "push_to_hub": "tests/client/test_checkpoints.py",
+    "result": "sends nothing",
+    "train_step": "forward_backward and optim_step",
+    "whoami": "test_session_requests",
+}
+CLIENTS = (
+    tinkex.ServiceClient,
+    tinkex.TrainingClient,
+    tinkex.SamplingClient,
+    tinkex.RestClient,
+    tinkex.AdminClient,
+)
+
+
+def test_every_public_method_has_its_row() -> None:
+    methods = {
+        name
+        for client in CLIENTS
+        for name in dir(client)
+        if not name.startswith("_") and callable(getattr(client, name))
+    }
+    methods -= {name for name in methods if name.endswith("_future")}  # twins
+    rows = {one.name.partition(" ")[0] for one in ALL}
+    assert methods - rows - set(ELSEWHERE) == set()
+    assert rows - methods == set()
+    assert set(ELSEWHERE) - methods - {"create_future"} == set()

@@ -307,4 +307,40 @@ SAMPLE = (
     ),
 )  # fmt: skip
 
-WORK = CREATE + TRAIN + SAMPLE
+OTHER = (
+    Endpoint(
+        "unload",
+        lambda c: c.service.create_lora_training_client("b", rank=8).unload().result(),
+        "POST", "unload_model", {"model_id": MODEL, "type": "unload_model"},
+        least={"model_id": MODEL}, spare=("model_id",), polled=True,
+        least_gives=types.UnloadModelResponse(MODEL),
+    ),
+    Endpoint(
+        "copy_weights of the session",
+        lambda c: c.service.copy_weights(SAVED).result(),
+        "POST", "copy_weights", {"source_path": SAVED},
+        least={"tinker_path": "tinker://c/weights/a"}, least_gives="tinker://c/weights/a",
+    ),
+    Endpoint(
+        "copy_weights of the session with everything",
+        lambda c: c.service.copy_weights(
+            SAVED, ttl_seconds=3600, weights_access_token="wat").result(),
+        "POST", "copy_weights", {"source_path": SAVED, "ttl_seconds": 3600},
+        headers={"x-tinker-weights-access-token": "wat"},
+        least={"tinker_path": "tinker://c/weights/a"}, least_gives="tinker://c/weights/a",
+    ),
+    Endpoint(
+        "get_info",
+        lambda c: c.service.create_lora_training_client("b", rank=8).get_info(),
+        "POST", "get_info", {"model_id": MODEL, "type": "get_info"},
+        least={"model_id": MODEL, "model_data": {}}, spare=("model_data",),
+        least_gives=types.GetInfoResponse(MODEL),
+        most={"model_id": MODEL, "is_lora": True, "lora_rank": 8, "model_name": "n",
+              "model_data": {"arch": "a", "model_name": "b", "tokenizer_id": "t:x"},
+              "optimizer_config": {"type": "adamw"}, "type": "get_info"},
+        most_gives=types.GetInfoResponse(
+            MODEL, types.ModelData("a", "b", "t:x"), True, 8, "n", {"type": "adamw"}),
+    ),
+)  # fmt: skip
+
+WORK = CREATE + TRAIN + SAMPLE + OTHER

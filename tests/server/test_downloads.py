@@ -95,6 +95,8 @@ def test_a_signature_is_of_one_path_and_one_time() -> None:
         ("/signed/a:b/c d", query["expires"], "0" * 64),
         ("/signed/a:b/c d", query["expires"], "é"),
         ("/signed/a:b/c d", "soon", query["signature"]),
+        ("/signed/a:b/c d", "²", query["signature"]),
+        ("/signed/a:b/c d", "9" * 5000, query["signature"]),
         ("/signed/a:b/c d", None, query["signature"]),
         ("/signed/a:b/c d", query["expires"], None),
     ]:

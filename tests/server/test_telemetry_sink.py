@@ -68,6 +68,7 @@ def test_only_the_last_events_are_kept(tmp_path: Path) -> None:
         ({"events": [{}] * 1001}, "events"),
         ({"events": ["x"]}, "event 0"),
         ({"events": [{**EVENTS[0], "event": "HELLO"}]}, "HELLO"),
+        ({"events": [{**EVENTS[0], "event": []}]}, "event 0"),
         ({"events": [EVENTS[0], {**EVENTS[0], "event_id": None}]}, "event 1: field 'event_id'"),
         ({"events": [{**EVENTS[0], "event_session_index": True}]}, "event_session_index"),
         ({"events": [{**EVENTS[0], "severity": "LOUD"}]}, "LOUD"),

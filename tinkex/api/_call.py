@@ -7,8 +7,8 @@ from urllib.parse import quote, urlencode
 
 import orjson
 
-from tinkex.channel import Channel
 from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.private_channel import AnyChannel
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types._wire import Wire
@@ -36,7 +36,7 @@ def call(
     *,
     traffic: str = "work",
     policy: Optional[RetryPolicy] = None,
-    channel: Optional[Channel] = None,
+    channel: Optional[AnyChannel] = None,
     headers: Optional[Mapping[str, str]] = None,
 ) -> Reply:
     """Send a JSON request with retries; return the 2xx answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Dict, Optional
 
 from tinkex.api._call import encode
-from tinkex.channel import Channel
+from tinkex.private_channel import AnyChannel
 from tinkex.retry import RetryPolicy
 from tinkex.transport import JSON_TYPE, Reply, Request, Transport
 
@@ -22,7 +22,7 @@ def retrieve_future(
     binary: bool,
     read_timeout_s: float,
     payload: bool = False,
-    channel: Optional[Channel] = None,
+    channel: Optional[AnyChannel] = None,
 ) -> Reply:
     """``POST retrieve_future``, once: a long poll; returns the answer whatever its status.
 

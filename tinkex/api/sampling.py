@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Union
 
 from tinkex.api._call import call, get, post, read, segment
 from tinkex.api._optional import optional_route
-from tinkex.channel import Channel
+from tinkex.private_channel import AnyChannel
 from tinkex.transport import Transport
 from tinkex.types import (
     CreateSamplingSessionResponse,
@@ -63,7 +63,7 @@ def asample(
     sampling_session_id: str,
     seq_id: int,
     request: SampleRequest,
-    channel: Optional[Channel] = None,
+    channel: Optional[AnyChannel] = None,
 ) -> UntypedFuture:
     """``POST asample`` -> future of SampleResponse."""
     body = request.to_json()

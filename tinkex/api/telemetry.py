@@ -7,7 +7,7 @@ from typing import Any, Mapping, Sequence
 
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.api._call import encode
-from tinkex.channel import Channel
+from tinkex.private_channel import AnyChannel
 from tinkex.transport import Reply, Request, Transport
 
 #: One report may take this long, in seconds.
@@ -20,7 +20,7 @@ def send_telemetry(
     *,
     session_id: str,
     process_uuid: str,
-    channel: Channel,
+    channel: AnyChannel,
 ) -> Reply:
     """``POST telemetry``, once, without keys; returns the answer whatever its status."""
     body = {

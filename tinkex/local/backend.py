@@ -18,9 +18,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 from tinkex.errors import InvalidInputError
 from tinkex.local.custom_passes import CustomLosses
 from tinkex.local.engine import Engine, EngineInfo
-from tinkex.local.futures import FutureTable, Success
+from tinkex.local.futures import FutureTable
 from tinkex.local.lanes import Job, Lane
-from tinkex.local.loss_graph import LossProgram
 from tinkex.local.once import Once
 from tinkex.local.problems import Problem
 from tinkex.local.rows import CheckpointRow, RunRow
@@ -86,7 +85,7 @@ class Backend:
         # Guards _created: id -> digest of the body, and the answer's id.
         self._creating = threading.Lock()
         self._created: Dict[str, Tuple[bytes, str]] = {}
-        self._once = Once()
+        self.once = Once()
         self.losses = CustomLosses()
         self.telemetry = TelemetrySink(settings.telemetry_kept)
 
@@ -114,7 +113,7 @@ class Backend:
 
         The same *idempotency_key* again stands for the same session: the answer was lost.
         """
-        return self._once.get(idempotency_key, lambda: self._create_session(facts))
+        return self.once.get(idempotency_key, lambda: self._create_session(facts))
 
     def _create_session(self, facts: Dict[str, Any]) -> str:
         session_id = str(uuid.uuid4())
@@ -256,38 +255,6 @@ class Backend:
             f"it has {', '.join(names) or 'none'}",
         )
 
-    def copy_checkpoint(
-        self,
-        source: CheckpointRow,
-        *,
-        project_id: Optional[str],
-        ttl_s: Optional[float],
-        idempotency_key: Optional[str],
-    ) -> str:
-        """Copy a checkpoint into a run of its own, and return the path of the copy.
-
-        The same *idempotency_key* again stands for the same copy.
-        """
-
-        def copy() -> str:
-            run = self.need_run(source.run_id)
-            copy_id = f"copy-{uuid.uuid4()}"
-            self.store.add_run(
-                copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
-            )
-            try:
-                with self.store.saving(
-                    copy_id, source.kind, source.name,
-                    overwrite=False, ttl_s=ttl_s, user_metadata=source.user_metadata,
-                ) as folder:  # fmt: skip
-                    self.store.copy_files(source, folder)
-            except BaseException:
-                self.store.drop_run(copy_id)
-                raise
-            return f"tinker://{copy_id}/{source.kind}/{source.name}"
-
-        return self._once.get(idempotency_key, copy)
-
     # Runs and samplers
 
     def check_model(self, model_id: str) -> None:
@@ -355,22 +322,6 @@ class Backend:
             shutil.rmtree(folder, ignore_errors=True)
         self._end_if_over(session_id)
         return sampler_id
-
-    def create_loss(self, loss_id: str, digest: bytes, program: LossProgram) -> str:
-        """Keep a custom loss for its session, and return the request id of that.
-
-        A repetition with the same *digest* gets the first one's; another body is Problem 409.
-        """
-        with self._creating:
-            request_id = self._known(loss_id, digest)
-            if request_id is None:
-                request_id = f"{loss_id}:create"
-                self._created[loss_id] = (digest, request_id)
-                self.losses.add(loss_id, program)
-                self.futures.create(request_id, loss_id, 0)
-        made = {"loss_id": loss_id, "type": "create_custom_loss"}
-        self.futures.complete(request_id, Success(made))
-        return request_id
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, answer = self._created.get(made_id, (digest, None))

@@ -8,13 +8,14 @@ be used, and the result is exact.  Runs on the engine thread, as one request.
 from __future__ import annotations
 
 import threading
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from tinkex.local.engine import Engine, EngineError
 from tinkex.local.graph_loss import loss_of_datum
 from tinkex.local.loss_graph import LossProgram
+from tinkex.local.problems import Problem
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 
 
@@ -22,24 +23,35 @@ class CustomLosses:
     """The losses that clients made, by id.  Thread-safe; they are gone with their session."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _programs
-        self._programs: Dict[str, LossProgram] = {}
+        self._lock = threading.Lock()  # guards _made
+        self._made: Dict[str, Tuple[bytes, LossProgram]] = {}
 
-    def add(self, loss_id: str, program: LossProgram) -> None:
-        """Keep a loss."""
+    def add(self, loss_id: str, digest: bytes, program: LossProgram) -> bool:
+        """Keep a loss; False if it was made before, from a body of the same *digest*.
+
+        Raises:
+            Problem: 409, it was made from another body.
+        """
         with self._lock:
-            self._programs[loss_id] = program
+            known = self._made.get(loss_id)
+            if known is None:
+                self._made[loss_id] = (digest, program)
+                return True
+        if known[0] != digest:
+            raise Problem(409, f"{loss_id} was made from another body; take the next number")
+        return False
 
     def find(self, loss_id: object) -> Optional[LossProgram]:
         """Return a loss, or None."""
         with self._lock:
-            return self._programs.get(loss_id) if isinstance(loss_id, str) else None
+            known = self._made.get(loss_id) if isinstance(loss_id, str) else None
+        return None if known is None else known[1]
 
     def drop_session(self, session_id: str) -> None:
         """Forget the losses of a session."""
         with self._lock:
-            for loss_id in [one for one in self._programs if one.startswith(f"{session_id}:")]:
-                del self._programs[loss_id]
+            for loss_id in [one for one in self._made if one.startswith(f"{session_id}:")]:
+                del self._made[loss_id]
 
 
 def run_custom_pass(

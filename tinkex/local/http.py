@@ -155,7 +155,7 @@ def page(default_limit: int) -> Tuple[int, int]:
     numbers = []
     for name, default in (("limit", default_limit), ("offset", 0)):
         text = request.args.get(name, str(default))
-        if not text.isdigit():
+        if not (text.isascii() and text.isdigit()):
             raise Problem(400, f"{name} is {text!r}; it must be a number, 0 or more")
         numbers.append(min(int(text), 1 << 31))
     return numbers[0], numbers[1]

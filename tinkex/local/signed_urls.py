@@ -37,12 +37,13 @@ class Signer:
 
     def check(self, path: str, expires: Optional[str], signature: Optional[str]) -> None:
         """Raise Problem 403 unless *signature* is that of *path* and *expires* lies ahead."""
-        if expires is None or signature is None or not expires.isdigit() or len(expires) > 12:
+        number = expires if expires and expires.isascii() and expires.isdigit() else ""
+        if signature is None or not 0 < len(number) <= 12:
             raise Problem(403, "this URL is not signed; ask for a signed one")
-        expected = self._signature(path, int(expires))
+        expected = self._signature(path, int(number))
         if not hmac.compare_digest(expected.encode(), signature.encode()):
             raise Problem(403, "the signature of this URL is wrong; ask for a new one")
-        if self._wall() >= int(expires):
+        if self._wall() >= int(number):
             raise Problem(403, "this URL has expired; ask for a new one")
 
     def _signature(self, path: str, expires_at: int) -> str:

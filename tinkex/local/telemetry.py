@@ -58,8 +58,8 @@ class TelemetrySink:
 
 def _check(what: str, event: Any) -> None:
     kind = event.get("event") if isinstance(event, dict) else None
-    if kind not in _OWN:
-        raise Problem(400, f"{what} is {kind!r}; it must be one of {', '.join(_OWN)}")
+    if not isinstance(kind, str) or kind not in _OWN:
+        raise Problem(400, f"{what} is {kind!r:.80}; it must be one of {', '.join(_OWN)}")
     for name, expected in {**_COMMON, **_OWN[kind]}.items():
         value = event.get(name)
         if not isinstance(value, expected) or isinstance(value, bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ def as_tokens(tokens: Any) -> TokenArray:
 class EncodedTextChunk:
     """A run of token ids.  ``tokens_np`` is int32 of shape ``(length,)``."""
 
+    type: ClassVar[str] = "encoded_text"
     tokens_np: TokenArray
 
     def __init__(self, tokens: Any) -> None:
@@ -85,6 +86,7 @@ def _expected_length(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> int:
 class ImageChunk:
     """An encoded image; *format* is ``"png"`` or ``"jpeg"``."""
 
+    type: ClassVar[str] = "image"
     data: bytes
     format: str
     expected_tokens: Optional[int] = None
@@ -108,6 +110,7 @@ class ImageChunk:
 class ImageAssetPointerChunk:
     """An image the server fetches itself from *location*.  For sampling only."""
 
+    type: ClassVar[str] = "image_asset_pointer"
     format: str
     location: str
     expected_tokens: Optional[int] = None
@@ -131,6 +134,7 @@ def _with_expected(encoded: Dict[str, Any], expected_tokens: Optional[int]) -> D
 class DmelChunk:
     """Discretised audio in its own container format."""
 
+    type: ClassVar[str] = "dmel"
     dmel: bytes
 
     @property

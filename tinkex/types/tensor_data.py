@@ -148,6 +148,16 @@ class TensorData:
         return cls(table[listed], dense.dtype, dense.shape, crow, np.nonzero(listed)[1])
 
     @property
+    def sparse_crow_indices(self) -> Optional[Array]:
+        """The same as ``crow_indices``, under the constructor's and the official SDK's name."""
+        return self.crow_indices
+
+    @property
+    def sparse_col_indices(self) -> Optional[Array]:
+        """The same as ``col_indices``, under the constructor's and the official SDK's name."""
+        return self.col_indices
+
+    @property
     def is_sparse(self) -> bool:
         """True if only listed values are stored (CSR)."""
         return self.crow_indices is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping
 
 Fault = Dict[str, Any]
-#: Field -> its kind; "!" marks a required one.
+#: Field -> its kind; "!" marks a required one, "!?" one that must be there but may be null.
 Schema = Mapping[str, str]
 
 _LORA: Schema = {
@@ -34,7 +34,7 @@ _SCHEMAS: Mapping[str, Schema] = {
     "client/config": {"sdk_version": "str"},
     "create_session": {
         "tags": "list!",
-        "user_metadata": "dict",
+        "user_metadata": "dict!?",
         "sdk_version": "str!",
         "project_id": "str",
         "type": "str",
@@ -57,7 +57,7 @@ _SCHEMAS: Mapping[str, Schema] = {
         "weights_access_token": "str",
     },
     "optim_step": {**_NUMBERED, "adam_params": "dict!"},
-    "save_weights": {**_NUMBERED, "path": "str", "ttl_seconds": "int"},
+    "save_weights": {**_NUMBERED, "path": "str", "ttl_seconds": "int", "overwrite": "bool"},
     "save_weights_for_sampler": {
         **_NUMBERED,
         "path": "str",
@@ -83,7 +83,7 @@ _SCHEMAS: Mapping[str, Schema] = {
         "topk_prompt_logprobs": "int",
         "type": "str",
     },
-    "retrieve_future": {"request_id": "str!", "model_id": "str", "allow_metadata_only": "bool"},
+    "retrieve_future": {"request_id": "str!", "allow_metadata_only": "bool"},
     "weights_info": {"tinker_path": "str!"},
 }
 #: Field of a route -> what the object in it may hold.
@@ -157,7 +157,7 @@ def _check(schema: Schema, body: Any, loc: List[Any], refuse_extras: bool) -> Li
     for name, kind in schema.items():
         value = body.get(name)
         if value is None:
-            if kind.endswith("!"):
+            if kind.endswith("!") or (kind.endswith("!?") and name not in body):
                 found.append(
                     {
                         "type": "missing",
@@ -166,8 +166,8 @@ def _check(schema: Schema, body: Any, loc: List[Any], refuse_extras: bool) -> Li
                         "input": body,
                     }
                 )
-        elif not _fits(kind.rstrip("!"), value):
-            fault, text = _MISTYPED[kind.rstrip("!")]
+        elif not _fits(kind.rstrip("!?"), value):
+            fault, text = _MISTYPED[kind.rstrip("!?")]
             found.append({"type": fault, "loc": [*loc, name], "msg": text, "input": value})
     if refuse_extras:
         for name in body:

@@ -39,6 +39,7 @@ class Profile:
         busy: a pending request is answered ``"try_again"`` or ``"408"``.
         hold_s: ... after being held for this long.
         created, accepted: success status of what answers at once, and of what is queued.
+        deleted: ... of deleting and publishing; 204 comes without a body.
         key: ``"none"``, ``"header"`` (X-API-Key) or ``"bearer"`` (either way).
         wrong_key: status for a key that is not the server's.
         load_into_new: None if load_weights can make a run; else the status that refuses it.
@@ -78,6 +79,7 @@ class Profile:
     hold_s: float = 30.0
     created: int = 200
     accepted: int = 200
+    deleted: int = 200
     key: str = "header"
     wrong_key: int = 401
     load_into_new: Optional[int] = None

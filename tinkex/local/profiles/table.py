@@ -35,9 +35,18 @@ _CORE = (
 )
 _RUNS = "training_runs/{id}/checkpoints"
 
+_SKYRL_ROUTES = (
+    *_CORE,
+    "POST unload_model",
+    "GET samplers/{id}",
+    "GET training_runs",
+    "GET training_runs/{id}",
+    f"GET {_RUNS}",
+    f"GET {_RUNS}/{{id}}/archive",
+)
 _SKYRL_03 = Profile(
     name="skyrl-0.3",
-    routes=(*_CORE, "POST forward", "POST unload_model", f"GET {_RUNS}/{{cp}}/archive"),
+    routes=(*_SKYRL_ROUTES, "POST forward"),
     reads=("json",),
     unreadable=500,
     results="json",
@@ -61,7 +70,7 @@ _SKYRL_03 = Profile(
 _SKYRL_04 = dataclasses.replace(
     _SKYRL_03,
     name="skyrl-0.4",
-    routes=(*_CORE, "POST unload_model", f"GET {_RUNS}/{{cp}}/archive"),
+    routes=_SKYRL_ROUTES,
     reads=("protobuf",),
     unreadable=415,
     results="protobuf",
@@ -94,6 +103,7 @@ _TUFT = Profile(
     failures="mapped",
     created=201,
     accepted=202,
+    deleted=204,
     wrong_key=403,
     load_into_new=400,
     step_metrics=False,

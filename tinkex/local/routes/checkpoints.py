@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
+from tinkex.local.copies import copy_checkpoint
 from tinkex.local.http import answer, idempotency_key, json_body, need, optional, ttl_seconds
 from tinkex.local.problems import Problem
 from tinkex.local.rows import CheckpointRow
@@ -41,7 +42,8 @@ def _register_contents(app: Flask, backend: Backend) -> None:
     @app.post("/api/v1/copy_weights")
     def copy_weights() -> Response:
         body, _ = json_body()
-        path = backend.copy_checkpoint(
+        path = copy_checkpoint(
+            backend,
             backend.checkpoint_at(need(body, "source_path", str)),
             project_id=optional(body, "destination_project_id", str),
             ttl_s=ttl_seconds(body),

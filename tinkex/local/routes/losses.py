@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
+from tinkex.local.futures import Success
 from tinkex.local.graph_loss import has_torch
 from tinkex.local.http import answer, digest, json_body, need, need_seq_id
 from tinkex.local.loss_graph import read_program
@@ -16,6 +19,8 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
     """Add the route to *app*, if the flag says that this server takes such losses."""
     if not settings.flags.custom_loss_server_side:
         return
+    # So that a repetition is not answered before there is a future to poll for.
+    making = threading.Lock()
 
     @app.post("/api/v1/create_custom_loss")
     def create_custom_loss() -> Response:
@@ -27,4 +32,10 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
             raise Problem(501, "custom losses need torch, which is not installed on the server")
         program = read_program(body)
         loss_id = f"{session_id}:loss:{number}"
-        return answer({"request_id": backend.create_loss(loss_id, digest(raw), program)})
+        request_id = f"{loss_id}:create"
+        with making:
+            if backend.losses.add(loss_id, digest(raw), program):
+                backend.futures.create(request_id, loss_id, 0)
+                made = {"loss_id": loss_id, "type": "create_custom_loss"}
+                backend.futures.complete(request_id, Success(made))
+        return answer({"request_id": request_id})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Type
 
 from flask import Flask, Response
 
@@ -29,6 +29,15 @@ from tinkex.types import (
 
 _REASONS = ("success", "errored", "interrupted")
 
+#: What a client says about a session, and of what type it is.
+_FACTS: Dict[str, Type[Any]] = {
+    "tags": list,
+    "user_metadata": dict,
+    "sdk_version": str,
+    "project_id": str,
+    "display_name": str,
+}
+
 
 def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
     """Add the routes to *app*."""
@@ -36,11 +45,8 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
     @app.post("/api/v1/create_session")
     def create_session() -> Response:
         body, _ = json_body()
-        facts = {
-            name: body[name]
-            for name in ("tags", "user_metadata", "sdk_version", "project_id", "display_name")
-            if body.get(name) is not None
-        }
+        given = {name: optional(body, name, kind) for name, kind in _FACTS.items()}
+        facts = {name: value for name, value in given.items() if value is not None}
         session_id = backend.create_session(facts, idempotency_key())
         messages = {
             name: getattr(settings, name)

@@ -1,0 +1,134 @@
+"""Nothing is done twice, whatever a server makes of numbers and whichever answers are lost.
+
+A run is driven at random against four kinds of servers (servers table), each of which loses some
+requests before they are done and some answers after.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Dict, List, Tuple
+
+import pytest
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.tinker_routes import TinkerRoutes
+
+from tinkex import ServiceClient, types
+from tinkex.errors import APIConnectionError, RequestFailedError, ResultExpiredError
+
+#: A step with a learning rate from here on fails.
+BAD = 0.5
+
+
+class Counting:
+    """Steps of one run, told apart by their learning rates, on one kind of server.
+
+    kind: ``"waits"`` for a number that is left out (the embedded server), runs in order of
+    ``"arrival"`` (SkyRL), knows the ``"first"`` body of a number only (hatchery-core), or is
+    ``"strict"`` (TuFT): it counts successes, and nothing else.
+    """
+
+    def __init__(self, kind: str, routes: TinkerRoutes, chances: random.Random) -> None:
+        self.kind = kind
+        self.ran: List[float] = []
+        self.losing = True
+        self._routes = routes
+        self._chances = chances
+        self._next = 1
+        self._seen: Dict[int, Tuple[bytes, Answer]] = {}
+        self._early: Dict[int, float] = {}
+        # Several connections bring requests; the run's own order is that of its lane.
+        self._lock = threading.Lock()
+        routes.serve("optim_step", self.accept)
+
+    def accept(self, received: Received) -> Answer:
+        with self._lock:
+            chance = self._chances.random() if self.losing else 1.0
+            if chance < 0.2:
+                return Answer(drop=True)  # before it was done
+            answer = self._take(received)
+            return Answer(drop=True) if chance < 0.4 else answer
+
+    def _take(self, received: Received) -> Answer:
+        body = received.json()
+        seq_id, rate = body["seq_id"], body["adam_params"]["learning_rate"]
+        if self.kind == "strict":
+            return self._count(seq_id, rate)
+        if seq_id in self._seen:
+            known, answer = self._seen[seq_id]
+            if self.kind != "first" and known != received.body:
+                return Answer(409, {"detail": f"seq_id {seq_id} was used for another request"})
+            return answer
+        answer = self._result(rate)
+        self._seen[seq_id] = received.body, answer
+        self._early[seq_id] = rate
+        while self._early and (self.kind != "waits" or self._next in self._early):
+            number = self._next if self.kind == "waits" else seq_id
+            self._run(self._early.pop(number))
+            self._next += 1
+        return answer
+
+    def _count(self, seq_id: int, rate: float) -> Answer:
+        if seq_id != self._next:
+            text = f"Future failed: Sequence conflict: expected {self._next}, got {seq_id}."
+            return self._routes.accepted("optim_step", Answer(409, {"detail": text}))
+        self._next += rate < BAD
+        self._run(rate)
+        return self._result(rate)
+
+    def _run(self, rate: float) -> None:
+        if rate < BAD:
+            self.ran.append(rate)
+
+    def _result(self, rate: float) -> Answer:
+        failed = Answer(body={"error": "a bad step", "category": "user"})
+        done = Answer(body={"metrics": {"learning_rate:mean": rate}})
+        return self._routes.accepted("optim_step", done if rate < BAD else failed)
+
+
+@pytest.fixture(autouse=True)
+def three_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def delay_s(self: object, attempt: int, *args: object) -> object:
+        return 0.0005 if attempt < 3 else None
+
+    monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", delay_s)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["waits", "arrival", "first", "strict"])
+def test_every_step_is_taken_once_at_most_and_in_order(
+    server: ScriptedServer, routes: TinkerRoutes, kind: str, seed: int
+) -> None:
+    chances = random.Random(f"{kind} {seed}")
+    steps = Counting(kind, routes, random.Random(seed))
+    told: List[float] = []  # whose results came back
+    with ServiceClient(base_url=server.url) as service:
+        trainer = service.create_lora_training_client("base")
+        for burst in range(12):
+            rates = [burst * 0.01 + n * 0.001 for n in range(chances.choice([1, 1, 3]))]
+            rates = [rate + (BAD if chances.random() < 0.2 else 0.0) for rate in rates]
+            if burst == 11:
+                steps.losing = False
+                rates = [0.4]
+            futures = [trainer.optim_step(types.AdamParams(learning_rate=r)) for r in rates]
+            for rate, future in zip(rates, futures):
+                error = future.exception(PATIENCE_S)
+                for _ in range(10):  # the same call again, where it is the last one
+                    again = len(rates) == 1 and isinstance(error, APIConnectionError)
+                    if not again or chances.random() < 0.5:
+                        break
+                    future = trainer.optim_step(types.AdamParams(learning_rate=rate))
+                    error = future.exception(PATIENCE_S)
+                if error is None:
+                    metrics = future.result().metrics
+                    assert metrics == {"learning_rate:mean": rate}  # its own, not another's
+                    told.append(rate)
+                else:
+                    lost = (APIConnectionError, ResultExpiredError)
+                    assert isinstance(error, lost) or (
+                        rate >= BAD and isinstance(error, RequestFailedError)
+                    ), repr(error)
+    assert told[-1] == 0.4  # the run goes on
+    assert steps.ran == sorted(set(steps.ran))  # in order, none twice
+    assert set(told) <= set(steps.ran)
