@@ -35,12 +35,13 @@ _JOIN_BYTES = 65536
 
 
 class _Socket:
-    """The open socket, where abort and the finalizer find it without the connection."""
+    """The open socket, where abort and the finalizer find it without the channel."""
 
     def __init__(self) -> None:
-        # Guards both; another thread may abort.
+        # Guards what follows; another thread may abort.
         self.lock = threading.Lock()
         self.sock: Optional[Any] = None
+        self.busy = False  # a thread is in a request, and will close the socket if it breaks
         self.aborted = False
 
     def close(self) -> None:
@@ -86,8 +87,10 @@ class PrivateChannel:
         *timeout* bounds connecting, and each pause in the answer, in seconds.
         """
         head = self._head(method, url, headers, body)
-        sock = self._ready(timeout[0])
+        with self._state.lock:
+            self._state.busy = True
         try:
+            sock = self._ready(timeout[0])
             sock.settimeout(timeout[1])
             self._send(sock, head, body)
             return self._read_answer(sock)
@@ -99,6 +102,12 @@ class PrivateChannel:
             if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
                 raise requests.ConnectionError(error) from error
             raise
+        finally:
+            with self._state.lock:
+                self._state.busy = False
+                aborted = self._state.aborted
+            if aborted:
+                self.close()
 
     def close(self) -> None:
         """Close it; the next request opens another."""
@@ -110,8 +119,10 @@ class PrivateChannel:
         self.stopped.set()
         with self._state.lock:
             self._state.aborted = True
-            sock = self._state.sock
-        if sock is not None:
+            sock, busy = self._state.sock, self._state.busy
+        if sock is not None and not busy:
+            self._state.close()
+        elif sock is not None:
             with contextlib.suppress(OSError):  # not connected any more, which is what we want
                 # The plain socket's method: SSLSocket's own would pull the TLS state away
                 # from under the thread that reads.

@@ -274,6 +274,16 @@ def test_abort_breaks_off_what_is_in_flight_and_what_comes(server: ScriptedServe
         ask(connection, server.url)
 
 
+def test_abort_closes_an_idle_connection(server: ScriptedServer) -> None:
+    connection = opened(server.url)
+    ask(connection, server.url)
+    sock = connection._state.sock
+    connection.abort()
+    assert sock is not None
+    assert sock.fileno() == -1
+    server.wait_until_idle()
+
+
 def test_timeouts(server: ScriptedServer) -> None:
     hold = threading.Event()
     server.on("POST /api/v1/x", Scripted(hold=hold))

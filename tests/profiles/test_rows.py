@@ -151,7 +151,7 @@ _NEW_FIELDS = (
     "topk_sample_logprobs",
     "prompt_alt_tokens_k",
     "record_stability_info",
-    "overwrite",
+    "user_metadata",
 )
 
 

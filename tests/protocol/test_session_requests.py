@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any, Iterator, List
 
@@ -240,3 +241,15 @@ def test_every_request_of_a_session_is_authenticated(server: ScriptedServer) -> 
     keys = [request.headers.get("x-idempotency-key") for request in requests]
     assert None not in keys
     assert len(set(keys)) == len(keys)
+
+
+def test_whoami_reads_the_token_and_asks_nobody(server: ScriptedServer) -> None:
+    claims = {"sub": "urn:me", "org_id": "o", "email": "e", "iss": "passport-x", "exp": 4102444800}
+    body = base64.urlsafe_b64encode(json.dumps({**claims, "iat": 0}).encode()).decode().rstrip("=")
+    server.on(f"POST {API}client/config", Answer(body={"pjwt_auth_enabled": True}))
+    server.on(f"POST {API}auth/token", Answer(body={"jwt": f"eyJhbGciOiJub25lIn0.{body}.x"}))
+    with tinkex.RestClient(base_url=server.url, api_key=KEY) as rest:
+        found = rest.whoami().result()
+    assert (found.user_urn, found.org_urn, found.email) == ("urn:me", "tml:organization:o", "e")
+    asked = [request.path for request in server.requests()]
+    assert asked == [f"{API}client/config", f"{API}auth/token"]

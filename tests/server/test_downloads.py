@@ -10,9 +10,12 @@ from typing import Any, Dict
 from urllib.parse import urlsplit
 
 import pytest
+import requests
 from server.harness import Api, serving
 
+from tinkex.local import LocalServer
 from tinkex.local.contents import file_content, tar_content
+from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.problems import Problem
 from tinkex.local.signed_urls import Signer
 from tinkex.local.store import Store
@@ -252,3 +255,39 @@ def test_a_signed_path_cannot_leave_its_checkpoint(api: Api) -> None:
     url = local(found["urls"]["deterministic.json"])
     for other in ("../../../../tinkex.sqlite3", "..%2f..%2ftinkex.sqlite3", "/etc/passwd"):
         assert fetch(api, url.replace("deterministic.json", other)).status_code in (403, 404)
+
+
+def test_over_a_socket_an_archive_is_fetched_in_one_go_and_in_parts() -> None:
+    with LocalServer(DeterministicEngine(), api_key="tml-secret") as server:
+        with requests.Session() as session:
+            session.headers.update(KEY)
+
+            def post(route: str, **body: Any) -> Dict[str, Any]:
+                answer = session.post(f"{server.url}/api/v1/{route}", json=body, timeout=20)
+                assert answer.status_code == 200, answer.text
+                return dict(answer.json())
+
+            session_id = post("create_session", tags=[])["session_id"]
+            made = post(
+                "create_model",
+                session_id=session_id,
+                model_seq_id=0,
+                base_model="deterministic",
+            )
+            model = post("retrieve_future", request_id=made["request_id"])["model_id"]
+            saved = post("save_weights", model_id=model, seq_id=1, path="a")
+            post("retrieve_future", request_id=saved["request_id"])
+            checkpoint = f"{server.url}/api/v1/training_runs/{model}/checkpoints/weights/a"
+            whole = session.get(f"{checkpoint}/archive", timeout=20)
+            assert [one.status_code for one in whole.history] == [302]
+            assert list(names_in(whole.content)) == ["deterministic.json"]
+        parts = []
+        with requests.Session() as anybody:
+            for start in range(0, len(whole.content), 3000):
+                asked = {"Range": f"bytes={start}-{start + 2999}"}
+                part = anybody.get(whole.url, headers=asked, timeout=20)
+                assert part.status_code == 206
+                parts.append(part.content)
+            head = anybody.head(whole.url, timeout=20)
+            assert int(head.headers["Content-Length"]) == len(whole.content)
+        assert b"".join(parts) == whole.content

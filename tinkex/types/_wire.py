@@ -14,7 +14,7 @@ import math
 import re
 import typing
 from datetime import datetime
-from typing import Any, Callable, Dict, Mapping, Optional, Type, TypeVar
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar
 
 from dataclasses_json import DataClassJsonMixin, config
 
@@ -107,8 +107,8 @@ class Wire(DataClassJsonMixin):
     """A control message: a frozen dataclass that knows its JSON form."""
 
     def to_wire(self) -> Dict[str, Any]:
-        """Return the JSON form; what is None is left out, in nested objects too."""
-        cleaned: Dict[str, Any] = _without_none(self.to_dict(encode_json=False))
+        """Return the JSON form; fields that are None are left out, of nested messages too."""
+        cleaned: Dict[str, Any] = _without_nulls(type(self), self.to_dict(encode_json=False))
         return cleaned
 
     @classmethod
@@ -135,14 +135,16 @@ class Wire(DataClassJsonMixin):
 
 
 @functools.cache
-def _message_fields(cls: Type[Wire]) -> Mapping[str, Type[Wire]]:
-    """Fields of *cls* that hold a message, or a list of them, and its class."""
+def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
+    """Fields of *cls* that hold a message, a list or a map of them: its class, and if a map."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        while typing.get_args(hint):  # Optional[X] and List[X]
-            hint = typing.get_args(hint)[0]
+        mapped = False
+        while typing.get_args(hint):  # Optional[X], List[X] and Dict[str, X]
+            mapped = mapped or typing.get_origin(hint) is dict
+            hint = typing.get_args(hint)[1 if typing.get_origin(hint) is dict else 0]
         if isinstance(hint, type) and issubclass(hint, Wire):
-            found[name] = hint
+            found[name] = (hint, mapped)
     return found
 
 
@@ -156,18 +158,16 @@ def _without_nulls(cls: Type[Wire], payload: Any) -> Any:
         return [_without_nulls(cls, item) for item in payload if item is not None]
     if not isinstance(payload, dict):
         return payload
-    inner = _message_fields(cls)
-    return {
-        key: _without_nulls(inner[key], value) if key in inner else value
-        for key, value in payload.items()
-        if value is not None
-    }
-
-
-def _without_none(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
+    cleaned = {name: value for name, value in payload.items() if value is not None}
+    for name, (inner, mapped) in _message_fields(cls).items():
+        value = cleaned.get(name)
+        if mapped and isinstance(value, dict):
+            cleaned[name] = {
+                key: _without_nulls(inner, item) for key, item in value.items() if item is not None
+            }
+        elif value is not None:
+            cleaned[name] = _without_nulls(inner, value)
+    return cleaned
 
 
 def excerpt(value: Any, limit: int = 300) -> str:

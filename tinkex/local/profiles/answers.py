@@ -58,10 +58,15 @@ class Answers:
             return self._failing_future(call, response)
         if status in (404, 410) and profile.crashes_on_unknown and route != "retrieve_future":
             return crash()
+        changing = call.method == "DELETE" or str(route).endswith("/publish")
+        if status == 200 and changing and profile.deleted == 204:
+            return Response(status=204)
         if status == 200 and call.method == "POST":
             response = self._accepted(call, response)
         elif status == 200 and route == "get_server_capabilities":
             self._rename_models(response)
+        elif status == 200 and str(route).endswith("/checkpoints"):
+            self._shorten_ids(response)
         self._hide_colons(response)
         return response
 
@@ -188,6 +193,13 @@ class Answers:
             body = orjson.loads(response.get_data())
             for model in body["supported_models"]:
                 model[self._profile.model_key] = model.pop("model_name")
+            response.set_data(orjson.dumps(body))
+
+    def _shorten_ids(self, response: Response) -> None:
+        if self._profile.sampler_paths == "two":
+            body = orjson.loads(response.get_data())
+            for checkpoint in body["checkpoints"]:
+                checkpoint["checkpoint_id"] = checkpoint["checkpoint_id"].rpartition("/")[2]
             response.set_data(orjson.dumps(body))
 
     def _hide_colons(self, response: Response) -> None:

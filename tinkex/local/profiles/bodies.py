@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping
 
 Fault = Dict[str, Any]
-#: Field -> its kind; "!" marks a required one, "!?" one that must be there but may be null.
+#: Field -> its kind; "!" marks a required one, "!?" one that a strict server insists on,
+#: though it may be null.
 Schema = Mapping[str, str]
 
 _LORA: Schema = {
@@ -53,9 +54,11 @@ _SCHEMAS: Mapping[str, Schema] = {
     "load_weights": {
         **_NUMBERED,
         "path": "str!",
-        "optimizer": "bool",
+        "optimizer": "bool!?",
         "weights_access_token": "str",
     },
+    "forward_backward": {**_NUMBERED, "forward_backward_input": "dict!"},
+    "forward": {**_NUMBERED, "forward_input": "dict!"},
     "optim_step": {**_NUMBERED, "adam_params": "dict!"},
     "save_weights": {**_NUMBERED, "path": "str", "ttl_seconds": "int", "overwrite": "bool"},
     "save_weights_for_sampler": {
@@ -157,7 +160,8 @@ def _check(schema: Schema, body: Any, loc: List[Any], refuse_extras: bool) -> Li
     for name, kind in schema.items():
         value = body.get(name)
         if value is None:
-            if kind.endswith("!") or (kind.endswith("!?") and name not in body):
+            insisted_on = kind.endswith("!?") and refuse_extras and name not in body
+            if kind.endswith("!") or insisted_on:
                 found.append(
                     {
                         "type": "missing",
