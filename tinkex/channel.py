@@ -169,10 +169,10 @@ class Channel:
         )
         _check_length(response)
         lowered = {name.lower(): value for name, value in response.headers.items()}
-        body: bytes = response.content  # gzip and deflate are undone by requests
+        content: bytes = response.content  # gzip and deflate are undone by requests
         if lowered.get("content-encoding", "").lower() == "zstd" and not _URLLIB3_DECODES_ZSTD:
-            body = decompress("zstd", body)
-        return Reply(response.status_code, lowered, body)
+            content = decompress("zstd", content)
+        return Reply(response.status_code, lowered, content)
 
     @contextlib.contextmanager
     def stream(

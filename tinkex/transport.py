@@ -214,6 +214,10 @@ class Transport:
             )
         except requests.RequestException as error:
             self._no_answer(request, error)
+        if reply.status == 500 and reply.content_type.startswith("text/plain"):
+            # After an unhandled exception servers hang up, and do not say so: the next request
+            # is not to find that out.  Idle connections only.
+            channel.close()
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return redact_reply(reply, self.config.api_key, self._all_secrets(request))

@@ -244,19 +244,41 @@ def sixty_four_samples_at_once(loop: Loop) -> None:
 @step
 def lists(loop: Loop) -> None:
     rest = loop.service.create_rest_client()
-    calls: List[Callable[[], Any]] = [
+    assert loop.saved
+    of_runs: List[Callable[[], Any]] = [
         lambda: rest.list_training_runs().result(WAIT_S).training_runs,
+        lambda: rest.list_checkpoints(loop.trainer.model_id).result(WAIT_S).checkpoints,
+    ]
+    of_all: List[Callable[[], Any]] = [
         lambda: rest.list_sessions().result(WAIT_S).sessions,
         lambda: rest.list_user_checkpoints().result(WAIT_S).checkpoints,
     ]
-    assert loop.saved
-    for call in calls:
-        if loop.profile in ("tuft-0.2", "hosted", EVERYTHING):
-            assert call()
-        else:
-            with pytest.raises(APIStatusError) as raised:
-                call()
-            assert raised.value.status == 404
+    has_all = loop.profile in ("tuft-0.2", "hosted", EVERYTHING)
+    has_runs = has_all or loop.profile.startswith("skyrl")
+    for calls, there in ((of_runs, has_runs), (of_all, has_all)):
+        for call in calls:
+            if there:
+                assert call()
+            else:
+                with pytest.raises(APIStatusError) as raised:
+                    call()
+                assert raised.value.status == 404
+
+
+@step
+def publish_and_delete(loop: Loop) -> None:
+    rest = loop.service.create_rest_client()
+    path = loop.trainer.save_state(loop.name()).result(WAIT_S).path
+    if loop.profile not in ("tuft-0.2", "hosted", EVERYTHING):
+        with pytest.raises(RouteMissingError):
+            rest.publish_checkpoint_from_tinker_path(path).result(WAIT_S)
+        return
+    rest.publish_checkpoint_from_tinker_path(path).result(WAIT_S)
+    found = rest.list_checkpoints(loop.trainer.model_id).result(WAIT_S).checkpoints
+    assert [checkpoint.public for checkpoint in found if checkpoint.tinker_path == path] == [True]
+    rest.delete_checkpoint_from_tinker_path(path).result(WAIT_S)
+    found = rest.list_checkpoints(loop.trainer.model_id).result(WAIT_S).checkpoints
+    assert path not in [checkpoint.tinker_path for checkpoint in found]
 
 
 @step
@@ -265,7 +287,13 @@ def download(loop: Loop) -> None:
     sampler = loop.trainer.save_weights_for_sampler(loop.name()).result(WAIT_S).path
     for number, path in enumerate((loop.saved, sampler)):
         folder = loop.folder / str(number)
-        if loop.profile == "hatchery-0.3" or (loop.profile == "hosted" and path is sampler):
+        lacking = {
+            "hatchery-0.3": (loop.saved, sampler),
+            "hosted": (sampler,),  # the other is exported for the purpose
+            "skyrl-0.3": (loop.saved,),
+            "skyrl-0.4": (loop.saved,),
+        }
+        if path in lacking.get(loop.profile, ()):
             with pytest.raises(RouteMissingError):
                 download_checkpoint(rest, path, folder)
         else:

@@ -17,6 +17,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 
 KEY = "tml-profiles"
 WAIT_S = 20.0
+SESSION = {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"}
 #: A word for each way to answer a pending poll is found out with holds this short.
 HOLD_S = 0.05
 
@@ -86,7 +87,7 @@ class Raw:
         return answer.json()
 
     def session(self) -> str:
-        return str(self.ok("create_session", tags=[], sdk_version="0.38.0")["session_id"])
+        return str(self.ok("create_session", **SESSION)["session_id"])
 
     def model(self, session_id: Optional[str] = None, number: int = 0) -> str:
         made = self.ok(

@@ -94,7 +94,7 @@ def client(
 
 @pytest.fixture(scope="module")
 def session_id(client: Client) -> str:
-    body = {"tags": [], "sdk_version": "x"}
+    body = {"tags": [], "user_metadata": {}, "sdk_version": "x"}
     made = client.post("/api/v1/create_session", json=body, headers=HEADERS)
     session_id = str(made.get_json()["session_id"])
     for route in ("create_model", "create_sampling_session"):

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import pytest
 import requests
-from profiles.raw import KEY, Raw, rl_datum
+from profiles.raw import KEY, SESSION, Raw, rl_datum
 
 from tinkex.local.profiles import NAMES, profile_named
 from tinkex.local.profiles.table import settings_of
@@ -168,8 +168,8 @@ def unknown_fields(raw: Raw) -> Any:
         "topk_sample_logprobs": raw.sample(sampler, 0, [5], topk_sample_logprobs=0),
         "prompt_alt_tokens_k": raw.sample(sampler, 1, [5], prompt_alt_tokens_k=0),
         "record_stability_info": raw.sample(sampler, 2, [5], record_stability_info=False),
-        "overwrite": raw.post(
-            "save_weights", model_id=model, seq_id=1, path="a", overwrite=False
+        "user_metadata": raw.post(
+            "save_weights", model_id=model, seq_id=1, path="a", user_metadata={"a": "b"}
         ),
     }  # fmt: skip
     refused = {}
@@ -271,8 +271,8 @@ def sessions_checkpoints_auth_publish(raw: Raw) -> Any:
 
 
 @row(
-    {"unload_model": 200, "archive": "tar", "archive of a sampler": "tar"},
-    {"unload_model": 200, "archive": "tar", "archive of a sampler": "tar"},
+    {"unload_model": 200, "archive": 404, "archive of a sampler": "tar"},
+    {"unload_model": 200, "archive": 404, "archive of a sampler": "tar"},
     {"unload_model": 202, "archive": "tar", "archive of a sampler": "tar"},
     {"unload_model": 404, "archive": 404, "archive of a sampler": 404},
     {"unload_model": 404, "archive": 404, "archive of a sampler": 404},
@@ -293,14 +293,22 @@ def older_routes(raw: Raw) -> Any:
     return seen
 
 
-@row(None, None, [200, CRASH, CRASH], None, [200, 200, 409])
-def unpublish(raw: Raw) -> Any:
+@row(None, None, [204, CRASH, CRASH, 204, 204], None, [200, 200, 409, 200, 200])
+def publish_unpublish_delete(raw: Raw) -> Any:
     if raw.profile not in ("tuft-0.2", "hosted"):
         return None
     model = raw.model()
     raw.value(raw.save(model, 1, "c1"))
-    route = f"training_runs/{model}/checkpoints/weights/c1/publish"
-    return [told(raw.send(method, route)) for method in ("POST", "DELETE", "DELETE")]
+    raw.value(raw.save(model, 2, "c2"))
+    first, second = (f"training_runs/{model}/checkpoints/weights/c{n}" for n in (1, 2))
+    asked = [
+        ("POST", f"{first}/publish"),
+        ("DELETE", f"{first}/publish"),
+        ("DELETE", f"{first}/publish"),
+        ("DELETE", first),
+        ("DELETE", second),
+    ]
+    return [told(raw.send(method, route)) for method, route in asked]
 
 
 @row(
@@ -464,7 +472,9 @@ def failed_request(raw: Raw) -> List[Any]:
 def status_of_a_failed_load(raw: Raw) -> int:
     model = raw.model()
     path = "tinker://00000000-0000-0000-0000-000000000000:train:0/weights/none"
-    failed = raw.settled(raw.post("load_weights", model_id=model, seq_id=1, path=path))
+    failed = raw.settled(
+        raw.post("load_weights", model_id=model, seq_id=1, path=path, optimizer=False)
+    )
     assert "unknown" in (failed.json().get("detail") or failed.json()["error"])
     return int(failed.status_code)
 
@@ -487,7 +497,7 @@ def hold_of_a_pending_request_in_seconds(raw: Raw) -> float:
 
 @row([200] * 3, [200] * 3, [201, 202, 202], [200] * 3, [200] * 3)
 def success_status_of_submissions(raw: Raw) -> List[int]:
-    session = raw.post("create_session", tags=[], sdk_version="0.38.0")
+    session = raw.post("create_session", **SESSION)
     made = raw.post(
         "create_model",
         session_id=session.json()["session_id"],
@@ -548,7 +558,7 @@ def token_id_beyond_the_vocabulary(raw: Raw) -> Any:
 
 @row([200, 200], [200, 200], [401, 403], [401, 401], [401, 401])
 def without_a_key_and_with_a_wrong_one(raw: Raw) -> List[int]:
-    body = {"tags": [], "sdk_version": "0.38.0"}
+    body = SESSION
     return [
         200 if answer.ok else answer.status_code
         for answer in (
@@ -589,7 +599,7 @@ def load_as_first_and_as_second_request(raw: Raw) -> List[int]:
     model = raw.model(session, 1)
     seen = []
     for seq_id in (1, 2):
-        answer = raw.post("load_weights", model_id=model, seq_id=seq_id, path=path)
+        answer = raw.post("load_weights", model_id=model, seq_id=seq_id, path=path, optimizer=False)
         if answer.ok:
             raw.value(answer)
         seen.append(answer.status_code)
@@ -624,6 +634,25 @@ def checkpoint_paths(raw: Raw) -> List[str]:
     assert info["base_model"] == "deterministic"
     assert info["lora_rank"] == 4
     return [path.replace(model, "RUN") for path in paths]
+
+
+@row(
+    [[200, 200], ["s1", "c1"]],
+    [[200, 200], ["s1", "c1"]],
+    [[200, 200], ["sampler_weights/s1", "weights/c1"]],
+    [[404, 404], None],
+    [[200, 200], ["sampler_weights/s1", "weights/c1"]],
+)
+def runs_and_their_checkpoints(raw: Raw) -> Any:
+    model = raw.model()
+    saved = [raw.save(model, 1, "c1"), raw.save(model, 2, "s1", sampler=True)]
+    for answer in saved:
+        raw.value(answer)
+    statuses = [raw.send("GET", f"training_runs{rest}").status_code for rest in ("", f"/{model}")]
+    found = raw.send("GET", f"training_runs/{model}/checkpoints")
+    checkpoints = found.json().get("checkpoints")
+    ids = checkpoints and [checkpoint["checkpoint_id"] for checkpoint in checkpoints]
+    return [statuses, ids]
 
 
 @row(False, False, True, False, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import Counter
@@ -76,8 +77,11 @@ def client(raw: Raw) -> tinkex.ServiceClient:
     return tinkex.ServiceClient(base_url=raw.server.url, api_key=key)
 
 
-def test_what_is_refused_is_not_tried_again(raw: Raw, traffic: Traffic) -> None:
+def test_what_is_refused_is_not_tried_again(
+    raw: Raw, traffic: Traffic, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two sessions, one after the other, each with everything in it."""
+    caplog.set_level(logging.INFO, logger="tinkex")
     for _ in range(2):
         with client(raw) as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
@@ -90,6 +94,8 @@ def test_what_is_refused_is_not_tried_again(raw: Raw, traffic: Traffic) -> None:
             params = SamplingParams(max_tokens=2)
             sampler.sample(ModelInput.from_ints([1, 2]), 1, params).result(WAIT_S)
     assert traffic.refused() == REFUSED[raw.profile]
+    # Nor is a connection used again that the server has given up after a plain-text 500.
+    assert "cannot reach" not in caplog.text
 
 
 def test_many_first_passes_at_once_settle_it_once(raw: Raw, traffic: Traffic) -> None:

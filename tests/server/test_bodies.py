@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -83,23 +85,23 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
     settings = ServerSettings(max_body_bytes=10_000)
     with LocalServer(DeterministicEngine(), settings=settings) as server:
         url = f"{server.url}/api/v1/telemetry"
-        for says, body in [
-            ("10000 bytes", b"x" * 20_000),
-            ("10000 bytes", iter([b"x" * 20_000])),  # chunked
-            ("exceeds", b"x" * 50_000),
-            ("exceeds", iter([b"x" * 50_000])),
-        ]:
+        for body in (b"x" * 20_000, iter([b"x" * 20_000])):  # whole, and chunked
             with requests.Session() as session:
                 answer = session.post(url, data=body, timeout=20)
                 assert answer.status_code == 413
-                assert answer.headers["Content-Type"] == "application/json"
-                assert says in answer.json()["detail"]
-        with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) as raw:
-            raw.sendall(b"nonsense\r\n\r\n")
-            with raw.makefile("rb") as stream:
-                answered = stream.read()
-        assert answered.startswith(b"HTTP/1.0 400")
-        assert b'{"detail":' in answered
+                assert "10000 bytes" in answer.json()["detail"]
+        port = urlsplit(server.url).port
+        for sent, status in [
+            (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n", b" 413 "),
+            (b"nonsense\r\n\r\n", b" 400 "),
+        ]:
+            with socket.create_connection(("127.0.0.1", port or 0)) as raw:
+                raw.sendall(sent)
+                with raw.makefile("rb") as stream:
+                    head, _, told = stream.read().partition(b"\r\n\r\n")
+            assert status in head.splitlines()[0]
+            assert b"Content-Type: application/json" in head
+            assert isinstance(json.loads(told)["detail"], str)
 
 
 def test_other_encodings_are_refused(api: Api) -> None:

@@ -265,6 +265,8 @@ class Slow(HeldEngine):
     def __init__(self) -> None:
         super().__init__()
         self.working: List[Set[int]] = []
+        self.sliced = threading.Event()
+        self.go_on = threading.Event()
         self.closed = threading.Event()
 
     def sample(
@@ -275,8 +277,8 @@ class Slow(HeldEngine):
             for finished in slices:
                 self.working.append({n for n in range(len(requests)) if n not in dropped})
                 yield finished
-                self.holding.set()
-                assert self.let_go.wait(WAIT_S)
+                self.sliced.set()
+                assert self.go_on.wait(WAIT_S)
         finally:
             self.closed.set()
 
@@ -286,20 +288,22 @@ def test_a_running_sample_is_dropped_from_its_batch(tmp_path: Path) -> None:
     with serving(tmp_path, engine) as api:
         session = api.session()
         model, sampler = api.model(session), api.sampler(session)
-        blocked = api.hold(model, 1)
+        blocked = api.hold(model, 1)  # so that both are in one batch
         assert engine.holding.wait(WAIT_S)
         long = {"max_tokens": 2000, "stop": []}
         first = api.submit_sample(sampler, 0, sampling_params=long)
         second = api.submit_sample(sampler, 1, sampling_params={"max_tokens": 40, "stop": []})
         engine.let_go.set()
         api.result(blocked)
-        engine.let_go.clear()
+        assert engine.sliced.wait(WAIT_S)
         api.post("cancel_future", request_id=first["request_id"])
-        engine.let_go.set()
+        engine.go_on.set()
         assert "cancelled" in api.result(first)["error"]
         assert len(api.result(second)["sequences"][0]["tokens"]) == 40
         assert engine.closed.wait(WAIT_S)
-        assert len(engine.working) < 20  # 2000 tokens would have taken 250 slices
+        assert engine.working[0] == {0, 1}
+        assert engine.working[-1] == {1}
+        assert len(engine.working) < 10  # 2000 tokens would have taken 250 slices
 
 
 def test_a_batch_of_which_everything_is_cancelled_is_abandoned(tmp_path: Path) -> None:
@@ -307,9 +311,9 @@ def test_a_batch_of_which_everything_is_cancelled_is_abandoned(tmp_path: Path) -
     with serving(tmp_path, engine) as api:
         sampler = api.sampler(api.session())
         made = api.submit_sample(sampler, 0, sampling_params={"max_tokens": 30_000, "stop": []})
-        assert engine.holding.wait(WAIT_S)
+        assert engine.sliced.wait(WAIT_S)
         api.post("cancel_future", request_id=made["request_id"])
-        engine.let_go.set()
+        engine.go_on.set()
         assert engine.closed.wait(WAIT_S)
         assert len(engine.working) < 5
         assert "sequences" in api.result(api.submit_sample(sampler, 1))

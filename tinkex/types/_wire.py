@@ -142,7 +142,8 @@ def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
         mapped = False
         while typing.get_args(hint):  # Optional[X], List[X] and Dict[str, X]
             mapped = mapped or typing.get_origin(hint) is dict
-            hint = typing.get_args(hint)[1 if typing.get_origin(hint) is dict else 0]
+            inner = [one for one in typing.get_args(hint) if one not in (type(None), str)]
+            hint = inner[0] if len(inner) == 1 else None  # unions read themselves
         if isinstance(hint, type) and issubclass(hint, Wire):
             found[name] = (hint, mapped)
     return found

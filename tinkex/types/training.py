@@ -61,8 +61,8 @@ class UntypedFuture(Wire):
         if isinstance(payload, dict):
             request_id, model_id = payload.get("request_id"), payload.get("model_id")
             ids = payload.get("sample_sequence_ids")
-            plain = type(request_id) is str and (model_id is None or type(model_id) is str)
-            if plain and (ids is None or (type(ids) is list and all(type(i) is str for i in ids))):
+            listed = ids is None or (isinstance(ids, list) and all(type(i) is str for i in ids))
+            if isinstance(request_id, str) and isinstance(model_id, (str, type(None))) and listed:
                 return cls(request_id, model_id, ids)
         return super().from_wire(payload)  # which tells what is wrong
 
