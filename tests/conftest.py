@@ -43,8 +43,18 @@ def no_thread_is_left() -> Iterator[None]:
     memory = sys.modules.get("tinkex.server_memory")
     if memory is not None:
         memory.forget_servers()
-    for name, table in (("tinkex.server_flags", "_known"), ("tinkex.tokens", "_sources")):
-        if name in sys.modules:  # likewise: flags and tokens, by address
+    for name, table in (
+        ("tinkex.server_flags", "_known"),
+        ("tinkex.tokens", "_sources"),
+        ("tinkex.rate_limiter", "_limiters"),
+    ):
+        if name in sys.modules:  # likewise: flags, tokens and back-offs, by address
             getattr(sys.modules[name], table).clear()
+    manager = getattr(sys.modules.get("tinkex.session_manager"), "_default", None)
+    if manager is not None:  # and whether sessions can be finished there
+        manager._core.finish_route.clear()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)
+    futures = sys.modules.get("tinkex.futures")
+    if futures is not None:  # failed ones that the test did not read are not the next one's
+        futures.report_lost()
