@@ -14,29 +14,30 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 LAYERS = (
-    ("leaves", "_version errors clock lifecycle single_flight"),
+    ("leaves", "_version errors clock lifecycle single_flight lazy_numpy"),
     (
         "values",
         "config credentials types wire retry request redaction redirects batch_checks"
-        " sample_checks retry_config telemetry_events",
+        " sample_checks retry_config telemetry_events usage",
     ),
     (
         "machinery",
         "billing channel private_channel content_coding transport rate_limiter server_flags"
-        " server_memory credential_command tokens connection_errors deprecations"
-        " downloads part_file extraction scheduler",
+        " metrics server_memory backpressure pressure credential_command tokens connection_errors"
+        " deprecations downloads part_file extraction scheduler crew",
     ),
     (
         "protocol",
         "api auth session_table beat_queue session_link session_core heartbeat session_manager"
         " poll_rules poll_loop pause_notices cancel_queue sample_gate poller futures"
+        " sample_work batch_ledger batch_patience batch_poller"
         " dialect connection session telemetry training_run numbered_lane training_pass new_run",
     ),
     (
         "clients",
         "child_client lookup_client service_client training_client sampling_client rest_client"
         " admin_client loss_graph custom_loss custom_pass loss_registry run_factory"
-        " tokenizers checkpoints",
+        " tokenizers checkpoints sample_stream pipeline",
     ),
     ("edges", "__main__ cli testing local"),
 )

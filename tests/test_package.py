@@ -34,6 +34,12 @@ def test_importing_brings_nothing_heavy(statement):
     assert modules_after(statement) & set(HEAVY) == set()
 
 
+def test_a_client_needs_no_numpy_or_protobuf_until_there_are_tokens():
+    loaded = modules_after("import tinkex; tinkex.ServiceClient")
+    assert loaded & {"numpy", "google.protobuf", "tinkex.rest_client"} == set()
+    assert "numpy" in modules_after("import tinkex; tinkex.ModelInput.from_ints([1])")
+
+
 def test_importing_starts_no_thread():
     script = "import threading, tinkex, tinkex.types; print(threading.active_count())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         APIStatusError as APIStatusError,
         APITimeoutError as APITimeoutError,
         AuthenticationError as AuthenticationError,
+        BackpressureError as BackpressureError,
         BadRequestError as BadRequestError,
         BillingError as BillingError,
+        BudgetExceededError as BudgetExceededError,
         ClientClosedError as ClientClosedError,
         ConfigError as ConfigError,
         ConflictError as ConflictError,
@@ -52,8 +54,11 @@ if TYPE_CHECKING:
         UnsupportedError as UnsupportedError,
     )
     from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
+    from tinkex.metrics import Latency as Latency, Metrics as Metrics
+    from tinkex.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
     from tinkex.rest_client import RestClient as RestClient
     from tinkex.retry_config import RetryConfig as RetryConfig
+    from tinkex.sample_stream import Sampled as Sampled, SampleStream as SampleStream
     from tinkex.sampling_client import (
         BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
         SamplingClient as SamplingClient,
@@ -97,6 +102,7 @@ if TYPE_CHECKING:
         TensorDtype as TensorDtype,
         TrainingRun as TrainingRun,
     )
+    from tinkex.usage import Budget as Budget, Price as Price, Usage as Usage
 
 _MODULES = {
     "admin_client": ["AdminClient"],
@@ -109,8 +115,10 @@ _MODULES = {
         "APIStatusError",
         "APITimeoutError",
         "AuthenticationError",
+        "BackpressureError",
         "BadRequestError",
         "BillingError",
+        "BudgetExceededError",
         "ClientClosedError",
         "ConfigError",
         "ConflictError",
@@ -138,9 +146,13 @@ _MODULES = {
         "UnsupportedError",
     ],
     "futures": ["APIFuture", "FutureStatus"],
+    "metrics": ["Latency", "Metrics"],
+    "pipeline": ["Pipeline", "PipelineStep"],
     "rest_client": ["RestClient"],
     "retry_config": ["RetryConfig"],
+    "sample_stream": ["Sampled", "SampleStream"],
     "sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
+    "usage": ["Budget", "Price", "Usage"],
     "server_memory": ["ServerDialect"],
     "service_client": ["ServiceClient"],
     "session_manager": ["SessionManager"],

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
-import numpy as np
-
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 from tinkex.types import Datum, EncodedTextChunk
 from tinkex.types.datum import INPUT_DTYPES
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 import weakref
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Iterator, Mapping, Optional, Tuple
@@ -164,15 +165,18 @@ class Channel:
         timeout: Tuple[float, float],
     ) -> Reply:
         """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
+        began = time.perf_counter()
         response = self._session.request(
             method, url, headers=dict(headers), data=body, timeout=timeout, allow_redirects=False
         )
+        took_s = time.perf_counter() - began
         _check_length(response)
         lowered = {name.lower(): value for name, value in response.headers.items()}
         content: bytes = response.content  # gzip and deflate are undone by requests
         if lowered.get("content-encoding", "").lower() == "zstd" and not _URLLIB3_DECODES_ZSTD:
             content = decompress("zstd", content)
-        return Reply(response.status_code, lowered, content)
+        read_s = max(0.0, took_s - response.elapsed.total_seconds())  # elapsed ends at the headers
+        return Reply(response.status_code, lowered, content, read_s)
 
     @contextlib.contextmanager
     def stream(

@@ -62,7 +62,14 @@ class BaseClient(Generic[OwnerT]):
 
 
 class ChildClient(BaseClient[Session]):
-    """A client that works in a session it does not own."""
+    """A client that works in a session it does not own.
+
+    Attributes:
+        usage_tag: what the client asks for from now on is put down to it, in
+            `ServiceClient.usage`.
+    """
+
+    usage_tag: Optional[str] = None
 
     def get_telemetry(self) -> Optional[Reporter]:
         """What reports on the session, or None if telemetry is off (the default)."""

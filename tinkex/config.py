@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.errors import ConfigError
+from tinkex.usage import Budget, Price, check_prices
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
@@ -62,8 +63,21 @@ class Config:
         on_billing: ``"raise"`` a 402 at once, or ``"wait"`` until the account is topped up.
         proxy: URL of the HTTP proxy to use for this base URL, or None.
         ca_bundle: path of a CA bundle to trust instead of the built-in one, or None.
-        max_concurrent_samples: sampling requests in flight at once; more wait their turn.
+        max_concurrent_samples: sampling requests in flight at once, where each takes a thread;
+            more wait their turn.  The server may lower it.
+        max_unanswered_samples: likewise, where one poll waits for all samples of a sampler and
+            they take none.
+        max_sample_bytes, max_batch_bytes, max_result_bytes: of sampling requests being submitted,
+            training batches being submitted, and large results being fetched at once; more wait
+            their turn.  None, or more than the server's own limit, is that limit.
+        max_unread: futures given out and not read yet; None is unbounded.  A future is read by
+            its result, its exception or a callback, or when it is dropped.
+        on_backpressure: what happens to a call beyond *max_unread*, and to a request that the
+            server turns away with 429 (of a training run: always ``"wait"``): ``"wait"``, or
+            ``"raise"`` BackpressureError or RateLimitError at once.
         telemetry: report sessions and failures to the server; see `tinkex.telemetry`.
+        budget: what would exceed it is refused, by `BudgetExceededError`, before it is sent.
+        prices: `Price` by name of base model; ``"*"`` stands for all others.
     """
 
     base_url: str
@@ -93,7 +107,15 @@ class Config:
     proxy: Optional[str] = dataclasses.field(default=None, repr=False)
     ca_bundle: Optional[str] = None
     max_concurrent_samples: int = 400
+    max_unanswered_samples: int = 20_000
+    max_sample_bytes: Optional[int] = None
+    max_batch_bytes: Optional[int] = None
+    max_result_bytes: Optional[int] = None
+    max_unread: Optional[int] = 1_000_000
+    on_backpressure: str = "wait"
     telemetry: bool = False
+    budget: Optional[Budget] = None
+    prices: Mapping[str, Price] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_base_url(self.base_url)
@@ -107,17 +129,32 @@ class Config:
         object.__setattr__(self, "user_metadata", dict(self.user_metadata))
         object.__setattr__(self, "extra_headers", dict(self.extra_headers))
         object.__setattr__(self, "access_headers", dict(self.access_headers))
+        object.__setattr__(self, "prices", check_prices(self.prices))
+        if not isinstance(self.budget, (Budget, type(None))):
+            raise ConfigError(f"budget is {self.budget!r}; it must be a Budget")
         if self.wire not in ("auto", "json", "protobuf"):
             raise ConfigError(f"wire is {self.wire!r}; it must be auto, json or protobuf")
         if self.on_billing not in ("raise", "wait"):
             raise ConfigError(f"on_billing is {self.on_billing!r}; it must be raise or wait")
+        if self.on_backpressure not in ("wait", "raise"):
+            raise ConfigError(
+                f"on_backpressure is {self.on_backpressure!r}; it must be wait or raise"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_s") and value is not None and not _is_positive(value):
                 raise ConfigError(
                     f"{field.name} is {value!r}; it must be a positive number of seconds"
                 )
-        for name in ("max_concurrent_samples", "max_heartbeat_failures"):
+        for name in (
+            "max_concurrent_samples",
+            "max_unanswered_samples",
+            "max_sample_bytes",
+            "max_batch_bytes",
+            "max_result_bytes",
+            "max_unread",
+            "max_heartbeat_failures",
+        ):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
-
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
+from tinkex.lazy_numpy import np
 from tinkex.loss_graph import LossGraph
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 

@@ -11,7 +11,7 @@ No threads of its own: it works in the lanes of training runs.
 from __future__ import annotations
 
 import os
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Callable, Dict, Mapping, Optional, Tuple
 
 from tinkex import lifecycle
 from tinkex.api._optional import is_missing_route
@@ -23,15 +23,20 @@ from tinkex.server_memory import ServerDialect as ServerDialect, memory_of
 from tinkex.single_flight import SingleFlight
 from tinkex.transport import Transport
 from tinkex.types import ForwardBackwardRequest, UntypedFuture
-from tinkex.wire.codec import Codec
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
+from tinkex.wire.codecs import codec_for
 from tinkex.wire.compression import can_compress
 from tinkex.wire.json_codec import JSON
-from tinkex.wire.proto_codec import PROTOBUF
 
 #: What servers that cannot read a body answer: 415 or 422, 400 about decoding, or a plain 500.
 _UNREADABLE = (400, 415, 422, 500)
 
-_FORCED: Mapping[str, Codec] = {"json": JSON, "protobuf": PROTOBUF}
+
+def _protobuf() -> Codec:
+    return codec_for(PROTOBUF_CONTENT_TYPE)  # imported by who trains, not by who samples
+
+
+_FORCED: Mapping[str, Callable[[], Codec]] = {"json": lambda: JSON, "protobuf": _protobuf}
 
 # The search for the encoding of a server, by process (a fork has no leader), base URL and key (an
 # account that cannot pay must not hold up another).  Guarded by lifecycle.module_lock().
@@ -43,7 +48,7 @@ class Dialect:
 
     def __init__(self, config: Config) -> None:
         self._memory = memory_of(config.base_url)
-        self._forced = _FORCED.get(config.wire)
+        self._forced = _FORCED[config.wire]() if config.wire in _FORCED else None
         self._search_key = (config.base_url, config.key_digest)
 
     @property
@@ -91,7 +96,7 @@ class Dialect:
         self, codec: Codec, transport: Transport, request: ForwardBackwardRequest, compress: bool
     ) -> UntypedFuture:
         policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
-        compress = compress and codec is PROTOBUF and not self._memory.refuses_compression
+        compress = compress and codec is _protobuf() and not self._memory.refuses_compression
         if compress and can_compress():
             return self._submit_compressed(transport, request, policy)
         return forward_backward(transport, codec, request, policy)
@@ -100,12 +105,12 @@ class Dialect:
         self, transport: Transport, request: ForwardBackwardRequest, policy: RetryPolicy
     ) -> UntypedFuture:
         try:
-            accepted = forward_backward(transport, PROTOBUF, request, policy, compressed=True)
+            accepted = forward_backward(transport, _protobuf(), request, policy, compressed=True)
         except APIStatusError as error:
             if error.status != 415:
                 raise
             self._memory.note_compression(None)
-            return forward_backward(transport, PROTOBUF, request, policy)
+            return forward_backward(transport, _protobuf(), request, policy)
         self._memory.note_compression("zstd")
         return accepted
 
@@ -114,12 +119,12 @@ class Dialect:
         # A plain 500 may mean "unreadable": look at the first one.
         curious = RetryPolicy(max_elapsed_s=transport.config.max_outage_s, max_server_errors=1)
         try:
-            accepted = forward_backward(transport, PROTOBUF, request, curious)
+            accepted = forward_backward(transport, _protobuf(), request, curious)
         except APIStatusError as first:
             if first.status not in _UNREADABLE:
                 raise
             return self._try_json(transport, request, first)
-        self._memory.note_codec(PROTOBUF)
+        self._memory.note_codec(_protobuf())
         return accepted
 
     def _try_json(
@@ -133,9 +138,9 @@ class Dialect:
             raise first from error
         except APIStatusError as second:
             if _means_protobuf(request, second):
-                self._memory.note_codec(PROTOBUF)
+                self._memory.note_codec(_protobuf())
                 if first.status == 500:  # which may pass, after all
-                    return self._submit_as(PROTOBUF, transport, request, False)
+                    return self._submit_as(_protobuf(), transport, request, False)
                 raise _with_other(first, second) from second
             if first.status == 415:
                 self._memory.note_codec(JSON)

@@ -6,6 +6,8 @@
       ConfigError                     a setting is wrong or missing; nothing was sent
         CredentialError               there is no usable key or token
       InvalidInputError (ValueError)  an argument is wrong; nothing was sent
+      BudgetExceededError             it might cost more than the budget; nothing was sent
+      BackpressureError               too many results are unread; nothing was sent
       ClientClosedError               the client was closed, or crossed a fork
       DownloadCancelledError          a download was cancelled; what came is kept
       LocalServerError                the embedded server could not start or load its model
@@ -111,6 +113,33 @@ class CredentialError(ConfigError):
 
 class InvalidInputError(TinkexError, ValueError):
     """An argument is wrong.  Nothing was sent and no counter moved."""
+
+
+class BudgetExceededError(TinkexError):
+    """The request might exceed the client's ``budget``.  Nothing was sent.
+
+    Attributes:
+        unit: ``"USD"`` or ``"tokens"``, of the numbers that follow.
+        used: what finished work has cost.
+        reserved: what work under way may cost at most; less, as its results arrive.
+        adds: what the request may cost at most.
+        limit: the budget.
+    """
+
+    unit: str = "tokens"
+    used: float = 0
+    reserved: float = 0
+    adds: float = 0
+    limit: float = 0
+
+
+class BackpressureError(TinkexError):
+    """``max_unread`` results were not read, and ``on_backpressure`` is ``"raise"``.
+
+    Nothing was sent.
+    """
+
+    retryable = True
 
 
 class ClientClosedError(TinkexError):

@@ -7,14 +7,16 @@ cancel is normal, not an error.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import logging
 import os
+import queue
 import sys
 import time
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
-from typing import Any, Callable, Generic, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Generic, List, Optional, Sequence, Tuple, TypeVar
 
 from tinkex.errors import ClientClosedError
 
@@ -29,6 +31,11 @@ _SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
 #: The longest pause between two notices about one wait, in seconds.
 _LONGEST_NOTICE_S = 300.0
 
+# The failures that nobody asked for, of futures that were collected.  A finalizer may run anywhere,
+# even inside a lock of logging, so it only puts them here; see `report_lost`.
+_lost: queue.SimpleQueue[Tuple[str, Optional[str], BaseException]] = queue.SimpleQueue()
+_reports_at_exit = False
+
 
 @dataclasses.dataclass(frozen=True)
 class FutureStatus:
@@ -42,6 +49,7 @@ class FutureStatus:
         queue_state, queue_state_reason: what the server says about a pause, if anything.
         attempts: polls sent so far.
         last_error: the last passing trouble, in words, or None.
+        held_back: why it is not submitted yet, in words: what it waits for, and how much is left.
     """
 
     kind: str
@@ -52,6 +60,7 @@ class FutureStatus:
     queue_state_reason: Optional[str] = None
     attempts: int = 0
     last_error: Optional[str] = None
+    held_back: Optional[str] = None
 
     def __str__(self) -> str:
         parts = [f"{self.kind}: {self.state} for {self.since_s:.0f} s"]
@@ -59,6 +68,8 @@ class FutureStatus:
             parts.append(f"request {self.request_id}")
         if self.queue_state and self.queue_state != "active":
             parts.append(f"{self.queue_state} ({self.queue_state_reason or 'no reason given'})")
+        if self.held_back:
+            parts.append(self.held_back)
         if self.last_error:
             parts.append(f"last error: {self.last_error}")
         return ", ".join(parts)
@@ -71,11 +82,18 @@ class APIFuture(Future[T], Generic[T]):
     bounds only the caller's wait: the operation goes on.  `cancel` settles the future and stops
     asking for the result; the server may still do the work.  Thread-safe.
 
+    An error is never lost: if the future of failed work is dropped although nobody asked for its
+    `result` or `exception` and it has no callback, the error is logged, once.  That is done by the
+    next call of any client, by the heartbeats or at exit, whatever comes first.
+
     Args:
         kind: the operation's name, for messages.
         notice_after_s: a wait is explained in the log at INFO after this long.
         run_callback: how user callbacks are run; None runs them in the settling thread.
+        why_held_back: tells, in words, why nothing is submitted just now, or None.
     """
+
+    _heard = _read = True  # so of one that was never made whole
 
     def __init__(
         self,
@@ -83,12 +101,18 @@ class APIFuture(Future[T], Generic[T]):
         *,
         notice_after_s: float = 10.0,
         run_callback: Optional[Callable[[Callable[[], object]], None]] = None,
+        why_held_back: Optional[Callable[[], Optional[str]]] = None,
     ) -> None:
         super().__init__()
         self.kind = kind
         self._notice_after_s = notice_after_s
         self._run_callback = run_callback
+        self._why_held_back = why_held_back
         self._pid = os.getpid()
+        # Has somebody asked for the outcome, or will be told; has somebody got it.
+        self._heard = self._read = False
+        # Called once, when it is read or collected; may be called by a finalizer.
+        self._on_read: Optional[Callable[[], None]] = None
         self._cancels = itertools.count()  # next() on it is atomic
         self._children: Sequence[APIFuture[Any]] = ()
         # Written by one thread at a time (lane, then poller); read anywhere as plain values.
@@ -99,6 +123,8 @@ class APIFuture(Future[T], Generic[T]):
         self.queue_state_reason: Optional[str] = None
         self.attempts = 0
         self.last_error: Optional[str] = None
+        #: Set while it waits for something: tells for what, in words.
+        self.waiting_for: Optional[Callable[[], str]] = None
 
     def result(self, timeout: Optional[float] = None) -> T:
         """Wait for the result and return it.
@@ -112,18 +138,34 @@ class APIFuture(Future[T], Generic[T]):
             TinkexError: the operation failed.
         """
         self._await(timeout)
+        self._note_read()
         value: T = super().result(0)
         return value
 
     def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
         """Wait like `result`, and return the error instead of raising it; None on success."""
         self._await(timeout)
+        self._note_read()
         return super().exception(0)
+
+    def failed(self) -> bool:
+        """Whether it is settled, and not with a result.  Does not block, nor count as reading."""
+        return self.done() and (self.cancelled() or self._exception is not None)
 
     @property
     def request_id(self) -> Optional[str]:
         """The server's id of the work, once it was accepted (of the first part, if in parts)."""
         return self._children[0].request_id if self._children else self._request_id
+
+    @property
+    def in_parts(self) -> bool:
+        """True if it stands for other futures, which are counted themselves."""
+        return bool(self._children)
+
+    @property
+    def was_sent(self) -> bool:
+        """True once it, or a part of it, has left the queue here to be submitted."""
+        return self._state_name != "queued" or any(child.was_sent for child in self._children)
 
     def future(self) -> Future[T]:
         """Return this future itself (the official SDK's accessor)."""
@@ -143,13 +185,25 @@ class APIFuture(Future[T], Generic[T]):
             queue_state_reason=self.queue_state_reason,
             attempts=self.attempts,
             last_error=self.last_error,
+            held_back=self._held_back(),
         )
+
+    def _held_back(self) -> Optional[str]:
+        waiting_for, why = self.waiting_for, self._why_held_back
+        if self.done():
+            return None
+        if waiting_for is not None:
+            return waiting_for()
+        unsent = self._state_name in ("queued", "submitting")
+        return why() if unsent and why is not None else None
 
     def cancel(self) -> bool:
         """Settle the future as cancelled; False if it was settled already.
 
         A sample's place is free at once, and the server is told where it takes that; other work
-        that it has accepted runs to its end.
+        that it has accepted runs to its end.  What was not sent yet is not sent.  Waiters get
+        CancelledError, callbacks are called; a result that still comes is thrown away.  Cancelling
+        a whole cancels its parts.
         """
         # super().cancel() is True for every caller of a cancelled future, and wait() and
         # as_completed() notice a cancel only once it is notified, which must happen just once.
@@ -164,9 +218,10 @@ class APIFuture(Future[T], Generic[T]):
         """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
         settled already, at once in this thread.  Its exceptions are logged.
         """
+        self._heard = True
         run = self._run_callback
         if run is None or self.done():
-            super().add_done_callback(fn)
+            super().add_done_callback(lambda future: _read_by(fn, future))
         else:
             super().add_done_callback(lambda future: _hand_over(run, fn, future))
 
@@ -188,6 +243,7 @@ class APIFuture(Future[T], Generic[T]):
             self.set_exception(error)
         except InvalidStateError:
             return False
+        _report_at_exit()
         return True
 
     def enter(self, state: str, request_id: Optional[str] = None) -> None:
@@ -196,6 +252,34 @@ class APIFuture(Future[T], Generic[T]):
         self._state_since = time.monotonic()
         if request_id is not None:
             self._request_id = request_id
+
+    def on_read(self, fn: Callable[[], None]) -> None:
+        """Have *fn* called once: by whoever reads the outcome first, or by the finalizer.
+
+        It must be safe in finalizers: no lock, no logging.  For whoever makes the future.
+        """
+        self._on_read = fn
+
+    def _note_read(self) -> None:
+        if not self._read:
+            self._read = self._heard = True
+            self._call_on_read()
+
+    def _call_on_read(self) -> None:
+        fn = self.__dict__.pop("_on_read", None)  # atomic: one of several readers gets it
+        if fn is not None:
+            fn()
+
+    def __del__(self) -> None:
+        # Anywhere, at any time, even inside a lock of ours or of logging: nothing here may lock.
+        if self._read:
+            return
+        self._call_on_read()
+        error = self._exception
+        if self._heard or error is None or isinstance(error, ClientClosedError):
+            return
+        if self._pid == os.getpid():
+            _lost.put((self.kind, self._request_id, error))
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait until settled, saying now and then in the log what is waited for."""
@@ -224,6 +308,30 @@ class APIFuture(Future[T], Generic[T]):
                     notice_at = now + pause
 
 
+def report_lost() -> None:
+    """Log the errors that nobody asked for, of futures that were collected.  Thread-safe."""
+    while not _lost.empty():
+        try:
+            kind, request_id, error = _lost.get_nowait()
+        except queue.Empty:  # another thread was faster
+            return
+        known = request_id is None or request_id in str(error)
+        logger.error(
+            "%s%s failed, and nobody asked for its outcome: %s: %s",
+            kind,
+            "" if known else f" (request {request_id})",
+            type(error).__name__,
+            error,
+        )
+
+
+def _report_at_exit() -> None:
+    global _reports_at_exit
+    if not _reports_at_exit:  # twice, if two threads race, does no harm
+        _reports_at_exit = True
+        atexit.register(report_lost)
+
+
 def _hand_over(
     run: Callable[[Callable[[], object]], None], fn: Callable[[Any], object], future: Any
 ) -> None:
@@ -233,9 +341,14 @@ def _hand_over(
         _call(fn, future)
 
 
+def _read_by(fn: Callable[[Any], object], future: Any) -> None:
+    future._note_read()
+    fn(future)
+
+
 def _call(fn: Callable[[Any], object], future: Any) -> None:
     try:
-        fn(future)
+        _read_by(fn, future)
     except BaseException:  # SystemExit too would end the callback thread
         logger.exception("a callback of %s failed", future.kind)
 

@@ -15,6 +15,7 @@ from typing import List, Optional
 
 from tinkex.clock import Clock
 from tinkex.errors import ClientClosedError, TinkexError
+from tinkex.futures import report_lost
 from tinkex.session_core import FINISH_S, Core, Live, abandon, finish_all, new_workers
 from tinkex.session_table import Verdict
 
@@ -101,6 +102,7 @@ def turn(core: Core, watch: ClockWatch) -> bool:
         )
     for link in links:
         link.drop_idle()
+    report_lost()
     _send(core, due, inline=alone)
     with core.lock:
         if core.thread is threading.current_thread():

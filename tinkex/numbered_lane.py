@@ -314,7 +314,7 @@ class NumberedLane:
 
     def _settled(self, work: Work[Any]) -> None:
         future = work.future
-        done = not future.cancelled() and future.exception() is None
+        done = not future.failed()
         work.send = work.decode = _dropped  # they hold the batch; the future may live on
         with self._changed:
             self._in_flight.discard(work)

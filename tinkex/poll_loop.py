@@ -11,6 +11,7 @@ import time
 from typing import Any, Callable, Generic, Optional, TypeVar
 
 from tinkex.api.futures import retrieve_future
+from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -20,6 +21,7 @@ from tinkex.errors import (
     NoProgressError,
     OperationTimeoutError,
     ResponseDecodeError,
+    TinkexError,
 )
 from tinkex.futures import APIFuture
 from tinkex.pause_notices import PauseNotices
@@ -46,6 +48,7 @@ class Operation(Generic[T]):
             report, or None if it takes the future over; must be quick and not raise.
         pause_grace_s: a pause of the owner is told after so long.
         no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
+        large: the result may be so large that there should not be too many at once.
     """
 
     future: APIFuture[T]
@@ -55,12 +58,15 @@ class Operation(Generic[T]):
     appeal: Optional[Callable[[BaseException], Optional[BaseException]]] = None
     pause_grace_s: float = 60.0
     no_progress_timeout_s: Optional[float] = None
+    large: bool = False
 
 
 class PollLoop:
     """The polling of one request, from its acceptance to its end.
 
     Stopping *channel* ends it: within a pause at once, within a poll if the channel is aborted.
+    *announced* is the size of the result, in bytes, if the server has told that it is there; 0 if
+    it has not.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class PollLoop:
         operation: Operation[Any],
         channel: AnyChannel,
         pauses: PauseNotices,
+        *,
+        announced: int = 0,
     ) -> None:
         self._transport = transport
         self._config = transport.config
@@ -77,7 +85,9 @@ class PollLoop:
         self._channel = channel
         self._pauses = pauses
         self._no_progress_s = operation.no_progress_timeout_s or self._config.no_progress_timeout_s
+        self._announced = announced
         self._payload = False  # insist on the result itself
+        self._held = 0  # bytes of the quota for large results
         self._pacing = Pacing()
         self._maybe_lost = False
         self._last_contact = time.monotonic()
@@ -88,6 +98,15 @@ class PollLoop:
 
     def run(self) -> None:
         """Settle the future, or raise what it is to be settled with."""
+        try:
+            if self._announced > 0:
+                self._reserve(self._announced)
+            self._poll()
+        finally:
+            if self._held:
+                self._transport.pressure.results.give(self._held)
+
+    def _poll(self) -> None:
         request_id = self._future.request_id or ""
         while not self._future.done():
             delay = self._step(request_id)
@@ -115,6 +134,7 @@ class PollLoop:
                 binary=self._operation.binary,
                 read_timeout_s=self._read_timeout_s(began),
                 payload=self._payload,
+                size_first=self._operation.large and not self._payload,
                 channel=self._channel,
             )
         except APIConnectionError as silence:
@@ -140,7 +160,7 @@ class PollLoop:
         if isinstance(outcome, Done):
             if self._future.queue_state not in (None, "active"):
                 self._note_queue("active", None)
-            self._future.settle(self._operation.decode(outcome.reply))
+            self._finish(outcome.reply)
             return None
         if isinstance(outcome, Failed):
             raise outcome.error
@@ -153,6 +173,15 @@ class PollLoop:
             return self._ask_for_payload(outcome)
         assert isinstance(outcome, Trouble)
         return self._after_trouble(outcome.error)
+
+    def _finish(self, reply: Reply) -> None:
+        """Decode the result and settle the future with it."""
+        result = self._operation.decode(reply)
+        decode_s = time.monotonic() - self._last_contact
+        waited_s = self._last_contact - self._started
+        queue_s = max(0.0, waited_s - reply.read_s)
+        self._transport.recorder.result(queue_s, reply.read_s, decode_s)
+        self._future.settle(result)
 
     def _note_queue(self, state: Optional[str], reason: Optional[str]) -> None:
         self._future.queue_state, self._future.queue_state_reason = state, reason
@@ -167,8 +196,19 @@ class PollLoop:
                 "and does not send it",
                 request_id=self._future.request_id,
             )
-        self._payload = True
+        self._reserve(announced.size)
         return 0.0
+
+    def _reserve(self, size: int) -> None:
+        """Wait until a result of *size* bytes may be fetched, and insist on it from now on."""
+        self._transport.pressure.results.take(
+            size,
+            lambda: self._future.done() or self._channel.stopped.is_set(),
+            self._future,
+        )
+        self._held, self._payload = size, True
+        self._last_contact = time.monotonic()
+        self._polled = False  # it is there: no limit ends the next poll
 
     def _after_trouble(self, error: APIError) -> float:
         """Return the pause before the next poll; raise *error* once it must be meant."""
@@ -219,21 +259,33 @@ class PollLoop:
         return max(0.05, min(limits))
 
     def _check_limits(self, now: float) -> None:
-        config, future = self._config, self._future
-        if (
-            config.operation_timeout_s is not None
-            and now - self._started >= config.operation_timeout_s
-        ):
-            raise OperationTimeoutError(
-                f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
-                f"{future.status()}",
-                request_id=future.request_id,
-                elapsed_s=now - self._started,
-            )
-        silent = now - self._last_contact
-        if self._no_progress_s is not None and silent >= self._no_progress_s:
-            raise NoProgressError(
-                f"no contact with the server for {silent:.0f} s: {future.status()}",
-                request_id=future.request_id,
-                elapsed_s=now - self._started,
-            )
+        error = overdue(
+            self._operation,
+            self._config,
+            waited_s=now - self._started,
+            silent_s=now - self._last_contact,
+        )
+        if error is not None:
+            raise error
+
+
+def overdue(
+    operation: Operation[Any], config: Config, *, waited_s: float, silent_s: float
+) -> Optional[TinkexError]:
+    """The error of an operation that has taken too long, or been without contact; or None."""
+    future = operation.future
+    if config.operation_timeout_s is not None and waited_s >= config.operation_timeout_s:
+        return OperationTimeoutError(
+            f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
+            f"{future.status()}",
+            request_id=future.request_id,
+            elapsed_s=waited_s,
+        )
+    no_progress_s = operation.no_progress_timeout_s or config.no_progress_timeout_s
+    if no_progress_s is not None and silent_s >= no_progress_s:
+        return NoProgressError(
+            f"no contact with the server for {silent_s:.0f} s: {future.status()}",
+            request_id=future.request_id,
+            elapsed_s=waited_s,
+        )
+    return None

@@ -6,31 +6,34 @@ worker of its own, on its own connection, up to a cap; more wait their turn.  Me
 (design notes): with completions in order a few threads equal a thread per future, while
 unordered long polls behind a small pool turn milliseconds into seconds.
 
+Where the server can say which samples are done, the batch poller waits for them instead.
+
 A worker whose future is cancelled is free at once: its connection is broken off, and it gets a
 new one.
 
 Threads: ``tinkex-poll-i`` (one per lane that has work), ``tinkex-sample-i`` (one per sample in
-flight), ``tinkex-cancel-i`` (see CancelQueue) and ``tinkex-callbacks`` (users' callbacks).  All
-are lazy and end when idle, or at close.
+flight), ``tinkex-flags`` (before the first sample, if the server's flags are not known),
+``tinkex-cancel-i`` (see CancelQueue), those of the batch poller, and ``tinkex-callbacks`` (users'
+callbacks).  All are lazy and end when idle, or at close.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import itertools
 import logging
 import threading
-from types import TracebackType
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Set, Type
+from typing import Any, Callable, Deque, Dict, List, Optional, Set
 
+from tinkex.batch_poller import BatchPoller
 from tinkex.cancel_queue import CancelQueue
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
-from tinkex.futures import APIFuture
+from tinkex.futures import APIFuture, report_lost
 from tinkex.pause_notices import PauseNotices
 from tinkex.poll_loop import Operation as Operation, PollLoop
 from tinkex.private_channel import AnyChannel
+from tinkex.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
 from tinkex.scheduler import WorkerPool
+from tinkex.server_flags import ServerFlags, flags_for, known_flags
 from tinkex.transport import Transport
 from tinkex.types import UntypedFuture
 
@@ -38,10 +41,6 @@ logger = logging.getLogger(__name__)
 
 #: Most lanes polled at once; a lane beyond waits for another to run dry.
 POLL_CAP = 256
-
-#: After how many seconds to submit a sample again whose result was lost, by the number of times
-#: it was submitted again before; None is never.
-Resubmit = Callable[[int], Optional[float]]
 
 
 class Poller:
@@ -70,7 +69,11 @@ class Poller:
         self._polls = WorkerPool("tinkex-poll", POLL_CAP)
         self._samples = WorkerPool("tinkex-sample", self._config.max_concurrent_samples)
         self._callbacks = WorkerPool("tinkex-callbacks", 1)
-        self._thread_local = threading.local()
+        self._asking = WorkerPool("tinkex-flags", 1, idle_s=1.0)
+        self._batches = BatchPoller(
+            transport, self._poll_alone, self.fail, self._cancels, self._pauses
+        )
+        self._channels = OwnChannels(transport)
         # Guards _outstanding, _lanes and _closed.  Never held during I/O or while a
         # future is settled.
         self._lock = threading.Lock()
@@ -78,15 +81,29 @@ class Poller:
         self._lanes: Dict[str, Deque[Operation[Any]]] = {}
         self._closed: Optional[TinkexError] = None
 
-    def new_future(self, kind: str) -> APIFuture[Any]:
+    def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
         """Make a future that will be settled at close at the latest.
 
+        One that is *counted* is for a user: it takes a place among ``max_unread`` until it is read
+        or dropped.  If there is none, this blocks.
+
         Raises:
+            BackpressureError: there is none, and on_backpressure is ``"raise"``.
             ClientClosedError: the poller was closed.
         """
+        report_lost()
+        pressure = self._transport.pressure
+        counted = counted and pressure.unread.counts
+        if counted:
+            pressure.unread.enter(kind)
         future: APIFuture[Any] = APIFuture(
-            kind, notice_after_s=self._config.notice_after_s, run_callback=self._callbacks.submit
+            kind,
+            notice_after_s=self._config.notice_after_s,
+            run_callback=self._callbacks.submit,
+            why_held_back=pressure.why,
         )
+        if counted:
+            future.on_read(pressure.unread.leave)
         with self._lock:
             if self._closed is not None:
                 raise self._closed
@@ -120,54 +137,89 @@ class Poller:
         operation: Operation[Any],
         send: Callable[[AnyChannel], UntypedFuture],
         resubmit: Resubmit = lambda times: None,
+        target: Optional[Callable[[], Target]] = None,
     ) -> None:
-        """Have a worker *send* a sampling request and poll for its result.  Returns at once.
+        """Have a sampling request sent, and wait for its result.  Returns at once.
 
         If the server has lost the result, *send* is called again, as *resubmit* says: each time it
-        must make a new request of it.
+        must make a new request of it.  *target* tells whose it is, once it was sent; without it,
+        the sample is polled for on its own whatever the server can do.
         """
+        work = SampleWork(operation, send, resubmit, target)
+        flags = known_flags(self._config)
+        if target is None:
+            self._poll_alone(work)
+        elif flags is not None:
+            self._choose(work, flags)
+        else:
+            try:
+                self._asking.submit(lambda: self._ask_and_choose(work))
+            except ClientClosedError as error:
+                self.fail(operation.future, error)
+
+    def _ask_and_choose(self, work: SampleWork) -> None:
+        try:
+            flags = flags_for(self._transport, once=True)
+        except TinkexError as error:
+            logger.debug("whether the server can say which samples are done: %s", error)
+            flags = ServerFlags()
+        self._choose(work, flags)
+
+    def _choose(self, work: SampleWork, flags: ServerFlags) -> None:
+        """Hand *work* to those who are to do it."""
+        if self._batches.usable(flags):
+            self._batches.submit(work)
+        else:
+            most = min(self._config.max_concurrent_samples, flags.sample_max_concurrent_requests)
+            if self._samples.cap != most:
+                self._samples.resize(max(1, most))
+            self._poll_alone(work)
+
+    def _poll_alone(self, work: SampleWork) -> None:
+        """Have a worker submit *work*, if need be, and poll for it."""
+        future = work.operation.future
 
         def run() -> None:
-            if operation.future.done():  # cancelled while it waited its turn
+            if future.done():  # cancelled while it waited its turn
+                if work.accepted and future.cancelled():
+                    self._cancels.put(future.request_id or "")
                 return
             try:
-                with _Stint(operation.future, self._own_channel()) as stint:
-                    self._sample(operation, send, resubmit, stint)
+                with Stint(future, self._channels.get()) as stint:
+                    self._sample(work, stint)
             except Exception as error:
-                self.fail(operation.future, error)
+                self.fail(future, error)
 
         try:
             self._samples.submit(run)
         except ClientClosedError as error:
-            self.fail(operation.future, error)
+            self.fail(future, error)
 
-    def _sample(
-        self,
-        operation: Operation[Any],
-        send: Callable[[AnyChannel], UntypedFuture],
-        resubmit: Resubmit,
-        stint: _Stint,
-    ) -> None:
-        future = operation.future
-        for times in itertools.count():
-            if future.done():
-                return
-            future.enter("submitting")
-            with stint.unbroken():
-                accepted = send(stint.channel)
-            future.enter("waiting", accepted.request_id)
+    def _sample(self, work: SampleWork, stint: Stint) -> None:
+        future = work.operation.future
+        while not future.done():
+            if work.lost is not None:
+                self._wait_to_resubmit(work, work.lost, stint)
+                if future.done():
+                    return
+            if not work.accepted:
+                work.submit(stint)
             try:
-                self._poll(operation, stint.channel)
+                self._poll(work.operation, stint.channel)
                 return
             except ResultExpiredError as lost:
-                delay_s = resubmit(times)
-                if delay_s is None:
-                    raise
-                logger.info("%s; submitting it again in %.1f s", lost, delay_s)
-                stint.channel.stopped.wait(delay_s)
+                work.note_lost(lost)
             finally:
                 if future.cancelled():
-                    self._cancels.put(accepted.request_id)
+                    self._cancels.put(future.request_id or "")
+
+    def _wait_to_resubmit(self, work: SampleWork, lost: ResultExpiredError, stint: Stint) -> None:
+        delay_s = work.resubmit(work.times)
+        if delay_s is None:
+            raise lost
+        work.times += 1
+        logger.info("%s; submitting it again in %.1f s", lost, delay_s)
+        stint.channel.stopped.wait(delay_s)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
@@ -191,7 +243,8 @@ class Poller:
             self._closed = self._closed or error
             outstanding = list(self._outstanding)
         self._cancels.close()
-        for pool in (self._polls, self._samples):
+        self._batches.close()
+        for pool in (self._polls, self._samples, self._asking):
             pool.close()
         for future in outstanding:
             future.settle_error(error)
@@ -199,28 +252,25 @@ class Poller:
 
     def join(self, deadline: float) -> List[str]:
         """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
-        pools = (self._polls, self._samples, self._cancels, self._callbacks)
-        return [name for pool in pools for name in pool.join(deadline)]
+        pools = (self._polls, self._samples, self._asking, self._batches, self._cancels)
+        return [name for pool in (*pools, self._callbacks) for name in pool.join(deadline)]
+
+    def say_goodbye(self, deadline: float) -> None:
+        """After `close`: tell the server which results have arrived, as far as time allows.
+
+        Blocks for half a second at most, until *deadline* (monotonic) at the latest.
+        """
+        self._batches.say_goodbye(deadline)
 
     @property
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
-        pools = (self._polls, self._samples, self._cancels, self._callbacks)
-        return [pool.stopper for pool in pools]
+        pools = (self._polls, self._samples, self._asking, self._cancels, self._callbacks)
+        return [*(pool.stopper for pool in pools), *self._batches.stoppers]
 
     def _forget(self, future: Any) -> None:
         with self._lock:
             self._outstanding.discard(future)
-
-    def _own_channel(self) -> AnyChannel:
-        """The calling worker's own connection, made at its first use and when it was stopped."""
-        channel: Optional[AnyChannel] = getattr(self._thread_local, "channel", None)
-        if channel is not None and channel.stopped.is_set():
-            channel.abort()
-            channel = None
-        if channel is None:
-            channel = self._thread_local.channel = self._transport.open_connection()
-        return channel
 
     def _drain(self, lane: str) -> None:
         """Poll the head of *lane* until the lane is empty."""
@@ -229,7 +279,7 @@ class Poller:
                 head = self._lanes[lane][0]
             try:
                 if not head.future.done():
-                    with _Stint(head.future, self._own_channel()) as stint:
+                    with Stint(head.future, self._channels.get()) as stint:
                         self._poll(head, stint.channel)
             except Exception as error:  # a TinkexError to report, or a bug that must not be lost
                 left = error if head.appeal is None else head.appeal(error)
@@ -245,52 +295,3 @@ class Poller:
     def _poll(self, operation: Operation[Any], channel: AnyChannel) -> None:
         """Poll until the operation's future is settled by somebody, or raise its error."""
         PollLoop(self._transport, operation, channel, self._pauses).run()
-
-
-class _Stint:
-    """A worker's time with one future; it is over as soon as the future is cancelled.
-
-    A poll is broken off then.  A submission is let finish, but not retried: its answer holds the
-    id by which the server can be told.
-    """
-
-    def __init__(self, future: APIFuture[Any], channel: AnyChannel) -> None:
-        self.channel = channel
-        # Guards _over and _submitting.
-        self._lock = threading.Lock()
-        self._over = False
-        self._submitting = False
-        future.on_settled(self._settled)
-
-    def __enter__(self) -> _Stint:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        with self._lock:
-            self._over = True
-
-    @contextlib.contextmanager
-    def unbroken(self) -> Iterator[None]:
-        """Let the request that is sent inside come to its end."""
-        with self._lock:
-            self._submitting = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._submitting = False
-
-    def _settled(self, future: Any) -> None:
-        """In the thread that settles the future: set the worker free."""
-        with self._lock:
-            if self._over or not future.cancelled():
-                return
-            self.channel.stopped.set()  # the worker's next one takes another channel
-            submitting = self._submitting
-        if not submitting:
-            self.channel.abort()

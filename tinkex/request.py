@@ -57,11 +57,17 @@ def broken_route(request: Request, times: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of any status, read to its end.  *headers* have lower-case names."""
+    """An answer of any status, read to its end.
+
+    Attributes:
+        headers: with lower-case names.
+        read_s: the seconds from its headers to its end.
+    """
 
     status: int
     headers: Mapping[str, str] = dataclasses.field(repr=False)
     body: bytes = dataclasses.field(repr=False)
+    read_s: float = dataclasses.field(default=0.0, repr=False, compare=False)
 
     @property
     def content_type(self) -> str:

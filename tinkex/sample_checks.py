@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Optional, Sequence
 
-import numpy as np
-
 from tinkex.errors import InvalidInputError, UnprocessableEntityError, UnsupportedError
+from tinkex.lazy_numpy import np
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
 from tinkex.wire.codec import align_prompt_logprobs
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import secrets
-from typing import Any, Callable, Iterator, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 import orjson
 
@@ -33,6 +33,8 @@ from tinkex.sample_checks import (
     unsupported_by,
 )
 from tinkex.sample_gate import SampleGate
+from tinkex.sample_stream import Progress, SampleStream, sample_many
+from tinkex.sample_work import Target
 from tinkex.server_flags import ABSENT, flags_for
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
@@ -50,6 +52,7 @@ from tinkex.types import (
     UntypedFuture,
 )
 from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.usage import Account, Reservation, Tokens
 from tinkex.wire.codecs import codec_for
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,11 @@ T = TypeVar("T")
 
 #: Samples may be asked for a logprob only; this draws one token and throws it away.
 _ONE_TOKEN = SamplingParams(max_tokens=1)
+
+#: A result that may take more than this, in bytes, is announced by its size first.
+_LARGE_BYTES = 1 << 20
+#: So many tokens are thought of where nothing limits them.
+_UNLIMITED = 32_768
 
 #: Sequence numbers of clone n start at n times this (reference, section 5.6).
 CLONE_BLOCK = 10**9
@@ -70,6 +78,7 @@ _HANDED_ON = (
     "heartbeat_warn_after_s",
     "max_outage_s",
     "max_concurrent_samples",
+    "max_unanswered_samples",
 )
 
 
@@ -111,6 +120,7 @@ class SamplingClient(ChildClient):
         self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
         # next() is atomic.  A clone counts in a block of its own, known with its first sample.
         self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
+        self._clone = 0  # of a clone, once it has joined, its number
         self._joining: SingleFlight[Iterator[int]] = SingleFlight()
         self._warned_of_nan = False
 
@@ -204,6 +214,63 @@ class SamplingClient(ChildClient):
             record_stability_info=self._record_stability_info,
         )
         return self._submit("sample", request, lambda response: response)
+
+    def sample_many(
+        self,
+        prompts: Iterable[ModelInput],
+        sampling_params: Optional[SamplingParams] = None,
+        *,
+        num_samples: int = 1,
+        max_in_flight: Optional[int] = None,
+        order: str = "completion",
+        on_error: str = "raise",
+        progress: Progress = False,
+        **options: Any,
+    ) -> SampleStream:
+        """Sample every prompt, many at a time; return an iterator of `Sampled`.
+
+        Nothing is begun before the first result is asked for.  *prompts* is taken as results are
+        handed out, in the thread that asks, so memory does not grow with its length.  To break
+        off, close the iterator, or leave a ``with`` block over it; Ctrl-C does that, too, and so
+        does a loop that is left, once nothing refers to the iterator.  What is in flight is then
+        cancelled.  Threads may share the iterator.
+
+        Args:
+            prompts: any iterable, as long as you like.
+            sampling_params, num_samples: as for `sample`, of every prompt.
+            max_in_flight: prompts begun and not handed out, at most; in input order, four times
+                as many with those that wait for an earlier one.  None is the session's
+                ``max_concurrent_samples``.
+            order: in which results come: of ``"completion"`` or of ``"input"``.
+            on_error: a prompt that fails may ``"raise"`` its error and end the iteration, at once
+                even if earlier prompts are not done; ``"yield"`` a `Sampled` with its error; or be
+                ``"skip"``ped, with one warning at the end.  A closed client always raises.  So
+                does a budget that is used up, once all that was begun is handed out.
+            progress: True shows a bar on stderr if that is a terminal; a function is called as
+                ``progress(done, failed, total)`` after each prompt, *total* None if unknown.
+            options: further arguments of `sample`.
+
+        Raises:
+            InvalidInputError: an argument is wrong; of a bad prompt, *on_error* decides.
+        """
+        self._ensure_open("sample_many")
+        config = self._session.config
+        if max_in_flight is None:
+            max_in_flight = config.max_concurrent_samples
+        if type(max_in_flight) is int and config.max_unread is not None:
+            max_in_flight = min(max_in_flight, config.max_unread)  # more would wait for ever
+
+        def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:
+            return self.sample(prompt, num_samples, sampling_params, **options)
+
+        return sample_many(
+            sample,
+            prompts,
+            max_in_flight=max_in_flight,
+            order=order,
+            on_error=on_error,
+            progress=progress,
+        )
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: Optional[int] = None
@@ -311,19 +378,27 @@ class SamplingClient(ChildClient):
         check_request(request)
         session = self._session
         self._ensure_open(kind)
-        future: APIFuture[T] = session.poller.new_future(kind)
+        reservation = self._reserve(kind, request)
+        try:
+            future: APIFuture[T] = session.poller.new_future(kind, counted=True)
+        except BaseException:
+            reservation.release()
+            raise
+        reservation.bind(future)
         sequence_ids: List[str] = []
 
         def send(channel: AnyChannel) -> UntypedFuture:
-            number = self._next_seq_id()
+            pressure = session.transport.pressure
+            nbytes = pressure.sample_bytes(request.prompt.length)
             try:
-                accepted = api.asample(
-                    session.transport,
-                    sampling_session_id=self.sampling_session_id,
-                    seq_id=number,
-                    request=request,
-                    channel=channel,
-                )
+                with pressure.samples.holding(nbytes, channel.stopped.is_set, future):
+                    accepted = api.asample(
+                        session.transport,
+                        sampling_session_id=self.sampling_session_id,
+                        seq_id=self._next_seq_id(),
+                        request=request,
+                        channel=channel,
+                    )
             except UnprocessableEntityError as error:
                 unsupported = unsupported_by(error, request)
                 if unsupported is None:
@@ -334,6 +409,8 @@ class SamplingClient(ChildClient):
 
         def decode(reply: Reply) -> T:
             response = codec_for(reply.content_type).decode_samples(reply.body)
+            sampled = sum(len(sequence.tokens_np) for sequence in response.sequences)
+            reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
             response = complete_response(response, request, sequence_ids)
             if not self._warned_of_nan and has_unknown_logprobs(response, request):
                 self._warned_of_nan = True
@@ -352,11 +429,31 @@ class SamplingClient(ChildClient):
             owner=f"sampler {self.sampling_session_id}",
             pause_grace_s=0.0,
             no_progress_timeout_s=self._no_progress_s,
+            large=_may_be_large(request),
         )
         self._gate.enter(
-            future, lambda: session.poller.submit_sample(operation, send, self._resubmit(kind))
+            future,
+            lambda: session.poller.submit_sample(
+                operation, send, self._resubmit(kind), self._target
+            ),
         )
         return future
+
+    def _reserve(self, kind: str, request: SampleRequest) -> Reservation:
+        """Set aside, of the budget, the most that *request* may use."""
+        ledger = self._session.ledger
+        most_each = request.sampling_params.max_tokens
+        if most_each is None and ledger.budget is not None:
+            raise InvalidInputError(
+                f"{kind}: with a budget, sampling_params needs max_tokens",
+                hint="Without it nobody can tell beforehand how much may be used.",
+            )
+        most = Tokens(
+            prefilled=request.prompt.length, sampled=request.num_samples * (most_each or 0)
+        )
+        model = self.get_base_model() if ledger.needs_model else self._base_model
+        account = Account(f"sampler {self.sampling_session_id}", self.usage_tag, model)
+        return ledger.reserve(kind, account, most)
 
     def _resubmit(self, kind: str) -> Callable[[int], Optional[float]]:
         """When a sample whose result was lost is submitted again.  Called by its worker."""
@@ -370,6 +467,10 @@ class SamplingClient(ChildClient):
 
         return delay_s
 
+    def _target(self) -> Target:
+        """Whose samples those are that were sent."""
+        return Target(self.sampling_session_id, self._clone)
+
     def _next_seq_id(self) -> int:
         """The next number; the first one of a clone may block.  Called by workers."""
         seq_ids = self._seq_ids
@@ -379,7 +480,8 @@ class SamplingClient(ChildClient):
 
     def _join(self) -> Iterator[int]:
         if self._seq_ids is None:
-            self._seq_ids = itertools.count(self._clone_id() * CLONE_BLOCK)
+            self._clone = self._clone_id()
+            self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
         return self._seq_ids
 
     def _clone_id(self) -> int:
@@ -402,6 +504,18 @@ class SamplingClient(ChildClient):
 
 #: The official SDK's name of what creators return; here they return the client itself.
 BackcompatSamplingClientFuture = SamplingClient
+
+
+def _may_be_large(request: SampleRequest) -> bool:
+    """Whether the result may take so much memory that its size should be asked for first."""
+    tokens = request.num_samples * (request.sampling_params.max_tokens or _UNLIMITED)
+    values = tokens * (2 + 2 * request.topk_sample_logprobs)
+    wanted = request.topk_prompt_logprobs + request.prompt_alt_tokens_k
+    if request.prompt_logprobs or wanted or request.target_prompt_logprobs is not None:
+        targets = request.target_prompt_logprobs
+        values += request.prompt.length * (1 + 2 * wanted)
+        values += 0 if targets is None else targets.values.size
+    return 4 * values > _LARGE_BYTES
 
 
 def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:

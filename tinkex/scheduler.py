@@ -49,12 +49,16 @@ class WorkerPool:
         cap: most threads at once.
         idle_s: a thread without work ends after this many seconds.
 
+    Attributes:
+        cap: most threads at once; `resize` changes it.
+
     Thread-safe.  A task's exceptions are logged; tasks are expected to handle their own.
     """
 
     def __init__(self, name: str, cap: int, idle_s: float = 30.0) -> None:
         self._state = _State(name, idle_s)
-        self._cap = cap
+        self.cap = cap
+        self._serial = cap == 1
 
     def submit(self, task: Task) -> None:
         """Queue *task*; return at once.
@@ -68,7 +72,7 @@ class WorkerPool:
         with state.lock:
             if state.closed or state.draining:
                 raise ClientClosedError(f"{state.name} was closed")
-            if state.backlog >= state.idle and len(state.threads) < self._cap:
+            if state.backlog >= state.idle and len(state.threads) < self.cap:
                 # Before the task is queued: one reported as refused must not run later.
                 trouble = self._start_thread_locked()
             state.backlog += 1
@@ -86,10 +90,27 @@ class WorkerPool:
                 state.backlog += 1
                 state.queue.put(task)
 
+    def resize(self, cap: int) -> None:
+        """Let there be *cap* threads at most; start one now if tasks wait and there is room.
+
+        Threads beyond *cap* stay until they are idle.
+        """
+        state = self._state
+        with state.lock:
+            self.cap = cap
+            if state.closed or state.draining or not state.threads:
+                return
+            if state.backlog > state.idle and len(state.threads) < cap:
+                trouble = self._start_thread_locked()
+            else:
+                trouble = None
+        if trouble is not None:
+            logger.debug("%s makes do with the threads it has: %s", state.name, trouble)
+
     def _start_thread_locked(self) -> Optional[RuntimeError]:
         """Start a thread; return why not, if there are others to do the work."""
         state = self._state
-        name = state.name if self._cap == 1 else f"{state.name}-{state.started}"
+        name = state.name if self._serial else f"{state.name}-{state.started}"
         thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
         state.threads.append(thread)
         try:

@@ -154,6 +154,11 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     return known.flags_flight.run(ask, transport.closing)
 
 
+def known_flags(config: Config) -> Optional[ServerFlags]:
+    """The flags of the server, if somebody has asked for them; does not block."""
+    return _known_of(config).flags
+
+
 def dynamic_flags_for(transport: Sender) -> DynamicFlags:
     """Return the flags that may change; asks when those it has are ``refresh_interval_sec`` old.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, List, Mapping, Optional, Type
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Type
 
 from tinkex.api import rest
 from tinkex.batch_checks import check_ttl
@@ -14,7 +14,7 @@ from tinkex.custom_loss import LossHandle, PerDatumLossFn
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.loss_registry import LossRegistry
-from tinkex.rest_client import RestClient
+from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
 from tinkex.run_factory import RunFactory
 from tinkex.sampling_client import SamplingClient
@@ -30,6 +30,10 @@ from tinkex.types import (
 )
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.types.console import session_url
+from tinkex.usage import Usage
+
+if TYPE_CHECKING:
+    from tinkex.rest_client import RestClient
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +144,37 @@ class ServiceClient:
         """The futures of this client that are not settled yet; ``status()`` tells of each."""
         self._session.ensure_not_forked("inflight")
         return self._session.poller.inflight()
+
+    def metrics(self) -> Metrics:
+        """What this client does and has done: counters and latencies.  Does not block."""
+        self._session.ensure_not_forked("metrics")
+        counts, latencies = self._session.transport.recorder.snapshot()
+        futures = [f for f in self._session.poller.inflight() if not f.in_parts]
+        sent = sum(future.was_sent for future in futures)
+        tokens = self._session.ledger.snapshot().tokens
+        return Metrics(
+            in_flight=sent,
+            queued=len(futures) - sent,
+            requests=counts.get("requests", 0),
+            rate_limited=counts.get("rate_limited", 0),
+            retries=counts.get("retries", 0),
+            bytes_sent=counts.get("bytes_sent", 0),
+            bytes_received=counts.get("bytes_received", 0),
+            tokens_trained=tokens.trained,
+            tokens_prefilled=tokens.prefilled,
+            tokens_sampled=tokens.sampled,
+            latencies=latencies,
+        )
+
+    def usage(self) -> Usage:
+        """The tokens that this client has used, by client, tag and model.  Does not block.
+
+        A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
+        computed here prefills and trains.  Work that the server has accepted counts in full if its
+        result was cancelled or lost, since it may have been done.
+        """
+        self._session.ensure_not_forked("usage")
+        return self._session.ledger.snapshot()
 
     def get_telemetry(self) -> Optional[Reporter]:
         """What reports on the session, or None if telemetry is off (the default)."""
@@ -339,6 +374,8 @@ class ServiceClient:
     def create_rest_client(self) -> RestClient:
         """Return a client for runs, checkpoints and sessions.  Does not block."""
         self._session.ensure_open("create_rest_client")
+        from tinkex.rest_client import RestClient  # most programs only train and sample
+
         return RestClient(self._session)
 
     def close(

@@ -33,6 +33,7 @@ from tinkex.server_flags import flags_for
 from tinkex.session_manager import SessionManager
 from tinkex.telemetry import Reporter, open_reporter
 from tinkex.transport import Transport
+from tinkex.usage import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Session:
         self._model_numbers = itertools.count()
         self._sampler_numbers = itertools.count()
         self.dialect = Dialect(config)
+        #: What this client has used, and its budget.
+        self.ledger = Ledger(config.budget, config.prices)
         self._borrowed = session_id is not None
         if session_id is None:
             session_id = manager.start_session(config, owner=self)
@@ -93,7 +96,7 @@ class Session:
             self.telemetry: Optional[Reporter] = open_reporter(config, session_id)
             report = None if self.telemetry is None else self.telemetry.operation_failed
             self.poller = Poller(self.transport, self.explain, report)
-            self._background = WorkerPool("tinkex-create", 8)
+            self._background = WorkerPool("tinkex-create", 8, idle_s=1.0)
             stoppers = [*self.poller.stoppers, self._background.stopper]
             if self.telemetry is not None:
                 stoppers.append(self.telemetry.stopper)
@@ -226,6 +229,7 @@ class Session:
             return
         try:
             pools = self._stop_work()
+            self.poller.say_goodbye(deadline)
             left_s = max(0.2, (deadline - time.monotonic()) / 2)
             self.manager.stop_session(self.session_id, status, detail, timeout_s=left_s)
             if self.telemetry is not None:

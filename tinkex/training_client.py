@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Callable, Mapping, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, TypeVar, Union, cast
 
 from tinkex.api import training as api
 from tinkex.api._call import read
@@ -24,6 +24,7 @@ from tinkex.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.custom_pass import CustomPass
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.futures import APIFuture
+from tinkex.pipeline import Pipeline, Schedule
 from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.sampling_client import SamplingClient
 from tinkex.session import Session
@@ -48,6 +49,7 @@ from tinkex.types._wire import Wire
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.types.console import training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
+from tinkex.usage import Account, Tokens
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
@@ -147,13 +149,23 @@ class TrainingClient(ChildClient):
             handle.check(batch)
             self._ensure_open("forward_backward_custom")
             config = {"loss_id": str(handle.loss_id)}
-            return self._run.submit_pass("forward_backward", batch, "custom", config)
+            most = Tokens(trained=_length(batch))
+            return self._metered(
+                "forward_backward",
+                most,
+                lambda: self._run.submit_pass("forward_backward", batch, "custom", config),
+            )
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
         self._ensure_open("forward_backward_custom")
-        future: APIFuture[ForwardBackwardOutput] = self._run.new_future("forward_backward_custom")
-        task = CustomPass(self._run, future, batch, loss_fn)
-        return self._run.queue(future, task)
+
+        def submit() -> APIFuture[ForwardBackwardOutput]:
+            future: APIFuture[ForwardBackwardOutput]
+            future = self._run.new_future("forward_backward_custom", counted=True)
+            return self._run.queue(future, CustomPass(self._run, future, batch, loss_fn))
+
+        length = _length(batch)
+        return self._metered("forward_backward_custom", Tokens(length, prefilled=length), submit)
 
     def optim_step(
         self,
@@ -194,6 +206,50 @@ class TrainingClient(ChildClient):
         forward_backward = self.forward_backward(data, loss_fn, loss_fn_config)
         optim = self.optim_step(adam_params)
         return TrainStep(forward_backward.result(), optim.result())
+
+    def pipeline(
+        self,
+        batches: Iterable[Sequence[Datum]],
+        loss_fn: Union[str, CustomLoss, LossHandle],
+        adam_params: Schedule,
+        loss_fn_config: LossConfig = None,
+        *,
+        depth: int = 2,
+    ) -> Pipeline:
+        """Train on one batch after the other; return an iterator of `PipelineStep`.
+
+        Before one step is waited for, the *depth* - 1 after it are submitted, so that the server
+        never waits for us; while you handle a step, those are under way::
+
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
+                print(step.index, step.metrics)
+
+        A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error tells the step.
+        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.  In
+        a ``with`` block the same happens when the block is left.  A loop that is left otherwise
+        leaves up to *depth* - 1 steps to be done.
+
+        Args:
+            batches: taken one by one, *depth* - 1 ahead.
+            loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
+            adam_params: as for `optim_step`, or a function of the step's index, from 0.
+            depth: steps under way at once; 1 does one after the other.
+        """
+        self._ensure_open("pipeline")
+
+        def forward_backward(batch: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+            if isinstance(loss_fn, str):
+                return self.forward_backward(batch, loss_fn, loss_fn_config)
+            return self.forward_backward_custom(batch, loss_fn)
+
+        def schedule(index: int) -> OptimParams:
+            params: Any = adam_params(index) if callable(adam_params) else adam_params
+            optim_params_to_wire(params)
+            return cast(OptimParams, params)
+
+        if loss_fn_config is not None and not isinstance(loss_fn, str):
+            raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
+        return Pipeline(forward_backward, self.optim_step, batches, schedule, depth)
 
     def save_state(
         self,
@@ -437,7 +493,26 @@ class TrainingClient(ChildClient):
         batch = check_batch(data, loss_fn, loss_fn_config)
         config = dict(loss_fn_config or {})
         self._ensure_open(kind)
-        return self._run.submit_pass(kind, batch, loss_fn, config)
+        length = _length(batch)
+        most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
+        return self._metered(
+            kind, most, lambda: self._run.submit_pass(kind, batch, loss_fn, config)
+        )
+
+    def _metered(self, kind: str, most: Tokens, submit: Callable[[], APIFuture[T]]) -> APIFuture[T]:
+        """Set aside, of the budget, what *submit* may use, and call it."""
+        ledger = self._session.ledger
+        if self._base_model is None and ledger.needs_model:
+            self.get_info()
+        account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
+        reservation = ledger.reserve(kind, account, most)
+        try:
+            future = submit()
+        except BaseException:
+            reservation.release()
+            raise
+        reservation.bind(future)
+        return future
 
     def _load(
         self, kind: str, path: str, optimizer: bool, token: Optional[str]
@@ -466,6 +541,10 @@ class TrainingClient(ChildClient):
 
 #: The official SDK's name of what creators return; here they return the client itself.
 BackcompatTrainingClientFuture = TrainingClient
+
+
+def _length(data: Sequence[Datum]) -> int:
+    return sum(datum.model_input.length for datum in data)
 
 
 def _reader(answer: Type[W]) -> Callable[[Reply], W]:

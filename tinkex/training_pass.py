@@ -6,11 +6,10 @@ Servers report differently; what a caller sees here looks the same everywhere.  
 from __future__ import annotations
 
 import logging
-from typing import Callable, List, Mapping, Optional, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 from tinkex.server_flags import ServerFlags
 from tinkex.transport import Reply
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
@@ -18,6 +17,9 @@ from tinkex.wire.chunking import split
 from tinkex.wire.codec import Codec
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +86,22 @@ class PassReader:
     def read(self, reply: Reply, data: Sequence[Datum], loss_fn: str) -> ForwardBackwardOutput:
         """Decode the result of a pass over *data*.
 
-        Where the server does not tell ``loss:sum``, it is computed for ``cross_entropy``, from
-        the logprobs: -sum(weights * logprobs), with weights of 1 where there are none.
+        Where the server does not tell ``loss:sum``, it is computed from the logprobs, for the two
+        losses that need no more: see `cross_entropy` and `importance_sampling`.
         Logprobs that are NaN or null stay NaN, with one warning.
         """
         output = codec_for(reply.content_type).decode_output(reply.body)
-        for index, fields in enumerate(output.loss_fn_outputs):
-            if "logprobs" in fields:
-                self._nans.look_at(fields["logprobs"].values, f"data[{index}]")
-        if loss_fn == "cross_entropy" and "loss:sum" not in output.metrics:
-            loss = cross_entropy(data, output.loss_fn_outputs)
+        logprobs = {
+            index: fields["logprobs"].values
+            for index, fields in enumerate(output.loss_fn_outputs)
+            if "logprobs" in fields
+        }
+        # All at once: of a thousand, a look at each is a tenth of the whole pass.
+        if logprobs and np.isnan(np.concatenate(list(logprobs.values()))).any():
+            for index, values in logprobs.items():
+                self._nans.look_at(values, f"data[{index}]")
+        if loss_fn in _LOSSES and "loss:sum" not in output.metrics:
+            loss = _LOSSES[loss_fn](data, output.loss_fn_outputs)
             if loss is not None:
                 output.metrics["loss:sum"] = loss
         return output
@@ -104,20 +112,51 @@ def cross_entropy(
 ) -> Optional[float]:
     """Return -sum(weights * logprobs) of *data*; None if *outputs* do not fit.
 
-    Where a weight is 0 the logprob does not matter, not even if it is NaN.
+    Weights are 1 where there are none.  Where one is 0 the logprob does not matter, not even if
+    it is NaN.
     """
-    if len(outputs) != len(data):
-        return None
     total = 0.0
-    for datum, fields in zip(data, outputs):
-        if "logprobs" not in fields:
-            return None
-        logprobs = fields["logprobs"].to_numpy().astype(np.float64)
-        weights = np.ones(logprobs.shape)
+    for datum, logprobs in _with_logprobs(data, outputs):
+        weights = np.ones(0 if logprobs is None else logprobs.shape)
         if "weights" in datum.loss_fn_inputs:
             weights = datum.loss_fn_inputs["weights"].to_numpy().astype(np.float64)
-        if weights.shape != logprobs.shape:
+        if logprobs is None or weights.shape != logprobs.shape:
             return None
         counted = weights != 0
         total -= float(np.dot(weights[counted], logprobs[counted]))
     return total
+
+
+def importance_sampling(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Optional[float]:
+    """Return -sum(exp(logprobs - the sampler's) * advantages); None if *outputs* do not fit.
+
+    Where an advantage is 0 the logprobs do not matter.
+    """
+    total = 0.0
+    for datum, logprobs in _with_logprobs(data, outputs):
+        sampled = datum.loss_fn_inputs.get("logprobs")
+        advantages = datum.loss_fn_inputs.get("advantages")
+        if logprobs is None or sampled is None or advantages is None:
+            return None
+        if not sampled.shape == advantages.shape == logprobs.shape:
+            return None
+        gains = advantages.to_numpy().astype(np.float64)
+        counted = gains != 0
+        steps = logprobs[counted] - sampled.to_numpy().astype(np.float64)[counted]
+        with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond measure is infinite
+            total -= float(np.dot(np.exp(steps), gains[counted]))
+    return total
+
+
+_LOSSES = {"cross_entropy": cross_entropy, "importance_sampling": importance_sampling}
+
+
+def _with_logprobs(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Iterator[Tuple[Datum, Optional[npt.NDArray[np.float64]]]]:
+    """Each datum with the logprobs of its output, None where there are none."""
+    for index, datum in enumerate(data):
+        found = outputs[index].get("logprobs") if len(outputs) == len(data) else None
+        yield datum, None if found is None else found.to_numpy().astype(np.float64)

@@ -60,10 +60,13 @@ class TrainingRun:
 
     # Called from any thread
 
-    def new_future(self, kind: str) -> APIFuture[Any]:
-        """Make a future for a request of this run; ClientClosedError if the session is closed."""
+    def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
+        """Make a future for a request of this run; ClientClosedError if the session is closed.
+
+        *counted* as for `Poller.new_future`: it is the caller's, who may have to wait for it.
+        """
         self._session.ensure_open(kind)
-        return self._session.poller.new_future(kind)
+        return self._session.poller.new_future(kind, counted=counted)
 
     def submit(self, kind: str, send: Send, decode: Callable[[Reply], T]) -> APIFuture[T]:
         """Queue one request.
@@ -71,7 +74,7 @@ class TrainingRun:
         *send* sends it, with ``transport``, under the number it is given; it may be called again,
         with another number.  *decode* reads the answer with the result.
         """
-        future: APIFuture[T] = self.new_future(kind)
+        future: APIFuture[T] = self.new_future(kind, counted=True)
         return self.queue(future, lambda: self._send(Work(future, send, decode)))
 
     def submit_unnumbered(
@@ -81,7 +84,7 @@ class TrainingRun:
 
         *send* sends it, with the session's transport.
         """
-        future: APIFuture[T] = self.new_future(kind)
+        future: APIFuture[T] = self.new_future(kind, counted=True)
 
         def task() -> None:
             self._lane.finish()
@@ -102,7 +105,7 @@ class TrainingRun:
 
         *kind* is ``"forward"`` or ``"forward_backward"``; *data* was checked.
         """
-        whole = self.new_future(kind)
+        whole = self.new_future(kind, counted=True)
         return self.queue(whole, lambda: self._send_batch(whole, data, loss_fn, config))
 
     def queue(self, future: APIFuture[T], task: Callable[[], None]) -> APIFuture[T]:
@@ -146,7 +149,7 @@ class TrainingRun:
         futures = [self.new_future(kind) for _ in chunks]
         for index, (future, chunk) in enumerate(zip(futures, chunks)):
             self._send(self._pass_over(future, chunk, loss_fn, config, flags))
-            if future.done() and (future.cancelled() or future.exception() is not None):
+            if future.failed():
                 for later in futures[index + 1 :]:
                     later.cancel()
                 break
@@ -199,7 +202,9 @@ class TrainingRun:
                 self.model_id, seq_id, chunk, loss_fn, config, forward_only=future.kind == "forward"
             )
             compress = flags.proto_compress_fwdbwd
-            return self._session.dialect.submit(self.transport, request, compress=compress)
+            batches, nbytes = self.transport.pressure.batches, sum(d.nbytes for d in chunk)
+            with batches.holding(nbytes, lambda: future.done() or self._session.closed, future):
+                return self._session.dialect.submit(self.transport, request, compress=compress)
 
         def decode(reply: Reply) -> ForwardBackwardOutput:
             return self._results.read(reply, chunk, loss_fn)
@@ -214,6 +219,7 @@ class TrainingRun:
             except APIError as error:
                 logger.info("using the usual limits for batches: %s", error)
                 self._flags = ServerFlags()
+            self.transport.pressure.adjust()
         return self._flags
 
     def _send(self, work: Work[Any]) -> None:

@@ -7,6 +7,7 @@ delay a submission.  Nothing here knows an endpoint.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import platform
 import random
@@ -31,8 +32,11 @@ from tinkex.errors import (
     APIError,
     APIStatusError,
     ClientClosedError,
+    RateLimitError,
     status_error_type,
 )
+from tinkex.metrics import Recorder
+from tinkex.pressure import Pressure
 from tinkex.private_channel import AnyChannel, PrivateChannel
 from tinkex.rate_limiter import limiter_for
 from tinkex.redaction import redact, redact_reply, secrets_of
@@ -87,7 +91,13 @@ class Transport:
         self.clock = clock
         #: Paces whoever gets a 402, with ``on_billing="wait"``.
         self.billing = BillingPause(config.host_and_port, clock)
+        #: Counts what is sent, for `ServiceClient.metrics`.
+        self.recorder = Recorder()
         self._limiter = limiter_for(config.base_url, config.key_digest)
+        #: What may be under way at once, and how many futures unread.
+        self.pressure = Pressure(config, self._limiter, self.closing)
+        # A run's requests always wait: what follows in the run relies on each of them.
+        self._waits_after_429 = config.on_backpressure == "wait"
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
         # Guards _private: the channels of busy threads.
         self._lock = threading.Lock()
@@ -104,6 +114,13 @@ class Transport:
         self._edge_budget = _EDGE_BUDGET
         self._before_send: Optional[Callable[[Request], Request]] = None
         self._own: Optional[AnyChannel] = None
+        # Idempotency keys are made of these: a uuid4 for each is a system call, which lets other
+        # threads take the interpreter away from us, thousands of times a second.
+        self._key_stem = str(uuid.uuid4())[:24]
+        self._key_numbers = itertools.count()
+
+    def _new_key(self) -> str:
+        return f"{self._key_stem}{next(self._key_numbers):012x}"
 
     def watched(self, before_send: Callable[[Request], Request]) -> Transport:
         """Return a view of this transport for one busy thread, with a connection of its own.
@@ -113,6 +130,7 @@ class Transport:
         """
         view = copy.copy(self)
         view._before_send = before_send
+        view._waits_after_429 = True
         view._own = self.open_connection()
         return view
 
@@ -158,7 +176,7 @@ class Transport:
         headers = {**self._headers, "Accept": request.accept}
         if request.method != "GET":
             headers["Content-Type"] = request.content_type
-            headers["X-Idempotency-Key"] = idempotency_key or str(uuid.uuid4())
+            headers["X-Idempotency-Key"] = idempotency_key or self._new_key()
         token = self.token_for(request)
         channel = channel or self._own or self._channels[request.traffic]
         reply = self._follow(request, headers, token, channel)
@@ -214,6 +232,9 @@ class Transport:
             )
         except requests.RequestException as error:
             self._no_answer(request, error)
+        self.recorder.request(len(request.body or b""), len(reply.body))
+        if reply.status == 429:
+            self.recorder.count("rate_limited")
         if reply.status == 500 and reply.content_type.startswith("text/plain"):
             # After an unhandled exception servers hang up, and do not say so: the next request
             # is not to find that out.  Idle connections only.
@@ -242,25 +263,30 @@ class Transport:
 
         Raises:
             APIStatusError: the server's last answer.
+            RateLimitError: it was turned away with 429, or would be, and is not to wait.
             APIConnectionError: no answer within the policy's time.
             ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
         if self._before_send is not None:
             request = self._before_send(request)
-        key = request.idempotency_key or str(uuid.uuid4())
+        key = request.idempotency_key or self._new_key()
         started = self.clock.monotonic()
         attempt = 0
         same = 0  # times that the last answer came
         last: Optional[str] = None
         maybe_taken = False
+        waits = self._waits_after_429 or request.bare or request.traffic != "work"
         while True:
-            self._wait(self._limiter.wait_s(), request, channel)
+            if not waits and self._limiter.wait_s() > 0:
+                raise self._not_now(request, attempt, maybe_taken)
             attempt += 1
             reply: Optional[Reply] = None
             hint_s: Optional[float] = None
             try:
-                reply = self.send_once(request, channel=channel, idempotency_key=key)
+                reply = self._send_in_turn(request, channel, key)
                 if 200 <= reply.status < 300:
+                    if request.traffic == "work" and request.method == "POST":
+                        self.recorder.took("submit", self.clock.monotonic() - started)
                     return reply
                 error: APIError = self.status_error(request, reply)
                 hint_s = retry_after_s(reply.headers, self.clock.wall())
@@ -286,9 +312,41 @@ class Transport:
                 raise error
             if reply is not None and reply.status == 429:
                 self._limiter.back_off(delay)
+                if not waits:
+                    assert isinstance(error, APIStatusError)
+                    error.retry_after_s = error.retry_after_s or delay
+                    raise error
             level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
             self._wait(delay, request, channel)
+            self.recorder.count("retries")
+
+    def _send_in_turn(self, request: Request, channel: Optional[AnyChannel], key: str) -> Reply:
+        """Send one attempt, once the 429s that all with this server and key have got let it go."""
+        if not self._limiter.throttled:
+            self._wait(0.0, request, channel)
+            return self.send_once(request, channel=channel, idempotency_key=key)
+        stop = self.closing if channel is None else channel.stopped
+        self._limiter.enter(
+            lambda delay_s: self._wait(delay_s, request, channel),
+            lambda: stop.is_set() or self.closing.is_set(),
+        )
+        try:
+            return self.send_once(request, channel=channel, idempotency_key=key)
+        finally:
+            self._limiter.leave()
+
+    def _not_now(self, request: Request, attempts: int, maybe_taken: bool) -> RateLimitError:
+        """What is raised, instead of sending, while the server wants to be left alone."""
+        wait_s = self._limiter.wait_s()
+        error = RateLimitError(
+            f"{request.name} was not sent: the server has asked to wait, {wait_s:.1f} s to go",
+            status=429,
+            retry_after_s=wait_s,
+            attempts=attempts,
+        )
+        error.maybe_taken = maybe_taken
+        return error
 
     def _wait(self, delay_s: float, request: Request, channel: Optional[AnyChannel]) -> None:
         stop = self.closing if channel is None else channel.stopped  # which closing sets, too
@@ -354,3 +412,4 @@ class Transport:
             channels = [*self._channels.values(), *self._private]
         for channel in channels:
             channel.abort()
+        self.pressure.wake()  # who waits finds its channel stopped

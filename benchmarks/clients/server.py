@@ -222,10 +222,7 @@ class Server:
         if self._pollers:
             waiting, self._pollers = self._pollers, []
             # Whatever finishes within a millisecond is told together, as servers do.
-            self._later(
-                time.monotonic() + 0.001,
-                lambda: [self._tell(client, cursor) for client, cursor in waiting] and None,
-            )
+            self._later(time.monotonic() + 0.001, lambda: self._tell_all(waiting))
 
     def _poll(self, client: Client, cursor: int, timeout: Optional[float]) -> None:
         if cursor < len(self._events) or timeout == 0.0:
@@ -240,6 +237,10 @@ class Server:
                 self._pollers.remove((waiting, cursor))
                 self._tell(client, cursor)
                 return
+
+    def _tell_all(self, waiting: List[Tuple[Client, int]]) -> None:
+        for client, cursor in waiting:
+            self._tell(client, cursor)
 
     def _tell(self, client: Client, cursor: int) -> None:
         completions = [

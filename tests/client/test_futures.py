@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import logging
 import os
+import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor
-from typing import Any, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
+from support.scripted_server import Answer
 from support.threads import PATIENCE_S, race, wait_until
+from support.tinker_routes import TinkerRoutes
 
-from tinkex.errors import ClientClosedError, RequestFailedError
-from tinkex.futures import APIFuture, FutureStatus, gather
+from tinkex import ServiceClient, types
+from tinkex.errors import (
+    BackpressureError,
+    BadRequestError,
+    ClientClosedError,
+    RequestFailedError,
+)
+from tinkex.futures import APIFuture, FutureStatus, gather, report_lost
 from tinkex.scheduler import WorkerPool
 
 
@@ -373,3 +385,171 @@ def test_a_wait_in_the_child_of_a_fork_ends_with_the_reason(
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     with pytest.raises(ClientClosedError, match="forward_backward was started before a fork"):
         future.result()
+
+
+# Errors that nobody asks for
+
+
+@pytest.fixture
+def lost(caplog: pytest.LogCaptureFixture) -> Callable[[], List[str]]:
+    """What is logged, by now, of failures that nobody asked for."""
+    gc.collect()
+    report_lost()  # those of other tests
+    caplog.clear()
+
+    def told() -> List[str]:
+        gc.collect()
+        report_lost()
+        assert {record.levelno for record in caplog.records} <= {logging.ERROR}
+        return [record.getMessage() for record in caplog.records]
+
+    return told
+
+
+def failed(error: BaseException, kind: str = "optim_step") -> APIFuture[Any]:
+    future = new(kind)
+    future.enter("waiting", "r-5")
+    future.settle_error(error)
+    return future
+
+
+def test_a_failure_that_nobody_asked_for_is_told_once_when_collected(
+    lost: Callable[[], List[str]],
+) -> None:
+    future = failed(RequestFailedError("out of memory", category="server"))
+    assert lost() == []
+    del future
+    said = (
+        "optim_step (request r-5) failed, and nobody asked for its outcome: "
+        "RequestFailedError: out of memory"
+    )
+    assert lost() == [said]
+    assert lost() == [said]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda f: f.exception(),
+        lambda f: concurrent.futures.wait([f]) and f.exception(0),
+        lambda f: f.add_done_callback(lambda _: None),
+    ],
+    ids=["exception", "wait and exception", "callback"],
+)
+def test_a_failure_that_was_read_is_not_told(
+    lost: Callable[[], List[str]], read: Callable[[Any], Any]
+) -> None:
+    read(failed(ValueError("x")))
+    assert lost() == []
+
+
+def test_a_wait_that_timed_out_has_read_nothing(lost: Callable[[], List[str]]) -> None:
+    future = new()
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.result(0)
+    future.settle_error(ValueError("later"))
+    future.status()
+    assert future.failed()
+    del future
+    assert len(lost()) == 1
+
+
+def test_neither_a_cancel_nor_a_close_nor_a_result_is_told(
+    lost: Callable[[], List[str]],
+) -> None:
+    new().cancel()
+    failed(ClientClosedError("closed"))
+    new().settle(1)
+    new()
+    assert lost() == []
+
+
+def test_a_failed_batch_is_told_once_and_not_if_it_was_read(
+    lost: Callable[[], List[str]],
+) -> None:
+    for read in (True, False):
+        parts = [new("forward") for _ in range(3)]
+        whole = gather(new("forward"), parts, list)
+        for part in parts:
+            part.settle_error(ValueError("too long"))
+        if read:
+            assert whole.exception() is not None
+        del part, parts, whole
+        assert len(lost()) == (0 if read else 1)
+
+
+def test_collection_inside_a_lock_of_logging_does_no_harm(
+    lost: Callable[[], List[str]],
+) -> None:
+    lock = threading.Lock()  # as QueueHandler's: not to be taken twice
+
+    class Careful(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert lock.acquire(blocking=False), "logged from a finalizer"
+            lock.release()
+
+    handler = Careful()
+    logging.getLogger("tinkex.futures").addHandler(handler)
+    try:
+        future = failed(ValueError("x"))
+        with lock:
+            del future
+            gc.collect()
+        assert len(lost()) == 1
+    finally:
+        logging.getLogger("tinkex.futures").removeHandler(handler)
+
+
+def test_the_next_call_of_a_client_tells_it(
+    scripted: ServiceClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = scripted.create_sampling_client(base_model="base")
+    prompt = types.ModelInput.from_ints([1])
+    routes.serve("asample", Answer(400, {"detail": "no such token"}), routes.accept)
+    future = sampler.sample(prompt)
+    wait_until(future.done, "it failed")
+    del future
+
+    def told() -> bool:
+        gc.collect()
+        sampler.sample(prompt).result(PATIENCE_S)
+        return "no such token" in caplog.text
+
+    wait_until(told, "the failure is in the log")
+    assert caplog.text.count("nobody asked") == 1
+
+
+def test_a_script_that_never_asked_is_told_at_exit() -> None:
+    script = (
+        "from tinkex.futures import APIFuture\n"
+        "future = APIFuture('save_state')\n"
+        "future.settle_error(ValueError('disk full'))\n"
+        "del future\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "save_state failed, and nobody asked for its outcome: ValueError: disk full" in (
+        ended.stderr
+    )
+
+
+# Pickling
+
+
+def test_results_and_errors_of_futures_pickle(
+    scripted: ServiceClient, routes: TinkerRoutes
+) -> None:
+    sampler = scripted.create_sampling_client(base_model="base")
+    prompt = types.ModelInput.from_ints([1])
+    response = sampler.sample(prompt).result(PATIENCE_S)
+    other = pickle.loads(pickle.dumps(response))
+    assert type(other) is types.SampleResponse
+    assert (other.sequences[0].tokens, other.sequences[0].logprobs) == ([5], [-0.5])
+    routes.serve("asample", Answer(400, {"detail": "no such token"}))
+    error = sampler.sample(prompt).exception(PATIENCE_S)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is BadRequestError
+    assert (str(copy), copy.status, copy.attempts) == (str(error), 400, 1)
+    refused = BackpressureError("full", hint="Read some.")
+    assert str(pickle.loads(pickle.dumps(refused))) == str(refused)

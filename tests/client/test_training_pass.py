@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -12,7 +13,7 @@ from support.tinker_routes import API, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex.server_flags import ServerFlags
-from tinkex.training_pass import cross_entropy, cut
+from tinkex.training_pass import cross_entropy, cut, importance_sampling
 from tinkex.types import PromptProvenanceSpan, TensorData
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
@@ -155,6 +156,31 @@ def test_the_loss_of_a_batch_in_parts_is_their_sum(
     answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)])
     whole = trainer.forward_backward([datum(), datum()], "cross_entropy").result(PATIENCE_S)
     assert whole.metrics == {"loss:sum": 20.0}
+
+
+def rewarded(sampled: List[float], advantages: List[float]) -> types.Datum:
+    inputs = {"target_tokens": [1] * len(sampled), "logprobs": sampled, "advantages": advantages}
+    return types.Datum(types.ModelInput.from_ints([1] * len(sampled)), inputs)
+
+
+def test_the_loss_of_importance_sampling_is_computed_too(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3)], metrics={})
+    batch = [rewarded([-1.0, -2.0 - math.log(2), 0.0], [1.0, -0.25, 0.0])]
+    metrics = trainer.forward_backward(batch, "importance_sampling").result(PATIENCE_S).metrics
+    assert metrics == {"loss:sum": pytest.approx(-(1.0 - 2 * 0.25))}
+
+
+def test_the_loss_of_importance_sampling_needs_fitting_outputs() -> None:
+    datum = rewarded([-1.0, -2.0], [1.0, 0.0])
+    unknown = TensorData([-1.0, np.nan], "float32")
+    assert importance_sampling([datum], [{"logprobs": unknown}]) == -1.0  # what does not count
+    assert importance_sampling([datum], []) is None
+    assert importance_sampling([datum], [{}]) is None
+    assert importance_sampling([datum], [{"logprobs": TensorData([-1.0], "float32")}]) is None
+    far = rewarded([-1e4, -1e4], [1.0, 1.0])
+    assert importance_sampling([far], [{"logprobs": TensorData([0.0, 0.0])}]) == -math.inf
 
 
 def test_the_loss_needs_fitting_outputs() -> None:

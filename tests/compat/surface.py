@@ -41,7 +41,8 @@ except ImportError:
     base = set()
 
 def classes(space):
-    values = {name: getattr(space, name) for name in dir(space) if not name.startswith("_")}
+    names = (name for name in dir(space) if not name.startswith("_") and name != "annotations")
+    values = {name: getattr(space, name) for name in names}
     return {name: members(value, base) if inspect.isclass(value) else {}
             for name, value in values.items() if not inspect.ismodule(value)}
 
@@ -75,5 +76,4 @@ EXCEPTIONS: Mapping[str, str] = {
     r"ClientSessionFinish\w+": "`types.SessionFinishReason`",
     r"\w+\.(type|__init__\(type\))": "`type`",
     r"\w+Chunk\.(serialize|validate)_\w+": "pydantic",
-    r"annotations": "pydantic",
 }

@@ -97,3 +97,19 @@ def test_housekeeping_shows_in_the_lists_and_training_resumes_identically(
     again, on = found["overwritten"]
     assert again == on
     assert again[0][0] < found["ahead"][-1][0]
+
+
+@pytest.mark.parametrize("profile", ["skyrl-0.3", "skyrl-0.4", "tuft-0.2", "hatchery-0.3"])
+def test_the_reinforcement_loop_is_the_same_before_servers_of_other_kinds(
+    results: Results, profile: str
+) -> None:
+    """JSON or protobuf, strict or not, with metrics or without: the script does not see it."""
+    with LocalServer(load_engine("deterministic", "cpu"), profile=profile) as server:
+        found = run_with_tinkex("reinforcement", "newer", server.url)
+    expected = results("reinforcement", "newer")
+    assert found["greedy"] == expected["greedy"]
+    for one, other in zip(found["history"], expected["history"]):
+        assert one["rewards"] == other["rewards"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["logprobs"] == [pytest.approx(row) for row in other["logprobs"]]
+    assert len(found["history"]) == 3

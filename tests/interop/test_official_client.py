@@ -18,8 +18,6 @@ from interop.official import official
 tinker = official("0.38")
 types = tinker.types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the official client's own are not ours
-
 
 @pytest.fixture(scope="module")
 def service(base_url: str) -> Iterator[Any]:

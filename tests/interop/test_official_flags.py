@@ -21,12 +21,10 @@ from interop.official import official
 tinker = official("0.38")
 types = tinker.types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the official client's own are not ours
-
 #: Serves the deterministic engine, and tells the number of requests by route on /calls; with
 #: ?until=ROUTE it waits for the first of that route.
 SERVE = """
-import collections, json, threading
+import collections, json, signal, sys, threading
 from tinkex.local import LocalServer, load_engine
 from tinkex.local import app as application
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
@@ -64,6 +62,7 @@ settings = ServerSettings(
     dynamic_flags=DynamicClientFlags(sample_cancel_enabled=True),
     metadata_threshold_bytes=100,
 )
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # and tidy up
 with LocalServer(load_engine("deterministic"), settings=settings) as server:
     print(server.url, flush=True)
     threading.Event().wait()

@@ -15,8 +15,6 @@ from interop.recorder import Recorder
 tinker = official("0.38")
 types = tinker.types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the official client's own are not ours
-
 TOKENS = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33]
 PROMPT = types.ModelInput.from_ints(TOKENS)
 

@@ -53,13 +53,16 @@ _BATCH = types.ForwardBackwardRequest(
 ARGUMENTS: Dict[str, Any] = {
     "access_scope": "owned",
     "age_encryption_recipients": None,
+    "at_once": False,
     "base_model": "b",
     "binary": True,
     "channel": None,
     "checkpoint_id": "weights/a",
+    "clone": 0,
     "codec": PROTOBUF,
     "config": CONFIG,
     "credential": "tml-x",
+    "cursor": 0,
     "custom_loss_seq_id": 0,
     "detail": None,
     "ending_before": datetime(2026, 1, 2),
@@ -83,7 +86,7 @@ ARGUMENTS: Dict[str, Any] = {
     "project_id": "p",
     "read_timeout_s": 1.0,
     "request_id": "r",
-    "retrieved_request_ids": [],
+    "retrieved": ["r"],
     "run_id": "m",
     "sampler_id": "p",
     "sampling_session_id": "p",
@@ -300,4 +303,6 @@ def conforms(value: Any, hint: Any) -> bool:
             conforms(getattr(value, field.name), hints[field.name])
             for field in dataclasses.fields(value)
         )
+    if not isinstance(origin or hint, type):
+        return isinstance(value, np.ndarray)  # NDArray[...]: newer numpys spell it as an alias
     return isinstance(value, origin or hint)

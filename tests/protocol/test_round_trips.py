@@ -21,7 +21,7 @@ from tinkex.types._wire import Wire
 MESSAGES = sorted(
     {
         kind
-        for kind in vars(types).values()
+        for kind in (getattr(types, name) for name in types.__all__)
         if inspect.isclass(kind) and issubclass(kind, Wire) and kind is not UnknownVariant
     },
     key=lambda kind: kind.__name__,

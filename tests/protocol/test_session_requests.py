@@ -253,3 +253,23 @@ def test_whoami_reads_the_token_and_asks_nobody(server: ScriptedServer) -> None:
     assert (found.user_urn, found.org_urn, found.email) == ("urn:me", "tml:organization:o", "e")
     asked = [request.path for request in server.requests()]
     assert asked == [f"{API}client/config", f"{API}auth/token"]
+
+
+def test_one_poll_serves_all_samples_where_the_server_says_so(server: ScriptedServer) -> None:
+    finished = [{"state": "finished", "request_id": f"asample-{n}"} for n in range(4)]
+    done = Answer(body={"completions": finished, "cursor": 7})
+    server.on(f"POST {API}client/config", Answer(body={"sample_use_retrieve_futures": True}))
+    server.on(f"POST {API}retrieve_futures", done)
+    with opened(server) as service:
+        sampler = service.create_sampling_client(base_model="b")
+        futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(4)]
+        assert [future.result().sequences[0].tokens for future in futures] == [[5]] * 4
+    first = bodies(server, "retrieve_futures")[0]
+    assert first["target"] == {
+        "type": "sampling_session",
+        "sampling_session_id": "session-1:sample:0",
+        "cloned_sampler_id": 0,
+    }
+    assert first["prev_cursor"] == 0
+    assert first["retrieved_request_ids"] == []
+    assert len(bodies(server, "retrieve_future")) == 4

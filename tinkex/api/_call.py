@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Mapping, Optional, Type, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -40,11 +41,15 @@ def call(
     headers: Optional[Mapping[str, str]] = None,
 ) -> Reply:
     """Send a JSON request with retries; return the 2xx answer."""
+    began = time.perf_counter()
+    encoded = None if body is None else encode(body)
+    if encoded is not None and traffic == "work":
+        transport.recorder.took("encode", time.perf_counter() - began)
     token = (body or {}).get("weights_access_token")
     request = Request(
         method,
         path,
-        None if body is None else encode(body),
+        encoded,
         traffic=traffic,
         headers=headers or {},
         secrets=(token,) if isinstance(token, str) else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from tinkex.api._call import post, read
@@ -113,11 +114,15 @@ def forward_backward(
     *compressed* sends the body as a zstd frame, which needs ``zstandard``.
     """
     route = "forward" if request.forward_only and codec.name == "json" else "forward_backward"
+    began = time.perf_counter()
     body = codec.encode_forward_backward(request)
+    if compressed:
+        body = compress(body)
+    transport.recorder.took("encode", time.perf_counter() - began)
     http = Request(
         "POST",
         f"/api/v1/{route}",
-        compress(body) if compressed else body,
+        body,
         content_type=codec.content_type,
         headers={"Content-Encoding": "zstd"} if compressed else {},
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
-import numpy as np
-
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 from tinkex.types.model_input import DmelChunk, EncodedTextChunk, ImageChunk, ModelInput
 from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
 from tinkex.types.tensor_data import TensorData

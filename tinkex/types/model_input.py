@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 
-TokenArray = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    TokenArray = npt.NDArray[np.int32]
+else:
+    TokenArray = Any
 
 
 def as_tokens(tokens: Any) -> TokenArray:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 from tinkex.types.model_input import ModelInput
 from tinkex.types.tensor_data import TensorData
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    FloatArray = npt.NDArray[np.float32]
+    TokenArray = npt.NDArray[np.int32]
+else:
+    FloatArray = TokenArray = Any
+
 #: A cell of a top-k table that holds nothing: token 0 with this logprob.
 TOPK_SENTINEL = -99999.0
-
-FloatArray = npt.NDArray[np.float32]
-TokenArray = npt.NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,18 +7,19 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple, Union
 
-import numpy as np
-import numpy.typing as npt
-
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
+
+    Array = npt.NDArray[Any]
+else:
+    Array = Any
 
 #: The two dtypes of the protocol (reference, section 4.2).
 DTYPES = ("int64", "float32")
-
-Array = npt.NDArray[Any]
 
 
 def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:

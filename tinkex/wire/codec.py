@@ -9,9 +9,8 @@ import contextlib
 import dataclasses
 from typing import Iterator, Protocol, Type
 
-import numpy as np
-
 from tinkex.errors import ResponseDecodeError, TinkexError
+from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     ForwardBackwardOutput,

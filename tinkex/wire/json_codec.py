@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from itertools import chain
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     ForwardBackwardOutput,
@@ -30,6 +29,9 @@ from tinkex.types._wire import excerpt
 from tinkex.types.model_input import as_tokens
 from tinkex.types.sampling import TOPK_SENTINEL, tensor_from_json, tensor_to_json
 from tinkex.wire.codec import JSON_CONTENT_TYPE, translating
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 #: Key of the batch inside the body -> whether the pass is forward-only.
 _INPUT_KEYS = {"forward_backward_input": False, "forward_input": True}

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import groupby
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     DmelChunk,
@@ -38,7 +37,13 @@ from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, translating
 from tinkex.wire.proto_writer import forward_backward_request
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+else:
+    Array = Any
+
 
 #: DType -> its form on the wire, and the form it is given in memory.  numpy has no bfloat16: it
 #: is read as its 16 bits, the upper half of a float32.

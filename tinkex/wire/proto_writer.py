@@ -11,9 +11,8 @@ import struct
 from functools import lru_cache
 from typing import Any, List, Mapping, Sequence, Tuple, Union
 
-import numpy as np
-
 from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     DmelChunk,

@@ -1,0 +1,411 @@
+"""Batch poller: one long poll for all samples of a sampler, and nothing lost when it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from concurrent.futures import CancelledError
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import wait_until
+from support.transports import open_transport
+
+from tinkex import ServiceClient, batch_poller, crew, poll_rules, types
+from tinkex.api._call import read
+from tinkex.batch_ledger import Ledger
+from tinkex.errors import (
+    APIConnectionError,
+    BillingError,
+    ClientClosedError,
+    NoProgressError,
+    OperationTimeoutError,
+)
+from tinkex.futures import APIFuture
+from tinkex.local import LocalServer
+from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.settings import ClientFlags, ServerSettings
+from tinkex.poller import Operation, Poller
+from tinkex.private_channel import AnyChannel
+from tinkex.sample_work import SampleWork, Target
+from tinkex.transport import Reply
+from tinkex.types import SaveWeightsResponse, UntypedFuture
+
+CONFIG = "POST /api/v1/client/config"
+POLL = "POST /api/v1/retrieve_future"
+BATCH = "POST /api/v1/retrieve_futures"
+CANCEL = "POST /api/v1/cancel_future"
+TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_sampler_id": 7}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(batch_poller, "REPORT_AFTER_S", 0.01)
+
+
+@pytest.fixture
+def batches(server: ScriptedServer) -> ScriptedServer:
+    """A server with the flag, whose results are their own request ids."""
+    server.on(CONFIG, Answer(body={"sample_use_retrieve_futures": True}))
+    server.on(POLL, lambda received: Answer(body={"path": received.json()["request_id"]}))
+    return server
+
+
+@pytest.fixture
+def poller(batches: ScriptedServer) -> Iterator[Poller]:
+    yield from open_poller(batches)
+
+
+def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
+    with open_transport(server, **settings) as transport:
+        made = Poller(transport)
+        yield made
+        shut(made)
+
+
+def shut(poller: Poller) -> None:
+    poller._transport.closing.set()
+    poller.close(ClientClosedError("the client was closed"))
+    poller._transport.abort()
+    poller.say_goodbye(time.monotonic() + PATIENCE_S)
+    assert poller.join(time.monotonic() + PATIENCE_S) == []
+
+
+def done(*names: str, cursor: int, size: int = 10) -> Answer:
+    completions = [
+        {"state": "finished", "request_id": name, "response_payload_uncompressed_size": size}
+        for name in names
+    ]
+    return Answer(body={"completions": completions, "cursor": cursor})
+
+
+def at_last(*answers: Any) -> Tuple[Any, ...]:
+    """*answers*, and then nothing new, to the one who waits as to the one who only reports."""
+
+    def nothing(received: Received) -> Answer:
+        body = received.json()
+        answer = done(cursor=body["prev_cursor"])
+        return answer if "timeout" in body else dataclasses.replace(answer, hold=NEVER)
+
+    return (*answers, nothing)
+
+
+NEVER = threading.Event()
+
+
+def sample(
+    poller: Poller,
+    name: str,
+    before: Optional[threading.Event] = None,
+    no_progress_s: Optional[float] = None,
+) -> APIFuture[Any]:
+    """A sample, accepted under *name* once *before* is set."""
+    future: APIFuture[Any] = poller.new_future("sample")
+
+    def send(channel: AnyChannel) -> UntypedFuture:
+        if before is not None:
+            assert before.wait(PATIENCE_S)
+        return UntypedFuture(name)
+
+    def decode(reply: Reply) -> str:
+        return read(SaveWeightsResponse, reply, "sample").path
+
+    operation = Operation(future, decode, binary=True, no_progress_timeout_s=no_progress_s)
+    poller.submit_sample(operation, send, target=lambda: Target("sampler", 7))
+    return future
+
+
+def bodies(server: ScriptedServer, route: str) -> List[Dict[str, Any]]:
+    return [received.json() for received in server.requests(route)]
+
+
+# The course of things
+
+
+def test_one_poll_waits_for_all_and_what_was_fetched_is_reported(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    go = threading.Event()
+    first = dataclasses.replace(done("b", "a", cursor=5), hold=go)
+    batches.on(BATCH, *at_last(first))
+    futures = [sample(poller, name) for name in ("a", "b")]
+    wait_until(lambda: all(f.status().state == "waiting" for f in futures), "both were accepted")
+    batches.wait_for(BATCH)
+    assert batches.requests(POLL) == []
+    go.set()
+    assert [future.result(PATIENCE_S) for future in futures] == ["a", "b"]
+    wait_until(lambda: bodies(batches, BATCH)[-1]["prev_cursor"] == 5, "the cursor was reported")
+    wait_until(
+        lambda: (
+            {n for b in bodies(batches, BATCH) for n in b["retrieved_request_ids"]} == {"a", "b"}
+        ),
+        "both were reported",
+    )
+    sent = bodies(batches, BATCH)
+    assert sent[0] == {"target": TARGET, "prev_cursor": 0, "retrieved_request_ids": []}
+    assert sent[-1]["timeout"] == 0.0
+    fetches = bodies(batches, POLL)
+    assert all(fetch["allow_metadata_only"] is False for fetch in fetches)
+    assert len(fetches) == 2
+    assert poller.inflight() == []
+
+
+def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poller: Poller) -> None:
+    batches.on(BATCH, *at_last(done("a", cursor=1)))
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+    watch = poller._batches._watches[Target("sampler", 7)]
+    wait_until(lambda: not watch.polled, "nobody polls")
+    assert watch.ledger.at_rest
+    assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
+
+
+def test_what_is_done_before_the_submission_is_answered_is_kept(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    answered, told = threading.Event(), threading.Event()
+
+    def tell(received: Received) -> Answer:
+        assert answered.wait(PATIENCE_S)
+        told.set()
+        return done("late", "a", cursor=2)
+
+    batches.on(BATCH, *at_last(tell))
+    first = sample(poller, "a")
+    batches.wait_for(BATCH)
+    second = sample(poller, "late", before=told)
+    wait_until(lambda: second.status().state == "submitting", "it is being submitted")
+    answered.set()
+    assert first.result(PATIENCE_S) == "a"
+    assert second.result(PATIENCE_S) == "late"
+
+
+def test_a_cancelled_sample_is_told_to_the_server_and_others_go_on(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    go = threading.Event()
+    flags = {"sample_cancel_enabled": True}
+    batches.on("POST /api/v1/client/dynamic_config", Answer(body=flags))
+    batches.on(CANCEL, Answer())
+    batches.on(BATCH, *at_last(dataclasses.replace(done("a", "b", cursor=2), hold=go)))
+    gone, other = sample(poller, "a"), sample(poller, "b")
+    wait_until(lambda: gone.request_id is not None and other.request_id is not None, "accepted")
+    assert gone.cancel()
+    assert [r.json() for r in batches.wait_for(CANCEL)] == [{"request_id": "a"}]
+    go.set()
+    assert other.result(PATIENCE_S) == "b"
+    with pytest.raises(CancelledError):
+        gone.result(0)
+    assert [fetch["request_id"] for fetch in bodies(batches, POLL)] == ["b"]
+
+
+def test_only_so_many_are_unanswered_at_once(batches: ScriptedServer) -> None:
+    go = threading.Event()
+    batches.on(
+        BATCH, *at_last(dataclasses.replace(done("a", cursor=1), hold=go), done("b", cursor=2))
+    )
+    for poller in open_poller(batches, max_unanswered_samples=1):
+        first, second = sample(poller, "a"), sample(poller, "b")
+        batches.wait_for(BATCH)
+        assert (first.status().state, second.status().state) == ("waiting", "queued")
+        go.set()
+        assert [f.result(PATIENCE_S) for f in (first, second)] == ["a", "b"]
+
+
+# Trouble
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 501])
+def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
+    batches: ScriptedServer, poller: Poller, status: int
+) -> None:
+    batches.on(BATCH, Answer(status, {"detail": "no"}))
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+    assert sample(poller, "b").result(PATIENCE_S) == "b"
+    assert len(batches.requests(BATCH)) == 1
+    lacks = poller._batches._server.lacks(batch_poller.ROUTE)
+    assert lacks == (status in (404, 405, 501))
+
+
+@pytest.mark.parametrize("body", [b"what?", b"[]", b'{"completions": 3, "cursor": 1}'])
+def test_an_answer_that_makes_no_sense_gives_way_too(
+    batches: ScriptedServer, poller: Poller, body: bytes
+) -> None:
+    batches.on(BATCH, Answer(body=body))
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+
+
+def test_a_bug_in_the_poller_loses_no_future(
+    batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    batches.on(BATCH, *at_last(done("a", cursor=1)))
+    monkeypatch.setattr(Ledger, "told", fail)
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+
+
+def test_trouble_that_passes_is_waited_out(batches: ScriptedServer, poller: Poller) -> None:
+    trouble = (Answer(503), Answer(429), Answer(408), Answer(reset=True), Answer(502))
+    batches.on(BATCH, *at_last(*trouble, done("a", cursor=1)))
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+    assert {b["prev_cursor"] for b in bodies(batches, BATCH)[:6]} == {0}
+
+
+def test_an_outage_fails_all_that_wait(batches: ScriptedServer) -> None:
+    batches.on(BATCH, Answer(reset=True))
+    for poller in open_poller(batches, max_outage_s=0.02):
+        futures = [sample(poller, name) for name in ("a", "b")]
+        errors = [future.exception(PATIENCE_S) for future in futures]
+        assert [type(e) for e in errors] == [APIConnectionError] * 2
+        assert [e.request_id for e in errors if isinstance(e, APIConnectionError)] == ["a", "b"]
+        assert batches.requests(POLL) == []
+
+
+def test_an_account_that_cannot_pay_fails_all_that_wait(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    batches.on(BATCH, Answer(402))
+    assert isinstance(sample(poller, "a").exception(PATIENCE_S), BillingError)
+
+
+def test_a_lost_result_goes_the_other_way(batches: ScriptedServer, poller: Poller) -> None:
+    batches.on(BATCH, *at_last(done("a", cursor=1)))
+    batches.on(POLL, Answer(410), Answer(body={"path": "again"}))
+    future: APIFuture[Any] = poller.new_future("sample")
+    operation = Operation(future, lambda reply: reply.json()["path"], binary=True)
+    poller.submit_sample(
+        operation, lambda c: UntypedFuture("a"), lambda times: 0.001, lambda: Target("sampler", 7)
+    )
+    assert future.result(PATIENCE_S) == "again"
+
+
+def test_limits_of_time_hold(batches: ScriptedServer) -> None:
+    batches.on(BATCH, Answer(hold=NEVER))
+    for poller in open_poller(batches, operation_timeout_s=0.02):
+        error = sample(poller, "a").exception(PATIENCE_S)
+        assert isinstance(error, OperationTimeoutError)
+        assert error.request_id == "a"
+    for poller in open_poller(batches):
+        error = sample(poller, "b", no_progress_s=0.02).exception(PATIENCE_S)
+        assert isinstance(error, NoProgressError)
+
+
+# Threads
+
+
+def test_there_are_more_threads_where_the_server_is_far_and_this_process_idle() -> None:
+    made = crew.Crew("tinkex-crew")
+
+    def after(request_s: float, cpu_s: float) -> Optional[int]:
+        """What is wanted after so many requests, which took so long and so much CPU together."""
+        since_s, spent_s = made._since_s, made._cpu_s
+        ended = since_s + 1.0
+        notes = [made._note(ended - request_s, ended, spent_s + cpu_s) for _ in range(crew.FEW)]
+        assert notes[:-1] == [None] * (crew.FEW - 1)
+        return notes[-1]
+
+    assert after(0.0005, cpu_s=0.01) == crew.FEWEST
+    assert after(0.0305, cpu_s=0.01) == 30
+    assert after(0.5, cpu_s=0.01) == crew.MOST
+    assert after(0.0305, cpu_s=0.9) == crew.FEWEST
+
+
+# The end
+
+
+def test_close_wakes_all_at_once_and_says_what_was_fetched(
+    batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_poller, "REPORT_AFTER_S", PATIENCE_S)
+    batches.on(BATCH, *at_last(done("a", cursor=1)))
+    assert sample(poller, "a").result(PATIENCE_S) == "a"
+    left = sample(poller, "never")
+    wait_until(lambda: left.request_id is not None, "it was accepted")
+    batches.wait_for(BATCH, 2)
+    began = time.monotonic()
+    shut(poller)
+    assert time.monotonic() - began < PATIENCE_S / 2
+    assert isinstance(left.exception(0), ClientClosedError)
+    last = bodies(batches, BATCH)[-1]
+    assert (last["prev_cursor"], last["timeout"]) == (1, 0.0)
+
+
+# The ledger
+
+
+def work() -> SampleWork:
+    operation: Operation[Any] = Operation(APIFuture("sample"), lambda reply: reply)
+    return SampleWork(operation, lambda channel: UntypedFuture("x"))
+
+
+def test_what_nobody_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
+    ledger = Ledger()
+    ledger.told(ledger.next_poll(), {"x": 1}, 4, begun=2)
+    ledger.drop_unwanted(oldest=2)  # the second submission is still under way
+    assert ledger.next_poll().retrieved == ()
+    ledger.drop_unwanted(oldest=3)
+    assert ledger.next_poll() == (4, ("x",), False)
+
+
+def test_what_is_told_twice_is_fetched_once_and_reported_until_a_poll_succeeds() -> None:
+    ledger, one = Ledger(), work()
+    ledger.expect("a", one)
+    asked = ledger.next_poll()
+    assert ledger.told(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
+    assert ledger.told(asked, {"a": 3}, 1, begun=1) == []
+    ledger.drop_unwanted(oldest=9)
+    assert ledger.next_poll().retrieved == ()  # it is being fetched: not to be dropped there
+    ledger.fetched("a")
+    assert ledger.next_poll().retrieved == ledger.next_poll().retrieved == ("a",)
+    ledger.told(ledger.next_poll(), {}, 1, begun=1)
+    assert ledger.at_rest
+
+
+# With the embedded server
+
+
+@pytest.fixture
+def hosted() -> Iterator[LocalServer]:
+    settings = ServerSettings(flags=ClientFlags(sample_use_retrieve_futures=True))
+    engine = DeterministicEngine(vocab_size=1000, context_length=64)
+    with LocalServer(engine, settings=settings) as running:
+        yield running
+
+
+def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
+    hosted: LocalServer,
+) -> None:
+    prompt, params = types.ModelInput.from_ints([1, 2, 3]), types.SamplingParams(max_tokens=2)
+    with ServiceClient(base_url=hosted.url) as client:
+        sampler = client.create_sampling_client(base_model="deterministic")
+        sampler.sample(prompt, sampling_params=params).result(PATIENCE_S)
+        futures = [sampler.sample(prompt, sampling_params=params) for _ in range(500)]
+        names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-sample")]
+        assert [len(f.result(PATIENCE_S).sequences[0].tokens) for f in futures] == [2] * 500
+        assert names == []
+        ledgers = [w.ledger for w in client._session.poller._batches._watches.values()]
+        wait_until(lambda: all(ledger.at_rest for ledger in ledgers), "all was reported")
+        kept = [hosted._backend.futures.wait(f.request_id or "", 0) for f in futures]
+        assert kept == [None] * 500
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_child_of_a_fork_is_told_at_once(hosted: LocalServer) -> None:
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    with ServiceClient(base_url=hosted.url) as client:
+        sampler = client.create_sampling_client(base_model="deterministic")
+        sampler.sample(prompt).result(PATIENCE_S)
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            try:
+                sampler.sample(prompt)
+            except ClientClosedError:
+                os._exit(3)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert sampler.sample(prompt).result(PATIENCE_S).sequences

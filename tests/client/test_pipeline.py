@@ -1,0 +1,268 @@
+"""TrainingClient.pipeline: what is under way when, and what becomes of it when it ends early."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Iterator, List
+
+import numpy as np
+import pytest
+from support.scripted_server import Answer, Received, ScriptedServer
+from support.threads import wait_until
+from support.tinker_routes import TinkerRoutes
+
+from tinkex import ServiceClient, TrainingClient, types
+from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
+from tinkex.futures import APIFuture
+from tinkex.pipeline import Pipeline
+
+ADAM = types.AdamParams(learning_rate=0.01)
+PASS = "POST /api/v1/forward_backward"
+STEP = "POST /api/v1/optim_step"
+
+
+def batch(index: int) -> List[types.Datum]:
+    tokens = types.TensorData.from_numpy(np.array([index + 1, 2], dtype=np.int64))
+    return [types.Datum(types.ModelInput.from_ints([index, 1]), {"target_tokens": tokens})]
+
+
+class Batches:
+    """Batches without end, and how many were taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[List[types.Datum]]:
+        while True:
+            self.taken += 1
+            yield batch(self.taken - 1)
+
+
+@pytest.fixture
+def run(scripted: ServiceClient) -> TrainingClient:
+    return scripted.create_lora_training_client("base")
+
+
+def test_it_trains_like_single_steps(service: ServiceClient) -> None:
+    first = service.create_lora_training_client("deterministic", rank=4, seed=1)
+    second = service.create_lora_training_client("deterministic", rank=4, seed=1)
+    piped = list(first.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3))
+    single = [second.train_step(batch(index), "cross_entropy", ADAM) for index in range(5)]
+    assert [step.index for step in piped] == list(range(5))
+    for ours, theirs in zip(piped, single):
+        assert ours.forward_backward.metrics == theirs.forward_backward.metrics
+        assert ours.metrics == {**theirs.forward_backward.metrics, **(theirs.optim.metrics or {})}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_so_many_steps_are_under_way(
+    server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient, depth: int
+) -> None:
+    batches = Batches()
+    pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=depth)
+    assert batches.taken == 0
+    for index in range(3):
+        step = next(pipeline)
+        assert step.index == index
+        assert batches.taken == index + depth
+        assert {"loss:sum", "grad_norm:mean"} <= set(step.metrics)
+    server.wait_for(STEP, 2 + depth)
+    order = [
+        r.path.rpartition("/")[2]
+        for r in server.requests()
+        if r.path.endswith(("forward_backward", "optim_step"))
+    ]
+    assert order == ["forward_backward", "optim_step"] * (2 + depth)
+    pipeline.close()
+
+
+def test_the_next_step_is_sent_before_one_is_waited_for(
+    server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
+) -> None:
+    def poll(received: Received) -> Answer:
+        if received.json()["request_id"].startswith("forward_backward"):
+            server.wait_for(PASS, 2)  # fails, and breaks the poll off, if it does not come
+        return routes.retrieve(received)
+
+    routes.serve("retrieve_future", poll)
+    pipeline = run.pipeline(map(batch, range(2)), "cross_entropy", ADAM)
+    assert [step.index for step in pipeline] == [0, 1]
+
+
+def test_a_schedule(run: TrainingClient, routes: TinkerRoutes) -> None:
+    rates = [0.3, 0.2, 0.1]
+    list(
+        run.pipeline(
+            map(batch, range(3)),
+            "cross_entropy",
+            lambda index: types.AdamParams(learning_rate=rates[index]),
+        )
+    )
+    sent = [body["adam_params"]["learning_rate"] for body in routes.submitted("optim_step")]
+    assert sent == rates
+
+
+def test_a_failure_ends_it_and_tells_the_step(
+    server: ScriptedServer,
+    routes: TinkerRoutes,
+    run: TrainingClient,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = Batches()
+    pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=2)
+    next(pipeline)
+    server.wait_for(PASS, 2)  # step 1 is accepted as it was
+    routes.serve(
+        "forward_backward",
+        lambda received: routes.accepted(
+            "failing", Answer(body={"error": "no such luck", "category": "user"})
+        ),
+    )
+    steps: List[int] = []
+    with pytest.raises(RequestFailedError, match="It was step 2 of the pipeline") as caught:
+        steps.extend(step.index for step in pipeline)
+    assert steps == [1]
+    assert "no such luck" in str(caught.value)
+    assert batches.taken == 4
+    assert list(pipeline) == []
+    assert "the pipeline stops: RequestFailedError" in caplog.text
+
+
+def test_what_was_not_sent_is_cancelled(
+    server: ScriptedServer,
+    scripted: ServiceClient,
+    routes: TinkerRoutes,
+    run: TrainingClient,
+) -> None:
+    let_go = threading.Event()
+    failing = Answer(body={"error": "no such luck", "category": "user"})
+    passes = iter([lambda r: routes.accepted("failing", failing)])
+
+    def accept_pass(received: Received) -> Answer:
+        first = next(passes, None)
+        if first is not None:
+            return first(received)
+        return Answer(hold=let_go)  # step 1 stays in the lane's hands
+
+    routes.serve("forward_backward", accept_pass)
+
+    def poll(received: Received) -> Answer:
+        if received.json()["request_id"].startswith("failing"):
+            server.wait_for(PASS, 2)
+        return routes.retrieve(received)
+
+    routes.serve("retrieve_future", poll)
+    pipeline = run.pipeline(Batches(), "cross_entropy", ADAM, depth=3)
+    with pytest.raises(RequestFailedError, match="step 0"):
+        next(pipeline)
+    # Of step 1 the pass was sent, its optimizer step was not, and nothing of step 2.
+    wait_until(
+        lambda: [future.kind for future in scripted.inflight()] == ["forward_backward"],
+        "the optimizer step of step 0 is done",
+    )
+    let_go.set()
+    pipeline.close()
+    assert len(server.requests(PASS)) == 2
+    assert len(server.requests(STEP)) == 1
+
+
+def test_an_interrupted_step_can_be_waited_for(
+    server: ScriptedServer,
+    routes: TinkerRoutes,
+    run: TrainingClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = Batches()
+    pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=2)
+
+    def interrupted(future: APIFuture[Any], timeout: Any = None) -> Any:
+        server.wait_for(STEP, 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(APIFuture, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(pipeline)
+    assert "done by the server unless it fails: step 0, 1" in caplog.text
+    assert [step.index for step in pipeline.drain()] == [0, 1]
+    assert batches.taken == 2
+    assert list(pipeline) == []
+
+
+def test_drain_raises_the_first_failure(routes: TinkerRoutes, run: TrainingClient) -> None:
+    failing = Answer(body={"error": "no such luck", "category": "user"})
+    pipeline = run.pipeline(Batches(), "cross_entropy", ADAM, depth=3)
+    next(pipeline)
+    assert [step.index for step in pipeline.drain()] == [1, 2]
+    routes.serve("optim_step", lambda received: routes.accepted("failing", failing))
+    pipeline = run.pipeline(map(batch, range(2)), "cross_entropy", ADAM, depth=2)
+    pipeline._fill()
+    with pytest.raises(RequestFailedError, match="step 0"):
+        pipeline.drain()
+
+
+def test_a_block_that_is_left_reports_what_was_sent(
+    server: ScriptedServer, run: TrainingClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with run.pipeline(Batches(), "cross_entropy", ADAM, depth=2) as pipeline:
+        next(pipeline)
+        server.wait_for(STEP, 2)
+    assert "the pipeline was closed: sent before" in caplog.text
+    assert "step 1" in caplog.text
+    assert list(pipeline) == []
+
+
+def test_a_pass_goes_with_its_optimizer_step_or_not_at_all(
+    routes: TinkerRoutes, run: TrainingClient
+) -> None:
+    def schedule(index: int) -> Any:
+        return ADAM if index == 0 else {"learning_rate": 1}  # the latter has no type
+
+    with pytest.raises(InvalidInputError, match="It was step 1 of the pipeline"):
+        next(run.pipeline(Batches(), "cross_entropy", schedule, depth=2))
+    assert len(routes.submitted("forward_backward")) <= 1
+
+
+def test_batches_that_fail_to_come(run: TrainingClient) -> None:
+    def broken() -> Iterator[List[types.Datum]]:
+        yield batch(0)
+        raise OSError("the disk is gone")
+
+    pipeline = run.pipeline(broken(), "cross_entropy", ADAM, depth=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(pipeline)
+    assert [step.index for step in pipeline.drain()] in ([0], [])
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1.5, True])
+def test_bad_depths(run: TrainingClient, depth: Any) -> None:
+    with pytest.raises(InvalidInputError, match="depth"):
+        run.pipeline([], "cross_entropy", ADAM, depth=depth)
+
+
+def test_settings_are_not_for_losses_of_ones_own(run: TrainingClient) -> None:
+    with pytest.raises(InvalidInputError, match="loss_fn_config"):
+        run.pipeline([], lambda data, logprobs: (0, {}), ADAM, {"a": 1.0})  # type: ignore[arg-type, return-value]
+
+
+def test_a_loss_of_ones_own(service: ServiceClient) -> None:
+    pytest.importorskip("torch")
+    run = service.create_lora_training_client("deterministic", rank=4)
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        return -sum(each.sum() for each in logprobs), {"custom": 1.0}
+
+    steps = list(run.pipeline(map(batch, range(2)), loss, ADAM))
+    assert [step.metrics["custom"] for step in steps] == [1.0, 1.0]
+
+
+def test_of_a_closed_client(scripted: ServiceClient, run: TrainingClient) -> None:
+    pipeline = run.pipeline(Batches(), "cross_entropy", ADAM)
+    assert isinstance(pipeline, Pipeline)
+    next(pipeline)
+    scripted.close()
+    with pytest.raises(ClientClosedError):
+        list(pipeline)
+    with pytest.raises(ClientClosedError):
+        run.pipeline([], "cross_entropy", ADAM)

@@ -1,0 +1,199 @@
+"""Pipeline: training steps, the next of which are submitted before one is waited for.
+
+Used by one thread.  It has none of its own: the run's lane sends.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Union
+
+from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.futures import APIFuture
+from tinkex.types import Datum, ForwardBackwardOutput, OptimParams, OptimStepResponse
+
+logger = logging.getLogger(__name__)
+
+Batch = Iterable[Datum]
+#: Parameters of the optimizer: the same for every step, or a function of the step's index.
+Schedule = Union[OptimParams, Callable[[int], OptimParams]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineStep:
+    """The results of one training step.
+
+    Attributes:
+        index: of the step, from 0.
+        forward_backward, optim: what its two requests were answered.
+    """
+
+    index: int
+    forward_backward: ForwardBackwardOutput
+    optim: OptimStepResponse
+
+    @property
+    def metrics(self) -> Dict[str, float]:
+        """The metrics of both."""
+        return {**self.forward_backward.metrics, **(self.optim.metrics or {})}
+
+
+class _Sent(NamedTuple):
+    """A step that was handed to the run's lane."""
+
+    number: int
+    forward_backward: APIFuture[ForwardBackwardOutput]
+    optim: APIFuture[OptimStepResponse]
+
+
+class Pipeline(Iterator[PipelineStep]):
+    """The iterator that `TrainingClient.pipeline` returns.  For one thread.
+
+    Args:
+        forward_backward: submits the pass over a batch.
+        optim_step: submits the step with these parameters.
+        batches: taken as they are needed.
+        schedule: returns the parameters of a step; raises if they are wrong.
+        depth: steps under way at once.
+    """
+
+    def __init__(
+        self,
+        forward_backward: Callable[[Any], APIFuture[ForwardBackwardOutput]],
+        optim_step: Callable[[OptimParams], APIFuture[OptimStepResponse]],
+        batches: Iterable[Batch],
+        schedule: Callable[[int], OptimParams],
+        depth: int,
+    ) -> None:
+        if type(depth) is not int or depth < 1:
+            raise InvalidInputError(f"depth is {depth!r}; it must be at least 1")
+        self._forward_backward = forward_backward
+        self._optim_step = optim_step
+        self._batches = enumerate(iter(batches))
+        self._schedule = schedule
+        self._depth = depth
+        self._sent: Deque[_Sent] = collections.deque()
+        self._more = True
+        self._ended = False
+
+    def __iter__(self) -> Pipeline:
+        return self
+
+    def __next__(self) -> PipelineStep:
+        """Submit what there is room for, and wait for the oldest step.
+
+        What breaks in, Ctrl-C too, cancels what was not sent, and is raised; `drain` returns what
+        was.
+        """
+        if self._ended:
+            raise StopIteration
+        try:
+            self._fill()
+            if self._sent:
+                return self._finish_oldest()
+        except BaseException as error:
+            self._break_off(error)
+            raise
+        raise StopIteration
+
+    def drain(self) -> List[PipelineStep]:
+        """Wait for the steps that were sent, and return those not handed out yet.
+
+        No more batches are taken.  Blocks; raises the first failure, and can be called again.
+        """
+        self._more = False
+        steps: List[PipelineStep] = []
+        while self._sent:
+            try:
+                steps.append(self._finish_oldest())
+            except Exception as error:
+                self._break_off(error)
+                raise
+        return steps
+
+    def close(self) -> None:
+        """Take no more batches, and cancel what was not sent; log what was.  Idempotent.
+
+        What was sent is done by the server.  Does not block.
+        """
+        self._more = False
+        self._cancel_unsent()
+        if self._sent:
+            logger.warning("the pipeline was closed: %s", self._describe_sent())
+        self._sent.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _fill(self) -> None:
+        while self._more and len(self._sent) < self._depth:
+            try:
+                index, batch = next(self._batches)
+            except StopIteration:
+                self._more = False
+                return
+            try:
+                params = self._schedule(index)  # before the pass is sent
+                forward_backward = self._forward_backward(batch)
+                try:
+                    optim = self._optim_step(params)
+                except BaseException:
+                    forward_backward.cancel()
+                    raise
+            except TinkexError as error:
+                _tell_step(error, index)
+                raise
+            self._sent.append(_Sent(index, forward_backward, optim))
+
+    def _finish_oldest(self) -> PipelineStep:
+        oldest = self._sent[0]
+        try:
+            step = PipelineStep(
+                oldest.number, oldest.forward_backward.result(), oldest.optim.result()
+            )
+        except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
+            self._sent.popleft()
+            # Its optimizer step must not be applied without its gradient, if that can be helped.
+            _cancel_if_unsent(oldest.optim)
+            if isinstance(error, TinkexError):
+                _tell_step(error, oldest.number)
+            raise
+        self._sent.popleft()
+        return step
+
+    def _break_off(self, error: BaseException) -> None:
+        self._more = False
+        self._ended = True
+        self._cancel_unsent()
+        logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
+
+    def _cancel_unsent(self) -> None:
+        """Cancel, from the last backward, what the lane has not taken up; forget such steps."""
+        kept: Deque[_Sent] = collections.deque()
+        for step in reversed(self._sent):
+            _cancel_if_unsent(step.optim)
+            _cancel_if_unsent(step.forward_backward)
+            if not step.forward_backward.cancelled():
+                kept.appendleft(step)
+        self._sent = kept
+
+    def _describe_sent(self) -> str:
+        if not self._sent:
+            return "nothing else was sent"
+        names = ", ".join(str(step.number) for step in self._sent)
+        return f"sent before, and done by the server unless it fails: step {names}"
+
+
+def _cancel_if_unsent(future: APIFuture[Any]) -> None:
+    if not future.was_sent:
+        future.cancel()
+
+
+def _tell_step(error: TinkexError, index: int) -> None:
+    told = f"It was step {index} of the pipeline."
+    error.hint = f"{error.hint} {told}" if error.hint else told

@@ -1,0 +1,340 @@
+"""sample_many: samples any number of prompts, so many at a time, as an iterator.
+
+Prompts are taken, and results handed out, in the thread that iterates; there is no other.  Futures
+tell by a put into a queue that they are settled.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import operator
+import queue
+import sys
+import threading
+from concurrent.futures import CancelledError
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+
+from tinkex.errors import (
+    BackpressureError,
+    BudgetExceededError,
+    ClientClosedError,
+    InvalidInputError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.types import ModelInput, SampleResponse
+
+logger = logging.getLogger(__name__)
+
+#: Called as ``progress(done, failed, total)``; *failed* of *done* failed, *total* may be None.
+ProgressCallback = Callable[[int, int, Optional[int]], object]
+Progress = Union[bool, ProgressCallback]
+
+#: In input order, so many times max_in_flight results are begun ahead of the one that is due.
+WINDOW = 4
+
+#: On Windows a wait for a queue cannot be interrupted; wait in slices there.
+_SLICE_S = 0.25 if sys.platform == "win32" else None
+
+
+class Sampled(NamedTuple):
+    """What became of one prompt: a response, or the error that it failed with.
+
+    Attributes:
+        index: of the prompt in the iterable, from 0.
+    """
+
+    index: int  # type: ignore[assignment]  # tuple has a method of that name
+    prompt: ModelInput
+    response: Optional[SampleResponse]
+    error: Optional[BaseException] = None
+
+
+class SampleStream(Iterator[Sampled]):
+    """The iterator that `SamplingClient.sample_many` returns.
+
+    Several threads may share it: each result goes to one of them.  `close` may be called by any.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        # Guards _results: one thread at a time takes prompts and waits.
+        self._turn = threading.Lock()
+        self._results = run.results()
+
+    def __iter__(self) -> SampleStream:
+        return self
+
+    def __next__(self) -> Sampled:
+        with self._turn:
+            return next(self._results)
+
+    def close(self) -> None:
+        """Cancel what is in flight, and take no more prompts.  Idempotent.
+
+        The iterator then ends, also for a thread that is waiting in it.  Blocks while another
+        thread is in the iterable of prompts.
+        """
+        self._run.stop()
+        with self._turn:
+            self._results.close()
+
+    def __enter__(self) -> SampleStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Run:
+    """What one stream is to do, and how far it is.  Used by one thread at a time, but for stop."""
+
+    def __init__(
+        self,
+        sample: Callable[[ModelInput], APIFuture[SampleResponse]],
+        prompts: Iterable[ModelInput],
+        *,
+        max_in_flight: int,
+        in_order: bool,
+        on_error: str,
+        progress: Progress,
+    ) -> None:
+        self._sample = sample
+        self._total = operator.length_hint(prompts, -1)
+        self._prompts = enumerate(iter(prompts))
+        self._most = max_in_flight
+        self._window = WINDOW * max_in_flight if in_order else None
+        self._on_error = on_error
+        self._progress = progress
+        self._settled: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()  # None: stop
+        self._stopped = False
+        self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
+        # Finished, in input order not yet due; by index.
+        self._ready: Dict[int, Sampled] = {}
+        self._due = 0
+        # A prompt that there was no room for when it was taken.
+        self._held: Deque[Tuple[int, ModelInput]] = collections.deque()
+        self._more = True
+
+    def stop(self) -> None:
+        """End the run; wakes the thread that waits.  From any thread."""
+        self._stopped = True
+        self._settled.put(None)
+
+    def results(self) -> Generator[Sampled, None, None]:
+        """Yield what becomes of the prompts.  Closing it cancels what is in flight."""
+        done = failed = 0
+        first: Optional[Sampled] = None
+        report = _reporter(self._progress, self._total)
+        try:
+            while not self._stopped:
+                self._fill()
+                if not self._in_flight:
+                    break
+                sampled = self._wait()
+                if sampled is None:
+                    break
+                done += 1
+                if sampled.error is not None:
+                    failed += 1
+                    first = first or sampled
+                    if self._on_error == "raise":
+                        _tell_index(sampled.error, sampled.index)
+                        raise sampled.error
+                report(done, failed)
+                self._ready[sampled.index] = sampled
+                yield from self._hand_out(sampled.index)
+            if first is not None and self._on_error == "skip":
+                logger.warning(
+                    "sample_many: %d of %d prompts failed and were skipped; the first was prompt "
+                    "%d: %s",
+                    failed,
+                    done,
+                    first.index,
+                    first.error,
+                )
+        finally:
+            self._stopped = True
+            for _, future in self._in_flight.values():
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # settled, and read: nobody wants it any more
+            self._in_flight.clear()
+            report.close()
+
+    def _fill(self) -> None:
+        """Begin as many prompts as there is room for."""
+        while len(self._in_flight) < self._most and not self._stopped:
+            if not self._held:
+                if not self._more:
+                    return
+                try:
+                    self._held.append(next(self._prompts))
+                except StopIteration:
+                    self._more = False
+                    return
+            index, prompt = self._held[0]
+            if self._window is not None and index >= self._due + self._window:
+                return
+            try:
+                future = self._sample(prompt)
+            except (BudgetExceededError, BackpressureError) as error:
+                if not self._in_flight:
+                    _tell_index(error, index)
+                    raise
+                return  # there may be room once some of ours are done
+            except InvalidInputError as error:
+                future = APIFuture("sample")
+                future.settle_error(error)
+            self._held.popleft()
+            self._in_flight[index] = (prompt, future)
+            future.on_settled(_teller(self._settled, index))
+
+    def _wait(self) -> Optional[Sampled]:
+        """Wait until one of those in flight is settled; None if the run is stopped."""
+        index: Optional[int] = None
+        while not self._stopped:
+            try:
+                index = self._settled.get(timeout=_SLICE_S)
+                break
+            except queue.Empty:
+                continue
+        if index is None:
+            return None
+        prompt, future = self._in_flight.pop(index)
+        if future.cancelled():
+            return Sampled(index, prompt, None, CancelledError())
+        error = future.exception()
+        if isinstance(error, ClientClosedError):
+            raise error
+        if error is not None:
+            return Sampled(index, prompt, None, error)
+        return Sampled(index, prompt, future.result())
+
+    def _hand_out(self, index: int) -> Iterator[Sampled]:
+        """Yield what is due now that *index* is ready; skipped failures are left out."""
+        keep_failed = self._on_error == "yield"
+        if self._window is None:
+            sampled = self._ready.pop(index)
+            if keep_failed or sampled.error is None:
+                yield sampled
+            return
+        while self._due in self._ready:
+            sampled = self._ready.pop(self._due)
+            self._due += 1
+            if keep_failed or sampled.error is None:
+                yield sampled
+
+
+def sample_many(
+    sample: Callable[[ModelInput], APIFuture[SampleResponse]],
+    prompts: Iterable[ModelInput],
+    *,
+    max_in_flight: int,
+    order: str,
+    on_error: str,
+    progress: Progress,
+) -> SampleStream:
+    """Return the iterator; see `SamplingClient.sample_many`."""
+    if type(max_in_flight) is not int or max_in_flight < 1:
+        raise InvalidInputError(f"max_in_flight is {max_in_flight!r}; it must be at least 1")
+    if order not in ("completion", "input"):
+        raise InvalidInputError(f"order is {order!r}; it must be 'completion' or 'input'")
+    if on_error not in ("raise", "yield", "skip"):
+        raise InvalidInputError(f"on_error is {on_error!r}; it must be 'raise', 'yield' or 'skip'")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise InvalidInputError("progress must be True, False or a function")
+    if isinstance(prompts, ModelInput) or not isinstance(prompts, Iterable):
+        raise InvalidInputError(
+            f"prompts is a {type(prompts).__name__}; give an iterable of ModelInput"
+        )
+    run = _Run(
+        sample,
+        prompts,
+        max_in_flight=max_in_flight,
+        in_order=order == "input",
+        on_error=on_error,
+        progress=progress,
+    )
+    return SampleStream(run)
+
+
+def _teller(settled: queue.SimpleQueue[Optional[int]], index: int) -> Callable[[Any], None]:
+    return lambda future: settled.put(index)
+
+
+def _tell_index(error: BaseException, index: int) -> None:
+    if isinstance(error, TinkexError):
+        told = f"It was prompt {index} of sample_many."
+        error.hint = f"{error.hint} {told}" if error.hint else told
+
+
+class _Reporter:
+    """Tells nobody."""
+
+    def __call__(self, done: int, failed: int) -> None:
+        """So many are finished, of which so many failed."""
+
+    def close(self) -> None:
+        """Nothing more is to come."""
+
+
+class _Caller(_Reporter):
+    def __init__(self, call: ProgressCallback, total: Optional[int]) -> None:
+        self._call = call
+        self._total = total
+
+    def __call__(self, done: int, failed: int) -> None:
+        self._call(done, failed, self._total)
+
+
+class _Bar(_Reporter):
+    """A progress bar on stderr."""
+
+    def __init__(self, total: Optional[int]) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("sampling", total=total)
+        self._bar.start()
+
+    def __call__(self, done: int, failed: int) -> None:
+        what = f"sampling, {failed} failed" if failed else "sampling"
+        self._bar.update(self._task, completed=done, description=what)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _reporter(progress: Progress, total: int) -> _Reporter:
+    known = total if total >= 0 else None
+    if not isinstance(progress, bool):
+        return _Caller(progress, known)
+    if progress and sys.stderr is not None and sys.stderr.isatty():
+        return _Bar(known)
+    return _Reporter()

@@ -1,0 +1,338 @@
+"""The local token meter: what a client has used, what that costs, and a budget that is kept.
+
+A request reserves, before it is sent, the most that it can cost; its result, or its failure, puts
+the true figure in place.  So requests at the same time cannot exceed the budget together.  It
+counts what this process asked for: the server's own figures are what is billed.  No threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import Future
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from tinkex.errors import (
+    APIError,
+    APIStatusError,
+    BudgetExceededError,
+    ConfigError,
+    InvalidInputError,
+    RequestFailedError,
+    UnsupportedError,
+)
+
+#: In a table of prices: that of every model that is not named.
+ANY_MODEL = "*"
+
+
+class Tokens(NamedTuple):
+    """Numbers of tokens, by what is done with them."""
+
+    trained: int = 0
+    prefilled: int = 0
+    sampled: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a model costs, in USD per million tokens: trained, prefilled and sampled ones.
+
+    Raises:
+        ConfigError: a price is not a number, or is negative.
+    """
+
+    train: float
+    prefill: float
+    sample: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_amount(f"the price {field.name}", getattr(self, field.name), zero=True)
+
+    def of(self, tokens: Sequence[int]) -> float:
+        """The price of *tokens*, in USD."""
+        per_million = (self.train, self.prefill, self.sample)
+        return sum(price * number for price, number in zip(per_million, tokens)) / 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The most that one ServiceClient may use: of money, of tokens, or of both.
+
+    Args:
+        usd: at the ``prices`` of the client; every model that is used must then have one.
+        tokens: of all kinds together.
+
+    Raises:
+        ConfigError: neither is given, or one is not positive.
+    """
+
+    usd: Optional[float] = None
+    tokens: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if self.usd is None and self.tokens is None:
+            raise ConfigError("a Budget needs usd or tokens")
+        for name in ("usd", "tokens"):
+            if getattr(self, name) is not None:
+                _check_amount(f"the budget's {name}", getattr(self, name))
+
+
+class Account(NamedTuple):
+    """Whom tokens are put down to: a client, its ``usage_tag``, and the base model."""
+
+    client: str
+    tag: Optional[str]
+    model: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class UsageRow:
+    """What one client has used under one tag.
+
+    Attributes:
+        client: ``"run <id>"`` or ``"sampler <id>"``.
+        tag: the client's ``usage_tag`` at the time, or None.
+        model: the base model, or None if it is not known here.
+        tokens: by kind.
+        usd: at the client's prices; None if the model has none.
+    """
+
+    client: str
+    tag: Optional[str]
+    model: Optional[str]
+    tokens: Tokens
+    usd: Optional[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """A snapshot of what was used, as far as this process knows.
+
+    Attributes:
+        rows: by client, tag and model, in the order in which they were first used.
+        reserved: the most that work under way may use beyond that, over all clients.
+    """
+
+    rows: Tuple[UsageRow, ...] = ()
+    reserved: Tokens = Tokens()
+
+    @property
+    def tokens(self) -> Tokens:
+        """The sum over the rows."""
+        return Tokens(*map(sum, zip(Tokens(), *(row.tokens for row in self.rows))))
+
+    @property
+    def usd(self) -> Optional[float]:
+        """The sum over the rows; None if a model that was used has no price."""
+        costs = [row.usd for row in self.rows if row.usd is not None]
+        return sum(costs) if len(costs) == len(self.rows) else None
+
+    def of_tag(self, tag: Optional[str]) -> Usage:
+        """The same, of one tag only; what is reserved stays that of all."""
+        return Usage(tuple(row for row in self.rows if row.tag == tag), self.reserved)
+
+
+class Ledger:
+    """Keeps the account of one session.  Thread-safe; never blocks."""
+
+    def __init__(
+        self, budget: Optional[Budget] = None, prices: Optional[Mapping[str, Price]] = None
+    ) -> None:
+        self.budget = budget
+        self._prices = dict(prices or {})
+        # Guards the rest.
+        self._lock = threading.Lock()
+        self._rows: Dict[Account, List[int]] = {}
+        self._used: Dict[Optional[str], List[int]] = {}  # by model, as is
+        self._reserved: Dict[Optional[str], List[int]] = {}
+        self._open: Dict[Reservation, Any] = {}  # with the future of each, once it is known
+
+    @property
+    def needs_model(self) -> bool:
+        """True if requests of unknown models must be refused."""
+        return self.budget is not None and self.budget.usd is not None
+
+    def reserve(self, what: str, account: Account, most: Tokens) -> Reservation:
+        """Set *most* aside for a request, which messages call *what*, that is about to be sent.
+
+        Raises:
+            BudgetExceededError: with it, the budget might be exceeded.
+            InvalidInputError: the budget is in USD, and the model has no price.
+        """
+        try:
+            return self._reserve(what, account, most)
+        except BudgetExceededError:
+            self._settle_done()
+            return self._reserve(what, account, most)
+
+    def _reserve(self, what: str, account: Account, most: Tokens) -> Reservation:
+        reservation = Reservation(self, account, most)
+        with self._lock:
+            if self.budget is not None:
+                self._check(what, account.model, most, self.budget)
+            _add(self._reserved, account.model, most, 1)
+            self._open[reservation] = None
+        return reservation
+
+    def _check(self, what: str, model: Optional[str], most: Tokens, budget: Budget) -> None:
+        if budget.tokens is not None:
+            used = sum(map(sum, self._used.values()))
+            reserved = sum(map(sum, self._reserved.values()))
+            if used + reserved + sum(most) > budget.tokens:
+                raise _exceeded(what, "tokens", used, reserved, sum(most), budget.tokens)
+        if budget.usd is not None:
+            price = self._price(model)
+            if price is None:
+                raise InvalidInputError(
+                    f"{what}: the budget is in USD, and there is no price of model {model!r}",
+                    hint=f"Add it to prices=, or a price for {ANY_MODEL!r}, any model.",
+                )
+            cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
+            adds = price.of(most)
+            if cost + reserved_usd + adds > budget.usd:
+                raise _exceeded(what, "USD", cost, reserved_usd, adds, budget.usd)
+
+    def bind(self, reservation: Reservation, future: Any) -> None:
+        """Note the future of what was reserved for."""
+        with self._lock:
+            if reservation in self._open:
+                self._open[reservation] = future
+
+    def settle(
+        self, reservation: Reservation, account: Account, most: Tokens, used: Tokens
+    ) -> None:
+        """Put *used* in place of *most*, which was reserved; only the first time."""
+        with self._lock:
+            if self._open.pop(reservation, self) is self:
+                return
+            _add(self._reserved, account.model, most, -1)
+            if any(used):
+                _add(self._used, account.model, used, 1)
+                _add(self._rows, account, used, 1)
+
+    def _settle_done(self) -> None:
+        """Settle what is done.  Futures wake their readers before they tell us."""
+        with self._lock:
+            bound = [(held, future) for held, future in self._open.items() if future is not None]
+        for held, future in bound:
+            if future.done():
+                held.settled(future)
+
+    def snapshot(self) -> Usage:
+        """What was used until now."""
+        self._settle_done()
+        with self._lock:
+            rows = [(account, Tokens(*counts)) for account, counts in self._rows.items()]
+            reserved = Tokens(*map(sum, zip(Tokens(), *self._reserved.values())))
+        found = []
+        for account, tokens in rows:
+            price = self._price(account.model)
+            found.append(UsageRow(*account, tokens, None if price is None else price.of(tokens)))
+        return Usage(tuple(found), reserved)
+
+    def _price(self, model: Optional[str]) -> Optional[Price]:
+        return self._prices.get(model or ANY_MODEL) or self._prices.get(ANY_MODEL)
+
+    def _cost(self, by_model: Mapping[Optional[str], Sequence[int]]) -> float:
+        prices = [(self._price(model), tokens) for model, tokens in by_model.items()]
+        return sum(price.of(tokens) for price, tokens in prices if price is not None)
+
+
+class Reservation:
+    """What one request may use at most, until it is known what it did use.
+
+    Attributes:
+        used: set, before the request's future is settled, where the answer tells.
+    """
+
+    __slots__ = ("_account", "_ledger", "_most", "used")
+
+    def __init__(self, ledger: Ledger, account: Account, most: Tokens) -> None:
+        self._ledger = ledger
+        self._account = account
+        self._most = most
+        self.used: Optional[Tokens] = None
+
+    def bind(self, future: Any) -> None:
+        """Keep it until *future*, an APIFuture, is settled."""
+        self._ledger.bind(self, future)
+        future.on_settled(self.settled)
+
+    def release(self) -> None:
+        """Nothing was used: the request was not sent."""
+        self._ledger.settle(self, self._account, self._most, Tokens())
+
+    def settled(self, future: Any) -> None:
+        """To be called when the request's *future* is settled; more than once does no harm."""
+        used = self.used
+        if used is None:
+            used = Tokens() if _left_undone(future) else self._most
+        self._ledger.settle(self, self._account, self._most, used)
+
+
+def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) -> None:
+    """Add *tokens*, or take them away, kind by kind."""
+    counts = where.get(key)
+    if counts is None:
+        counts = where[key] = [0, 0, 0]
+    counts[0] += sign * tokens[0]
+    counts[1] += sign * tokens[1]
+    counts[2] += sign * tokens[2]
+
+
+def _left_undone(future: Any) -> bool:
+    """Whether the server has done nothing for *future*, an APIFuture, for certain.
+
+    What it accepted and was then cancelled, or whose result was lost, may have been done.
+    """
+    if future.cancelled():
+        return not future.was_sent
+    error = Future.exception(future, 0)
+    if error is None:
+        return False
+    if isinstance(error, (RequestFailedError, InvalidInputError, UnsupportedError)):
+        return True
+    if isinstance(error, APIStatusError) and error.status is not None and error.status != 408:
+        return 400 <= error.status < 500
+    if isinstance(error, APIError):
+        return future.request_id is None and not error.maybe_taken
+    return not future.was_sent
+
+
+def _exceeded(
+    what: str, unit: str, used: float, reserved: float, adds: float, limit: float
+) -> BudgetExceededError:
+    def shown(amount: float) -> str:
+        return f"{amount:.6g} USD" if unit == "USD" else f"{amount} tokens"
+
+    error = BudgetExceededError(
+        f"{what} may use {shown(adds)}: with {shown(used)} used and {shown(reserved)} reserved "
+        f"for work under way, the budget of {shown(limit)} might be exceeded",
+        hint="What is reserved and not used is free again when results arrive. A smaller "
+        "max_tokens reserves less.",
+    )
+    error.unit, error.used, error.reserved, error.adds, error.limit = (
+        unit, used, reserved, adds, limit,
+    )  # fmt: skip
+    return error
+
+
+def check_prices(prices: object) -> Dict[str, Price]:
+    """Return a copy of a table of prices by model; ConfigError if it is none."""
+    if not isinstance(prices, Mapping):
+        raise ConfigError(f"prices is a {type(prices).__name__}, not a mapping of Price by model")
+    for model, price in prices.items():
+        if not (isinstance(model, str) and isinstance(price, Price)):
+            raise ConfigError(
+                f"prices[{model!r}] is {price!r}; it must be a Price, under a model's name"
+            )
+    return dict(prices)
+
+
+def _check_amount(what: str, amount: object, *, zero: bool = False) -> None:
+    known = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+    if not (known and math.isfinite(amount) and (amount > 0 or (zero and amount == 0))):  # type: ignore[arg-type, operator]
+        raise ConfigError(f"{what} is {amount!r}; it must be a positive number")
