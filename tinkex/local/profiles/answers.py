@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from werkzeug.wrappers import Response
 
 from tinkex.local.backend import Backend
+from tinkex.local.completions import Group
 from tinkex.local.futures import Failure, Success
 from tinkex.local.http import digest
 from tinkex.local.lanes import Job
@@ -140,14 +141,15 @@ class Answers:
         def fail() -> object:
             raise problem
 
-        if call.route != "asample":
+        group = Group.of(owner, number) if call.route == "asample" else None
+        if group is None:
             job = Job(f"{owner}:{number}:refused", fail)
             try:
                 return self._backend.scheduler.submit(owner, number, digest(call.raw), job)
             except Problem:
                 pass  # a number that can have no turn
         request_id = f"{owner}:{number}:refused:{next(self._refused)}"
-        self._backend.futures.create(request_id, owner, number)
+        self._backend.futures.create(request_id, owner, number, group=group)
         self._backend.futures.complete(request_id, failure_of(problem, request_id))
         return request_id
 
