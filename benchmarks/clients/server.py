@@ -1,6 +1,7 @@
 """A Tinker server that costs next to nothing, to measure clients against.
 
-One thread, one selector, canned results: samples are done ``--hold`` seconds after they came,
+One thread, one selector, canned results: samples are done ``--hold`` seconds after they came (and
+up to ``--spread`` seconds later, evenly distributed, as real ones have different lengths),
 training at once.  Runs until its standard input ends.  Prints its URL.
 
 A sample's two tokens are the time at which it was done, in microseconds of the system's monotonic
@@ -43,8 +44,9 @@ class Client:
 
 
 class Server:
-    def __init__(self, hold_s: float, flags: Dict[str, Any]) -> None:
+    def __init__(self, hold_s: float, spread_s: float, flags: Dict[str, Any]) -> None:
         self._hold_s = hold_s
+        self._spread_s = spread_s
         self._flags = flags
         self._selector = selectors.DefaultSelector()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
@@ -152,7 +154,7 @@ class Server:
         if route == "asample":
             number = next(self._ids)
             name = f"sample-{number}"
-            at = time.monotonic() + self._hold_s
+            at = time.monotonic() + self._hold_s + self._spread_s * (number * 0.618034 % 1)
             self._done_at[name] = at
             if self._flags.get("sample_use_retrieve_futures"):
                 self._later(at, lambda: self._finished(name))
@@ -253,9 +255,10 @@ class Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hold", type=float, default=0.0)
+    parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--flags", type=json.loads, default={})
     arguments = parser.parse_args()
-    server = Server(arguments.hold, arguments.flags)
+    server = Server(arguments.hold, arguments.spread, arguments.flags)
     print(server.url, flush=True)
     server.run()
 
