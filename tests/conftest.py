@@ -45,8 +45,8 @@ def no_thread_is_left() -> Iterator[None]:
         memory.forget_servers()
     for name, table in (
         ("tinkex.server_flags", "_known"),
-        ("tinkex.tokens", "_sources"),
-        ("tinkex.rate_limiter", "_limiters"),
+        ("tinkex.keys.tokens", "_sources"),
+        ("tinkex.flow.rate_limiter", "_limiters"),
     ):
         if name in sys.modules:  # likewise: flags, tokens and back-offs, by address
             getattr(sys.modules[name], table).clear()

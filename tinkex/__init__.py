@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tinkex import auth as auth, types as types
     from tinkex.admin_client import AdminClient as AdminClient
     from tinkex.config import Config as Config
-    from tinkex.custom_loss import LossHandle as LossHandle, PerDatumLossFn as PerDatumLossFn
     from tinkex.errors import (
         APIConnectionError as APIConnectionError,
         APIError as APIError,
@@ -55,10 +54,9 @@ if TYPE_CHECKING:
     )
     from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
     from tinkex.metrics import Latency as Latency, Metrics as Metrics
-    from tinkex.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
     from tinkex.rest_client import RestClient as RestClient
     from tinkex.retry_config import RetryConfig as RetryConfig
-    from tinkex.sample_stream import Sampled as Sampled, SampleStream as SampleStream
+    from tinkex.sampling.sample_stream import Sampled as Sampled, SampleStream as SampleStream
     from tinkex.sampling_client import (
         BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
         SamplingClient as SamplingClient,
@@ -66,6 +64,11 @@ if TYPE_CHECKING:
     from tinkex.server_memory import ServerDialect as ServerDialect
     from tinkex.service_client import ServiceClient as ServiceClient
     from tinkex.session_manager import SessionManager as SessionManager
+    from tinkex.training.custom_loss import (
+        LossHandle as LossHandle,
+        PerDatumLossFn as PerDatumLossFn,
+    )
+    from tinkex.training.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
     from tinkex.training_client import (
         BackcompatTrainingClientFuture as BackcompatTrainingClientFuture,
         TrainingClient as TrainingClient,
@@ -107,7 +110,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "admin_client": ["AdminClient"],
     "config": ["Config"],
-    "custom_loss": ["LossHandle", "PerDatumLossFn"],
+    "training.custom_loss": ["LossHandle", "PerDatumLossFn"],
     "errors": [
         "APIConnectionError",
         "APIError",
@@ -147,10 +150,10 @@ _MODULES = {
     ],
     "futures": ["APIFuture", "FutureStatus"],
     "metrics": ["Latency", "Metrics"],
-    "pipeline": ["Pipeline", "PipelineStep"],
+    "training.pipeline": ["Pipeline", "PipelineStep"],
     "rest_client": ["RestClient"],
     "retry_config": ["RetryConfig"],
-    "sample_stream": ["Sampled", "SampleStream"],
+    "sampling.sample_stream": ["Sampled", "SampleStream"],
     "sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
     "usage": ["Budget", "Price", "Usage"],
     "server_memory": ["ServerDialect"],

@@ -10,9 +10,9 @@ import os
 from typing import Optional
 
 from tinkex.config import Config
-from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.errors import CredentialError, ResponseDecodeError
-from tinkex.request import Reply, Request
+from tinkex.http.request import Reply, Request
+from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.transport import Transport
 from tinkex.types import ApiKeyInfo, WhoamiResponse
 

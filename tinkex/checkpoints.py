@@ -20,7 +20,6 @@ from threading import Event
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
 
 from tinkex.api import archives, rest as api
-from tinkex.downloads import Downloader, Tell
 from tinkex.errors import (
     ConfigError,
     DownloadCancelledError,
@@ -29,10 +28,11 @@ from tinkex.errors import (
     RouteMissingError,
     TinkexError,
 )
-from tinkex.extraction import extract, safe_parts
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import LookupClient
-from tinkex.part_file import Part, Source
+from tinkex.transfer.downloads import Downloader, Tell
+from tinkex.transfer.extraction import extract, safe_parts
+from tinkex.transfer.part_file import Part, Source
 from tinkex.transport import Transport
 from tinkex.types import ExternalWeightsUrlsResponse, ParsedCheckpointTinkerPath
 from tinkex.types.checkpoint_path import locate_checkpoint

@@ -12,8 +12,8 @@ import urllib.request
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
-from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.errors import ConfigError
+from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.usage import Budget, Price, check_prices
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"

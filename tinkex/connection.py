@@ -19,9 +19,9 @@ from typing import Callable, List, Optional, TypeVar
 from tinkex import lifecycle
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture
 from tinkex.poller import Poller
-from tinkex.scheduler import WorkerPool
 from tinkex.server_flags import flags_for
 from tinkex.telemetry import open_reporter
 from tinkex.transport import Transport

@@ -24,15 +24,15 @@ import logging
 import threading
 from typing import Any, Callable, Deque, Dict, List, Optional, Set
 
-from tinkex.batch_poller import BatchPoller
-from tinkex.cancel_queue import CancelQueue
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture, report_lost
-from tinkex.pause_notices import PauseNotices
-from tinkex.poll_loop import Operation as Operation, PollLoop
-from tinkex.private_channel import AnyChannel
-from tinkex.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
-from tinkex.scheduler import WorkerPool
+from tinkex.http.private_channel import AnyChannel
+from tinkex.polling.batch_poller import BatchPoller
+from tinkex.polling.cancel_queue import CancelQueue
+from tinkex.polling.pause_notices import PauseNotices
+from tinkex.polling.poll_loop import Operation as Operation, PollLoop
+from tinkex.sampling.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
 from tinkex.server_flags import ServerFlags, flags_for, known_flags
 from tinkex.transport import Transport
 from tinkex.types import UntypedFuture

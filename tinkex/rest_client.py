@@ -15,11 +15,11 @@ from tinkex.api import (
     sampling as sampling_api,
     sessions as sessions_api,
 )
-from tinkex.batch_checks import check_ttl
 from tinkex.checkpoints import Progress
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import Instant, LookupClient, moved
+from tinkex.training.batch_checks import check_ttl
 from tinkex.transport import Transport
 from tinkex.types import (
     AuditLogResponse,

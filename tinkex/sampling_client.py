@@ -22,24 +22,24 @@ from tinkex.errors import (
     UnprocessableEntityError,
 )
 from tinkex.futures import APIFuture
-from tinkex.new_run import wait_for_result
+from tinkex.http.private_channel import AnyChannel
 from tinkex.poller import Operation
-from tinkex.private_channel import AnyChannel
 from tinkex.retry_config import RetryConfig, check_retry_config
-from tinkex.sample_checks import (
+from tinkex.sampling.sample_checks import (
     check_request,
     complete_response,
     has_unknown_logprobs,
     unsupported_by,
 )
-from tinkex.sample_gate import SampleGate
-from tinkex.sample_stream import Progress, SampleStream, sample_many
-from tinkex.sample_work import Target
+from tinkex.sampling.sample_gate import SampleGate
+from tinkex.sampling.sample_stream import Progress, SampleStream, sample_many
+from tinkex.sampling.sample_work import Target
 from tinkex.server_flags import ABSENT, flags_for
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
 from tinkex.single_flight import SingleFlight
 from tinkex.tokenizers import load_tokenizer
+from tinkex.training.new_run import wait_for_result
 from tinkex.transport import Reply
 from tinkex.types import (
     CreateSamplingSessionResponse,

@@ -21,7 +21,7 @@ from tinkex._version import PROTOCOL_VERSION
 from tinkex.clock import Clock
 from tinkex.config import Config
 from tinkex.errors import APIError, APIStatusError, ResponseDecodeError
-from tinkex.request import Reply, Request
+from tinkex.http.request import Reply, Request
 from tinkex.retry import RetryPolicy
 from tinkex.server_memory import memory_of
 from tinkex.single_flight import SingleFlight

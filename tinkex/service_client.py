@@ -8,20 +8,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Type
 
 from tinkex.api import rest
-from tinkex.batch_checks import check_ttl
 from tinkex.config import Config
-from tinkex.custom_loss import LossHandle, PerDatumLossFn
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.loss_registry import LossRegistry
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.run_factory import RunFactory
 from tinkex.sampling_client import SamplingClient
 from tinkex.server_memory import ServerDialect
 from tinkex.session import STATUSES, Session
 from tinkex.session_manager import SessionManager, default_manager
 from tinkex.telemetry import Reporter
+from tinkex.training.batch_checks import check_ttl
+from tinkex.training.custom_loss import LossHandle, PerDatumLossFn
+from tinkex.training.loss_registry import LossRegistry
+from tinkex.training.run_factory import RunFactory
 from tinkex.training_client import TrainingClient
 from tinkex.types import (
     GetServerCapabilitiesResponse,

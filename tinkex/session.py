@@ -26,9 +26,9 @@ from tinkex.errors import (
     SessionLostError,
     TinkexError,
 )
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture
 from tinkex.poller import Poller
-from tinkex.scheduler import WorkerPool
 from tinkex.server_flags import flags_for
 from tinkex.session_manager import SessionManager
 from tinkex.telemetry import Reporter, open_reporter

@@ -19,8 +19,8 @@ from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
 from tinkex.errors import APITimeoutError, ClientClosedError, InvalidInputError
-from tinkex.heartbeat import new_thread_locked
-from tinkex.session_core import (
+from tinkex.sessions.heartbeat import new_thread_locked
+from tinkex.sessions.session_core import (
     FINISH_S,
     Core,
     Live,
@@ -29,8 +29,8 @@ from tinkex.session_core import (
     finish_all,
     stop_session,
 )
-from tinkex.session_link import HTTPLink, LinkFactory
-from tinkex.session_table import HeartbeatPolicy, SessionSnapshot
+from tinkex.sessions.session_link import HTTPLink, LinkFactory
+from tinkex.sessions.session_table import HeartbeatPolicy, SessionSnapshot
 from tinkex.types import CreateSessionResponse
 
 logger = logging.getLogger(__name__)

@@ -12,24 +12,24 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, T
 
 from tinkex.api import training as api
 from tinkex.api._call import read
-from tinkex.batch_checks import (
+from tinkex.child_client import ChildClient
+from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.futures import APIFuture
+from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.sampling_client import SamplingClient
+from tinkex.session import Session
+from tinkex.tokenizers import load_tokenizer
+from tinkex.training.batch_checks import (
     check_batch,
     check_metadata,
     check_name,
     check_recipients,
     check_ttl,
 )
-from tinkex.child_client import ChildClient
-from tinkex.custom_loss import CustomLoss, LossHandle, check_custom_batch
-from tinkex.custom_pass import CustomPass
-from tinkex.errors import InvalidInputError, ResponseDecodeError
-from tinkex.futures import APIFuture
-from tinkex.pipeline import Pipeline, Schedule
-from tinkex.retry_config import RetryConfig, check_retry_config
-from tinkex.sampling_client import SamplingClient
-from tinkex.session import Session
-from tinkex.tokenizers import load_tokenizer
-from tinkex.training_run import TrainingRun
+from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
+from tinkex.training.custom_pass import CustomPass
+from tinkex.training.pipeline import Pipeline, Schedule
+from tinkex.training.training_run import TrainingRun
 from tinkex.transport import Reply
 from tinkex.types import (
     AdamParams,

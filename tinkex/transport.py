@@ -20,13 +20,8 @@ import orjson
 import requests
 
 from tinkex._version import __version__
-from tinkex.billing import BillingPause
-from tinkex.channel import Channel
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
-from tinkex.connection_errors import connection_error
-from tinkex.content_coding import ACCEPT_ENCODING
-from tinkex.deprecations import note_deprecation
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -35,20 +30,25 @@ from tinkex.errors import (
     RateLimitError,
     status_error_type,
 )
-from tinkex.metrics import Recorder
-from tinkex.pressure import Pressure
-from tinkex.private_channel import AnyChannel, PrivateChannel
-from tinkex.rate_limiter import limiter_for
-from tinkex.redaction import redact, redact_reply, secrets_of
-from tinkex.redirects import MAX_HOPS, next_hop, same_origin, shown
-from tinkex.request import (
+from tinkex.flow.pressure import Pressure
+from tinkex.flow.rate_limiter import limiter_for
+from tinkex.http.billing import BillingPause
+from tinkex.http.channel import Channel
+from tinkex.http.connection_errors import connection_error
+from tinkex.http.content_coding import ACCEPT_ENCODING
+from tinkex.http.deprecations import note_deprecation
+from tinkex.http.private_channel import AnyChannel, PrivateChannel
+from tinkex.http.redaction import redact, redact_reply, secrets_of
+from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin, shown
+from tinkex.http.request import (
     JSON_TYPE as JSON_TYPE,
     Reply as Reply,
     Request as Request,
     broken_route,
 )
+from tinkex.keys.tokens import Token, is_invalid_token, source_for
+from tinkex.metrics import Recorder
 from tinkex.retry import RetryPolicy, retry_after_s
-from tinkex.tokens import Token, is_invalid_token, source_for
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,10 @@ from support.tinker_routes import TinkerRoutes
 from support.transports import open_transport, quick_config
 
 import tinkex
-from tinkex import auth, credential_command
+from tinkex import auth
 from tinkex.api.training import load_weights
 from tinkex.clock import SystemClock
 from tinkex.config import Config
-from tinkex.credential_command import run_command
-from tinkex.credentials import CredentialsFile, StoredKey, read_claims
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -41,11 +39,14 @@ from tinkex.errors import (
     ResponseDecodeError,
     TinkexError,
 )
+from tinkex.keys import credential_command
+from tinkex.keys.credential_command import run_command
+from tinkex.keys.credentials import CredentialsFile, StoredKey, read_claims
+from tinkex.keys.tokens import Token, TokenSource, source_for
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 from tinkex.retry import RetryPolicy
-from tinkex.tokens import Token, TokenSource, source_for
 from tinkex.transport import Request, Transport
 
 KEY = "tml-secret-4711"

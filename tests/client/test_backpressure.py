@@ -17,12 +17,13 @@ from support.threads import race, wait_until
 from support.tinker_routes import TinkerRoutes
 from support.transports import open_transport, quick_config
 
-from tinkex import ServiceClient, backpressure, types
-from tinkex.backpressure import Quota, Unread, megabytes
+from tinkex import ServiceClient, types
 from tinkex.errors import BackpressureError, ClientClosedError, ConfigError, RateLimitError
+from tinkex.flow import backpressure
+from tinkex.flow.backpressure import Quota, Unread, megabytes
+from tinkex.flow.pressure import Pressure
+from tinkex.flow.rate_limiter import RateLimiter, limiter_for
 from tinkex.futures import APIFuture
-from tinkex.pressure import Pressure
-from tinkex.rate_limiter import RateLimiter, limiter_for
 from tinkex.server_flags import flags_for
 
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
@@ -232,7 +233,10 @@ def test_beyond_the_bound_a_call_raises_if_that_is_wanted() -> None:
 def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     limit = unread(1, notice_after_s=0.002)
     limit.enter("sample")
-    with caplog.at_level(logging.WARNING, "tinkex.backpressure"), ThreadPoolExecutor(1) as pool:
+    with (
+        caplog.at_level(logging.WARNING, "tinkex.flow.backpressure"),
+        ThreadPoolExecutor(1) as pool,
+    ):
         second = pool.submit(limit.enter, "sample")
         wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
         limit.leave()

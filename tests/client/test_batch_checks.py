@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinkex.batch_checks import check_batch, check_ttl
 from tinkex.errors import InvalidInputError
+from tinkex.training.batch_checks import check_batch, check_ttl
 from tinkex.types import Datum, ImageChunk, ModelInput
 
 

@@ -14,9 +14,8 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
-from tinkex import ServiceClient, batch_poller, crew, poll_rules, types
+from tinkex import ServiceClient, types
 from tinkex.api._call import read
-from tinkex.batch_ledger import Ledger
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -24,13 +23,16 @@ from tinkex.errors import (
     NoProgressError,
     OperationTimeoutError,
 )
+from tinkex.flow import crew
 from tinkex.futures import APIFuture
+from tinkex.http.private_channel import AnyChannel
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.poller import Operation, Poller
-from tinkex.private_channel import AnyChannel
-from tinkex.sample_work import SampleWork, Target
+from tinkex.polling import batch_poller, poll_rules
+from tinkex.polling.batch_ledger import Ledger
+from tinkex.sampling.sample_work import SampleWork, Target
 from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 

@@ -21,7 +21,7 @@ import pytest
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
-from tinkex import RestClient, ServiceClient, TrainingClient, checkpoints, downloads, extraction
+from tinkex import RestClient, ServiceClient, TrainingClient, checkpoints
 from tinkex.api import archives
 from tinkex.errors import (
     APIConnectionError,
@@ -38,6 +38,7 @@ from tinkex.errors import (
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
+from tinkex.transfer import downloads, extraction
 
 KEY = "tml-secret-key"
 PATH = "tinker://run-1/weights/final"

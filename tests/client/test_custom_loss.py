@@ -24,7 +24,7 @@ from tinkex.errors import (  # noqa: E402
     RequestFailedError,
     ResponseDecodeError,
 )
-from tinkex.loss_graph import trace_loss  # noqa: E402
+from tinkex.training.loss_graph import trace_loss  # noqa: E402
 from tinkex.wire.codecs import codec_for  # noqa: E402
 
 ADAM = types.AdamParams(learning_rate=0.01)

@@ -26,8 +26,8 @@ from tinkex.errors import (
     ClientClosedError,
     RequestFailedError,
 )
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture, FutureStatus, gather, report_lost
-from tinkex.scheduler import WorkerPool
 
 
 def new(kind: str = "sample", **how: Any) -> APIFuture[Any]:

@@ -8,8 +8,8 @@ from typing import List, Tuple
 import pytest
 from support.clocks import ManualClock
 
-from tinkex import pause_notices
-from tinkex.pause_notices import PauseNotices
+from tinkex.polling import pause_notices
+from tinkex.polling.pause_notices import PauseNotices
 
 RUN = "run session-1:train:0"
 
@@ -21,7 +21,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def notices(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> PauseNotices:
-    caplog.set_level(logging.INFO, "tinkex.pause_notices")
+    caplog.set_level(logging.INFO, "tinkex.polling.pause_notices")
     return PauseNotices(clock)
 
 

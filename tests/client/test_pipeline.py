@@ -14,7 +14,7 @@ from support.tinker_routes import TinkerRoutes
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
-from tinkex.pipeline import Pipeline
+from tinkex.training.pipeline import Pipeline
 
 ADAM = types.AdamParams(learning_rate=0.01)
 PASS = "POST /api/v1/forward_backward"

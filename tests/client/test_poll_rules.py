@@ -16,7 +16,7 @@ from tinkex.errors import (
     ResultExpiredError,
     status_error_type,
 )
-from tinkex.poll_rules import (
+from tinkex.polling.poll_rules import (
     FIRST_SPACING_S,
     LAST_BACKOFF_S,
     LAST_SPACING_S,

@@ -15,7 +15,6 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
-from tinkex import billing, poll_loop, poll_rules
 from tinkex.api._call import read
 from tinkex.errors import (
     APIConnectionError,
@@ -32,8 +31,10 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.futures import APIFuture
+from tinkex.http import billing
+from tinkex.http.private_channel import AnyChannel
 from tinkex.poller import Operation, Poller
-from tinkex.private_channel import AnyChannel
+from tinkex.polling import poll_loop, poll_rules
 from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
@@ -301,7 +302,10 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
         "queue_state_reason": "quota",
     }
     server.on(POLL, Answer(body=paused), Answer(body=paused), result())
-    with caplog.at_level(logging.INFO, "tinkex.pause_notices"), open_poller(server) as poller:
+    with (
+        caplog.at_level(logging.INFO, "tinkex.polling.pause_notices"),
+        open_poller(server) as poller,
+    ):
         future = poller.new_future("sample")
         operation = Operation(future, decode_path, owner="sampler s-1", pause_grace_s=0.0)
         poller.submit_sample(operation, lambda channel: UntypedFuture("r"))

@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedServer
 
 from tinkex.config import Config
-from tinkex.private_channel import MAX_HEAD_BYTES, PrivateChannel
-from tinkex.request import Reply
+from tinkex.http.private_channel import MAX_HEAD_BYTES, PrivateChannel
+from tinkex.http.request import Reply
 
 PATIENCE = (5.0, 5.0)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

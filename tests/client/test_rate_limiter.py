@@ -7,7 +7,7 @@ from support.clocks import ManualClock
 from support.threads import race
 
 from tinkex.errors import ClientClosedError
-from tinkex.rate_limiter import RateLimiter, limiter_for
+from tinkex.flow.rate_limiter import RateLimiter, limiter_for
 
 
 def test_nobody_waits_before_a_429() -> None:

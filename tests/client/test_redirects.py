@@ -10,7 +10,7 @@ from support.transports import open_transport
 
 from tinkex.config import Config
 from tinkex.errors import APIStatusError
-from tinkex.redirects import MAX_HOPS, next_hop, same_origin
+from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
 

@@ -12,7 +12,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
-from tinkex import Budget, SamplingClient, ServiceClient, sample_stream, types
+from tinkex import Budget, SamplingClient, ServiceClient, types
 from tinkex.errors import (
     BackpressureError,
     BudgetExceededError,
@@ -20,6 +20,7 @@ from tinkex.errors import (
     InvalidInputError,
     RequestFailedError,
 )
+from tinkex.sampling import sample_stream
 
 PARAMS = types.SamplingParams(max_tokens=2, seed=1)
 ASAMPLE = "POST /api/v1/asample"

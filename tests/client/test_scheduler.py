@@ -13,7 +13,7 @@ import pytest
 from support.threads import PATIENCE_S, race, wait_until
 
 from tinkex.errors import ClientClosedError
-from tinkex.scheduler import WorkerPool
+from tinkex.flow.scheduler import WorkerPool
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_tasks_exception_is_logged_and_the_next_task_runs(
     def fail() -> None:
         raise ValueError("the task's own")
 
-    with caplog.at_level(logging.ERROR, "tinkex.scheduler"):
+    with caplog.at_level(logging.ERROR, "tinkex.flow.scheduler"):
         lane.submit(fail)
         lane.submit(ran.set)
         assert ran.wait(PATIENCE_S)

@@ -204,7 +204,7 @@ def test_what_is_not_the_users_fault_is_an_unhandled_exception(
     assert event["error_type"] == "RequestFailedError"
     assert event["error_message"] == "sample failed on the server"
     lines = event["traceback"].splitlines()
-    assert re.fullmatch(r'File "tinkex/poll_loop.py", line \d+, in \w+', lines[-1])
+    assert re.fullmatch(r'File "tinkex/polling/poll_loop.py", line \d+, in \w+', lines[-1])
     assert generic(server)["APIFuture.result_async.application_error"]["is_user_error"] is False
 
 

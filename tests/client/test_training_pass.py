@@ -13,7 +13,7 @@ from support.tinker_routes import API, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex.server_flags import ServerFlags
-from tinkex.training_pass import cross_entropy, cut, importance_sampling
+from tinkex.training.training_pass import cross_entropy, cut, importance_sampling
 from tinkex.types import PromptProvenanceSpan, TensorData
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF

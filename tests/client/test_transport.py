@@ -18,7 +18,7 @@ from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, S
 from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
-from tinkex import billing, channel as channel_module, content_coding, errors
+from tinkex import errors
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -28,6 +28,7 @@ from tinkex.errors import (
     RateLimitError,
     ResponseDecodeError,
 )
+from tinkex.http import billing, channel as channel_module, content_coding
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
 

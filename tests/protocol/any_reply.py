@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 
 from tinkex import api, types
 from tinkex.config import Config
-from tinkex.request import Reply, Request
+from tinkex.http.request import Reply, Request
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Transport
 from tinkex.wire.proto_codec import PROTOBUF

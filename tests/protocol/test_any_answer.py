@@ -19,8 +19,8 @@ from protocol.any_reply import (
 from tinkex import types
 from tinkex.api._call import read
 from tinkex.errors import TinkexError
-from tinkex.poll_rules import Announced, Done, Failed, Pending, Trouble, interpret
-from tinkex.request import Reply, Request
+from tinkex.http.request import Reply, Request
+from tinkex.polling.poll_rules import Announced, Done, Failed, Pending, Trouble, interpret
 from tinkex.transport import Transport
 from tinkex.wire.codecs import codec_for
 

@@ -14,7 +14,7 @@ from tinkex.local import loss_graph
 from tinkex.local.loss_graph import read_program
 from tinkex.local.problems import Problem
 from tinkex.local.settings import ClientFlags
-from tinkex.loss_graph import trace_loss
+from tinkex.training.loss_graph import trace_loss
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
 from tinkex.wire.proto_codec import PROTOBUF
 

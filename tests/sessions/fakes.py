@@ -11,8 +11,8 @@ from support.clocks import ManualClock
 
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
-from tinkex.heartbeat import ClockWatch, turn
 from tinkex.session_manager import SessionManager
+from tinkex.sessions.heartbeat import ClockWatch, turn
 from tinkex.types import CreateSessionResponse
 
 PATIENCE_S = 10.0

@@ -19,13 +19,7 @@ from support.scripted_server import Answer
 from support.threads import race, wait_until
 
 import tinkex
-from tinkex import (
-    ServiceClient,
-    errors,
-    rate_limiter,
-    session_manager as session_manager_module,
-    types,
-)
+from tinkex import ServiceClient, errors, session_manager as session_manager_module, types
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -34,6 +28,7 @@ from tinkex.errors import (
     NotFoundError,
     SessionLostError,
 )
+from tinkex.flow import rate_limiter
 from tinkex.session_manager import SessionManager
 
 Connect = Callable[..., ServiceClient]

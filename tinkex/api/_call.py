@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 import orjson
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError
-from tinkex.private_channel import AnyChannel
+from tinkex.http.private_channel import AnyChannel
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types._wire import Wire

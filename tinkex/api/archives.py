@@ -15,8 +15,8 @@ from urllib.parse import urljoin
 from tinkex.api._call import read
 from tinkex.api._optional import optional_route
 from tinkex.api.rest import archive_request
-from tinkex.channel import Channel
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
+from tinkex.http.channel import Channel
 from tinkex.retry import RetryPolicy, retry_after_s
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types import CheckpointArchiveUrlResponse

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from tinkex.api._call import encode
 from tinkex.errors import ResponseDecodeError
-from tinkex.private_channel import AnyChannel
+from tinkex.http.private_channel import AnyChannel
 from tinkex.retry import RetryPolicy
 from tinkex.transport import JSON_TYPE, Reply, Request, Transport
 

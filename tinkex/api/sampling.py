@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Union
 
 from tinkex.api._call import call, get, post, read, segment
 from tinkex.api._optional import optional_route
-from tinkex.private_channel import AnyChannel
+from tinkex.http.private_channel import AnyChannel
 from tinkex.transport import Transport
 from tinkex.types import (
     CreateSamplingSessionResponse,

@@ -7,7 +7,7 @@ from typing import Any, Mapping, Sequence
 
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.api._call import encode
-from tinkex.private_channel import AnyChannel
+from tinkex.http.private_channel import AnyChannel
 from tinkex.transport import Reply, Request, Transport
 
 #: One report may take this long, in seconds.

@@ -12,8 +12,8 @@ from tinkex import auth as access
 from tinkex.cli.connect import base_url_option
 from tinkex.cli.output import format_option, print_json, print_table, wants_json
 from tinkex.config import Config
-from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
 from tinkex.errors import APIError, NotFoundError, TinkexError
+from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
 from tinkex.transport import Transport
 
 

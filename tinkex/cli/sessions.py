@@ -16,8 +16,8 @@ from tinkex.cli.output import (
     size,
     wants_json,
 )
-from tinkex.downloads import Downloader, fetch_file
-from tinkex.part_file import Source
+from tinkex.transfer.downloads import Downloader, fetch_file
+from tinkex.transfer.part_file import Source
 
 
 @click.group()

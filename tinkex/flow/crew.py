@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Callable, Optional
 
-from tinkex.scheduler import WorkerPool
+from tinkex.flow.scheduler import WorkerPool
 
 #: Threads: at least, and at most.
 FEWEST, MOST = 2, 64

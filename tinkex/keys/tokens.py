@@ -18,8 +18,6 @@ import orjson
 
 from tinkex import lifecycle
 from tinkex.config import Config, check_header
-from tinkex.credential_command import COMMAND, run_command
-from tinkex.credentials import is_jwt, read_claims
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -28,7 +26,9 @@ from tinkex.errors import (
     CredentialError,
     ResponseDecodeError,
 )
-from tinkex.request import Request
+from tinkex.http.request import Request
+from tinkex.keys.credential_command import COMMAND, run_command
+from tinkex.keys.credentials import is_jwt, read_claims
 from tinkex.server_flags import ABSENT, Sender, ServerFlags, flags_for
 from tinkex.single_flight import SingleFlight
 

@@ -16,8 +16,8 @@ from typing import List, Optional
 from tinkex.clock import Clock
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import report_lost
-from tinkex.session_core import FINISH_S, Core, Live, abandon, finish_all, new_workers
-from tinkex.session_table import Verdict
+from tinkex.sessions.session_core import FINISH_S, Core, Live, abandon, finish_all, new_workers
+from tinkex.sessions.session_table import Verdict
 
 logger = logging.getLogger(__name__)
 

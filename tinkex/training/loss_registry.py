@@ -10,13 +10,13 @@ from typing import Mapping, Optional, Set
 import orjson
 
 from tinkex.api import training as api
-from tinkex.custom_loss import LossHandle, PerDatumLossFn, require_torch
 from tinkex.errors import APIError, InvalidInputError, RouteMissingError
 from tinkex.futures import APIFuture
-from tinkex.loss_graph import LossGraph, trace_loss
-from tinkex.new_run import wait_for_result
 from tinkex.server_flags import flags_for
 from tinkex.session import Session
+from tinkex.training.custom_loss import LossHandle, PerDatumLossFn, require_torch
+from tinkex.training.loss_graph import LossGraph, trace_loss
+from tinkex.training.new_run import wait_for_result
 from tinkex.types import CreateCustomLossResponse
 
 logger = logging.getLogger(__name__)

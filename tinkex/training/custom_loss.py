@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
 from tinkex.lazy_numpy import np
-from tinkex.loss_graph import LossGraph
+from tinkex.training.loss_graph import LossGraph
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:

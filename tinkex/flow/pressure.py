@@ -8,9 +8,9 @@ from __future__ import annotations
 import threading
 from typing import Optional
 
-from tinkex.backpressure import Quota, Unread, megabytes
 from tinkex.config import Config
-from tinkex.rate_limiter import RateLimiter
+from tinkex.flow.backpressure import Quota, Unread, megabytes
+from tinkex.flow.rate_limiter import RateLimiter
 from tinkex.server_flags import ServerFlags, known_flags
 
 #: What a token of a prompt counts, in bytes.

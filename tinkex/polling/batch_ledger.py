@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
-from tinkex.sample_work import SampleWork
+from tinkex.sampling.sample_work import SampleWork
 
 
 class NextPoll(NamedTuple):

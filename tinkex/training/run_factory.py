@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Mapping, Optional
 
 from tinkex.api import training as api
-from tinkex.batch_checks import check_metadata
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.new_run import Checkpoint, make_run, wait_for_result
 from tinkex.session import Session
+from tinkex.training.batch_checks import check_metadata
+from tinkex.training.new_run import Checkpoint, make_run, wait_for_result
 from tinkex.training_client import TrainingClient
 from tinkex.types import CreateModelResponse, LoraConfig, OptimizerConfig
 from tinkex.types.checkpoint_path import check_tinker_path

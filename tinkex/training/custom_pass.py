@@ -9,7 +9,6 @@ from __future__ import annotations
 from concurrent.futures import CancelledError
 from typing import List, Mapping, Optional, Sequence
 
-from tinkex.custom_loss import CustomLoss, forward_data, gradient_data, merge_metrics
 from tinkex.errors import (
     APIStatusError,
     ClientClosedError,
@@ -20,7 +19,8 @@ from tinkex.errors import (
     SessionLostError,
 )
 from tinkex.futures import APIFuture, gather
-from tinkex.training_run import TrainingRun
+from tinkex.training.custom_loss import CustomLoss, forward_data, gradient_data, merge_metrics
+from tinkex.training.training_run import TrainingRun
 from tinkex.types import Datum, ForwardBackwardOutput
 from tinkex.wire.chunking import combine
 

@@ -23,12 +23,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set
 
 from tinkex.api.futures import Completions, read_completions, retrieve_futures
-from tinkex.batch_ledger import Ledger, NextPoll
-from tinkex.batch_patience import Patience
-from tinkex.cancel_queue import CancelQueue
-from tinkex.channel import Channel
 from tinkex.config import Config
-from tinkex.crew import Crew
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -37,13 +32,18 @@ from tinkex.errors import (
     ResultExpiredError,
     TinkexError,
 )
+from tinkex.flow.crew import Crew
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture
-from tinkex.pause_notices import PauseNotices
-from tinkex.poll_loop import PollLoop, overdue
-from tinkex.private_channel import AnyChannel
-from tinkex.sample_gate import SampleGate
-from tinkex.sample_work import OwnChannels, SampleWork, Stint, Target
-from tinkex.scheduler import WorkerPool
+from tinkex.http.channel import Channel
+from tinkex.http.private_channel import AnyChannel
+from tinkex.polling.batch_ledger import Ledger, NextPoll
+from tinkex.polling.batch_patience import Patience
+from tinkex.polling.cancel_queue import CancelQueue
+from tinkex.polling.pause_notices import PauseNotices
+from tinkex.polling.poll_loop import PollLoop, overdue
+from tinkex.sampling.sample_gate import SampleGate
+from tinkex.sampling.sample_work import OwnChannels, SampleWork, Stint, Target
 from tinkex.server_flags import ABSENT, ServerFlags
 from tinkex.server_memory import memory_of
 from tinkex.transport import Request, Transport

@@ -8,7 +8,7 @@ from typing import Iterable, List, Optional
 from urllib.parse import urlsplit
 
 from tinkex.config import Config
-from tinkex.request import Reply
+from tinkex.http.request import Reply
 
 #: Shorter ones are no secrets, and would garble every text that they happen to occur in.
 _LEAST = 4

@@ -10,7 +10,7 @@ import time
 from typing import Optional
 
 from tinkex.errors import APIError, APITimeoutError
-from tinkex.poll_rules import Pacing
+from tinkex.polling.poll_rules import Pacing
 from tinkex.transport import Transport
 
 

@@ -11,7 +11,7 @@ import urllib3.exceptions
 
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APITimeoutError
-from tinkex.request import Request
+from tinkex.http.request import Request
 
 #: What happens only while a connection is being made.
 _CONNECTING = (

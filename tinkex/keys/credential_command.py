@@ -14,8 +14,8 @@ import threading
 import time
 
 from tinkex.config import check_header
-from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE
 from tinkex.errors import ClientClosedError, ConfigError, CredentialError
+from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE
 
 #: What messages call it.
 COMMAND = f"the credential command (${COMMAND_VARIABLE})"

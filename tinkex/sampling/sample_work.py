@@ -10,8 +10,8 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Type
 
 from tinkex.errors import ResultExpiredError
 from tinkex.futures import APIFuture
-from tinkex.poll_loop import Operation
-from tinkex.private_channel import AnyChannel
+from tinkex.http.private_channel import AnyChannel
+from tinkex.polling.poll_loop import Operation
 from tinkex.transport import Transport
 from tinkex.types import UntypedFuture
 

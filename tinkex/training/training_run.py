@@ -17,11 +17,11 @@ from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Un
 
 from tinkex.errors import APIError, IncompleteGradientError
 from tinkex.futures import APIFuture, gather
-from tinkex.numbered_lane import NumberedLane, Send, Work
 from tinkex.poller import Operation
 from tinkex.server_flags import ServerFlags, flags_for
 from tinkex.session import Session
-from tinkex.training_pass import PassReader, cut
+from tinkex.training.numbered_lane import NumberedLane, Send, Work
+from tinkex.training.training_pass import PassReader, cut
 from tinkex.transport import Reply
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, UntypedFuture
 from tinkex.wire.chunking import combine

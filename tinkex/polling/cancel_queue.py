@@ -13,7 +13,7 @@ from typing import Callable, Deque, List
 
 from tinkex.api.futures import cancel_future
 from tinkex.errors import ClientClosedError, TinkexError
-from tinkex.scheduler import WorkerPool
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.server_flags import dynamic_flags_for
 from tinkex.server_memory import memory_of
 from tinkex.transport import Transport

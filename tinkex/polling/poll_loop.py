@@ -24,10 +24,10 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.futures import APIFuture
-from tinkex.pause_notices import PauseNotices
-from tinkex.poll_rules import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
-from tinkex.private_channel import AnyChannel
-from tinkex.request import broken_route
+from tinkex.http.private_channel import AnyChannel
+from tinkex.http.request import broken_route
+from tinkex.polling.pause_notices import PauseNotices
+from tinkex.polling.poll_rules import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
 from tinkex.transport import Reply, Request, Transport
 
 T = TypeVar("T")

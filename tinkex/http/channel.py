@@ -24,8 +24,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.response import HTTPResponse
 
 from tinkex.config import Config
-from tinkex.content_coding import decompress
-from tinkex.request import Reply
+from tinkex.http.content_coding import decompress
+from tinkex.http.request import Reply
 
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
 

@@ -23,10 +23,10 @@ import urllib3.exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.wait import wait_for_read
 
-from tinkex.channel import SOCKET_OPTIONS, Channel
 from tinkex.config import Config
-from tinkex.content_coding import decompress
-from tinkex.request import Reply
+from tinkex.http.channel import SOCKET_OPTIONS, Channel
+from tinkex.http.content_coding import decompress
+from tinkex.http.request import Reply
 
 #: Most answers fit; of a longer one the rest is read at once.  A thread that waits for an answer
 #: holds a buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.

@@ -13,12 +13,12 @@ import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from tinkex.beat_queue import BeatQueue
 from tinkex.clock import Clock
-from tinkex.scheduler import WorkerPool
+from tinkex.flow.scheduler import WorkerPool
 from tinkex.server_memory import memory_of
-from tinkex.session_link import SessionLink
-from tinkex.session_table import SessionTable
+from tinkex.sessions.beat_queue import BeatQueue
+from tinkex.sessions.session_link import SessionLink
+from tinkex.sessions.session_table import SessionTable
 
 logger = logging.getLogger(__name__)
 

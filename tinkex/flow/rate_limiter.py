@@ -10,8 +10,8 @@ import os
 from typing import Callable, Dict, Optional, Tuple
 
 from tinkex import lifecycle
-from tinkex.backpressure import Quota
 from tinkex.clock import SYSTEM_CLOCK, Clock
+from tinkex.flow.backpressure import Quota
 
 #: For so long after a back-off ...
 RECENT_S = 10.0

@@ -22,10 +22,8 @@ from urllib.parse import urlsplit
 import requests
 import urllib3.exceptions
 
-from tinkex.channel import Channel
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config, proxy_for
-from tinkex.connection_errors import root_cause
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -35,9 +33,11 @@ from tinkex.errors import (
     ResponseDecodeError,
     status_error_type,
 )
-from tinkex.part_file import Note, Part, Source, sha256_of
-from tinkex.redirects import MAX_HOPS, next_hop, same_origin
+from tinkex.http.channel import Channel
+from tinkex.http.connection_errors import root_cause
+from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin
 from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.transfer.part_file import Note, Part, Source, sha256_of
 
 logger = logging.getLogger(__name__)
 

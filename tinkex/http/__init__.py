@@ -1,0 +1,1 @@
+"""HTTP, below `tinkex.transport`: connections, redirects, errors, what must not be shown."""

@@ -1,0 +1,1 @@
+"""Waiting for results: the parts of `tinkex.poller`."""

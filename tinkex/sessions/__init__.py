@@ -1,0 +1,1 @@
+"""Keeping sessions alive: the parts of `tinkex.session_manager`."""

@@ -1,0 +1,1 @@
+"""What happens to a call of `tinkex.training_client`: checks, numbers, batches, losses."""

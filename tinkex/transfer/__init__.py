@@ -1,0 +1,1 @@
+"""Moving files: downloads that resume, archives unpacked safely."""
