@@ -28,7 +28,7 @@ LAYERS = {
         "http: channel private_channel content_coding connection_errors deprecations billing",
         "keys: credential_command tokens",
         "flow: rate_limiter backpressure pressure scheduler crew",
-        "transfer: downloads part_file extraction",
+        "transfer: downloads download_folder part_file extraction",
     ],
     "protocol": [
         "api auth dialect connection session session_manager poller futures telemetry",
@@ -43,6 +43,8 @@ LAYERS = {
         "child_client lookup_client checkpoints tokenizers",
         "sampling: sample_stream",
         "training: loss_graph custom_loss custom_pass loss_registry run_factory pipeline",
+        "training: run_checkpoints",
+        "transfer: hub",
     ],
     "edges": ["__main__ cli local"],
 }

@@ -1,4 +1,4 @@
-"""Checkpoints as files: download, and push to the Hugging Face hub.
+"""Checkpoints as files: download them.  (`tinkex.transfer.hub` pushes them on.)
 
 Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
 exported weights.  Whichever it is, files are collected in a hidden folder beside the destination,
@@ -7,32 +7,28 @@ which takes its place in one step when all is there; until then the destination 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import shutil
-import tempfile
 import uuid
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from threading import Event
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
+from typing import Callable, Optional, TypeVar, Union
 
 from tinkex.api import archives, rest as api
 from tinkex.errors import (
-    ConfigError,
     DownloadCancelledError,
-    InvalidInputError,
     ResponseDecodeError,
     RouteMissingError,
     TinkexError,
 )
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import LookupClient
+from tinkex.transfer.download_folder import DownloadFolder, check_free
 from tinkex.transfer.downloads import Downloader, Tell
-from tinkex.transfer.extraction import extract, safe_parts
-from tinkex.transfer.part_file import Part, Source
+from tinkex.transfer.extraction import extract
+from tinkex.transfer.part_file import Source
 from tinkex.transport import Transport
 from tinkex.types import ExternalWeightsUrlsResponse, ParsedCheckpointTinkerPath
 from tinkex.types.checkpoint_path import locate_checkpoint
@@ -83,9 +79,9 @@ def download_checkpoint(
     """
     parsed = locate_checkpoint(tinker_path)
     target = Path(os.path.abspath(os.fspath(dest)))
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     transport = rest.transport
-    work = _Work(target, {"server": rest.config.base_url, "tinker_path": tinker_path})
+    work = DownloadFolder(target, {"server": rest.config.base_url, "tinker_path": tinker_path})
     try:
         with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(rest, parsed, work, downloader, progress or _silent).run()
@@ -102,60 +98,6 @@ def _silent(done: int, total: Optional[int]) -> None:
     """Tell nobody."""
 
 
-class _Work:
-    """The hidden folder in which a download collects its files."""
-
-    def __init__(self, target: Path, made_for: Mapping[str, str]) -> None:
-        self.folder = target.with_name(f".{target.name}.part")
-        self.files = self.folder / "files"
-        self.notes = self.folder / "notes"
-        self.archive = self.folder / "archive"
-        self._made_for = self.folder / "checkpoint.json"
-        facts = json.dumps(made_for)
-        if self.folder.exists() and self._read_facts() != facts:
-            shutil.rmtree(self.folder)  # of another checkpoint
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._made_for.write_text(facts, encoding="utf-8")
-
-    def _read_facts(self) -> str:
-        with contextlib.suppress(OSError, UnicodeError):
-            return self._made_for.read_text(encoding="utf-8")
-        return ""
-
-    def part(self, name: str) -> Part:
-        """The file *name* of the checkpoint, to be fetched; its folder is made."""
-        parts = safe_parts(name)
-        part = Part(name, self.files.joinpath(*parts), self.notes.joinpath(*parts))
-        for path in (part.file, part.note):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return part
-
-    def archive_part(self, name: str) -> Part:
-        """The archive of the checkpoint *name*, to be fetched."""
-        return Part(name, self.archive, self.folder / "archive.json")
-
-    def finish(self, target: Path) -> None:
-        """Put the files at *target*, in one step, and delete the rest."""
-        old: Optional[Path] = None
-        if target.exists() or target.is_symlink():
-            old = self.folder / f"old-{uuid.uuid4().hex}"
-            os.rename(target, old)
-        try:
-            os.rename(self.files, target)
-        except BaseException:
-            if old is not None:
-                os.rename(old, target)
-            raise
-        shutil.rmtree(self.folder)
-
-    def drop_if_empty(self) -> bool:
-        """Delete the folder if there is nothing in it to go on from; tell whether."""
-        if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
-            return False
-        shutil.rmtree(self.folder)
-        return True
-
-
 class _Download:
     """One download, from asking where the files are until they are here."""
 
@@ -163,7 +105,7 @@ class _Download:
         self,
         rest: LookupClient,
         parsed: ParsedCheckpointTinkerPath,
-        work: _Work,
+        work: DownloadFolder,
         downloader: Downloader,
         progress: Progress,
     ) -> None:
@@ -310,116 +252,3 @@ class _Urls:
             return source()
 
         return sign
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if overwrite or not (target.exists() or target.is_symlink()):
-        return
-    if not target.is_dir() or any(target.iterdir()):
-        raise InvalidInputError(
-            f"{target} exists already", hint="Choose another folder, or overwrite=True."
-        )
-
-
-def push_to_hub(
-    rest: LookupClient,
-    tinker_path: str,
-    repo_id: str,
-    *,
-    private: bool = True,
-    revision: Optional[str] = None,
-    commit_message: Optional[str] = None,
-    create_pr: bool = False,
-    allow_patterns: Optional[Sequence[str]] = None,
-    ignore_patterns: Optional[Sequence[str]] = None,
-    add_model_card: bool = True,
-    progress: Optional[Progress] = None,
-    cancel: Optional[Event] = None,
-    hub: Any = None,
-) -> str:
-    """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.  Blocks.
-
-    Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or ``HF_TOKEN``).
-
-    Args:
-        rest: a client of the server that has it.
-        tinker_path: as for `download_checkpoint`.
-        repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
-        private: of a repository that is made.
-        revision: the branch to push to; made if it does not exist.
-        commit_message: of the commit.
-        create_pr: open a pull request instead of pushing.
-        allow_patterns, ignore_patterns: which files; all of them by default.
-        add_model_card: write a README.md that names base model and checkpoint, if it has none.
-        progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
-        hub: what to talk to the hub with, instead of ``huggingface_hub.HfApi()``.
-
-    Raises:
-        ConfigError: huggingface_hub is not installed.
-        And what `download_checkpoint` and huggingface_hub raise.
-    """
-    locate_checkpoint(tinker_path)
-    if not isinstance(repo_id, str) or not repo_id.strip("/"):
-        raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
-    hub = hub or _hub()
-    with _temporary_folder() as folder:
-        files = download_checkpoint(
-            rest, tinker_path, folder / "checkpoint", progress=progress, cancel=cancel
-        )
-        if add_model_card and not (files / "README.md").exists():
-            card = _model_card(rest, tinker_path, repo_id, files)
-            (files / "README.md").write_text(card, encoding="utf-8")
-        hub.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            hub.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(files),
-            revision=revision,
-            commit_message=commit_message or f"Upload {tinker_path}",
-            create_pr=create_pr,
-            allow_patterns=None if allow_patterns is None else list(allow_patterns),
-            ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
-        )
-    return str(getattr(commit, "pr_url", None) or getattr(commit, "commit_url", commit))
-
-
-def _hub() -> Any:
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ConfigError(
-            "pushing to the hub needs huggingface_hub", hint='Run pip install "tinkex[hub]".'
-        ) from error
-    return HfApi()
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
-        yield Path(folder)
-
-
-def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path) -> str:
-    """A README.md for the hub: front matter it can read, and where the weights come from."""
-    config: Dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((files / "adapter_config.json").read_text(encoding="utf-8"))
-    base_model = config.get("base_model_name_or_path")
-    rank = config.get("r")
-    try:
-        info = api.get_weights_info(rest.transport, tinker_path)
-        base_model, rank = info.base_model, info.lora_rank or rank
-    except TinkexError as error:
-        logger.info("the model card says no more than the files do: %s", error)
-    lines = ["---"]
-    if base_model:
-        lines.append(f"base_model: {json.dumps(base_model)}")
-    if config:
-        lines.append("library_name: peft")
-    lines += ["tags:", "- tinker", *(["- lora"] if rank else []), "---", ""]
-    lines += [f"# {repo_id.rpartition('/')[2]}", ""]
-    what = f"LoRA adapter of rank {rank}" if rank else "Weights"
-    over = f" over `{base_model}`" if base_model else ""
-    lines += [f"{what}{over}, trained through the Tinker API.", "", f"Checkpoint: `{tinker_path}`"]
-    return "\n".join(lines) + "\n"

@@ -20,6 +20,7 @@ from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedErr
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import Instant, LookupClient, moved
 from tinkex.training.batch_checks import check_ttl
+from tinkex.transfer import hub
 from tinkex.transport import Transport
 from tinkex.types import (
     AuditLogResponse,
@@ -341,10 +342,10 @@ class RestClient(LookupClient):
     def push_to_hub(self, tinker_path: str, repo_id: str, **options: Any) -> str:
         """Push a checkpoint to the Hugging Face hub; return the commit's URL.  Blocks.
 
-        See `tinkex.checkpoints.push_to_hub`.
+        See `tinkex.transfer.hub.push_to_hub`.
         """
         self._ensure_open("push_to_hub")
-        return checkpoints.push_to_hub(self, tinker_path, repo_id, **options)
+        return hub.push_to_hub(self, tinker_path, repo_id, **options)
 
     # What AdminClient has now
 

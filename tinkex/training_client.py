@@ -1,58 +1,40 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
 Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
-sends them.
+sends them.  Those that save and load weights are in `tinkex.training.run_checkpoints`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, TypeVar, Union, cast
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar, Union, cast
 
 from tinkex.api import training as api
-from tinkex.api._call import read
-from tinkex.child_client import ChildClient
-from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig, check_retry_config
-from tinkex.sampling_client import SamplingClient
 from tinkex.session import Session
 from tinkex.tokenizers import load_tokenizer
-from tinkex.training.batch_checks import (
-    check_batch,
-    check_metadata,
-    check_name,
-    check_recipients,
-    check_ttl,
-)
+from tinkex.training.batch_checks import check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
 from tinkex.training.pipeline import Pipeline, Schedule
-from tinkex.training.training_run import TrainingRun
-from tinkex.transport import Reply
+from tinkex.training.run_checkpoints import RunCheckpoints, reader
 from tinkex.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
-    LoadWeightsResponse,
     OptimParams,
     OptimStepResponse,
-    SaveWeightsExternalResponse,
-    SaveWeightsForSamplerResponse,
-    SaveWeightsResponse,
     UnloadModelResponse,
     UntypedFuture,
 )
-from tinkex.types._wire import Wire
-from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.types.console import training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
 
 T = TypeVar("T")
-W = TypeVar("W", bound=Wire)
 
 LossConfig = Optional[Mapping[str, Union[float, str]]]
 
@@ -65,7 +47,7 @@ class TrainStep:
     optim: OptimStepResponse
 
 
-class TrainingClient(ChildClient):
+class TrainingClient(RunCheckpoints):
     """Trains one adapter.  Thread-safe: calls run on the server in call order.
 
     Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
@@ -83,11 +65,8 @@ class TrainingClient(ChildClient):
         base_model: Optional[str] = None,
         first_seq_id: int = 1,
     ) -> None:
-        super().__init__(session)
-        self.model_id = model_id
-        self._base_model = base_model
+        super().__init__(session, model_id, base_model, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
-        self._run = TrainingRun(session, model_id, first_seq_id)
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -189,7 +168,7 @@ class TrainingClient(ChildClient):
                 self._run.transport, model_id=self.model_id, seq_id=seq_id, params=params
             )
 
-        return self._submit("optim_step", send, _reader(OptimStepResponse))
+        return self._submit("optim_step", send, reader(OptimStepResponse))
 
     def train_step(
         self,
@@ -251,200 +230,6 @@ class TrainingClient(ChildClient):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
         return Pipeline(forward_backward, self.optim_step, batches, schedule, depth)
 
-    def save_state(
-        self,
-        name: str,
-        ttl_seconds: Optional[int] = None,
-        overwrite: bool = False,
-        user_metadata: Optional[Mapping[str, str]] = None,
-    ) -> APIFuture[SaveWeightsResponse]:
-        """Queue saving weights and optimizer state under *name*; the result has the ``path``.
-
-        Args:
-            name: a bare name, unique in the run unless *overwrite*.
-            ttl_seconds: how long the server keeps it; None is for ever.
-            overwrite: replace a checkpoint of that name, and its metadata.
-            user_metadata: to be kept with it.
-        """
-        check_name(name)
-        check_ttl(ttl_seconds)
-        metadata = check_metadata(user_metadata)
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.save_weights(
-                self._run.transport,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                path=name,
-                ttl_seconds=ttl_seconds,
-                overwrite=overwrite,
-                user_metadata=metadata,
-            )
-
-        def decode(reply: Reply) -> SaveWeightsResponse:
-            saved = read(SaveWeightsResponse, reply, "save_state")
-            self._session.last_checkpoint = saved.path
-            return saved
-
-        return self._submit("save_state", send, decode)
-
-    def save_weights_for_sampler(
-        self,
-        name: str,
-        ttl_seconds: Optional[int] = None,
-        user_metadata: Optional[Mapping[str, str]] = None,
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Queue saving weights for sampling under *name*; the result has the ``path``.
-
-        Arguments as for `save_state`.
-        """
-        check_name(name)
-        check_ttl(ttl_seconds)
-        metadata = check_metadata(user_metadata)
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.save_weights_for_sampler(
-                self._run.transport,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                path=name,
-                ttl_seconds=ttl_seconds,
-                user_metadata=metadata,
-            )
-
-        return self._submit("save_weights_for_sampler", send, _sampler_reader("path"))
-
-    def save_weights_external(
-        self,
-        name: str,
-        ttl_seconds: Optional[int] = None,
-        age_encryption_recipients: Optional[Sequence[str]] = None,
-    ) -> APIFuture[SaveWeightsExternalResponse]:
-        """Queue saving weights for download under *name*; the result has the ``path``.
-
-        Args:
-            name, ttl_seconds: as for `save_state`.
-            age_encryption_recipients: public keys of age; the files are encrypted for them.
-
-        The future raises RouteMissingError where the server has no such route.
-        """
-        check_name(name)
-        check_ttl(ttl_seconds)
-        recipients = check_recipients(age_encryption_recipients)
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.save_weights_external(
-                self._run.transport,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                path=name,
-                ttl_seconds=ttl_seconds,
-                age_encryption_recipients=recipients,
-            )
-
-        return self._submit("save_weights_external", send, _reader(SaveWeightsExternalResponse))
-
-    def load_state(
-        self, path: str, weights_access_token: Optional[str] = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """Queue loading the weights at *path* into this run, with a fresh optimizer."""
-        return self._load("load_state", path, False, weights_access_token)
-
-    def load_state_with_optimizer(
-        self, path: str, weights_access_token: Optional[str] = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """Queue loading weights and optimizer state at *path* into this run."""
-        return self._load("load_state_with_optimizer", path, True, weights_access_token)
-
-    def save_weights_and_get_sampling_client(
-        self,
-        name: Optional[str] = None,
-        retry_config: Optional[RetryConfig] = None,
-        record_stability_info: bool = False,
-        kind: str = "snapshot",
-    ) -> SamplingClient:
-        """Save the present weights for this session only, and return a client that samples them.
-
-        Blocks.
-
-        Args:
-            name: has no effect; it is there for scripts of the official SDK.
-            retry_config: limits and retries of the new client.
-            record_stability_info: have the server record, with each sample, what later training
-                may refer to by its sequence_id.
-            kind: ``"snapshot"``: the client samples these weights for ever.  ``"inflight"``:
-                it samples the newest weights saved so, never older ones than these; generations
-                may span an update.
-        """
-        return self.save_weights_and_get_sampling_client_future(
-            name, retry_config, record_stability_info, kind
-        ).result()
-
-    def save_weights_and_get_sampling_client_future(
-        self,
-        name: Optional[str] = None,
-        retry_config: Optional[RetryConfig] = None,
-        record_stability_info: bool = False,
-        kind: str = "snapshot",
-    ) -> APIFuture[SamplingClient]:
-        """Like `save_weights_and_get_sampling_client`; returns at once."""
-        if kind not in ("snapshot", "inflight"):
-            raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
-        check_retry_config(retry_config)
-        session = self._session
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.save_weights_for_sampler(
-                self._run.transport,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                sampling_session_seq_id=session.next_sampler_number(),
-                kind=kind,
-            )
-
-        def decode(reply: Reply) -> SamplingClient:
-            saved = _sampler_reader("sampling_session_id")(reply)
-            return SamplingClient(
-                session,
-                str(saved.sampling_session_id),
-                self._base_model,
-                retry_config=retry_config,
-                record_stability_info=record_stability_info,
-            )
-
-        return self._submit("save_weights_and_get_sampling_client", send, decode)
-
-    def create_sampling_client(
-        self,
-        model_path: str,
-        retry_config: Optional[RetryConfig] = None,
-        record_stability_info: bool = False,
-    ) -> SamplingClient:
-        """Return a client that samples the checkpoint at *model_path*.  Blocks.
-
-        Further arguments as for `save_weights_and_get_sampling_client`.
-        """
-        return self.create_sampling_client_future(
-            model_path, retry_config, record_stability_info
-        ).result()
-
-    def create_sampling_client_future(
-        self,
-        model_path: str,
-        retry_config: Optional[RetryConfig] = None,
-        record_stability_info: bool = False,
-    ) -> APIFuture[SamplingClient]:
-        """Like `create_sampling_client`; returns at once."""
-        self._ensure_open("create_sampling_client")
-        own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
-        return SamplingClient.create_future(
-            self._session,
-            model_path=model_path,
-            known_base_model=self._base_model if own else None,
-            retry_config=retry_config,
-            record_stability_info=record_stability_info,
-        )
-
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue having the server let go of this run, and close this client; return at once.
 
@@ -457,7 +242,7 @@ class TrainingClient(ChildClient):
         def send() -> UntypedFuture:
             return api.unload_model(self._session.transport, self.model_id)
 
-        unloaded = self._run.submit_unnumbered("unload", send, _reader(UnloadModelResponse))
+        unloaded = self._run.submit_unnumbered("unload", send, reader(UnloadModelResponse))
         self.close()
         return unloaded
 
@@ -514,30 +299,6 @@ class TrainingClient(ChildClient):
         reservation.bind(future)
         return future
 
-    def _load(
-        self, kind: str, path: str, optimizer: bool, token: Optional[str]
-    ) -> APIFuture[LoadWeightsResponse]:
-        check_tinker_path(path)
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.load_weights(
-                self._run.transport,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                path=path,
-                optimizer=optimizer,
-                weights_access_token=token,
-            )
-
-        return self._submit(kind, send, _reader(LoadWeightsResponse))
-
-    def _submit(
-        self, kind: str, send: Callable[[int], UntypedFuture], decode: Callable[[Reply], T]
-    ) -> APIFuture[T]:
-        """Queue one request."""
-        self._ensure_open(kind)
-        return self._run.submit(kind, send, decode)
-
 
 #: The official SDK's name of what creators return; here they return the client itself.
 BackcompatTrainingClientFuture = TrainingClient
@@ -545,19 +306,3 @@ BackcompatTrainingClientFuture = TrainingClient
 
 def _length(data: Sequence[Datum]) -> int:
     return sum(datum.model_input.length for datum in data)
-
-
-def _reader(answer: Type[W]) -> Callable[[Reply], W]:
-    return lambda reply: read(answer, reply, answer.__name__)
-
-
-def _sampler_reader(field: str) -> Callable[[Reply], SaveWeightsForSamplerResponse]:
-    """A reader that insists on one of the two optional fields."""
-
-    def decode(reply: Reply) -> SaveWeightsForSamplerResponse:
-        saved = read(SaveWeightsForSamplerResponse, reply, "save_weights_for_sampler")
-        if not getattr(saved, field):
-            raise ResponseDecodeError(f"save_weights_for_sampler: the answer has no {field}")
-        return saved
-
-    return decode

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Iterator, List
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("heartbeat", "session", "session_core", "session_link", "session_manager")
+MODULES = ("session.py", "session_manager.py", "sessions/*.py")
 LEVELS = {"info", "warning", "error", "log"}
 
 
 def log_formats() -> Iterator[str]:
     """The format of every message that a user may see."""
-    for name in MODULES:
-        tree = ast.parse((ROOT / "tinkex" / f"{name}.py").read_text(encoding="utf-8"))
+    for path in (path for pattern in MODULES for path in (ROOT / "tinkex").glob(pattern)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             called, _, level = ast.unparse(call.func).partition(".")
             if called == "logger" and level in LEVELS:
