@@ -1,8 +1,10 @@
-"""What holds for every test: no thread and no socket is left behind."""
+"""What holds for every test: no model hub is asked, no thread and no socket is left behind."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import signal
 import sys
 import threading
@@ -14,6 +16,17 @@ import pytest
 #: How long a stopped thread may take to leave.
 GRACE_S = 5.0
 
+# Read when huggingface_hub is imported.  Where nothing answers, it would try for a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if importlib.util.find_spec("hypothesis") is not None:  # it is not with the JSON-era client
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time, and no opinion of how fast the machine is.
+    settings.register_profile(
+        "steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("steady")
 
 # A background job of a shell ignores Ctrl-C, and its children would inherit that; ours are sent it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

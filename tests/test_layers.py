@@ -34,7 +34,7 @@ LAYERS = {
         "api auth dialect connection session session_manager poller futures telemetry",
         "sessions: session_table beat_queue session_link session_core heartbeat",
         "polling: poll_rules poll_loop pause_notices cancel_queue",
-        "polling: batch_ledger batch_patience batch_poller",
+        "polling: batch_ledger batch_patience batch_watch batch_poll batch_poller",
         "sampling: sample_gate sample_work",
         "training: training_run numbered_lane training_pass new_run",
     ],

@@ -125,6 +125,18 @@ def test_clients_stand_for_the_futures_of_themselves() -> None:
     assert tinkex.BackcompatSamplingClientFuture is tinkex.SamplingClient
 
 
+@pytest.mark.parametrize("client", ["ServiceClient", "TrainingClient", "SamplingClient"])
+def test_who_calls_a_coroutine_is_told_what_to_call(client: str) -> None:
+    cls = getattr(tinkex, client)
+    nobody = cls.__new__(cls)
+    name = METHODS[client].split()[0]
+    with pytest.raises(AttributeError, match=f"no coroutines in tinkex: call {name}[(][)]"):
+        getattr(nobody, f"{name}_async")
+    with pytest.raises(AttributeError, match=r"no attribute 'smaple'$"):
+        nobody.smaple  # noqa: B018
+    assert not hasattr(nobody, "__await__")
+
+
 def test_the_category_of_a_failure_equals_its_enum() -> None:
     error = tinkex.RequestFailedError("x", category="user")
     assert error.category == types.RequestErrorCategory.User

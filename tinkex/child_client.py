@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Optional, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Optional, Protocol, TypeVar
 
 from tinkex.errors import ClientClosedError
 from tinkex.session import Session
-from tinkex.telemetry import Reporter
+
+if TYPE_CHECKING:
+    from tinkex.telemetry import Reporter
 
 
 class Owner(Protocol):
@@ -24,7 +26,20 @@ C = TypeVar("C", bound="BaseClient[Any]")
 OwnerT = TypeVar("OwnerT", bound=Owner)
 
 
-class BaseClient(Generic[OwnerT]):
+class WithoutCoroutines:
+    """Says what to call instead of the ``*_async`` methods of the official SDK."""
+
+    if not TYPE_CHECKING:  # a checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            told = f"{type(self).__name__!r} object has no attribute {name!r}"
+            twin = name[: -len("_async")]
+            if name.endswith("_async") and hasattr(type(self), twin):
+                told += f"; there are no coroutines in tinkex: call {twin}()"
+            raise AttributeError(told)
+
+
+class BaseClient(WithoutCoroutines, Generic[OwnerT]):
     """A client that works in something that it need not own.
 
     It is also its own result: creators block and return clients, and ``result()`` on them lets

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import weakref
-from typing import Callable, List, Optional, TypeVar
+from typing import TYPE_CHECKING, Callable, List, Optional, TypeVar
 
 from tinkex import lifecycle
 from tinkex.config import Config
@@ -23,8 +23,10 @@ from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture
 from tinkex.poller import Poller
 from tinkex.server_flags import flags_for
-from tinkex.telemetry import open_reporter
 from tinkex.transport import Transport
+
+if TYPE_CHECKING:
+    from tinkex.telemetry import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,11 @@ class Connection:
         self.transport = Transport(at_first, closing=self._closing)
         self.transport.billing.find_limit_s = _billing_limit(self.transport)
         #: Reports failures, if that is wanted.
-        self.telemetry = open_reporter(config, f"sessionless-{uuid.uuid4()}")
+        self.telemetry: Optional[Reporter] = None
+        if config.telemetry:
+            from tinkex.telemetry import open_reporter  # most programs want none
+
+            self.telemetry = open_reporter(config, f"sessionless-{uuid.uuid4()}")
         report = None if self.telemetry is None else self.telemetry.operation_failed
         self._poller = Poller(self.transport, on_failure=report)
         self._background = WorkerPool("tinkex-rest", _WORKERS)

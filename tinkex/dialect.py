@@ -11,7 +11,7 @@ No threads of its own: it works in the lanes of training runs.
 from __future__ import annotations
 
 import os
-from typing import Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Tuple
 
 from tinkex import lifecycle
 from tinkex.api._optional import is_missing_route
@@ -22,21 +22,29 @@ from tinkex.retry import RetryPolicy
 from tinkex.server_memory import ServerDialect as ServerDialect, memory_of
 from tinkex.single_flight import SingleFlight
 from tinkex.transport import Transport
-from tinkex.types import ForwardBackwardRequest, UntypedFuture
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, Codec
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.compression import can_compress
-from tinkex.wire.json_codec import JSON
+
+if TYPE_CHECKING:
+    from tinkex.types import ForwardBackwardRequest, UntypedFuture
 
 #: What servers that cannot read a body answer: 415 or 422, 400 about decoding, or a plain 500.
 _UNREADABLE = (400, 415, 422, 500)
 
 
+# Imported by who trains, not by who samples.
+
+
+def _json() -> Codec:
+    return codec_for(JSON_CONTENT_TYPE)
+
+
 def _protobuf() -> Codec:
-    return codec_for(PROTOBUF_CONTENT_TYPE)  # imported by who trains, not by who samples
+    return codec_for(PROTOBUF_CONTENT_TYPE)
 
 
-_FORCED: Mapping[str, Callable[[], Codec]] = {"json": lambda: JSON, "protobuf": _protobuf}
+_FORCED: Mapping[str, Callable[[], Codec]] = {"json": _json, "protobuf": _protobuf}
 
 # The search for the encoding of a server, by process (a fork has no leader), base URL and key (an
 # account that cannot pay must not hold up another).  Guarded by lifecycle.module_lock().
@@ -132,7 +140,7 @@ class Dialect:
     ) -> UntypedFuture:
         """Submit what got the answer *first* as JSON; raise the answer that is about the batch."""
         try:
-            accepted = self._submit_as(JSON, transport, request, False)
+            accepted = self._submit_as(_json(), transport, request, False)
         except InvalidInputError as error:  # e.g. it has spans, which JSON cannot express
             first.hint = first.hint or f"It was not sent as JSON: {error.message}"
             raise first from error
@@ -143,9 +151,9 @@ class Dialect:
                     return self._submit_as(_protobuf(), transport, request, False)
                 raise _with_other(first, second) from second
             if first.status == 415:
-                self._memory.note_codec(JSON)
+                self._memory.note_codec(_json())
             raise _with_other(second, first) from first
-        self._memory.note_codec(JSON)
+        self._memory.note_codec(_json())
         return accepted
 
 
@@ -195,6 +203,8 @@ def _means_protobuf(request: ForwardBackwardRequest, answer: APIStatusError) -> 
 
 
 def _with_other(told: APIStatusError, other: APIStatusError) -> APIStatusError:
+    if other.status == 409:
+        return told  # it is about the number, which the first form has used up
     if other.body != told.body or other.status != told.status:
         told.hint = told.hint or f"Sent in the other encoding, the answer was: {other.message}"
     return told

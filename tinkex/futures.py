@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import itertools
 import logging
 import os
 import queue
@@ -29,12 +28,15 @@ U = TypeVar("U")
 _SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
 
 #: The longest pause between two notices about one wait, in seconds.
-_LONGEST_NOTICE_S = 300.0
+LONGEST_NOTICE_S = 300.0
 
 # The failures that nobody asked for, of futures that were collected.  A finalizer may run anywhere,
 # even inside a lock of logging, so it only puts them here; see `report_lost`.
 _lost: queue.SimpleQueue[Tuple[str, Optional[str], BaseException]] = queue.SimpleQueue()
 _reports_at_exit = False
+
+# Futures that a finalizer gave up, likewise; see `abandon`.
+_abandoned: queue.SimpleQueue[Sequence[APIFuture[Any]]] = queue.SimpleQueue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FutureStatus:
     Attributes:
         kind: the operation, e.g. ``"forward_backward"``.
         state: ``"queued"`` here, ``"submitting"``, ``"waiting"`` for the server, or ``"done"``.
-        since_s: seconds in this state.
+        since_s: seconds in this state; of what is done, in the one before and since.
         request_id: the server's id, once it has accepted the work.
         queue_state, queue_state_reason: what the server says about a pause, if anything.
         attempts: polls sent so far.
@@ -94,6 +96,7 @@ class APIFuture(Future[T], Generic[T]):
     """
 
     _heard = _read = True  # so of one that was never made whole
+    _cancel_was_seen = False
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class APIFuture(Future[T], Generic[T]):
         why_held_back: Optional[Callable[[], Optional[str]]] = None,
     ) -> None:
         super().__init__()
+        # There may be thousands, few of them waited for: the deque in its place takes 600 bytes.
+        self._condition._waiters = []  # type: ignore[attr-defined]
         self.kind = kind
         self._notice_after_s = notice_after_s
         self._run_callback = run_callback
@@ -113,7 +118,6 @@ class APIFuture(Future[T], Generic[T]):
         self._heard = self._read = False
         # Called once, when it is read or collected; may be called by a finalizer.
         self._on_read: Optional[Callable[[], None]] = None
-        self._cancels = itertools.count()  # next() on it is atomic
         self._children: Sequence[APIFuture[Any]] = ()
         # Written by one thread at a time (lane, then poller); read anywhere as plain values.
         self._request_id: Optional[str] = None
@@ -151,6 +155,11 @@ class APIFuture(Future[T], Generic[T]):
     def failed(self) -> bool:
         """Whether it is settled, and not with a result.  Does not block, nor count as reading."""
         return self.done() and (self.cancelled() or self._exception is not None)
+
+    @property
+    def entered(self) -> float:
+        """When it reached its state (monotonic)."""
+        return self._state_since
 
     @property
     def request_id(self) -> Optional[str]:
@@ -203,11 +212,17 @@ class APIFuture(Future[T], Generic[T]):
         A sample's place is free at once, and the server is told where it takes that; other work
         that it has accepted runs to its end.  What was not sent yet is not sent.  Waiters get
         CancelledError, callbacks are called; a result that still comes is thrown away.  Cancelling
-        a whole cancels its parts.
+        a whole cancels its parts.  In the child of a fork it does nothing, and returns False.
         """
+        if self._pid != os.getpid():
+            return False  # what waits for it, and its connection, are the parent's
         # super().cancel() is True for every caller of a cancelled future, and wait() and
         # as_completed() notice a cancel only once it is notified, which must happen just once.
-        if not super().cancel() or next(self._cancels) > 0:
+        if not super().cancel():
+            return False
+        with self._condition:
+            first, self._cancel_was_seen = not self._cancel_was_seen, True
+        if not first:
             return False
         self.set_running_or_notify_cancel()
         for child in self._children:
@@ -235,6 +250,7 @@ class APIFuture(Future[T], Generic[T]):
             self.set_result(value)
         except InvalidStateError:
             return False
+        self._forget_callbacks()
         return True
 
     def settle_error(self, error: BaseException) -> bool:
@@ -243,8 +259,13 @@ class APIFuture(Future[T], Generic[T]):
             self.set_exception(error)
         except InvalidStateError:
             return False
+        self._forget_callbacks()
         _report_at_exit()
         return True
+
+    def _forget_callbacks(self) -> None:
+        """They were called; whoever keeps the future is not to keep all that they refer to."""
+        self._done_callbacks.clear()  # type: ignore[attr-defined]
 
     def enter(self, state: str, request_id: Optional[str] = None) -> None:
         """Note that the operation has reached *state*."""
@@ -259,6 +280,10 @@ class APIFuture(Future[T], Generic[T]):
         It must be safe in finalizers: no lock, no logging.  For whoever makes the future.
         """
         self._on_read = fn
+
+    def uncount(self) -> None:
+        """Free its place among ``max_unread``: whoever asks for it keeps few, and reads them."""
+        self._call_on_read()
 
     def _note_read(self) -> None:
         if not self._read:
@@ -304,12 +329,50 @@ class APIFuture(Future[T], Generic[T]):
                     ) from None
                 if now >= notice_at:
                     logger.info("still waiting: %s", self.status())
-                    pause = min(pause * 2, _LONGEST_NOTICE_S)
+                    pause = min(pause * 2, LONGEST_NOTICE_S)
                     notice_at = now + pause
 
 
+def give_up(futures: Sequence[APIFuture[Any]]) -> None:
+    """Cancel *futures*, which nobody wants any more; what they failed with counts as read."""
+    for future in futures:
+        if not future.cancel() and future.done() and not future.cancelled():
+            future.exception()
+
+
+def abandon(futures: Sequence[APIFuture[Any]]) -> None:
+    """Like `give_up`, from a finalizer.
+
+    It may run at any time, and so while the thread holds a lock of ours: then they are only put
+    aside, for the next call of any client, the heartbeats or the exit.
+    """
+    if _inside_tinkex():
+        _abandoned.put(futures)
+        _report_at_exit()
+    else:
+        give_up(futures)
+
+
+def _inside_tinkex() -> bool:
+    """Whether whoever called our caller's caller, or any before, is code of ours."""
+    frame = sys._getframe(2).f_back
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("tinkex."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def report_lost() -> None:
-    """Log the errors that nobody asked for, of futures that were collected.  Thread-safe."""
+    """Log the errors that nobody asked for, of futures that were collected.  Thread-safe.
+
+    Cancel those that were abandoned, too.
+    """
+    while not _abandoned.empty():
+        try:
+            give_up(_abandoned.get_nowait())
+        except queue.Empty:  # another thread was faster
+            break
     while not _lost.empty():
         try:
             kind, request_id, error = _lost.get_nowait()

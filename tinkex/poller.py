@@ -22,11 +22,12 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from typing import Any, Callable, Deque, Dict, List, Optional, Set
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Set
 
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture, report_lost
+from tinkex.http.connection_errors import forget_frames
 from tinkex.http.private_channel import AnyChannel
 from tinkex.polling.batch_poller import BatchPoller
 from tinkex.polling.cancel_queue import CancelQueue
@@ -35,7 +36,9 @@ from tinkex.polling.poll_loop import Operation as Operation, PollLoop
 from tinkex.sampling.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
 from tinkex.server_flags import ServerFlags, flags_for, known_flags
 from tinkex.transport import Transport
-from tinkex.types import UntypedFuture
+
+if TYPE_CHECKING:
+    from tinkex.types import UntypedFuture
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,9 @@ class Poller:
             transport, self._poll_alone, self.fail, self._cancels, self._pauses
         )
         self._channels = OwnChannels(transport)
+        # One bound method each for all futures.
+        self._run_callback, self._why_held_back = self._callbacks.submit, transport.pressure.why
+        self._forget_it = self._forget
         # Guards _outstanding, _lanes and _closed.  Never held during I/O or while a
         # future is settled.
         self._lock = threading.Lock()
@@ -99,16 +105,20 @@ class Poller:
         future: APIFuture[Any] = APIFuture(
             kind,
             notice_after_s=self._config.notice_after_s,
-            run_callback=self._callbacks.submit,
-            why_held_back=pressure.why,
+            run_callback=self._run_callback,
+            why_held_back=self._why_held_back,
         )
         if counted:
             future.on_read(pressure.unread.leave)
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            self._outstanding.add(future)
-        future.on_settled(self._forget)
+        future.on_settled(self._forget_it)
+        try:
+            with self._lock:
+                if self._closed is not None:
+                    raise self._closed
+                self._outstanding.add(future)
+        except BaseException:  # Ctrl-C: nobody would settle it
+            self._forget(future)
+            raise
         return future
 
     def inflight(self) -> List[APIFuture[Any]]:
@@ -205,7 +215,7 @@ class Poller:
             if not work.accepted:
                 work.submit(stint)
             try:
-                self._poll(work.operation, stint.channel)
+                self._poll(work.operation, stint.channel, work.maybe_lost)
                 return
             except ResultExpiredError as lost:
                 work.note_lost(lost)
@@ -232,6 +242,9 @@ class Poller:
         # Before those who wait for it wake: they may close us at once.
         if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
+        if isinstance(error, TinkexError):
+            logger.debug("%s failed", future.kind, exc_info=error)
+            forget_frames(error)
         future.settle_error(error)
 
     def close(self, error: TinkexError) -> None:
@@ -292,6 +305,8 @@ class Poller:
                     del self._lanes[lane]
                     return
 
-    def _poll(self, operation: Operation[Any], channel: AnyChannel) -> None:
+    def _poll(
+        self, operation: Operation[Any], channel: AnyChannel, maybe_lost: bool = False
+    ) -> None:
         """Poll until the operation's future is settled by somebody, or raise its error."""
-        PollLoop(self._transport, operation, channel, self._pauses).run()
+        PollLoop(self._transport, operation, channel, self._pauses, maybe_lost=maybe_lost).run()

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import itertools
 import logging
 import random
 import secrets
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
 import orjson
 
+from tinkex import types
 from tinkex.api import sampling as api
 from tinkex.api.rest import get_weights_info
 from tinkex.child_client import ChildClient
@@ -32,35 +46,31 @@ from tinkex.sampling.sample_checks import (
     unsupported_by,
 )
 from tinkex.sampling.sample_gate import SampleGate
-from tinkex.sampling.sample_stream import Progress, SampleStream, sample_many
 from tinkex.sampling.sample_work import Target
 from tinkex.server_flags import ABSENT, flags_for
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
 from tinkex.single_flight import SingleFlight
 from tinkex.tokenizers import load_tokenizer
-from tinkex.training.new_run import wait_for_result
 from tinkex.transport import Reply
-from tinkex.types import (
-    CreateSamplingSessionResponse,
-    GetSamplerResponse,
-    ModelInput,
-    SampleRequest,
-    SampleResponse,
-    SamplingParams,
-    TensorData,
-    UntypedFuture,
-)
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.usage import Account, Reservation, Tokens
 from tinkex.wire.codecs import codec_for
 
+if TYPE_CHECKING:
+    from tinkex.sampling.sample_stream import Progress, SampleStream
+    from tinkex.types import (
+        GetSamplerResponse,
+        ModelInput,
+        SampleResponse,
+        SamplingParams,
+        TensorData,
+        UntypedFuture,
+    )
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-#: Samples may be asked for a logprob only; this draws one token and throws it away.
-_ONE_TOKEN = SamplingParams(max_tokens=1)
 
 #: A result that may take more than this, in bytes, is announced by its size first.
 _LARGE_BYTES = 1 << 20
@@ -111,6 +121,8 @@ class SamplingClient(ChildClient):
         clone: bool = False,
     ) -> None:
         super().__init__(session)
+        # What the first sample needs, now: a child forked during an import waits for it for ever.
+        importlib.import_module("tinkex.wire.json_codec")
         self.sampling_session_id = sampling_session_id
         self._base_model = base_model
         self._model_path = model_path
@@ -123,6 +135,8 @@ class SamplingClient(ChildClient):
         self._clone = 0  # of a clone, once it has joined, its number
         self._joining: SingleFlight[Iterator[int]] = SingleFlight()
         self._warned_of_nan = False
+        # That of the last request; one for thousands of them.
+        self._account = Account(f"sampler {sampling_session_id}", None, base_model)
 
     @classmethod
     def create_future(
@@ -154,9 +168,11 @@ class SamplingClient(ChildClient):
                 base_model=base_model,
                 model_path=model_path,
             )
-            if isinstance(created, UntypedFuture):
+            if isinstance(created, types.UntypedFuture):
+                from tinkex.training.new_run import wait_for_result
+
                 created = wait_for_result(
-                    session, "create_sampling_session", created, CreateSamplingSessionResponse
+                    session, "create_sampling_session", created, types.CreateSamplingSessionResponse
                 )
             return cls(
                 session,
@@ -201,10 +217,10 @@ class SamplingClient(ChildClient):
         The future raises RequestFailedError if the server rejects the request, and
         UnsupportedError if it is too old for what was asked and ignored it.
         """
-        request = SampleRequest(
+        request = types.SampleRequest(
             prompt=prompt,
             num_samples=num_samples,
-            sampling_params=sampling_params or SamplingParams(),
+            sampling_params=sampling_params or types.SamplingParams(),
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
@@ -253,6 +269,8 @@ class SamplingClient(ChildClient):
         Raises:
             InvalidInputError: an argument is wrong; of a bad prompt, *on_error* decides.
         """
+        from tinkex.sampling.sample_stream import sample_many
+
         self._ensure_open("sample_many")
         config = self._session.config
         if max_in_flight is None:
@@ -270,6 +288,7 @@ class SamplingClient(ChildClient):
             order=order,
             on_error=on_error,
             progress=progress,
+            notice_after_s=config.notice_after_s,
         )
 
     def compute_logprobs(
@@ -280,9 +299,9 @@ class SamplingClient(ChildClient):
         The result has one entry per token; the first, which nothing predicts, is None, and so are
         those before the last *prompt_logprobs_last_n* tokens.
         """
-        request = SampleRequest(
+        request = types.SampleRequest(
             prompt=prompt,
-            sampling_params=_ONE_TOKEN,
+            sampling_params=types.SamplingParams(max_tokens=1),  # thrown away
             prompt_logprobs=True,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             record_stability_info=self._record_stability_info,
@@ -373,7 +392,7 @@ class SamplingClient(ChildClient):
         )
 
     def _submit(
-        self, kind: str, request: SampleRequest, pick: Callable[[SampleResponse], T]
+        self, kind: str, request: types.SampleRequest, pick: Callable[[SampleResponse], T]
     ) -> APIFuture[T]:
         check_request(request)
         session = self._session
@@ -384,62 +403,41 @@ class SamplingClient(ChildClient):
         except BaseException:
             reservation.release()
             raise
-        reservation.bind(future)
-        sequence_ids: List[str] = []
+        try:
+            reservation.bind(future)
+            self._start(kind, request, pick, future, reservation)
+        except BaseException:  # Ctrl-C: nobody would settle it
+            future.cancel()
+            reservation.release()
+            raise
+        return future
 
-        def send(channel: AnyChannel) -> UntypedFuture:
-            pressure = session.transport.pressure
-            nbytes = pressure.sample_bytes(request.prompt.length)
-            try:
-                with pressure.samples.holding(nbytes, channel.stopped.is_set, future):
-                    accepted = api.asample(
-                        session.transport,
-                        sampling_session_id=self.sampling_session_id,
-                        seq_id=self._next_seq_id(),
-                        request=request,
-                        channel=channel,
-                    )
-            except UnprocessableEntityError as error:
-                unsupported = unsupported_by(error, request)
-                if unsupported is None:
-                    raise
-                raise unsupported from error
-            sequence_ids[:] = accepted.sample_sequence_ids or ()
-            return accepted
-
-        def decode(reply: Reply) -> T:
-            response = codec_for(reply.content_type).decode_samples(reply.body)
-            sampled = sum(len(sequence.tokens_np) for sequence in response.sequences)
-            reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
-            response = complete_response(response, request, sequence_ids)
-            if not self._warned_of_nan and has_unknown_logprobs(response, request):
-                self._warned_of_nan = True
-                logger.warning(
-                    "%s of %r: some logprobs are NaN, which usually means that the prompt holds "
-                    "token ids that the model does not have",
-                    kind,
-                    self,
-                )
-            return pick(response)
-
+    def _start(
+        self,
+        kind: str,
+        request: types.SampleRequest,
+        pick: Callable[[SampleResponse], T],
+        future: APIFuture[T],
+        reservation: Reservation,
+    ) -> None:
+        """Have *request* sent, in its turn, and *future* settled."""
+        poller = self._session.poller
+        call = _Call(self, kind, request, pick, future, reservation)
         operation = Operation(
             future,
-            decode,
+            call.decode,
             binary=True,
-            owner=f"sampler {self.sampling_session_id}",
+            owner=self._account.client,
             pause_grace_s=0.0,
             no_progress_timeout_s=self._no_progress_s,
             large=_may_be_large(request),
         )
         self._gate.enter(
             future,
-            lambda: session.poller.submit_sample(
-                operation, send, self._resubmit(kind), self._target
-            ),
+            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, self._target),
         )
-        return future
 
-    def _reserve(self, kind: str, request: SampleRequest) -> Reservation:
+    def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
         """Set aside, of the budget, the most that *request* may use."""
         ledger = self._session.ledger
         most_each = request.sampling_params.max_tokens
@@ -452,20 +450,10 @@ class SamplingClient(ChildClient):
             prefilled=request.prompt.length, sampled=request.num_samples * (most_each or 0)
         )
         model = self.get_base_model() if ledger.needs_model else self._base_model
-        account = Account(f"sampler {self.sampling_session_id}", self.usage_tag, model)
+        account = self._account
+        if account[1:] != (self.usage_tag, model):
+            account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
-
-    def _resubmit(self, kind: str) -> Callable[[int], Optional[float]]:
-        """When a sample whose result was lost is submitted again.  Called by its worker."""
-
-        def delay_s(times: int) -> Optional[float]:
-            delay = self._retries.delay_s(times, random.random())
-            asked = delay is not None and kind == "sample"
-            if asked and flags_for(self._session.transport).sample_no_retries:
-                return None
-            return delay
-
-        return delay_s
 
     def _target(self) -> Target:
         """Whose samples those are that were sent."""
@@ -502,11 +490,91 @@ class SamplingClient(ChildClient):
         return 1 + secrets.randbelow(CLONE_BLOCK)
 
 
+class _Call(Generic[T]):
+    """One request of a client, from its submission to its result.  For one thread at a time."""
+
+    __slots__ = (
+        "_client",
+        "_future",
+        "_kind",
+        "_pick",
+        "_request",
+        "_reservation",
+        "_sequence_ids",
+    )
+
+    def __init__(
+        self,
+        client: SamplingClient,
+        kind: str,
+        request: types.SampleRequest,
+        pick: Callable[[SampleResponse], T],
+        future: APIFuture[T],
+        reservation: Reservation,
+    ) -> None:
+        self._client = client
+        self._kind = kind
+        self._request = request
+        self._pick = pick
+        self._future = future
+        self._reservation = reservation
+        self._sequence_ids: Sequence[str] = ()
+
+    def send(self, channel: AnyChannel) -> UntypedFuture:
+        """Make a new request of it.  Blocks."""
+        client, request = self._client, self._request
+        transport = client._session.transport
+        pressure = transport.pressure
+        nbytes = pressure.sample_bytes(request.prompt.length)
+        try:
+            with pressure.samples.holding(nbytes, channel.stopped.is_set, self._future):
+                accepted = api.asample(
+                    transport,
+                    sampling_session_id=client.sampling_session_id,
+                    seq_id=client._next_seq_id(),
+                    request=request,
+                    channel=channel,
+                )
+        except UnprocessableEntityError as error:
+            unsupported = unsupported_by(error, request)
+            if unsupported is None:
+                raise
+            raise unsupported from error
+        self._sequence_ids = accepted.sample_sequence_ids or ()
+        return accepted
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result."""
+        client, request = self._client, self._request
+        response = codec_for(reply.content_type).decode_samples(reply.body)
+        sampled = sum(sequence.length for sequence in response.sequences)
+        self._reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
+        response = complete_response(response, request, self._sequence_ids)
+        if not client._warned_of_nan and has_unknown_logprobs(response, request):
+            client._warned_of_nan = True
+            logger.warning(
+                "%s of %r: some logprobs are NaN, which usually means that the prompt holds "
+                "token ids that the model does not have",
+                self._kind,
+                client,
+            )
+        return self._pick(response)
+
+    def resubmit_after(self, times: int) -> Optional[float]:
+        """After how many seconds to send it again if its result was lost; None is never."""
+        client = self._client
+        delay = client._retries.delay_s(times, random.random())
+        asked = delay is not None and self._kind == "sample"
+        if asked and flags_for(client._session.transport).sample_no_retries:
+            return None
+        return delay
+
+
 #: The official SDK's name of what creators return; here they return the client itself.
 BackcompatSamplingClientFuture = SamplingClient
 
 
-def _may_be_large(request: SampleRequest) -> bool:
+def _may_be_large(request: types.SampleRequest) -> bool:
     """Whether the result may take so much memory that its size should be asked for first."""
     tokens = request.num_samples * (request.sampling_params.max_tokens or _UNLIMITED)
     values = tokens * (2 + 2 * request.topk_sample_logprobs)

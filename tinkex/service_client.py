@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Type
 
-from tinkex.api import rest
+from tinkex import types
+from tinkex.child_client import WithoutCoroutines
 from tinkex.config import Config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
@@ -17,30 +18,26 @@ from tinkex.sampling_client import SamplingClient
 from tinkex.server_memory import ServerDialect
 from tinkex.session import STATUSES, Session
 from tinkex.session_manager import SessionManager, default_manager
-from tinkex.telemetry import Reporter
-from tinkex.training.batch_checks import check_ttl
-from tinkex.training.custom_loss import LossHandle, PerDatumLossFn
-from tinkex.training.loss_registry import LossRegistry
-from tinkex.training.run_factory import RunFactory
-from tinkex.training_client import TrainingClient
-from tinkex.types import (
-    GetServerCapabilitiesResponse,
-    LoraConfig,
-    OptimizerConfig,
-)
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.types.console import session_url
 from tinkex.usage import Usage
 
+# What a program may never need is imported where it is used.
 if TYPE_CHECKING:
     from tinkex.rest_client import RestClient
+    from tinkex.telemetry import Reporter
+    from tinkex.training.custom_loss import LossHandle, PerDatumLossFn
+    from tinkex.training.loss_registry import LossRegistry
+    from tinkex.training.run_factory import RunFactory
+    from tinkex.training_client import TrainingClient
+    from tinkex.types import GetServerCapabilitiesResponse, OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
 UserMetadata = Optional[Mapping[str, str]]
 
 
-class ServiceClient:
+class ServiceClient(WithoutCoroutines):
     """A session on a Tinker server, and the clients made from it.  Thread-safe.
 
     Constructing it blocks until the server has created the session; from then on a heartbeat
@@ -83,8 +80,6 @@ class ServiceClient:
         if config is not None and any(value is not None for value in settings.values()):
             raise InvalidInputError("give either config or single settings, not both")
         self._session = Session(config or Config.resolve(**settings), manager or default_manager())
-        self._runs = RunFactory(self._session)
-        self._losses = LossRegistry(self._session)
         self._server: Any = None
 
     @classmethod
@@ -124,6 +119,20 @@ class ServiceClient:
             raise
         client._server = server
         return client
+
+    @property
+    def _runs(self) -> RunFactory:
+        from tinkex.training.run_factory import RunFactory
+
+        return RunFactory(self._session)
+
+    @property
+    def _losses(self) -> LossRegistry:
+        from tinkex.training.loss_registry import LossRegistry
+
+        fresh = LossRegistry(self._session)
+        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
+        return registry
 
     @property
     def session_id(self) -> str:
@@ -170,8 +179,8 @@ class ServiceClient:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
         A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
-        computed here prefills and trains.  Work that the server has accepted counts in full if its
-        result was cancelled or lost, since it may have been done.
+        computed here prefills and trains.  Work that the server has accepted, or that is being
+        submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
         """
         self._session.ensure_not_forked("usage")
         return self._session.ledger.snapshot()
@@ -222,7 +231,7 @@ class ServiceClient:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; returns at once."""
-        lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
         return self._runs.fresh(base_model, lora, user_metadata, optimizer)
 
     def create_training_client_from_state(
@@ -353,6 +362,9 @@ class ServiceClient:
 
         The future raises RouteMissingError where the server has no such route.
         """
+        from tinkex.api import rest
+        from tinkex.training.batch_checks import check_ttl
+
         check_tinker_path(path)
         check_ttl(ttl_seconds)
 
@@ -374,7 +386,7 @@ class ServiceClient:
     def create_rest_client(self) -> RestClient:
         """Return a client for runs, checkpoints and sessions.  Does not block."""
         self._session.ensure_open("create_rest_client")
-        from tinkex.rest_client import RestClient  # most programs only train and sample
+        from tinkex.rest_client import RestClient
 
         return RestClient(self._session)
 

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from typing import Any, Callable, List, Optional, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, TypeVar
 
 from tinkex import lifecycle
 from tinkex.config import Config
@@ -31,9 +31,11 @@ from tinkex.futures import APIFuture
 from tinkex.poller import Poller
 from tinkex.server_flags import flags_for
 from tinkex.session_manager import SessionManager
-from tinkex.telemetry import Reporter, open_reporter
 from tinkex.transport import Transport
 from tinkex.usage import Ledger
+
+if TYPE_CHECKING:
+    from tinkex.telemetry import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,11 @@ class Session:
             self.transport = Transport(config, closing=self._closing)
             self.transport.billing.find_limit_s = _billing_limit(self.transport)
             #: Reports on the session, if that is wanted.
-            self.telemetry: Optional[Reporter] = open_reporter(config, session_id)
+            self.telemetry: Optional[Reporter] = None
+            if config.telemetry:
+                from tinkex.telemetry import open_reporter  # most programs want none
+
+                self.telemetry = open_reporter(config, session_id)
             report = None if self.telemetry is None else self.telemetry.operation_failed
             self.poller = Poller(self.transport, self.explain, report)
             self._background = WorkerPool("tinkex-create", 8, idle_s=1.0)
@@ -246,7 +252,9 @@ class Session:
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked.  The manager, which is closed after us, tells the server."""
-        self._join(self._stop_work(), time.monotonic() + min(timeout_s, 0.5))
+        pools = self._stop_work()
+        self.poller.say_goodbye(time.monotonic() + min(timeout_s / 2, 0.25))
+        self._join(pools, time.monotonic() + min(timeout_s / 2, 0.5))
         if self.telemetry is not None:
             self.telemetry.close(min(timeout_s / 2, 0.5), ended=not self._borrowed)
         self._finalizer.detach()

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
-from typing import Callable, List, Optional, Type
+from typing import TYPE_CHECKING, Callable, List, Optional, Type
 
 from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
@@ -31,7 +31,11 @@ from tinkex.sessions.session_core import (
 )
 from tinkex.sessions.session_link import HTTPLink, LinkFactory
 from tinkex.sessions.session_table import HeartbeatPolicy, SessionSnapshot
-from tinkex.types import CreateSessionResponse
+
+if TYPE_CHECKING:
+    from tinkex.types import CreateSessionResponse
+
+    _Arrival = Future[CreateSessionResponse]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +44,6 @@ _GRACE_S = 3.0
 
 #: close waits this long for threads once everything is broken off, in seconds.
 _LINGER_S = 1.0
-
-_Arrival = Future[CreateSessionResponse]
 
 
 class SessionManager:

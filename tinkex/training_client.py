@@ -18,7 +18,7 @@ from tinkex.tokenizers import load_tokenizer
 from tinkex.training.batch_checks import check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
-from tinkex.training.pipeline import Pipeline, Schedule
+from tinkex.training.pipeline import Pipeline, Schedule, submit_step
 from tinkex.training.run_checkpoints import RunCheckpoints, reader
 from tinkex.types import (
     AdamParams,
@@ -138,10 +138,11 @@ class TrainingClient(RunCheckpoints):
         check_custom_batch(batch, loss_fn)
         self._ensure_open("forward_backward_custom")
 
+        def task(future: APIFuture[ForwardBackwardOutput]) -> None:
+            CustomPass(self._run, future, batch, loss_fn)()
+
         def submit() -> APIFuture[ForwardBackwardOutput]:
-            future: APIFuture[ForwardBackwardOutput]
-            future = self._run.new_future("forward_backward_custom", counted=True)
-            return self._run.queue(future, CustomPass(self._run, future, batch, loss_fn))
+            return self._run.queue("forward_backward_custom", task)
 
         length = _length(batch)
         return self._metered("forward_backward_custom", Tokens(length, prefilled=length), submit)
@@ -161,14 +162,21 @@ class TrainingClient(RunCheckpoints):
         """
         if (optim_params is None) == (adam_params is None):
             raise InvalidInputError("give optim_step one set of parameters, such as AdamParams()")
-        params = optim_params_to_wire(adam_params if optim_params is None else optim_params)
+        return self._optim_step(adam_params if optim_params is None else optim_params)
+
+    def _optim_step(
+        self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
+    ) -> APIFuture[OptimStepResponse]:
+        """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
+        params = optim_params_to_wire(optim_params)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.optim_step(
                 self._run.transport, model_id=self.model_id, seq_id=seq_id, params=params
             )
 
-        return self._submit("optim_step", send, reader(OptimStepResponse))
+        self._ensure_open("optim_step")
+        return self._run.submit("optim_step", send, reader(OptimStepResponse), after=after)
 
     def train_step(
         self,
@@ -179,12 +187,20 @@ class TrainingClient(RunCheckpoints):
     ) -> TrainStep:
         """Submit `forward_backward` and `optim_step` together, and wait for both.
 
-        One waiting time instead of two.  Blocks; raises the first failure.
+        One waiting time instead of two.  Blocks; raises the first failure.  If the pass cannot be
+        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; what
+        was is done by the server.
         """
         optim_params_to_wire(adam_params)  # before the pass is sent
-        forward_backward = self.forward_backward(data, loss_fn, loss_fn_config)
-        optim = self.optim_step(adam_params)
-        return TrainStep(forward_backward.result(), optim.result())
+        step = submit_step(
+            lambda: self.forward_backward(data, loss_fn, loss_fn_config),
+            lambda passed: self._optim_step(adam_params, passed),
+        )
+        try:
+            return TrainStep(step.forward_backward.result(), step.optim.result())
+        except BaseException:
+            step.cancel_if_unsent()
+            raise
 
     def pipeline(
         self,
@@ -228,7 +244,7 @@ class TrainingClient(RunCheckpoints):
 
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
-        return Pipeline(forward_backward, self.optim_step, batches, schedule, depth)
+        return Pipeline(forward_backward, self._optim_step, batches, schedule, depth)
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue having the server let go of this run, and close this client; return at once.
@@ -291,12 +307,15 @@ class TrainingClient(RunCheckpoints):
             self.get_info()
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
         reservation = ledger.reserve(kind, account, most)
+        future: Optional[APIFuture[T]] = None
         try:
             future = submit()
-        except BaseException:
+            reservation.bind(future)
+        except BaseException:  # Ctrl-C too
+            if future is not None:
+                future.cancel()
             reservation.release()
             raise
-        reservation.bind(future)
         return future
 
 

@@ -34,7 +34,7 @@ from tinkex.flow.pressure import Pressure
 from tinkex.flow.rate_limiter import limiter_for
 from tinkex.http.billing import BillingPause
 from tinkex.http.channel import Channel
-from tinkex.http.connection_errors import connection_error
+from tinkex.http.connection_errors import connection_error, forget_frames
 from tinkex.http.content_coding import ACCEPT_ENCODING
 from tinkex.http.deprecations import note_deprecation
 from tinkex.http.private_channel import AnyChannel, PrivateChannel
@@ -318,6 +318,7 @@ class Transport:
                     raise error
             level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
+            request.keep_body()
             self._wait(delay, request, channel)
             self.recorder.count("retries")
 
@@ -399,6 +400,7 @@ class Transport:
             raise ClientClosedError(
                 f"the client was closed while {request.name} was under way"
             ) from error
+        forget_frames(error)  # a hundred lines of urllib3's before the one that tells the reason
         raise connection_error(self.config, request, error, self.redact) from error
 
     def drop_idle(self) -> None:

@@ -170,11 +170,15 @@ class Ledger:
 
     def _reserve(self, what: str, account: Account, most: Tokens) -> Reservation:
         reservation = Reservation(self, account, most)
-        with self._lock:
-            if self.budget is not None:
-                self._check(what, account.model, most, self.budget)
-            _add(self._reserved, account.model, most, 1)
-            self._open[reservation] = None
+        try:
+            with self._lock:
+                if self.budget is not None:
+                    self._check(what, account.model, most, self.budget)
+                _add(self._reserved, account.model, most, 1)
+                self._open[reservation] = None
+        except BaseException:  # Ctrl-C: nobody would know of it
+            reservation.release()
+            raise
         return reservation
 
     def _check(self, what: str, model: Optional[str], most: Tokens, budget: Budget) -> None:

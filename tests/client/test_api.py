@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tracemalloc
 from datetime import datetime, timezone
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -743,6 +744,17 @@ def test_not_found_carries_the_route(mocked: responses.RequestsMock, transport: 
 def test_numpy_goes_out_as_json() -> None:
     body = {"a": np.arange(3, dtype=np.int32), "b": np.float64(0.5), "c": np.int64(7)}
     assert json.loads(encode(body)) == {"a": [0, 1, 2], "b": 0.5, "c": 7}
+
+
+def test_a_body_takes_no_more_memory_than_it_is_long() -> None:
+    tracemalloc.start(1)
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        bodies = [encode({"tokens": list(range(1000, 1100))}) for _ in range(10)]
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2 * sum(map(len, bodies))
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, 2**70, {3: "x"}, "\ud800"])

@@ -244,6 +244,33 @@ def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -
     assert "the results of max_unread = 1 futures were not read" in caplog.text
 
 
+def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Whether another thread will read cannot be known, so it is no error."""
+    limit = unread(1, notice_after_s=0.002)
+
+    def submit_two() -> None:
+        limit.enter("sample")
+        limit.enter("sample")
+
+    with caplog.at_level(logging.WARNING, "tinkex.flow.backpressure"):
+        alone = threading.Thread(target=submit_two, name="alone", daemon=True)
+        alone.start()
+        wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+        assert "Only this thread, alone, has submitted any" in caplog.text
+        assert "it waits for itself, for ever. Read some with result()" in caplog.text
+        assert alone.is_alive()
+        limit.leave()  # another thread reads after all
+        alone.join(PATIENCE_S)
+        assert not alone.is_alive()
+        caplog.clear()
+        with ThreadPoolExecutor(1) as pool:
+            third = pool.submit(limit.enter, "sample")
+            wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+            limit.leave()
+            third.result(PATIENCE_S)
+        assert "for ever" not in caplog.text  # two threads submit: another one can read
+
+
 def test_closing_ends_every_wait_for_reads() -> None:
     limit = unread(1)
     limit.enter("sample")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tinkex.errors import InvalidInputError
+from tinkex.training import batch_checks
 from tinkex.training.batch_checks import check_batch, check_ttl
 from tinkex.types import Datum, ImageChunk, ModelInput
 
@@ -42,6 +43,34 @@ def test_a_bad_batch_is_named(data: Any, part: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         check_batch(data, "cross_entropy")
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 99])
+def test_a_number_that_is_none_is_found_among_many(at: int) -> None:
+    data = [datum(weights=[1.0] * 3, target_tokens=[1, 2, 3]) for _ in range(100)]
+    data[at] = datum(weights=[1.0, 1.0, float("-inf")], target_tokens=[1, 2, 3])
+    with pytest.raises(InvalidInputError, match=rf"data\[{at}\]: .*'weights' holds -inf .* 2"):
+        check_batch(data, "cross_entropy")
+
+
+def test_numbers_beside_an_image_are_looked_at() -> None:
+    chunks = [*ModelInput.from_ints([1, 2]).chunks, ImageChunk(b"x", "png")]
+    mixed = Datum(ModelInput(chunks), {"weights": [1.0, float("nan")]})
+    with pytest.raises(InvalidInputError, match="holds nan at position 1"):
+        check_batch([mixed], "cross_entropy")
+
+
+def test_a_loss_input_that_seems_misspelt_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_checks, "_others", set())
+    misspelt = datum(target_tokens=[2, 3, 4], weight=[1.0] * 3)
+    for _ in range(2):
+        check_batch([misspelt] * 2, "cross_entropy")
+    check_batch([datum(target_tokens=[2, 3, 4], mask=[1.0] * 3)], "my_loss")
+    (told,) = caplog.messages
+    assert "'weight'" in told
+    assert "is 'weights' meant" in told
 
 
 @pytest.mark.parametrize("loss_fn", ["", None, 3])

@@ -7,15 +7,27 @@ import os
 import threading
 import time
 from concurrent.futures import CancelledError
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator
 
 import pytest
+from support.batch_routes import (
+    BATCH,
+    CANCEL,
+    NEVER,
+    POLL,
+    SAMPLER,
+    at_last,
+    bodies,
+    done,
+    open_poller,
+    sample,
+    shut,
+    wants_batches,
+)
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
-from support.transports import open_transport
 
 from tinkex import ServiceClient, types
-from tinkex.api._call import read
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -23,106 +35,34 @@ from tinkex.errors import (
     NoProgressError,
     OperationTimeoutError,
 )
-from tinkex.flow import crew
 from tinkex.futures import APIFuture
-from tinkex.http.private_channel import AnyChannel
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.poller import Operation, Poller
-from tinkex.polling import batch_poller, poll_rules
+from tinkex.polling import batch_poll, batch_poller, poll_rules
 from tinkex.polling.batch_ledger import Ledger
-from tinkex.sampling.sample_work import SampleWork, Target
-from tinkex.transport import Reply
-from tinkex.types import SaveWeightsResponse, UntypedFuture
+from tinkex.sampling.sample_work import SampleWork
+from tinkex.types import UntypedFuture
 
-CONFIG = "POST /api/v1/client/config"
-POLL = "POST /api/v1/retrieve_future"
-BATCH = "POST /api/v1/retrieve_futures"
-CANCEL = "POST /api/v1/cancel_future"
 TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_sampler_id": 7}
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
-    monkeypatch.setattr(batch_poller, "REPORT_AFTER_S", 0.01)
+    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
 
 
 @pytest.fixture
 def batches(server: ScriptedServer) -> ScriptedServer:
-    """A server with the flag, whose results are their own request ids."""
-    server.on(CONFIG, Answer(body={"sample_use_retrieve_futures": True}))
-    server.on(POLL, lambda received: Answer(body={"path": received.json()["request_id"]}))
+    wants_batches(server)
     return server
 
 
 @pytest.fixture
 def poller(batches: ScriptedServer) -> Iterator[Poller]:
     yield from open_poller(batches)
-
-
-def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
-    with open_transport(server, **settings) as transport:
-        made = Poller(transport)
-        yield made
-        shut(made)
-
-
-def shut(poller: Poller) -> None:
-    poller._transport.closing.set()
-    poller.close(ClientClosedError("the client was closed"))
-    poller._transport.abort()
-    poller.say_goodbye(time.monotonic() + PATIENCE_S)
-    assert poller.join(time.monotonic() + PATIENCE_S) == []
-
-
-def done(*names: str, cursor: int, size: int = 10) -> Answer:
-    completions = [
-        {"state": "finished", "request_id": name, "response_payload_uncompressed_size": size}
-        for name in names
-    ]
-    return Answer(body={"completions": completions, "cursor": cursor})
-
-
-def at_last(*answers: Any) -> Tuple[Any, ...]:
-    """*answers*, and then nothing new, to the one who waits as to the one who only reports."""
-
-    def nothing(received: Received) -> Answer:
-        body = received.json()
-        answer = done(cursor=body["prev_cursor"])
-        return answer if "timeout" in body else dataclasses.replace(answer, hold=NEVER)
-
-    return (*answers, nothing)
-
-
-NEVER = threading.Event()
-
-
-def sample(
-    poller: Poller,
-    name: str,
-    before: Optional[threading.Event] = None,
-    no_progress_s: Optional[float] = None,
-) -> APIFuture[Any]:
-    """A sample, accepted under *name* once *before* is set."""
-    future: APIFuture[Any] = poller.new_future("sample")
-
-    def send(channel: AnyChannel) -> UntypedFuture:
-        if before is not None:
-            assert before.wait(PATIENCE_S)
-        return UntypedFuture(name)
-
-    def decode(reply: Reply) -> str:
-        return read(SaveWeightsResponse, reply, "sample").path
-
-    operation = Operation(future, decode, binary=True, no_progress_timeout_s=no_progress_s)
-    poller.submit_sample(operation, send, target=lambda: Target("sampler", 7))
-    return future
-
-
-def bodies(server: ScriptedServer, route: str) -> List[Dict[str, Any]]:
-    return [received.json() for received in server.requests(route)]
 
 
 # The course of things
@@ -159,9 +99,9 @@ def test_one_poll_waits_for_all_and_what_was_fetched_is_reported(
 def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poller: Poller) -> None:
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
-    watch = poller._batches._watches[Target("sampler", 7)]
-    wait_until(lambda: not watch.polled, "nobody polls")
-    assert watch.ledger.at_rest
+    watch = poller._batches._watches[SAMPLER]
+    wait_until(lambda: not watch._polled, "nobody polls")
+    assert watch._ledger.at_rest
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
 
@@ -281,7 +221,7 @@ def test_a_lost_result_goes_the_other_way(batches: ScriptedServer, poller: Polle
     future: APIFuture[Any] = poller.new_future("sample")
     operation = Operation(future, lambda reply: reply.json()["path"], binary=True)
     poller.submit_sample(
-        operation, lambda c: UntypedFuture("a"), lambda times: 0.001, lambda: Target("sampler", 7)
+        operation, lambda c: UntypedFuture("a"), lambda times: 0.001, lambda: SAMPLER
     )
     assert future.result(PATIENCE_S) == "again"
 
@@ -297,33 +237,13 @@ def test_limits_of_time_hold(batches: ScriptedServer) -> None:
         assert isinstance(error, NoProgressError)
 
 
-# Threads
-
-
-def test_there_are_more_threads_where_the_server_is_far_and_this_process_idle() -> None:
-    made = crew.Crew("tinkex-crew")
-
-    def after(request_s: float, cpu_s: float) -> Optional[int]:
-        """What is wanted after so many requests, which took so long and so much CPU together."""
-        since_s, spent_s = made._since_s, made._cpu_s
-        ended = since_s + 1.0
-        notes = [made._note(ended - request_s, ended, spent_s + cpu_s) for _ in range(crew.FEW)]
-        assert notes[:-1] == [None] * (crew.FEW - 1)
-        return notes[-1]
-
-    assert after(0.0005, cpu_s=0.01) == crew.FEWEST
-    assert after(0.0305, cpu_s=0.01) == 30
-    assert after(0.5, cpu_s=0.01) == crew.MOST
-    assert after(0.0305, cpu_s=0.9) == crew.FEWEST
-
-
 # The end
 
 
 def test_close_wakes_all_at_once_and_says_what_was_fetched(
     batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_poller, "REPORT_AFTER_S", PATIENCE_S)
+    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", PATIENCE_S)
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     left = sample(poller, "never")
@@ -390,7 +310,7 @@ def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
         names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-sample")]
         assert [len(f.result(PATIENCE_S).sequences[0].tokens) for f in futures] == [2] * 500
         assert names == []
-        ledgers = [w.ledger for w in client._session.poller._batches._watches.values()]
+        ledgers = [w._ledger for w in client._session.poller._batches._watches.values()]
         wait_until(lambda: all(ledger.at_rest for ledger in ledgers), "all was reported")
         kept = [hosted._backend.futures.wait(f.request_id or "", 0) for f in futures]
         assert kept == [None] * 500

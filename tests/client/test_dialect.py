@@ -255,6 +255,16 @@ def test_two_like_answers_are_told_once(transport: Transport, server: ScriptedSe
     assert str(caught.value).count("loss 'x'") == 1
 
 
+def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(ROUTE, Answer(400, {"detail": "loss 'x' is unknown"}), Answer(409))
+    with pytest.raises(BadRequestError, match="loss 'x'") as caught:
+        Dialect(transport.config).submit(transport, batch())
+    assert encodings(server) == ["x-protobuf", "json"]
+    assert caught.value.hint is None
+
+
 # Many at once
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor
 from typing import Any, Callable, Iterator, List
 
@@ -387,6 +388,21 @@ def test_a_wait_in_the_child_of_a_fork_ends_with_the_reason(
         future.result()
 
 
+def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, whole = new("part"), new("whole")
+    gather(whole, [part], lambda results: results)
+    settled: List[Any] = []
+    part.on_settled(settled.append)  # would break off the parent's poll
+    parent = os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: parent + 1)
+        assert not part.cancel()
+        assert not whole.cancel()
+    assert settled == []
+    part.settle(1)
+    assert whole.result(PATIENCE_S) == [1]
+
+
 # Errors that nobody asks for
 
 
@@ -532,6 +548,28 @@ def test_a_script_that_never_asked_is_told_at_exit() -> None:
     assert "save_state failed, and nobody asked for its outcome: ValueError: disk full" in (
         ended.stderr
     )
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("settle", [lambda f: f.settle(1), lambda f: f.settle_error(ValueError())])
+def test_a_settled_future_lets_go_of_what_was_told(settle: Callable[[Any], bool]) -> None:
+    class Listener:
+        told = 0
+
+        def hear(self, future: Any) -> None:
+            self.told += 1
+
+    listener, future = Listener(), new()
+    gone = weakref.ref(listener)
+    future.on_settled(listener.hear)
+    assert settle(future)
+    assert listener.told == 1
+    del listener
+    gc.collect()
+    assert gone() is None
+    future.exception()
 
 
 # Pickling

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,3 +101,57 @@ def test_during_construction(server: ScriptedServer) -> None:
     server.wait_for("POST /api/v1/create_session")
     # A session that may still arrive is waited for, a second at most.
     assert_only_a_traceback(interrupt(process, within_s=2.5))
+
+
+SAMPLE = """
+import sys
+import threading
+from tinkex import ServiceClient, types
+
+service = ServiceClient(base_url=sys.argv[1])
+sampler = service.create_sampling_client(base_model="base")
+futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(int(sys.argv[2]))]
+print("waiting", flush=True)
+if sys.argv[3] == "with":
+    with service:
+        futures[0].result()
+futures[0].result()
+"""
+
+
+@pytest.mark.parametrize("style", ["with", "bare"])
+def test_while_hundreds_of_samples_wait_through_the_batch_poller(
+    server: ScriptedServer, style: str
+) -> None:
+    routes = TinkerRoutes(server)
+    routes.serve("client/config", Answer(body={"sample_use_retrieve_futures": True}))
+    routes.serve("retrieve_futures", Answer(hold=threading.Event()))
+    process = run_until_waiting(SAMPLE, server.url, "300", style)
+    server.wait_for("POST /api/v1/asample", 300)
+    server.wait_for("POST /api/v1/retrieve_futures")
+    assert_only_a_traceback(interrupt(process, within_s=2.0))
+    assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
+
+
+UNREAD = """
+import logging
+import sys
+from tinkex import ServiceClient, types
+
+class Told(logging.Handler):
+    def emit(self, record):
+        assert "it waits for itself, for ever" in record.getMessage()
+        print("waiting", flush=True)
+
+logging.getLogger("tinkex.flow.backpressure").addHandler(Told())
+service = ServiceClient(base_url=sys.argv[1], max_unread=2, notice_after_s=0.05)
+sampler = service.create_sampling_client(base_model="base")
+futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(3)]
+"""
+
+
+def test_while_the_only_thread_waits_for_itself_to_read(server: ScriptedServer) -> None:
+    routes = TinkerRoutes(server)
+    process = run_until_waiting(UNREAD, server.url)
+    assert_only_a_traceback(interrupt(process, within_s=2.0))
+    assert len(routes.submitted("asample")) == 2

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any, Iterator, List
 
 import numpy as np
 import pytest
-from support.scripted_server import Answer, Received, ScriptedServer
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
+from tinkex.errors import (
+    BackpressureError,
+    BadRequestError,
+    ClientClosedError,
+    InvalidInputError,
+    RequestFailedError,
+)
 from tinkex.futures import APIFuture
 from tinkex.training.pipeline import Pipeline
 
@@ -142,7 +149,8 @@ def test_what_was_not_sent_is_cancelled(
         first = next(passes, None)
         if first is not None:
             return first(received)
-        return Answer(hold=let_go)  # step 1 stays in the lane's hands
+        # Step 1 stays in the lane's hands.
+        return dataclasses.replace(routes.accept_pass(received), hold=let_go)
 
     routes.serve("forward_backward", accept_pass)
 
@@ -155,15 +163,18 @@ def test_what_was_not_sent_is_cancelled(
     pipeline = run.pipeline(Batches(), "cross_entropy", ADAM, depth=3)
     with pytest.raises(RequestFailedError, match="step 0"):
         next(pipeline)
-    # Of step 1 the pass was sent, its optimizer step was not, and nothing of step 2.
+    # Of step 1 the pass was sent, its optimizer step will be, and nothing of step 2.
     wait_until(
-        lambda: [future.kind for future in scripted.inflight()] == ["forward_backward"],
+        lambda: (
+            sorted(future.kind for future in scripted.inflight())
+            == ["forward_backward", "optim_step"]
+        ),
         "the optimizer step of step 0 is done",
     )
     let_go.set()
-    pipeline.close()
+    assert [step.index for step in pipeline.drain()] == [1]
     assert len(server.requests(PASS)) == 2
-    assert len(server.requests(STEP)) == 1
+    assert len(server.requests(STEP)) == 2
 
 
 def test_an_interrupted_step_can_be_waited_for(
@@ -266,3 +277,71 @@ def test_of_a_closed_client(scripted: ServiceClient, run: TrainingClient) -> Non
         list(pipeline)
     with pytest.raises(ClientClosedError):
         run.pipeline([], "cross_entropy", ADAM)
+
+
+# A single step
+
+
+def test_no_optimizer_step_without_its_pass(
+    server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
+) -> None:
+    routes.serve("forward_backward", Answer(400, {"detail": "no such luck"}))
+    with pytest.raises(BadRequestError, match="no such luck"):
+        run.train_step(batch(0), "cross_entropy", ADAM)
+    with pytest.raises(BadRequestError, match="It was step 0"):
+        next(run.pipeline(map(batch, range(1)), "cross_entropy", ADAM))
+    routes.serve("forward_backward", routes.accept_pass)
+    assert run.train_step(batch(0), "cross_entropy", ADAM).optim.metrics
+    assert len(server.requests(STEP)) == 1
+
+
+def test_a_step_takes_one_place_among_unread_futures(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as client:
+        run = client.create_lora_training_client("base")
+        assert run.train_step(batch(0), "cross_entropy", ADAM).optim.metrics
+        steps = run.pipeline(map(batch, range(4)), "cross_entropy", ADAM, depth=3)
+        assert [step.index for step in steps] == [0, 1, 2, 3]
+        unread = run.save_state("a")
+        with pytest.raises(BackpressureError):
+            run.train_step(batch(0), "cross_entropy", ADAM)
+        assert unread.result(PATIENCE_S)
+    assert len(server.requests(PASS)) == 5
+
+
+def test_an_interrupted_step_that_was_not_sent_is_cancelled(
+    server: ScriptedServer,
+    scripted: ServiceClient,
+    routes: TinkerRoutes,
+    run: TrainingClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    let_go = threading.Event()
+    routes.serve("save_weights", lambda r: dataclasses.replace(routes.accept(r), hold=let_go))
+    saved = run.save_state("a")  # the lane is busy with it
+
+    def interrupted(future: APIFuture[Any], timeout: Any = None) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(APIFuture, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.train_step(batch(0), "cross_entropy", ADAM)
+    assert scripted.inflight() == [saved]
+    let_go.set()
+    assert saved.result(PATIENCE_S).path
+    assert server.requests(PASS) == server.requests(STEP) == []
+
+
+def test_what_cannot_be_queued_is_not_in_flight(
+    scripted: ServiceClient, run: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(task: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._run._lane._lane, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train_step(batch(0), "cross_entropy", ADAM)
+    assert scripted.inflight() == []
+    assert sum(scripted.usage().reserved) == 0

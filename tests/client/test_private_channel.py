@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
+import numpy as np
 import pytest
 import requests
 from hypothesis import given, settings, strategies as st
@@ -17,6 +18,7 @@ from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedSer
 from tinkex.config import Config
 from tinkex.http.private_channel import MAX_HEAD_BYTES, PrivateChannel
 from tinkex.http.request import Reply
+from tinkex.wire.parts import Parts
 
 PATIENCE = (5.0, 5.0)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -123,6 +125,19 @@ def test_one_connection_serves_many_requests() -> None:
     assert [len(r.partition(b"\r\n\r\n")[2]) for r in server.requests] == [
         n * 100_000 for n in range(5)
     ]
+
+
+@pytest.mark.parametrize("first", [0, 10, 100_000])
+def test_a_body_in_parts(first: int) -> None:
+    array = np.arange(50_000)
+    parts = Parts([[b"x" * first], [array, b"y"], []], first + array.nbytes + 1)
+    with RawServer(OK) as server:
+        connection = opened(server.url)
+        connection.request("POST", server.url + "/p", headers={}, body=parts, timeout=PATIENCE)
+        connection.close()
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    assert head.endswith(b"Content-Length: %d" % (first + 400_001))
+    assert body == b"x" * first + array.tobytes() + b"y"
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"

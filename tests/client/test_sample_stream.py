@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
-from support.threads import wait_until
+from support.threads import race, wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
-from tinkex import Budget, SamplingClient, ServiceClient, types
+from tinkex import Budget, RetryConfig, SamplingClient, ServiceClient, types
 from tinkex.errors import (
     BackpressureError,
     BudgetExceededError,
@@ -21,6 +23,7 @@ from tinkex.errors import (
     RequestFailedError,
 )
 from tinkex.sampling import sample_stream
+from tinkex.sampling.sample_stream import Sampled, SampleStream
 
 PARAMS = types.SamplingParams(max_tokens=2, seed=1)
 ASAMPLE = "POST /api/v1/asample"
@@ -186,6 +189,43 @@ def test_a_loop_that_is_left_cancels(
     assert scripted.inflight() == []
 
 
+def test_one_that_is_collected_inside_our_code_is_cancelled_later(
+    sampler: SamplingClient, held: Held
+) -> None:
+    """The collector may run in a thread that holds a lock which a cancel takes."""
+    poller = sampler._session.poller
+    cycle: List[Any] = [sampler.sample_many(Counted(), max_in_flight=3)]
+    cycle.append(cycle)
+    held.finish(0)
+    assert next(cycle[0]).index == 0
+    held.finish(1)
+    gc.collect()
+    del cycle
+    ours = {"__name__": "tinkex.any", "lock": poller._lock, "collect": gc.collect}
+    race(lambda: exec("with lock: collect()", ours))
+    held.finish(2)  # for the next call
+    assert sampler.sample(prompt(2)).result(PATIENCE_S)
+    wait_until(lambda: poller.inflight() == [], "the others are cancelled")
+
+
+def test_a_long_wait_explains_itself(
+    server: ScriptedServer, routes: TinkerRoutes, held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tinkex")
+    with ServiceClient(base_url=server.url, notice_after_s=0.01) as client:
+        sampler = client.create_sampling_client(base_model="base")
+
+        def told() -> int:
+            return caplog.text.count("sample_many: still waiting for 2 samples; the oldest is ")
+
+        with sampler.sample_many(prompts(2)) as stream, ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            wait_until(lambda: told() >= 2, "it is told, and told again")
+            held.finish(0)
+            assert first.result(PATIENCE_S).index == 0
+    assert "sample: waiting for 0 s, request asample-" in caplog.text
+
+
 def test_another_thread_may_close_it(sampler: SamplingClient, held: Held) -> None:
     stream = sampler.sample_many(Counted(), max_in_flight=3)
     with ThreadPoolExecutor(1) as pool:
@@ -215,6 +255,42 @@ def test_an_interrupt_cancels(
     assert source.taken == 3
     assert scripted.inflight() == []
     assert list(stream) == []
+
+
+def test_an_interrupted_call_leaves_nothing_behind(
+    server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ServiceClient(base_url=server.url, budget=Budget(tokens=100)) as client:
+        sampler = client.create_sampling_client(
+            base_model="base", retry_config=RetryConfig(max_connections=1)
+        )
+
+        def interrupted(*work: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client._session.poller, "submit_sample", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(sampler.sample_many(prompts(3), PARAMS))
+        assert client.inflight() == []
+        assert client.usage().reserved == (0, 0, 0)
+        assert len(list(sampler.sample_many(prompts(3), PARAMS))) == 3  # its place is free
+
+
+def test_in_the_child_of_a_fork(
+    sampler: SamplingClient, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = sampler.sample_many(prompts(2), max_in_flight=2)
+    held.finish(0)
+    assert next(stream).index == 0
+    parent = os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: parent + 1)
+        with pytest.raises(ClientClosedError, match="parent process of a fork"):
+            next(stream)
+        stream.close()
+    held.finish(1)
+    assert [one.index for one in stream] == [1]
 
 
 def test_threads_share_it(service: ServiceClient) -> None:
@@ -364,6 +440,36 @@ def test_progress_is_told(sampler: SamplingClient, held: Held) -> None:
     ):
         pass
     assert told == [(1, 0, 3), (2, 1, 3), (3, 1, 3)]
+
+
+def test_progress_may_close_it(sampler: SamplingClient) -> None:
+    def stop_after_two(done: int, failed: int, total: Optional[int]) -> None:
+        if done == 2:
+            stream.close()
+
+    source = Counted()
+    stream = sampler.sample_many(source, max_in_flight=3, progress=stop_after_two)
+    assert len(drained(stream)) == 2
+    assert source.taken <= 5
+    assert sampler._session.poller.inflight() == []
+
+
+def test_the_prompts_may_close_it(sampler: SamplingClient, routes: TinkerRoutes) -> None:
+    def three() -> Iterator[types.ModelInput]:
+        yield from prompts(3)
+        stream.close()
+        yield prompt(3)
+
+    stream = sampler.sample_many(three(), max_in_flight=1)
+    assert len(drained(stream)) == 3
+    assert len(routes.submitted("asample")) == 3
+
+
+def drained(stream: SampleStream) -> List[Sampled]:
+    """What is left of *stream*; fails if it hangs."""
+    (found,) = race(lambda: list(stream))
+    assert isinstance(found, list)
+    return found
 
 
 def test_the_total_of_a_generator_is_unknown(sampler: SamplingClient) -> None:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 import pytest
 from support.threads import PATIENCE_S, race, wait_until
@@ -257,6 +257,38 @@ def test_a_pool_with_threads_makes_do_with_them(
         pool.submit(ran.set)
     release.set()
     assert ran.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_ctrl_c_while_a_thread_starts_leaves_a_lane_in_order(
+    pools: List[WorkerPool], monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    start = threading.Thread.start
+    made: List[threading.Thread] = []
+
+    def interrupted(self: threading.Thread) -> None:
+        if started:
+            start(self)
+            made.append(self)
+        raise KeyboardInterrupt
+
+    pool = WorkerPool("tinkex-test-interrupted", 1)
+    pools.append(pool)
+    ran: List[Any] = []
+    done = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(lambda: ran.append("interrupted"))
+    for number in range(20):
+        pool.submit(lambda number=number: ran.append((number, threading.get_ident())))
+    pool.submit(done.set)
+    assert done.wait(PATIENCE_S)
+    assert [number for number, _ in ran] == list(range(20))
+    assert len({thread for _, thread in ran}) == 1
+    for thread in made:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:

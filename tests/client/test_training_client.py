@@ -34,6 +34,7 @@ from tinkex.errors import (
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
+from tinkex.wire.proto_codec import PROTOBUF
 
 ADAM = types.AdamParams(learning_rate=0.01)
 
@@ -708,6 +709,27 @@ def test_the_number_of_a_request_without_an_answer_is_used_again(
         trainer.optim_step(ADAM).result(PATIENCE_S)
         trainer.save_state("a").result(PATIENCE_S)
     assert routes.seq_ids()[:1] + routes.seq_ids()[lost:] == [1, 2, 3]
+
+
+def test_a_lost_batch_is_sent_again_as_it_was_though_its_arrays_are_used_again(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
+        trainer = service.create_lora_training_client("base")
+        trainer.forward_backward([datum()], "cross_entropy").result(PATIENCE_S)
+        batch = datum(1)
+        targets = batch.loss_fn_inputs["target_tokens"].values
+        routes.serve("forward_backward", Answer(drop=True))
+        with pytest.raises(APIConnectionError):
+            trainer.forward_backward([batch], "cross_entropy").result(PATIENCE_S)
+        targets[:] = 7  # the batch has failed: its owner is free to
+        routes.serve("forward_backward", routes.accept_pass)
+        trainer.forward_backward([batch], "cross_entropy").result(PATIENCE_S)
+    _first, *lost, again, new = server.requests("POST /api/v1/forward_backward")
+    assert {received.body for received in lost} == {again.body}
+    seven = PROTOBUF.decode_forward_backward(new.body)
+    assert seven.data == [batch]
+    assert seven.seq_id == 3
 
 
 def test_a_number_that_the_server_has_after_all_is_passed_over(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -47,8 +47,9 @@ def logprobs(*values: Optional[float]) -> Dict[str, Any]:
 # Cutting
 
 
-def sizes(chunks: List[List[types.Datum]]) -> List[int]:
-    return [len(chunk) for chunk in chunks]
+def sizes(chunks: List[Tuple[List[types.Datum], int]]) -> List[int]:
+    assert all(nbytes == sum(d.nbytes for d in chunk) for chunk, nbytes in chunks)
+    return [len(chunk) for chunk, _ in chunks]
 
 
 def test_a_batch_is_cut_by_what_the_server_takes() -> None:
@@ -71,8 +72,8 @@ def test_bodies_keep_to_the_limit_in_either_encoding(length: int) -> None:
     flags = ServerFlags(fwdbwd_max_chunk_bytes_count=limit)
     for codec in (JSON, PROTOBUF):
         chunks = cut(data, flags, codec)
-        assert sum(map(len, chunks)) == 10
-        for chunk in chunks:
+        assert sum(sizes(chunks)) == 10
+        for chunk, _ in chunks:
             request = types.ForwardBackwardRequest("m" * 50, 1, chunk, "cross_entropy")
             envelope = types.ForwardBackwardRequest("m" * 50, 1, [], "cross_entropy")
             body = codec.encode_forward_backward(request)

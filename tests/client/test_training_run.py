@@ -186,10 +186,11 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
     strict = Strict(routes)
     run = trainer._run
     bad = trainer.forward_backward([datum()], "bad")
-    future = run.new_future("waiting task")
-    run.queue(
-        future,
-        lambda: future.settle(run.run_pass("forward_backward", [datum()], "cross_entropy", {})),
+    future = run.queue(
+        "waiting task",
+        lambda waiting: waiting.settle(
+            run.run_pass("forward_backward", [datum()], "cross_entropy", {})
+        ),
     )
     assert len(future.result(PATIENCE_S).loss_fn_outputs) == 1
     assert isinstance(bad.exception(PATIENCE_S), RequestFailedError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import pickle
@@ -12,6 +13,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, List
 
+import numpy as np
 import pytest
 from support.clocks import ManualClock
 from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, ScriptedServer
@@ -31,6 +33,7 @@ from tinkex.errors import (
 from tinkex.http import billing, channel as channel_module, content_coding
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
+from tinkex.wire.parts import Parts
 
 KEY = "tml-secret-4711"
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')
@@ -122,6 +125,30 @@ def test_all_attempts_carry_the_same_body_and_idempotency_key(
     assert sent(server)[5].headers["x-idempotency-key"] not in {
         a.headers["x-idempotency-key"] for a in attempts
     }
+
+
+@pytest.mark.parametrize("own_connection", [False, True])
+def test_a_retry_sends_what_was_sent_whoever_writes_to_its_arrays(
+    transport: Transport,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    own_connection: bool,
+) -> None:
+    array = np.arange(100_000)
+    body = Parts([[b"head", array], [b"tail"]], 8 + array.nbytes)
+    sent_first = bytes(body)
+    if own_connection:
+        transport = transport.watched(lambda request: request)
+
+    def write(delay_s: float, *ignored: Any) -> None:
+        if delay_s > 0:
+            array[:] = -1
+
+    monkeypatch.setattr(transport, "_wait", write)
+    server.on(route(), Answer(503), Answer(drop=True), Answer())
+    transport.send(dataclasses.replace(SUBMIT, body=body), QUICK)
+    assert [received.body for received in sent(server)] == [sent_first] * 3
+    assert array[0] == -1
 
 
 def test_a_plain_500_then_a_reset_on_the_kept_connection_is_survived(

@@ -18,7 +18,7 @@ from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 
 import tinkex as library
-from tinkex import checkpoints, types
+from tinkex import types
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_a_checkpoint_that_does_not_exist_leaves_nothing(server: Server, saved: 
 
 def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypatch):
     hub = FakeHub()
-    monkeypatch.setattr(checkpoints, "_hub", lambda: hub)
+    monkeypatch.setattr("tinkex.transfer.hub._hub", lambda: hub)
     done = tinkex(
         "-f", "json", "checkpoint", "push-hf", saved, "-r", "me/model", "--public",
         "--revision", "v1", "--commit-message", "hello", "--allow-pattern", "*.json",

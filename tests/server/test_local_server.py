@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -305,6 +306,28 @@ class Task:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+def test_all_connections_that_wait_are_accepted_in_one_round() -> None:
+    begun, connected, looked = threading.Event(), threading.Event(), threading.Event()
+    accepted = []
+
+    def accept_once() -> None:  # in the thread that accepts
+        begun.set()
+        assert connected.wait(20)
+        server._http.handle_accept()
+        accepted.append(len(server._http.active_channels))
+        looked.set()
+
+    with LocalServer(DeterministicEngine()) as server, contextlib.ExitStack() as clients:
+        server._http.trigger.pull_trigger(accept_once)
+        assert begun.wait(20)
+        for _ in range(20):
+            address = ("127.0.0.1", server._port)
+            clients.enter_context(socket.create_connection(address, timeout=20))
+        connected.set()
+        assert looked.wait(20)
+    assert accepted == [20]
 
 
 def test_http_threads_grow_with_the_load_up_to_their_cap() -> None:

@@ -55,9 +55,8 @@ def connect(server: SessionServer) -> Iterator[Callable[..., ServiceClient]]:
 
 
 @pytest.fixture
-def unused_port() -> int:
-    """A port nothing listens on."""
+def unused_port() -> Iterator[int]:
+    """A port nothing listens on, nor can while the test runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        yield probe.getsockname()[1]

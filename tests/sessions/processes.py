@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -80,6 +82,7 @@ class Script:
             stderr=subprocess.PIPE,
             env=environ,
             text=True,
+            start_new_session=True,
         )
         running.append(self)
 
@@ -88,9 +91,10 @@ class Script:
         self._process.send_signal(number)
 
     def kill(self) -> Tuple[str, str]:
-        """End it by force; return what it wrote."""
+        """End it by force, and its children, which hold the pipes too; return what it wrote."""
         running.remove(self)
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.communicate()
 
     def wait(self) -> Ended:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from sessions.processes import Script
-from sessions.session_server import BEAT, POLL, SessionServer
+from sessions.session_server import BEAT, CAPABILITIES, POLL, SessionServer
+from support.scripted_server import Answer, Received
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 
@@ -114,18 +115,28 @@ join(pid)
 def test_req_23_a_child_that_exits_first_leaves_the_parents_session_alone(
     server: SessionServer, tmp_path: Path
 ) -> None:
+    def answer_after_a_beat(_: Received) -> Answer:
+        server.wait_for(BEAT, len(server.requests(BEAT)) + 1)
+        return Answer(body={"supported_models": []})
+
+    # The interval is also how long a heartbeat may take, before its connection is given up.
     body = """
-with connect() as service:
+with connect(heartbeat_interval_s=1.0) as service:
     sampler = service.create_sampling_client(base_model="m")
-    sample(sampler)  # connections are open
+    sample(sampler)
+    service.get_server_capabilities()  # answered after a heartbeat: connections are open
     pid = os.fork()
     if pid == 0:
         sys.exit(7)  # leaves the with block, and the exit hooks run
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     service.create_sampling_client(base_model="m")
+    service.get_server_capabilities()
     print(sample(sampler), len(service.inflight()))
 """
-    assert run(server, tmp_path, body) == "[7] 0\n"
+    server.serve_work()
+    server.on(CAPABILITIES, answer_after_a_beat)
+    ended = Script(tmp_path, body, server.url).wait()
+    assert (ended.code, ended.out, ended.err) == (0, "[7] 0\n", "")
     assert server.reasons() == ["success"]
     server.assert_ended_once()
     # The child must not have broken the parent's connections off.

@@ -127,7 +127,7 @@ def test_chunks_go_through_json(chunk):
 
 
 def test_the_json_form_of_text_holds_the_buffer_itself():
-    chunk = EncodedTextChunk([1, 2])
+    chunk = EncodedTextChunk(np.int32([1, 2]))
     encoded = ModelInput([chunk]).to_json()
     assert encoded["chunks"][0]["tokens"] is chunk.tokens_np
 

@@ -8,6 +8,7 @@ import pytest
 
 from tinkex.errors import InvalidInputError
 from tinkex.types import TensorData
+from tinkex.types.tensor_data import first_where
 
 
 @pytest.mark.parametrize(
@@ -218,3 +219,18 @@ def test_a_torch_table_becomes_sparse_if_that_is_smaller():
     for bad, pad in ((torch.zeros(3), 0), (torch.zeros(2, 2), 0.5), (torch.zeros(2, 2), True)):
         with pytest.raises(InvalidInputError):
             TensorData.from_torch_sparse(bad, pad)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, 40_000])
+@pytest.mark.parametrize("at", [None, 0, 1, 31, 32, 33, 79])
+def test_the_first_array_with_such_an_element(length, at):
+    arrays = [np.zeros(length + 1, np.float32) for _ in range(80)]
+    if at is not None:
+        arrays[at][-1] = np.nan
+        arrays[79][0] = np.nan
+    assert first_where(np.isnan, arrays) == at
+
+
+def test_no_arrays_have_no_such_element():
+    assert first_where(np.isnan, []) is None
+    assert first_where(np.isnan, [np.float32([])] * 3) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -148,7 +149,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.shape, plain(value.tolist()))
     if hasattr(value, "__dataclass_fields__"):
-        return (type(value).__name__, {name: plain(item) for name, item in vars(value).items()})
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return (type(value).__name__, plain(fields))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

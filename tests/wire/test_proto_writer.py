@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, List
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from tinkex.types import (
     SampledProvenanceSpan,
     TensorData,
 )
-from tinkex.wire import tinker_public_pb2 as pb
+from tinkex.wire import proto_writer, tinker_public_pb2 as pb
 from tinkex.wire.proto_writer import _varint, forward_backward_request
 
 
@@ -89,7 +89,9 @@ def put_tensor(message: Any, tensor: TensorData) -> None:
 
 @given(requests)
 def test_it_writes_what_the_library_writes(request: ForwardBackwardRequest) -> None:
-    written, expected = forward_backward_request(request), by_the_library(request)
+    parts, expected = forward_backward_request(request), by_the_library(request)
+    written = bytes(parts)
+    assert len(parts) == len(written)
     # Equal but for the order of map entries, which the library does not promise.
     assert len(written) == expected.ByteSize()
     assert pb.ForwardBackwardRequest.FromString(written) == expected
@@ -122,5 +124,38 @@ def test_the_arrays_are_not_changed_and_may_be_read_only() -> None:
     datum = Datum(
         ModelInput((EncodedTextChunk(tokens),)), {"w": TensorData(np.ones(3, np.float32))}
     )
-    first = forward_backward_request(ForwardBackwardRequest("m", 1, [datum], "x", {}))
-    assert first == forward_backward_request(ForwardBackwardRequest("m", 1, [datum], "x", {}))
+    request = ForwardBackwardRequest("m", 1, [datum], "x", {})
+    first = forward_backward_request(request)
+    assert bytes(first) == bytes(forward_backward_request(request)) == bytes(first)
+
+
+def test_examples_share_blocks_of_a_size_that_is_worth_a_system_call() -> None:
+    def blocks(count: int, length: int) -> List[int]:
+        one = Datum(ModelInput.from_ints(np.zeros(length, np.int32)), {})
+        parts = forward_backward_request(ForwardBackwardRequest("m", 1, [one] * count, "x"))
+        assert sum(map(len, parts)) == len(parts)
+        return [len(block) for block in parts]
+
+    assert len(blocks(0, 1)) == len(blocks(100, 10)) == 1
+    assert [size >> 20 for size in blocks(1000, 1024)] == [1, 1, 1, 0]  # a little over 1 MiB
+    assert [size >> 10 for size in blocks(3, 300_000)] == [1171] * 3
+
+
+def test_arrays_of_the_other_byte_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = TensorData([5.0], "float32", (2, 2), [0, 0, 1], [1])
+    datum = Datum(ModelInput.from_ints([1, 2]), {"a": np.float32([1, 2]), "b": sparse})
+    request = ForwardBackwardRequest("m", 1, [datum], "x", {})
+    native = bytes(forward_backward_request(request))
+    monkeypatch.setattr(proto_writer, "_LITTLE", False)
+    assert bytes(forward_backward_request(request)) == native
+
+
+def test_more_than_protobuf_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    datum = Datum(ModelInput.from_ints([1, 2]), {})
+    request = ForwardBackwardRequest("m", 1, [datum] * 9, "x", {})
+    size = len(forward_backward_request(request))
+    monkeypatch.setattr(proto_writer, "_MAX_BODY", size)
+    assert len(forward_backward_request(request)) == size
+    monkeypatch.setattr(proto_writer, "_MAX_BODY", size - 1)
+    with pytest.raises(InvalidInputError, match=f"{size} bytes is more than"):
+        forward_backward_request(request)

@@ -6,44 +6,42 @@ Every function blocks, and raises RouteMissingError where the server does not ha
 from __future__ import annotations
 
 from datetime import date, datetime, timezone
-from typing import Any, Mapping, Optional, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Type, TypeVar
 
+from tinkex import types
 from tinkex.api._call import get
 from tinkex.api._optional import optional_route
 from tinkex.transport import Transport
-from tinkex.types import (
-    AuditLogResponse,
-    BillingUsageResponse,
-    CurrentCheckpointStorageUsageResponse,
-)
-from tinkex.types._wire import Wire
 
-W = TypeVar("W", bound=Wire)
+if TYPE_CHECKING:
+    from tinkex.types._wire import Wire
+
+W = TypeVar("W", bound="Wire")
 
 
 def get_audit_log(
     transport: Transport, *, event_type: str = "all", day: Optional[date] = None
-) -> AuditLogResponse:
+) -> types.AuditLogResponse:
     """``GET audit``; may be answered by another host, which gets no credentials."""
     query = {"event_type": event_type, "day": None if day is None else day.isoformat()}
-    return _get(transport, "audit", AuditLogResponse, query)
+    return _get(transport, "audit", types.AuditLogResponse, query)
 
 
 def get_billing_usage(
     transport: Transport, *, starting_on: datetime, ending_before: datetime
-) -> BillingUsageResponse:
+) -> types.BillingUsageResponse:
     """``GET billing/usage/events``; the times are whole hours."""
     query = {"starting_on": _rfc3339(starting_on), "ending_before": _rfc3339(ending_before)}
-    return _get(transport, "billing/usage/events", BillingUsageResponse, query)
+    return _get(transport, "billing/usage/events", types.BillingUsageResponse, query)
 
 
 def get_current_checkpoint_storage_usage(
     transport: Transport, *, project_id: Optional[str] = None
-) -> CurrentCheckpointStorageUsageResponse:
+) -> types.CurrentCheckpointStorageUsageResponse:
     """``GET billing/usage/checkpoints/current``."""
     route = "billing/usage/checkpoints/current"
     query = {"project_id": project_id}
-    return _get(transport, route, CurrentCheckpointStorageUsageResponse, query)
+    return _get(transport, route, types.CurrentCheckpointStorageUsageResponse, query)
 
 
 def _get(transport: Transport, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Callable, Mapping, Optional
 from urllib.parse import urljoin
 
+from tinkex import types
 from tinkex.api._call import read
 from tinkex.api._optional import optional_route
 from tinkex.api.rest import archive_request
@@ -19,7 +20,6 @@ from tinkex.errors import APIConnectionError, APIError, ClientClosedError, Respo
 from tinkex.http.channel import Channel
 from tinkex.retry import RetryPolicy, retry_after_s
 from tinkex.transport import Reply, Request, Transport
-from tinkex.types import CheckpointArchiveUrlResponse
 from tinkex.types._wire import parse_datetime
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def get_checkpoint_archive_url(
     *,
     pause: Optional[Pause] = None,
     channel: Optional[Channel] = None,
-) -> CheckpointArchiveUrlResponse:
+) -> types.CheckpointArchiveUrlResponse:
     """``GET .../archive``: the signed URL, in a redirect that is not followed or in a body.
 
     Blocks while the server builds the archive: six answers of 503, some minutes in all.  *pause*
@@ -99,7 +99,9 @@ def _until_closed(transport: Transport) -> Pause:
     return pause
 
 
-def _read(transport: Transport, request: Request, reply: Reply) -> CheckpointArchiveUrlResponse:
+def _read(
+    transport: Transport, request: Request, reply: Reply
+) -> types.CheckpointArchiveUrlResponse:
     if reply.status >= 300:
         location = reply.headers.get("location")
         if not location:
@@ -107,8 +109,8 @@ def _read(transport: Transport, request: Request, reply: Reply) -> CheckpointArc
                 f"{request.name} answered {reply.status} without a Location", status=reply.status
             )
         url = urljoin(transport.config.base_url + request.path, location)
-        return CheckpointArchiveUrlResponse(url, _expires(reply.headers))
-    return read(CheckpointArchiveUrlResponse, reply, request.name)
+        return types.CheckpointArchiveUrlResponse(url, _expires(reply.headers))
+    return read(types.CheckpointArchiveUrlResponse, reply, request.name)
 
 
 def _expires(headers: Mapping[str, str]) -> Optional[datetime]:

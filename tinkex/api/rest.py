@@ -5,28 +5,18 @@ Every function blocks, and raises RouteMissingError where the server does not ha
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Type, TypeVar, Union
 
+from tinkex import types
 from tinkex.api._call import call, encode, get, post, read, segment
 from tinkex.api._optional import optional_route
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
-from tinkex.types import (
-    CheckpointsListResponse,
-    CopyWeightsResponse,
-    ExternalWeightsUrlsResponse,
-    GetSessionResponse,
-    ListSessionsResponse,
-    SessionSearchRequest,
-    SessionSearchResponse,
-    SessionTraceExport,
-    TrainingRun,
-    TrainingRunsResponse,
-    WeightsInfoResponse,
-)
-from tinkex.types._wire import Wire
 
-W = TypeVar("W", bound=Wire)
+if TYPE_CHECKING:
+    from tinkex.types._wire import Wire
+
+W = TypeVar("W", bound="Wire")
 
 _API = "/api/v1/"
 _CHECKPOINT = "training_runs/{id}/checkpoints/{checkpoint}"
@@ -65,7 +55,7 @@ def _change(
 
 def list_training_runs(
     transport: Transport, *, limit: int, offset: int, access_scope: str, project_id: Optional[str]
-) -> TrainingRunsResponse:
+) -> types.TrainingRunsResponse:
     """``GET training_runs``."""
     query = {
         "limit": limit,
@@ -73,27 +63,27 @@ def list_training_runs(
         "access_scope": access_scope,
         "project_id": project_id,
     }
-    return _list(transport, "training_runs", TrainingRunsResponse, query)
+    return _list(transport, "training_runs", types.TrainingRunsResponse, query)
 
 
-def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> TrainingRun:
+def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> types.TrainingRun:
     """``GET training_runs/{id}``."""
     with optional_route(transport, "GET training_runs/{id}"):
-        return get(transport, _run(run_id), TrainingRun, {"access_scope": access_scope})
+        return get(transport, _run(run_id), types.TrainingRun, {"access_scope": access_scope})
 
 
-def list_checkpoints(transport: Transport, run_id: str) -> CheckpointsListResponse:
+def list_checkpoints(transport: Transport, run_id: str) -> types.CheckpointsListResponse:
     """``GET training_runs/{id}/checkpoints``."""
     with optional_route(transport, "GET training_runs/{id}/checkpoints"):
-        return get(transport, f"{_run(run_id)}/checkpoints", CheckpointsListResponse)
+        return get(transport, f"{_run(run_id)}/checkpoints", types.CheckpointsListResponse)
 
 
 def list_user_checkpoints(
     transport: Transport, *, limit: int, offset: int
-) -> CheckpointsListResponse:
+) -> types.CheckpointsListResponse:
     """``GET checkpoints``."""
     query = {"limit": limit, "offset": offset}
-    return _list(transport, "checkpoints", CheckpointsListResponse, query)
+    return _list(transport, "checkpoints", types.CheckpointsListResponse, query)
 
 
 def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
@@ -123,18 +113,18 @@ def set_checkpoint_ttl(
 
 def get_external_weights_urls(
     transport: Transport, run_id: str, checkpoint_id: str
-) -> ExternalWeightsUrlsResponse:
+) -> types.ExternalWeightsUrlsResponse:
     """``GET .../external_weights_urls``; only for ``external_weights/<name>``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/external_weights_urls"
     with optional_route(transport, f"GET {_CHECKPOINT}/external_weights_urls"):
-        return get(transport, path, ExternalWeightsUrlsResponse)
+        return get(transport, path, types.ExternalWeightsUrlsResponse)
 
 
-def get_weights_info(transport: Transport, tinker_path: str) -> WeightsInfoResponse:
+def get_weights_info(transport: Transport, tinker_path: str) -> types.WeightsInfoResponse:
     """``POST weights_info``."""
     body = {"tinker_path": tinker_path}
     with optional_route(transport, "POST weights_info"):
-        return post(transport, f"{_API}weights_info", body, WeightsInfoResponse)
+        return post(transport, f"{_API}weights_info", body, types.WeightsInfoResponse)
 
 
 def copy_weights(
@@ -144,7 +134,7 @@ def copy_weights(
     destination_project_id: Optional[str] = None,
     ttl_seconds: Optional[int] = None,
     weights_access_token: Optional[str] = None,
-) -> CopyWeightsResponse:
+) -> types.CopyWeightsResponse:
     """``POST copy_weights``; all its attempts have one idempotency key, so it copies once."""
     fields = {
         "source_path": source_path,
@@ -162,22 +152,24 @@ def copy_weights(
     )
     with optional_route(transport, "POST copy_weights"):
         policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
-        return read(CopyWeightsResponse, transport.send(request, policy), request.name)
+        return read(types.CopyWeightsResponse, transport.send(request, policy), request.name)
 
 
 def list_sessions(
     transport: Transport, *, limit: int, offset: int, access_scope: str
-) -> ListSessionsResponse:
+) -> types.ListSessionsResponse:
     """``GET sessions``."""
     query = {"limit": limit, "offset": offset, "access_scope": access_scope}
-    return _list(transport, "sessions", ListSessionsResponse, query)
+    return _list(transport, "sessions", types.ListSessionsResponse, query)
 
 
-def get_session(transport: Transport, session_id: str, *, access_scope: str) -> GetSessionResponse:
+def get_session(
+    transport: Transport, session_id: str, *, access_scope: str
+) -> types.GetSessionResponse:
     """``GET sessions/{id}``."""
     with optional_route(transport, "GET sessions/{id}"):
         query = {"access_scope": access_scope}
-        return get(transport, _session(session_id), GetSessionResponse, query)
+        return get(transport, _session(session_id), types.GetSessionResponse, query)
 
 
 def assign_session_project(transport: Transport, session_id: str, project_id: str) -> None:
@@ -186,13 +178,15 @@ def assign_session_project(transport: Transport, session_id: str, project_id: st
     _change(transport, "PUT", path, "sessions/{id}/project", {"project_id": project_id})
 
 
-def get_trace_export(transport: Transport, session_id: str) -> SessionTraceExport:
+def get_trace_export(transport: Transport, session_id: str) -> types.SessionTraceExport:
     """``GET sessions/{id}/trace_export``: starts the export, then tells how it stands."""
     with optional_route(transport, "GET sessions/{id}/trace_export"):
-        return get(transport, f"{_session(session_id)}/trace_export", SessionTraceExport)
+        return get(transport, f"{_session(session_id)}/trace_export", types.SessionTraceExport)
 
 
-def search_sessions(transport: Transport, request: SessionSearchRequest) -> SessionSearchResponse:
+def search_sessions(
+    transport: Transport, request: types.SessionSearchRequest
+) -> types.SessionSearchResponse:
     """``POST sessions/search``."""
     body: Dict[str, Any] = {
         "user_metadata": dict(request.user_metadata),
@@ -206,16 +200,16 @@ def search_sessions(transport: Transport, request: SessionSearchRequest) -> Sess
         body["display_name"] = request.display_name
     if request.statuses is not None:
         body["statuses"] = [_plain(status) for status in request.statuses]
-    if request.limit != SessionSearchRequest.limit:
+    if request.limit != types.SessionSearchRequest.limit:
         body["limit"] = request.limit
     if request.cursor is not None:
         body["cursor"] = request.cursor.to_wire()
     with optional_route(transport, "POST sessions/search", names_nothing=True):
-        return post(transport, f"{_API}sessions/search", body, SessionSearchResponse)
+        return post(transport, f"{_API}sessions/search", body, types.SessionSearchResponse)
 
 
 def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
-    return value.to_wire() if isinstance(value, Wire) else dict(value)
+    return dict(value) if isinstance(value, Mapping) else value.to_wire()
 
 
 def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:

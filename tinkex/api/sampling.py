@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional, Union
 
+from tinkex import types
 from tinkex.api._call import call, get, post, read, segment
 from tinkex.api._optional import optional_route
 from tinkex.http.private_channel import AnyChannel
 from tinkex.transport import Transport
-from tinkex.types import (
-    CreateSamplingSessionResponse,
-    GetSamplerResponse,
-    JoinSamplingSessionResponse,
-    SampleRequest,
-    UntypedFuture,
-)
 
 
 def create_sampling_session(
@@ -24,7 +18,7 @@ def create_sampling_session(
     sampling_session_seq_id: int,
     base_model: Optional[str] = None,
     model_path: Optional[str] = None,
-) -> Union[CreateSamplingSessionResponse, UntypedFuture]:
+) -> Union[types.CreateSamplingSessionResponse, types.UntypedFuture]:
     """``POST create_sampling_session``; some servers answer with a future of the response."""
     body: Dict[str, Any] = {
         "session_id": session_id,
@@ -39,20 +33,20 @@ def create_sampling_session(
     reply = call(transport, "POST", route, body)
     answer = reply.json()
     if isinstance(answer, dict) and "request_id" in answer and "sampling_session_id" not in answer:
-        return read(UntypedFuture, reply, f"POST {route}")
-    return read(CreateSamplingSessionResponse, reply, f"POST {route}")
+        return read(types.UntypedFuture, reply, f"POST {route}")
+    return read(types.CreateSamplingSessionResponse, reply, f"POST {route}")
 
 
 def join_sampling_session(
     transport: Transport, sampling_session_id: str
-) -> JoinSamplingSessionResponse:
+) -> types.JoinSamplingSessionResponse:
     """``POST join_sampling_session``: another client of the same sampler makes itself known."""
     body = {"sampling_session_id": sampling_session_id, "type": "join_sampling_session"}
     return post(
         transport,
         "/api/v1/join_sampling_session",
         body,
-        JoinSamplingSessionResponse,
+        types.JoinSamplingSessionResponse,
         traffic="control",
     )
 
@@ -62,9 +56,9 @@ def asample(
     *,
     sampling_session_id: str,
     seq_id: int,
-    request: SampleRequest,
+    request: types.SampleRequest,
     channel: Optional[AnyChannel] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST asample`` -> future of SampleResponse."""
     body = request.to_json()
     body["sampling_session_id"] = sampling_session_id
@@ -73,15 +67,15 @@ def asample(
         transport,
         "/api/v1/asample",
         body,
-        UntypedFuture,
+        types.UntypedFuture,
         channel=channel,
         # We slow down when a server answers 429, so it may.
         headers={"X-Tinker-Sampling-Backpressure": "1"},
     )
 
 
-def get_sampler(transport: Transport, sampler_id: str) -> GetSamplerResponse:
+def get_sampler(transport: Transport, sampler_id: str) -> types.GetSamplerResponse:
     """``GET samplers/{id}``.  Raises RouteMissingError where the server does not have it."""
     path = f"/api/v1/samplers/{segment('the sampler id', sampler_id)}"
     with optional_route(transport, "GET samplers/{id}", ask_once=True):
-        return get(transport, path, GetSamplerResponse)
+        return get(transport, path, types.GetSamplerResponse)

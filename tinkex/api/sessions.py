@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional
 
+from tinkex import types
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.api._call import call, encode, get, read
 from tinkex.config import Config
-from tinkex.errors import ResponseDecodeError
+from tinkex.errors import NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Reply, Request, Transport
-from tinkex.types import CreateSessionResponse, GetServerCapabilitiesResponse
 
 #: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -18,7 +18,7 @@ HEARTBEAT_TIMEOUT_S = 10.0
 HEARTBEAT_PATH = "/api/v1/session_heartbeat"
 
 
-def create_session(transport: Transport, config: Config) -> CreateSessionResponse:
+def create_session(transport: Transport, config: Config) -> types.CreateSessionResponse:
     """``POST create_session``: gives up after ``startup_timeout_s``."""
     body: Dict[str, Any] = {
         "tags": list(config.tags),
@@ -38,8 +38,17 @@ def create_session(transport: Transport, config: Config) -> CreateSessionRespons
         read_timeout_s=config.startup_timeout_s,
     )
     policy = RetryPolicy(max_elapsed_s=config.startup_timeout_s, cap_s=4.0)
-    reply = transport.send(request, policy)
-    created = read(CreateSessionResponse, reply, request.name)
+    # Imported before the wait: a module that is run after Ctrl-C makes Python forget the signal,
+    # and exit with 1.
+    answer_type = types.CreateSessionResponse
+    try:
+        reply = transport.send(request, policy)
+    except NotFoundError as error:
+        error.hint = error.hint or (
+            f"Is base_url {config.base_url} right, path prefix and all? /api/v1 is added to it."
+        )
+        raise
+    created = read(answer_type, reply, request.name)
     raw = reply.json()["session_id"]  # dataclasses-json would make a string of a number
     if not isinstance(raw, str) or not raw:
         raise ResponseDecodeError(f"{request.name}: session_id is {raw!r}, not a string")
@@ -67,9 +76,9 @@ def finish_session(
     )
 
 
-def get_server_capabilities(transport: Transport) -> GetServerCapabilitiesResponse:
+def get_server_capabilities(transport: Transport) -> types.GetServerCapabilitiesResponse:
     """``GET get_server_capabilities``."""
-    return get(transport, "/api/v1/get_server_capabilities", GetServerCapabilitiesResponse)
+    return get(transport, "/api/v1/get_server_capabilities", types.GetServerCapabilitiesResponse)
 
 
 def healthz(transport: Transport) -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any, Dict, Mapping, Optional, Sequence
 
+from tinkex import types
 from tinkex.api._call import post, read
 from tinkex.api._optional import optional_route
+from tinkex.http.request import Body
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
-from tinkex.types import (
-    ForwardBackwardRequest,
-    GetInfoResponse,
-    LoraConfig,
-    UntypedFuture,
-)
 from tinkex.wire.codec import Codec
 from tinkex.wire.compression import compress
 
@@ -30,10 +26,10 @@ def create_model(
     session_id: str,
     model_seq_id: int,
     base_model: str,
-    lora_config: LoraConfig,
+    lora_config: types.LoraConfig,
     user_metadata: Optional[Mapping[str, str]] = None,
     optimizer_config: Optional[Mapping[str, Any]] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST create_model`` -> future of CreateModelResponse."""
     body = _given(
         session_id=session_id,
@@ -44,7 +40,7 @@ def create_model(
         optimizer_config=optimizer_config,
         type="create_model",
     )
-    return post(transport, "/api/v1/create_model", body, UntypedFuture)
+    return post(transport, "/api/v1/create_model", body, types.UntypedFuture)
 
 
 def create_model_from_weights(
@@ -58,7 +54,7 @@ def create_model_from_weights(
     user_metadata: Optional[Mapping[str, str]] = None,
     weights_access_token: Optional[str] = None,
     optimizer_config: Optional[Mapping[str, Any]] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST load_weights``, form 1: a new model from a checkpoint -> LoadWeightsResponse."""
     body = _given(
         session_id=session_id,
@@ -71,7 +67,7 @@ def create_model_from_weights(
         optimizer_config=optimizer_config,
         type="load_weights",
     )
-    return post(transport, "/api/v1/load_weights", body, UntypedFuture)
+    return post(transport, "/api/v1/load_weights", body, types.UntypedFuture)
 
 
 def load_weights(
@@ -82,7 +78,7 @@ def load_weights(
     path: str,
     optimizer: bool,
     weights_access_token: Optional[str] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST load_weights``, form 2: into an existing model -> LoadWeightsResponse."""
     body = _given(
         model_id=model_id,
@@ -92,32 +88,31 @@ def load_weights(
         weights_access_token=weights_access_token,
         type="load_weights",
     )
-    return post(transport, "/api/v1/load_weights", body, UntypedFuture)
+    return post(transport, "/api/v1/load_weights", body, types.UntypedFuture)
 
 
-def get_info(transport: Transport, model_id: str) -> GetInfoResponse:
+def get_info(transport: Transport, model_id: str) -> types.GetInfoResponse:
     """``POST get_info``."""
     body = {"model_id": model_id, "type": "get_info"}
-    return post(transport, "/api/v1/get_info", body, GetInfoResponse)
+    return post(transport, "/api/v1/get_info", body, types.GetInfoResponse)
 
 
 def forward_backward(
     transport: Transport,
     codec: Codec,
-    request: ForwardBackwardRequest,
+    request: types.ForwardBackwardRequest,
     policy: RetryPolicy,
     *,
     compressed: bool = False,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST forward_backward`` (or ``forward``, in JSON) -> future of ForwardBackwardOutput.
 
     *compressed* sends the body as a zstd frame, which needs ``zstandard``.
     """
     route = "forward" if request.forward_only and codec.name == "json" else "forward_backward"
     began = time.perf_counter()
-    body = codec.encode_forward_backward(request)
-    if compressed:
-        body = compress(body)
+    parts = codec.forward_backward_parts(request)
+    body: Body = compress(bytes(parts)) if compressed else parts
     transport.recorder.took("encode", time.perf_counter() - began)
     http = Request(
         "POST",
@@ -126,18 +121,18 @@ def forward_backward(
         content_type=codec.content_type,
         headers={"Content-Encoding": "zstd"} if compressed else {},
     )
-    return read(UntypedFuture, transport.send(http, policy), http.name)
+    return read(types.UntypedFuture, transport.send(http, policy), http.name)
 
 
 def optim_step(
     transport: Transport, *, model_id: str, seq_id: int, params: Mapping[str, Any]
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST optim_step`` -> future of OptimStepResponse.
 
     *params* is one field with its value, as `types.optimizer.optim_params_to_wire` makes it.
     """
     body = {**params, "model_id": model_id, "seq_id": seq_id, "type": "optim_step"}
-    return post(transport, "/api/v1/optim_step", body, UntypedFuture)
+    return post(transport, "/api/v1/optim_step", body, types.UntypedFuture)
 
 
 def save_weights(
@@ -149,7 +144,7 @@ def save_weights(
     ttl_seconds: Optional[int] = None,
     overwrite: bool = False,
     user_metadata: Optional[Mapping[str, str]] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST save_weights`` -> future of SaveWeightsResponse."""
     body = _given(
         model_id=model_id,
@@ -160,7 +155,7 @@ def save_weights(
         user_metadata=None if user_metadata is None else dict(user_metadata),
         type="save_weights",
     )
-    return post(transport, "/api/v1/save_weights", body, UntypedFuture)
+    return post(transport, "/api/v1/save_weights", body, types.UntypedFuture)
 
 
 def save_weights_for_sampler(
@@ -173,7 +168,7 @@ def save_weights_for_sampler(
     ttl_seconds: Optional[int] = None,
     user_metadata: Optional[Mapping[str, str]] = None,
     kind: str = "snapshot",
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST save_weights_for_sampler``: named by *path*, or ephemeral by number."""
     body = _given(
         model_id=model_id,
@@ -185,7 +180,7 @@ def save_weights_for_sampler(
         kind=None if kind == "snapshot" else kind,
         type="save_weights_for_sampler",
     )
-    return post(transport, "/api/v1/save_weights_for_sampler", body, UntypedFuture)
+    return post(transport, "/api/v1/save_weights_for_sampler", body, types.UntypedFuture)
 
 
 def save_weights_external(
@@ -196,7 +191,7 @@ def save_weights_external(
     path: str,
     ttl_seconds: Optional[int] = None,
     age_encryption_recipients: Optional[Sequence[str]] = None,
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST save_weights_external`` -> future of SaveWeightsExternalResponse.
 
     Raises RouteMissingError where the server does not have the route.
@@ -211,17 +206,17 @@ def save_weights_external(
         type="save_weights_external",
     )
     with optional_route(transport, "POST save_weights_external"):
-        return post(transport, "/api/v1/save_weights_external", body, UntypedFuture)
+        return post(transport, "/api/v1/save_weights_external", body, types.UntypedFuture)
 
 
-def unload_model(transport: Transport, model_id: str) -> UntypedFuture:
+def unload_model(transport: Transport, model_id: str) -> types.UntypedFuture:
     """``POST unload_model`` -> future of UnloadModelResponse (Appendix A).
 
     Raises RouteMissingError where the server does not have the route, as newer ones do not.
     """
     body = {"model_id": model_id, "type": "unload_model"}
     with optional_route(transport, "POST unload_model"):
-        return post(transport, "/api/v1/unload_model", body, UntypedFuture)
+        return post(transport, "/api/v1/unload_model", body, types.UntypedFuture)
 
 
 def create_custom_loss(
@@ -232,7 +227,7 @@ def create_custom_loss(
     name: str,
     inputs: Sequence[Mapping[str, Any]],
     graph: Mapping[str, Any],
-) -> UntypedFuture:
+) -> types.UntypedFuture:
     """``POST create_custom_loss`` -> future of CreateCustomLossResponse.
 
     Raises RouteMissingError where the server does not have the route.
@@ -246,4 +241,4 @@ def create_custom_loss(
         "type": "create_custom_loss",
     }
     with optional_route(transport, "POST create_custom_loss", names_nothing=True, ask_once=True):
-        return post(transport, "/api/v1/create_custom_loss", body, UntypedFuture)
+        return post(transport, "/api/v1/create_custom_loss", body, types.UntypedFuture)

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from typing import Callable, Deque, Iterator, Optional, Protocol
+from typing import Callable, Deque, Iterator, Optional, Protocol, Set
 
 from tinkex.errors import BackpressureError, ClientClosedError
 
@@ -164,6 +164,9 @@ class Unread:
     A future is read with `result`, `exception` or a callback, or when it is collected.  Readers and
     finalizers give a place back by a put into a SimpleQueue, which is safe anywhere.  Thread-safe.
 
+    A thread that waits here cannot read, so a program that has no other one waits for ever.  That
+    cannot be known, since any thread may come to read: the log tells of the danger.
+
     Args:
         most: at this many, `enter` waits, or raises; None counts nothing.
         raises: it raises.
@@ -179,9 +182,11 @@ class Unread:
         self._closing = closing
         self._notice_after_s = notice_after_s
         self._left: queue.SimpleQueue[None] = queue.SimpleQueue()
-        # Guards _count, which those in _left are still part of.
+        # Guards _count, which those in _left are still part of, and _submitters.
         self._lock = threading.Lock()
         self._count = 0
+        # Threads that took a place; two are as many as any.  Not their ids, which are used again.
+        self._submitters: Set[threading.Thread] = set()
 
     @property
     def counts(self) -> bool:
@@ -200,6 +205,8 @@ class Unread:
         with self._lock:
             if self._count >= self._most or self._left.qsize() >= _SWEEP:
                 self._sweep_locked()
+            if len(self._submitters) < 2:
+                self._submitters.add(threading.current_thread())
             if self._count < self._most:
                 self._count += 1
                 return
@@ -241,13 +248,29 @@ class Unread:
             now = time.monotonic()
             if now >= notice_at:
                 logger.warning(
-                    "%s has waited for %.0f s: %s. %s", what, now - began, self._full(), _READ_THEM
+                    "%s has waited for %.0f s: %s. %s%s",
+                    what,
+                    now - began,
+                    self._full(),
+                    self._for_ever(),
+                    _READ_THEM,
                 )
                 pause = min(pause * 2, _LONGEST_NOTICE_S)
                 notice_at = now + pause
+
+    def _for_ever(self) -> str:
+        if len(self._submitters) > 1:
+            return ""
+        return (
+            f"Only this thread, {threading.current_thread().name}, has submitted any; if no other "
+            "one reads them, it waits for itself, for ever. "
+        )
 
     def _full(self) -> str:
         return f"the results of max_unread = {self._most} futures were not read"
 
 
-_READ_THEM = "Read some with result(), drop those that are not needed, or set a larger max_unread."
+_READ_THEM = (
+    "Read some with result() before you submit more (sample_many does), drop those that are not "
+    "needed, or set a larger max_unread; on_backpressure='raise' raises instead."
+)

@@ -120,6 +120,9 @@ class WorkerPool:
             if not state.threads:
                 raise ClientClosedError(f"cannot start thread {name}: {error}") from error
             return error
+        except BaseException:  # Ctrl-C: whether it runs or not, it is none of ours; see _work
+            state.threads.remove(thread)
+            raise
         state.started += 1
         return None
 
@@ -161,6 +164,9 @@ class WorkerPool:
 
 
 def _work(state: _State) -> None:
+    with state.lock:
+        if threading.current_thread() not in state.threads:  # its start was interrupted
+            return
     while True:
         task = _next_task(state)
         if task is None:

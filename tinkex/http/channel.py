@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Iterator, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 import requests
 import urllib3
@@ -25,7 +25,8 @@ from urllib3.response import HTTPResponse
 
 from tinkex.config import Config
 from tinkex.http.content_coding import decompress
-from tinkex.http.request import Reply
+from tinkex.http.request import Body, Reply
+from tinkex.wire.parts import Parts
 
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
 
@@ -161,13 +162,18 @@ class Channel:
         url: str,
         *,
         headers: Mapping[str, str],
-        body: Optional[bytes],
+        body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
         """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
         began = time.perf_counter()
         response = self._session.request(
-            method, url, headers=dict(headers), data=body, timeout=timeout, allow_redirects=False
+            method,
+            url,
+            headers=dict(headers),
+            data=bytes(body) if isinstance(body, Parts) else body,
+            timeout=timeout,
+            allow_redirects=False,
         )
         took_s = time.perf_counter() - began
         _check_length(response)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
-from typing import Any, Callable
+from typing import Any, Callable, List, Optional, Set
 from urllib.parse import urlsplit
 
 import requests
 import urllib3.exceptions
 
-from tinkex.config import Config
-from tinkex.errors import APIConnectionError, APITimeoutError
+from tinkex.config import DEFAULT_BASE_URL, Config
+from tinkex.errors import APIConnectionError, APITimeoutError, InvalidInputError, TinkexError
 from tinkex.http.request import Request
 
 #: What happens only while a connection is being made.
@@ -18,6 +19,15 @@ _CONNECTING = (
     urllib3.exceptions.NewConnectionError,
     ConnectionRefusedError,
     socket.gaierror,
+)
+
+#: Errors whose text says it all: where in here they were raised helps nobody.
+_PLAIN = (
+    TinkexError,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
 )
 
 
@@ -29,6 +39,13 @@ def connection_error(
 ) -> APIConnectionError:
     """Make the typed error for *error*; *redact* takes secrets out of a text."""
     where = config.host_and_port
+    if _in_handshake(error):
+        mute = APITimeoutError(
+            f"{where} did not answer the TLS handshake of {request.name}",
+            hint=f"Does it speak https? If not, base_url is {_plain(config.base_url)}.",
+        )
+        mute.maybe_taken = False
+        return mute
     if isinstance(error, requests.Timeout) or _is_stalled_body(error):
         if isinstance(error, requests.ConnectTimeout):
             limit = f"{config.connect_timeout_s:g} s to connect"
@@ -44,7 +61,7 @@ def connection_error(
     unreachable = APIConnectionError(
         f"cannot reach {where} for {request.name}: {reason}",
         retryable=not isinstance(error, requests.exceptions.SSLError),
-        hint=f"Is the server running at {config.base_url}, and base_url right?",
+        hint=_advice(config),
     )
     unreachable.maybe_taken = not _never_connected(error)
     return unreachable
@@ -56,6 +73,28 @@ def _never_connected(error: requests.RequestException) -> bool:
         return True
     inner: Any = error.args[0] if error.args else None
     return isinstance(getattr(inner, "reason", inner), _CONNECTING)
+
+
+def _in_handshake(error: requests.RequestException) -> bool:
+    """True for a timeout before a byte of the request was sent, which requests calls of reading."""
+    if not isinstance(error, requests.ReadTimeout):
+        return False
+    inner = error.__cause__ or error.__context__
+    cause = inner and (inner.__cause__ or inner.__context__)
+    return isinstance(cause, TimeoutError) and "handshake" in str(cause)
+
+
+def _plain(url: str) -> str:
+    return url.replace("https:", "http:", 1)
+
+
+def _advice(config: Config) -> str:
+    if config.base_url == DEFAULT_BASE_URL:
+        return (
+            f"{config.base_url} is the default. For another server give base_url=, or set "
+            "TINKER_BASE_URL (`tinkex serve` prints its own)."
+        )
+    return f"Is the server running at {config.base_url}, and base_url right?"
 
 
 def _is_stalled_body(error: requests.RequestException) -> bool:
@@ -85,3 +124,22 @@ def root_cause(error: BaseException) -> str:
         text = str(seen)
         return text.partition(": ")[2] or text
     return str(seen) or type(seen).__name__
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of *error* and its causes: of errors of ours, and of the transport's.
+
+    Their frames hold the request and its future, which holds the error: a cycle that only the
+    garbage collector finds, if it ever runs.  Other errors, such as one of a user's function, keep
+    theirs.
+    """
+    left: List[Optional[BaseException]] = [error]
+    seen: Set[int] = set()
+    while left:
+        found = left.pop()
+        if not isinstance(found, _PLAIN) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        found.__traceback__ = None
+        if not isinstance(found, InvalidInputError):  # its causes may be the user's
+            left += [found.__cause__, found.__context__]

@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 import weakref
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 from urllib.parse import urlsplit
 
 import certifi
@@ -26,14 +26,16 @@ from urllib3.util.wait import wait_for_read
 from tinkex.config import Config
 from tinkex.http.channel import SOCKET_OPTIONS, Channel
 from tinkex.http.content_coding import decompress
-from tinkex.http.request import Reply
+from tinkex.http.request import Body, Reply
+from tinkex.wire.parts import Parts
 
 #: Most answers fit; of a longer one the rest is read at once.  A thread that waits for an answer
 #: holds a buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
 _RECEIVE = 2048
 #: An answer's status line and headers may take so many bytes.
 MAX_HEAD_BYTES = 65536
-#: A body up to this size goes out in one piece with the headers: one packet, one system call.
+#: A body, or its first block, goes out in one piece with the headers up to this size: one packet,
+#: one system call.
 _JOIN_BYTES = 65536
 
 
@@ -82,7 +84,7 @@ class PrivateChannel:
         url: str,
         *,
         headers: Mapping[str, str],
-        body: Optional[bytes],
+        body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
         """Send once and read the whole answer.  Raises what requests raises.  Blocks.
@@ -131,9 +133,7 @@ class PrivateChannel:
                 # from under the thread that reads.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _head(
-        self, method: str, url: str, headers: Mapping[str, str], body: Optional[bytes]
-    ) -> bytes:
+    def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
         target = url[len(self._origin) :]
         if not url.startswith(self._origin) or not target.startswith("/"):
             raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
@@ -190,13 +190,10 @@ class PrivateChannel:
 
     # Sending
 
-    def _send(self, sock: Any, head: bytes, body: Optional[bytes]) -> None:
+    def _send(self, sock: Any, head: bytes, body: Body) -> None:
         try:
-            if body is None or len(body) <= _JOIN_BYTES:
-                sock.sendall(head + (body or b""))
-            else:
-                sock.sendall(head)
-                sock.sendall(body)
+            for block in _blocks(head, body):
+                sock.sendall(block)
         except (BrokenPipeError, ConnectionResetError):
             # A server may refuse a body before it has read it all; its answer says why.
             if not wait_for_read(sock, timeout=0.0):
@@ -316,6 +313,18 @@ class PrivateChannel:
             if not data:
                 return b"".join(parts)
             parts.append(data)
+
+
+def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
+    """What to send, piece by piece."""
+    blocks = iter(body if isinstance(body, Parts) else (body or b"",))
+    first = next(blocks, b"")
+    if len(first) <= _JOIN_BYTES:
+        yield head + first
+    else:
+        yield head
+        yield first
+    yield from blocks
 
 
 #: What a busy thread may be given.

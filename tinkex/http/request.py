@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Tuple, Union
 
 import orjson
 
 from tinkex.errors import ResponseDecodeError
+from tinkex.wire.parts import Parts
 
 JSON_TYPE = "application/json"
+
+Body = Union[bytes, Parts, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Request:
     """One logical request; every attempt sends the same bytes and the same idempotency key.
 
     Attributes:
+        body: bytes, or the parts of a batch; those who gave its arrays leave them as they are.
         read_timeout_s: of one attempt; None takes the config's.
         headers: of this request only; they are not sent to another origin after a redirect.
         secrets: what *headers* or *body* hold that must not be shown, should the server echo it.
@@ -29,7 +33,7 @@ class Request:
 
     method: str
     path: str
-    body: Optional[bytes] = dataclasses.field(default=None, repr=False)
+    body: Body = dataclasses.field(default=None, repr=False)
     content_type: str = JSON_TYPE
     accept: str = JSON_TYPE
     traffic: str = "work"
@@ -40,6 +44,11 @@ class Request:
     idempotency_key: Optional[str] = None
     secret_reply: bool = False
     follow_redirects: bool = True
+
+    def keep_body(self) -> None:
+        """Have it send the same again even if somebody writes to the arrays that it sends."""
+        if isinstance(self.body, Parts):
+            self.body.keep()
 
     @property
     def name(self) -> str:

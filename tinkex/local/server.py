@@ -240,6 +240,7 @@ class LocalServer:
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
         self._http.channel_class = JsonErrorChannel
+        accept_eagerly(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
@@ -276,6 +277,24 @@ def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
     """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
     _check_key(host, api_key)
     _bind(host, port).close()
+
+
+def accept_eagerly(http: Any, sockets: Dict[int, Any]) -> None:
+    """Have waitress's server *http* accept all connections that wait, not one in each round.
+
+    In a round it also serves every socket that is ready.  With a hundred of them busy, rounds are
+    so few that a client's last connections would wait for most of a minute.
+    """
+    accept_one = http.handle_accept
+    limit = http.adj.connection_limit
+
+    def accept_all() -> None:
+        known = -1
+        while known < len(sockets) < limit:  # the last one accepted nothing, and added nothing
+            known = len(sockets)
+            accept_one()
+
+    http.handle_accept = accept_all
 
 
 def _settled(

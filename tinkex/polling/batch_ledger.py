@@ -1,12 +1,12 @@
 """Ledger: which samples of one sampler are waited for, done, fetched, and reported as fetched.
 
-Bookkeeping only: no I/O, no clock, no lock; its owner, the batch poller, guards it.
+Bookkeeping only: no I/O, no clock, no lock; its owner, a Watch, guards it.
 Protocol reference, section 2.8.
 """
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from tinkex.sampling.sample_work import SampleWork
 
@@ -93,7 +93,7 @@ class Ledger:
         self._fetching.discard(request_id)
         self._unreported.add(request_id)
 
-    def take_all(self) -> Iterable[SampleWork]:
+    def take_all(self) -> List[SampleWork]:
         """Wait for nothing any more; return what was waited for."""
         left, self.waiting = self.waiting, {}
-        return left.values()
+        return list(left.values())

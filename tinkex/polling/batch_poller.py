@@ -4,30 +4,30 @@ For servers that say so in their flags.  A sample that waits costs no thread: fe
 one per sampler polls, and few fetch what is done.  How few depends on how long the server takes
 to answer: one for each millisecond, so that a thousand requests can be made in a second.
 
+What is done goes before what is to be submitted: those that submit first help to fetch.  So a
+result is late by the requests that are under way, not by thousands of submissions.
+
 Whatever goes wrong with the poll, nothing that waits is lost: samples go back to being polled one
 by one, which also finds the right error for each, or fail together once the server has been silent
-for ``max_outage_s``.
+for ``max_outage_s``.  And a result that the server does not hand out at once is polled for alone,
+too: those that fetch have no time to wait.
 
 Threads, all lazy: ``tinkex-submit-i`` and ``tinkex-fetch-i`` (2 to 64), ``tinkex-batch-i`` (one
-for each sampler with samples in flight, up to a cap; a sampler beyond it is polled the other way).
+for each sampler with samples in flight, up to a cap).  The samples of a sampler beyond the cap are
+polled for alone, at once: to wait for their turn, they would have to wait for those of others.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import math
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Callable, Dict, List
 
-from tinkex.api.futures import Completions, read_completions, retrieve_futures
-from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
     APIError,
-    APIStatusError,
     ClientClosedError,
     ResultExpiredError,
     TinkexError,
@@ -36,32 +36,25 @@ from tinkex.flow.crew import Crew
 from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture
 from tinkex.http.channel import Channel
-from tinkex.http.private_channel import AnyChannel
-from tinkex.polling.batch_ledger import Ledger, NextPoll
-from tinkex.polling.batch_patience import Patience
+from tinkex.polling.batch_poll import ROUTE, BatchPoll, ask
+from tinkex.polling.batch_watch import Ready, Submissions, Watch
 from tinkex.polling.cancel_queue import CancelQueue
 from tinkex.polling.pause_notices import PauseNotices
-from tinkex.polling.poll_loop import PollLoop, overdue
+from tinkex.polling.poll_loop import PollLoop
 from tinkex.sampling.sample_gate import SampleGate
 from tinkex.sampling.sample_work import OwnChannels, SampleWork, Stint, Target
-from tinkex.server_flags import ABSENT, ServerFlags
+from tinkex.server_flags import ServerFlags
 from tinkex.server_memory import memory_of
-from tinkex.transport import Request, Transport
+from tinkex.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-ROUTE = "POST retrieve_futures"
-_POLL = Request("POST", "/api/v1/retrieve_futures")
-
 #: Most samplers polled for at once.
 POLL_CAP = 64
-#: With nothing in flight, what was fetched is reported after this long, if no poll did it before.
-REPORT_AFTER_S = 1.0
-#: A poll that only reports may take so long, and the one at close.
-REPORT_TIMEOUT_S = 5.0
+#: With so many results still to be fetched, the next ones are asked for after so long, in seconds.
+MANY, MANY_PAUSE_S = 64, 0.01
+#: All reports at close may take so long together.
 LAST_REPORT_S = 0.5
-#: No server holds a poll for so long (reference, section 8); the next one asks for the same.
-READ_TIMEOUT_S = 60.0
 
 _IDLE_S = 5.0
 
@@ -96,17 +89,14 @@ class BatchPoller:
         self._server = memory_of(transport.config.base_url)
         self._channels = OwnChannels(transport)
         self._gate = SampleGate(transport.config.max_unanswered_samples)
-        self._submits = Crew("tinkex-submit")
-        self._fetches = Crew("tinkex-fetch")
+        self._submits = Crew("tinkex-submit", self._submit)
+        self._fetches = Crew("tinkex-fetch", self._fetch)
         self._polls = WorkerPool("tinkex-batch", POLL_CAP, _IDLE_S)
-        self._begun = itertools.count(1)
-        # Guards what follows and every watch's fields.  Never held during I/O, or while a future is
-        # settled.
+        self._polled = threading.BoundedSemaphore(POLL_CAP)  # samplers
+        self._submissions = Submissions()
+        # Guards _watches, which only grows.
         self._lock = threading.Lock()
-        self._watches: Dict[Target, _Watch] = {}
-        self._under_way: Set[int] = set()  # submissions, by number
-        self._last_begun = 0
-        self._polled = 0  # samplers
+        self._watches: Dict[Target, Watch] = {}
 
     def usable(self, flags: ServerFlags) -> bool:
         """True if the server wants its samples waited for like this."""
@@ -117,7 +107,7 @@ class BatchPoller:
 
         def start() -> None:
             try:
-                self._submits.submit(lambda: self._submit(work))
+                self._submits.put((work,))
             except ClientClosedError as error:
                 self._fail(work.operation.future, error)
 
@@ -126,12 +116,11 @@ class BatchPoller:
     # Submitting, by tinkex-submit-i
 
     def _submit(self, work: SampleWork) -> None:
+        self._fetches.run_waiting()
         future = work.operation.future
         if future.done():  # cancelled while it waited its turn
             return
-        with self._lock:
-            number = self._last_begun = next(self._begun)
-            self._under_way.add(number)
+        number = self._submissions.begin()
         try:
             with Stint(future, self._channels.get()) as stint:
                 work.submit(stint)
@@ -139,185 +128,60 @@ class BatchPoller:
         except Exception as error:
             self._fail(future, error)
         finally:
-            with self._lock:
-                self._under_way.discard(number)
+            self._submissions.end(number)
 
     def _expect(self, work: SampleWork) -> None:
         """Wait for the result of *work*, which was accepted."""
         future = work.operation.future
         request_id = future.request_id or ""
         assert work.target is not None
-        target = work.target()
-        size: Optional[int] = None
-        start = False
-        with self._lock:
-            watch = self._watches.get(target)
-            if watch is None:
-                watch = self._watches[target] = _Watch(target)
-            alone = watch.given_up or (not watch.polled and self._polled >= POLL_CAP)
-            if not alone:
-                size = watch.expect(request_id, work, self._config)
-                start = not watch.polled
-                if start:
-                    watch.polled = True
-                    self._polled += 1
-        if alone:
+        watch = self._watch_of(work.target())
+        found = watch.expect(
+            request_id, work, may_start=lambda: self._polled.acquire(blocking=False)
+        )
+        if not found.watched:
             self._poll_alone(work)
             return
-        if size is not None:
-            self._fetch_soon(watch, work, size)
+        if found.ready is not None:
+            self._fetch_soon([found.ready])
         else:
             future.on_settled(lambda settled: self._withdraw(watch, request_id, settled))
-        if start:
+        if found.starts:
             try:
                 self._polls.submit(lambda: self._poll_for(watch))
             except ClientClosedError as error:
+                self._polled.release()
                 self._give_up(watch, error)
-        else:
-            watch.wake()
 
-    def _withdraw(self, watch: _Watch, request_id: str, future: Any) -> None:
-        """In the thread that settles the future: if it was cancelled, tell the server."""
+    def _watch_of(self, target: Target) -> Watch:
         with self._lock:
-            waited = watch.ledger.withdraw(request_id) is not None
-        if waited and future.cancelled():
+            watch = self._watches.get(target)
+            if watch is None:
+                watch = self._watches[target] = Watch(target, self._config, self._submissions)
+            return watch
+
+    def _withdraw(self, watch: Watch, request_id: str, future: Any) -> None:
+        """In the thread that settles the future: if it was cancelled, tell the server."""
+        if watch.withdraw(request_id) and future.cancelled():
             self._cancels.put(request_id)
 
     # Polling, by tinkex-batch-i
 
-    def _poll_for(self, watch: _Watch) -> None:
-        """Poll until nothing is waited for and the server knows what was fetched."""
+    def _poll_for(self, watch: Watch) -> None:
         channel = self._channels.get()
-        patience = Patience(self._transport)
         try:
-            while not self._transport.closing.is_set():
-                with self._lock:
-                    asked = watch.ledger.next_poll()
-                    watch.resting = not asked.waiting
-                if not asked.waiting:
-                    if watch.rest(REPORT_AFTER_S):
-                        continue
-                    if self._report(watch, channel):
-                        return
-                    continue
-                self._fail_overdue(watch)
-                pause_s = self._poll(watch, asked, channel, patience)
-                if pause_s > 0:
-                    channel.stopped.wait(pause_s)
-            with self._lock:
-                self._stop_locked(watch)
+            BatchPoll(self._transport, watch, channel, self._fetch_soon, self._fail).run()
         except Exception as error:
             self._give_up(watch, error)
+        finally:
+            self._polled.release()
 
-    def _poll(
-        self, watch: _Watch, asked: NextPoll, channel: AnyChannel, patience: Patience
-    ) -> float:
-        """Poll once; return the pause before the next poll, or raise what ends the polling."""
-        began = time.monotonic()
-        try:
-            reply = self._ask(watch, asked, channel, self._read_timeout_s(watch, began))
-        except APIConnectionError as silence:
-            return patience.after_silence(silence, began, watch.last_contact)
-        except APIStatusError as refused:  # the server gives no token just now
-            return patience.after_error(refused)
-        watch.last_contact = now = time.monotonic()
-        if reply.status >= 300:
-            if reply.status == 408:
-                return patience.after_answer(now - began, False)
-            error = self._transport.status_error(_POLL, reply)
-            if error.status in ABSENT:
-                self._server.note_missing(ROUTE, error.status or 404)
-            return patience.after_error(error)
-        done = read_completions(reply)
-        self._server.note_present(ROUTE)
-        self._take(watch, asked, done)
-        return patience.after_answer(now - began, bool(done.sizes))
-
-    def _ask(
-        self, watch: _Watch, asked: NextPoll, channel: AnyChannel, read_timeout_s: float
-    ) -> Any:
-        return retrieve_futures(
-            self._transport,
-            sampling_session_id=watch.target.sampling_session_id,
-            clone=watch.target.clone,
-            cursor=asked.cursor,
-            retrieved=asked.retrieved,
-            at_once=not asked.waiting,
-            read_timeout_s=read_timeout_s,
-            channel=channel,
-        )
-
-    def _take(self, watch: _Watch, asked: NextPoll, done: Completions) -> None:
-        with self._lock:
-            ready = watch.ledger.told(asked, done.sizes, done.cursor, self._last_begun)
-            self._drop_unwanted_locked(watch)
-        for work, size in ready:
-            self._fetch_soon(watch, work, size)
-
-    def _drop_unwanted_locked(self, watch: _Watch) -> None:
-        watch.ledger.drop_unwanted(min(self._under_way, default=self._last_begun + 1))
-
-    def _report(self, watch: _Watch, channel: AnyChannel) -> bool:
-        """Say what was fetched, if that was not said; True once there is nothing to do at all."""
-        with self._lock:
-            self._drop_unwanted_locked(watch)
-            if watch.ledger.at_rest:
-                self._stop_locked(watch)
-                return True
-            asked = watch.ledger.next_poll()
-            if asked.waiting or not watch.ledger.unreported:
-                return False
-        try:
-            reply = self._ask(watch, asked, channel, REPORT_TIMEOUT_S)
-            if reply.status < 300:
-                self._take(watch, asked, read_completions(reply))
-                return False
-            trouble: TinkexError = self._transport.status_error(_POLL, reply)
-        except TinkexError as error:
-            trouble = error
-        logger.debug("what was fetched could not be reported: %s", trouble)
-        with self._lock:  # the next poll tells, or nobody: the server drops it in time
-            if watch.ledger.waiting:
-                return False
-            self._stop_locked(watch)
-            return True
-
-    def _stop_locked(self, watch: _Watch) -> None:
-        if watch.polled:
-            watch.polled = watch.resting = False
-            self._polled -= 1
-
-    def _read_timeout_s(self, watch: _Watch, now: float) -> float:
-        """Wait for an answer no longer than the limits of what is waited for allow."""
-        with self._lock:
-            limit_s = watch.limit_s(self._config, now)
-        return max(0.05, min(self._config.poll_timeout_s, READ_TIMEOUT_S, limit_s))
-
-    def _fail_overdue(self, watch: _Watch) -> None:
-        now = time.monotonic()
-        with self._lock:
-            late = watch.limit_s(self._config, now) <= 0
-            waiting = list(watch.ledger.waiting.values()) if late else []
-        for work in waiting:
-            future = work.operation.future
-            error = overdue(
-                work.operation,
-                self._config,
-                waited_s=future.status().since_s,
-                silent_s=now - watch.last_contact,
-            )
-            if error is not None:
-                self._fail(future, error)
-
-    def _give_up(self, watch: _Watch, error: Exception) -> None:
+    def _give_up(self, watch: Watch, error: Exception) -> None:
         """The poll cannot go on: nothing that waits may be forgotten."""
         together = isinstance(error, (APIConnectionError, ClientClosedError)) or (
             isinstance(error, APIError) and error.status == 402
         )
-        with self._lock:
-            self._stop_locked(watch)
-            watch.given_up = watch.given_up or not together
-            left = list(watch.ledger.take_all())
+        left = watch.give_up(for_good=not together)
         if together:
             for work in left:
                 self._fail(work.operation.future, copy.copy(error))
@@ -331,39 +195,51 @@ class BatchPoller:
         for work in left:
             self._poll_alone(work)
 
-    # Fetching, by tinkex-fetch-i
+    # Fetching, by tinkex-fetch-i, and by those that submit
 
-    def _fetch_soon(self, watch: _Watch, work: SampleWork, size: int) -> None:
+    def _fetch_soon(self, ready: List[Ready]) -> float:
+        """Have *ready* fetched; return how long more of it would not be needed, in seconds."""
         try:
-            self._fetches.submit(lambda: self._fetch(watch, work, size))
+            self._fetches.put(ready)
         except ClientClosedError as error:
-            self._fail(work.operation.future, error)
+            for one in ready:
+                self._fail(one.work.operation.future, error)
+        return MANY_PAUSE_S if self._fetches.waiting > MANY else 0.0
 
-    def _fetch(self, watch: _Watch, work: SampleWork, size: int) -> None:
-        operation = work.operation
-        future = operation.future
+    def _fetch(self, ready: Ready) -> None:
+        watch, work, size = ready
+        future = work.operation.future
         request_id = future.request_id or ""
         try:
-            if not future.done():
-                with Stint(future, self._channels.get()) as stint:
-                    PollLoop(
-                        self._transport, operation, stint.channel, self._pauses, announced=size
-                    ).run()
+            if not future.done() and not self._fetch_once(work, size):
+                # To be reported as fetched when it is: the server may drop it then.
+                future.on_settled(lambda settled: watch.fetched(request_id))
+                self._poll_alone(work)
+                return
         except ResultExpiredError as lost:
             work.note_lost(lost)
             self._poll_alone(work)
         except Exception as error:
             self._fail(future, error)
-        finally:
-            with self._lock:
-                watch.ledger.fetched(request_id)
+        watch.fetched(request_id)
+
+    def _fetch_once(self, work: SampleWork, size: int) -> bool:
+        """Ask for the result, once; False if the server did not hand it out."""
+        with Stint(work.operation.future, self._channels.get()) as stint:
+            loop = PollLoop(
+                self._transport, work.operation, stint.channel, self._pauses, announced=size
+            )
+            settled = loop.try_once()
+            work.maybe_lost = loop.maybe_lost
+            return settled
 
     # The end
 
     def close(self) -> None:
         """Let the threads end; returns at once.  The owner of the futures settles them."""
-        for pool in self._pools:
-            pool.close()
+        self._submits.close()
+        self._fetches.close()
+        self._polls.close()
         with self._lock:
             watches = list(self._watches.values())
         for watch in watches:
@@ -373,18 +249,17 @@ class BatchPoller:
         """After `close`: report what was fetched and not reported, once, as far as time allows."""
         deadline = min(deadline, time.monotonic() + LAST_REPORT_S)
         with self._lock:
-            watches = [w for w in self._watches.values() if w.ledger.unreported and not w.given_up]
-        if not watches:
+            watches = list(self._watches.values())
+        reports = [(watch, asked) for watch in watches if (asked := watch.last_report())]
+        if not reports:
             return
         channel = Channel(self._config, pool_size=1)  # the transport's own are broken off
         try:
-            for watch in watches:
+            for watch, asked in reports:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return
-                with self._lock:
-                    asked = watch.ledger.next_poll()._replace(waiting=False)
-                self._ask(watch, asked, channel, left_s)
+                ask(self._transport, watch, asked, channel, left_s)
         except TinkexError as error:
             logger.debug("what was fetched could not be reported: %s", error)
         finally:
@@ -402,45 +277,3 @@ class BatchPoller:
     @property
     def _pools(self) -> List[WorkerPool]:
         return [self._submits.pool, self._fetches.pool, self._polls]
-
-
-class _Watch:
-    """What is known of one sampler.  The batch poller's lock guards it, but for `rest`."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.ledger = Ledger()
-        self.polled = False  # a thread polls for it
-        self.given_up = False  # its samples are polled for on their own
-        self.resting = False  # its thread waits for something to wait for
-        self.last_contact = 0.0
-        self._no_progress_s = math.inf  # the shortest of all its samples
-        self._news = threading.Event()
-
-    def expect(self, request_id: str, work: SampleWork, config: Config) -> Optional[int]:
-        """See Ledger.expect."""
-        if not self.ledger.waiting:
-            self.last_contact = time.monotonic()
-        limit_s = work.operation.no_progress_timeout_s or config.no_progress_timeout_s
-        self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
-        return self.ledger.expect(request_id, work)
-
-    def limit_s(self, config: Config, now: float) -> float:
-        """Seconds until something that is waited for has taken too long, or less."""
-        limit_s = self.last_contact + self._no_progress_s - now
-        oldest = next(iter(self.ledger.waiting.values()), None)
-        if oldest is not None and config.operation_timeout_s is not None:
-            waited_s = oldest.operation.future.status().since_s
-            limit_s = min(limit_s, config.operation_timeout_s - waited_s)
-        return limit_s
-
-    def wake(self) -> None:
-        """End a `rest`, if there is one."""
-        if self.resting:
-            self._news.set()
-
-    def rest(self, seconds: float) -> bool:
-        """Wait; True if there are news."""
-        woken = self._news.wait(seconds)
-        self._news.clear()
-        return woken

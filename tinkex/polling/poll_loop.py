@@ -5,10 +5,11 @@ Used by one thread, the poller's; what an answer means is decided by poll_rules.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import time
-from typing import Any, Callable, Generic, Optional, TypeVar
+from typing import Any, Callable, Generic, Iterator, Optional, TypeVar
 
 from tinkex.api.futures import retrieve_future
 from tinkex.config import Config
@@ -67,6 +68,9 @@ class PollLoop:
     Stopping *channel* ends it: within a pause at once, within a poll if the channel is aborted.
     *announced* is the size of the result, in bytes, if the server has told that it is there; 0 if
     it has not.
+
+    Attributes:
+        maybe_lost: an answer may have been lost on its way, and the result with it.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class PollLoop:
         pauses: PauseNotices,
         *,
         announced: int = 0,
+        maybe_lost: bool = False,
     ) -> None:
         self._transport = transport
         self._config = transport.config
@@ -89,19 +94,30 @@ class PollLoop:
         self._payload = False  # insist on the result itself
         self._held = 0  # bytes of the quota for large results
         self._pacing = Pacing()
-        self._maybe_lost = False
+        self.maybe_lost = maybe_lost
         self._last_contact = time.monotonic()
         # The server accepted it some time ago, if others of its lane had to be waited for.
-        self._started = self._last_contact - operation.future.status().since_s
+        self._started = operation.future.entered
         self._polled = False
         self._trouble_since: Optional[float] = None
 
     def run(self) -> None:
         """Settle the future, or raise what it is to be settled with."""
+        with self._reserved():
+            self._poll()
+
+    def try_once(self) -> bool:
+        """Like `run`, with one poll; False if it did not settle the future."""
+        with self._reserved():
+            return self._step(self._future.request_id or "") is None or self._future.done()
+
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Take what of the quota is known to be needed, and give back all that was taken."""
         try:
             if self._announced > 0:
                 self._reserve(self._announced)
-            self._poll()
+            yield
         finally:
             if self._held:
                 self._transport.pressure.results.give(self._held)
@@ -139,7 +155,7 @@ class PollLoop:
             )
         except APIConnectionError as silence:
             # With a status, it was turned away on the way there, and no result was handed out.
-            self._maybe_lost = self._maybe_lost or silence.status is None
+            self.maybe_lost = self.maybe_lost or silence.status is None
             return self._after_silence(silence, began)
         except APIStatusError as refused:  # the server gives no token just now
             if not refused.retryable:
@@ -152,7 +168,7 @@ class PollLoop:
             error,
             request_id=request_id,
             kind=self._future.kind,
-            maybe_lost=self._maybe_lost,
+            maybe_lost=self.maybe_lost,
         )
         return self._act_on(outcome, took_s=self._last_contact - began)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
+from tinkex import types
 from tinkex.errors import InvalidInputError, UnprocessableEntityError, UnsupportedError
 from tinkex.lazy_numpy import np
-from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
+from tinkex.types._numbers import as_kept, holds_nan
 from tinkex.wire.codec import align_prompt_logprobs
+
+if TYPE_CHECKING:
+    from tinkex.types import SampleRequest, SampleResponse
 
 _OLD_SERVER = "Leave it out, or use a newer server."
 
 
 def check_request(request: SampleRequest) -> None:
     """Raise InvalidInputError if *request* cannot be meant."""
-    if not isinstance(request.prompt, ModelInput):
+    if not isinstance(request.prompt, types.ModelInput):
         raise InvalidInputError(
             f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
             hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
@@ -23,7 +27,7 @@ def check_request(request: SampleRequest) -> None:
     length = request.prompt.length
     if length == 0:
         raise InvalidInputError("the prompt has no tokens")
-    if not isinstance(request.sampling_params, SamplingParams):
+    if not isinstance(request.sampling_params, types.SamplingParams):
         raise InvalidInputError(
             f"sampling_params is a {type(request.sampling_params).__name__}, not SamplingParams"
         )
@@ -38,7 +42,7 @@ def check_request(request: SampleRequest) -> None:
 
 
 def _check_targets(targets: Any, length: int) -> None:
-    if not isinstance(targets, TensorData):
+    if not isinstance(targets, types.TensorData):
         raise InvalidInputError(
             f"target_prompt_logprobs is a {type(targets).__name__}; it must be a TensorData"
         )
@@ -93,7 +97,7 @@ def complete_response(
     _check_support(response, request)
     if len(sequence_ids) == len(response.sequences):
         pairs = zip(response.sequences, sequence_ids)
-        named = [dataclasses.replace(sequence, sequence_id=name) for sequence, name in pairs]
+        named = [sequence.named(name) for sequence, name in pairs]
         response = dataclasses.replace(response, sequences=named)
     return response
 
@@ -126,7 +130,5 @@ def has_unknown_logprobs(response: SampleResponse, request: SampleRequest) -> bo
         asked = request.prompt_logprobs_last_n or len(prompt) - 1
         if bool(np.any(np.isnan(prompt[len(prompt) - asked :]))):
             return True
-    return any(
-        sequence.logprobs_np is not None and bool(np.any(np.isnan(sequence.logprobs_np)))
-        for sequence in response.sequences
-    )
+    kept = [as_kept(sequence, "logprobs_np") for sequence in response.sequences]
+    return any(logprobs is not None and holds_nan(logprobs) for logprobs in kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from typing import Any, Callable, Deque, Optional, Tuple
+from typing import Any, Callable, Deque, Optional, Set, Tuple
 
 from tinkex.futures import APIFuture
 
@@ -20,7 +20,7 @@ class SampleGate:
         # Guards the rest.  Never held while work is started.
         self._lock = threading.Lock()
         self._waiting: Deque[Tuple[APIFuture[Any], Callable[[], None]]] = collections.deque()
-        self._running = 0
+        self._running: Set[APIFuture[Any]] = set()
         self._starting = False
 
     def enter(self, future: APIFuture[Any], start: Callable[[], None]) -> None:
@@ -36,23 +36,30 @@ class SampleGate:
         # One thread starts at a time, in a loop: a start may fail, and so settle its future, and
         # call this again, as deep as the queue is long.
         while True:
-            with self._lock:
-                if self._starting or not self._waiting or self._running >= most:
-                    return
-                future, start = self._waiting.popleft()
-                if future.done():  # cancelled, or closed, while it waited
-                    continue
-                self._starting = True
-                self._running += 1
+            future: Optional[APIFuture[Any]] = None
             try:
+                with self._lock:
+                    if self._starting or not self._waiting or len(self._running) >= most:
+                        return
+                    first, start = self._waiting[0]
+                    if first.done():  # cancelled, or closed, while it waited
+                        self._waiting.popleft()
+                        continue
+                    future, self._starting = first, True
+                    self._running.add(future)
+                    self._waiting.popleft()
                 future.on_settled(self._left)
                 start()
-            finally:
-                with self._lock:
+                self._starting = False
+            except BaseException:  # Ctrl-C, at any call: nobody would start it, or settle it
+                if future is not None:
                     self._starting = False
+                    future.cancel()
+                    self._left(future)
+                raise
 
     def _left(self, future: Any) -> None:
         with self._lock:
-            self._running -= 1
+            self._running.discard(future)
         if self._most is not None:
             self._start_some(self._most)

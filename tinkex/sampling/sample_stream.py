@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections
 import logging
 import operator
+import os
 import queue
 import sys
 import threading
+import time
 from concurrent.futures import CancelledError
 from typing import (
     Any,
@@ -34,7 +36,7 @@ from tinkex.errors import (
     InvalidInputError,
     TinkexError,
 )
-from tinkex.futures import APIFuture
+from tinkex.futures import LONGEST_NOTICE_S, APIFuture, abandon, give_up
 from tinkex.types import ModelInput, SampleResponse
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ Progress = Union[bool, ProgressCallback]
 WINDOW = 4
 
 #: On Windows a wait for a queue cannot be interrupted; wait in slices there.
-_SLICE_S = 0.25 if sys.platform == "win32" else None
+_SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
 
 
 class Sampled(NamedTuple):
@@ -66,21 +68,30 @@ class Sampled(NamedTuple):
 class SampleStream(Iterator[Sampled]):
     """The iterator that `SamplingClient.sample_many` returns.
 
-    Several threads may share it: each result goes to one of them.  `close` may be called by any.
+    Several threads may share it: each result goes to one of them.  `close` may be called by any,
+    and by the prompts or the progress function.
     """
 
     def __init__(self, run: _Run) -> None:
         self._run = run
-        # Guards _results: one thread at a time takes prompts and waits.
-        self._turn = threading.Lock()
+        # Guards the next two: one thread at a time takes prompts and waits.
+        self._turn = threading.RLock()
+        self._running = False
         self._results = run.results()
+        self._pid = os.getpid()
 
     def __iter__(self) -> SampleStream:
         return self
 
     def __next__(self) -> Sampled:
+        if self._pid != os.getpid():  # locks may be dead, and nobody would wake us
+            raise ClientClosedError("sample_many: this belongs to the parent process of a fork")
         with self._turn:
-            return next(self._results)
+            self._running = True
+            try:
+                return next(self._results)
+            finally:
+                self._running = False
 
     def close(self) -> None:
         """Cancel what is in flight, and take no more prompts.  Idempotent.
@@ -88,9 +99,12 @@ class SampleStream(Iterator[Sampled]):
         The iterator then ends, also for a thread that is waiting in it.  Blocks while another
         thread is in the iterable of prompts.
         """
+        if self._pid != os.getpid():
+            return
         self._run.stop()
         with self._turn:
-            self._results.close()
+            if not self._running:  # else the prompts, or progress, call us
+                self._results.close()
 
     def __enter__(self) -> SampleStream:
         return self
@@ -111,6 +125,7 @@ class _Run:
         in_order: bool,
         on_error: str,
         progress: Progress,
+        notice_after_s: float,
     ) -> None:
         self._sample = sample
         self._total = operator.length_hint(prompts, -1)
@@ -119,6 +134,7 @@ class _Run:
         self._window = WINDOW * max_in_flight if in_order else None
         self._on_error = on_error
         self._progress = progress
+        self._notice_after_s = notice_after_s
         self._settled: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()  # None: stop
         self._stopped = False
         self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
@@ -138,6 +154,7 @@ class _Run:
         """Yield what becomes of the prompts.  Closing it cancels what is in flight."""
         done = failed = 0
         first: Optional[Sampled] = None
+        collected = False
         report = _reporter(self._progress, self._total)
         try:
             while not self._stopped:
@@ -166,11 +183,16 @@ class _Run:
                     first.index,
                     first.error,
                 )
+        except GeneratorExit:
+            collected = not self._stopped
+            raise
         finally:
             self._stopped = True
-            for _, future in self._in_flight.values():
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # settled, and read: nobody wants it any more
+            futures = [future for _, future in self._in_flight.values()]
+            if collected:
+                abandon(futures)
+            else:
+                give_up(futures)
             self._in_flight.clear()
             report.close()
 
@@ -185,6 +207,7 @@ class _Run:
                 except StopIteration:
                     self._more = False
                     return
+                continue  # they may have closed us
             index, prompt = self._held[0]
             if self._window is not None and index >= self._due + self._window:
                 return
@@ -198,19 +221,25 @@ class _Run:
             except InvalidInputError as error:
                 future = APIFuture("sample")
                 future.settle_error(error)
+            self._in_flight[index] = (prompt, future)  # first: Ctrl-C may come at any call
             self._held.popleft()
-            self._in_flight[index] = (prompt, future)
             future.on_settled(_teller(self._settled, index))
 
     def _wait(self) -> Optional[Sampled]:
         """Wait until one of those in flight is settled; None if the run is stopped."""
         index: Optional[int] = None
+        now = time.monotonic()
+        pause_s, notice_at = self._notice_after_s, now + self._notice_after_s
         while not self._stopped:
             try:
-                index = self._settled.get(timeout=_SLICE_S)
+                index = self._settled.get(timeout=max(0.0, min(_SLICE_S, notice_at - now)))
                 break
             except queue.Empty:
-                continue
+                now = time.monotonic()
+                if now >= notice_at:
+                    self._tell_of_wait()
+                    pause_s = min(2 * pause_s, LONGEST_NOTICE_S)
+                    notice_at = now + pause_s
         if index is None:
             return None
         prompt, future = self._in_flight.pop(index)
@@ -222,6 +251,14 @@ class _Run:
         if error is not None:
             return Sampled(index, prompt, None, error)
         return Sampled(index, prompt, future.result())
+
+    def _tell_of_wait(self) -> None:
+        _, oldest = next(iter(self._in_flight.values()))
+        logger.info(
+            "sample_many: still waiting for %d samples; the oldest is %s",
+            len(self._in_flight),
+            oldest.status(),
+        )
 
     def _hand_out(self, index: int) -> Iterator[Sampled]:
         """Yield what is due now that *index* is ready; skipped failures are left out."""
@@ -246,6 +283,7 @@ def sample_many(
     order: str,
     on_error: str,
     progress: Progress,
+    notice_after_s: float,
 ) -> SampleStream:
     """Return the iterator; see `SamplingClient.sample_many`."""
     if type(max_in_flight) is not int or max_in_flight < 1:
@@ -267,6 +305,7 @@ def sample_many(
         in_order=order == "input",
         on_error=on_error,
         progress=progress,
+        notice_after_s=notice_after_s,
     )
     return SampleStream(run)
 

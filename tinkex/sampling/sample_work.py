@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import threading
 from types import TracebackType
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Optional, Type
 
 from tinkex.errors import ResultExpiredError
 from tinkex.futures import APIFuture
 from tinkex.http.private_channel import AnyChannel
 from tinkex.polling.poll_loop import Operation
 from tinkex.transport import Transport
-from tinkex.types import UntypedFuture
+
+if TYPE_CHECKING:
+    from tinkex.types import UntypedFuture
 
 #: After how many seconds to submit a sample again whose result was lost, by the number of times
 #: it was submitted again before; None is never.
@@ -38,6 +40,7 @@ class SampleWork:
         target: whose it is, once it was sent; None if it must be polled for on its own.
         accepted: the server works on it, under the future's request id.
         lost: its result was lost.
+        maybe_lost: a poll had no answer, which may have held the result.
         times: how often it was submitted again.
     """
 
@@ -47,6 +50,7 @@ class SampleWork:
     target: Optional[Callable[[], Target]] = None
     accepted: bool = False
     lost: Optional[ResultExpiredError] = None
+    maybe_lost: bool = False
     times: int = 0
 
     def submit(self, stint: Stint) -> None:
@@ -56,7 +60,7 @@ class SampleWork:
         with stint.unbroken():
             answer = self.send(stint.channel)
         future.enter("waiting", answer.request_id)
-        self.accepted, self.lost = True, None
+        self.accepted, self.lost, self.maybe_lost = True, None, False
 
     def note_lost(self, error: ResultExpiredError) -> None:
         """The server has no result for it any more."""

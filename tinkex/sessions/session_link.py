@@ -6,7 +6,7 @@ No training or sampling load can delay a heartbeat, because nothing else uses th
 from __future__ import annotations
 
 import threading
-from typing import Callable, Optional, Protocol
+from typing import TYPE_CHECKING, Callable, Optional, Protocol
 
 from tinkex.api.sessions import (
     HEARTBEAT_TIMEOUT_S,
@@ -16,7 +16,9 @@ from tinkex.api.sessions import (
 )
 from tinkex.config import Config
 from tinkex.transport import Transport
-from tinkex.types import CreateSessionResponse
+
+if TYPE_CHECKING:
+    from tinkex.types import CreateSessionResponse
 
 
 class SessionLink(Protocol):

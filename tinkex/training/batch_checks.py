@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
 from tinkex.types import Datum, EncodedTextChunk
 from tinkex.types.datum import INPUT_DTYPES
+from tinkex.types.tensor_data import first_where
+
+logger = logging.getLogger(__name__)
 
 #: Loss inputs that have one entry per input token, in every server that knows them.
 _PER_TOKEN = frozenset(INPUT_DTYPES)
+
+#: Other names of loss inputs that were looked at; there are few.
+_others: Set[str] = set()
 
 
 def check_batch(
@@ -46,34 +53,69 @@ def check_batch(
     if not batch:
         raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
     for index, datum in enumerate(batch):
-        _check_datum(index, datum)
+        _check_lengths(index, datum)
+    _check_numbers(batch)
     return batch
 
 
-def _check_datum(index: int, datum: Any) -> None:
+def _check_lengths(index: int, datum: Any) -> None:
     if not isinstance(datum, Datum):
         raise InvalidInputError(f"data[{index}] is a {type(datum).__name__}, not a Datum")
-    chunks = datum.model_input.chunks
-    text_only = all(isinstance(chunk, EncodedTextChunk) for chunk in chunks)
-    length = datum.model_input.length if text_only else None
+    length = 0
+    for chunk in datum.model_input.chunks:
+        if not isinstance(chunk, EncodedTextChunk):
+            return  # what it stands for is the server's to know
+        length += chunk.length
     if length == 0:
         raise InvalidInputError(
             f"data[{index}]: model_input has no tokens",
             hint="Leave empty examples out of the batch.",
         )
     for name, tensor in datum.loss_fn_inputs.items():
-        if length is not None and name in _PER_TOKEN and len(tensor) != length:
+        if name not in _PER_TOKEN:
+            if name not in _others:
+                _look_at(name)
+        elif len(tensor) != length:
             raise InvalidInputError(
                 f"data[{index}]: loss input {name!r} has {len(tensor)} entries for {length} tokens",
                 hint="It needs one per input token. For next-token training use "
                 "model_input = tokens[:-1], target_tokens = tokens[1:], weights = weights[1:].",
             )
-        if tensor.values.dtype.kind == "f" and not np.isfinite(tensor.values).all():
-            at = int(np.flatnonzero(~np.isfinite(tensor.values))[0])
-            raise InvalidInputError(
-                f"data[{index}]: loss input {name!r} holds {tensor.values[at]} at position {at}",
-                hint="NaN and infinity cannot be trained on; find out where they come from.",
-            )
+
+
+def _look_at(name: str) -> None:
+    """Warn, once, of a loss input that seems misspelt: a server that ignores it says nothing."""
+    import difflib
+
+    _others.add(name)
+    for known in difflib.get_close_matches(name, sorted(_PER_TOKEN), 1, 0.8):
+        logger.warning(
+            "there is no loss input %r, and a server may well ignore it: is %r meant?", name, known
+        )
+
+
+def _check_numbers(batch: Sequence[Datum]) -> None:
+    """Look for NaN and infinity."""
+    floats = [
+        tensor.values
+        for datum in batch
+        for tensor in datum.loss_fn_inputs.values()
+        if tensor.dtype == "float32"
+    ]
+    first = first_where(lambda array: ~np.isfinite(array), floats)
+    if first is None:
+        return
+    at = int(np.flatnonzero(~np.isfinite(floats[first]))[0])
+    index, name = next(
+        (index, name)
+        for index, datum in enumerate(batch)
+        for name, tensor in datum.loss_fn_inputs.items()
+        if tensor.values is floats[first]
+    )
+    raise InvalidInputError(
+        f"data[{index}]: loss input {name!r} holds {floats[first][at]} at position {at}",
+        hint="NaN and infinity cannot be trained on; find out where they come from.",
+    )
 
 
 def check_ttl(ttl_seconds: Optional[int]) -> None:

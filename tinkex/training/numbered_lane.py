@@ -105,6 +105,12 @@ class _Outbox:
             raise _AnotherBody
         return lost
 
+    def lose(self) -> None:
+        """Note that the last request may have been taken, though no answer says so."""
+        self.lost = self.last
+        if self.lost is not None:
+            self.lost.keep_body()
+
 
 class NumberedLane:
     """The lane of one run.  Thread-safe, except where it says otherwise.
@@ -260,7 +266,7 @@ class NumberedLane:
         if answered and error.status not in _OPEN:
             self._outbox.lost = None
         elif error.maybe_taken:
-            self._outbox.lost = self._outbox.last
+            self._outbox.lose()
             told = (
                 "The server may have taken it all the same. The same call again is done once; any "
                 "other call of this run first sends this one again."

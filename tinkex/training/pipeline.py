@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import logging
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Union
 
@@ -40,12 +41,38 @@ class PipelineStep:
         return {**self.forward_backward.metrics, **(self.optim.metrics or {})}
 
 
-class _Sent(NamedTuple):
-    """A step that was handed to the run's lane."""
+class Step(NamedTuple):
+    """A pass, and the optimizer step after it, that were handed to the run's lane."""
 
-    number: int
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
+
+    def cancel_if_unsent(self) -> None:
+        """Cancel both, unless the lane has taken up the pass: then it needs its optimizer step."""
+        if not self.forward_backward.was_sent:
+            self.forward_backward.cancel()
+            self.optim.cancel()
+
+
+def submit_step(
+    forward_backward: Callable[[], APIFuture[ForwardBackwardOutput]],
+    optim_step: Callable[[APIFuture[ForwardBackwardOutput]], APIFuture[OptimStepResponse]],
+) -> Step:
+    """Submit a pass and its optimizer step, or neither; *optim_step* is given the pass."""
+    passed = forward_backward()
+    try:
+        passed.uncount()
+        return Step(passed, optim_step(passed))
+    except BaseException:
+        passed.cancel()
+        raise
+
+
+class _Sent(NamedTuple):
+    """A step under way."""
+
+    number: int
+    step: Step
 
 
 class Pipeline(Iterator[PipelineStep]):
@@ -53,7 +80,7 @@ class Pipeline(Iterator[PipelineStep]):
 
     Args:
         forward_backward: submits the pass over a batch.
-        optim_step: submits the step with these parameters.
+        optim_step: submits the step with these parameters, after that pass.
         batches: taken as they are needed.
         schedule: returns the parameters of a step; raises if they are wrong.
         depth: steps under way at once.
@@ -62,7 +89,9 @@ class Pipeline(Iterator[PipelineStep]):
     def __init__(
         self,
         forward_backward: Callable[[Any], APIFuture[ForwardBackwardOutput]],
-        optim_step: Callable[[OptimParams], APIFuture[OptimStepResponse]],
+        optim_step: Callable[
+            [OptimParams, APIFuture[ForwardBackwardOutput]], APIFuture[OptimStepResponse]
+        ],
         batches: Iterable[Batch],
         schedule: Callable[[int], OptimParams],
         depth: int,
@@ -139,29 +168,23 @@ class Pipeline(Iterator[PipelineStep]):
                 return
             try:
                 params = self._schedule(index)  # before the pass is sent
-                forward_backward = self._forward_backward(batch)
-                try:
-                    optim = self._optim_step(params)
-                except BaseException:
-                    forward_backward.cancel()
-                    raise
+                step = submit_step(
+                    functools.partial(self._forward_backward, batch),
+                    functools.partial(self._optim_step, params),
+                )
             except TinkexError as error:
                 _tell_step(error, index)
                 raise
-            self._sent.append(_Sent(index, forward_backward, optim))
+            self._sent.append(_Sent(index, step))
 
     def _finish_oldest(self) -> PipelineStep:
-        oldest = self._sent[0]
+        number, (forward_backward, optim) = self._sent[0]
         try:
-            step = PipelineStep(
-                oldest.number, oldest.forward_backward.result(), oldest.optim.result()
-            )
+            step = PipelineStep(number, forward_backward.result(), optim.result())
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
-            # Its optimizer step must not be applied without its gradient, if that can be helped.
-            _cancel_if_unsent(oldest.optim)
             if isinstance(error, TinkexError):
-                _tell_step(error, oldest.number)
+                _tell_step(error, number)
             raise
         self._sent.popleft()
         return step
@@ -173,25 +196,19 @@ class Pipeline(Iterator[PipelineStep]):
         logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
 
     def _cancel_unsent(self) -> None:
-        """Cancel, from the last backward, what the lane has not taken up; forget such steps."""
+        """Cancel, from the last backward, the steps that the lane has not begun; forget them."""
         kept: Deque[_Sent] = collections.deque()
-        for step in reversed(self._sent):
-            _cancel_if_unsent(step.optim)
-            _cancel_if_unsent(step.forward_backward)
-            if not step.forward_backward.cancelled():
-                kept.appendleft(step)
+        for sent in reversed(self._sent):
+            sent.step.cancel_if_unsent()
+            if not sent.step.forward_backward.cancelled():
+                kept.appendleft(sent)
         self._sent = kept
 
     def _describe_sent(self) -> str:
         if not self._sent:
             return "nothing else was sent"
-        names = ", ".join(str(step.number) for step in self._sent)
+        names = ", ".join(str(sent.number) for sent in self._sent)
         return f"sent before, and done by the server unless it fails: step {names}"
-
-
-def _cancel_if_unsent(future: APIFuture[Any]) -> None:
-    if not future.was_sent:
-        future.cancel()
 
 
 def _tell_step(error: TinkexError, index: int) -> None:

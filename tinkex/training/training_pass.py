@@ -6,13 +6,14 @@ Servers report differently; what a caller sees here looks the same everywhere.  
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
 from tinkex.server_flags import ServerFlags
 from tinkex.transport import Reply
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
+from tinkex.types.tensor_data import first_where
 from tinkex.wire.chunking import split
 from tinkex.wire.codec import Codec
 from tinkex.wire.codecs import codec_for
@@ -28,22 +29,24 @@ _JSON_GROWTH = 4
 _JSON_OVERHEAD = 2000
 
 
-def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> List[List[Datum]]:
+def cut(
+    data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]
+) -> List[Tuple[List[Datum], int]]:
     """Cut a batch into requests as large as the server takes them, in order.
 
     A limit in bytes is one of the bodies, so they are measured in the encoding that they will
     have; while *codec* is not known (None), in the larger of the two.
+
+    Returns:
+        the datums of each request, with the sum of their ``nbytes``.
     """
     limit = flags.fwdbwd_max_chunk_bytes_count
-    size_of: Callable[[Datum], int] = _nbytes
-    if codec is None or codec.name == JSON.name:
-        at_most = sum(_JSON_GROWTH * datum.nbytes + _JSON_OVERHEAD for datum in data)
-        size_of = _json_size if at_most > limit else _nbytes
-    return split(data, flags.fwdbwd_max_chunk_len, limit, size_of)
-
-
-def _nbytes(datum: Datum) -> int:
-    return datum.nbytes
+    sizes = nbytes = [datum.nbytes for datum in data]
+    json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
+    if (codec is None or codec.name == JSON.name) and json_at_most > limit:
+        sizes = [_json_size(datum) for datum in data]
+    runs = split(sizes, flags.fwdbwd_max_chunk_len, limit)
+    return [(list(data[run]), sum(nbytes[run])) for run in runs]
 
 
 def _json_size(datum: Datum) -> int:
@@ -91,15 +94,11 @@ class PassReader:
         Logprobs that are NaN or null stay NaN, with one warning.
         """
         output = codec_for(reply.content_type).decode_output(reply.body)
-        logprobs = {
-            index: fields["logprobs"].values
-            for index, fields in enumerate(output.loss_fn_outputs)
-            if "logprobs" in fields
-        }
-        # All at once: of a thousand, a look at each is a tenth of the whole pass.
-        if logprobs and np.isnan(np.concatenate(list(logprobs.values()))).any():
-            for index, values in logprobs.items():
-                self._nans.look_at(values, f"data[{index}]")
+        with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
+        logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
+        first = first_where(np.isnan, logprobs)
+        if first is not None:
+            self._nans.look_at(logprobs[first], f"data[{with_logprobs[first]}]")
         if loss_fn in _LOSSES and "loss:sum" not in output.metrics:
             loss = _LOSSES[loss_fn](data, output.loss_fn_outputs)
             if loss is not None:

@@ -12,6 +12,7 @@ fails would leave a gap behind.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Union
 
@@ -68,14 +69,28 @@ class TrainingRun:
         self._session.ensure_open(kind)
         return self._session.poller.new_future(kind, counted=counted)
 
-    def submit(self, kind: str, send: Send, decode: Callable[[Reply], T]) -> APIFuture[T]:
+    def submit(
+        self,
+        kind: str,
+        send: Send,
+        decode: Callable[[Reply], T],
+        *,
+        after: Optional[APIFuture[Any]] = None,
+    ) -> APIFuture[T]:
         """Queue one request.
 
         *send* sends it, with ``transport``, under the number it is given; it may be called again,
-        with another number.  *decode* reads the answer with the result.
+        with another number.  *decode* reads the answer with the result.  *after* is of an earlier
+        request of this run, without which this one makes no sense: it is cancelled if that one has
+        failed by then, and takes no place of its own among ``max_unread``.
         """
-        future: APIFuture[T] = self.new_future(kind, counted=True)
-        return self.queue(future, lambda: self._send(Work(future, send, decode)))
+
+        def task(future: APIFuture[T]) -> None:
+            if after is not None and after.failed():
+                future.cancel()
+            self._send(Work(future, send, decode))
+
+        return self.queue(kind, task, counted=after is None)
 
     def submit_unnumbered(
         self, kind: str, send: Callable[[], UntypedFuture], decode: Callable[[Reply], T]
@@ -84,9 +99,8 @@ class TrainingRun:
 
         *send* sends it, with the session's transport.
         """
-        future: APIFuture[T] = self.new_future(kind, counted=True)
 
-        def task() -> None:
+        def task(future: APIFuture[T]) -> None:
             self._lane.finish()
             if future.done():  # cancelled while it waited its turn
                 return
@@ -96,7 +110,7 @@ class TrainingRun:
             operation = Operation(future, decode, owner=f"run {self.model_id}")
             self._session.poller.watch(self.model_id, operation)
 
-        return self.queue(future, task)
+        return self.queue(kind, task)
 
     def submit_pass(
         self, kind: str, data: List[Datum], loss_fn: str, config: LossSettings
@@ -105,12 +119,21 @@ class TrainingRun:
 
         *kind* is ``"forward"`` or ``"forward_backward"``; *data* was checked.
         """
-        whole = self.new_future(kind, counted=True)
-        return self.queue(whole, lambda: self._send_batch(whole, data, loss_fn, config))
+        return self.queue(kind, lambda whole: self._send_batch(whole, data, loss_fn, config))
 
-    def queue(self, future: APIFuture[T], task: Callable[[], None]) -> APIFuture[T]:
-        """Have the lane run *task*; its failure is the future's."""
-        return self._lane.queue(future, task)
+    def queue(
+        self, kind: str, task: Callable[[APIFuture[Any]], None], *, counted: bool = True
+    ) -> APIFuture[Any]:
+        """Have the lane run *task* with a new future of *kind*; its failure is the future's.
+
+        *counted* as for `new_future`.
+        """
+        future = self.new_future(kind, counted=counted)
+        try:
+            return self._lane.queue(future, functools.partial(task, future))
+        except BaseException:  # Ctrl-C, at any call: nobody knows of it
+            future.cancel()
+            raise
 
     def drain(self) -> None:
         """Refuse further work; what was queued is still sent.  Returns at once."""
@@ -148,7 +171,7 @@ class TrainingRun:
         chunks = cut(data, flags, self._session.dialect.codec)
         futures = [self.new_future(kind) for _ in chunks]
         for index, (future, chunk) in enumerate(zip(futures, chunks)):
-            self._send(self._pass_over(future, chunk, loss_fn, config, flags))
+            self._send(self._pass_over(future, *chunk, loss_fn, config, flags))
             if future.failed():
                 for later in futures[index + 1 :]:
                     later.cancel()
@@ -187,12 +210,13 @@ class TrainingRun:
             futures = [self.new_future(whole.kind) for _ in chunks]
             gather(whole, futures, combine)
         for future, chunk in zip(futures, chunks):
-            self._send(self._pass_over(future, chunk, loss_fn, config, flags))
+            self._send(self._pass_over(future, *chunk, loss_fn, config, flags))
 
     def _pass_over(
         self,
         future: APIFuture[ForwardBackwardOutput],
         chunk: List[Datum],
+        nbytes: int,
         loss_fn: str,
         config: LossSettings,
         flags: ServerFlags,
@@ -202,7 +226,7 @@ class TrainingRun:
                 self.model_id, seq_id, chunk, loss_fn, config, forward_only=future.kind == "forward"
             )
             compress = flags.proto_compress_fwdbwd
-            batches, nbytes = self.transport.pressure.batches, sum(d.nbytes for d in chunk)
+            batches = self.transport.pressure.batches
             with batches.holding(nbytes, lambda: future.done() or self._session.closed, future):
                 return self._session.dialect.submit(self.transport, request, compress=compress)
 

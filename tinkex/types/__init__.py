@@ -118,6 +118,7 @@ if TYPE_CHECKING:
         GetServerCapabilitiesResponse as GetServerCapabilitiesResponse,
         JoinSamplingSessionResponse as JoinSamplingSessionResponse,
         SupportedModel as SupportedModel,
+        UntypedFuture as UntypedFuture,
         WhoamiResponse as WhoamiResponse,
     )
     from tinkex.types.session_search import (
@@ -160,7 +161,6 @@ if TYPE_CHECKING:
         SaveWeightsForSamplerResponse as SaveWeightsForSamplerResponse,
         SaveWeightsResponse as SaveWeightsResponse,
         UnloadModelResponse as UnloadModelResponse,
-        UntypedFuture as UntypedFuture,
     )
 
 _MODULES = {
@@ -273,6 +273,7 @@ _MODULES = {
         "GetServerCapabilitiesResponse",
         "JoinSamplingSessionResponse",
         "SupportedModel",
+        "UntypedFuture",
         "WhoamiResponse",
     ],
     "session_search": [
@@ -315,7 +316,6 @@ _MODULES = {
         "SaveWeightsForSamplerResponse",
         "SaveWeightsResponse",
         "UnloadModelResponse",
-        "UntypedFuture",
     ],
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}

@@ -22,6 +22,8 @@ INPUT_DTYPES: Mapping[str, str] = {
     "sequence_ratio_mask": "float32",
 }
 
+_TOKEN_BYTES = 4
+
 
 def _to_tensor(name: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
@@ -124,10 +126,12 @@ class Datum:
     @property
     def nbytes(self) -> int:
         """Estimated bytes on the wire, by which batches are cut (reference, section 3.3)."""
-        total = sum(tensor.nbytes for tensor in self.loss_fn_inputs.values())
+        total = 0
+        for tensor in self.loss_fn_inputs.values():
+            total += tensor.nbytes
         for chunk in self.model_input.chunks:
             if isinstance(chunk, EncodedTextChunk):
-                total += chunk.tokens_np.nbytes
+                total += _TOKEN_BYTES * chunk.length
             elif isinstance(chunk, ImageChunk):
                 total += len(chunk.data)
             elif isinstance(chunk, DmelChunk):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import base64
 import dataclasses
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
+from tinkex.types._numbers import SHORT, as_kept, numpy_on_demand
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -17,29 +20,40 @@ else:
     TokenArray = Any
 
 
-def as_tokens(tokens: Any) -> TokenArray:
-    """Return *tokens* (any sequence of ints, or an array) as a contiguous int32 array.
+def as_tokens(tokens: Any) -> Any:
+    """Return *tokens* (any sequence of ints, or an array) as a contiguous array of int32.
+
+    That is an array.array for a short list or tuple of plain ints, and a numpy array for others.
 
     Raises:
         InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
     """
+    if isinstance(tokens, (list, tuple)) and len(tokens) <= SHORT and {*map(type, tokens)} <= {int}:
+        try:
+            short = array.array("i", tokens)
+        except OverflowError:
+            pass  # numpy tells the range
+        else:
+            if min(short, default=0) >= 0:
+                return short
     try:
-        array = np.asarray(tokens)
+        ids = np.asarray(tokens)
     except (ValueError, TypeError) as error:
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise InvalidInputError(
-            f"tokens must be a flat sequence of integers, not {array.dtype} of shape {array.shape}",
+            f"tokens must be a flat sequence of integers, not {ids.dtype} of shape {ids.shape}",
             hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
         )
-    if array.size and (int(array.min()) < 0 or int(array.max()) > 0x7FFFFFFF):
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > 0x7FFFFFFF):
         raise InvalidInputError(
-            f"token ids run from {int(array.min())} to {int(array.max())}; "
+            f"token ids run from {int(ids.min())} to {int(ids.max())}; "
             "they must lie in 0 .. 2**31 - 1"
         )
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return np.ascontiguousarray(ids, dtype=np.int32)
 
 
+@numpy_on_demand("tokens_np")
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class EncodedTextChunk:
     """A run of token ids.  ``tokens_np`` is int32 of shape ``(length,)``."""
@@ -53,25 +67,31 @@ class EncodedTextChunk:
     @property
     def tokens(self) -> List[int]:
         """The token ids as a Python list (made anew on each access)."""
-        ids: List[int] = self.tokens_np.tolist()
+        ids: List[int] = as_kept(self, "tokens_np").tolist()
         return ids
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return int(self.tokens_np.size)
+        return len(as_kept(self, "tokens_np"))
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form; the numpy buffer is left for orjson to write."""
-        return {"tokens": self.tokens_np, "type": "encoded_text"}
+        """JSON form; a numpy buffer is left for orjson to write."""
+        tokens = as_kept(self, "tokens_np")
+        is_numpy = not isinstance(tokens, array.array)
+        return {"tokens": tokens if is_numpy else tokens.tolist(), "type": "encoded_text"}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EncodedTextChunk):
             return NotImplemented
-        return np.array_equal(self.tokens_np, other.tokens_np)
+        return self._bytes() == other._bytes()
 
     def __hash__(self) -> int:
-        return hash(self.tokens_np.tobytes())
+        return hash(self._bytes())
+
+    def _bytes(self) -> bytes:
+        raw: bytes = as_kept(self, "tokens_np").tobytes()
+        return raw
 
     def __repr__(self) -> str:
         return f"EncodedTextChunk({self.length} tokens)"
@@ -233,7 +253,7 @@ class ModelInput:
     @property
     def length(self) -> int:
         """Number of tokens over all chunks."""
-        return sum(chunk.length for chunk in self.chunks)
+        return sum([chunk.length for chunk in self.chunks])
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
         """Return a new input with *chunk* at the end."""
@@ -248,19 +268,22 @@ class ModelInput:
 
     def to_numpy(self) -> TokenArray:
         """Return all tokens as one int32 array; InvalidInputError with chunks that are not text."""
-        parts: List[TokenArray] = []
-        for chunk in self.chunks:
-            if not isinstance(chunk, EncodedTextChunk):
-                raise InvalidInputError(f"a {type(chunk).__name__} has no token ids")
-            parts.append(chunk.tokens_np)
+        parts = [chunk.tokens_np for chunk in self._texts()]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def to_ints(self) -> List[int]:
         """Return all tokens as a list; InvalidInputError with chunks that are not text."""
-        ids: List[int] = self.to_numpy().tolist()
-        return ids
+        return list(chain.from_iterable(chunk.tokens for chunk in self._texts()))
+
+    def _texts(self) -> List[EncodedTextChunk]:
+        texts = []
+        for chunk in self.chunks:
+            if not isinstance(chunk, EncodedTextChunk):
+                raise InvalidInputError(f"a {type(chunk).__name__} has no token ids")
+            texts.append(chunk)
+        return texts
 
     def to_json(self) -> Dict[str, Any]:
         """JSON form, with numpy buffers left for orjson to write."""

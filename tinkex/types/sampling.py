@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
+from tinkex.types._numbers import as_kept, numpy_on_demand
 from tinkex.types.model_input import ModelInput
 from tinkex.types.tensor_data import TensorData
 
@@ -88,12 +90,12 @@ class SamplingParams:
 
 
 def _is_int(value: Any, at_least: float = -math.inf) -> bool:
-    integral = isinstance(value, (int, np.integer)) and type(value) is not bool
+    integral = isinstance(value, (int, Integral)) and type(value) is not bool
     return integral and bool(value >= at_least)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, (float, np.floating)) and math.isfinite(value))
+    return _is_int(value) or (isinstance(value, (float, Real)) and math.isfinite(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,9 @@ class SampleRequest:
     def check(self) -> None:
         """Raise InvalidInputError if a value is out of its range, the parameters' included."""
         if not _is_int(self.num_samples, at_least=1):
-            raise InvalidInputError(f"num_samples is {self.num_samples!r}; it must be at least 1")
+            raise InvalidInputError(
+                f"num_samples is {self.num_samples!r}; it must be an integer, at least 1"
+            )
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
             if not _is_int(getattr(self, name), at_least=0):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; it must be 0 or more")
@@ -231,6 +235,7 @@ class TopkLogprobs:
         return rows
 
 
+@numpy_on_demand("tokens_np", "logprobs_np")
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampledSequence:
     """One sampled continuation of m tokens.
@@ -253,13 +258,29 @@ class SampledSequence:
     @property
     def tokens(self) -> List[int]:
         """The token ids as a list (made anew on each access)."""
-        ids: List[int] = self.tokens_np.tolist()
+        ids: List[int] = as_kept(self, "tokens_np").tolist()
         return ids
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(as_kept(self, "tokens_np"))
 
     @property
     def logprobs(self) -> Optional[List[float]]:
         """The logprobs as a list, or None."""
-        return None if self.logprobs_np is None else self.logprobs_np.tolist()
+        logprobs = as_kept(self, "logprobs_np")
+        return None if logprobs is None else logprobs.tolist()
+
+    def named(self, sequence_id: str) -> SampledSequence:
+        """Return the same, with that id."""
+        return SampledSequence(
+            self.stop_reason,
+            as_kept(self, "tokens_np"),
+            as_kept(self, "logprobs_np"),
+            sequence_id,
+            self.topk_logprobs_np,
+        )
 
     @property
     def topk_logprobs(self) -> Optional[List[TopkRow]]:
@@ -267,6 +288,7 @@ class SampledSequence:
         return None if self.topk_logprobs_np is None else self.topk_logprobs_np.rows()
 
 
+@numpy_on_demand("prompt_logprobs_np")
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleResponse:
     """The answer to one SampleRequest with a prompt of n tokens.

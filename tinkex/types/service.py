@@ -1,11 +1,11 @@
-"""Sessions, samplers and capabilities (protocol reference, section 1.5.1)."""
+"""Sessions, samplers, capabilities, and what answers a submission (reference, section 1.5)."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Dict, List, Optional, Type, TypeVar
 
-from tinkex.types._wire import Wire, bulk
+from tinkex.types._wire import Wire, bulk, json_strings
 
 G = TypeVar("G", bound="GetServerCapabilitiesResponse")
 
@@ -18,6 +18,26 @@ class CreateSessionResponse(Wire):
     info_message: Optional[str] = None
     warning_message: Optional[str] = None
     error_message: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UntypedFuture(Wire):
+    """The answer to a submission: poll ``request_id`` for the result."""
+
+    request_id: str
+    model_id: Optional[str] = None
+    sample_sequence_ids: Optional[List[str]] = bulk(None, read=json_strings)
+
+    @classmethod
+    def from_wire(cls, payload: Any) -> UntypedFuture:
+        """See Wire; spelt out, because every submission is answered with one."""
+        if isinstance(payload, dict):
+            request_id, model_id = payload.get("request_id"), payload.get("model_id")
+            ids = payload.get("sample_sequence_ids")
+            listed = ids is None or (isinstance(ids, list) and all(type(i) is str for i in ids))
+            if isinstance(request_id, str) and isinstance(model_id, (str, type(None))) and listed:
+                return cls(request_id, model_id, ids)
+        return super().from_wire(payload)  # which tells what is wrong
 
 
 @dataclasses.dataclass(frozen=True)

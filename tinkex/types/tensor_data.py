@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
@@ -109,9 +109,9 @@ class TensorData:
         most of what reading a result of a thousand tensors costs.
         """
         tensor = object.__new__(cls)
-        tensor.__dict__.update(
-            values=values, dtype=dtype, shape=shape, crow_indices=None, col_indices=None
-        )
+        fields = tensor.__dict__
+        fields["values"], fields["dtype"], fields["shape"] = values, dtype, shape
+        fields["crow_indices"] = fields["col_indices"] = None
         return tensor
 
     @classmethod
@@ -172,10 +172,9 @@ class TensorData:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored values and indices: 4 per float32, 8 per int64 and index."""
-        total = self.values.nbytes
-        for indices in (self.crow_indices, self.col_indices):
-            total += 0 if indices is None else indices.nbytes
-        return total
+        if self.crow_indices is None or self.col_indices is None:
+            return self.values.nbytes
+        return self.values.nbytes + self.crow_indices.nbytes + self.col_indices.nbytes
 
     def to_numpy(self, pad_value: float = 0) -> Array:
         """Return an array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
@@ -222,6 +221,22 @@ class TensorData:
     def __repr__(self) -> str:
         kind = "sparse " if self.is_sparse else ""
         return f"TensorData({kind}{self.dtype}, shape={self.shape})"
+
+
+def first_where(test: Callable[[Array], Array], arrays: Sequence[Array]) -> Optional[int]:
+    """The index of the first of some flat *arrays* that has an element for which *test* is true.
+
+    Short ones are tested some at a time: one by one takes four times as long, all at once as much
+    memory again.
+    """
+    start = 0
+    while start < len(arrays):
+        many = min(32, 1 + (1 << 15) // max(1, arrays[start].size))
+        some = arrays[start : start + many]
+        if test(np.concatenate(some)).any():
+            return start + next(i for i, array in enumerate(some) if test(array).any())
+        start += many
+    return None
 
 
 def _as_shape(shape: Sequence[int]) -> Tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 
 from tinkex.errors import InvalidInputError
 from tinkex.types import console
-from tinkex.types._wire import Wire, bulk, json_number_map, json_strings
+from tinkex.types._wire import Wire, bulk, json_number_map
 from tinkex.types.tensor_data import TensorData
 
 
@@ -24,7 +24,9 @@ class LoraConfig(Wire):
     def check(self) -> None:
         """Raise InvalidInputError if the adapter would be empty or its rank impossible."""
         if type(self.rank) is not int or self.rank < 1:
-            raise InvalidInputError(f"LoRA rank is {self.rank!r}; it must be at least 1")
+            raise InvalidInputError(
+                f"LoRA rank is {self.rank!r}; it must be an integer, at least 1"
+            )
         if not (self.train_unembed or self.train_mlp or self.train_attn):
             raise InvalidInputError(
                 "nothing to train: train_mlp, train_attn and train_unembed are all False"
@@ -45,26 +47,6 @@ class ForwardBackwardOutput:
     loss_fn_outputs: List[Dict[str, TensorData]]
     metrics: Dict[str, float]
     loss_fn_output_type: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class UntypedFuture(Wire):
-    """The answer to a submission: poll ``request_id`` for the result."""
-
-    request_id: str
-    model_id: Optional[str] = None
-    sample_sequence_ids: Optional[List[str]] = bulk(None, read=json_strings)
-
-    @classmethod
-    def from_wire(cls, payload: Any) -> UntypedFuture:
-        """See Wire; spelt out, because every submission is answered with one."""
-        if isinstance(payload, dict):
-            request_id, model_id = payload.get("request_id"), payload.get("model_id")
-            ids = payload.get("sample_sequence_ids")
-            listed = ids is None or (isinstance(ids, list) and all(type(i) is str for i in ids))
-            if isinstance(request_id, str) and isinstance(model_id, (str, type(None))) and listed:
-                return cls(request_id, model_id, ids)
-        return super().from_wire(payload)  # which tells what is wrong
 
 
 @dataclasses.dataclass(frozen=True)

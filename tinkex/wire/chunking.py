@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from tinkex.errors import InvalidInputError
-from tinkex.types import Datum, ForwardBackwardOutput
+from tinkex.types import ForwardBackwardOutput
 
 _UINT64 = (1 << 64) - 1
 
 
-def split(
-    data: Sequence[Datum],
-    max_datums: int,
-    max_bytes: int,
-    size_of: Callable[[Datum], int] = lambda datum: datum.nbytes,
-) -> List[List[Datum]]:
-    """Cut *data* into runs, in order, each of at most *max_datums* and *max_bytes*.
+def split(sizes: Sequence[int], max_datums: int, max_bytes: int) -> List[slice]:
+    """Cut datums of *sizes* bytes into runs, in order, of at most *max_datums* and *max_bytes*.
 
-    Bytes are those that *size_of* tells, by default the estimate ``Datum.nbytes``.  A datum above
-    *max_bytes* goes alone.  No data gives no chunks.
+    A datum above *max_bytes* goes alone.  No datums give no runs.
     """
-    chunks: List[List[Datum]] = []
-    filled_bytes = 0
-    for datum in data:
-        nbytes = size_of(datum)
-        if chunks and len(chunks[-1]) < max_datums and filled_bytes + nbytes <= max_bytes:
-            chunks[-1].append(datum)
-            filled_bytes += nbytes
-        else:
-            chunks.append([datum])
-            filled_bytes = nbytes
-    return chunks
+    runs: List[slice] = []
+    start = filled_bytes = 0
+    for index, nbytes in enumerate(sizes):
+        filled_bytes += nbytes
+        if index > start and (index - start == max_datums or filled_bytes > max_bytes):
+            runs.append(slice(start, index))
+            start, filled_bytes = index, nbytes
+    if sizes:
+        runs.append(slice(start, len(sizes)))
+    return runs
 
 
 def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Iterator, Protocol, Type
+from typing import TYPE_CHECKING, Iterator, Protocol, Type
 
 from tinkex.errors import ResponseDecodeError, TinkexError
 from tinkex.lazy_numpy import np
-from tinkex.types import (
-    Datum,
-    ForwardBackwardOutput,
-    ForwardBackwardRequest,
-    SampleResponse,
-    TopkLogprobs,
-)
-from tinkex.types.sampling import TOPK_SENTINEL
+
+if TYPE_CHECKING:
+    from tinkex.types import (
+        Datum,
+        ForwardBackwardOutput,
+        ForwardBackwardRequest,
+        SampleResponse,
+    )
+    from tinkex.wire.parts import Parts
 
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
@@ -45,6 +46,9 @@ class Codec(Protocol):
 
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
         """Write the body of a ``forward_backward`` or ``forward`` submission."""
+
+    def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
+        """The same, in parts, which hold the arrays of *request*."""
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read what `encode_forward_backward` wrote; InvalidInputError if it is malformed."""
@@ -89,6 +93,8 @@ def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> Sampl
         ResponseDecodeError: there are neither n nor n - 1 rows.
     """
     logprobs, topk = response.prompt_logprobs_np, response.topk_prompt_logprobs_np
+    if logprobs is None and topk is None:
+        return response
     if logprobs is not None:
         missing = _missing_rows("prompt_logprobs", len(logprobs), prompt_length)
         logprobs = np.concatenate([np.full(missing, np.nan, np.float32), logprobs])
@@ -96,6 +102,8 @@ def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> Sampl
     if topk is not None:
         missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
         if missing:
+            from tinkex.types.sampling import TOPK_SENTINEL, TopkLogprobs
+
             k = topk.token_ids.shape[1]
             topk = TopkLogprobs(
                 np.concatenate([np.zeros((1, k), np.int32), topk.token_ids]),

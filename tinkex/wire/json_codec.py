@@ -5,6 +5,7 @@ JSON has no NaN and no infinity: both are written as null, and null is read as N
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
 from itertools import chain
@@ -25,10 +26,12 @@ from tinkex.types import (
     TensorData,
     TopkLogprobs,
 )
+from tinkex.types._numbers import SHORT
 from tinkex.types._wire import excerpt
 from tinkex.types.model_input import as_tokens
 from tinkex.types.sampling import TOPK_SENTINEL, tensor_from_json, tensor_to_json
 from tinkex.wire.codec import JSON_CONTENT_TYPE, translating
+from tinkex.wire.parts import Parts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -58,6 +61,11 @@ class JsonCodec:
                 batch["loss_fn_config"] = dict(request.loss_fn_config)
             key = "forward_input" if request.forward_only else "forward_backward_input"
             return _dump({key: batch, "model_id": request.model_id, "seq_id": request.seq_id})
+
+    def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
+        """The same, as a single part: orjson has copied the arrays."""
+        body = self.encode_forward_backward(request)
+        return Parts([[body]], len(body))
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read the body of ``forward_backward`` or ``forward``; its key says which it is."""
@@ -237,10 +245,12 @@ def _floats(values: Any) -> npt.NDArray[np.float32]:
         return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def _logprobs(values: Optional[List[Optional[float]]]) -> Optional[npt.NDArray[np.float32]]:
+def _logprobs(values: Optional[List[Optional[float]]]) -> Any:
     """Return the values as a flat array, None for an empty list, as in the other dialect."""
     if not values:
         return None
+    if len(values) <= SHORT and {*map(type, values)} <= {float, int}:
+        return array.array("f", values)
     logprobs = _floats(values)
     if logprobs.ndim != 1:
         raise ValueError(f"logprobs are no flat list, but of shape {logprobs.shape}")
@@ -264,8 +274,8 @@ def _sequence_to_json(sequence: SampledSequence) -> Dict[str, Any]:
 def _sequence_from_json(payload: Any) -> SampledSequence:
     tokens = as_tokens(_expect(payload, "tokens", list))
     logprobs = _logprobs(payload.get("logprobs"))
-    if logprobs is not None and logprobs.size != tokens.size:
-        raise ValueError(f"{logprobs.size} logprobs for {tokens.size} sampled tokens")
+    if logprobs is not None and len(logprobs) != len(tokens):
+        raise ValueError(f"{len(logprobs)} logprobs for {len(tokens)} sampled tokens")
     return SampledSequence(
         _expect(payload, "stop_reason", str),
         tokens,

@@ -33,8 +33,10 @@ from tinkex.types import (
     TensorData,
     TopkLogprobs,
 )
+from tinkex.types._numbers import from_bytes
 from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, translating
+from tinkex.wire.parts import Parts
 from tinkex.wire.proto_writer import forward_backward_request
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ class ProtobufCodec:
 
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
         """Write a ForwardBackwardRequest; ``forward_only`` is one of its fields."""
+        return bytes(self.forward_backward_parts(request))
+
+    def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
+        """Write the same as `encode_forward_backward`, in parts."""
         with translating(InvalidInputError, "this batch cannot be sent as protobuf"):
             return forward_backward_request(request)
 
@@ -311,12 +317,15 @@ def _get_record(message: pb.ArrayRecord) -> List[Dict[str, TensorData]]:
         raise ValueError(f"a record of {count} datums has fields of {sizes}")
     if not 0 <= count <= _MAX_EMPTY_DATUMS:
         raise ValueError(f"a record of {count} datums")
-    return [{name: column[i] for name, column in columns.items()} for i in range(count)]
+    if not columns:
+        return [{} for _ in range(count)]
+    return [dict(zip(columns, tensors)) for tensors in zip(*columns.values())]
 
 
 def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     """Cut the field into one tensor per datum; they share one buffer."""
-    values = _to_array(message.data, message.dtype)
+    data = message.data  # which copies it, each time
+    values = _to_array(data, message.dtype)
     itemsize = np.dtype(_WIRE_DTYPES[message.dtype]).itemsize
     offsets = np.frombuffer(message.offsets, "<i8")
     trailing_shape = tuple(message.trailing_shape)
@@ -326,17 +335,19 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     fits = (
         offsets.size > 0
         and offsets[0] >= 0
-        and int(offsets[-1]) <= len(message.data)
+        and int(offsets[-1]) <= len(data)
         and bool(np.all(np.diff(offsets) >= 0))
         and not bool(np.any(offsets % (itemsize * max(row, 1))))
     )
     if not fits:
-        raise ValueError(f"the offsets of field {name!r} do not cut its {len(message.data)} bytes")
-    bounds = (offsets // itemsize).tolist()
-    dtype = str(values.dtype)
+        raise ValueError(f"the offsets of field {name!r} do not cut its {len(data)} bytes")
+    bounds = offsets // itemsize
+    lengths = np.diff(bounds) // max(row, 1)
+    shapes = {length: (length, *trailing_shape) for length in set(lengths.tolist())}
+    starts, dtype = bounds.tolist(), str(values.dtype)
     return [
-        TensorData._of(values[start:end], dtype, ((end - start) // max(row, 1), *trailing_shape))
-        for start, end in zip(bounds, bounds[1:])
+        TensorData._of(values[start:end], dtype, shapes[length])
+        for start, end, length in zip(starts, starts[1:], lengths.tolist())
     ]
 
 
@@ -359,9 +370,10 @@ def _get_sequence(message: pb.SampledSequence) -> SampledSequence:
     stop_reason = _STOP_REASONS.get(message.stop_reason)
     if stop_reason is None:
         raise ValueError(f"unknown stop reason {message.stop_reason}")
-    tokens, logprobs = _tokens(message.tokens), _floats(message.logprobs)
-    if logprobs is not None and logprobs.size != tokens.size:
-        raise ValueError(f"{logprobs.size} logprobs for {tokens.size} sampled tokens")
+    tokens = from_bytes("i", message.tokens)
+    logprobs = from_bytes("f", message.logprobs) if message.logprobs else None
+    if logprobs is not None and len(logprobs) != len(tokens):
+        raise ValueError(f"{len(logprobs)} logprobs for {len(tokens)} sampled tokens")
     topk = None
     if message.HasField("topk_sampled_logprobs"):
         topk = _get_topk(message.topk_sampled_logprobs)

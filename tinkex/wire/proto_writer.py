@@ -1,18 +1,20 @@
-"""Writes a ForwardBackwardRequest (reference, section 4.5), each buffer copied once.
+"""Writes a ForwardBackwardRequest (reference, section 4.5) around the arrays of its batch.
 
 A batch is most of what a training run sends.  The protobuf library would copy every array three
-times, into a bytes object, into a message and into the body; here the arrays are joined into the
-body as they are, between a few bytes of framing, which repeat and are remembered.
+times, into a bytes object, into a message and into the body; here the arrays are parts of the body
+as they are, between a few bytes of framing, which repeat and are remembered.
 """
 
 from __future__ import annotations
 
+import math
 import struct
+import sys
 from functools import lru_cache
-from typing import Any, List, Mapping, Sequence, Tuple, Union
+from itertools import chain
+from typing import TYPE_CHECKING, Any, List, Mapping, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
-from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     DmelChunk,
@@ -24,6 +26,15 @@ from tinkex.types import (
     SampledProvenanceSpan,
     TensorData,
 )
+from tinkex.types._numbers import as_kept
+from tinkex.wire.parts import Parts
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+else:
+    Array = Any
 
 #: Bytes, or an array whose memory is what goes on the wire.
 Part = Any
@@ -31,37 +42,46 @@ Part = Any
 #: Wire types (protobuf encoding guide).
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
 
+_INT32_BYTES = 4
+
 _FLOAT32, _INT64 = 1, 2  # of the enum DType
 
 #: What a protobuf parser takes at most.
 _MAX_BODY = (1 << 31) - 1
 
+#: A block takes up examples until it has so many bytes.  Small ones cost more than they save: with
+#: each system call the interpreter goes to another thread.
+_BLOCK_BYTES = 1 << 20
 
-def forward_backward_request(request: ForwardBackwardRequest) -> bytes:
+#: Arrays in memory are as they are on the wire.
+_LITTLE = sys.byteorder == "little"
+
+
+def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
     """Encode *request*; maps are written in the order of their keys.
 
     Raises:
         InvalidInputError: a chunk has no protobuf form, or the body would be too large.
         ValueError: a number or a text has none.
     """
-    parts: List[Part] = [
-        _text(1, request.model_id),
-        _number(2, request.seq_id),
-    ]
+    block: List[Part] = [_text(1, request.model_id), _number(2, request.seq_id)]
+    blocks, filled, total = [block], 0, sum(map(len, block))
     for datum in request.data:
-        _put_datum(parts, datum)
-    parts.append(_text(4, request.loss_fn))
-    _put_config(parts, request.loss_fn_config, request.forward_only)
-    try:
-        body = b"".join(parts)
-    except OverflowError as error:
-        raise InvalidInputError(f"the batch is too large for one request: {error}") from error
-    if len(body) > _MAX_BODY:
+        if filled >= _BLOCK_BYTES:
+            block, filled = [], 0
+            blocks.append(block)
+        size = _put_datum(block, datum)
+        filled += size
+        total += size
+    tail = [_text(4, request.loss_fn), *_config(request.loss_fn_config, request.forward_only)]
+    block += tail
+    total += sum(map(len, tail))
+    if total > _MAX_BODY:
         raise InvalidInputError(
-            f"a request of {len(body)} bytes is more than protobuf can carry",
+            f"a request of {total} bytes is more than protobuf can carry",
             hint="One example must stay below 2 GiB.",
         )
-    return body
+    return Parts(blocks, total)
 
 
 # ---- The encoding ----
@@ -84,6 +104,7 @@ def _tag(field: int, wire_type: int) -> bytes:
     return bytes((field << 3 | wire_type,))
 
 
+@lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
     """What comes before *size* bytes."""
     return _tag(field, _BYTES) + _varint(size)
@@ -109,44 +130,42 @@ def _message(field: int, content: bytes) -> bytes:
 # ---- A batch ----
 
 
-def _put_datum(parts: List[Part], datum: Datum) -> None:
-    at = len(parts)
-    parts.append(b"")  # its head, once its size is known
+def _put_datum(block: List[Part], datum: Datum) -> int:
+    """Append *datum*; return how many bytes that is."""
+    at = len(block)
+    block.append(b"")  # its head, once its size is known
     size = 0
     for chunk in datum.model_input.chunks:
-        size += _put_chunk(parts, chunk)
+        if isinstance(chunk, EncodedTextChunk):
+            tokens = as_kept(chunk, "tokens_np") if _LITTLE else _swapped(chunk.tokens_np)
+            head = _text_chunk_head(_INT32_BYTES * len(tokens))
+            block += (head, tokens)
+            size += len(head) + _INT32_BYTES * len(tokens)
+        else:
+            written = _message(1, _other_chunk(chunk))
+            block.append(written)
+            size += len(written)
     inputs = datum.loss_fn_inputs
     for name in sorted(inputs) if len(inputs) > 1 else inputs:
-        size += _put_input(parts, name, inputs[name])
-    for field, spans in ((3, datum.model_input_spans), (4, datum.loss_fn_input_spans)):
-        for span in spans or ():
-            written = _message(field, _span(span))
-            parts.append(written)
-            size += len(written)
-    parts[at] = _head(3, size)
+        tensor = inputs[name]
+        if tensor.crow_indices is None or tensor.col_indices is None:
+            head, tail, nbytes = _dense_frame(name, tensor.dtype, tensor.shape)
+            block += (head, tensor.values if _LITTLE else _swapped(tensor.values), tail)
+            size += nbytes
+        else:
+            arrays = [tensor.values, tensor.crow_indices, tensor.col_indices]
+            arrays = arrays if _LITTLE else [_swapped(array) for array in arrays]
+            size += _put_sparse(block, name, tensor, arrays)
+    if datum.model_input_spans is not None:
+        size += _put_spans(block, 3, datum.model_input_spans)
+    if datum.loss_fn_input_spans is not None:
+        size += _put_spans(block, 4, datum.loss_fn_input_spans)
+    head = block[at] = _head(3, size)
+    return len(head) + size
 
 
-def _put_chunk(parts: List[Part], chunk: ModelInputChunk) -> int:
-    """Append *chunk*; return how many bytes that is."""
-    if isinstance(chunk, EncodedTextChunk):
-        tokens = np.asarray(chunk.tokens_np, "<i4")
-        head = _text_chunk_head(tokens.nbytes)
-        parts += (head, tokens)
-        return len(head) + tokens.nbytes
-    if isinstance(chunk, ImageChunk):
-        content = _bytes(1, chunk.data) + _text(2, chunk.format)
-        if chunk.expected_tokens is not None:
-            content += _tag(3, _VARINT) + _varint(chunk.expected_tokens)
-        written = _message(1, _message(2, content))
-    elif isinstance(chunk, DmelChunk):
-        written = _message(1, _message(3, _bytes(1, chunk.dmel)))
-    else:
-        raise InvalidInputError(
-            f"a {type(chunk).__name__} has no protobuf form; it is for sampling only",
-            hint="Load the image and pass its bytes as an ImageChunk.",
-        )
-    parts.append(written)
-    return len(written)
+def _swapped(array: Array) -> Array:
+    return array.astype(array.dtype.newbyteorder("<"))
 
 
 @lru_cache(4096)
@@ -156,36 +175,59 @@ def _text_chunk_head(nbytes: int) -> bytes:
     return _head(1, len(text) + nbytes) + text
 
 
-def _put_input(parts: List[Part], name: str, tensor: TensorData) -> int:
-    """Append one entry of the map of loss inputs; return how many bytes that is."""
-    arrays = [np.asarray(tensor.values, "<f4" if tensor.dtype == "float32" else "<i8")]
-    if tensor.crow_indices is not None and tensor.col_indices is not None:
-        arrays += [np.asarray(a, "<i8") for a in (tensor.crow_indices, tensor.col_indices)]
-    sizes = tuple([array.nbytes for array in arrays])
-    frame = _input_frame(name, tensor.dtype, tensor.shape, sizes)
-    for head, array in zip(frame, arrays):
-        parts += (head, array)
-    parts.append(frame[-1])
-    return sum(sizes) + sum(map(len, frame))
+def _other_chunk(chunk: ModelInputChunk) -> bytes:
+    """The content of a chunk that is no text."""
+    if isinstance(chunk, ImageChunk):
+        content = _bytes(1, chunk.data) + _text(2, chunk.format)
+        if chunk.expected_tokens is not None:
+            content += _tag(3, _VARINT) + _varint(chunk.expected_tokens)
+        return _message(2, content)
+    if isinstance(chunk, DmelChunk):
+        return _message(3, _bytes(1, chunk.dmel))
+    raise InvalidInputError(
+        f"a {type(chunk).__name__} has no protobuf form; it is for sampling only",
+        hint="Load the image and pass its bytes as an ImageChunk.",
+    )
 
 
 @lru_cache(4096)
-def _input_frame(
-    name: str, dtype: str, shape: Tuple[int, ...], sizes: Tuple[int, ...]
-) -> Sequence[bytes]:
-    """What stands before each of the arrays of a loss input, and after the last."""
-    tail = _number(3, _FLOAT32 if dtype == "float32" else _INT64)
-    tail += _bytes(4, b"".join([_varint(n) for n in shape]))
-    if len(sizes) == 1:
-        heads = [_head(1, sizes[0])]  # a oneof: present even when it is empty
-    else:
-        heads = [_head(field, size) if size else b"" for field, size in enumerate(sizes, 1)]
-        heads[0] = _head(2, sum(map(len, heads)) + sum(sizes)) + heads[0]
-    value_size = sum(map(len, heads)) + sum(sizes) + len(tail)
-    key = _message(1, name.encode())
-    entry = key + _head(2, value_size)
-    heads[0] = _head(2, len(entry) + value_size) + entry + heads[0]
-    return (*heads, tail)
+def _dense_frame(name: str, dtype: str, shape: Tuple[int, ...]) -> Tuple[bytes, bytes, int]:
+    """What stands before the values of a loss input, and after them; and the size of all three."""
+    nbytes = math.prod(shape) * (4 if dtype == "float32" else 8)
+    tail = _tensor_tail(dtype, shape)
+    head = _head(1, nbytes)  # a oneof: present even when it is empty
+    head = _entry_head(name, len(head) + nbytes + len(tail)) + head
+    return head, tail, len(head) + nbytes + len(tail)
+
+
+def _put_sparse(block: List[Part], name: str, tensor: TensorData, arrays: List[Array]) -> int:
+    """Append a sparse loss input of three *arrays*; return how many bytes that is."""
+    pairs = [(_head(field, a.nbytes), a) for field, a in enumerate(arrays, 1) if a.nbytes]
+    size = sum(len(head) + array.nbytes for head, array in pairs)
+    csr, tail = _head(2, size), _tensor_tail(tensor.dtype, tensor.shape)
+    size += len(csr) + len(tail)
+    entry = _entry_head(name, size)
+    block += (entry, csr, *chain.from_iterable(pairs), tail)
+    return len(entry) + size
+
+
+def _entry_head(name: str, size: int) -> bytes:
+    """What comes before the tensor of *size* bytes in an entry of the map of loss inputs."""
+    entry = _message(1, name.encode()) + _head(2, size)
+    return _head(2, len(entry) + size) + entry
+
+
+def _tensor_tail(dtype: str, shape: Tuple[int, ...]) -> bytes:
+    """What comes after a tensor's values."""
+    code = _FLOAT32 if dtype == "float32" else _INT64
+    return _number(3, code) + _bytes(4, b"".join([_varint(n) for n in shape]))
+
+
+def _put_spans(block: List[Part], field: int, spans: Sequence[ProvenanceSpan]) -> int:
+    """Append *spans*; return how many bytes that is."""
+    written = [_message(field, _span(span)) for span in spans]
+    block += written
+    return sum(map(len, written))
 
 
 def _span(span: ProvenanceSpan) -> bytes:
@@ -193,10 +235,9 @@ def _span(span: ProvenanceSpan) -> bytes:
     return _message(2 if isinstance(span, SampledProvenanceSpan) else 1, content)
 
 
-def _put_config(
-    parts: List[Part], config: Mapping[str, Union[float, str]], forward_only: bool
-) -> None:
+def _config(config: Mapping[str, Union[float, str]], forward_only: bool) -> List[bytes]:
     """Numbers go out in both maps, for older servers; texts in the newer one only."""
+    older: List[bytes] = []
     newer: List[bytes] = []
     for name in sorted(config):
         value, key = config[name], _message(1, name.encode())
@@ -204,7 +245,6 @@ def _put_config(
             newer.append(_message(7, key + _message(2, _message(2, value.encode()))))
             continue
         number = struct.pack("<d", float(value))
-        parts.append(_message(5, key + _tag(2, _FIXED64) + number))
+        older.append(_message(5, key + _tag(2, _FIXED64) + number))
         newer.append(_message(7, key + _message(2, _tag(1, _FIXED64) + number)))
-    parts.append(_number(6, int(forward_only)))
-    parts += newer
+    return [*older, _number(6, int(forward_only)), *newer]

@@ -1,0 +1,159 @@
+"""Batch poller: which work goes first, what one request may hold up, and who polls for whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any, Dict, Iterator, List
+
+import pytest
+from support.batch_routes import (
+    BATCH,
+    NEVER,
+    POLL,
+    at_last,
+    bodies,
+    done,
+    open_poller,
+    sample,
+    wants_batches,
+)
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import wait_until
+
+from tinkex.errors import ResultExpiredError
+from tinkex.poller import Poller
+from tinkex.polling import batch_poll, batch_poller, poll_rules
+from tinkex.sampling.sample_work import Target
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
+
+
+@pytest.fixture
+def batches(server: ScriptedServer) -> ScriptedServer:
+    wants_batches(server)
+    return server
+
+
+@pytest.fixture
+def poller(batches: ScriptedServer) -> Iterator[Poller]:
+    yield from open_poller(batches)
+
+
+# Order
+
+
+def test_what_is_done_goes_before_what_is_to_be_submitted(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    go, fetched = threading.Event(), threading.Event()
+    names = [f"s{number}" for number in range(20)]
+    accepted: List[str] = []
+
+    def fetch(received: Received) -> Answer:
+        fetched.set()
+        return Answer(body={"path": received.json()["request_id"]}, hold=NEVER)
+
+    batches.on(POLL, fetch)
+    batches.on(BATCH, *at_last(dataclasses.replace(done(*names, cursor=20), hold=go)))
+    for name in names:
+        sample(poller, name)
+    wait_until(
+        lambda: all(f.status().state == "waiting" for f in poller.inflight()), "all were accepted"
+    )
+    assert len(poller.inflight()) == 20
+    go.set()
+    assert fetched.wait(PATIENCE_S)
+    wait_until(lambda: len(bodies(batches, POLL)) == 2, "those that fetch are busy")
+    later = [sample(poller, f"later{number}", sent=accepted) for number in range(10)]
+    # Both of those that submit fetch instead: what is done waits.
+    wait_until(lambda: len(bodies(batches, POLL)) == 4, "all fetch")
+    assert accepted == []
+    assert {future.status().state for future in later} == {"queued"}
+
+
+def test_those_that_fetch_do_not_wait_for_one_result(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    """A server that has not got them after all must not hold up the others."""
+    stuck = [f"stuck{number}" for number in range(10)]
+    go, ready = threading.Event(), threading.Event()
+
+    def fetch(received: Received) -> Answer:
+        name = received.json()["request_id"]
+        late = name in stuck and not ready.is_set()
+        return Answer(408, {}) if late else Answer(body={"path": name})
+
+    batches.on(POLL, fetch)
+    told = dataclasses.replace(done(*stuck, "quick", cursor=11), hold=go)
+    batches.on(BATCH, *at_last(told))
+    held, quick = [sample(poller, name) for name in stuck], sample(poller, "quick")
+    wait_until(lambda: all(f.request_id for f in (*held, quick)), "all were accepted")
+    go.set()
+    assert quick.result(PATIENCE_S) == "quick"
+    assert not any(future.done() for future in held)
+    wait_until(lambda: {"quick"} == reported(batches), "what was fetched is reported")
+    ready.set()  # and what was not, the server keeps until it was
+    assert [future.result(PATIENCE_S) for future in held] == stuck
+    wait_until(lambda: {*stuck, "quick"} == reported(batches), "now all is")
+
+
+def reported(server: ScriptedServer) -> Any:
+    return {name for body in bodies(server, BATCH) for name in body["retrieved_request_ids"]}
+
+
+def test_a_result_whose_answer_was_lost_is_known_to_be_lost(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    batches.on(POLL, Answer(reset=True), Answer(404, {"detail": "unknown request"}))
+    batches.on(BATCH, *at_last(done("a", cursor=1)))
+    assert isinstance(sample(poller, "a").exception(PATIENCE_S), ResultExpiredError)
+
+
+def test_more_is_not_asked_for_while_many_results_wait(
+    batches: ScriptedServer, poller: Poller
+) -> None:
+    assert poller._batches._fetch_soon([]) == 0.0
+    poller._batches._fetches._waiting.extend([None] * (batch_poller.MANY + 1))  # type: ignore[list-item]
+    assert poller._batches._fetch_soon([]) == batch_poller.MANY_PAUSE_S
+    poller._batches._fetches._waiting.clear()
+
+
+# Many samplers
+
+
+def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedServer) -> None:
+    """Nobody waits for another's samples, which may take for ever."""
+    cap, more = batch_poller.POLL_CAP, 6
+    go = threading.Event()
+
+    def poll(received: Received) -> Answer:
+        body = received.json()
+        name = body["target"]["sampling_session_id"]
+        if body["prev_cursor"] == 0 and not body["retrieved_request_ids"]:
+            return dataclasses.replace(done(name, cursor=1), hold=go)
+        return at_last()[0](received)
+
+    batches.on(BATCH, poll)
+    for poller in open_poller(batches):
+        watched = [sample(poller, f"w{n}", target=Target(f"w{n}")) for n in range(cap)]
+        wait_until(lambda: len(bodies(batches, BATCH)) == cap, "the cap is reached")
+        beyond = [sample(poller, f"b{n}", target=Target(f"b{n}")) for n in range(more)]
+        assert [future.result(PATIENCE_S) for future in beyond] == [f"b{n}" for n in range(more)]
+        assert not any(future.done() for future in watched)
+        go.set()
+        assert [future.result(PATIENCE_S) for future in watched] == [f"w{n}" for n in range(cap)]
+        assert polled_for(batches) == {f"w{n}" for n in range(cap)}
+        # One whose samples are done makes room, for a sampler that had to do without as well.
+        wait_until(lambda: not poller._batches._watches[Target("w0")]._polled, "there is room")
+        assert sample(poller, "b0", target=Target("b0")).result(PATIENCE_S) == "b0"
+        assert "b0" in polled_for(batches)
+
+
+def polled_for(server: ScriptedServer) -> Any:
+    targets: List[Dict[str, Any]] = [body["target"] for body in bodies(server, BATCH)]
+    return {target["sampling_session_id"] for target in targets}

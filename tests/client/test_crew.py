@@ -1,0 +1,144 @@
+"""Crew: how many threads there are for short requests, and what becomes of what waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Iterator, List, Optional
+
+import pytest
+from support.threads import PATIENCE_S, race, wait_until
+
+from tinkex.errors import ClientClosedError
+from tinkex.flow import crew
+from tinkex.flow.crew import Crew
+
+crews: List[Crew[Any]] = []
+
+
+@pytest.fixture(autouse=True)
+def join_them() -> Iterator[None]:
+    yield
+    while crews:
+        made = crews.pop()
+        made.close()
+        assert made.pool.join(time.monotonic() + PATIENCE_S) == []
+
+
+def make(run: Any) -> Crew[Any]:
+    crews.append(Crew("tinkex-crew", run))
+    return crews[-1]
+
+
+def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> None:
+    made = make(print)
+
+    def after(request_s: float, cpu_s: float) -> Optional[int]:
+        """What is wanted after a few requests, which took so long and so much CPU together."""
+        ended = made._few_began + 2 * crew.RECENT_S  # what was before is forgotten
+        made._fastest_s = made._fastest_before_s = 1e9
+        notes = [
+            made._note(ended - request_s, ended, cpu_s / crew.FEW * 2 * crew.RECENT_S)
+            for _ in range(crew.FEW)
+        ]
+        assert notes[:-1] == [None] * (crew.FEW - 1)
+        return notes[-1]
+
+    assert after(0.0005, cpu_s=0.01) == crew.FEWEST
+    assert after(0.0305, cpu_s=0.01) == 30
+    assert after(0.5, cpu_s=0.01) == crew.MOST
+    assert after(0.0305, cpu_s=0.9) == crew.FEWEST
+
+
+def test_one_quick_request_of_late_tells_how_far_the_server_is() -> None:
+    made = make(print)
+    began = made._period_began
+
+    def note(at_s: float, took_s: float) -> Optional[int]:
+        return made._note(began + at_s - took_s, began + at_s, 0.0)
+
+    assert note(1.0, 0.0005) is None
+    slow = [note(1.0 + number, 0.05) for number in range(15)]  # they wait for the interpreter
+    assert slow[-1] == crew.FEWEST
+    later = [note(26.0 + number, 0.0505) for number in range(16)]  # it is further away now
+    assert later[-1] == 50
+
+
+def test_it_grows_while_requests_wait_for_the_server() -> None:
+    inside, most = 0, 0
+    lock, never = threading.Lock(), threading.Event()
+
+    def run(number: int) -> None:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        never.wait(0.01)  # for the server
+        with lock:
+            inside -= 1
+            ran.append(number)
+
+    ran: List[int] = []
+    made = make(run)
+    made.put(range(200))
+    wait_until(lambda: len(ran) == 200, "all ran")
+    assert crew.FEWEST < most <= made.pool.cap
+
+
+def test_it_shrinks_while_it_has_work_to_do() -> None:
+    full, go = threading.Barrier(9), threading.Event()
+    ran: List[int] = []
+
+    def run(number: int) -> None:
+        if number < 8:
+            full.wait(PATIENCE_S)
+            assert go.wait(PATIENCE_S)
+        else:
+            ran.append(made._at_work)
+
+    made = make(run)
+    made.pool.cap = 8
+    made.put(range(8))
+    full.wait(PATIENCE_S)
+    made.put(range(8, 8 + crew.FEW // 2))
+    made.pool.cap = 3
+    go.set()
+    wait_until(lambda: len(ran) == crew.FEW // 2, "all ran")
+    assert set(ran) <= {1, 2, 3}
+
+
+def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: List[Any] = []
+    made = make(ran.append)
+
+    def put(name: str) -> Any:
+        return lambda: [made.put([(name, number)]) for number in range(300)]
+
+    race(put("a"), put("b"), lambda: [made.run_waiting() for _ in range(300)])
+    wait_until(lambda: len(ran) == 600, "all ran")
+    assert sorted(ran) == [(name, number) for name in ("a", "b") for number in range(300)]
+    monkeypatch.setattr(crew, "FEWEST", 1)
+    monkeypatch.setattr(crew, "MOST", 1)  # or the second thread could be quicker
+    one = make(ran.append)
+    ran.clear()
+    one.put(range(1000))
+    wait_until(lambda: len(ran) == 1000, "all ran")
+    assert ran == list(range(1000))
+
+
+def test_what_waits_at_close_is_dropped() -> None:
+    go, ran = threading.Event(), []
+
+    def run(number: int) -> None:
+        ran.append(number)
+        assert go.wait(PATIENCE_S)
+
+    made = make(run)
+    made.put(range(10))
+    wait_until(lambda: len(ran) == crew.FEWEST, "all threads are busy")
+    made.close()
+    go.set()
+    assert made.pool.join(time.monotonic() + PATIENCE_S) == []
+    assert (len(ran), made.waiting) == (crew.FEWEST, 0)
+    with pytest.raises(ClientClosedError):
+        made.put([1])

@@ -1,0 +1,134 @@
+"""Samples without the batch poller: one thread and connection each, up to a cap that holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any, List
+
+import pytest
+from support.batch_routes import NEVER, POLL, open_poller, sample
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import wait_until
+
+from tinkex.flow.scheduler import WorkerPool
+from tinkex.futures import APIFuture
+from tinkex.poller import Operation, Poller
+from tinkex.sampling.sample_work import SampleWork
+from tinkex.server_flags import ServerFlags
+from tinkex.types import UntypedFuture
+
+
+def result(received: Received) -> Answer:
+    return Answer(body={"path": received.json()["request_id"]})
+
+
+def workers() -> int:
+    return sum(thread.name.startswith("tinkex-sample") for thread in threading.enumerate())
+
+
+def test_there_are_never_more_threads_and_connections_than_the_cap(server: ScriptedServer) -> None:
+    most, sent = 0, []
+
+    def look(received: Received) -> Answer:
+        nonlocal most
+        most = max(most, workers())
+        return result(received)
+
+    server.on(POLL, look)
+    names = [f"s{number}" for number in range(200)]
+    for poller in open_poller(server, max_concurrent_samples=5):
+        futures = [sample(poller, name, sent=sent) for name in names]
+        assert [future.result(PATIENCE_S) for future in futures] == names
+    assert most == 5
+    asked_for_flags = 1
+    assert server.connections <= 5 + asked_for_flags
+    # Five are begun at a time, in the order in which they were asked for.
+    assert sorted(sent) == sorted(names)
+    assert all(abs(sent.index(name) - number) < 5 for number, name in enumerate(names))
+
+
+def test_the_last_one_is_not_passed_over(server: ScriptedServer) -> None:
+    """Those that wait have their turn before any that come after them."""
+    go = threading.Event()
+    sent: List[str] = []
+    server.on(POLL, lambda received: dataclasses.replace(result(received), hold=go))
+    for poller in open_poller(server, max_concurrent_samples=2):
+        early = [sample(poller, f"early{number}", sent=sent) for number in range(20)]
+        server.wait_for(POLL, 2)
+        late: List[APIFuture[Any]] = []
+        for future in early:  # new ones keep coming, one for each that is done
+            future.on_settled(lambda f: late.append(sample(poller, f"late{len(late)}", sent=sent)))
+        go.set()
+        for future in early:
+            future.result(PATIENCE_S)
+        wait_until(lambda: len(late) == 20, "all came")
+        for future in list(late):
+            future.result(PATIENCE_S)
+    assert {name[:5] for name in sent[:20]} == {"early"}
+
+
+def test_a_flag_lowers_the_cap_and_none_raises_it_above_the_callers(
+    server: ScriptedServer,
+) -> None:
+    go = threading.Event()
+    server.on(POLL, lambda received: dataclasses.replace(result(received), hold=go))
+    accepted: List[str] = []
+
+    def choose(poller: Poller, name: str, most: int) -> APIFuture[Any]:
+        future: APIFuture[Any] = poller.new_future("sample")
+        operation = Operation(future, lambda reply: str(reply.json()["path"]))
+
+        def send(channel: Any) -> UntypedFuture:
+            accepted.append(name)
+            return UntypedFuture(name)
+
+        poller._choose(
+            SampleWork(operation, send), ServerFlags(sample_max_concurrent_requests=most)
+        )
+        return future
+
+    for poller in open_poller(server, max_concurrent_samples=3):
+        futures = [choose(poller, f"s{number}", most=2) for number in range(10)]
+        server.wait_for(POLL, 2)
+        assert (workers(), len(accepted)) == (2, 2)
+        futures.append(choose(poller, "s10", most=1000))
+        server.wait_for(POLL, 3)
+        assert (workers(), len(accepted)) == (3, 3)
+        futures.append(choose(poller, "s11", most=1))
+        go.set()
+        names = [f"s{number}" for number in range(12)]
+        assert [future.result(PATIENCE_S) for future in futures] == names
+        assert workers() <= 3
+        assert poller._samples.cap == 1
+
+
+def test_idle_threads_and_their_connections_go_away(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    server.on(POLL, lambda received: dataclasses.replace(result(received), hold=go))
+    for poller in open_poller(server, max_concurrent_samples=8):
+        pool: WorkerPool = poller._samples
+        pool._state.idle_s = 0.02
+        futures = [sample(poller, f"s{number}") for number in range(8)]
+        server.wait_for(POLL, 8)
+        assert workers() == 8
+        go.set()
+        for future in futures:
+            future.result(PATIENCE_S)
+        wait_until(lambda: workers() == 0, "nobody idles")
+        wait_until(lambda: server.open_connections() <= 1, "nor do their connections")
+        assert sample(poller, "again").result(PATIENCE_S) == "again"  # and others come
+
+
+def test_a_lowered_cap_lets_threads_go(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(hold=NEVER))
+    for poller in open_poller(server, max_concurrent_samples=4):
+        first = [sample(poller, f"s{number}") for number in range(4)]
+        server.wait_for(POLL, 4)
+        poller._samples._state.idle_s = 0.02
+        poller._samples.resize(1)
+        for future in first:
+            future.cancel()
+        wait_until(lambda: workers() == 0, "all are gone")

@@ -1,0 +1,102 @@
+"""A poller whose server has the batch poller's flag, and tells what is done as a test has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.transports import open_transport
+from tinkex.api._call import read
+from tinkex.errors import ClientClosedError
+from tinkex.futures import APIFuture
+from tinkex.http.private_channel import AnyChannel
+from tinkex.poller import Operation, Poller
+from tinkex.sampling.sample_work import Target
+from tinkex.transport import Reply
+from tinkex.types import SaveWeightsResponse, UntypedFuture
+
+CONFIG = "POST /api/v1/client/config"
+POLL = "POST /api/v1/retrieve_future"
+BATCH = "POST /api/v1/retrieve_futures"
+CANCEL = "POST /api/v1/cancel_future"
+SAMPLER = Target("sampler", 7)
+
+#: Of an answer that is held back for good.
+NEVER = threading.Event()
+
+
+def wants_batches(server: ScriptedServer) -> None:
+    """Have *server* say so; its results are their own request ids."""
+    server.on(CONFIG, Answer(body={"sample_use_retrieve_futures": True}))
+    server.on(POLL, lambda received: Answer(body={"path": received.json()["request_id"]}))
+
+
+def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
+    """A poller, shut afterwards; for a fixture, or a loop of one turn."""
+    with open_transport(server, **settings) as transport:
+        made = Poller(transport)
+        yield made
+        shut(made)
+
+
+def shut(poller: Poller) -> None:
+    """As a session does it; no thread may stay."""
+    poller._transport.closing.set()
+    poller.close(ClientClosedError("the client was closed"))
+    poller._transport.abort()
+    poller.say_goodbye(time.monotonic() + PATIENCE_S)
+    assert poller.join(time.monotonic() + PATIENCE_S) == []
+
+
+def done(*names: str, cursor: int, size: int = 10) -> Answer:
+    """The answer to a poll: these are done."""
+    completions = [
+        {"state": "finished", "request_id": name, "response_payload_uncompressed_size": size}
+        for name in names
+    ]
+    return Answer(body={"completions": completions, "cursor": cursor})
+
+
+def at_last(*answers: Any) -> Tuple[Any, ...]:
+    """*answers*, and then nothing new, to the one who waits as to the one who only reports."""
+
+    def nothing(received: Received) -> Answer:
+        body = received.json()
+        answer = done(cursor=body["prev_cursor"])
+        return answer if "timeout" in body else dataclasses.replace(answer, hold=NEVER)
+
+    return (*answers, nothing)
+
+
+def sample(
+    poller: Poller,
+    name: str,
+    before: Optional[threading.Event] = None,
+    no_progress_s: Optional[float] = None,
+    target: Target = SAMPLER,
+    sent: Optional[List[str]] = None,
+) -> APIFuture[Any]:
+    """A sample, accepted under *name* once *before* is set; *sent* is told before that."""
+    future: APIFuture[Any] = poller.new_future("sample")
+
+    def send(channel: AnyChannel) -> UntypedFuture:
+        if sent is not None:
+            sent.append(name)
+        if before is not None:
+            assert before.wait(PATIENCE_S)
+        return UntypedFuture(name)
+
+    def decode(reply: Reply) -> str:
+        return read(SaveWeightsResponse, reply, "sample").path
+
+    operation = Operation(future, decode, binary=True, no_progress_timeout_s=no_progress_s)
+    poller.submit_sample(operation, send, target=lambda: target)
+    return future
+
+
+def bodies(server: ScriptedServer, route: str) -> List[Dict[str, Any]]:
+    """What was sent to *route*, decoded."""
+    return [received.json() for received in server.requests(route)]

@@ -1,0 +1,75 @@
+"""Flat runs of numbers that are numpy arrays only once somebody asks for one.
+
+Importing numpy takes more time and memory than all else that a program needs to sample short texts.
+So short lists, and what servers send, are kept in an ``array.array``, which numpy can share later.
+Both kinds have a length, ``tolist`` and ``tobytes``.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+import sys
+from typing import Any, Callable, Type, TypeVar
+
+from tinkex.lazy_numpy import np
+
+C = TypeVar("C")
+
+#: So many numbers are dealt with one by one; for more, numpy is worth its import.
+SHORT = 2000
+
+_DTYPES = {"i": "int32", "f": "float32"}
+
+
+class _Field:
+    """A field of a dataclass: an array.array that it was set to is read as a numpy array."""
+
+    def __init__(self, name: str) -> None:
+        self._kept = f"_{name}"
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        values = getattr(instance, self._kept)
+        if isinstance(values, array.array):
+            values = np.frombuffer(values, _DTYPES[values.typecode])
+            self.__set__(instance, values)
+        return values
+
+    def __set__(self, instance: Any, values: Any) -> None:
+        object.__setattr__(instance, self._kept, values)  # the dataclass may be frozen
+
+
+def numpy_on_demand(*names: str) -> Callable[[Type[C]], Type[C]]:
+    """Decorate a dataclass: its fields *names* may hold an array.array, and read as numpy."""
+
+    def decorate(cls: Type[C]) -> Type[C]:
+        for name in names:
+            setattr(cls, name, _Field(name))
+        return cls
+
+    return decorate
+
+
+def as_kept(instance: Any, name: str) -> Any:
+    """Such a field as it is kept: an array of either kind, or None."""
+    return getattr(instance, f"_{name}")
+
+
+def from_bytes(typecode: str, raw: bytes) -> Any:
+    """Read the little-endian *raw* as an array of int32, ``"i"``, or float32, ``"f"``.
+
+    ValueError if it is no whole number of them.
+    """
+    values = array.array(typecode, raw)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def holds_nan(values: Any) -> bool:
+    """Whether one of *values*, an array of either kind, is NaN."""
+    if isinstance(values, array.array) and len(values) <= SHORT:
+        return any(map(math.isnan, values))
+    return bool(np.any(np.isnan(values)))
