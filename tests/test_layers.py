@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 #: From the bottom up; "room: modules" are those of a folder.
 LAYERS = {
-    "leaves": ["_version errors clock lifecycle single_flight lazy_numpy"],
+    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy"],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
         "http: request redaction redirects",
@@ -35,13 +35,13 @@ LAYERS = {
         "sessions: session_table beat_queue session_link session_core heartbeat",
         "polling: poll_rules poll_loop pause_notices cancel_queue",
         "polling: batch_ledger batch_patience batch_watch batch_poll batch_poller",
-        "sampling: sample_gate sample_work",
+        "sampling: sample_gate sample_work sampler sample_call",
         "training: training_run numbered_lane training_pass new_run",
     ],
     "clients": [
         "service_client training_client sampling_client rest_client admin_client",
         "child_client lookup_client checkpoints tokenizers",
-        "sampling: sample_stream",
+        "sampling: sample_stream sampler_handle",
         "training: loss_graph custom_loss custom_pass loss_registry run_factory pipeline",
         "training: run_checkpoints",
         "transfer: hub",

@@ -6,10 +6,10 @@ else's GPUs.  Names are loaded when first used; importing the package starts not
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from tinkex._version import __version__
+from tinkex.late_import import import_late
 
 if TYPE_CHECKING:
     from tinkex import auth as auth, types as types
@@ -200,10 +200,10 @@ __all__ = ["__version__", "auth", "types", *sorted(_WHERE)]
 
 def __getattr__(name: str) -> Any:
     if name in ("auth", "types"):
-        return importlib.import_module(f"tinkex.{name}")
+        return import_late(f"tinkex.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'tinkex' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tinkex.{_WHERE[name]}"), name)
+    value = getattr(import_late(f"tinkex.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
 

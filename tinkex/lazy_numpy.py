@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinkex.late_import import import_late
+
 if TYPE_CHECKING:
     import numpy as np
 else:
@@ -16,9 +18,7 @@ else:
         """Stands for the module; what was asked for once is found like any attribute."""
 
         def __getattr__(self, name: str) -> Any:
-            import numpy
-
-            value = getattr(numpy, name)
+            value = getattr(import_late("numpy"), name)
             setattr(self, name, value)
             return value
 

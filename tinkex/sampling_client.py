@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import importlib
-import itertools
 import logging
-import random
-import secrets
 from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    Generic,
     Iterable,
-    Iterator,
     List,
     Optional,
-    Sequence,
     Tuple,
     TypeVar,
 )
-
-import orjson
 
 from tinkex import types
 from tinkex.api import sampling as api
@@ -33,29 +23,23 @@ from tinkex.errors import (
     APIStatusError,
     InvalidInputError,
     ResponseDecodeError,
-    UnprocessableEntityError,
 )
 from tinkex.futures import APIFuture
-from tinkex.http.private_channel import AnyChannel
 from tinkex.poller import Operation
 from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.sampling.sample_call import SampleCall, may_be_large
 from tinkex.sampling.sample_checks import (
     check_request,
-    complete_response,
-    has_unknown_logprobs,
-    unsupported_by,
 )
 from tinkex.sampling.sample_gate import SampleGate
-from tinkex.sampling.sample_work import Target
-from tinkex.server_flags import ABSENT, flags_for
+from tinkex.sampling.sampler import Sampler
+from tinkex.sampling.sampler_handle import HandedOn, read_handle, write_handle
+from tinkex.server_flags import ABSENT
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
-from tinkex.single_flight import SingleFlight
 from tinkex.tokenizers import load_tokenizer
-from tinkex.transport import Reply
 from tinkex.types.checkpoint_path import check_tinker_path
 from tinkex.usage import Account, Reservation, Tokens
-from tinkex.wire.codecs import codec_for
 
 if TYPE_CHECKING:
     from tinkex.sampling.sample_stream import Progress, SampleStream
@@ -65,31 +49,11 @@ if TYPE_CHECKING:
         SampleResponse,
         SamplingParams,
         TensorData,
-        UntypedFuture,
     )
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-#: A result that may take more than this, in bytes, is announced by its size first.
-_LARGE_BYTES = 1 << 20
-#: So many tokens are thought of where nothing limits them.
-_UNLIMITED = 32_768
-
-#: Sequence numbers of clone n start at n times this (reference, section 5.6).
-CLONE_BLOCK = 10**9
-
-#: What a handle tells of the settings.  Not the key, nor what may hold a secret or a path.
-_HANDED_ON = (
-    "base_url",
-    "wire",
-    "heartbeat_interval_s",
-    "heartbeat_warn_after_s",
-    "max_outage_s",
-    "max_concurrent_samples",
-    "max_unanswered_samples",
-)
 
 
 class SamplingClient(ChildClient):
@@ -121,20 +85,15 @@ class SamplingClient(ChildClient):
         clone: bool = False,
     ) -> None:
         super().__init__(session)
-        # What the first sample needs, now: a child forked during an import waits for it for ever.
-        importlib.import_module("tinkex.wire.json_codec")
         self.sampling_session_id = sampling_session_id
         self._base_model = base_model
         self._model_path = model_path
         self._record_stability_info = record_stability_info
-        self._retries = retry_config or RetryConfig()
         self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
         self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
-        # next() is atomic.  A clone counts in a block of its own, known with its first sample.
-        self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
-        self._clone = 0  # of a clone, once it has joined, its number
-        self._joining: SingleFlight[Iterator[int]] = SingleFlight()
-        self._warned_of_nan = False
+        self._sampler = Sampler(
+            session.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
+        )
         # That of the last request; one for thousands of them.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)
 
@@ -342,19 +301,14 @@ class SamplingClient(ChildClient):
         It works while the session lives.  The key is left out unless asked for; the receiver then
         uses its own.  So is the retry_config.  Pickling a client does the same.
         """
-        config = self._session.config
-        settings = {name: getattr(config, name) for name in _HANDED_ON}
-        if include_api_key:
-            settings["api_key"] = config.api_key
-        state = {
-            "session_id": self._session.session_id,
-            "sampling_session_id": self.sampling_session_id,
-            "base_model": self._base_model,
-            "model_path": self._model_path,
-            "record_stability_info": self._record_stability_info,
-            "settings": settings,
-        }
-        return base64.urlsafe_b64encode(orjson.dumps(state)).decode("ascii")
+        facts = HandedOn(
+            self._session.session_id,
+            self.sampling_session_id,
+            self._base_model,
+            self._model_path,
+            self._record_stability_info,
+        )
+        return write_handle(facts, self._session.config, include_api_key=include_api_key)
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: Optional[str] = None) -> SamplingClient:
@@ -365,21 +319,16 @@ class SamplingClient(ChildClient):
         Raises:
             InvalidInputError: *handle* is not one.
         """
-        try:
-            state = orjson.loads(base64.urlsafe_b64decode(handle))
-            settings = dict(state["settings"])
-            session_id, sampler_id = state["session_id"], state["sampling_session_id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidInputError(f"this is not a sampler handle: {error}") from error
+        facts, settings = read_handle(handle)
         if api_key is not None:
             settings["api_key"] = api_key
-        session = Session.attach(Config.resolve(**settings), default_manager(), session_id)
+        session = Session.attach(Config.resolve(**settings), default_manager(), facts.session_id)
         return cls(
             session,
-            sampler_id,
-            state.get("base_model"),
-            model_path=state.get("model_path"),
-            record_stability_info=bool(state.get("record_stability_info")),
+            facts.sampling_session_id,
+            facts.base_model,
+            model_path=facts.model_path,
+            record_stability_info=facts.record_stability_info,
             clone=True,
         )
 
@@ -421,8 +370,8 @@ class SamplingClient(ChildClient):
         reservation: Reservation,
     ) -> None:
         """Have *request* sent, in its turn, and *future* settled."""
-        poller = self._session.poller
-        call = _Call(self, kind, request, pick, future, reservation)
+        poller, target = self._session.poller, self._sampler.target
+        call = SampleCall(self._sampler, kind, request, pick, future, reservation)
         operation = Operation(
             future,
             call.decode,
@@ -430,11 +379,11 @@ class SamplingClient(ChildClient):
             owner=self._account.client,
             pause_grace_s=0.0,
             no_progress_timeout_s=self._no_progress_s,
-            large=_may_be_large(request),
+            large=may_be_large(request),
         )
         self._gate.enter(
             future,
-            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, self._target),
+            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, target),
         )
 
     def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
@@ -455,135 +404,9 @@ class SamplingClient(ChildClient):
             account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
 
-    def _target(self) -> Target:
-        """Whose samples those are that were sent."""
-        return Target(self.sampling_session_id, self._clone)
-
-    def _next_seq_id(self) -> int:
-        """The next number; the first one of a clone may block.  Called by workers."""
-        seq_ids = self._seq_ids
-        if seq_ids is None:
-            seq_ids = self._joining.run(self._join, self._session.transport.closing)
-        return next(seq_ids)
-
-    def _join(self) -> Iterator[int]:
-        if self._seq_ids is None:
-            self._clone = self._clone_id()
-            self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
-        return self._seq_ids
-
-    def _clone_id(self) -> int:
-        transport = self._session.transport
-        if flags_for(transport).sample_join_sampling_session:
-            try:
-                joined = api.join_sampling_session(transport, self.sampling_session_id)
-            except APIStatusError as error:
-                if error.status not in ABSENT:
-                    raise
-            else:
-                if 0 < joined.client_counter <= CLONE_BLOCK:
-                    return joined.client_counter
-                raise ResponseDecodeError(
-                    f"join_sampling_session: the client_counter {joined.client_counter} is no "
-                    "number of a clone"
-                )
-        return 1 + secrets.randbelow(CLONE_BLOCK)
-
-
-class _Call(Generic[T]):
-    """One request of a client, from its submission to its result.  For one thread at a time."""
-
-    __slots__ = (
-        "_client",
-        "_future",
-        "_kind",
-        "_pick",
-        "_request",
-        "_reservation",
-        "_sequence_ids",
-    )
-
-    def __init__(
-        self,
-        client: SamplingClient,
-        kind: str,
-        request: types.SampleRequest,
-        pick: Callable[[SampleResponse], T],
-        future: APIFuture[T],
-        reservation: Reservation,
-    ) -> None:
-        self._client = client
-        self._kind = kind
-        self._request = request
-        self._pick = pick
-        self._future = future
-        self._reservation = reservation
-        self._sequence_ids: Sequence[str] = ()
-
-    def send(self, channel: AnyChannel) -> UntypedFuture:
-        """Make a new request of it.  Blocks."""
-        client, request = self._client, self._request
-        transport = client._session.transport
-        pressure = transport.pressure
-        nbytes = pressure.sample_bytes(request.prompt.length)
-        try:
-            with pressure.samples.holding(nbytes, channel.stopped.is_set, self._future):
-                accepted = api.asample(
-                    transport,
-                    sampling_session_id=client.sampling_session_id,
-                    seq_id=client._next_seq_id(),
-                    request=request,
-                    channel=channel,
-                )
-        except UnprocessableEntityError as error:
-            unsupported = unsupported_by(error, request)
-            if unsupported is None:
-                raise
-            raise unsupported from error
-        self._sequence_ids = accepted.sample_sequence_ids or ()
-        return accepted
-
-    def decode(self, reply: Reply) -> T:
-        """Read the result."""
-        client, request = self._client, self._request
-        response = codec_for(reply.content_type).decode_samples(reply.body)
-        sampled = sum(sequence.length for sequence in response.sequences)
-        self._reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
-        response = complete_response(response, request, self._sequence_ids)
-        if not client._warned_of_nan and has_unknown_logprobs(response, request):
-            client._warned_of_nan = True
-            logger.warning(
-                "%s of %r: some logprobs are NaN, which usually means that the prompt holds "
-                "token ids that the model does not have",
-                self._kind,
-                client,
-            )
-        return self._pick(response)
-
-    def resubmit_after(self, times: int) -> Optional[float]:
-        """After how many seconds to send it again if its result was lost; None is never."""
-        client = self._client
-        delay = client._retries.delay_s(times, random.random())
-        asked = delay is not None and self._kind == "sample"
-        if asked and flags_for(client._session.transport).sample_no_retries:
-            return None
-        return delay
-
 
 #: The official SDK's name of what creators return; here they return the client itself.
 BackcompatSamplingClientFuture = SamplingClient
-
-
-def _may_be_large(request: types.SampleRequest) -> bool:
-    """Whether the result may take so much memory that its size should be asked for first."""
-    tokens = request.num_samples * (request.sampling_params.max_tokens or _UNLIMITED)
-    values = tokens * (2 + 2 * request.topk_sample_logprobs)
-    wanted = request.topk_prompt_logprobs + request.prompt_alt_tokens_k
-    if request.prompt_logprobs or wanted or request.target_prompt_logprobs is not None:
-        targets = request.target_prompt_logprobs
-        values += request.prompt.length * (1 + 2 * wanted)
-        values += 0 if targets is None else targets.values.size
-    return 4 * values > _LARGE_BYTES
 
 
 def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:

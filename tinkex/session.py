@@ -6,6 +6,7 @@ transport and the poller; the session manager beats for it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -17,6 +18,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, TypeVar
 
 from tinkex import lifecycle
+from tinkex.api.sessions import session_heartbeat
 from tinkex.config import Config
 from tinkex.dialect import Dialect
 from tinkex.errors import (
@@ -31,6 +33,7 @@ from tinkex.futures import APIFuture
 from tinkex.poller import Poller
 from tinkex.server_flags import flags_for
 from tinkex.session_manager import SessionManager
+from tinkex.single_flight import SingleFlight
 from tinkex.transport import Transport
 from tinkex.usage import Ledger
 
@@ -48,6 +51,11 @@ STATUSES = ("success", "errored", "interrupted")
 
 #: What close may take for the telemetry that waits, in seconds.
 TELEMETRY_S = 1.0
+
+#: What a server answers about a thing that it does not have, or not any more.
+GONE = (404, 410)
+#: So long work that failed may wait to hear whether its session lives, and then nobody asks again.
+ASK_TIMEOUT_S, ASK_AGAIN_S = 2.0, 5.0
 
 
 class Session:
@@ -91,6 +99,9 @@ class Session:
         else:
             manager.adopt_session(config, session_id, owner=self)
         self.session_id = session_id
+        # Whether the session lives: asked by one thread at a time, and not again before then.
+        self._asking: SingleFlight[None] = SingleFlight()
+        self._ask_again_at = 0.0
         try:
             self.transport = Transport(config, closing=self._closing)
             self.transport.billing.find_limit_s = _billing_limit(self.transport)
@@ -184,11 +195,19 @@ class Session:
         return future
 
     def explain(self, error: TinkexError) -> TinkexError:
-        """Return the error to show for failed work: SessionLostError if the session was lost."""
+        """Return the error to show for failed work: SessionLostError if the session was lost.
+
+        Blocks for two seconds at most, to ask the server, if the work failed because something
+        that it needs is not there: the next heartbeat may be seconds away.
+        """
         if error.session_id is None:
             error.session_id = self.session_id
+        if not isinstance(error, (APIStatusError, RequestFailedError)):
+            return error
+        if error.status in GONE and self.manager.lost_reason(self.session_id) is None:
+            self._ask_whether_gone()
         reason = self.manager.lost_reason(self.session_id)
-        if reason is None or not isinstance(error, (APIStatusError, RequestFailedError)):
+        if reason is None:
             return error
         return SessionLostError(
             f"session {self.session_id} was lost ({reason}); then: {error.message}",
@@ -197,6 +216,24 @@ class Session:
             session_id=self.session_id,
             hint=f"Create a new ServiceClient. {self.how_to_resume()}",
         )
+
+    def _ask_whether_gone(self) -> None:
+        """Send a heartbeat, unless one said a moment ago that the session lives."""
+        if time.monotonic() < self._ask_again_at:
+            return
+
+        def ask() -> None:
+            try:
+                reply = session_heartbeat(self.transport, self.session_id, timeout_s=ASK_TIMEOUT_S)
+            except TinkexError as error:
+                logger.debug("whether session %s lives: %s", self.session_id, error)
+                return
+            if reply.status in GONE:
+                self.manager.note_gone(self.session_id, reply.status)
+            self._ask_again_at = time.monotonic() + ASK_AGAIN_S
+
+        with contextlib.suppress(ClientClosedError):
+            self._asking.run(ask, self._closing)
 
     def how_to_resume(self) -> str:
         """In words: how to continue a run that cannot go on."""

@@ -19,7 +19,7 @@ from tinkex import lifecycle
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
 from tinkex.errors import APITimeoutError, ClientClosedError, InvalidInputError
-from tinkex.sessions.heartbeat import new_thread_locked
+from tinkex.sessions.heartbeat import new_thread_locked, take_in
 from tinkex.sessions.session_core import (
     FINISH_S,
     Core,
@@ -148,6 +148,14 @@ class SessionManager:
         """What is known of each live session; holds no secret."""
         with self._core.lock:
             return self._core.table.snapshots()
+
+    def note_gone(self, session_id: str, status: int) -> None:
+        """Take in that the server has answered a heartbeat of somebody else with 404 or 410."""
+        core = self._core
+        with core.lock:
+            live = core.live.get(session_id)
+        if live is not None:
+            take_in(core, session_id, live, status, None, core.clock.monotonic())
 
     def lost_reason(self, session_id: str) -> Optional[str]:
         """Why a session of this manager was lost, in words; None if it was not."""

@@ -107,6 +107,31 @@ def test_req_14_without_a_checkpoint_it_says_that(server: SessionServer, connect
         sampler.sample(PROMPT).result(10)
 
 
+def test_req_14_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
+    server: SessionServer,
+) -> None:
+    server.serve_work()
+    with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
+        sampler = service.create_sampling_client(base_model="m")
+        server.on(BEAT, Answer(404))  # it was started anew
+        server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
+        for _ in range(2):
+            with pytest.raises(SessionLostError, match="no such sampler"):
+                sampler.sample(PROMPT).result(10)
+        assert len(server.beats()) == 1
+
+
+def test_req_14_a_living_session_is_asked_after_once_in_a_while(server: SessionServer) -> None:
+    server.serve_work()
+    with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
+        sampler = service.create_sampling_client(base_model="m")
+        server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
+        for _ in range(3):
+            with pytest.raises(NotFoundError):
+                sampler.sample(PROMPT).result(10)
+        assert len(server.beats()) == 1
+
+
 def test_req_14_the_error_of_a_living_session_stays_what_it_is(
     server: SessionServer, connect: Connect
 ) -> None:

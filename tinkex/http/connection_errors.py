@@ -81,7 +81,7 @@ def _in_handshake(error: requests.RequestException) -> bool:
         return False
     inner = error.__cause__ or error.__context__
     cause = inner and (inner.__cause__ or inner.__context__)
-    return isinstance(cause, TimeoutError) and "handshake" in str(cause)
+    return isinstance(cause, socket.timeout) and "handshake" in str(cause)
 
 
 def _plain(url: str) -> str:

@@ -8,6 +8,7 @@ import zlib
 import requests
 
 from tinkex.errors import ResponseDecodeError
+from tinkex.late_import import import_late
 
 _HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
 
@@ -51,8 +52,7 @@ def _undo_zstd(body: bytes) -> bytes:
             "the server compresses its answers with zstd",
             hint='Install what reads it: python -m pip install "tinkex[zstd]"',
         )
-    import zstandard
-
+    zstandard = import_late("zstandard")
     try:
         with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
             plain: bytes = reader.read()

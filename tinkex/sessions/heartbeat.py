@@ -173,18 +173,27 @@ def _beat_next(core: Core) -> bool:
     now = core.clock.monotonic()
     with core.lock:
         core.beats.done(host, sent, now, answered=status is not None or live is None)
+        if core.live.get(session_id) is None and all(o.host != host for o in core.live.values()):
+            core.beats.forget(host)
+    if live is not None:
+        take_in(core, session_id, live, status, error, now)
+    return True
+
+
+def take_in(
+    core: Core, session_id: str, live: Live, status: Optional[int], error: Optional[str], now: float
+) -> None:
+    """Act on the answer to a heartbeat: its HTTP *status*, or None and an *error*."""
+    with core.lock:
         verdict = None
-        if live is not None and core.live.get(session_id) is live:  # else it was stopped meanwhile
+        if core.live.get(session_id) is live:  # else it was stopped meanwhile
             verdict = core.table.record(session_id, status=status, error=error, now=now)
             if verdict is not None and verdict.removed:
                 core.note_lost_locked(session_id, _reason(verdict))
-        elif all(other.host != host for other in core.live.values()):
-            core.beats.forget(host)
-    if verdict is not None and live is not None:
+    if verdict is not None:
         _report(session_id, live, verdict)
         if verdict.removed:
             _removed(core, session_id, live, _reason(verdict))
-    return True
 
 
 def _removed(core: Core, session_id: str, live: Live, reason: str) -> None:

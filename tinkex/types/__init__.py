@@ -5,8 +5,9 @@ Names are loaded when first used: most programs need a few of them.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, List
+
+from tinkex.late_import import import_late
 
 if TYPE_CHECKING:
     from tinkex.types._union import (
@@ -326,7 +327,7 @@ __all__ = [*sorted(_WHERE)]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'tinkex.types' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tinkex.types.{_WHERE[name]}"), name)
+    value = getattr(import_late(f"tinkex.types.{_WHERE[name]}"), name)
     globals()[name] = value
     return value
 

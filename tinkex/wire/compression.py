@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
+from tinkex.late_import import import_late
+
 
 @functools.cache
 def can_compress() -> bool:
     """True if ``zstandard`` is installed; it is imported when this is first asked."""
     try:
-        import zstandard  # noqa: F401
+        import_late("zstandard")
     except ImportError:
         return False
     return True
@@ -17,7 +19,5 @@ def can_compress() -> bool:
 
 def compress(body: bytes) -> bytes:
     """Return *body* as one zstd frame.  Only where `can_compress` is true."""
-    import zstandard
-
-    frame: bytes = zstandard.ZstdCompressor().compress(body)
+    frame: bytes = import_late("zstandard").ZstdCompressor().compress(body)
     return frame
