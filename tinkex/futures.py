@@ -29,6 +29,8 @@ _SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
 
 #: The longest pause between two notices about one wait, in seconds.
 LONGEST_NOTICE_S = 300.0
+#: A wait for this long while polls fail is worth a warning, in seconds.
+_TROUBLE_S = 30.0
 
 # The failures that nobody asked for, of futures that were collected.  A finalizer may run anywhere,
 # even inside a lock of logging, so it only puts them here; see `report_lost`.
@@ -90,7 +92,8 @@ class APIFuture(Future[T], Generic[T]):
 
     Args:
         kind: the operation's name, for messages.
-        notice_after_s: a wait is explained in the log at INFO after this long.
+        notice_after_s: a wait is explained in the log after this long: at INFO, or at WARNING once
+            there has been trouble and it has taken half a minute.
         run_callback: how user callbacks are run; None runs them in the settling thread.
         why_held_back: tells, in words, why nothing is submitted just now, or None.
     """
@@ -179,6 +182,12 @@ class APIFuture(Future[T], Generic[T]):
     def future(self) -> Future[T]:
         """Return this future itself (the official SDK's accessor)."""
         return self
+
+    def __repr__(self) -> str:
+        # Plain values only: in the child of a fork the lock may be dead.
+        state = self._state_name if self._state == "PENDING" else self._state.lower()
+        request = f", request {self._request_id}" if self._request_id else ""
+        return f"<APIFuture {self.kind}: {state}{request}>"
 
     def status(self) -> FutureStatus:
         """Return what the operation is doing now.  Does not block."""
@@ -308,7 +317,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait until settled, saying now and then in the log what is waited for."""
-        now = time.monotonic()
+        began = now = time.monotonic()
         deadline = float("inf") if timeout is None else now + timeout
         pause = self._notice_after_s
         notice_at = now + pause
@@ -328,7 +337,9 @@ class APIFuture(Future[T], Generic[T]):
                         f"no result within {timeout:g} s: {self.status()}"
                     ) from None
                 if now >= notice_at:
-                    logger.info("still waiting: %s", self.status())
+                    trouble = self.last_error is not None and now - began >= _TROUBLE_S
+                    level = logging.WARNING if trouble else logging.INFO
+                    logger.log(level, "still waiting: %s", self.status())
                     pause = min(pause * 2, LONGEST_NOTICE_S)
                     notice_at = now + pause
 

@@ -73,6 +73,21 @@ class Metrics:
     tokens_sampled: int
     latencies: Mapping[str, Latency]
 
+    def __str__(self) -> str:
+        """A few lines to print, with times in milliseconds."""
+        lines = [
+            f"{self.in_flight} in flight, {self.queued} queued; {self.requests} requests, "
+            f"{self.rate_limited} answers of 429, {self.retries} retries",
+            f"{self.bytes_sent} bytes sent, {self.bytes_received} received; tokens: "
+            f"{self.tokens_trained} trained, {self.tokens_prefilled} prefilled, "
+            f"{self.tokens_sampled} sampled",
+            f"{'ms':8}{'count':>9}{'mean':>9}{'p50':>9}{'p95':>9}{'max':>9}",
+        ]
+        for stage, one in self.latencies.items():
+            times = (one.mean, one.p50, one.p95, one.max)
+            lines.append(f"{stage:8}{one.count:9}" + "".join(f"{1e3 * t:9.1f}" for t in times))
+        return "\n".join(lines)
+
 
 class Recorder:
     """Counts and times.  Thread-safe; never blocks the threads that record."""

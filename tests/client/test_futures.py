@@ -20,7 +20,7 @@ from support.scripted_server import Answer
 from support.threads import PATIENCE_S, race, wait_until
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import ServiceClient, types
+from tinkex import ServiceClient, futures, types
 from tinkex.errors import (
     BackpressureError,
     BadRequestError,
@@ -168,6 +168,19 @@ def test_a_long_wait_explains_itself_now_and_then(caplog: pytest.LogCaptureFixtu
         assert part in text
 
 
+def test_a_long_wait_in_trouble_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(futures, "_TROUBLE_S", 0.0)
+    future = new("sample", notice_after_s=0.005)
+    future.enter("waiting", "r-1")
+    future.last_error = "503 from the server"
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.result(0.05)
+    notices = [r for r in caplog.records if "503 from the server" in r.getMessage()]
+    assert {r.levelno for r in notices} == {logging.WARNING}
+
+
 def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     future = new()
     threading.Timer(0.01, future.settle, ["v"]).start()
@@ -177,6 +190,15 @@ def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # Status
+
+
+def test_a_future_tells_what_it_is() -> None:
+    future = new("sample")
+    assert repr(future) == "<APIFuture sample: queued>"
+    future.enter("waiting", "r-1")
+    assert repr(future) == "<APIFuture sample: waiting, request r-1>"
+    future.settle("v")
+    assert repr(future) == "<APIFuture sample: finished, request r-1>"
 
 
 def test_status_follows_the_operation() -> None:
