@@ -13,7 +13,7 @@ import zstandard
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.transports import open_transport, quick_config
 
-from tinkex import retry
+from tinkex import late_import, retry
 from tinkex.api.sampling import get_sampler
 from tinkex.dialect import Dialect, ServerDialect
 from tinkex.errors import (
@@ -364,6 +364,7 @@ def test_without_zstandard_nothing_is_compressed(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)  # its import fails
+    monkeypatch.delitem(late_import._modules, "zstandard", raising=False)
     can_compress.cache_clear()
     server.on(ROUTE, ACCEPTED)
     dialect = Dialect(transport.config)
