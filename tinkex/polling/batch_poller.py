@@ -247,7 +247,10 @@ class BatchPoller:
 
     def say_goodbye(self, deadline: float) -> None:
         """After `close`: report what was fetched and not reported, once, as far as time allows."""
-        deadline = min(deadline, time.monotonic() + LAST_REPORT_S)
+        now = time.monotonic()
+        deadline = min(deadline, now + LAST_REPORT_S)
+        # Whoever waits for a result wakes before its thread has noted that it was fetched.
+        self.join(now + (deadline - now) / 2)
         with self._lock:
             watches = list(self._watches.values())
         reports = [(watch, asked) for watch in watches if (asked := watch.last_report())]
