@@ -59,8 +59,7 @@ def prefill(network: Network, prompts: Sequence[Tokens]) -> Iterator[PrefillPiec
             positions = torch.arange(start, start + piece.shape[1], device=network.device)
             features = network.features(
                 piece,
-                past_key_values=cache,
-                use_cache=True,
+                cache=cache,
                 position_ids=positions.expand(len(group), -1),
             )
             yield PrefillPiece(group, start, features, cache)
@@ -155,8 +154,7 @@ class DecodeBatch:
             mask = (columns >= self._starts[:, None]).to(torch.long)
         features = self._network.features(
             torch.tensor(tokens, device=device)[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
+            cache=self._cache,
             attention_mask=mask,
             position_ids=(self._filled - self._starts).clamp(max=self._last_position)[:, None],
         )

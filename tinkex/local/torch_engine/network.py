@@ -6,7 +6,8 @@ ask for them in chunks, and only where they need them.
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+import inspect
+from typing import Any, List, Optional, Tuple
 
 import torch
 
@@ -65,6 +66,9 @@ class Network:
         self.interruption.watch(model)
         with torch.no_grad():
             self.is_split = self._try_split()
+        # Chosen by the signature: transformers 5.24 calls it "cache", earlier releases (and custom
+        # models) "past_key_values", which warns from 5.24 on and is gone from 5.40 on.
+        self._cache_argument = _cache_argument(self._decoder if self.is_split else model)
 
     def _try_split(self) -> bool:
         head = self.model.get_output_embeddings()
@@ -78,9 +82,17 @@ class Network:
         whole = self.model(input_ids=probe, use_cache=False).logits
         return bool(torch.equal(head(features), whole))
 
-    def features(self, tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Run int64 *tokens* of shape (b, t); return (b, t, d).  Arguments as transformers'."""
-        arguments.setdefault("use_cache", False)
+    def features(
+        self, tokens: torch.Tensor, *, cache: Optional[Any] = None, **arguments: Any
+    ) -> torch.Tensor:
+        """Run int64 *tokens* of shape (b, t); return (b, t, d).
+
+        *cache* is a transformers ``Cache``, which this call reads and extends.  The other
+        arguments are those of the model's ``forward``.
+        """
+        arguments["use_cache"] = cache is not None
+        if cache is not None:
+            arguments[self._cache_argument] = cache
         if self.is_split:
             output: torch.Tensor = self._decoder(input_ids=tokens, **arguments).last_hidden_state
             return output
@@ -93,6 +105,11 @@ class Network:
         if self.is_split:
             features = self.model.get_output_embeddings()(features)
         return features.float()
+
+
+def _cache_argument(model: Any) -> str:
+    """Return the name under which *model*'s forward takes its key-value cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
