@@ -1,0 +1,159 @@
+"""What tinkex uses of other libraries beyond what they document.
+
+Each entry names the library, the name, and the module that relies on it.  When a new release takes
+one away, the failure says so here, rather than somewhere in the middle of a training run.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any, Iterator, List, NamedTuple
+
+import pytest
+
+import tinkex
+
+
+class Use(NamedTuple):
+    """A name that is used: ``module:attribute.path``, and by whom."""
+
+    name: str
+    by: str
+
+
+ATTRIBUTES = [
+    # waitress documents its command line and serve() only.
+    Use("waitress.wasyncore:loop", "local/server.py"),
+    Use("waitress.wasyncore:close_all", "local/server.py"),
+    Use("waitress.server:BaseWSGIServer.handle_accept", "local/server.py"),
+    Use("waitress.server:BaseWSGIServer.channel_class", "local/server.py"),
+    Use("waitress.channel:HTTPChannel.error_task_class", "local/http_errors.py"),
+    Use("waitress.channel:HTTPChannel.handle_write", "local/server.py"),
+    Use("waitress.channel:HTTPChannel.total_outbufs_len", "local/server.py"),
+    Use("waitress.task:ErrorTask.execute", "local/http_errors.py"),
+    Use("waitress.task:ErrorTask.set_close_on_finish", "local/http_errors.py"),
+    Use("waitress.task:ThreadedTaskDispatcher.add_task", "local/http_threads.py"),
+    Use("waitress.task:ThreadedTaskDispatcher.set_thread_count", "local/http_threads.py"),
+    Use("waitress.task:ThreadedTaskDispatcher.shutdown", "local/http_threads.py"),
+    # requests and urllib3: connections are listed, so that they can be broken off.
+    Use("requests:Session.resolve_redirects", "http/channel.py"),
+    Use("requests.adapters:HTTPAdapter.init_poolmanager", "http/channel.py"),
+    Use("requests.adapters:HTTPAdapter.proxy_manager_for", "http/channel.py"),
+    Use("urllib3.connection:HTTPConnection.connect", "http/channel.py"),
+    Use("urllib3.connection:HTTPConnection.default_socket_options", "http/channel.py"),
+    Use("urllib3.connectionpool:HTTPConnectionPool.ConnectionCls", "http/channel.py"),
+    Use("urllib3.response:HTTPResponse.CONTENT_DECODERS", "http/channel.py"),
+    Use("urllib3.util.wait:wait_for_read", "http/private_channel.py"),
+    # dataclasses-json: encoders and decoders are read from the fields' metadata.
+    Use("dataclasses_json:DataClassJsonMixin.from_dict", "types/_wire.py"),
+    Use("dataclasses_json:config", "types/_wire.py"),
+    Use("google.protobuf.internal.builder:BuildTopDescriptorsAndMessages", "wire/*_pb2.py"),
+]
+ENGINE_ATTRIBUTES = [
+    Use("torch:_foreach_mul_", "torch_engine/adam.py"),
+    Use("torch:_foreach_lerp_", "torch_engine/adam.py"),
+    Use("torch:_foreach_addcmul_", "torch_engine/adam.py"),
+    Use("torch:_foreach_addcdiv_", "torch_engine/adam.py"),
+    Use("torch:_foreach_sqrt", "torch_engine/adam.py"),
+    Use("torch:_foreach_div_", "torch_engine/adam.py"),
+    Use("torch:_foreach_add_", "torch_engine/adam.py"),
+    Use("torch:_foreach_norm", "torch_engine/adam.py"),
+    Use("torch.fx.node:_get_qualified_name", "training/loss_graph.py"),
+    Use("transformers.pytorch_utils:Conv1D", "torch_engine/adapters.py"),
+    Use("transformers.cache_utils:DynamicLayer.update", "torch_engine/decoding.py"),
+    Use("transformers.cache_utils:DynamicLayer.get_seq_length", "torch_engine/decoding.py"),
+    Use("peft.tuners.lora:LoraLayer.set_adapter", "torch_engine/adapters.py"),
+    Use("peft:PeftModel.delete_adapter", "torch_engine/adapters.py"),
+]
+
+
+def resolve(name: str) -> Any:
+    module, _, path = name.partition(":")
+    value: Any = importlib.import_module(module)
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("use", ATTRIBUTES, ids=lambda use: use.name)
+def test_what_we_use_is_there(use: Use) -> None:
+    assert resolve(use.name) is not None, f"used by tinkex/{use.by}"
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+@pytest.mark.parametrize("use", ENGINE_ATTRIBUTES, ids=lambda use: use.name)
+def test_what_the_engine_uses_is_there(use: Use) -> None:
+    assert resolve(use.name) is not None, f"used by tinkex/local/{use.by}"
+
+
+def test_waitress_takes_a_dispatcher_and_a_socket_map_of_ours() -> None:
+    from waitress.adjustments import Adjustments
+    from waitress.server import create_server
+
+    assert {"map", "_dispatcher"} <= inspect.signature(create_server).parameters.keys()
+    options = {name for name, _ in Adjustments._params}
+    assert {"sockets", "ident", "connection_limit", "asyncore_use_poll", "recv_bytes"} <= options
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_a_cache_is_made_of_layers_of_ours() -> None:
+    from transformers.cache_utils import Cache, DynamicCache
+
+    assert "layers" in inspect.signature(Cache.__init__).parameters
+    assert DynamicCache().layers == []
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaModel", "GPT2LMHeadModel"])
+def test_a_models_forward_names_its_cache(architecture: str) -> None:
+    import transformers
+
+    parameters = inspect.signature(getattr(transformers, architecture).forward).parameters
+    assert {"cache", "past_key_values"} & parameters.keys()
+
+
+def declared() -> List[str]:
+    """Return what setup.cfg says must be installed, extras included, without versions."""
+    names = [
+        re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-")
+        for line in importlib.metadata.requires("tinkex") or []
+    ]
+    return sorted(set(names))
+
+
+#: Packages whose modules are called otherwise, and those that a declared one documents as its own.
+PACKAGES = {"google": "protobuf", "werkzeug": "flask", "tokenizers": "transformers"}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Yield the top-level packages that *file* imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names is newer")
+def test_everything_imported_is_declared() -> None:
+    try:
+        allowed = {*declared(), *sys.stdlib_module_names, "tinkex"}
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("tinkex is not installed; the tests run from its source tree")
+    undeclared = {
+        f"{file.name}: {name}"
+        for file in Path(tinkex.__file__).parent.rglob("*.py")
+        for name in imported(file)
+        if name not in allowed and PACKAGES.get(name, name.replace("_", "-")) not in allowed
+    }
+    assert undeclared == set()
