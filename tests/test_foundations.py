@@ -70,7 +70,7 @@ ENGINE_ATTRIBUTES = [
     Use("transformers.cache_utils:DynamicLayer.update", "torch_engine/decoding.py"),
     Use("transformers.cache_utils:DynamicLayer.get_seq_length", "torch_engine/decoding.py"),
     Use("peft.tuners.lora:LoraLayer.set_adapter", "torch_engine/adapters.py"),
-    Use("peft:PeftModel.delete_adapter", "torch_engine/adapters.py"),
+    Use("peft.tuners.lora:LoraModel.delete_adapter", "torch_engine/adapters.py"),
 ]
 
 

@@ -369,6 +369,13 @@ def test_tls_is_checked(tmp_path: Path) -> None:
             ask(opened(server.url), server.url)
 
 
+def test_tls_checks_the_name_of_the_server() -> None:
+    with ScriptedServer(tls=True) as server:
+        another = server.url.replace("127.0.0.1", "127.1")  # the same host, not in the certificate
+        with pytest.raises(requests.exceptions.SSLError):
+            ask(opened(another, ca_bundle=str(CERTIFICATE)), another)
+
+
 def test_a_dropped_connection_closes_its_socket(server: ScriptedServer) -> None:
     connection = opened(server.url)
     ask(connection, server.url)

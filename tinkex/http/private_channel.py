@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import certifi
 import requests
 import urllib3.exceptions
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection
+from urllib3.util.ssl_ import create_urllib3_context
 from urllib3.util.wait import wait_for_read
 
 from tinkex.config import Config
@@ -167,26 +168,22 @@ class PrivateChannel:
         return sock
 
     def _open(self, timeout_s: float) -> Any:
-        connection: HTTPConnection
-        if self._secure:
-            connection = HTTPSConnection(
-                self._host,
-                self._port,
-                timeout=timeout_s,
-                socket_options=SOCKET_OPTIONS,
-                cert_reqs="CERT_REQUIRED",
-                ca_certs=self._ca_bundle or certifi.where(),
-            )
-        else:
-            connection = HTTPConnection(
-                self._host, self._port, timeout=timeout_s, socket_options=SOCKET_OPTIONS
-            )
+        connection = HTTPConnection(
+            self._host, self._port, timeout=timeout_s, socket_options=SOCKET_OPTIONS
+        )
         try:
             connection.connect()
+            return self._with_tls(connection.sock) if self._secure else connection.sock
         except BaseException as error:
             connection.close()
             raise _as_requests_raises(error) from error
-        return connection.sock
+
+    def _with_tls(self, sock: Any) -> ssl.SSLSocket:
+        # Not urllib3's HTTPSConnection, whose TLS options differ between its releases.
+        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+        context.check_hostname = True
+        context.load_verify_locations(self._ca_bundle or certifi.where())
+        return context.wrap_socket(sock, server_hostname=self._host)
 
     # Sending
 
