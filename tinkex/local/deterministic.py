@@ -105,6 +105,10 @@ class DeterministicEngine:
 
     # Training
 
+    def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+        """Return nothing: there are no layers.  Safe from any thread."""
+        return {}
+
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter."""
         try:
