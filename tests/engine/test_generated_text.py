@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from tinkex.local.torch_engine import TorchEngine
 from tinkex.local.torch_engine.generated_text import GeneratedText
 from tinkex.local.torch_engine.sample_jobs import StopRule, Vocabulary
+from tinkex.local.torch_engine.tiny import write_tiny_random
+from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 BLANK = "\u2581"
 LETTERS = "abcdefgh.\n"
@@ -158,3 +163,28 @@ def test_without_a_prompt_to_go_on_from_the_text_is_the_tokens_own() -> None:
         "abcd",
         "bcde",
     ]
+
+
+def test_a_sampled_first_word_ends_the_sequence(tmp_path: Path) -> None:
+    write_tiny_random(tmp_path)
+    words = {f"{BLANK}w{number}": number for number in range(260)}
+    backend = Tokenizer(models.WordLevel(words, unk_token=f"{BLANK}w0"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"{BLANK}w256")
+    tokenizer.save_pretrained(str(tmp_path))
+    engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
+    engine.create_sampler("s", None)
+
+    def tokens_until(stop: List[str]) -> List[int]:
+        params = SamplingParams(max_tokens=12, seed=3, stop=stop)
+        request = SampleRequest(ModelInput.from_ints([5, 6, 7]), 2, params)
+        ((_, answer),) = [pair for finished in engine.sample("s", [request]) for pair in finished]
+        assert {s.stop_reason for s in answer.sequences} <= {"stop", "length"}
+        return list(answer.sequences[0].tokens)
+
+    free = tokens_until([])
+    assert len(free) == 12
+    assert tokens_until([f" w{free[0]}"]) == free[:1]
+    assert tokens_until(["never there", f" w{free[1]}"]) == free[:2]
+    assert tokens_until([f"w{free[0]} w{free[1]}"]) == free[:2]
