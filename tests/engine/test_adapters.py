@@ -237,15 +237,6 @@ def test_the_global_random_state_is_left_alone(engine: Any) -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_module_names_are_shortened_only_where_that_is_unambiguous() -> None:
-    from tinkex.local.torch_engine.adapters import _shorten
-
-    linear = {f"h.{i}.{part}.c_proj": part for i in range(2) for part in ("attn", "mlp")}
-    assert _shorten(["h.0.attn.c_proj", "h.1.attn.c_proj"], linear) == ["attn.c_proj"]
-    assert _shorten(sorted(linear), linear) == ["c_proj"]
-    assert _shorten(["h.0.attn.c_proj"], linear) == ["0.attn.c_proj"]
-
-
 def test_a_checkpoint_with_unknown_weights_is_refused(run: Any, tmp_path: Path) -> None:
     weights = weights_of(run, "m", tmp_path)
     weights["base_model.model.extra.lora_A.weight"] = torch.zeros(4, 4)

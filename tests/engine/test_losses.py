@@ -17,8 +17,10 @@ from engine.reference import (
     relative_error,
 )
 
+from tinkex.local.engine import EngineError
 from tinkex.local.torch_engine import TorchEngine, network
-from tinkex.types import Datum, LoraConfig, ModelInput, TensorData
+from tinkex.local.torch_engine.losses import LOSS_TABLE
+from tinkex.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 
 RANK = 4
 BOUND = 1e-4
@@ -236,6 +238,64 @@ def test_tokens_of_weight_zero_have_logprobs_but_no_part_in_the_loss(
     assert relative_error(output.loss_fn_outputs[0]["logprobs"].to_numpy(), logprobs[0]) < BOUND
     found = gradient_of(run, "m", tmp_path / "gradient")
     assert max(relative_error(found[name], gradient[name]) for name in gradient) < BOUND
+
+
+@pytest.mark.parametrize("placeholder", [-100.0, -99999.0, -3e38])
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo"])
+def test_tokens_of_advantage_zero_take_no_part_whatever_their_old_logprob(
+    loss_fn: str, placeholder: float, run: Any, tmp_path: Path
+) -> None:
+    adapter = give_random_delta(run, "m", tmp_path / "delta")
+    reference = Reference(str(run.info.tokenizer_id))
+    (datum, *_) = data_for(loss_fn, reference, adapter)
+    inputs = {name: tensor.to_numpy().copy() for name, tensor in datum.loss_fn_inputs.items()}
+    masked = np.arange(datum.model_input.length) % 3 == 0
+    inputs["advantages"][masked] = 0.0
+    expected = [Datum(datum.model_input, dict(inputs))]
+    inputs["logprobs"] = np.where(masked, np.float32(placeholder), inputs["logprobs"])
+    loss, _, gradient = reference.run(expected, adapter, RANK, LOSSES[loss_fn])
+
+    output = run.forward_backward("m", [Datum(datum.model_input, inputs)], loss_fn, {})
+
+    assert output.metrics["loss:sum"] == pytest.approx(loss, rel=BOUND)
+    assert output.metrics["active_tokens:sum"] == (~masked).sum()
+    found = gradient_of(run, "m", tmp_path / "gradient")
+    assert max(relative_error(found[name], gradient[name]) for name in gradient) < BOUND
+
+
+@pytest.mark.parametrize("loss_fn", ["ppo", "cispo"])
+def test_a_ratio_beyond_float32_is_clipped_like_any_other(
+    loss_fn: str, run: Any, tmp_path: Path
+) -> None:
+    adapter = give_random_delta(run, "m", tmp_path / "delta")
+    reference = Reference(str(run.info.tokenizer_id))
+    (datum, *_) = data_for(loss_fn, reference, adapter)
+    inputs = {name: tensor.to_numpy().copy() for name, tensor in datum.loss_fn_inputs.items()}
+    inputs["logprobs"][::4] = -300.0
+    inputs["advantages"][::4] = 0.5
+    data = [Datum(datum.model_input, inputs)]
+    loss, _, gradient = reference.run(data, adapter, RANK, LOSSES[loss_fn])
+    output = run.forward_backward("m", data, loss_fn, {})
+    assert output.metrics["loss:sum"] == pytest.approx(loss, rel=BOUND)
+    found = gradient_of(run, "m", tmp_path / "gradient")
+    assert max(relative_error(found[name], gradient[name]) for name in gradient) < BOUND
+
+
+@pytest.mark.parametrize(("loss_fn", "advantage"), [("importance_sampling", 1.0), ("ppo", -1.0)])
+def test_an_infinite_loss_is_an_error_that_leaves_the_gradient_alone(
+    loss_fn: str, advantage: float, run: Any, tmp_path: Path
+) -> None:
+    (datum,) = make_data([5], advantages=(advantage, advantage), logprobs=(-300.0, -300.0))
+    with pytest.raises(EngineError, match="datum 0: the loss is not finite"):
+        run.forward_backward("m", [datum], loss_fn, {})
+    assert run.optim_step("m", AdamParams())["grad_norm"] == 0.0
+
+
+def test_a_token_that_is_ruled_out_may_have_weight_zero() -> None:
+    logprobs = torch.tensor([[-math.inf], [-2.0]])
+    weights = torch.tensor([[0.0], [0.5]])
+    losses = LOSS_TABLE["cross_entropy"].of(logprobs, {"weights": weights}, {})
+    assert losses.tolist() == [[0.0], [1.0]]
 
 
 def test_weights_left_out_are_one_everywhere(run: Any) -> None:

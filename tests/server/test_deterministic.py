@@ -95,6 +95,31 @@ def test_losses_follow_their_formulas(engine: DeterministicEngine) -> None:
     assert -(logprobs * advantages - 0.025 * squares).sum() == of("dro")
 
 
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo"])
+def test_a_token_of_advantage_zero_adds_nothing_whatever_its_old_logprob(
+    name: str, engine: DeterministicEngine
+) -> None:
+    output = engine.forward_backward("m", [datum()], "cross_entropy", {}, forward_only=True)
+    own = output.loss_fn_outputs[0]["logprobs"].to_numpy()
+    advantages = np.array([0.0, 1.0, 1.0], np.float32)
+    placeholder = own.copy()
+    placeholder[0] = -99999.0
+    expected = loss(engine, name, logprobs=own, advantages=advantages)
+    assert np.isfinite(expected)
+    assert loss(engine, name, logprobs=placeholder, advantages=advantages) == expected
+
+
+def test_a_large_ratio_is_clipped_and_an_infinite_loss_is_an_error(
+    engine: DeterministicEngine,
+) -> None:
+    logprobs, ones = np.full(3, -99999.0, np.float32), np.ones(3, np.float32)
+    assert loss(engine, "ppo", logprobs=logprobs, advantages=ones) == pytest.approx(-3 * 1.2)
+    with pytest.raises(EngineError, match="datum 0: the loss is not finite"):
+        loss(engine, "ppo", logprobs=logprobs, advantages=-ones)
+    with pytest.raises(EngineError, match="datum 0: the loss is not finite"):
+        loss(engine, "importance_sampling", logprobs=logprobs, advantages=ones)
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "says"),
     [

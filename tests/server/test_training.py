@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Dict
 
 import numpy as np
 import pytest
 from server.harness import CODECS, Api, HeldEngine, datum, serving
 
 from tinkex.local.engine import EngineError
-from tinkex.types import Datum, ForwardBackwardRequest, ImageChunk, ModelInput
+from tinkex.types import (
+    Datum,
+    ForwardBackwardRequest,
+    GetInfoResponse,
+    ImageChunk,
+    LoraConfig,
+    ModelInput,
+)
 from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
@@ -98,6 +106,17 @@ def test_info_of_a_run(api: Api) -> None:
     assert (info["is_lora"], info["lora_rank"]) == (True, 8)
     assert info["optimizer_config"] == {"type": "adamw"}
     assert "unknown" in api.post("get_info", 404, model_id="no:train:0")["detail"]
+
+
+def test_info_of_a_run_lists_what_its_adapter_changes(tmp_path: Path) -> None:
+    class Layered(HeldEngine):
+        def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+            return {"layers.*.up_proj": 12} if lora.train_mlp else {}
+
+    with serving(tmp_path, Layered()) as api:
+        info = api.post("get_info", model_id=api.model())
+        assert info["adapted_modules"] == {"layers.*.up_proj": 12}
+        assert GetInfoResponse.from_wire(info).adapted_modules == {"layers.*.up_proj": 12}
 
 
 def test_creating_the_same_run_twice_is_one_run(api: Api, engine: HeldEngine) -> None:

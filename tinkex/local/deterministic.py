@@ -105,6 +105,10 @@ class DeterministicEngine:
 
     # Training
 
+    def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+        """Return nothing: there are no layers.  Safe from any thread."""
+        return {}
+
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter."""
         try:
@@ -135,13 +139,19 @@ class DeterministicEngine:
         checked = [self._check(index, datum, loss_fn) for index, datum in enumerate(data)]
         total = 0.0
         outputs: List[Dict[str, TensorData]] = []
-        for inputs in checked:
+        for index, inputs in enumerate(checked):
             tokens, targets = inputs["tokens"], inputs["target_tokens"]
             positions = np.arange(tokens.size, dtype=np.int64)
             if targets.ndim == 2:
                 tokens, positions = tokens[:, None], positions[:, None]
             logprobs = self._model.logprobs(tokens, positions, targets, adapter.steps)
-            total += loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
+            own = loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
+            if not np.isfinite(own):
+                raise EngineError(
+                    f"datum {index}: the loss is not finite; its logprobs may belong to another "
+                    "model or to other tokens"
+                )
+            total += own
             outputs.append({"logprobs": TensorData.from_numpy(logprobs)})
         if not forward_only:
             adapter.gradient = True

@@ -80,6 +80,12 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """What this engine serves.  Safe from any thread."""
 
+    def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+        """Return what an adapter of *lora* changes: names of layers, and how many there are.
+
+        ``*`` stands for the numbers in a name.  Safe from any thread.
+        """
+
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
 

@@ -26,7 +26,7 @@ _SPREAD = 0.05  # shared by the whole vocabulary
 
 def mix(values: U64) -> U64:
     """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -99,13 +99,27 @@ def loss(
     inputs: Inputs,
     config: Mapping[str, Union[float, str]],
 ) -> float:
-    """Sum a loss over the tokens of a datum (definitions: tinkex.local.torch_engine.losses)."""
+    """Sum a loss over the tokens of a datum (definitions: tinkex.local.torch_engine.losses).
+
+    Infinite where float64 cannot hold the sum.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _loss(name, logprobs, inputs, config)
+
+
+def _loss(
+    name: str,
+    logprobs: npt.NDArray[np.float64],
+    inputs: Inputs,
+    config: Mapping[str, Union[float, str]],
+) -> float:
     if name == "cross_entropy":
         return float(-(logprobs * inputs.get("weights", np.ones_like(logprobs))).sum())
     old, advantages = inputs["logprobs"], inputs["advantages"]
     weights = inputs.get("weights", np.ones_like(logprobs))
-    difference = logprobs - old
-    ratio = np.exp(difference)
+    difference = logprobs - old.astype(np.float64)
+    # A token of advantage 0 adds nothing, and 0 times an infinite ratio would be NaN.
+    ratio = np.exp(np.where(advantages == 0, 0.0, difference))
     low = inputs.get("clip_low_threshold", float(config.get("clip_low_threshold", 0.8)))
     high = inputs.get("clip_high_threshold", float(config.get("clip_high_threshold", 1.2)))
     if name == "importance_sampling":

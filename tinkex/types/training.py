@@ -131,7 +131,12 @@ class ModelData(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class GetInfoResponse(Wire):
-    """What the server says of a training run."""
+    """What the server says of a training run.
+
+    Attributes:
+        adapted_modules: which layers the adapter changes: names, with ``*`` in place of numbers,
+            and how many layers have them.  None if the server does not report it.
+    """
 
     model_id: str
     model_data: ModelData = dataclasses.field(default_factory=ModelData)
@@ -139,3 +144,4 @@ class GetInfoResponse(Wire):
     lora_rank: Optional[int] = None
     model_name: Optional[str] = None
     optimizer_config: Optional[Dict[str, Any]] = bulk(None)
+    adapted_modules: Optional[Dict[str, int]] = bulk(None)

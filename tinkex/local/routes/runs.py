@@ -109,6 +109,7 @@ def register(app: Flask, backend: Backend) -> None:
             lora_rank=run.lora.rank,
             model_name=run.base_model,
             optimizer_config=run.optimizer,
+            adapted_modules=backend.engine.adapted(run.lora) or None,
         )
         return answer({**found.to_wire(), "type": "get_info"})
 

@@ -10,7 +10,9 @@ from typing import Any, Dict, Iterable
 import torch
 
 from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine.adapters import Adapter, linear_modules
+from tinkex.local.torch_engine.adapter_config import kinds_in
+from tinkex.local.torch_engine.adapters import Adapter
+from tinkex.local.torch_engine.targets import Targets
 from tinkex.types import LoraConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,7 +49,7 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def read_lora(folder: Path, model: Any) -> LoraConfig:
+def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     """Return the LoraConfig of the adapter saved in *folder*, whoever wrote it."""
     file = folder / RUN_FILE
     if file.is_file():
@@ -55,16 +57,35 @@ def read_lora(folder: Path, model: Any) -> LoraConfig:
         saved = json.loads(file.read_text())
         return LoraConfig(**{name: value for name, value in saved.items() if name in known})
     config = read_config(folder)
-    kinds = set()
-    for name, kind in linear_modules(model).items():
-        if any(name == target or name.endswith(f".{target}") for target in config.target_modules):
-            kinds.add(kind)
+    kinds = kinds_in(config, targets)
     return LoraConfig(
         rank=config.r,
         train_unembed="unembed" in kinds,
         train_mlp="mlp" in kinds,
         train_attn="attn" in kinds,
     )
+
+
+def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
+    """True if *folder* has an adapter made for the same *lora* whose tensors are others.
+
+    An earlier version of tinkex, peft or transformers chose other layers, or held them otherwise.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / RUN_FILE).is_file():
+        return False
+    saved = json.loads((folder / RUN_FILE).read_text())
+    asked = dataclasses.asdict(lora)
+    if any(saved.get(name) != asked[name] for name in asked if name != "seed"):
+        return False
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError):
+        return False  # read_into describes what is wrong
+    return shapes != {name: tuple(value.shape) for name, value in adapter.parameters.items()}
 
 
 def read_tensors(

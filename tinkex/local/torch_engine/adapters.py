@@ -16,21 +16,24 @@ import dataclasses
 import itertools
 import logging
 import math
-from typing import Any, Dict, List, Optional
+import re
+from typing import Any, Dict, Optional
 
 import torch
 
 from tinkex.local.engine import EngineError
+from tinkex.local.torch_engine.adapter_config import (
+    adapts_tensors,
+    injected_config,
+    make_config,
+)
 from tinkex.local.torch_engine.quiet import quiet
+from tinkex.local.torch_engine.targets import Chosen, Targets
 from tinkex.types import LoraConfig
 
 logger = logging.getLogger(__name__)
 
 LORA_ALPHA = 32
-
-_ATTENTION = ("attn", "attention")
-_MLP = ("mlp", "ffn", "feed_forward", "expert", "moe")
-_NOT_TRAINED = ("router", "gate", "shared_expert_gate")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class Adapter:
 
     Attributes:
         key: its name inside peft.
-        config: peft's configuration of it.
+        config: peft's configuration of it, as it is saved.
         parameters: fp32 parameters by their names in PEFT's file format, in a fixed order.
     """
 
@@ -48,48 +51,65 @@ class Adapter:
     parameters: Dict[str, torch.nn.Parameter]
 
 
+class _Root(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
+    """Holds the model for peft, which treats what it is given as plain PyTorch.
+
+    Given a transformers model, peft would rewrite the targets for some families; see
+    `adapter_config`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
 class AdapterPool:
-    """The base model with its adapters; one of them, or none, is active at a time."""
+    """The base model with its adapters; one of them, or none, is active at a time.
+
+    Attributes:
+        targets: what adapters of the model may change.
+    """
 
     def __init__(self, model: Any, model_name: str) -> None:
         self._model = model
         self._model_name = model_name
+        self.targets = Targets(model)
+        self._adapts_tensors = bool(self.targets.tensors) and adapts_tensors()
+        self._root = _Root(model)
         self._peft: Any = None  # the PeftModel, from the first adapter on
         self._layers: Dict[str, Any] = {}  # peft's LoRA layers by module name
         self._active: Optional[str] = None
         self._numbers = itertools.count()
         model.requires_grad_(False)
 
-    def targets(self, lora: LoraConfig) -> List[str]:
-        """Return the names of the modules an adapter of *lora* changes, shortened for peft.
+    def make_config(self, lora: LoraConfig) -> Any:
+        """Return peft's configuration for *lora*, as it is saved.
 
         Raises:
-            EngineError: the model has none of the wanted kind.
+            EngineError: the model has no layers of the wanted kinds.
         """
-        wanted = _wanted_modules(self._model, lora)
-        for kind in _lacking(self._model, lora) if wanted else ():
-            # Experts of a mixture held in one tensor, for instance.
-            logger.warning("%s has no %s layers LoRA can adapt", self._model_name, kind)
-        if not wanted:
+        chosen = self.adapted(lora)
+        if not chosen.layers and not chosen.tensors:
             raise EngineError(
                 f"{self._model_name} has no layers of the kinds asked for by {lora}; "
                 "set train_mlp, train_attn or train_unembed"
             )
-        return _shorten(wanted, linear_modules(self._model))
+        for kind in self.targets.lacking(lora):
+            logger.warning("%s has no %s layers LoRA can adapt", self._model_name, kind)
+        left_out = len(self.targets.choose(lora).tensors) - len(chosen.tensors)
+        if left_out:
+            logger.warning(
+                "%s: the %d tensors that hold the experts are not adapted; "
+                "this needs peft 0.20 or newer",
+                self._model_name,
+                left_out,
+            )
+        return make_config(self.targets, chosen, lora.rank, LORA_ALPHA, self._model_name)
 
-    def make_config(self, lora: LoraConfig) -> Any:
-        """Return peft's configuration for *lora*."""
-        import peft
-
-        return peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=LORA_ALPHA,
-            target_modules=self.targets(lora),
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self._model_name,
-        )
+    def adapted(self, lora: LoraConfig) -> Chosen:
+        """Return what an adapter of *lora* changes in this model.  Safe from any thread."""
+        chosen = self.targets.choose(lora)
+        return chosen if self._adapts_tensors else Chosen(chosen.layers, [])
 
     def add(self, config: Any, seed: Optional[int] = None) -> Adapter:
         """Add an adapter whose delta is zero; its A depends on *seed* only (random if None)."""
@@ -100,11 +120,12 @@ class AdapterPool:
         random_state = torch.random.get_rng_state()
         try:
             with quiet():
+                injected = injected_config(config, self.targets, "model")
                 if self._peft is None:
-                    self._peft = peft.PeftModel(self._model, config, adapter_name=key)
+                    self._peft = peft.PeftModel(self._root, injected, adapter_name=key)
                 else:
-                    self._peft.add_adapter(key, config)
-        except ValueError as error:  # peft found none of its layers
+                    self._peft.add_adapter(key, injected)
+        except (ValueError, re.error) as error:  # peft found none of its layers
             raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
         torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
         self._layers = {
@@ -161,68 +182,3 @@ def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) 
                 # Drawn on the CPU, so that a seed means the same on every device.
                 values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(values)
-
-
-def linear_modules(model: Any) -> Dict[str, str]:
-    """Map the names of the linear layers of *model* to "attn", "mlp" or "unembed"."""
-    from transformers.pytorch_utils import Conv1D
-
-    output = model.get_output_embeddings()
-    found = {}
-    for name, module in model.named_modules():
-        name = name.replace(".base_layer", "")  # a layer that an adapter wraps already
-        base = getattr(module, "base_layer", module)
-        if module is output or base is output:
-            found[name] = "unembed"
-        elif isinstance(base, (torch.nn.Linear, Conv1D)) and name not in found:
-            kind = _kind_of(name)
-            if kind is not None:
-                found[name] = kind
-    return found
-
-
-def _kind_of(name: str) -> Optional[str]:
-    *parents, leaf = name.split(".")
-    if leaf in _NOT_TRAINED or leaf.startswith("lora_"):
-        return None
-    for parent in reversed(parents):
-        if any(word in parent for word in _ATTENTION):
-            return "attn"
-        if any(word in parent for word in _MLP):
-            return "mlp"
-        if parent.startswith("lora_"):
-            return None
-    if leaf in ("fc1", "fc2"):  # OPT, BioGPT: directly in the decoder layer
-        return "mlp"
-    return None
-
-
-def _wanted_kinds(lora: LoraConfig) -> List[str]:
-    wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    return [kind for kind, asked_for in wanted.items() if asked_for]
-
-
-def _wanted_modules(model: Any, lora: LoraConfig) -> List[str]:
-    kinds = _wanted_kinds(lora)
-    return [name for name, kind in linear_modules(model).items() if kind in kinds]
-
-
-def _lacking(model: Any, lora: LoraConfig) -> List[str]:
-    present = set(linear_modules(model).values())
-    return [kind for kind in _wanted_kinds(lora) if kind not in present]
-
-
-def _shorten(wanted: List[str], linear: Dict[str, str]) -> List[str]:
-    """Shorten module names to the endings peft matches by, where these match nothing else."""
-    chosen = set(wanted)
-    others = [name for name in linear if name not in chosen]
-
-    def shortest(name: str) -> str:
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            ending = ".".join(parts[-length:])
-            if not any(other == ending or other.endswith(f".{ending}") for other in others):
-                return ending
-        return name
-
-    return sorted({shortest(name) for name in wanted})

@@ -130,6 +130,11 @@ class TorchEngine:
 
     # --- training runs -------------------------------------------------------------------------
 
+    def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+        """Return what an adapter of *lora* changes; see `tinkex.local.engine`."""
+        pool: Optional[AdapterPool] = self.__dict__.get("_pool")  # None once closed
+        return {} if pool is None else pool.adapted(lora).counts()
+
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
         try:
@@ -139,6 +144,8 @@ class TorchEngine:
         if model_id in self._runs:
             raise EngineError(f"model {model_id} exists already")
         adapter = self._pool.add(self._pool.make_config(lora), lora.seed)
+        names = ", ".join(f"{name} ({count})" for name, count in self.adapted(lora).items())
+        logger.info("%s: an adapter of rank %d on %s", model_id, lora.rank, names)
         self._runs[model_id] = _Run(lora, adapter, Adam(adapter.parameters))
 
     def unload(self, model_id: str) -> None:
@@ -225,10 +232,27 @@ class TorchEngine:
         """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked.
 
         Rank, alpha and adapted layers must be the same.  An accumulated gradient is dropped.
+        A checkpoint of the same configuration that adapts other layers, as an earlier version of
+        tinkex or of a library below it chose them, is taken as it is.
         """
         run = self._run(model_id)
-        weights = adapter_files.read_into(run.adapter, folder)
-        optimizer = Adam(run.adapter.parameters)
+        adapter = run.adapter
+        if adapter_files.was_laid_out_otherwise(adapter, run.lora, folder):
+            adapter = self._pool.add(adapter_files.read_config(folder))
+        try:
+            self._load(run, adapter, folder, with_optimizer=with_optimizer)
+        except BaseException:
+            if adapter is not run.adapter:
+                self._pool.remove(adapter)
+            raise
+        if adapter is not run.adapter:
+            run.adapter, replaced = adapter, run.adapter
+            self._pool.remove(replaced)
+
+    def _load(self, run: _Run, adapter: Adapter, folder: Path, *, with_optimizer: bool) -> None:
+        """Fill *adapter* and the optimizer of *run* from *folder*; nothing changes if it fails."""
+        weights = adapter_files.read_into(adapter, folder)
+        optimizer = Adam(adapter.parameters)
         if with_optimizer:
             if not (folder / OPTIMIZER_FILE).is_file():
                 raise EngineError(
@@ -237,14 +261,14 @@ class TorchEngine:
             state = json.loads((folder / OPTIMIZER_FILE).read_text())
             tensors = adapter_files.read_tensors(folder, OPTIMIZER_WEIGHTS, optimizer.tensors())
             optimizer.restore(tensors, int(state["step"]))
-        adapter_files.assign(run.adapter.parameters, weights)
-        for parameter in run.adapter.parameters.values():
+        adapter_files.assign(adapter.parameters, weights)
+        for parameter in adapter.parameters.values():
             parameter.grad = None
         run.optimizer = optimizer
 
     def lora_config(self, folder: Path) -> LoraConfig:
         """Return the configuration of a saved adapter."""
-        return adapter_files.read_lora(folder, self._network.model)
+        return adapter_files.read_lora(folder, self._pool.targets)
 
     # --- sampling ------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ dro                    ``-(lp * A - beta / 2 * (lp - q)**2)``
 
 ``low`` and ``high`` default to 0.8 and 1.2; the configuration keys ``clip_low_threshold`` and
 ``clip_high_threshold`` change them for a call, per-token inputs of the same names for a token.
-``beta`` defaults to 0.05.
+``beta`` defaults to 0.05.  A token of weight 0, or of advantage 0 (except in dro, whose second term
+stays), adds no loss and no gradient, whatever its log-probabilities are.
 
 Sources: names, inputs and the token-sum form follow Tinker's documentation of its losses.
 importance_sampling is the policy gradient (Williams 1992, REINFORCE) with the correction for
@@ -48,7 +49,8 @@ class Loss:
         defaults: per-token inputs that may be left out, and what they are then: the
             configuration key of the same name if it is given, else this value.
         config: configuration keys, and their defaults.
-        gate: the input whose zeros take a token out (no loss, no gradient), if there is one.
+        gate: the input whose zeros take a token out (no loss, no gradient), if there is one;
+            apply it with `Loss.of`, since 0 times an infinite log-probability is not 0.
         ranks: how many dimensions ``target_tokens`` may have.
     """
 
@@ -64,19 +66,40 @@ class Loss:
         """Every per-token input besides ``target_tokens``."""
         return (*self.required, *self.defaults)
 
+    def of(self, lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+        """Return the loss of each token, in the shape of *lp*."""
+        losses = self.per_token(lp, inputs, config)
+        return losses if self.gate is None else losses.masked_fill(inputs[self.gate] == 0, 0.0)
+
+
+# The largest exponent whose exponential float32 can hold.
+_LARGEST_EXPONENT = 88.0
+
+
+def _ratio(lp: torch.Tensor, q: torch.Tensor, bounded: torch.Tensor) -> torch.Tensor:
+    """Return exp(lp - q), kept finite where *bounded*.
+
+    A ratio that a factor of 0 or a clip takes out of the loss has a gradient of 0, but backward
+    computes it as 0 times the ratio, which is NaN if the ratio is infinite.
+    """
+    exponent = lp - q
+    return torch.exp(torch.where(bounded, exponent.clamp(max=_LARGEST_EXPONENT), exponent))
+
 
 def _cross_entropy(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     return -lp * inputs["weights"]
 
 
 def _importance_sampling(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    return -torch.exp(lp - inputs["logprobs"]) * inputs["advantages"]
+    advantages = inputs["advantages"]
+    return -_ratio(lp, inputs["logprobs"], advantages == 0) * advantages
 
 
 def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    ratio = torch.exp(lp - inputs["logprobs"])
-    clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     advantages = inputs["advantages"]
+    # With a negative advantage a large ratio is not clipped: there infinity is the right value.
+    ratio = _ratio(lp, inputs["logprobs"], advantages >= 0)
+    clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tinkex.errors import InvalidInputError
 from tinkex.local.engine import EngineError, EngineInfo
 from tinkex.local.torch_engine.batching import check_tokens
+from tinkex.local.torch_engine.generated_text import GeneratedText
 from tinkex.local.torch_engine.prompt_scores import PromptScores, as_asked
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse, TensorData, TopkLogprobs
 
@@ -45,7 +46,6 @@ class StopRule:
 
     tokens: FrozenSet[int]
     strings: Tuple[str, ...] = ()
-    window: int = 0
 
     @classmethod
     def of(cls, stop: Any, vocabulary: Vocabulary) -> StopRule:
@@ -56,19 +56,25 @@ class StopRule:
         strings = tuple(item for item in items if isinstance(item, str))
         if any(not item for item in strings):
             raise EngineError("stop holds an empty string; leave it out")
-        # Every token but an oddity adds a byte or more, so a stop string that ends with the
-        # newest token lies within this many tokens; the rest is for cut UTF-8 at the seam.
-        window = max((len(item.encode()) for item in strings), default=0) + 8
-        return cls(frozenset(int(i) for i in items if not isinstance(i, str)), strings, window)
+        return cls(frozenset(int(i) for i in items if not isinstance(i, str)), strings)
 
-    def reached(self, tokens: List[int], vocabulary: Vocabulary) -> bool:
-        """True if the newest of *tokens* ends the sequence."""
-        if tokens[-1] in self.tokens:
-            return True
+    def follow(
+        self, prompt: npt.NDArray[np.int32], vocabulary: Vocabulary
+    ) -> Optional[GeneratedText]:
+        """Return the text to give to `reached`; None if no string has to be looked for."""
         if not self.strings:
+            return None
+        keep = max(len(string) for string in self.strings) - 1
+        return GeneratedText(prompt.tolist(), vocabulary.text, keep)
+
+    def reached(self, token: int, text: Optional[GeneratedText]) -> bool:
+        """True if the newest *token* ends the sequence; adds it to *text*."""
+        if token in self.tokens:
+            return True
+        if text is None:
             return False
-        text = vocabulary.text(tokens[-self.window :])
-        return any(string in text for string in self.strings)
+        recent = text.append(token)
+        return any(string in recent for string in self.strings)
 
 
 @dataclasses.dataclass(eq=False)

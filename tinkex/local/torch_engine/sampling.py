@@ -16,6 +16,7 @@ import torch
 from tinkex.local.engine import EngineError, EngineInfo, Finished
 from tinkex.local.torch_engine.decoding import DecodeBatch, PrefillPiece, prefill
 from tinkex.local.torch_engine.drawing import draw
+from tinkex.local.torch_engine.generated_text import GeneratedText
 from tinkex.local.torch_engine.network import Network
 from tinkex.local.torch_engine.sample_jobs import Job, Vocabulary, answer, check_request
 from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
@@ -37,6 +38,7 @@ class _Sequence:
     job: Job
     number: int
     random: np.random.Generator
+    text: Optional[GeneratedText]
     tokens: List[int] = dataclasses.field(default_factory=list)
     logprobs: List[float] = dataclasses.field(default_factory=list)
     top_tokens: List[List[int]] = dataclasses.field(default_factory=list)
@@ -75,7 +77,6 @@ class SampleRun:
         requests: Sequence[SampleRequest],
     ) -> None:
         self._network = network
-        self._vocabulary = vocabulary
         self._context_length = info.context_length
         self._finished: List[Finished] = []
         self._jobs: Dict[int, Job] = {}
@@ -84,7 +85,7 @@ class SampleRun:
                 self._jobs[index] = check_request(index, request, vocabulary, info)
             except EngineError as error:
                 self._finished.append((index, error))
-        self._waves = _plan_waves(list(self._jobs.values()))
+        self._waves = _plan_waves(list(self._jobs.values()), vocabulary)
         self._steps = self._run()
         self.done = False
 
@@ -189,7 +190,7 @@ class SampleRun:
                 top = torch.topk(torch.log_softmax(logits[row], -1), k)
                 sequence.top_tokens.append(top.indices.tolist())
                 sequence.top_logprobs.append(top.values.tolist())
-            if sequence.job.stop.reached(sequence.tokens, self._vocabulary):
+            if sequence.job.stop.reached(tokens[row], sequence.text):
                 sequence.stop_reason = "stop"
             elif len(sequence.tokens) >= sequence.job.limit:
                 sequence.stop_reason = "length"
@@ -201,7 +202,7 @@ class SampleRun:
                 del self._jobs[sequence.job.index]
 
 
-def _plan_waves(jobs: Sequence[Job]) -> List[List[_Sequence]]:
+def _plan_waves(jobs: Sequence[Job], vocabulary: Vocabulary) -> List[List[_Sequence]]:
     """Lay the sequences of *jobs* out in batches that fit into memory together."""
     waves: List[List[_Sequence]] = []
     room = 0
@@ -211,7 +212,8 @@ def _plan_waves(jobs: Sequence[Job]) -> List[List[_Sequence]]:
         entropy = None if seed is None else seed & 0xFFFFFFFFFFFFFFFF
         for number in range(job.request.num_samples):
             words = None if entropy is None else [entropy, number]
-            sequence = _Sequence(job, number, np.random.default_rng(words))
+            text = job.stop.follow(job.prompt, vocabulary)
+            sequence = _Sequence(job, number, np.random.default_rng(words), text)
             if not waves or needed > room:
                 waves.append([])
                 room = WAVE_TOKENS

@@ -90,7 +90,7 @@ def _run_pass(
                 leaf = flat.detach()[chunk].requires_grad_(backward and wanted)
                 lp = target_logprobs(network.logits(leaf), targets[chunk])
                 chunk_inputs = {name: values[chunk] for name, values in inputs.items()}
-                token_losses = loss.per_token(lp, chunk_inputs, config)
+                token_losses = loss.of(lp, chunk_inputs, config)
                 if gradient is not None and wanted:
                     torch.autograd.backward(token_losses.sum())
                     gradient[chunk] = leaf.grad

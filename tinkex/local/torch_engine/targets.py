@@ -1,0 +1,194 @@
+"""Which parts of a model an adapter changes: found by running text through it.
+
+A layer that text does not pass through (of a vision or audio tower, a projector of images, cross
+attention) would never get a gradient, and is left alone.  The name of a layer decides its kind.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Union,
+)
+
+import torch
+
+from tinkex.types import LoraConfig
+
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "ffn", "feed_forward", "intermediate")
+# Looked for last: attention may have experts, too.
+_EXPERTS = ("expert", "moe")
+
+# By the last part of the name, where no other part decides (OPT, BERT, Nemotron-H).
+_ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_LAYERS = (".fc1", ".fc2", ".gate_proj", ".up_proj", ".down_proj", ".output.dense")
+
+# What chooses among experts or tokens is left alone: it gets no gradient, or training it upsets
+# the balance between the experts.
+_CHOOSING = ("gate", "shared_expert_gate", "indexer", "scorer")
+
+_EXPERT_NUMBER = re.compile(r"(experts)\.\d+\.")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What one adapter changes.
+
+    Attributes:
+        layers: names of linear layers.
+        tensors: names of parameters that hold a layer's experts in one tensor.
+    """
+
+    layers: List[str]
+    tensors: List[str]
+
+    def counts(self) -> Dict[str, int]:
+        """Return how many there are of each name, with ``*`` in place of the layers' numbers."""
+        return dict(collections.Counter(_NUMBER.sub(".*", n) for n in self.layers + self.tensors))
+
+
+class Targets:
+    """What adapters of *model* may change, by kind: "attn", "mlp" or "unembed".
+
+    Make it before the first adapter; immutable, and safe from any thread.
+
+    Attributes:
+        layers: the kind of each linear layer (torch.nn.Linear or transformers' Conv1D), by name.
+        tensors: the kind of each parameter that holds all experts of a layer, by name.
+        linear: names of all linear layers of the model but the output layer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        output = model.get_output_embeddings()
+        passed = _modules_that_text_passes(model)
+        self.layers: Dict[str, str] = {}
+        self.tensors: Dict[str, str] = {}
+        for name, module in model.named_modules():
+            kind = "unembed" if module is output else kind_of(name)
+            if kind is None or _without_expert_number(name) not in passed:
+                continue
+            if is_linear(module) or module is output:
+                self.layers[name] = kind
+            elif "expert" in f"{name} {type(module).__name__}".lower():
+                for parameter, value in module.named_parameters(recurse=False):
+                    if value.dim() == 3:
+                        self.tensors[f"{name}.{parameter}"] = kind
+        self._modules = [name for name, _ in model.named_modules()]
+        self._parameters = [name for name, _ in model.named_parameters()]
+        self.linear = [n for n, m in model.named_modules() if is_linear(m) and m is not output]
+
+    def choose(self, lora: LoraConfig) -> Chosen:
+        """Return what an adapter of *lora* changes."""
+        kinds = _wanted_kinds(lora)
+        return Chosen(
+            [name for name, kind in self.layers.items() if kind in kinds],
+            [name for name, kind in self.tensors.items() if kind in kinds],
+        )
+
+    def lacking(self, lora: LoraConfig) -> List[str]:
+        """Return the kinds that *lora* asks for and the model does not have."""
+        present = {*self.layers.values(), *self.tensors.values()}
+        return [kind for kind in _wanted_kinds(lora) if kind not in present]
+
+    def shorten_layers(self, names: Iterable[str]) -> List[str]:
+        """Shorten names of layers to endings that no other module of the model has."""
+        return shorten(names, self._modules)
+
+    def shorten_parameters(self, names: Iterable[str]) -> List[str]:
+        """Shorten names of parameters to endings that no other parameter of the model has."""
+        return shorten(names, self._parameters)
+
+    def layers_matching(self, pattern: Union[str, Collection[str], None]) -> List[str]:
+        """Return the modules that peft's ``target_modules`` means by *pattern*."""
+        if isinstance(pattern, str):
+            if pattern.lower() == "all-linear":
+                return self.linear
+            return [name for name in self._modules if re.fullmatch(pattern, name)]
+        return _with_ending(self._modules, pattern or ())
+
+    def parameters_matching(self, endings: Optional[Collection[str]]) -> List[str]:
+        """Return the parameters that peft's ``target_parameters`` means by *endings*."""
+        return _with_ending(self._parameters, endings or ())
+
+
+def is_linear(module: Any) -> bool:
+    """True for the layers that peft adapts as matrices."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def kind_of(name: str) -> Optional[str]:
+    """Return "attn" or "mlp" for the name of a layer in one of the two; None if it is neither."""
+    *parents, leaf = name.split(".")
+    if any("router" in part or part in _CHOOSING for part in [*parents, leaf]):
+        return None
+    for part in reversed(parents):
+        if any(word in part for word in _ATTENTION):
+            return "attn"
+        if any(word in part for word in _MLP):
+            return "mlp"
+    if leaf in _ATTENTION_LAYERS:
+        return "attn"
+    if name.endswith(_MLP_LAYERS) or any(word in part for part in parents for word in _EXPERTS):
+        return "mlp"
+    return None
+
+
+def _without_expert_number(name: str) -> str:
+    return _EXPERT_NUMBER.sub(r"\1.*.", f"{name}.")
+
+
+def _modules_that_text_passes(model: Any) -> Set[str]:
+    """Return the names of the modules that run for text; an expert counts for all of its list."""
+    passed: Set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *arguments: passed.add(_without_expert_number(name))
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            probe = torch.tensor([[0, 1, 2]], device=next(model.parameters()).device)
+            model(input_ids=probe, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return passed
+
+
+def _wanted_kinds(lora: LoraConfig) -> List[str]:
+    wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    return [kind for kind, asked_for in wanted.items() if asked_for]
+
+
+def _endings(name: str) -> Iterator[str]:
+    """Yield the last part of *name*, the last two, and so on."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        yield ".".join(parts[-length:])
+
+
+def _with_ending(names: Iterable[str], endings: Collection[str]) -> List[str]:
+    wanted = set(endings)
+    return [name for name in names if not wanted.isdisjoint(_endings(name))]
+
+
+def shorten(chosen: Iterable[str], names: Iterable[str]) -> List[str]:
+    """Shorten the *chosen* of *names* to endings that none of the others has."""
+    chosen = set(chosen)
+    taken = {ending for name in names if name not in chosen for ending in _endings(name)}
+    return sorted({next((e for e in _endings(n) if e not in taken), n) for n in chosen})
