@@ -75,7 +75,7 @@ class Reference:
                 changed[key] = self._weights[key] + 32 / rank * (up @ down)
         ids = torch.tensor(np.asarray(tokens, dtype=np.int64))[None]
         output = torch.func.functional_call(
-            self.model, changed, kwargs={"input_ids": ids, "use_cache": False}, tie_weights=False
+            self.model, changed, (), {"input_ids": ids, "use_cache": False}, tie_weights=False
         )
         return output.logits[0]
 
