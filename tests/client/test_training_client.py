@@ -21,11 +21,11 @@ from support.tinker_routes import MODEL, TinkerRoutes
 from tinkex import RetryConfig, ServiceClient, TrainingClient, training_client, types
 from tinkex.errors import (
     APIConnectionError,
+    AuthenticationError,
     BadRequestError,
     ClientClosedError,
     ConfigError,
     ConflictError,
-    InternalServerError,
     InvalidInputError,
     RequestFailedError,
     ResponseDecodeError,
@@ -737,8 +737,8 @@ def test_a_number_that_the_server_has_after_all_is_passed_over(
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
         trainer = service.create_lora_training_client("base")
-        routes.serve("optim_step", Answer(503, {"detail": "overloaded"}))
-        with pytest.raises(InternalServerError):
+        routes.serve("optim_step", Answer(401, {"detail": "who are you"}))
+        with pytest.raises(AuthenticationError):
             trainer.optim_step(ADAM).result(PATIENCE_S)
         lost = len(routes.seq_ids())
         routes.serve("save_weights", Answer(409, {"detail": "seq_id 1 is taken"}), routes.accept)
