@@ -82,13 +82,21 @@ class TrainingClient(RunCheckpoints):
         The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
         back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
         ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests
-        and joined.
+        and joined; an `optim_step` after one is sent when all of these are done, and cancelling the
+        future stops none of them once the first was sent.
 
         Args:
             data: at least one Datum, each with the loss inputs that *loss_fn* needs.
             loss_fn: ``"cross_entropy"``, ``"importance_sampling"``, ``"ppo"``, ``"cispo"``,
                 ``"dro"``, or another loss that the server has.
             loss_fn_config: the loss's own settings.
+
+        The future raises IncompleteGradientError if only some of several requests were done, or may
+        have been.  The run then takes no `optim_step` and no other batch until the gradient is
+        complete or dropped.  The same call again completes it, where that is possible: it sends
+        only what is missing, and examples that were refused may be replaced.  A checkpoint that is
+        loaded by `load_state_with_optimizer` or `load_state` drops it; `save_state` still saves the
+        weights as they were.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -114,7 +122,8 @@ class TrainingClient(RunCheckpoints):
             loss_type_input: has no effect; deprecated.
 
         The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError if a large batch was added in part; the run then refuses to train.
+        IncompleteGradientError as that of `forward_backward` does, but the same call again does not
+        complete the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(

@@ -78,12 +78,16 @@ _LOOK_S = 1.0
 
 @dataclasses.dataclass(eq=False)
 class Work(Generic[T]):
-    """One request of the run, from the call to the end; *seq_id* is what it was last sent under."""
+    """One request of the run, from the call to the end; *seq_id* is what it was last sent under.
+
+    *explain* turns the error that it fails with into the one to report.
+    """
 
     future: APIFuture[T]
     send: Send
     decode: Callable[[Reply], T]
     binary: bool = False
+    explain: Callable[[BaseException], BaseException] = lambda error: error
     seq_id: int = 0
     followed: bool = False  # the run learns when the future is settled
 
@@ -98,6 +102,7 @@ class _Outbox:
     def __init__(self) -> None:
         self.last: Optional[Request] = None
         self.lost: Optional[Request] = None  # may have been taken: rule 4
+        self.lost_by: Optional[APIFuture[Any]] = None  # the future that it was sent for
 
     def __call__(self, request: Request) -> Request:
         """Return what to send for *request*; raise _AnotherBody if it must wait."""
@@ -109,9 +114,9 @@ class _Outbox:
             raise _AnotherBody
         return lost
 
-    def lose(self) -> None:
-        """Note that the last request may have been taken, though no answer says so."""
-        self.lost = self.last
+    def lose(self, future: APIFuture[Any]) -> None:
+        """Note that the last request, for *future*, may have been taken without an answer."""
+        self.lost, self.lost_by = self.last, future
         if self.lost is not None:
             self.lost.keep_body()
 
@@ -169,6 +174,13 @@ class NumberedLane:
         """Send one request under the next number and have it polled; a failure is its future's."""
         self._send_refused_again()
         self._transmit(work)
+
+    def may_repeat(self, future: APIFuture[Any]) -> bool:
+        """Whether the request of *future*, which has failed, is done once if it is made again.
+
+        That is, its answer was lost, and nothing was sent since.
+        """
+        return self._outbox.lost is not None and self._outbox.lost_by is future
 
     def wait_for(self, futures: Sequence[APIFuture[Any]]) -> None:
         """Wait until *futures*, of requests of this lane, are settled.
@@ -246,7 +258,7 @@ class NumberedLane:
                 if not was_turned_away:
                     raise
             except (APIConnectionError, APIStatusError) as error:
-                self._note_failure(error)
+                self._note_failure(work.future, error)
                 raise
             except ResponseDecodeError:  # the server has accepted it, but says so unreadably
                 self._use_number()
@@ -258,9 +270,9 @@ class NumberedLane:
     def _use_number(self) -> None:
         self._next_seq_id += 1
         self._turned_away = False
-        self._outbox.lost = None
+        self._outbox.lost = self._outbox.lost_by = None
 
-    def _note_failure(self, error: APIError) -> None:
+    def _note_failure(self, future: APIFuture[Any], error: APIError) -> None:
         """Decide what a request that was not accepted means for its number."""
         answered = isinstance(error, APIStatusError)
         if answered and error.status in _READ:
@@ -268,7 +280,7 @@ class NumberedLane:
             return
         self._turned_away = True
         if error.maybe_taken:
-            self._outbox.lose()
+            self._outbox.lose(future)
             told = (
                 "The server may have taken it all the same. The same call again is done once; any "
                 "other call of this run first sends this one again."
@@ -360,7 +372,7 @@ class NumberedLane:
         """Return the error to report for *work*, or None if it is to be sent again."""
         expected = _read_conflict(error, work.seq_id)
         if expected is None:
-            return error
+            return work.explain(error)
         assert isinstance(error, TinkexError)
         if expected > work.seq_id:
             with self._changed:
