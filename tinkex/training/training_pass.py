@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.lazy_numpy import np
 from tinkex.server_flags import ServerFlags
 from tinkex.transport import Reply
@@ -121,8 +121,18 @@ class PassReader:
         Where the server does not tell ``loss:sum``, it is computed from the logprobs, for the two
         losses that need no more: see `cross_entropy` and `importance_sampling`.
         Logprobs that are NaN or null stay NaN, with one warning.
+
+        Raises:
+            ResponseDecodeError: it is malformed, or has not one output for each datum.
         """
         output = codec_for(reply.content_type).decode_output(reply.body)
+        if len(output.loss_fn_outputs) != len(data):
+            raise ResponseDecodeError(
+                f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
+                f"{_count(data, 'datum')}",
+                hint="The result was damaged on its way, or the server is at fault. A backward "
+                "pass was done all the same: the same call again would add the gradient twice.",
+            )
         with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
         found = first_where(np.isnan, logprobs)
@@ -133,6 +143,10 @@ class PassReader:
             if loss is not None:
                 output.metrics["loss:sum"] = loss
         return output
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def cross_entropy(
