@@ -21,7 +21,7 @@ LAYERS = {
         "http: request redaction redirects",
         "keys: credentials",
         "sampling: sample_checks",
-        "training: batch_checks",
+        "training: batch_checks likely_mistakes",
     ],
     "machinery": [
         "transport server_flags server_memory metrics",

@@ -18,6 +18,7 @@ from tinkex.tokenizers import load_tokenizer
 from tinkex.training.batch_checks import check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
+from tinkex.training.likely_mistakes import MistakeWatch
 from tinkex.training.pipeline import Pipeline, Schedule, submit_step
 from tinkex.training.run_checkpoints import RunCheckpoints, reader
 from tinkex.types import (
@@ -67,6 +68,7 @@ class TrainingClient(RunCheckpoints):
     ) -> None:
         super().__init__(session, model_id, base_model, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
+        self._mistakes = MistakeWatch(f"run {model_id}")
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -134,6 +136,7 @@ class TrainingClient(RunCheckpoints):
         handle = loss_fn if isinstance(loss_fn, LossHandle) else None
         if handle is not None and handle.is_at_server(self._session.session_id):
             batch = check_batch(data, "custom")
+            self._mistakes.look_at_targets(batch)
             handle.check(batch)
             self._ensure_open("forward_backward_custom")
             config = {"loss_id": str(handle.loss_id)}
@@ -145,6 +148,7 @@ class TrainingClient(RunCheckpoints):
             )
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
+        self._mistakes.look_at_targets(batch)
         self._ensure_open("forward_backward_custom")
 
         def task(future: APIFuture[ForwardBackwardOutput]) -> None:
@@ -301,6 +305,9 @@ class TrainingClient(RunCheckpoints):
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
         batch = check_batch(data, loss_fn, loss_fn_config)
+        self._mistakes.look_at_targets(batch)
+        if kind == "forward_backward" and loss_fn == "cross_entropy":
+            self._mistakes.look_at_weights(batch)
         config = dict(loss_fn_config or {})
         self._ensure_open(kind)
         length = _length(batch)
