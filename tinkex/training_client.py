@@ -19,7 +19,7 @@ from tinkex.training.batch_checks import check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
 from tinkex.training.likely_mistakes import MistakeWatch
-from tinkex.training.pipeline import Pipeline, Schedule, submit_step
+from tinkex.training.pipeline import Pipeline, SaveAfter, Schedule, submit_step
 from tinkex.training.run_checkpoints import RunCheckpoints, reader
 from tinkex.types import (
     AdamParams,
@@ -223,6 +223,7 @@ class TrainingClient(RunCheckpoints):
         loss_fn_config: LossConfig = None,
         *,
         depth: int = 2,
+        save_after: SaveAfter = None,
     ) -> Pipeline:
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
@@ -237,11 +238,25 @@ class TrainingClient(RunCheckpoints):
         a ``with`` block the same happens when the block is left.  A loop that is left otherwise
         leaves up to *depth* - 1 steps to be done.
 
+        A checkpoint that the loop's body saves holds all steps that were submitted, also those
+        after the one it handles.  To save one exactly, name it in *save_after*, and call its
+        ``save_state`` or ``save_weights_for_sampler``, which raise InvalidInputError if a later
+        step was submitted::
+
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_after=100):
+                if step.index % 100 == 99:
+                    step.save_state(f"step-{step.index}")
+
+        After such a step nothing is submitted until the next step is asked for, so that other calls
+        of the body, such as `save_weights_and_get_sampling_client`, find the same weights.
+
         Args:
             batches: taken one by one, *depth* - 1 ahead.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
             depth: steps under way at once; 1 does one after the other.
+            save_after: the steps that the body saves: 100 for those of index 99, 199 and so on, or
+                a function of the step's index that returns True for them.  None saves none.
         """
         self._ensure_open("pipeline")
 
@@ -257,7 +272,9 @@ class TrainingClient(RunCheckpoints):
 
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
-        return Pipeline(forward_backward, self._optim_step, batches, schedule, depth)
+        return Pipeline(
+            forward_backward, self._optim_step, batches, schedule, depth, self, save_after
+        )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue having the server let go of this run, and close this client; return at once.
