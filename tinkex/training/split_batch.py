@@ -181,7 +181,7 @@ def _failure(part: Part) -> Optional[BaseException]:
 def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
     """Whether the server has added nothing of *part*, for certain."""
     if isinstance(failure, CancelledError):
-        return part.request_id is None  # it was not sent
+        return not part.was_sent
     if isinstance(failure, (InvalidInputError, RequestFailedError)):
         return True
     if not isinstance(failure, APIStatusError) or failure.status is None:

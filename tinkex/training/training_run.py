@@ -293,7 +293,7 @@ class TrainingRun:
         config: LossSettings,
     ) -> Work[ForwardBackwardOutput]:
         """The request over *chunk*, which begins at *first* in the caller's batch."""
-        compress = self._server_flags().proto_compress_fwdbwd
+        compress, stop = self._server_flags().proto_compress_fwdbwd, first + len(chunk)
 
         def send(seq_id: int) -> UntypedFuture:
             request = ForwardBackwardRequest(
@@ -307,7 +307,7 @@ class TrainingRun:
             return self._results.read(reply, chunk, loss_fn, first)
 
         def explain(error: BaseException) -> BaseException:
-            return in_indices_of_batch(error, first, first + len(chunk))
+            return in_indices_of_batch(error, first, stop)
 
         return Work(future, send, decode, binary=True, explain=explain)
 
