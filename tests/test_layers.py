@@ -21,7 +21,7 @@ LAYERS = {
         "http: request redaction redirects",
         "keys: credentials",
         "sampling: sample_checks",
-        "training: batch_checks",
+        "training: batch_checks likely_mistakes",
     ],
     "machinery": [
         "transport server_flags server_memory metrics",
@@ -36,7 +36,7 @@ LAYERS = {
         "polling: poll_rules poll_loop pause_notices cancel_queue",
         "polling: batch_ledger batch_patience batch_watch batch_poll batch_poller",
         "sampling: sample_gate sample_work sampler sample_call",
-        "training: training_run numbered_lane training_pass new_run",
+        "training: training_run numbered_lane training_pass split_batch new_run",
     ],
     "clients": [
         "service_client training_client sampling_client rest_client admin_client",

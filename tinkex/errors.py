@@ -262,7 +262,9 @@ class SessionLostError(TinkexError):
 class IncompleteGradientError(TinkexError):
     """Part of a batch was added to the run's gradient, or may have been; the rest was not.
 
-    Weights and optimizer state are as they were, and can be saved; the run cannot be trained on.
+    Weights and optimizer state are as they were, and can be saved.  The run takes no optimizer step
+    until the same call again has added the rest, or a checkpoint is loaded, which drops the
+    gradient: see `TrainingClient.forward_backward`.
     """
 
 

@@ -122,6 +122,7 @@ class APIFuture(Future[T], Generic[T]):
         # Called once, when it is read or collected; may be called by a finalizer.
         self._on_read: Optional[Callable[[], None]] = None
         self._children: Sequence[APIFuture[Any]] = ()
+        self._cancels_children = True
         # Written by one thread at a time (lane, then poller); read anywhere as plain values.
         self._request_id: Optional[str] = None
         self._state_name = "queued"
@@ -221,7 +222,8 @@ class APIFuture(Future[T], Generic[T]):
         A sample's place is free at once, and the server is told where it takes that; other work
         that it has accepted runs to its end.  What was not sent yet is not sent.  Waiters get
         CancelledError, callbacks are called; a result that still comes is thrown away.  Cancelling
-        a whole cancels its parts.  In the child of a fork it does nothing, and returns False.
+        a batch in several requests cancels these, but not those that add to a gradient once one of
+        them was sent.  In the child of a fork it does nothing, and returns False.
         """
         if self._pid != os.getpid():
             return False  # what waits for it, and its connection, are the parent's
@@ -234,8 +236,9 @@ class APIFuture(Future[T], Generic[T]):
         if not first:
             return False
         self.set_running_or_notify_cancel()
-        for child in self._children:
-            child.cancel()
+        if self._cancels_children:
+            for child in self._children:
+                child.cancel()
         return True
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
@@ -289,6 +292,13 @@ class APIFuture(Future[T], Generic[T]):
         It must be safe in finalizers: no lock, no logging.  For whoever makes the future.
         """
         self._on_read = fn
+
+    def stand_for(self, children: Sequence[APIFuture[Any]], *, cancel: bool = True) -> None:
+        """Report the state of *children*; with *cancel*, cancelling this one cancels them."""
+        self._children, self._cancels_children = children, cancel
+        if cancel and self.cancelled():  # before it had children to cancel
+            for child in children:
+                child.cancel()
 
     def uncount(self) -> None:
         """Free its place among ``max_unread``: whoever asks for it keeps few, and reads them."""
@@ -435,10 +445,7 @@ def gather(
     The first failure settles the parent and cancels the other children; so does cancelling the
     parent.  *join* runs in the thread that settles the last child.
     """
-    parent._children = children
-    if parent.cancelled():  # before it had children to cancel
-        for child in children:
-            child.cancel()
+    parent.stand_for(children)
 
     def child_settled(child: Future[T]) -> None:
         if child.cancelled():

@@ -57,6 +57,15 @@ class RetryPolicy:
         return status in (408, 429) or (status > 500 and status != 501)
 
 
+def leaves_outcome_open(status: int) -> bool:
+    """Tell whether a server that answered *status* may have done the work all the same.
+
+    Any 5xx does, except 501 (no such thing): a gateway answers so when it loses the server's
+    answer, and a server when it fails after it accepted the work.
+    """
+    return status >= 500 and status != 501
+
+
 def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
     """Read the server's wish for a pause from ``retry-after-ms`` or ``retry-after``.
 

@@ -173,8 +173,9 @@ class SamplingClient(ChildClient):
             prompt_logprobs_last_n: logprobs of the last 1 .. n - 1 prompt tokens only; needs
                 *include_prompt_logprobs*.
 
-        The future raises RequestFailedError if the server rejects the request, and
-        UnsupportedError if it is too old for what was asked and ignored it.
+        The future raises RequestFailedError if the server rejects the request, UnsupportedError if
+        it is too old for what was asked and ignored it, and ResponseDecodeError if the result does
+        not hold *num_samples* sequences, or lacks the prompt logprobs.
         """
         request = types.SampleRequest(
             prompt=prompt,

@@ -18,7 +18,8 @@ from tinkex.tokenizers import load_tokenizer
 from tinkex.training.batch_checks import check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
-from tinkex.training.pipeline import Pipeline, Schedule, submit_step
+from tinkex.training.likely_mistakes import MistakeWatch
+from tinkex.training.pipeline import Pipeline, SaveAfter, Schedule, submit_step
 from tinkex.training.run_checkpoints import RunCheckpoints, reader
 from tinkex.types import (
     AdamParams,
@@ -67,6 +68,7 @@ class TrainingClient(RunCheckpoints):
     ) -> None:
         super().__init__(session, model_id, base_model, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
+        self._mistakes = MistakeWatch(f"run {model_id}")
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -82,13 +84,21 @@ class TrainingClient(RunCheckpoints):
         The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
         back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
         ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests
-        and joined.
+        and joined; an `optim_step` after one is sent when all of these are done, and cancelling the
+        future stops none of them once the first was sent.
 
         Args:
             data: at least one Datum, each with the loss inputs that *loss_fn* needs.
             loss_fn: ``"cross_entropy"``, ``"importance_sampling"``, ``"ppo"``, ``"cispo"``,
                 ``"dro"``, or another loss that the server has.
             loss_fn_config: the loss's own settings.
+
+        The future raises IncompleteGradientError if only some of several requests were done, or may
+        have been.  The run then takes no `optim_step` and no other batch until the gradient is
+        complete or dropped.  The same call again completes it, where that is possible: it sends
+        only what is missing, and examples that were refused may be replaced.  A checkpoint that is
+        loaded by `load_state_with_optimizer` or `load_state` drops it; `save_state` still saves the
+        weights as they were.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -114,7 +124,8 @@ class TrainingClient(RunCheckpoints):
             loss_type_input: has no effect; deprecated.
 
         The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError if a large batch was added in part; the run then refuses to train.
+        IncompleteGradientError as that of `forward_backward` does, but the same call again does not
+        complete the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(
@@ -125,6 +136,7 @@ class TrainingClient(RunCheckpoints):
         handle = loss_fn if isinstance(loss_fn, LossHandle) else None
         if handle is not None and handle.is_at_server(self._session.session_id):
             batch = check_batch(data, "custom")
+            self._mistakes.look_at_targets(batch)
             handle.check(batch)
             self._ensure_open("forward_backward_custom")
             config = {"loss_id": str(handle.loss_id)}
@@ -136,6 +148,7 @@ class TrainingClient(RunCheckpoints):
             )
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
+        self._mistakes.look_at_targets(batch)
         self._ensure_open("forward_backward_custom")
 
         def task(future: APIFuture[ForwardBackwardOutput]) -> None:
@@ -210,6 +223,7 @@ class TrainingClient(RunCheckpoints):
         loss_fn_config: LossConfig = None,
         *,
         depth: int = 2,
+        save_after: SaveAfter = None,
     ) -> Pipeline:
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
@@ -224,11 +238,25 @@ class TrainingClient(RunCheckpoints):
         a ``with`` block the same happens when the block is left.  A loop that is left otherwise
         leaves up to *depth* - 1 steps to be done.
 
+        A checkpoint that the loop's body saves holds all steps that were submitted, also those
+        after the one it handles.  To save one exactly, name it in *save_after*, and call its
+        ``save_state`` or ``save_weights_for_sampler``, which raise InvalidInputError if a later
+        step was submitted::
+
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_after=100):
+                if step.index % 100 == 99:
+                    step.save_state(f"step-{step.index}")
+
+        After such a step nothing is submitted until the next step is asked for, so that other calls
+        of the body, such as `save_weights_and_get_sampling_client`, find the same weights.
+
         Args:
             batches: taken one by one, *depth* - 1 ahead.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
             depth: steps under way at once; 1 does one after the other.
+            save_after: the steps that the body saves: 100 for those of index 99, 199 and so on, or
+                a function of the step's index that returns True for them.  None saves none.
         """
         self._ensure_open("pipeline")
 
@@ -244,7 +272,9 @@ class TrainingClient(RunCheckpoints):
 
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
-        return Pipeline(forward_backward, self._optim_step, batches, schedule, depth)
+        return Pipeline(
+            forward_backward, self._optim_step, batches, schedule, depth, self, save_after
+        )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue having the server let go of this run, and close this client; return at once.
@@ -292,6 +322,9 @@ class TrainingClient(RunCheckpoints):
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
         batch = check_batch(data, loss_fn, loss_fn_config)
+        self._mistakes.look_at_targets(batch)
+        if kind == "forward_backward" and loss_fn == "cross_entropy":
+            self._mistakes.look_at_weights(batch)
         config = dict(loss_fn_config or {})
         self._ensure_open(kind)
         length = _length(batch)

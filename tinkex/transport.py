@@ -48,7 +48,7 @@ from tinkex.http.request import (
 )
 from tinkex.keys.tokens import Token, is_invalid_token, source_for
 from tinkex.metrics import Recorder
-from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.retry import RetryPolicy, leaves_outcome_open, retry_after_s
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +303,9 @@ class Transport:
                 delay = self.billing.after_402(may_ask=not request.bare)
             error.attempts, error.elapsed_s = attempt, elapsed
             error.maybe_taken = maybe_taken = (
-                maybe_taken or error.maybe_taken or error.status in (502, 504)
+                maybe_taken
+                or error.maybe_taken
+                or (reply is not None and leaves_outcome_open(reply.status))
             )
             same, last = (same + 1 if error.message == last else 1), error.message
             if delay is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import threading
 from typing import Any, Iterator, List
 
@@ -277,6 +279,107 @@ def test_of_a_closed_client(scripted: ServiceClient, run: TrainingClient) -> Non
         list(pipeline)
     with pytest.raises(ClientClosedError):
         run.pipeline([], "cross_entropy", ADAM)
+
+
+# Checkpoints
+
+
+def loss_of(service: ServiceClient, path: str) -> float:
+    saved = service.create_training_client_from_state_with_optimizer(path)
+    return saved.forward(batch(0), "cross_entropy").result(PATIENCE_S).metrics["loss:sum"]
+
+
+@pytest.mark.parametrize("save_after", [3, lambda index: index == 2], ids=["every", "function"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_checkpoint_of_a_step_holds_no_later_step(
+    service: ServiceClient, depth: int, save_after: Any
+) -> None:
+    run = service.create_lora_training_client("deterministic", rank=4)
+    saved: List[str] = []
+    losses: List[float] = []
+    steps = run.pipeline([batch(0)] * 8, "cross_entropy", ADAM, depth=depth, save_after=save_after)
+    for step in steps:
+        losses.append(step.metrics["loss:sum"])
+        if step.index == 2:
+            saved.append(step.save_state("exact").result(PATIENCE_S).path)
+            sampled = step.save_weights_for_sampler("exact").result(PATIENCE_S)
+            assert "exact" in sampled.path
+    assert [step_loss < before for before, step_loss in zip(losses, losses[1:])] == [True] * 7
+    # The pass of step 3 is the first with the weights after step 2.
+    assert loss_of(service, saved[0]) == losses[3]
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_pipeline_is_full_again_after_a_step_that_is_saved(
+    server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient, depth: int
+) -> None:
+    batches = Batches()
+    pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=depth, save_after=4)
+    taken = []
+    for _ in range(8):
+        step = next(pipeline)
+        if step.index % 4 == 3:
+            step.save_state("a")
+        taken.append(batches.taken)
+    assert taken == [min(n + depth, 4) for n in range(4)] + [min(n + depth, 8) for n in range(4, 8)]
+    server.wait_for("POST /api/v1/save_weights", 2)
+    order = [r.path.rpartition("/")[2] for r in server.requests()]
+    work = [name for name in order if name in ("forward_backward", "optim_step", "save_weights")]
+    assert work == [*["forward_backward", "optim_step"] * 4, "save_weights"] * 2
+
+
+def test_a_checkpoint_that_would_hold_later_steps_is_refused(
+    run: TrainingClient, routes: TinkerRoutes
+) -> None:
+    pipeline = run.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3)
+    step = next(pipeline)
+    with pytest.raises(InvalidInputError, match="steps 1 to 2 were submitted before") as caught:
+        step.save_state("a")
+    assert "save_after=100" in str(caught.value)
+    with pytest.raises(InvalidInputError, match="the checkpoint would not be that of step 0"):
+        step.save_weights_for_sampler("a")
+    assert routes.submitted("save_weights") == []
+    last = [*pipeline][-1]
+    last.save_state("a", ttl_seconds=60, overwrite=True, user_metadata={"k": "v"})
+    assert run.forward(batch(0), "cross_entropy").result(PATIENCE_S)
+    (sent,) = routes.submitted("save_weights")
+    assert (sent["path"], sent["ttl_seconds"], sent["overwrite"], sent["user_metadata"]) == (
+        "a",
+        60,
+        True,
+        {"k": "v"},
+    )
+
+
+def test_a_generator_of_batches_may_save_without_emptying_the_pipeline(
+    service: ServiceClient,
+) -> None:
+    run = service.create_lora_training_client("deterministic", rank=4)
+    saves: List[Any] = []
+
+    def batches() -> Iterator[List[types.Datum]]:
+        for index in range(6):
+            yield batch(0)
+            if index == 2:
+                saves.append(run.save_state("exact"))
+
+    steps = list(run.pipeline(batches(), "cross_entropy", ADAM, depth=3))
+    assert loss_of(service, saves[0].result(PATIENCE_S).path) == steps[3].metrics["loss:sum"]
+
+
+def test_a_step_can_be_copied_and_pickled(run: TrainingClient) -> None:
+    (step,) = run.pipeline([batch(0)], "cross_entropy", ADAM)
+    for other in (pickle.loads(pickle.dumps(step)), copy.deepcopy(step)):
+        assert other.metrics == step.metrics
+        with pytest.raises(InvalidInputError, match="does not belong to a pipeline"):
+            other.save_state("a")
+    assert dataclasses.asdict(step)["index"] == 0
+
+
+@pytest.mark.parametrize("save_after", [0, -1, 1.5, True, "5"])
+def test_bad_steps_to_save(run: TrainingClient, save_after: Any) -> None:
+    with pytest.raises(InvalidInputError, match="save_after"):
+        run.pipeline([], "cross_entropy", ADAM, save_after=save_after)
 
 
 # A single step

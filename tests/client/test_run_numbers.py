@@ -8,17 +8,34 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, types
-from tinkex.errors import APIConnectionError, RequestFailedError, ResultExpiredError
+from tinkex.errors import (
+    APIConnectionError,
+    InternalServerError,
+    RequestFailedError,
+    ResultExpiredError,
+)
+from tinkex.wire.codecs import codec_for
 
 #: A step with a learning rate from here on fails.
 BAD = 0.5
+
+#: Stands for a pass without effect.
+FILLER = -1.0
+
+#: What comes in place of an answer that is lost.
+SILENCE = [Answer(drop=True)]
+ERRORS = [Answer(500, {"detail": "gateway"}), Answer(503, b"", content_type="text/html")]
+
+
+#: What a call fails with whose answers were all lost.
+UNANSWERED = (APIConnectionError, InternalServerError)
 
 
 class Counting:
@@ -27,32 +44,43 @@ class Counting:
     kind: ``"waits"`` for a number that is left out (the embedded server), runs in order of
     ``"arrival"`` (SkyRL), knows the ``"first"`` body of a number only (hatchery-core), or is
     ``"strict"`` (TuFT): it counts successes, and nothing else.
+    lost: the choice of what comes in place of an answer that is lost.
     """
 
-    def __init__(self, kind: str, routes: TinkerRoutes, chances: random.Random) -> None:
+    def __init__(
+        self, kind: str, routes: TinkerRoutes, chances: random.Random, lost: List[Answer]
+    ) -> None:
         self.kind = kind
         self.ran: List[float] = []
+        self.fillers = 0
+        self._broken: Set[float] = set()
         self.losing = True
         self._routes = routes
         self._chances = chances
+        self._lost = lost
         self._next = 1
         self._seen: Dict[int, Tuple[bytes, Answer]] = {}
         self._early: Dict[int, float] = {}
         # Several connections bring requests; the run's own order is that of its lane.
         self._lock = threading.Lock()
-        routes.serve("optim_step", self.accept)
+        for route in ("optim_step", "forward_backward", "forward"):
+            routes.serve(route, self.accept)
 
     def accept(self, received: Received) -> Answer:
+        seq_id, rate = _read(received)
         with self._lock:
             chance = self._chances.random() if self.losing else 1.0
+            lost = self._chances.choice(self._lost) if len(self._lost) > 1 else self._lost[0]
+            if self._lost is ERRORS and 0.9 < chance < 1.0 and rate != FILLER:
+                self._broken.add(rate)  # whatever becomes of it, the answer is 500 from now on
             if chance < 0.2:
-                return Answer(drop=True)  # before it was done
-            answer = self._take(received)
-            return Answer(drop=True) if chance < 0.4 else answer
+                return lost  # before it was done
+            answer = self._take(received, seq_id, rate)
+            if rate in self._broken:
+                return ERRORS[0]
+            return lost if chance < 0.4 else answer
 
-    def _take(self, received: Received) -> Answer:
-        body = received.json()
-        seq_id, rate = body["seq_id"], body["adam_params"]["learning_rate"]
+    def _take(self, received: Received, seq_id: int, rate: float) -> Answer:
         if self.kind == "strict":
             return self._count(seq_id, rate)
         if seq_id in self._seen:
@@ -78,13 +106,26 @@ class Counting:
         return self._result(rate)
 
     def _run(self, rate: float) -> None:
-        if rate < BAD:
+        if rate == FILLER:
+            self.fillers += 1
+        elif rate < BAD:
             self.ran.append(rate)
 
     def _result(self, rate: float) -> Answer:
         failed = Answer(body={"error": "a bad step", "category": "user"})
         done = Answer(body={"metrics": {"learning_rate:mean": rate}})
         return self._routes.accepted("optim_step", done if rate < BAD else failed)
+
+
+def _read(received: Received) -> Tuple[int, float]:
+    """The number of a request, and the learning rate of its step."""
+    if received.path.endswith("optim_step"):
+        body = received.json()
+        return body["seq_id"], body["adam_params"]["learning_rate"]
+    codec = codec_for(received.headers["content-type"])
+    filler = codec.decode_forward_backward(received.body)
+    assert filler.forward_only  # nothing else is sent but to fill a number
+    return filler.seq_id, FILLER
 
 
 @pytest.fixture(autouse=True)
@@ -96,12 +137,13 @@ def three_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("lost", [SILENCE, ERRORS], ids=["silence", "errors"])
 @pytest.mark.parametrize("kind", ["waits", "arrival", "first", "strict"])
 def test_every_step_is_taken_once_at_most_and_in_order(
-    server: ScriptedServer, routes: TinkerRoutes, kind: str, seed: int
+    server: ScriptedServer, routes: TinkerRoutes, kind: str, lost: List[Answer], seed: int
 ) -> None:
     chances = random.Random(f"{kind} {seed}")
-    steps = Counting(kind, routes, random.Random(seed))
+    steps = Counting(kind, routes, random.Random(seed), lost)
     told: List[float] = []  # whose results came back
     with ServiceClient(base_url=server.url) as service:
         trainer = service.create_lora_training_client("base")
@@ -115,7 +157,7 @@ def test_every_step_is_taken_once_at_most_and_in_order(
             for rate, future in zip(rates, futures):
                 error = future.exception(PATIENCE_S)
                 for _ in range(10):  # the same call again, where it is the last one
-                    again = len(rates) == 1 and isinstance(error, APIConnectionError)
+                    again = len(rates) == 1 and isinstance(error, UNANSWERED)
                     if not again or chances.random() < 0.5:
                         break
                     future = trainer.optim_step(types.AdamParams(learning_rate=rate))
@@ -125,8 +167,7 @@ def test_every_step_is_taken_once_at_most_and_in_order(
                     assert metrics == {"learning_rate:mean": rate}  # its own, not another's
                     told.append(rate)
                 else:
-                    lost = (APIConnectionError, ResultExpiredError)
-                    assert isinstance(error, lost) or (
+                    assert isinstance(error, (*UNANSWERED, ResultExpiredError)) or (
                         rate >= BAD and isinstance(error, RequestFailedError)
                     ), repr(error)
     assert told[-1] == 0.4  # the run goes on

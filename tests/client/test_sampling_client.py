@@ -195,6 +195,43 @@ def test_there_is_one_prompt_logprob_per_token_on_every_server(
     assert scripted_sampler.compute_logprobs(PROMPT).result(PATIENCE_S) == [None, -0.5, -0.25]
 
 
+@pytest.mark.parametrize("found", [0, 1, 3])
+def test_another_number_of_sequences_is_an_error(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes, found: int
+) -> None:
+    sequence = {"stop_reason": "length", "tokens": [5], "logprobs": [-1.0]}
+    routes.serve("retrieve_future", Answer(body={"sequences": [sequence] * found}))
+    with pytest.raises(ResponseDecodeError, match=rf"{found} sequences?; num_samples is 2"):
+        scripted_sampler.sample(PROMPT, 2).result(PATIENCE_S)
+    (one,) = scripted_sampler.sample_many([PROMPT], num_samples=2, on_error="yield")
+    assert isinstance(one.error, ResponseDecodeError)
+
+
+def test_prompt_logprobs_need_no_sequences(
+    scripted_sampler: SamplingClient, routes: TinkerRoutes
+) -> None:
+    answer = {"sequences": [], "prompt_logprobs": [None, -0.5, -0.25]}
+    routes.serve("retrieve_future", Answer(body=answer))
+    assert scripted_sampler.compute_logprobs(PROMPT).result(PATIENCE_S) == [None, -0.5, -0.25]
+
+
+def test_prompt_logprobs_that_were_asked_for_must_come(
+    scripted_sampler: SamplingClient,
+) -> None:
+    with pytest.raises(ResponseDecodeError, match=r"no prompt logprobs.* 3 prompt tokens"):
+        scripted_sampler.sample(PROMPT, include_prompt_logprobs=True).result(PATIENCE_S)
+    one = types.ModelInput.from_ints([1])  # nothing predicts its only token
+    assert scripted_sampler.sample(one, include_prompt_logprobs=True).result(PATIENCE_S).sequences
+
+
+@pytest.mark.parametrize("option", ["topk_prompt_logprobs", "topk_sample_logprobs"])
+def test_likeliest_tokens_that_were_asked_for_must_come(
+    scripted_sampler: SamplingClient, option: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"ignored {option}"):
+        scripted_sampler.sample(PROMPT, **{option: 2}).result(PATIENCE_S)
+
+
 def test_a_server_that_sends_no_prompt_logprobs_is_told_of(
     scripted_sampler: SamplingClient,
 ) -> None:

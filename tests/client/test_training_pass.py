@@ -12,6 +12,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex.errors import ResponseDecodeError
 from tinkex.server_flags import ServerFlags
 from tinkex.training.training_pass import cross_entropy, cut, importance_sampling
 from tinkex.types import PromptProvenanceSpan, TensorData
@@ -120,7 +121,7 @@ def test_a_server_that_asks_for_zstd_gets_it(
 
     def accept(received: Received) -> Answer:
         if "content-encoding" in received.headers:
-            return routes.accepted("forward_backward", Answer(body={"loss_fn_outputs": []}))
+            return routes.accepted("forward_backward", Answer(body={"loss_fn_outputs": [{}]}))
         return plain(received)
 
     routes.serve(CONFIG, Answer(body={"proto_compress_fwdbwd": True}))
@@ -131,6 +132,30 @@ def test_a_server_that_asks_for_zstd_gets_it(
 
 
 # Results
+
+
+@pytest.mark.parametrize("found", [0, 1, 3])
+@pytest.mark.parametrize("call", ["forward", "forward_backward"])
+def test_a_result_with_another_number_of_outputs_is_an_error(
+    trainer: TrainingClient, routes: TinkerRoutes, call: str, found: int
+) -> None:
+    body = {"loss_fn_outputs": [logprobs(-1, -1, -1, -1)] * found, "metrics": {"loss:sum": 1.0}}
+    for route in ("forward", "forward_backward"):
+        routes.serve(route, lambda received: routes.accepted("a pass", Answer(body=body)))
+    passed = getattr(trainer, call)([datum(), datum()], "cross_entropy")
+    with pytest.raises(ResponseDecodeError, match=rf"returned {found} outputs? .* 2 datums"):
+        passed.result(PATIENCE_S)
+
+
+def test_a_result_that_lost_its_body_is_no_result(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    # An empty protobuf message has no outputs; a gateway that loses the body makes one.
+    empty = Answer(body=b"", content_type=PROTOBUF.content_type)
+    routes.serve("forward_backward", lambda received: routes.accepted("a pass", empty))
+    error = trainer.forward_backward([datum()], "cross_entropy").exception(PATIENCE_S)
+    assert isinstance(error, ResponseDecodeError)
+    assert "0 outputs for a batch of 1 datum" in str(error)
 
 
 def test_the_loss_is_computed_where_the_server_does_not_tell(

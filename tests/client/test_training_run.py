@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex.errors import (
     APIConnectionError,
+    APIError,
     AuthenticationError,
     BadRequestError,
     CredentialError,
@@ -31,6 +32,7 @@ from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
 
 ADAM = types.AdamParams(learning_rate=0.01)
+NO_ANSWER = Answer(drop=True)
 PATH = f"tinker://{MODEL}/weights/a"
 
 
@@ -275,10 +277,14 @@ def test_bad_input_never_loses_the_run(profile: str) -> None:
 
 
 class FirstBodyWins:
-    """Knows a request by its number alone, as hatchery-core does; loses the first answer."""
+    """Knows a request by its number alone, as hatchery-core does; loses the first answer.
 
-    def __init__(self, routes: TinkerRoutes) -> None:
+    *lost* comes in its place.
+    """
+
+    def __init__(self, routes: TinkerRoutes, lost: Answer) -> None:
         self._routes = routes
+        self._lost = lost
         self._ids: Dict[int, Answer] = {}
         self.ran: List[str] = []
         for route in ("optim_step", "save_weights"):
@@ -290,12 +296,12 @@ class FirstBodyWins:
         if seq_id not in self._ids:
             self.ran.append(route)
             self._ids[seq_id] = self._routes.accepted(route, Answer(body=RESULTS[route]))
-        return Answer(drop=True) if lost else self._ids[seq_id]
+        return self._lost if lost else self._ids[seq_id]
 
 
 def lose_answers(trainer: TrainingClient, routes: TinkerRoutes) -> APIConnectionError:
     """Have a step sent whose answers are all lost."""
-    routes.serve("optim_step", Answer(drop=True))
+    routes.serve("optim_step", NO_ANSWER)
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert isinstance(error, APIConnectionError)
     assert error.maybe_taken
@@ -325,13 +331,50 @@ def test_another_call_first_sends_again_what_was_lost(
     assert len({r.body for r in server.requests(f"POST {API}optim_step")}) == 1
 
 
+@pytest.mark.parametrize("status", [None, 500, 502, 503, 504, 520])
 def test_no_answer_of_another_body_is_taken_for_ones_own(
-    trainer: TrainingClient, routes: TinkerRoutes
+    trainer: TrainingClient, routes: TinkerRoutes, status: Optional[int]
 ) -> None:
-    first = FirstBodyWins(routes)
-    trainer.optim_step(ADAM).exception(PATIENCE_S)
+    # The gateway's error came after the server had taken the request.
+    lost = NO_ANSWER if status is None else Answer(status, b"", content_type="text/html")
+    first = FirstBodyWins(routes, lost)
+    error = trainer.optim_step(ADAM).exception(PATIENCE_S)
+    assert isinstance(error, APIError)
+    assert error.maybe_taken
+    assert "The same call again is done once" in str(error)
     assert trainer.save_state("a").result(PATIENCE_S).path == PATH
     assert first.ran == ["optim_step", "save_weights"]
+
+
+def test_a_request_that_breaks_the_server_does_not_block_the_run(
+    trainer: TrainingClient,
+    server: ScriptedServer,
+    routes: TinkerRoutes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    routes.serve("optim_step", Answer(500, {"detail": "it breaks the server"}))
+    assert isinstance(trainer.optim_step(ADAM).exception(PATIENCE_S), InternalServerError)
+    assert trainer.save_state("a").result(PATIENCE_S).path == PATH
+    # Number 1 is used up by a pass without effect, whether the step was taken or not.
+    (filler,) = routes.submitted("forward_backward")
+    assert filler.forward_only
+    assert filler.seq_id == 1
+    assert routes.submitted("save_weights")[0]["seq_id"] == 2
+    assert "number 1, each time. It is given up" in caplog.text
+
+
+def test_a_number_that_cannot_be_filled_holds_the_run_up(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    for route in ("optim_step", "forward_backward", "forward"):
+        routes.serve(route, Answer(500, {"detail": "out of order"}))
+    trainer.optim_step(ADAM).exception(PATIENCE_S)
+    with pytest.raises(InternalServerError, match=r"optim_step, number 1 .* answer was lost"):
+        trainer.save_state("a").result(PATIENCE_S)
+    assert routes.submitted("save_weights") == []
+    routes.serve("optim_step", routes.accept)
+    trainer.save_state("a").result(PATIENCE_S)
+    assert routes.submitted("save_weights")[0]["seq_id"] == 2
 
 
 def test_nothing_overtakes_a_request_that_may_have_been_taken(
@@ -352,7 +395,8 @@ def test_nothing_overtakes_a_request_that_may_have_been_taken(
     [
         (Answer(409, {"detail": "number 1 was used"}), 2),  # it had been taken
         (Answer(422, {"detail": "what is this"}), 2),  # read, and refused for good
-        (Answer(500, {"detail": "it breaks the server"}), 1),  # not taken, and never will be
+        (Answer(413, {"detail": "too large"}), 1),  # not taken, and never will be
+        (Answer(500, {"detail": "it breaks the server"}), 2),  # given up, and the number filled
     ],
 )
 def test_what_the_lost_request_gets_decides_on_its_number(
@@ -382,7 +426,7 @@ def test_the_same_call_that_finds_its_number_used_is_not_done_twice(
     [
         (Answer(400, {"detail": "no"}), BadRequestError, 2),  # read: used up
         (Answer(401, {"detail": "no"}), AuthenticationError, 1),  # turned away before
-        (Answer(503, {"detail": "later"}), InternalServerError, 1),
+        (Answer(501, {"detail": "no such thing"}), InternalServerError, 1),
     ],
 )
 def test_a_number_is_used_up_by_what_the_server_has_read(

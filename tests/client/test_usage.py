@@ -116,7 +116,7 @@ def test_a_failure_costs_nothing(scripted: ServiceClient, routes: TinkerRoutes) 
 def test_a_budget_of_tokens(server: ScriptedServer, routes: TinkerRoutes) -> None:
     with ServiceClient(base_url=server.url, budget=Budget(tokens=20)) as client:
         sampler = client.create_sampling_client(base_model="base")
-        sampler.sample(PROMPT, 2, params(8)).result(PATIENCE_S)  # 19 at most, 4 in fact
+        sampler.sample(PROMPT, 1, params(16)).result(PATIENCE_S)  # 19 at most, 4 in fact
         assert client.usage().tokens == Tokens(prefilled=3, sampled=1)
         before = routes.count()
         with pytest.raises(BudgetExceededError) as caught:

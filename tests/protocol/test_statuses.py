@@ -206,7 +206,7 @@ def test_trouble_that_passes_is_not_seen(server: ScriptedServer, place: Place, c
         results = {
             "optim_step": {"metrics": {}},
             "forward_backward": {"loss_fn_outputs": [{}], "metrics": {}},
-            "sample": {"sequences": []},
+            "sample": {"sequences": [{"stop_reason": "length", "tokens": [5]}]},
             "create": {"model_id": "m"},
         }
         server.on(f"POST {API}retrieve_future", Answer(body=results.get(place.name, {})))
@@ -242,7 +242,7 @@ def test_any_2xx_accepts_work(server: ScriptedServer, place: Place, status: int)
         results = {
             "optim_step": {},
             "forward_backward": {"loss_fn_outputs": [{}], "metrics": {}},
-            "sample": {"sequences": []},
+            "sample": {"sequences": [{"stop_reason": "length", "tokens": [5]}]},
             "create": {"model_id": "m"},
         }
         server.on(f"POST {API}retrieve_future", Answer(status, results[place.name]))

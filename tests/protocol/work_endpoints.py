@@ -264,7 +264,7 @@ SAMPLE = (
                "target_prompt_logprobs", "prompt_alt_tokens"),  # tests/client tells what they do
         least={
             "sequences": [{"stop_reason": "length", "tokens": [5], "logprobs": [-0.5],
-                           "topk_logprobs": [[[5, -0.5]]]}],
+                           "topk_logprobs": [[[5, -0.5]]]}] * 2,
             "prompt_logprobs": [None, -1.0, -2.0],
             "topk_prompt_logprobs": [None, [[2, -1.0]], [[3, -2.0]]],
             "target_prompt_logprobs": {"data": [-3.0, 0.0, -4.0, -5.0], "dtype": "float32",
@@ -275,7 +275,7 @@ SAMPLE = (
             "prompt_cache_hit_tokens": 2,
         },
         least_gives={
-            "sequences": [("length", [5], [-0.5], [[(5, -0.5)]])],
+            "sequences": [("length", [5], [-0.5], [[(5, -0.5)]])] * 2,
             "prompt_logprobs": [None, -1.0, -2.0],
             "topk_prompt_logprobs": [None, [(2, -1.0)], [(3, -2.0)]],
             "target": [[-3.0, 0.0], [-4.0, -5.0]], "cached": 2, "alt": [[8], [9]]},

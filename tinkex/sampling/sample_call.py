@@ -11,6 +11,7 @@ from tinkex.errors import UnprocessableEntityError
 from tinkex.futures import APIFuture
 from tinkex.http.private_channel import AnyChannel
 from tinkex.sampling.sample_checks import (
+    check_counts,
     complete_response,
     has_unknown_logprobs,
     unsupported_by,
@@ -93,6 +94,7 @@ class SampleCall(Generic[T]):
         response = codec_for(reply.content_type).decode_samples(reply.body)
         sampled = sum(sequence.length for sequence in response.sequences)
         self._reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
+        check_counts(response, request, sequences=self._kind == "sample")
         response = complete_response(response, request, self._sequence_ids)
         if not sampler.warned_of_nan and has_unknown_logprobs(response, request):
             sampler.warned_of_nan = True

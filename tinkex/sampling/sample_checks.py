@@ -6,7 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 from tinkex import types
-from tinkex.errors import InvalidInputError, UnprocessableEntityError, UnsupportedError
+from tinkex.errors import (
+    InvalidInputError,
+    ResponseDecodeError,
+    UnprocessableEntityError,
+    UnsupportedError,
+)
 from tinkex.lazy_numpy import np
 from tinkex.types._numbers import as_kept, holds_nan
 from tinkex.wire.codec import align_prompt_logprobs
@@ -75,6 +80,27 @@ def unsupported_by(
     )
 
 
+def check_counts(response: SampleResponse, request: SampleRequest, *, sequences: bool) -> None:
+    """Raise ResponseDecodeError if *response* holds less, or more, than *request* asks for.
+
+    Args:
+        sequences: whether the sequences matter; they do not for prompt logprobs alone.
+    """
+    found, asked = len(response.sequences), request.num_samples
+    if sequences and found != asked:
+        raise ResponseDecodeError(
+            f"the server returned {found} {'sequence' if found == 1 else 'sequences'}; "
+            f"num_samples is {asked}",
+            hint="The result was damaged on its way, or the server is at fault.",
+        )
+    length = request.prompt.length
+    if request.prompt_logprobs and length > 1 and response.prompt_logprobs_np is None:
+        raise ResponseDecodeError(
+            f"the server returned no prompt logprobs, which were asked for, of {length} prompt "
+            "tokens"
+        )
+
+
 def complete_response(
     response: SampleResponse, request: SampleRequest, sequence_ids: Sequence[str]
 ) -> SampleResponse:
@@ -106,6 +132,11 @@ def _check_support(response: SampleResponse, request: SampleRequest) -> None:
     length = request.prompt.length
     logprobs, last_n = response.prompt_logprobs_np, request.prompt_logprobs_last_n or length
     ignored = {
+        "topk_prompt_logprobs": request.topk_prompt_logprobs
+        and length > 1
+        and response.topk_prompt_logprobs_np is None,
+        "topk_sample_logprobs": request.topk_sample_logprobs
+        and any(s.length and s.topk_logprobs_np is None for s in response.sequences),
         "prompt_alt_tokens_k": request.prompt_alt_tokens_k
         and length > 1
         and response.prompt_alt_tokens is None,

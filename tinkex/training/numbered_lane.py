@@ -7,13 +7,15 @@ these rules fit all of them (servers table):
    that is left out.  Bad input that is noticed here takes none.
 2. A request that the server has read has used its number up, also if it was refused then (400,
    404, 409, 410, 422).
-3. One that was turned away before (no connection, 401, 429, 503 and the like) leaves its number
-   to the next request.  If the next one gets 409, the number was used after all: it goes on to
-   the one after.
-4. One that may have been taken, though no answer says so (the connection broke, 502, 504), keeps
-   its number for itself: some servers look at the number alone, and would answer another body
-   with the first one's result.  The same call made again is the same body, and is done once; any
-   other call first sends the lost one again, as it was.
+3. One that was turned away before (no connection, 401, 429 and the like) leaves its number to the
+   next request.  If the next one gets 409, the number was used after all: it goes on to the one
+   after.
+4. One that may have been taken, though no answer says so (the connection broke, or any 5xx but
+   501), keeps its number for itself: some servers look at the number alone, and would answer
+   another body with the first one's result.  The same call made again is the same body, and is
+   done once; any other call first sends the lost one again, as it was.  If the server answers that
+   with 500 once more, the lost request is given up, and its number filled with a forward pass of
+   one token, which changes nothing whichever of the two the server knows by that number.
 5. Some servers do not count a request that failed, and refuse those after it: "expected 20, got
    21".  What is refused so was not run.  Once all that is in flight has been answered, it is sent
    again, in the same order, from the number that the server expects.
@@ -39,6 +41,7 @@ from tinkex.errors import (
     APIStatusError,
     ClientClosedError,
     ConflictError,
+    InternalServerError,
     RequestFailedError,
     ResponseDecodeError,
     ResultExpiredError,
@@ -51,7 +54,7 @@ from tinkex.poller import Operation
 from tinkex.retry import RetryPolicy
 from tinkex.session import Session
 from tinkex.transport import Reply, Request
-from tinkex.types import UntypedFuture
+from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFuture
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,9 @@ Send = Callable[[int], UntypedFuture]
 #: Answers of a server that has read a request, so that its number is used up.
 _READ = (400, 404, 409, 410, 422)
 
-#: Answers that leave open what became of an earlier attempt whose answer was lost.
-_OPEN = (401, 402, 403, 408, 429, 502, 503, 504)
+#: Answers to a request that was turned away unread.  They leave open what became of an earlier
+#: attempt whose answer was lost, as 5xx do.
+_UNREAD = (401, 402, 403, 408, 429)
 
 _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 
@@ -74,12 +78,16 @@ _LOOK_S = 1.0
 
 @dataclasses.dataclass(eq=False)
 class Work(Generic[T]):
-    """One request of the run, from the call to the end; *seq_id* is what it was last sent under."""
+    """One request of the run, from the call to the end; *seq_id* is what it was last sent under.
+
+    *explain* turns the error that it fails with into the one to report.
+    """
 
     future: APIFuture[T]
     send: Send
     decode: Callable[[Reply], T]
     binary: bool = False
+    explain: Callable[[BaseException], BaseException] = lambda error: error
     seq_id: int = 0
     followed: bool = False  # the run learns when the future is settled
 
@@ -94,6 +102,7 @@ class _Outbox:
     def __init__(self) -> None:
         self.last: Optional[Request] = None
         self.lost: Optional[Request] = None  # may have been taken: rule 4
+        self.lost_by: Optional[APIFuture[Any]] = None  # the future that it was sent for
 
     def __call__(self, request: Request) -> Request:
         """Return what to send for *request*; raise _AnotherBody if it must wait."""
@@ -105,9 +114,9 @@ class _Outbox:
             raise _AnotherBody
         return lost
 
-    def lose(self) -> None:
-        """Note that the last request may have been taken, though no answer says so."""
-        self.lost = self.last
+    def lose(self, future: APIFuture[Any]) -> None:
+        """Note that the last request, for *future*, may have been taken without an answer."""
+        self.lost, self.lost_by = self.last, future
         if self.lost is not None:
             self.lost.keep_body()
 
@@ -165,6 +174,13 @@ class NumberedLane:
         """Send one request under the next number and have it polled; a failure is its future's."""
         self._send_refused_again()
         self._transmit(work)
+
+    def may_repeat(self, future: APIFuture[Any]) -> bool:
+        """Whether the request of *future*, which has failed, is done once if it is made again.
+
+        That is, its answer was lost, and nothing was sent since.
+        """
+        return self._outbox.lost is not None and self._outbox.lost_by is future
 
     def wait_for(self, futures: Sequence[APIFuture[Any]]) -> None:
         """Wait until *futures*, of requests of this lane, are settled.
@@ -242,7 +258,7 @@ class NumberedLane:
                 if not was_turned_away:
                     raise
             except (APIConnectionError, APIStatusError) as error:
-                self._note_failure(error)
+                self._note_failure(work.future, error)
                 raise
             except ResponseDecodeError:  # the server has accepted it, but says so unreadably
                 self._use_number()
@@ -254,24 +270,24 @@ class NumberedLane:
     def _use_number(self) -> None:
         self._next_seq_id += 1
         self._turned_away = False
-        self._outbox.lost = None
+        self._outbox.lost = self._outbox.lost_by = None
 
-    def _note_failure(self, error: APIError) -> None:
+    def _note_failure(self, future: APIFuture[Any], error: APIError) -> None:
         """Decide what a request that was not accepted means for its number."""
         answered = isinstance(error, APIStatusError)
         if answered and error.status in _READ:
             self._use_number()
             return
         self._turned_away = True
-        if answered and error.status not in _OPEN:
-            self._outbox.lost = None
-        elif error.maybe_taken:
-            self._outbox.lose()
+        if error.maybe_taken:
+            self._outbox.lose(future)
             told = (
                 "The server may have taken it all the same. The same call again is done once; any "
                 "other call of this run first sends this one again."
             )
             error.hint = f"{error.hint} {told}" if error.hint else told
+        elif answered and error.status not in _UNREAD:
+            self._outbox.lost = None
 
     def _send_lost_again(self) -> None:
         """Send the request whose answer was lost, so that its number is used up for certain."""
@@ -281,20 +297,40 @@ class NumberedLane:
         logger.info("%s, number %d, got no answer; sending it again first", name, seq_id)
         policy = RetryPolicy(max_elapsed_s=self._session.config.max_outage_s)
         try:
-            self._session.transport.send(lost, policy)
+            try:
+                self._session.transport.send(lost, policy)
+            except InternalServerError as error:
+                if error.status != 500:
+                    raise
+                self._fill_number(name)
         except (APIConnectionError, APIStatusError) as error:
-            answered = isinstance(error, APIStatusError)
-            if not answered or error.status in _OPEN:
+            if _leaves_open(error):
                 error.hint = (
                     f"This was {name}, number {seq_id} of {self._model_id}, whose answer was lost; "
                     "it must be known to have arrived before anything else of the run is sent. "
                     + self._session.how_to_resume()
                 )
                 raise
-            if error.status not in _READ:  # the server breaks over it, so it did not take it
+            if error.status not in _READ:  # 413 and the like: it never was accepted
                 self._outbox.lost = None
                 return
         self._use_number()
+
+    def _fill_number(self, name: str) -> None:
+        """Use up the number of a lost request with one that has no effect: the end of rule 4."""
+        seq_id = self._next_seq_id
+        token = Datum(ModelInput.from_ints([1]), {"target_tokens": [1], "weights": [0.0]})
+        filler = ForwardBackwardRequest(
+            self._model_id, seq_id, [token], "cross_entropy", forward_only=True
+        )
+        logger.warning(
+            "%s: the server fails over %s, number %d, each time. It is given up, and may or may "
+            "not have been done",
+            self._model_id,
+            name,
+            seq_id,
+        )
+        self._session.dialect.submit(self._session.transport, filler)
 
     def _send_refused_again(self) -> None:
         """Once nothing is in flight, send what was refused for its number, as rule 5 says."""
@@ -336,7 +372,7 @@ class NumberedLane:
         """Return the error to report for *work*, or None if it is to be sent again."""
         expected = _read_conflict(error, work.seq_id)
         if expected is None:
-            return error
+            return work.explain(error)
         assert isinstance(error, TinkexError)
         if expected > work.seq_id:
             with self._changed:
@@ -374,6 +410,13 @@ class NumberedLane:
 
 def _dropped(*args: Any) -> Any:
     raise AssertionError("the work is over")
+
+
+def _leaves_open(error: APIError) -> bool:
+    """Whether *error* leaves open what became of an earlier attempt whose answer was lost."""
+    if not isinstance(error, APIStatusError):
+        return True
+    return error.status not in _READ and (error.status in _UNREAD or error.maybe_taken)
 
 
 def _read_conflict(error: BaseException, seq_id: int) -> Optional[int]:

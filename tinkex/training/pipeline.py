@@ -9,17 +9,40 @@ import collections
 import dataclasses
 import functools
 import logging
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Union
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Union,
+)
 
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.futures import APIFuture
-from tinkex.types import Datum, ForwardBackwardOutput, OptimParams, OptimStepResponse
+from tinkex.training.run_checkpoints import RunCheckpoints
+from tinkex.types import (
+    Datum,
+    ForwardBackwardOutput,
+    OptimParams,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
 
 logger = logging.getLogger(__name__)
 
 Batch = Iterable[Datum]
 #: Parameters of the optimizer: the same for every step, or a function of the step's index.
 Schedule = Union[OptimParams, Callable[[int], OptimParams]]
+#: Steps to be saved: every so many, or those for whose index a function returns True.
+SaveAfter = Union[None, int, Callable[[int], bool]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +58,51 @@ class PipelineStep:
     forward_backward: ForwardBackwardOutput
     optim: OptimStepResponse
 
+    #: Set by the pipeline; no field, so that copies and pickles hold the results alone.
+    _pipeline: ClassVar[Optional[Pipeline]] = None
+
     @property
     def metrics(self) -> Dict[str, float]:
         """The metrics of both."""
         return {**self.forward_backward.metrics, **(self.optim.metrics or {})}
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        overwrite: bool = False,
+        user_metadata: Optional[Mapping[str, str]] = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Queue saving weights and optimizer state as they are after this step; return at once.
+
+        Arguments and result as for `TrainingClient.save_state`.
+
+        Raises:
+            InvalidInputError: a later step was submitted already, so that the checkpoint would hold
+                that, too.  See *save_after* of `TrainingClient.pipeline`.
+        """
+        run = self._run_after_this("save_state")
+        return run.save_state(name, ttl_seconds, overwrite, user_metadata)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        user_metadata: Optional[Mapping[str, str]] = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Like `save_state`, but for sampling: see `TrainingClient.save_weights_for_sampler`."""
+        run = self._run_after_this("save_weights_for_sampler")
+        return run.save_weights_for_sampler(name, ttl_seconds, user_metadata)
+
+    def _run_after_this(self, what: str) -> RunCheckpoints:
+        if self._pipeline is None:
+            raise InvalidInputError(
+                f"{what}: this copy of step {self.index} does not belong to a pipeline any more"
+            )
+        return self._pipeline.run_after(self.index, what)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class Step(NamedTuple):
@@ -84,6 +148,8 @@ class Pipeline(Iterator[PipelineStep]):
         batches: taken as they are needed.
         schedule: returns the parameters of a step; raises if they are wrong.
         depth: steps under way at once.
+        run: what saves the run that is trained.
+        save_after: after these steps nothing is submitted until the next step is asked for.
     """
 
     def __init__(
@@ -95,6 +161,8 @@ class Pipeline(Iterator[PipelineStep]):
         batches: Iterable[Batch],
         schedule: Callable[[int], OptimParams],
         depth: int,
+        run: RunCheckpoints,
+        save_after: SaveAfter = None,
     ) -> None:
         if type(depth) is not int or depth < 1:
             raise InvalidInputError(f"depth is {depth!r}; it must be at least 1")
@@ -103,7 +171,10 @@ class Pipeline(Iterator[PipelineStep]):
         self._batches = enumerate(iter(batches))
         self._schedule = schedule
         self._depth = depth
+        self._run = run
+        self._is_saved_after = _as_test(save_after)
         self._sent: Deque[_Sent] = collections.deque()
+        self._newest = -1  # the last step that was submitted
         self._more = True
         self._ended = False
 
@@ -153,6 +224,22 @@ class Pipeline(Iterator[PipelineStep]):
             logger.warning("the pipeline was closed: %s", self._describe_sent())
         self._sent.clear()
 
+    def run_after(self, index: int, what: str) -> RunCheckpoints:
+        """Return the run for *what*; InvalidInputError if a step after *index* was submitted."""
+        if self._newest > index:
+            later = (
+                f"step {index + 1} was"
+                if self._newest == index + 1
+                else (f"steps {index + 1} to {self._newest} were")
+            )
+            raise InvalidInputError(
+                f"{what}: {later} submitted before, so the checkpoint would not be that of step "
+                f"{index}",
+                hint="Say in advance which steps are saved: pipeline(..., save_after=100) for "
+                "every hundredth, or save_after=lambda index: ...; or use depth=1.",
+            )
+        return self._run
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -161,6 +248,8 @@ class Pipeline(Iterator[PipelineStep]):
 
     def _fill(self) -> None:
         while self._more and len(self._sent) < self._depth:
+            if self._sent and self._is_saved_after(self._newest):
+                return  # until that step has been handed out, and the next one is asked for
             try:
                 index, batch = next(self._batches)
             except StopIteration:
@@ -176,11 +265,13 @@ class Pipeline(Iterator[PipelineStep]):
                 _tell_step(error, index)
                 raise
             self._sent.append(_Sent(index, step))
+            self._newest = index
 
     def _finish_oldest(self) -> PipelineStep:
         number, (forward_backward, optim) = self._sent[0]
         try:
             step = PipelineStep(number, forward_backward.result(), optim.result())
+            object.__setattr__(step, "_pipeline", self)
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
             if isinstance(error, TinkexError):
@@ -209,6 +300,19 @@ class Pipeline(Iterator[PipelineStep]):
             return "nothing else was sent"
         names = ", ".join(str(sent.number) for sent in self._sent)
         return f"sent before, and done by the server unless it fails: step {names}"
+
+
+def _as_test(save_after: SaveAfter) -> Callable[[int], bool]:
+    if save_after is None:
+        return lambda index: False
+    if callable(save_after):
+        return save_after
+    if type(save_after) is not int or save_after < 1:
+        raise InvalidInputError(
+            f"save_after is {save_after!r}; it must be 1 or more, or a function of an index"
+        )
+    every = save_after
+    return lambda index: (index + 1) % every == 0
 
 
 def _tell_step(error: TinkexError, index: int) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.lazy_numpy import np
 from tinkex.server_flags import ServerFlags
 from tinkex.transport import Reply
-from tinkex.types import Datum, ForwardBackwardOutput, TensorData
+from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, TensorData
 from tinkex.types.tensor_data import first_where
 from tinkex.wire.chunking import split
-from tinkex.wire.codec import Codec
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
 
@@ -29,16 +29,15 @@ _JSON_GROWTH = 4
 _JSON_OVERHEAD = 2000
 
 
-def cut(
-    data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]
-) -> List[Tuple[List[Datum], int]]:
+#: The datums of one request, and the sum of their ``nbytes``.
+Chunk = Tuple[List[Datum], int]
+
+
+def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> List[Chunk]:
     """Cut a batch into requests as large as the server takes them, in order.
 
     A limit in bytes is one of the bodies, so they are measured in the encoding that they will
     have; while *codec* is not known (None), in the larger of the two.
-
-    Returns:
-        the datums of each request, with the sum of their ``nbytes``.
     """
     limit = flags.fwdbwd_max_chunk_bytes_count
     sizes = nbytes = [datum.nbytes for datum in data]
@@ -47,6 +46,34 @@ def cut(
         sizes = [_json_size(datum) for datum in data]
     runs = split(sizes, flags.fwdbwd_max_chunk_len, limit)
     return [(list(data[run]), sum(nbytes[run])) for run in runs]
+
+
+def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
+    """Raise InvalidInputError, with the index, if a datum of *chunks* cannot be encoded.
+
+    For batches in several requests: otherwise some would be sent before one is found that cannot
+    be.  *codec* is None while the server's encoding is not known; protobuf is tried first then.
+    """
+    codec = codec or codec_for(PROTOBUF_CONTENT_TYPE)
+    first = 0
+    for data, _ in chunks:
+        try:
+            codec.forward_backward_parts(ForwardBackwardRequest("", 1, data, ""))
+        except InvalidInputError as error:
+            raise _with_index(error, data, first, codec) from error
+        first += len(data)
+
+
+def _with_index(
+    error: InvalidInputError, data: Sequence[Datum], first: int, codec: Codec
+) -> InvalidInputError:
+    """*error* of encoding *data*, with the index of the datum that it is about."""
+    for index, datum in enumerate(data, first):
+        try:
+            codec.forward_backward_parts(ForwardBackwardRequest("", 1, [datum], ""))
+        except InvalidInputError as found:
+            return InvalidInputError(f"data[{index}]: {found.message}", hint=found.hint)
+    return error  # it is about all of them, such as their size
 
 
 def _json_size(datum: Datum) -> int:
@@ -86,24 +113,40 @@ class PassReader:
     def __init__(self, model_id: str) -> None:
         self._nans = NaNWatch(f"run {model_id}")
 
-    def read(self, reply: Reply, data: Sequence[Datum], loss_fn: str) -> ForwardBackwardOutput:
-        """Decode the result of a pass over *data*.
+    def read(
+        self, reply: Reply, data: Sequence[Datum], loss_fn: str, first: int = 0
+    ) -> ForwardBackwardOutput:
+        """Decode the result of a pass over *data*, which begins at *first* in the caller's batch.
 
         Where the server does not tell ``loss:sum``, it is computed from the logprobs, for the two
         losses that need no more: see `cross_entropy` and `importance_sampling`.
         Logprobs that are NaN or null stay NaN, with one warning.
+
+        Raises:
+            ResponseDecodeError: it is malformed, or has not one output for each datum.
         """
         output = codec_for(reply.content_type).decode_output(reply.body)
+        if len(output.loss_fn_outputs) != len(data):
+            raise ResponseDecodeError(
+                f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
+                f"{_count(data, 'datum')}",
+                hint="The result was damaged on its way, or the server is at fault. A backward "
+                "pass was done all the same: the same call again would add the gradient twice.",
+            )
         with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
-        first = first_where(np.isnan, logprobs)
-        if first is not None:
-            self._nans.look_at(logprobs[first], f"data[{with_logprobs[first]}]")
+        found = first_where(np.isnan, logprobs)
+        if found is not None:
+            self._nans.look_at(logprobs[found], f"data[{first + with_logprobs[found]}]")
         if loss_fn in _LOSSES and "loss:sum" not in output.metrics:
             loss = _LOSSES[loss_fn](data, output.loss_fn_outputs)
             if loss is not None:
                 output.metrics["loss:sum"] = loss
         return output
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def cross_entropy(

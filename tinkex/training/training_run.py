@@ -7,11 +7,14 @@ server may have taken a request under it.
 The requests of a batch in parts go one after the other, whatever the server's flag says of sending
 them at once: sent at once they may arrive in any order, which some servers refuse, and one that
 fails would leave a gap behind.
+
+Before an optimizer step is sent, all parts of the batches before it must have been done: if only
+some were, the run takes no step, and no other batch, until the rest has been sent by the same call
+again, or a checkpoint has been loaded, which drops the gradient.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Union
@@ -22,7 +25,8 @@ from tinkex.poller import Operation
 from tinkex.server_flags import ServerFlags, flags_for
 from tinkex.session import Session
 from tinkex.training.numbered_lane import NumberedLane, Send, Work
-from tinkex.training.training_pass import PassReader, cut
+from tinkex.training.split_batch import Contents, SplitBatch, in_indices_of_batch
+from tinkex.training.training_pass import Chunk, PassReader, check_encoding, cut
 from tinkex.transport import Reply
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, UntypedFuture
 from tinkex.wire.chunking import combine
@@ -31,10 +35,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Makes one result of those of several requests.
+Join = Callable[[List[ForwardBackwardOutput]], ForwardBackwardOutput]
+
 LossSettings = Mapping[str, Union[float, str]]
 
 #: What adds to the gradient of a run, or applies it.
 _USING_GRADIENT = ("forward_backward", "optim_step")
+
+#: What drops the gradient of a run.
+_LOADING = ("load_state", "load_state_with_optimizer")
 
 
 class TrainingRun:
@@ -54,10 +64,11 @@ class TrainingRun:
         self._lane = NumberedLane(session, model_id, first_seq_id)
         self.transport = self._lane.transport
         self._results = PassReader(model_id)
-        # Used by the lane's thread alone: the server's flags, once they are needed, and why the
-        # run cannot be trained any more, if so.
+        # Used by the lane's thread alone: the server's flags, once they are needed; the batches in
+        # several requests that may not be settled; and the one that is in the gradient in part.
         self._flags: Optional[ServerFlags] = None
-        self._spoilt: Optional[IncompleteGradientError] = None
+        self._split: List[SplitBatch] = []
+        self._incomplete: Optional[SplitBatch] = None
 
     # Called from any thread
 
@@ -86,9 +97,15 @@ class TrainingRun:
         """
 
         def task(future: APIFuture[T]) -> None:
+            if kind == "optim_step" or kind in _LOADING:
+                self._wait_for_split_batches(future)
             if after is not None and after.failed():
                 future.cancel()
             self._send(Work(future, send, decode))
+            if kind in _LOADING and self._incomplete is not None:
+                self.wait_for([future])
+                if not future.failed():
+                    self._incomplete = None
 
         return self.queue(kind, task, counted=after is None)
 
@@ -141,55 +158,60 @@ class TrainingRun:
 
     # Called from tasks of the lane
 
-    def send_pass(
-        self, kind: str, data: List[Datum], loss_fn: str, config: LossSettings
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Like `submit_pass`, at once, from a task of the lane's thread."""
-        whole = self.new_future(kind)
-        self._send_batch(whole, data, loss_fn, config)
-        return whole
-
     def run_pass(
         self, kind: str, data: List[Datum], loss_fn: str, config: LossSettings
     ) -> ForwardBackwardOutput:
-        """Like `send_pass`, and wait for the result.
+        """Like `submit_pass`, sent at once, from a task of the lane's thread; wait for the result.
 
         Meanwhile the lane goes on doing what only it can do: a plain wait might wait for itself.
         """
-        whole = self.send_pass(kind, data, loss_fn, config)
+        whole: APIFuture[ForwardBackwardOutput] = self.new_future(kind)
+        self._send_batch(whole, data, loss_fn, config)
         self.wait_for([whole])
         return whole.result()
 
-    def send_parts(
-        self, kind: str, data: List[Datum], loss_fn: str, config: LossSettings
-    ) -> List[APIFuture[ForwardBackwardOutput]]:
-        """Like `send_pass`; return the futures of the single requests.
-
-        After one that cannot be sent the others are not: their futures are cancelled.
-        """
-        flags = self._server_flags()
-        chunks = cut(data, flags, self._session.dialect.codec)
-        futures = [self.new_future(kind) for _ in chunks]
-        for index, (future, chunk) in enumerate(zip(futures, chunks)):
-            self._send(self._pass_over(future, *chunk, loss_fn, config, flags))
-            if future.failed():
-                for later in futures[index + 1 :]:
-                    later.cancel()
-                break
-        return futures
+    def send_gradient(
+        self,
+        future: APIFuture[ForwardBackwardOutput],
+        data: List[Datum],
+        loss_fn: str,
+        join: Join,
+    ) -> None:
+        """Send a backward pass whose results, made one by *join*, are those of *future*."""
+        self.ensure_trainable()
+        chunks = self._cut(data)
+        parts = [self.new_future("forward_backward") for _ in chunks]
+        if len(parts) > 1:
+            batch = SplitBatch(self.model_id, future, parts, join, self._lane.may_repeat)
+            self._split.append(batch)
+        else:
+            gather(future, parts, join)
+        self._send_parts(parts, chunks, loss_fn, {})
 
     def wait_for(self, futures: Sequence[APIFuture[Any]]) -> None:
         """Wait until all *futures*, of requests of this run, are settled."""
         self._lane.wait_for(futures)
 
-    def spoil(self, error: IncompleteGradientError) -> None:
-        """Refuse, from now on, what adds to the run's gradient or applies it."""
-        self._spoilt = error
-
     def ensure_trainable(self) -> None:
-        """Raise IncompleteGradientError if the run was spoilt."""
-        if self._spoilt is not None:
-            raise copy.copy(self._spoilt) from self._spoilt
+        """Raise IncompleteGradientError if only a part of a batch was added to the gradient."""
+        self._settle([batch for batch in self._split if batch.done])
+        error = None if self._incomplete is None else self._incomplete.settle()
+        if error is not None:
+            raise error
+
+    def _wait_for_split_batches(self, future: APIFuture[Any]) -> None:
+        """Wait for the batches in several requests, on behalf of *future*, and settle them."""
+        future.waiting_for = lambda: "waits for all parts of the batch before it"
+        for batch in self._split:
+            self.wait_for(batch.parts)
+        future.waiting_for = None
+        self._settle([batch for batch in self._split if batch.done])  # all, or the client closed
+
+    def _settle(self, batches: Sequence[SplitBatch]) -> None:
+        for batch in batches:
+            self._split.remove(batch)
+            if batch.settle() is not None:
+                self._incomplete = batch
 
     # Passes
 
@@ -203,37 +225,91 @@ class TrainingRun:
         """Send a batch in as many requests as it takes, one after the other."""
         if whole.done():  # cancelled while it waited its turn
             return
-        flags = self._server_flags()
-        chunks = cut(data, flags, self._session.dialect.codec)
-        futures = [whole]
+        chunks = self._cut(data)
+        if whole.kind in _USING_GRADIENT:
+            contents = Contents([chunk for chunk, _ in chunks], loss_fn, config)
+            parts = self._parts_of_gradient(whole, contents)
+        elif len(chunks) > 1:
+            parts = [self.new_future(whole.kind) for _ in chunks]
+            gather(whole, parts, combine)
+        else:
+            parts = [whole]
+        self._send_parts(parts, chunks, loss_fn, config)
+
+    def _parts_of_gradient(
+        self, whole: APIFuture[ForwardBackwardOutput], contents: Contents
+    ) -> List[APIFuture[ForwardBackwardOutput]]:
+        """Return a future for each request; those that are settled need not be sent.
+
+        Raises IncompleteGradientError if a batch was added in part, and *contents* is not its rest.
+        """
+        taken: Optional[List[Optional[APIFuture[ForwardBackwardOutput]]]] = None
+        self._settle([batch for batch in self._split if batch.done])
+        if self._incomplete is not None:
+            taken = self._incomplete.completed_by(contents)
+        if taken is None:
+            self.ensure_trainable()
+            if len(contents.chunks) == 1:
+                return [whole]
+            taken = [None] * len(contents.chunks)
+        parts = [part or self.new_future(whole.kind) for part in taken]
+        batch = SplitBatch(self.model_id, whole, parts, combine, self._lane.may_repeat, contents)
+        self._split.append(batch)
+        self._incomplete = None
+        return parts
+
+    def _cut(self, data: List[Datum]) -> List[Chunk]:
+        """Cut a batch into requests, all of which can be encoded if there is more than one."""
+        codec = self._session.dialect.codec
+        chunks = cut(data, self._server_flags(), codec)
         if len(chunks) > 1:
-            futures = [self.new_future(whole.kind) for _ in chunks]
-            gather(whole, futures, combine)
-        for future, chunk in zip(futures, chunks):
-            self._send(self._pass_over(future, *chunk, loss_fn, config, flags))
+            check_encoding(chunks, codec)
+        return chunks
+
+    def _send_parts(
+        self,
+        parts: Sequence[APIFuture[ForwardBackwardOutput]],
+        chunks: Sequence[Chunk],
+        loss_fn: str,
+        config: LossSettings,
+    ) -> None:
+        """Send the requests of a batch; after one that is known to have failed, no more of them."""
+        first = 0
+        for index, (part, (chunk, nbytes)) in enumerate(zip(parts, chunks)):
+            if any(earlier.failed() for earlier in parts[:index]):
+                for later in parts[index:]:
+                    later.cancel()
+                return
+            self._send(self._pass_over(part, chunk, nbytes, first, loss_fn, config))
+            first += len(chunk)
 
     def _pass_over(
         self,
         future: APIFuture[ForwardBackwardOutput],
         chunk: List[Datum],
         nbytes: int,
+        first: int,
         loss_fn: str,
         config: LossSettings,
-        flags: ServerFlags,
     ) -> Work[ForwardBackwardOutput]:
+        """The request over *chunk*, which begins at *first* in the caller's batch."""
+        compress, stop = self._server_flags().proto_compress_fwdbwd, first + len(chunk)
+
         def send(seq_id: int) -> UntypedFuture:
             request = ForwardBackwardRequest(
                 self.model_id, seq_id, chunk, loss_fn, config, forward_only=future.kind == "forward"
             )
-            compress = flags.proto_compress_fwdbwd
             batches = self.transport.pressure.batches
             with batches.holding(nbytes, lambda: future.done() or self._session.closed, future):
                 return self._session.dialect.submit(self.transport, request, compress=compress)
 
         def decode(reply: Reply) -> ForwardBackwardOutput:
-            return self._results.read(reply, chunk, loss_fn)
+            return self._results.read(reply, chunk, loss_fn, first)
 
-        return Work(future, send, decode, binary=True)
+        def explain(error: BaseException) -> BaseException:
+            return in_indices_of_batch(error, first, stop)
+
+        return Work(future, send, decode, binary=True, explain=explain)
 
     def _server_flags(self) -> ServerFlags:
         """The server's flags; the usual ones if it does not tell."""

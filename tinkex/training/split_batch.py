@@ -1,0 +1,211 @@
+"""SplitBatch: a batch that is added to a run's gradient by several requests.
+
+Either all of its requests are done, or the run must know: an optimizer step would train on a part
+of the batch, and one after the same call again on that part twice, without an error.  The same call
+again therefore sends only what is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from concurrent.futures import CancelledError
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
+
+from tinkex.errors import (
+    APIStatusError,
+    ClientClosedError,
+    IncompleteGradientError,
+    InvalidInputError,
+    RequestFailedError,
+    SequenceLostError,
+    SessionLostError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.types import Datum, ForwardBackwardOutput
+
+Output = ForwardBackwardOutput
+Part = APIFuture[Output]
+E = TypeVar("E", bound=BaseException)
+
+#: How servers name an example of a batch: in a sentence, or as the location of a bad field.
+_INDEX = re.compile(r'(\bdatum |\bdata\[|\bdata\.|"data", ?)(\d+)')
+
+#: With these the run itself is lost, and its gradient does not matter any more.
+_RUN_LOST = (ClientClosedError, SequenceLostError, SessionLostError)
+
+_HOW_TO_DROP = (
+    "save_state still saves weights and optimizer state as they were; load that checkpoint with "
+    "load_state_with_optimizer(path), or into a new run with "
+    "create_training_client_from_state_with_optimizer(path)."
+)
+
+
+class Contents(NamedTuple):
+    """What a batch consists of: the datums of each request, and the loss."""
+
+    chunks: Sequence[List[Datum]]
+    loss_fn: str
+    config: Mapping[str, Union[float, str]]
+
+
+class SplitBatch:
+    """Settles the future of a batch once all its requests are settled.  Thread-safe.
+
+    Cancelling *future* does not cancel the requests: the batch is added as a unit.
+
+    Args:
+        future: of the batch.
+        parts: the futures of its requests, in order.
+        join: makes the result of the batch from theirs.
+        may_repeat: tells whether a part whose answer was lost is done only once when the same
+            request is made again.
+        contents: what the requests send; None if the same call again would not send the same.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        future: APIFuture[Output],
+        parts: Sequence[Part],
+        join: Callable[[List[Output]], Output],
+        may_repeat: Callable[[Part], bool],
+        contents: Optional[Contents] = None,
+    ) -> None:
+        self.parts = parts
+        self._may_repeat = may_repeat
+        self._contents = contents
+        self._model_id = model_id
+        self._future = future
+        self._join = join
+        future.stand_for(parts, cancel=False)
+        for part in parts:
+            part.on_settled(self._part_settled)
+
+    @property
+    def done(self) -> bool:
+        """Whether all requests are settled."""
+        return all(part.done() for part in self.parts)
+
+    def settle(self) -> Optional[IncompleteGradientError]:
+        """Settle the future; return the error if only a part of the batch was added.
+
+        All requests must be settled.  More than one call does no harm.
+        """
+        failures = self._failures()
+        errors = [failure for failure in failures if failure is not None]
+        if not errors:
+            self._succeed()
+            return None
+        # Requests are cancelled because an earlier one has failed.
+        error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
+        if not isinstance(error, _RUN_LOST) and not all(map(_left_out, self.parts, failures)):
+            error = self._incomplete(failures, error)
+        self._future.settle_error(error)
+        return error if isinstance(error, IncompleteGradientError) else None
+
+    def completed_by(self, contents: Contents) -> Optional[List[Optional[Part]]]:
+        """Return how sending *contents* would complete this batch, of which a part is missing.
+
+        That is, for each of the new requests, the part of this batch that is in the gradient
+        already, or None if it is to be sent.
+
+        Returns None if the gradient would not be that of *contents*, or might not be.
+        """
+        own = self._contents
+        if own is None or (own.loss_fn, own.config) != (contents.loss_fn, contents.config):
+            return None
+        taken: List[Optional[Part]] = [None] * len(contents.chunks)
+        for index, (part, failure) in enumerate(zip(self.parts, self._failures())):
+            if failure is not None and _left_out(part, failure):
+                continue
+            if index >= len(taken) or own.chunks[index] != contents.chunks[index]:
+                return None
+            if failure is None:
+                taken[index] = part
+            elif not self._may_repeat(part):
+                return None
+        return taken
+
+    def _failures(self) -> List[Optional[BaseException]]:
+        return [_failure(part) for part in self.parts]
+
+    def _part_settled(self, part: Any) -> None:
+        if self.done:
+            self.settle()
+
+    def _succeed(self) -> None:
+        self._contents = None  # a batch takes much memory
+        if self._future.done():
+            return
+        try:
+            self._future.settle(self._join([part.result() for part in self.parts]))
+        except Exception as error:
+            self._future.settle_error(error)
+
+    def _incomplete(
+        self, failures: Sequence[Optional[BaseException]], cause: BaseException
+    ) -> IncompleteGradientError:
+        reason = cause.message if isinstance(cause, TinkexError) else repr(cause)
+        unknown = [
+            part
+            for part, failure in zip(self.parts, failures)
+            if failure is not None and not _left_out(part, failure)
+        ]
+        hint = ""
+        if self._contents is not None and all(map(self._may_repeat, unknown)):
+            hint = (
+                "Call forward_backward with the batch again: only what is missing is sent, and an "
+                "example that was refused may be another one. Or drop the gradient: "
+            )
+        error = IncompleteGradientError(
+            f"{failures.count(None)} of {len(self.parts)} parts of a batch were added to the "
+            f"gradient of run {self._model_id}; the rest was not, or may not have been: {reason}",
+            status=getattr(cause, "status", None),
+            request_id=getattr(cause, "request_id", None),
+            hint="The run takes no optimizer step now. " + hint + _HOW_TO_DROP,
+        )
+        error.__cause__ = cause
+        return error
+
+
+def _failure(part: Part) -> Optional[BaseException]:
+    """Return the failure of *part*, which is settled, or None."""
+    try:
+        return part.exception()
+    except CancelledError as error:
+        return error
+
+
+def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
+    """Whether the server has added nothing of *part*, for certain."""
+    if isinstance(failure, CancelledError):
+        return not part.was_sent
+    if isinstance(failure, (InvalidInputError, RequestFailedError)):
+        return True
+    if not isinstance(failure, APIStatusError) or failure.status is None:
+        return False
+    if failure.status in (400, 404, 410, 422):  # read, and refused
+        return True
+    return 400 <= failure.status < 500 and failure.status != 408 and not failure.maybe_taken
+
+
+def in_indices_of_batch(error: E, first: int, stop: int) -> E:
+    """Return *error*, which is about ``data[first:stop]`` of a batch, in the caller's terms.
+
+    An index that the server counted from the beginning of its request is counted from the
+    beginning of the batch.
+    """
+    if not isinstance(error, TinkexError) or isinstance(error, _RUN_LOST) or first == 0:
+        return error
+
+    def moved(found: re.Match[str]) -> str:
+        return f"{found.group(1)}{int(found.group(2)) + first}"
+
+    translated = copy.copy(error)
+    message, count = _INDEX.subn(moved, error.message)
+    translated.message = message if count else f"{message} (in data[{first}:{stop}] of the batch)"
+    translated.args = (translated.message,)
+    translated.__cause__ = error.__cause__
+    return translated
