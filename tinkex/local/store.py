@@ -315,6 +315,15 @@ class Store:
         sql = f"SELECT * FROM checkpoints WHERE run_id = ? AND {_UNEXPIRED} {_NEWEST_FIRST}"
         return [checkpoint_row(row) for row in self._rows(sql, run_id, self.wall())]
 
+    def last_checkpoint(self, run_id: str, kind: str) -> Optional[CheckpointRow]:
+        """Return a run's newest checkpoint of *kind*, or None."""
+        sql = (
+            f"SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND {_UNEXPIRED} "
+            f"{_NEWEST_FIRST} LIMIT 1"
+        )
+        rows = self._rows(sql, run_id, kind, self.wall())
+        return checkpoint_row(rows[0]) if rows else None
+
     def checkpoints(self, limit: int, offset: int) -> Tuple[List[CheckpointRow], int]:
         """Return a page of all checkpoints, newest first, and how many there are."""
         now = self.wall()
