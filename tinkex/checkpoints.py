@@ -40,6 +40,9 @@ T = TypeVar("T")
 #: Told of the bytes that are here, and of all of them, or None where that is not known.
 Progress = Callable[[int, Optional[int]], None]
 
+#: The embedded server puts this into checkpoints that PEFT alone cannot merge.
+MERGING_NOTE = "MERGING.md"
+
 #: A temporary export is deleted by the server after this long, should we not get to it.
 EXPORT_TTL_S = 3600
 
@@ -62,6 +65,10 @@ def download_checkpoint(
 
     What has come is checked: checksums, the end of the archive, that the weights are there and
     complete.
+
+    An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
+    layer is tied to its embedding must not be merged by PEFT alone: see
+    `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
 
     Args:
         rest: a client of the server that has it.
@@ -97,6 +104,10 @@ def download_checkpoint(
             error.hint = f"What has come is in {work.folder}; the same call goes on from there."
         raise
     work.finish()
+    if (target / MERGING_NOTE).is_file():
+        logger.warning(
+            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
+        )
     return target
 
 

@@ -210,7 +210,10 @@ class ServiceClient(WithoutCoroutines):
             base_model: a name the server offers; see `get_server_capabilities`.
             rank: of the adapter, at least 1.
             seed: of its initial values.
-            train_mlp, train_attn, train_unembed: which layers; at least one.
+            train_mlp, train_attn, train_unembed: which layers; at least one.  To merge an adapter
+                with ``train_unembed`` into a model whose output layer is tied to its embedding
+                (``tie_word_embeddings``: SmolLM2, small Qwen3 and Llama 3.2, Gemma), use
+                `tinkex.local.merge_adapter`; PEFT alone would change the embedding, too.
             user_metadata: kept with the run.
             optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or a mapping
                 or object with a ``type`` for one that only the server knows.
