@@ -28,7 +28,7 @@ LAYERS = {
         "http: channel private_channel content_coding connection_errors deprecations billing",
         "keys: credential_command tokens",
         "flow: rate_limiter backpressure pressure scheduler crew",
-        "transfer: downloads download_folder part_file extraction",
+        "transfer: checkpoint_files compression downloads download_folder part_file extraction",
     ],
     "protocol": [
         "api auth dialect connection session session_manager poller futures telemetry",

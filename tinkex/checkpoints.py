@@ -1,8 +1,8 @@
 """Checkpoints as files: download them.  (`tinkex.transfer.hub` pushes them on.)
 
 Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
-exported weights.  Whichever it is, files are collected in a hidden folder beside the destination,
-which takes its place in one step when all is there; until then the destination is not touched.
+exported weights.  Whichever it is, files are collected in a hidden folder and checked; until all is
+there, nothing else at the destination is touched.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ T = TypeVar("T")
 #: Told of the bytes that are here, and of all of them, or None where that is not known.
 Progress = Callable[[int, Optional[int]], None]
 
+#: The embedded server puts this into checkpoints that PEFT alone cannot merge.
+MERGING_NOTE = "MERGING.md"
+
 #: A temporary export is deleted by the server after this long, should we not get to it.
 EXPORT_TTL_S = 3600
 
@@ -55,10 +58,17 @@ def download_checkpoint(
 ) -> Path:
     """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
-    What an interrupted download has fetched stays in a hidden folder beside *dest*, and the next
-    call with the same arguments goes on from there; one at a time may use it.  On a server without
-    archives, a training checkpoint is exported for the purpose: that opens a session, and the
-    export is deleted again.
+    What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
+    it exists), and the next call with the same arguments goes on from there; one at a time may use
+    it.  On a server without archives, a training checkpoint is exported for the purpose: that opens
+    a session, and the export is deleted again.
+
+    What has come is checked: checksums, the end of the archive, that the weights are there and
+    complete.
+
+    An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
+    layer is tied to its embedding must not be merged by PEFT alone: see
+    `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
 
     Args:
         rest: a client of the server that has it.
@@ -66,14 +76,16 @@ def download_checkpoint(
         dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.
         progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
             second; what it raises ends the download.
-        overwrite: replace what is at *dest*, once all is there.
+        overwrite: write into *dest* although there is something in it, once all has come.  Files
+            with the names of the new ones, and adapters (``adapter_config.json``,
+            ``adapter_model*``), are replaced; every other file in the folder stays.
         cancel: set it, from any thread, to end the download soon.
 
     Raises:
         InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
         RouteMissingError: the server offers no way to download it.
         DownloadCancelledError: *cancel* was set.
-        ResponseDecodeError: what came is damaged, or not safe to unpack.
+        ResponseDecodeError: what came is damaged, incomplete or not safe to unpack.
         APIError: it cannot be had.
         OSError: it cannot be written here.
     """
@@ -85,12 +97,17 @@ def download_checkpoint(
     try:
         with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(rest, parsed, work, downloader, progress or _silent).run()
+            work.check(tinker_path)
             downloader.check()
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
             error.hint = f"What has come is in {work.folder}; the same call goes on from there."
         raise
-    work.finish(target)
+    work.finish()
+    if (target / MERGING_NOTE).is_file():
+        logger.warning(
+            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
+        )
     return target
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
 from tinkex.child_client import WithoutCoroutines
@@ -89,6 +90,7 @@ class ServiceClient(WithoutCoroutines):
         *,
         data_dir: Optional[str] = None,
         device: str = "auto",
+        progress: Optional[Callable[[str], None]] = None,
         **settings: Any,
     ) -> ServiceClient:
         """Start the embedded server in this process and return a client of it.
@@ -101,6 +103,8 @@ class ServiceClient(WithoutCoroutines):
                 needed), a Hugging Face name, or a folder.
             data_dir: where runs and checkpoints are kept; None is a folder removed at close.
             device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+            progress: gets one line of text before each slow step, such as a download; by default
+                they are written to stderr.
             settings: of the client, as for the constructor.
 
         Raises:
@@ -109,7 +113,8 @@ class ServiceClient(WithoutCoroutines):
         # The one import that looks up: what an edge offers, as a convenience.
         from tinkex.local import LocalServer, load_engine
 
-        server = LocalServer(load_engine(model, device), data_dir=data_dir)
+        engine = load_engine(model, device, progress=progress or _write_to_stderr)
+        server = LocalServer(engine, data_dir=data_dir)
         try:
             server.start()
             settings = {"base_url": server.url, **settings}
@@ -210,7 +215,10 @@ class ServiceClient(WithoutCoroutines):
             base_model: a name the server offers; see `get_server_capabilities`.
             rank: of the adapter, at least 1.
             seed: of its initial values.
-            train_mlp, train_attn, train_unembed: which layers; at least one.
+            train_mlp, train_attn, train_unembed: which layers; at least one.  To merge an adapter
+                with ``train_unembed`` into a model whose output layer is tied to its embedding
+                (``tie_word_embeddings``: SmolLM2, small Qwen3 and Llama 3.2, Gemma), use
+                `tinkex.local.merge_adapter`; PEFT alone would change the embedding, too.
             user_metadata: kept with the run.
             optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or a mapping
                 or object with a ``type`` for one that only the server knows.
@@ -437,3 +445,9 @@ class ServiceClient(WithoutCoroutines):
     def __repr__(self) -> str:
         state = "closed" if self._session.closed else "open"
         return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
+
+
+def _write_to_stderr(line: str) -> None:
+    if sys.stderr is not None:  # as in a program without a console
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -285,7 +285,7 @@ class TrainingClient(RunCheckpoints):
         """
         self._ensure_open("unload")
 
-        def send() -> UntypedFuture:
+        def send() -> Union[UntypedFuture, UnloadModelResponse]:
             return api.unload_model(self._session.transport, self.model_id)
 
         unloaded = self._run.submit_unnumbered("unload", send, reader(UnloadModelResponse))

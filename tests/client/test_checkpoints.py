@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
 import inspect
 import io
@@ -39,6 +40,7 @@ from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 from tinkex.transfer import downloads, extraction
+from tinkex.transfer.download_folder import INSIDE
 
 KEY = "tml-secret-key"
 PATH = "tinker://run-1/weights/final"
@@ -626,8 +628,104 @@ def test_what_is_there_is_not_overwritten_unless_asked_to(
         rest.download_checkpoint(PATH, tmp_path / "x")
     assert archived.server.requests() == []
     rest.download_checkpoint(PATH, tmp_path / "x", overwrite=True)
-    assert contents(tmp_path / "x") == FILES
+    assert contents(tmp_path / "x") == {**FILES, "mine": b"keep me"}
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with things in it that come from no checkpoint."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    (folder / "data" / "rows.csv").write_text("1,2")
+    return folder
+
+
+MINE = {"thesis.txt": b"years of work", "data/rows.csv": b"1,2"}
+
+
+def test_overwriting_the_working_directory_leaves_everything_else_in_it(
+    rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    with pytest.raises(InvalidInputError, match="leaves the others alone"):
+        rest.download_checkpoint(PATH, ".")
+    for _ in range(2):
+        rest.download_checkpoint(PATH, ".", overwrite=True)
+        assert contents(project) == {**FILES, **MINE}
+        assert os.path.samefile(".", project)
+        assert not (project / INSIDE).exists()
+
+
+def test_overwriting_leaves_no_file_of_another_adapter(
+    rest: RestClient, archived: Storage, project: Path
+) -> None:
+    (project / "adapter_config.json").write_text("{}")
+    (project / "adapter_model.bin").write_text("of another checkpoint")
+    rest.download_checkpoint(PATH, project, overwrite=True)
+    assert contents(project) == {**FILES, **MINE}
+
+
+def test_an_interrupted_download_into_a_folder_goes_on_in_it(
+    rest: RestClient, archived: Storage, project: Path
+) -> None:
+    def stop(done: int, total: Optional[int]) -> None:
+        if done:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        rest.download_checkpoint(PATH, project, overwrite=True, progress=stop)
+    assert (project / INSIDE / "archive").stat().st_size == 65_536
+    assert os.listdir(project.parent) == ["project"]
+    rest.download_checkpoint(PATH, project, overwrite=True)
+    assert archived.ranges("a.tar") == [None, "bytes=65536-"]
+    assert contents(project) == {**FILES, **MINE}
+
+
+def test_overwriting_fails_as_if_it_had_not_begun(
+    rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "adapter_config.json").write_text("old")
+    (project / "adapter_model.safetensors").write_text("old")
+    before = contents(project)
+    replace = os.replace
+
+    def full(source: Any, sink: Any) -> None:
+        if Path(sink).parent == project / "sub":
+            raise OSError(28, "No space left on device")
+        replace(source, sink)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        rest.download_checkpoint(PATH, project, overwrite=True)
+    monkeypatch.undo()
+    left = {name: body for name, body in contents(project).items() if INSIDE not in name}
+    assert left == before
+    rest.download_checkpoint(PATH, project, overwrite=True)
+    assert contents(project) == {**FILES, **MINE}
+
+
+@pytest.mark.parametrize("name", ["sub", "sub/empty/inside"])
+def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(
+    rest: RestClient, archived: Storage, project: Path, name: str
+) -> None:
+    (project / name).parent.mkdir(parents=True, exist_ok=True)
+    (project / name).write_text("mine")
+    with pytest.raises(InvalidInputError, match="Nothing was changed"):
+        rest.download_checkpoint(PATH, project, overwrite=True)
+    left = {name: body for name, body in contents(project).items() if INSIDE not in name}
+    assert left == {**MINE, name: b"mine"}
+
+
+def test_a_hidden_folder_that_is_not_from_a_download_is_left_alone(
+    rest: RestClient, archived: Storage, tmp_path: Path
+) -> None:
+    part_of(tmp_path / "x").mkdir()
+    (part_of(tmp_path / "x") / "mine").write_text("keep me")
+    with pytest.raises(InvalidInputError, match="not from a download"):
+        rest.download_checkpoint(PATH, tmp_path / "x")
+    assert contents(tmp_path) == {".x.part/mine": b"keep me"}
 
 
 def test_what_is_there_stays_until_all_has_come(
@@ -671,6 +769,13 @@ def hostile(**facts: Any) -> bytes:
     return out.getvalue()
 
 
+def damaged(archive: bytes, at: int) -> bytes:
+    """*archive* with the byte at *at* inverted."""
+    changed = bytearray(archive)
+    changed[at] ^= 0xFF
+    return bytes(changed)
+
+
 HOSTILE = {
     "absolute": hostile(name="/tmp/evil", size=1),
     "upward": hostile(name="../evil", size=1),
@@ -688,6 +793,21 @@ HOSTILE = {
     "cut": TAR[: len(TAR) // 2],
     "cut gzip": tar_of(FILES, "w:gz")[:-30],
     "empty": b"",
+    "zeros": bytes(12 * 1024),
+    "gzip of zeros": gzip.compress(bytes(12 * 1024)),
+    "no files": tar_of({}),
+    "empty files": tar_of(dict.fromkeys(FILES, b"")),
+    "no weights": tar_of({"adapter_config.json": b"{}", "README.md": b"hello"}),
+    "empty weights": tar_of({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}),
+    "cut before a file": tar_of({"a": bytes(512), "b": b"b"})[:1024],
+    "cut in a header": tar_of({"a": bytes(512), "b": b"b"})[:1300],
+    "a header overwritten": damaged(tar_of({"a": bytes(512), "b": b"b"}), 1024 + 100),
+    "bytes after the gzip": tar_of(FILES, "w:gz") + b"x",
+    "gzip cut before its checksum": tar_of(FILES, "w:gz")[:-8],
+    "gzip with another checksum": damaged(tar_of(FILES, "w:gz"), -6),
+    "gzip with a byte flipped": damaged(gzip.compress(TAR, compresslevel=0), len(TAR) // 2),
+    "bzip2 with a byte flipped": damaged(tar_of(FILES, "w:bz2"), -2),
+    "xz with a byte flipped": damaged(tar_of(FILES, "w:xz"), -20),
 }
 
 
@@ -702,6 +822,61 @@ def test_an_archive_that_is_not_what_it_should_be(
         rest.download_checkpoint(PATH, inner / "x")
     assert os.listdir(tmp_path) == ["inner"]
     assert os.listdir(inner) == [], "neither its files nor the archive itself stay"
+
+
+def safetensors(missing: int = 0) -> bytes:
+    """A file of one tensor, without its last *missing* bytes."""
+    header = b'{"w": {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(1000 - missing)
+
+
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        (safetensors(missing=1), "has 1073 bytes, and should have 1074"),
+        (safetensors() + b"x", "has 1075 bytes, and should have 1074"),
+        (safetensors()[:20], "should have unknown"),
+        (bytes(5000), "begins with zeros"),
+    ],
+    ids=["cut", "too long", "cut in its header", "zeros"],
+)
+def test_weights_that_are_not_complete_are_refused_however_they_come(
+    rest: RestClient,
+    server: ScriptedServer,
+    archived: Storage,
+    tmp_path: Path,
+    weights: bytes,
+    why: str,
+) -> None:
+    name = "adapter_model.safetensors"
+    archived.put("a.tar", tar_of({**FILES, name: weights}))
+    archived.put(name, weights)
+    server.on(URLS, Answer(body={"urls": {name: archived.url(name)}}))
+    for path in (PATH, EXTERNAL):
+        with pytest.raises(ResponseDecodeError, match=why):
+            rest.download_checkpoint(path, tmp_path / "x")
+        assert os.listdir(tmp_path) == []
+
+
+def test_complete_and_encrypted_weights_are_taken(
+    rest: RestClient, archived: Storage, tmp_path: Path
+) -> None:
+    name = "adapter_model.safetensors"
+    for number, weights in enumerate((safetensors(), b"age-encryption.org/v1\n...")):
+        archived.put("a.tar", tar_of({**FILES, name: weights}))
+        rest.download_checkpoint(PATH, tmp_path / str(number))
+        assert contents(tmp_path / str(number))[name] == weights
+
+
+def test_what_follows_the_end_of_an_archive_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "SLACK_BYTES", 1000)
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(tar_of({"a": b"a"}) + bytes(3_000_000)))
+    with pytest.raises(ResponseDecodeError, match="follow the end"):
+        extraction.extract(bomb, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_archive_unpacks_to_a_bounded_size(

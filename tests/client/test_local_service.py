@@ -7,7 +7,7 @@ import logging
 import pickle
 import threading
 from concurrent.futures import as_completed
-from typing import Any, List
+from typing import Any, Callable, List
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
@@ -25,6 +25,7 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.local import LocalServer
+from tinkex.local.deterministic import DeterministicEngine
 
 DATUM = types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
 ADAM = types.AdamParams(learning_rate=0.01)
@@ -46,6 +47,22 @@ def test_local_starts_a_server_and_stops_it(caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
     with pytest.raises(TinkexError):
         ServiceClient(base_url=url, startup_timeout_s=0.2)
+
+
+def test_local_says_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(model: str, device: str, *, progress: Callable[[str], None]) -> DeterministicEngine:
+        progress(f"downloading {model}")
+        return DeterministicEngine()
+
+    monkeypatch.setattr("tinkex.local.server.load_engine", load)
+    with ServiceClient.local("a-model"):
+        assert capsys.readouterr() == ("", "downloading a-model\n")
+    lines: List[str] = []
+    with ServiceClient.local("a-model", progress=lines.append):
+        assert lines == ["downloading a-model"]
+        assert capsys.readouterr() == ("", "")
 
 
 def test_local_keeps_its_data_where_it_is_told(tmp_path: Any) -> None:

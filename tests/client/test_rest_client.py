@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import re
 import threading
@@ -13,6 +14,7 @@ import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 
 from tinkex import RestClient, ServiceClient, TrainingClient, rest_client, types
+from tinkex.api import _call
 from tinkex.errors import (
     APIConnectionError,
     ClientClosedError,
@@ -24,6 +26,7 @@ from tinkex.errors import (
     RouteMissingError,
 )
 from tinkex.local import LocalServer
+from tinkex.retry import RetryPolicy
 
 
 @pytest.fixture
@@ -170,6 +173,87 @@ def test_a_closed_client_says_so(rest: RestClient) -> None:
     rest.close()
     with pytest.raises(ClientClosedError, match="RestClient"):
         rest.list_sessions()
+
+
+# Requests that are sent again
+
+GONE = {"detail": "training run nobody has no checkpoint weights/x"}
+TAKEN = {"detail": f"{PATH} is public already"}
+REPEATED: Dict[str, Tuple[Callable[[RestClient], Any], str, Answer]] = {
+    "delete": (
+        lambda r: r.delete_checkpoint_from_tinker_path(PATH),
+        f"DELETE /api/v1/{AT}",
+        Answer(404, GONE),
+    ),
+    "publish": (
+        lambda r: r.publish_checkpoint_from_tinker_path(PATH),
+        f"POST /api/v1/{AT}/publish",
+        Answer(409, TAKEN),
+    ),
+    "unpublish": (
+        lambda r: r.unpublish_checkpoint_from_tinker_path(PATH),
+        f"DELETE /api/v1/{AT}/publish",
+        Answer(409, TAKEN),
+    ),
+}
+LOST = {
+    "cut": Answer(200, {}, cut_after=1),
+    "dropped": Answer(drop=True),
+    "lost by a gateway": Answer(502, b"<html>Bad Gateway</html>", content_type="text/html"),
+}
+
+
+@pytest.fixture
+def quick(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestClient]:
+    """A client of the scripted server that retries at once."""
+    monkeypatch.setattr(_call, "RetryPolicy", functools.partial(RetryPolicy, base_s=0.002))
+    with RestClient(base_url=server.url) as client:
+        yield client
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("what", REPEATED)
+def test_a_change_whose_response_was_lost_is_done(
+    quick: RestClient, server: ScriptedServer, what: str, lost: str
+) -> None:
+    change, route, second = REPEATED[what]
+    server.on(route, LOST[lost], second)
+    assert change(quick).result(PATIENCE_S) is None
+    keys = [r.headers["x-idempotency-key"] for r in server.requests(route)]
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_a_change_that_is_refused_at_first_is_not_done(
+    quick: RestClient, server: ScriptedServer, what: str
+) -> None:
+    change, route, second = REPEATED[what]
+    server.on(route, second)
+    with pytest.raises((NotFoundError, ConflictError)):
+        change(quick).result(PATIENCE_S)
+    server.on(route, Answer(429, headers={"Retry-After": "0.001"}), second)
+    with pytest.raises((NotFoundError, ConflictError)):
+        change(quick).result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_a_route_that_is_missing_has_not_done_anything(
+    quick: RestClient, server: ScriptedServer, what: str
+) -> None:
+    change, route, _ = REPEATED[what]
+    server.on(route, LOST["dropped"], Answer(404, {"detail": "Not Found"}))
+    with pytest.raises(RouteMissingError):
+        change(quick).result(PATIENCE_S)
+
+
+def test_publishing_what_is_not_there_fails_although_the_first_response_was_lost(
+    quick: RestClient, server: ScriptedServer
+) -> None:
+    change, route, _ = REPEATED["publish"]
+    server.on(route, LOST["dropped"], Answer(404, GONE))
+    with pytest.raises(NotFoundError, match="no checkpoint"):
+        change(quick).result(PATIENCE_S)
 
 
 # Clients on their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -12,6 +13,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex.api import _call
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -19,6 +21,7 @@ from tinkex.errors import (
     BadRequestError,
     CredentialError,
     InternalServerError,
+    NotFoundError,
     RequestFailedError,
     ResponseDecodeError,
     ResultExpiredError,
@@ -28,6 +31,7 @@ from tinkex.errors import (
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.profiles import NAMES
+from tinkex.retry import RetryPolicy
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
 
@@ -484,6 +488,29 @@ def test_a_request_without_a_number_waits_for_all_before_it(
         "optim_step",
         "unload_model",
     ]
+
+
+@pytest.mark.parametrize("status", [404, 409, 410])
+def test_an_unload_whose_response_was_lost_is_done(
+    server: ScriptedServer,
+    routes: TinkerRoutes,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_call, "RetryPolicy", functools.partial(RetryPolicy, base_s=0.002))
+    answers = iter([Answer(drop=True), Answer(status, {"detail": f"{MODEL} was unloaded"})])
+    routes.serve("unload_model", lambda received: next(answers))
+    with ServiceClient(base_url=server.url) as service:
+        trainer = service.create_lora_training_client("base")
+        assert trainer.unload().result(PATIENCE_S) == types.UnloadModelResponse(MODEL)
+
+
+def test_an_unload_that_is_refused_at_first_fails(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    routes.serve("unload_model", lambda received: Answer(404, {"detail": f"no model {MODEL}"}))
+    with pytest.raises(NotFoundError, match=MODEL):
+        trainer.unload().result(PATIENCE_S)
 
 
 # Errors that repeat

@@ -277,7 +277,14 @@ def test_folders_and_hub_names_pass_through(
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert models.resolve(str(tmp_path)).source == str(tmp_path)
-    assert models.resolve("org/name") == models.ResolvedModel("org/name", "org/name")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    lines: List[str] = []
+    found = models.resolve("org/name", progress=lines.append)
+    assert found == models.ResolvedModel("org/name", "org/name")
+    assert lines == ["downloading org/name from the model hub (once)"]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
+    models.resolve("org/name", progress=lines.append)
+    assert len(lines) == 1, "it is here already"
 
 
 def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,3 +259,14 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -
         assert found[0]["status"]["type"] == "cancelled"
         assert found[0]["project_id"] == "default"
         assert api.model()
+
+
+def test_a_run_names_its_newest_checkpoint_of_each_kind(api: Api) -> None:
+    model = api.model()
+    assert "last_checkpoint" not in api.get(f"training_runs/{model}")
+    for seq_id, name in ((1, "b"), (3, "a")):
+        api.save(model, seq_id, name)
+        api.save(model, seq_id + 1, name, "save_weights_for_sampler")
+    (run,) = api.get("training_runs")["training_runs"]
+    assert run["last_checkpoint"]["checkpoint_id"] == "weights/a"
+    assert run["last_sampler_checkpoint"]["checkpoint_id"] == "sampler_weights/a"

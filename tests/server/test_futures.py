@@ -90,3 +90,44 @@ def test_results_are_bounded_in_number_and_in_bytes() -> None:
     for name in "bcd":
         futures.fetched(name, 60)
     assert [futures.wait(name, 0) for name in "bcd"] == [None, None, Success("d")]
+
+
+def test_a_result_that_nobody_has_fetched_is_not_displaced_by_fetched_ones() -> None:
+    futures = table(max_finished=3)
+    futures.create("mine", "a", 1)
+    futures.complete("mine", Success("mine"))
+    for number in range(10):
+        name = str(number)
+        futures.create(name, "b", number)
+        futures.complete(name, Success(name))
+        futures.fetched(name, 10)
+    assert futures.wait("mine", 0) == Success("mine")
+    kept = [name for name in map(str, range(10)) if futures.wait(name, 0) is not None]
+    assert kept == ["7", "8", "9"]
+
+
+def test_fetched_results_are_not_displaced_by_a_flood_of_others() -> None:
+    futures = table(max_finished=3)
+    futures.create("mine", "a", 1)
+    futures.complete("mine", Success("mine"))
+    futures.fetched("mine", 10)
+    for number in range(10):
+        futures.create(str(number), "b", number)
+        futures.complete(str(number), Success(number))
+    assert futures.wait("mine", 0) == Success("mine"), "its answer may have been lost"
+    assert [n for n in range(10) if futures.wait(str(n), 0) is not None] == [7, 8, 9]
+
+
+def test_an_old_result_may_be_fetched_again_for_as_long_as_any_other() -> None:
+    clock = ManualClock()
+    futures = table(clock=clock, keep_fetched_s=100, keep_unfetched_s=1000)
+    futures.create("old", "m", 1)
+    futures.complete("old", Success("old"))
+    clock.now += 999
+    futures.fetched("old", 10)
+    clock.now += 99
+    futures.sweep(clock.now)
+    assert futures.wait("old", 0) == Success("old")
+    clock.now += 1
+    futures.sweep(clock.now)
+    assert futures.wait("old", 0) is None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional, Sequence
 
 import pytest
 from server.harness import Api, serving
 
 from tinkex.errors import LocalServerError
+from tinkex.local import database
 from tinkex.local.problems import Problem
+from tinkex.local.reserve import Reserve
 from tinkex.local.store import CheckpointRow, Store
 from tinkex.types import LoraConfig
 
@@ -278,3 +280,144 @@ def test_a_checkpoint_is_published_dated_and_deleted(api: Api) -> None:
     assert "no checkpoint weights/a" in gone.get_json()["detail"]
     assert client.delete(url.replace("weights", "heights")).status_code == 400
     assert "no checkpoint" in api.post("weights_info", 404, tinker_path=path)["detail"]
+
+
+class FullDisk:
+    """A connection on a disk without room for a change, until *roomy* finds some."""
+
+    def __init__(self, connection: sqlite3.Connection, roomy: Callable[[], bool]) -> None:
+        self._connection = connection
+        self._roomy = roomy
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        if not sql.startswith("SELECT") and not self._roomy():
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._connection.execute(sql, values)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def fill_disk(store: Store, roomy: Callable[[], bool]) -> None:
+    store._db._connection = FullDisk(store._db._connection, roomy)  # type: ignore[assignment]
+
+
+def test_the_reserve_makes_room_for_changes_on_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    reserve = tmp_path / "reserve"
+    assert reserve.stat().st_size == 1 << 20
+    linked, other = save(store, "linked"), save(store, "other")
+    store.freeze(linked)  # its files stay, so that deleting them makes no room
+    fill_disk(store, lambda: not reserve.exists())
+    store.delete_checkpoint(linked)
+    assert "full disk" in caplog.text
+    assert [row.name for row in store.checkpoints_of("s:train:0")] == ["other"]
+    assert not store.folder_of(linked).exists()
+    store.set_public(other, True)
+    assert store.checkpoints_of("s:train:0")[0].public
+    store.restore_reserve()
+    assert reserve.stat().st_size == 1 << 20
+    store.close()
+
+
+def test_a_deletion_makes_room_for_itself_once_the_reserve_is_used_up(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = save(store, "a")
+    (tmp_path / "reserve").unlink()
+    fill_disk(store, lambda: not store.folder_of(row).exists())
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.set_public(row, True)
+    store.delete_checkpoint(row)
+    assert store.checkpoints_of("s:train:0") == []
+    assert not store.folder_of(row).exists()
+    store.close()
+
+
+def test_a_server_that_was_killed_starts_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    save(store, "a")
+    store.close()
+    assert not (tmp_path / "reserve").exists()
+    (tmp_path / "reserve").write_bytes(bytes(1 << 20))  # as a server leaves it that was killed
+    connect = database._connect
+
+    def full(path: str) -> sqlite3.Connection:
+        if (tmp_path / "reserve").exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        return connect(path)
+
+    monkeypatch.setattr(database, "_connect", full)
+    store = Store(tmp_path)
+    assert [row.name for row in store.checkpoints_of("s:train:0")] == ["a"]
+    store.close()
+
+
+def test_a_disk_that_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Store, *, remove_orphans: bool) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Store, "_tidy", full)
+    with pytest.raises(LocalServerError, match="disk is full") as caught:
+        Store(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    monkeypatch.undo()
+    Store(tmp_path).close()  # the folder was given free
+
+
+def test_a_reserve_that_finds_no_room_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, data: bytes) -> int:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    reserve = Reserve(tmp_path / "reserve")
+    reserve.fill()
+    assert not (tmp_path / "reserve").exists()
+    assert not reserve.release()
+
+
+def test_a_start_removes_only_what_a_store_has_made(tmp_path: Path) -> None:
+    mine = [
+        tmp_path / "samplers" / "drums" / "kick.wav",
+        tmp_path / "samplers" / "notes.txt",
+        tmp_path / "checkpoints" / "experiment" / "step-100" / "best" / "model.pt",
+        tmp_path / "checkpoints" / "yolo" / "weights" / "best" / "model.pt",
+    ]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    Store(tmp_path).close()
+    store = Store(tmp_path)
+    store.add_run("s:train:0", "s", "base", LoraConfig(), {}, None)
+    kept = save(store, "kept")
+    left = store.new_sampler_folder()
+    orphan = store.folder_of(kept).with_name("orphan")
+    orphan.mkdir()
+    store.close()
+    store = Store(tmp_path)
+    assert [file.read_text() for file in mine] == ["years of work"] * 4
+    assert store.folder_of(kept).exists()
+    assert not left.exists()
+    assert not orphan.exists()
+    store.close()
+
+
+def test_a_missing_checkpoint_names_the_folder_that_was_searched(tmp_path: Path) -> None:
+    with serving(tmp_path) as api:
+        model = api.model()
+        path = api.save(model, 1, "a")
+        for wrong in (f"tinker://{model}/weights/b", "tinker://other/weights/a"):
+            assert str(tmp_path) in api.post("weights_info", 404, tinker_path=wrong)["detail"]
+        files = tmp_path / "checkpoints" / model.replace(":", "_") / "weights" / "a"
+        files.rename(tmp_path / "moved")
+        for create in ("create_sampling_session", "copy_weights"):
+            body = {"session_id": api.session(), "sampling_session_seq_id": 0, "model_path": path}
+            if create == "copy_weights":
+                body = {"source_path": path, "destination_project_id": "p"}
+            assert f"there is no folder {files}" in api.post(create, 404, **body)["detail"]

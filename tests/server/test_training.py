@@ -322,6 +322,21 @@ def test_an_unloaded_model_is_gone(api: Api, engine: HeldEngine) -> None:
     assert api.get(f"training_runs/{model}")["training_run_id"] == model  # still remembered
 
 
+def test_an_unload_that_comes_twice_is_one(api: Api, engine: HeldEngine) -> None:
+    model = api.model()
+    held = {"request_id": api.hold(model, 1)}
+    assert engine.holding.wait(20)
+    first = api.post("unload_model", model_id=model)
+    assert api.post("unload_model", model_id=model) == first  # while it is queued
+    engine.let_go.set()
+    api.result(held)
+    done = {"model_id": model, "type": "unload_model"}
+    assert api.result(first) == done
+    assert api.post("unload_model", model_id=model) == first  # and when it is done
+    assert api.result(first) == done
+    assert engine.log.count("unload 0") <= 1
+
+
 def test_a_poll_is_held_until_the_result_is_there(api: Api, engine: HeldEngine) -> None:
     model = api.model()
     request_id = api.hold(model, 1)

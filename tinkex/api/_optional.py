@@ -28,6 +28,15 @@ def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> b
     return names_nothing or _is_generic(error.body)
 
 
+def was_done_before(error: APIStatusError, *statuses: int) -> bool:
+    """Tell whether *error* says that an earlier attempt of the same request was carried out.
+
+    A request without a number is sent again when its response is lost.  If the server had carried
+    it out, the second attempt gets one of *statuses*: there is nothing left to do.
+    """
+    return error.maybe_taken and error.status in statuses and not is_missing_route(error)
+
+
 def _is_generic(body: Any) -> bool:
     if isinstance(body, dict):
         body = body.get("detail", body.get("error", body.get("message", "")))

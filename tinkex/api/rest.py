@@ -5,16 +5,20 @@ Every function blocks, and raises RouteMissingError where the server does not ha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Type, TypeVar, Union
+import logging
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 from tinkex import types
 from tinkex.api._call import call, encode, get, post, read, segment
-from tinkex.api._optional import optional_route
+from tinkex.api._optional import optional_route, was_done_before
+from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
 
 if TYPE_CHECKING:
     from tinkex.types._wire import Wire
+
+logger = logging.getLogger(__name__)
 
 W = TypeVar("W", bound="Wire")
 
@@ -48,9 +52,17 @@ def _change(
     path: str,
     route: str,
     body: Optional[Mapping[str, Any]] = None,
+    *,
+    done: Tuple[int, ...] = (),
 ) -> None:
+    """Change something; *done* is what the server answers if it was changed before."""
     with optional_route(transport, f"{method} {route}"):
-        call(transport, method, path, body)
+        try:
+            call(transport, method, path, body)
+        except APIStatusError as error:
+            if not was_done_before(error, *done):
+                raise
+            logger.info("%s %s was done by an earlier attempt: %s", method, route, error.message)
 
 
 def list_training_runs(
@@ -88,19 +100,20 @@ def list_user_checkpoints(
 
 def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE training_runs/{id}/checkpoints/{checkpoint}``."""
-    _change(transport, "DELETE", checkpoint_route(run_id, checkpoint_id), _CHECKPOINT)
+    path = checkpoint_route(run_id, checkpoint_id)
+    _change(transport, "DELETE", path, _CHECKPOINT, done=(404, 410))
 
 
 def publish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``POST .../publish``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
-    _change(transport, "POST", path, f"{_CHECKPOINT}/publish")
+    _change(transport, "POST", path, f"{_CHECKPOINT}/publish", done=(409,))
 
 
 def unpublish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
     """``DELETE .../publish``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
-    _change(transport, "DELETE", path, f"{_CHECKPOINT}/publish")
+    _change(transport, "DELETE", path, f"{_CHECKPOINT}/publish", done=(409,))
 
 
 def set_checkpoint_ttl(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 from tinkex import types
 from tinkex.api._call import post, read
-from tinkex.api._optional import optional_route
+from tinkex.api._optional import optional_route, was_done_before
+from tinkex.errors import APIStatusError
 from tinkex.http.request import Body
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
@@ -209,14 +210,22 @@ def save_weights_external(
         return post(transport, "/api/v1/save_weights_external", body, types.UntypedFuture)
 
 
-def unload_model(transport: Transport, model_id: str) -> types.UntypedFuture:
+def unload_model(
+    transport: Transport, model_id: str
+) -> Union[types.UntypedFuture, types.UnloadModelResponse]:
     """``POST unload_model`` -> future of UnloadModelResponse (Appendix A).
 
-    Raises RouteMissingError where the server does not have the route, as newer ones do not.
+    Returns the response itself if an earlier attempt, whose response was lost, has unloaded the
+    model.  Raises RouteMissingError where the server does not have the route, as newer ones do not.
     """
     body = {"model_id": model_id, "type": "unload_model"}
     with optional_route(transport, "POST unload_model"):
-        return post(transport, "/api/v1/unload_model", body, types.UntypedFuture)
+        try:
+            return post(transport, "/api/v1/unload_model", body, types.UntypedFuture)
+        except APIStatusError as error:
+            if not was_done_before(error, 404, 409, 410):
+                raise
+            return types.UnloadModelResponse(model_id)
 
 
 def create_custom_loss(

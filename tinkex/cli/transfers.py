@@ -16,7 +16,11 @@ from tinkex.types.checkpoint_path import SCHEME, locate_checkpoint
 @click.command("download")
 @click.argument("path")
 @click.option("-o", "--output", default=".", metavar="DIR", help="Where to make the folder.")
-@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the checkpoint in an existing folder.",
+)
 @base_url_option
 @format_option
 def download(path: str, output: str, force: bool, base_url: Optional[str]) -> None:

@@ -198,6 +198,7 @@ class Backend:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
             self.store.drop_expired_checkpoints()
+            self.store.restore_reserve()
         with self._lock:
             next_expiry = self._sessions.next_due()
         return self._sweep_due if next_expiry is None else min(self._sweep_due, next_expiry)
@@ -239,7 +240,11 @@ class Backend:
         """Return a training run; Problem 404 if it is unknown."""
         row = self.store.run(run_id)
         if row is None:
-            raise Problem(404, f"training run {run_id} is unknown")
+            raise Problem(
+                404,
+                f"training run {run_id} is unknown; this server keeps its runs in "
+                f"{self.store.data_dir}",
+            )
         return row
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
@@ -251,7 +256,7 @@ class Backend:
         names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
         raise Problem(
             404,
-            f"training run {run_id} has no checkpoint {kind}/{name}; "
+            f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
             f"it has {', '.join(names) or 'none'}",
         )
 

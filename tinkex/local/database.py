@@ -1,16 +1,22 @@
-"""The SQLite database of the embedded server: its tables, and how it is opened.
+"""The SQLite database of the embedded server: its tables, and how it is opened, read and changed.
 
-No state, no threads.
+No thread of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sqlite3
+import threading
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Sequence
 
 from tinkex.errors import LocalServerError
+from tinkex.local.reserve import Reserve
+
+_log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -41,29 +47,89 @@ _ADDED = (
 )
 
 
-def open_database(path: Union[str, Path]) -> sqlite3.Connection:
-    """Open the database, made or brought up to date as needed."""
-    database = sqlite3.connect(str(path), check_same_thread=False, isolation_level=None)
+class Database:
+    """The database in *folder*, made or brought up to date as needed.  Thread-safe.
+
+    It is changed on a full disk, too, while its reserve lasts.
+
+    Args:
+        folder: exists.
+        in_memory: keep everything in memory, and nothing in *folder*.
+
+    Raises:
+        sqlite3.Error: it cannot be opened; from other methods, read or changed.
+    """
+
+    def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
+        self._folder = folder
+        # Guards the connection.
+        self._lock = threading.Lock()
+        self._reserve = None if in_memory else Reserve(folder / "reserve")
+        path = ":memory:" if in_memory else str(folder / "tinkex.sqlite3")
+        try:
+            self._connection = _connect(path)
+        except sqlite3.OperationalError:  # as of a full disk
+            if not self._release_reserve():
+                raise
+            self._connection = _connect(path)
+        self.restore_reserve()
+
+    def close(self) -> None:
+        """Close it, and give back the reserve."""
+        with self._lock:
+            self._connection.close()
+        self._release_reserve()
+
+    def execute(self, sql: str, *values: Any) -> None:
+        """Change something."""
+        with self._lock:
+            try:
+                self._connection.execute(sql, values)
+                return
+            except sqlite3.OperationalError:  # as of a full disk
+                if not self._release_reserve():
+                    raise
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # empties the log
+            self._connection.execute(sql, values)
+        _log.warning("%s is on a full disk; the reserve for its database is in use", self._folder)
+
+    def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
+        """Return what a query finds."""
+        with self._lock:
+            return self._connection.execute(sql, values).fetchall()
+
+    def restore_reserve(self) -> None:
+        """Keep room on the disk for changes again, if some was used and there is any."""
+        if self._reserve is not None:
+            self._reserve.fill()
+
+    def _release_reserve(self) -> bool:
+        return self._reserve is not None and self._reserve.release()
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
-        database.row_factory = sqlite3.Row
+        connection.row_factory = sqlite3.Row
         # NORMAL with WAL: a power cut may lose the last facts, never the database; no fsync
         # per commit.
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=NORMAL")
-        database.executescript(_SCHEMA)
-        _add_columns(database)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(_SCHEMA)
+        _add_columns(connection)
     except sqlite3.Error:
-        database.close()
+        connection.close()
         raise
-    return database
+    return connection
 
 
-def _add_columns(database: sqlite3.Connection) -> None:
+def _add_columns(connection: sqlite3.Connection) -> None:
     """Bring a database of an older version up to date."""
     for table, column in _ADDED:
-        known = {row["name"] for row in database.execute(f"PRAGMA table_info({table})")}
+        known = {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}
         if column not in known:
-            database.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
 
 
 def lock_folder(data_dir: Path) -> Optional[int]:

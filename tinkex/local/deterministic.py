@@ -182,6 +182,10 @@ class DeterministicEngine:
         }
         (folder / _STATE_FILE).write_text(json.dumps(state))
 
+    def export(self, model_id: str, folder: Path) -> None:
+        """Write the adapter's state into *folder*."""
+        self.save(model_id, folder, with_optimizer=False)
+
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
         """Take over a saved state."""
         adapter, state = self._adapter(model_id), _read_state(folder)

@@ -65,7 +65,8 @@ class FutureTable:
         keep_fetched_s: a result may be fetched again for this long (a lost answer is asked for
             again within seconds).
         keep_unfetched_s: a result nobody asks for is dropped after this long.
-        max_finished: at most this many results are kept, the oldest dropped first.
+        max_finished: at most this many results that were not fetched are kept, and as many that
+            were, the oldest dropped first; neither kind ever displaces the other.
         max_fetched_bytes: at most this many encoded bytes of fetched results are kept.
         max_gone: so many ids of dropped results are remembered.
         clock: monotonic seconds.
@@ -90,7 +91,7 @@ class FutureTable:
         # Guards everything below.  Nothing is called and nobody waits while it is held.
         self._lock = threading.Lock()
         self._pending: Dict[str, _Entry] = {}
-        self._finished: OrderedDict[str, _Entry] = OrderedDict()  # by time of completion
+        self._unfetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of completion
         self._fetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of first fetch
         self._fetched_bytes = 0
         self._gone: OrderedDict[str, None] = OrderedDict()
@@ -114,13 +115,13 @@ class FutureTable:
                 return
             entry.outcome = outcome
             entry.finished_at = self._clock()
-            self._finished[request_id] = entry
+            self._unfetched[request_id] = entry
             events = [] if entry.done is None else [entry.done]
             if entry.group is not None:
                 entry.number = self._completions.add(entry.group, request_id)
                 events += self._listeners.pop(entry.group, [])
-            while len(self._finished) > self._max_finished:
-                self._drop_locked(next(iter(self._finished)))
+            while len(self._unfetched) > self._max_finished:
+                self._drop_locked(next(iter(self._unfetched)))
         for event in events:
             event.set()
 
@@ -132,7 +133,7 @@ class FutureTable:
         with self._lock:
             entry = self._pending.get(request_id)
             if entry is None:
-                finished = self._finished.get(request_id)
+                finished = self._finished_locked(request_id)
                 return None if finished is None else finished.outcome
             if timeout_s <= 0 or self._closing:
                 return Waiting(entry.owner, entry.seq_id)
@@ -169,16 +170,19 @@ class FutureTable:
     def _outcomes_locked(self, request_ids: List[str]) -> List[Tuple[str, Outcome]]:
         found = []
         for request_id in request_ids:
-            outcome = self._finished[request_id].outcome
-            if outcome is not None:
-                found.append((request_id, outcome))
+            entry = self._finished_locked(request_id)
+            if entry is not None and entry.outcome is not None:
+                found.append((request_id, entry.outcome))
         return found
+
+    def _finished_locked(self, request_id: str) -> Optional[_Entry]:
+        return self._unfetched.get(request_id) or self._fetched.get(request_id)
 
     def acknowledge(self, group: Group, request_ids: Iterable[str]) -> None:
         """Drop the results of *group* that its client has; others are left alone."""
         with self._lock:
             for request_id in request_ids:
-                entry = self._finished.get(request_id)
+                entry = self._finished_locked(request_id)
                 if entry is not None and entry.group == group:
                     self._drop_locked(request_id)
 
@@ -190,15 +194,18 @@ class FutureTable:
     def fetched(self, request_id: str, size: int) -> None:
         """Note that the result was handed out in *size* bytes."""
         with self._lock:
-            entry = self._finished.get(request_id)
-            if entry is None or entry.fetched_at is not None:
+            entry = self._unfetched.pop(request_id, None)
+            if entry is None:  # gone, or fetched before
                 return
             entry.fetched_at = self._clock()
             entry.fetched_bytes = size
             self._fetched[request_id] = entry
             self._fetched_bytes += size
             # The newest stays whatever its size: its answer may still get lost.
-            while self._fetched_bytes > self._max_fetched_bytes and len(self._fetched) > 1:
+            while len(self._fetched) > 1 and (
+                self._fetched_bytes > self._max_fetched_bytes
+                or len(self._fetched) > self._max_finished
+            ):
                 self._drop_locked(next(iter(self._fetched)))
 
     def sweep(self, now: float) -> None:
@@ -208,7 +215,7 @@ class FutureTable:
                 if entry.fetched_at is None or now < entry.fetched_at + self._keep_fetched_s:
                     break
                 self._drop_locked(request_id)
-            for request_id, entry in list(self._finished.items()):
+            for request_id, entry in list(self._unfetched.items()):
                 if now < entry.finished_at + self._keep_unfetched_s:
                     break
                 self._drop_locked(request_id)
@@ -224,11 +231,10 @@ class FutureTable:
             event.set()
 
     def _drop_locked(self, request_id: str) -> None:
-        entry = self._finished.pop(request_id, None)
+        entry = self._unfetched.pop(request_id, None) or self._fetched.pop(request_id, None)
         if entry is None:
             return
-        if self._fetched.pop(request_id, None) is not None:
-            self._fetched_bytes -= entry.fetched_bytes
+        self._fetched_bytes -= entry.fetched_bytes
         if entry.group is not None:
             self._completions.discard(entry.group, entry.number)
         self._gone[request_id] = None

@@ -100,25 +100,29 @@ def resolve(
                 hint="Give a folder written by save_pretrained.",
             )
         return ResolvedModel(name, str(folder.resolve()))
-    _check_hub(name)
+    if not _is_here(name):
+        tell(f"downloading {name} from the model hub (once)")
     return ResolvedModel(name, name)
 
 
-def _check_hub(name: str) -> None:
-    """Fail at once, not after a minute of retries, where there is no way to the model hub."""
+def _is_here(name: str) -> bool:
+    """Tell whether the model *name* of the hub was downloaded before.
+
+    Fails now, not after a minute of retries, where there is no way to the model hub.
+    """
     _check_packages("huggingface_hub")
     from huggingface_hub import constants, try_to_load_from_cache
 
     hint = "Give a folder written by save_pretrained, or smollm2-135m, which needs no model hub."
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
+            return True
     except ValueError as error:
         raise LocalServerError(
             f"{name!r} is neither a folder nor the name of a model: {error}", hint=hint
         ) from error
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return  # transformers knows what to do, or a proxy does
+        return bool(constants.HF_HUB_OFFLINE)  # transformers knows what to do, or a proxy does
     host = urlsplit(constants.ENDPOINT).hostname
     try:
         socket.getaddrinfo(host, None)
@@ -128,6 +132,7 @@ def _check_hub(name: str) -> None:
             f"cannot be reached ({error.strerror or error})",
             hint=hint,
         ) from error
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

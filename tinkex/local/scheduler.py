@@ -159,13 +159,18 @@ class Scheduler:
             return "" if job is None else job.request_id
 
     def unload_model(self, model_id: str, request_id: str) -> None:
-        """Queue the end of a run behind what is ready; *request_id* completes then."""
+        """Queue the end of a run behind what is ready; *request_id* completes then.
+
+        Nothing happens if that was queued before.
+        """
 
         def unload() -> Dict[str, str]:
             self.close_model(model_id, f"model {model_id} was unloaded")
             return {"model_id": model_id, "type": "unload_model"}
 
         with self._wake:
+            if self._futures.wait(request_id, 0.0) is not None:
+                return
             lane = self._open_lane_locked(model_id)
             self._futures.create(request_id, model_id, lane.next_seq)
             lane.ready.append(Job(request_id, unload))

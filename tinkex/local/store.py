@@ -5,10 +5,11 @@
     <data_dir>/tinkex.sqlite3                        sessions, runs, checkpoints, samplers
     <data_dir>/checkpoints/<run>/<kind>/<name>/      one saved adapter
     <data_dir>/samplers/<n>/                         frozen weights of living samplers
+    <data_dir>/reserve                               disk space for changes on a full disk
 
 A checkpoint is written into a temporary sibling, renamed, and exists once its row is committed;
 what a crash leaves behind without a row is removed at the next start.  No thread of its own;
-thread-safe: one connection behind one lock.
+thread-safe.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from tinkex.errors import LocalServerError
-from tinkex.local.database import lock_folder, open_database
+from tinkex.local.database import Database, lock_folder
 from tinkex.local.problems import Problem
 from tinkex.local.rows import (
     CheckpointRow,
@@ -42,6 +44,8 @@ from tinkex.types.checkpoint_path import KINDS
 
 #: Checkpoint type -> path segment.
 KIND_OF = {checkpoint_type: kind for kind, checkpoint_type in KINDS.items()}
+
+_SAMPLER_FOLDER = re.compile("[0-9a-f]{32}")  # uuid4().hex
 
 _UNEXPIRED = "(checkpoints.expires_at IS NULL OR checkpoints.expires_at > ?)"
 _NEWEST_FIRST = "ORDER BY checkpoints.created_at DESC, checkpoints.rowid DESC"
@@ -65,32 +69,35 @@ class Store:
         self.data_dir = data_dir
         self.wall = wall
         self._touched: Dict[str, float] = {}
-        # Guards the connection and _touched.  Weights are written without it.
+        # Guards _touched.
         self._lock = threading.Lock()
         self._folder_lock: Optional[int] = None
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            self._folder_lock = lock_folder(data_dir)
-            self._db = open_database(":memory:" if in_memory else data_dir / "tinkex.sqlite3")
+            with contextlib.ExitStack() as opened:
+                opened.callback(self._unlock_folder)
+                data_dir.mkdir(parents=True, exist_ok=True)
+                self._folder_lock = lock_folder(data_dir)
+                self._db = Database(data_dir, in_memory=in_memory)
+                opened.callback(self._db.close)
+                self._tidy(remove_orphans=not in_memory)
+                opened.pop_all()
         except (OSError, sqlite3.Error) as error:
-            self._unlock_folder()
             raise LocalServerError(
                 f"cannot use the data directory {data_dir}: {error}",
-                hint="Name a folder that can be written, with --data-dir or data_dir=...",
+                hint="Name a folder that can be written, and has space left, with --data-dir or "
+                "data_dir=...",
             ) from error
-        self._tidy(remove_orphans=not in_memory)
 
     def close(self) -> None:
         """Close the database and give the folder free."""
-        with self._lock:
-            self._db.close()
+        self._db.close()
         self._unlock_folder()
 
     # Sessions
 
     def add_session(self, session_id: str, facts: Dict[str, Any]) -> None:
         """Remember a new session; *facts* is what the client said about it."""
-        self._execute(
+        self._db.execute(
             "INSERT INTO sessions (session_id, created_at, state, facts, project_id) "
             "VALUES (?, ?, 'live', ?, ?)",
             session_id, self.wall(), json.dumps(facts), facts.get("project_id"),
@@ -105,7 +112,7 @@ class Store:
         end_detail: Optional[str] = None,
     ) -> None:
         """Note that a session ended; only the first end counts."""
-        self._execute(
+        self._db.execute(
             "UPDATE sessions SET state = ?, ended_at = ?, reason = ?, end_reason = ?, "
             "end_detail = ? WHERE session_id = ? AND state = 'live'",
             state, self.wall(), reason, end_reason, end_detail, session_id,
@@ -114,21 +121,21 @@ class Store:
     def set_project(self, session_id: str, project_id: str) -> None:
         """Move a session, and the runs in it, to another project."""
         sql = "UPDATE sessions SET project_id = ? WHERE session_id = ?"
-        self._execute(sql, project_id, session_id)
+        self._db.execute(sql, project_id, session_id)
 
     def session(self, session_id: str) -> Optional[SessionRow]:
         """Return a session, or None."""
-        rows = self._rows("SELECT * FROM sessions WHERE session_id = ?", session_id)
+        rows = self._db.rows("SELECT * FROM sessions WHERE session_id = ?", session_id)
         return session_row(rows[0]) if rows else None
 
     def sessions(self, limit: int, offset: int) -> List[SessionRow]:
         """Return sessions, newest first."""
         sql = "SELECT * FROM sessions ORDER BY created_at DESC, rowid DESC LIMIT ? OFFSET ?"
-        return [session_row(row) for row in self._rows(sql, limit, offset)]
+        return [session_row(row) for row in self._db.rows(sql, limit, offset)]
 
     def all_sessions(self) -> List[SessionRow]:
         """Return every session."""
-        return [session_row(row) for row in self._rows("SELECT * FROM sessions")]
+        return [session_row(row) for row in self._db.rows("SELECT * FROM sessions")]
 
     def checkpoint_totals(self, session_id: str) -> Tuple[int, int]:
         """Return how many checkpoints the runs of a session have, and their bytes."""
@@ -136,7 +143,7 @@ class Store:
             "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM checkpoints JOIN runs "
             f"USING (run_id) WHERE session_id = ? AND {_UNEXPIRED}"
         )
-        count, size = self._rows(sql, session_id, self.wall())[0]
+        count, size = self._db.rows(sql, session_id, self.wall())[0]
         return int(count), int(size)
 
     # Runs
@@ -153,7 +160,7 @@ class Store:
     ) -> None:
         """Remember a new training run; without a project of its own it is in its session's."""
         now = self.wall()
-        self._execute(
+        self._db.execute(
             "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             run_id, session_id, now, now, base_model, json.dumps(lora.to_wire()),
             json.dumps(optimizer), dumps(user_metadata), project_id,
@@ -161,11 +168,11 @@ class Store:
 
     def drop_run(self, run_id: str) -> None:
         """Forget a run that could not be created."""
-        self._execute("DELETE FROM runs WHERE run_id = ?", run_id)
+        self._db.execute("DELETE FROM runs WHERE run_id = ?", run_id)
 
     def run(self, run_id: str) -> Optional[RunRow]:
         """Return a run, or None."""
-        rows = self._rows("SELECT * FROM runs WHERE run_id = ?", run_id)
+        rows = self._db.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
         return run_row(rows[0]) if rows else None
 
     def runs(
@@ -176,17 +183,17 @@ class Store:
             "FROM runs LEFT JOIN sessions USING (session_id) "
             "WHERE ? IS NULL OR COALESCE(runs.project_id, sessions.project_id) = ?"
         )
-        total = self._rows(f"SELECT COUNT(*) {found}", project_id, project_id)[0][0]
+        total = self._db.rows(f"SELECT COUNT(*) {found}", project_id, project_id)[0][0]
         sql = (
             f"SELECT runs.* {found} ORDER BY last_request_at DESC, runs.rowid DESC LIMIT ? OFFSET ?"
         )
-        rows = self._rows(sql, project_id, project_id, limit, offset)
+        rows = self._db.rows(sql, project_id, project_id, limit, offset)
         return [run_row(row) for row in rows], total
 
     def runs_of(self, session_id: str) -> List[str]:
         """Return the ids of a session's runs, oldest first."""
         sql = "SELECT run_id FROM runs WHERE session_id = ? ORDER BY rowid"
-        return [row[0] for row in self._rows(sql, session_id)]
+        return [row[0] for row in self._db.rows(sql, session_id)]
 
     def touch_run(self, run_id: str) -> None:
         """Note that a run is in use, at most once a second."""
@@ -195,7 +202,7 @@ class Store:
             if now - self._touched.get(run_id, 0.0) < 1.0:
                 return
             self._touched[run_id] = now
-            self._db.execute("UPDATE runs SET last_request_at = ? WHERE run_id = ?", (now, run_id))
+        self._db.execute("UPDATE runs SET last_request_at = ? WHERE run_id = ?", now, run_id)
 
     # Samplers
 
@@ -203,20 +210,20 @@ class Store:
         self, sampler_id: str, session_id: str, base_model: str, model_path: Optional[str]
     ) -> None:
         """Remember a new sampling session."""
-        self._execute(
+        self._db.execute(
             "INSERT INTO samplers VALUES (?, ?, ?, ?, ?)",
             sampler_id, session_id, self.wall(), base_model, model_path,
         )  # fmt: skip
 
     def sampler(self, sampler_id: str) -> Optional[SamplerRow]:
         """Return a sampling session, or None."""
-        rows = self._rows("SELECT * FROM samplers WHERE sampler_id = ?", sampler_id)
+        rows = self._db.rows("SELECT * FROM samplers WHERE sampler_id = ?", sampler_id)
         return SamplerRow(*rows[0]) if rows else None
 
     def samplers_of(self, session_id: str) -> List[str]:
         """Return the ids of a session's samplers, oldest first."""
         sql = "SELECT sampler_id FROM samplers WHERE session_id = ? ORDER BY rowid"
-        return [row[0] for row in self._rows(sql, session_id)]
+        return [row[0] for row in self._db.rows(sql, session_id)]
 
     def freeze(self, checkpoint: CheckpointRow) -> Path:
         """Give a sampler its own copy of a checkpoint, which outlives the checkpoint.
@@ -243,7 +250,7 @@ class Store:
         except OSError as error:
             if source.exists():
                 raise
-            raise Problem(404, f"{checkpoint.tinker_path} was deleted just now") from error
+            raise self.missing_files(checkpoint) from error
 
     def new_sampler_folder(self) -> Path:
         """Make an empty folder for the weights of a sampler."""
@@ -270,7 +277,7 @@ class Store:
         *overwrite* is not set.
         """
         self.check_name_free(run_id, kind, name, overwrite)
-        parent = self.data_dir / "checkpoints" / _folder_name(run_id) / kind
+        parent = self._run_folder(run_id) / kind
         parent.mkdir(parents=True, exist_ok=True)
         temporary = parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
         temporary.mkdir()
@@ -284,8 +291,8 @@ class Store:
             raise
         now = self.wall()
         sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
-        replaced = [checkpoint_row(row) for row in self._rows(sql, run_id, kind, name)]
-        self._execute(
+        replaced = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
+        self._db.execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
             run_id, kind, name, now, str(final.relative_to(self.data_dir)), size,
             None if ttl_s is None else now + ttl_s, dumps(user_metadata),
@@ -305,7 +312,7 @@ class Store:
     def checkpoint(self, run_id: str, kind: str, name: str) -> Optional[CheckpointRow]:
         """Return a checkpoint, or None; an expired one counts as gone."""
         sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
-        found = [checkpoint_row(row) for row in self._rows(sql, run_id, kind, name)]
+        found = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
         if found and found[0].expires_at is not None and found[0].expires_at <= self.wall():
             return None
         return found[0] if found else None
@@ -313,37 +320,66 @@ class Store:
     def checkpoints_of(self, run_id: str) -> List[CheckpointRow]:
         """Return a run's checkpoints, newest first."""
         sql = f"SELECT * FROM checkpoints WHERE run_id = ? AND {_UNEXPIRED} {_NEWEST_FIRST}"
-        return [checkpoint_row(row) for row in self._rows(sql, run_id, self.wall())]
+        return [checkpoint_row(row) for row in self._db.rows(sql, run_id, self.wall())]
+
+    def last_checkpoint(self, run_id: str, kind: str) -> Optional[CheckpointRow]:
+        """Return a run's newest checkpoint of *kind*, or None."""
+        sql = (
+            f"SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND {_UNEXPIRED} "
+            f"{_NEWEST_FIRST} LIMIT 1"
+        )
+        rows = self._db.rows(sql, run_id, kind, self.wall())
+        return checkpoint_row(rows[0]) if rows else None
 
     def checkpoints(self, limit: int, offset: int) -> Tuple[List[CheckpointRow], int]:
         """Return a page of all checkpoints, newest first, and how many there are."""
         now = self.wall()
-        total = self._rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
+        total = self._db.rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
         sql = f"SELECT * FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-        return [checkpoint_row(row) for row in self._rows(sql, now, limit, offset)], total
+        return [checkpoint_row(row) for row in self._db.rows(sql, now, limit, offset)], total
 
     def folder_of(self, checkpoint: CheckpointRow) -> Path:
         """Return the folder that holds a checkpoint's files."""
         return self.data_dir / checkpoint.folder
 
+    def missing_files(self, checkpoint: CheckpointRow) -> Problem:
+        """Make the error for a checkpoint whose folder is not there."""
+        current = self.checkpoint(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        if current is None or current.folder != checkpoint.folder:
+            return Problem(404, f"{checkpoint.tinker_path} was deleted just now")
+        return Problem(
+            404,
+            f"the files of {checkpoint.tinker_path} are missing: there is no folder "
+            f"{self.folder_of(checkpoint)}",
+        )
+
     def delete_checkpoint(self, checkpoint: CheckpointRow) -> None:
-        """Forget a checkpoint and remove its files."""
-        self._execute(
+        """Forget a checkpoint and remove its files.  Works on a full disk, too."""
+        try:
+            self._forget_checkpoint(checkpoint)
+        except sqlite3.OperationalError:
+            # The disk is full and the reserve used up: the files go first, to make room. Otherwise
+            # they go last, since without its row a folder is removed at the next start.
+            shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+            self._forget_checkpoint(checkpoint)
+        shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+
+    def _forget_checkpoint(self, checkpoint: CheckpointRow) -> None:
+        self._db.execute(
             "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ? AND folder = ?",
             checkpoint.run_id, checkpoint.kind, checkpoint.name, checkpoint.folder,
         )  # fmt: skip
-        shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
 
     def set_public(self, checkpoint: CheckpointRow, public: bool) -> None:
         """Mark a checkpoint as published or not."""
-        self._execute(
+        self._db.execute(
             "UPDATE checkpoints SET public = ? WHERE run_id = ? AND kind = ? AND name = ?",
             int(public), checkpoint.run_id, checkpoint.kind, checkpoint.name,
         )  # fmt: skip
 
     def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
         """Have a checkpoint expire *ttl_s* from now; None keeps it."""
-        self._execute(
+        self._db.execute(
             "UPDATE checkpoints SET expires_at = ? WHERE run_id = ? AND kind = ? AND name = ?",
             None if ttl_s is None else self.wall() + ttl_s,
             checkpoint.run_id, checkpoint.kind, checkpoint.name,
@@ -352,8 +388,12 @@ class Store:
     def drop_expired_checkpoints(self) -> None:
         """Delete the checkpoints whose time has come."""
         sql = "SELECT * FROM checkpoints WHERE expires_at <= ?"
-        for row in self._rows(sql, self.wall()):
+        for row in self._db.rows(sql, self.wall()):
             self.delete_checkpoint(checkpoint_row(row))
+
+    def restore_reserve(self) -> None:
+        """Keep room on the disk for changes again, after some was used on a full disk."""
+        self._db.restore_reserve()
 
     # Below
 
@@ -362,29 +402,29 @@ class Store:
             os.close(self._folder_lock)
             self._folder_lock = None
 
-    def _execute(self, sql: str, *values: Any) -> None:
-        with self._lock:
-            self._db.execute(sql, values)
-
-    def _rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
-
     def _tidy(self, *, remove_orphans: bool) -> None:
-        """After a restart: no session lives, and no weights are kept without their row."""
-        with self._lock:
-            self._db.execute(
-                "UPDATE sessions SET state = 'lost', ended_at = ?, "
-                "reason = 'the server was restarted' WHERE state = 'live'",
-                (self.wall(),),
-            )
-        shutil.rmtree(self.data_dir / "samplers", ignore_errors=True)
-        if not remove_orphans:
-            return
-        known = {row["folder"] for row in self._rows("SELECT folder FROM checkpoints")}
-        for folder in (self.data_dir / "checkpoints").glob("*/*/*"):
-            if str(folder.relative_to(self.data_dir)) not in known:
+        """After a restart: no session lives, and no weights are kept without their row.
+
+        Only folders that a store has named are removed: the data directory may be one in which the
+        user keeps a folder "samplers" or "checkpoints", too.
+        """
+        for folder in (self.data_dir / "samplers").glob("*"):
+            if _SAMPLER_FOLDER.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
+        if remove_orphans:
+            known = {row["folder"] for row in self._db.rows("SELECT folder FROM checkpoints")}
+            for run in self._db.rows("SELECT run_id FROM runs"):
+                for folder in self._run_folder(run["run_id"]).glob("*/*"):
+                    if str(folder.relative_to(self.data_dir)) not in known:
+                        shutil.rmtree(folder, ignore_errors=True)
+        self._db.execute(
+            "UPDATE sessions SET state = 'lost', ended_at = ?, "
+            "reason = 'the server was restarted' WHERE state = 'live'",
+            self.wall(),
+        )
+
+    def _run_folder(self, run_id: str) -> Path:
+        return self.data_dir / "checkpoints" / _folder_name(run_id)
 
 
 def _link_or_copy(source: str, target: str) -> None:

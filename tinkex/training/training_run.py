@@ -110,11 +110,11 @@ class TrainingRun:
         return self.queue(kind, task, counted=after is None)
 
     def submit_unnumbered(
-        self, kind: str, send: Callable[[], UntypedFuture], decode: Callable[[Reply], T]
+        self, kind: str, send: Callable[[], Union[UntypedFuture, T]], decode: Callable[[Reply], T]
     ) -> APIFuture[T]:
         """Queue a request that has no number, to be sent when all before it is done.
 
-        *send* sends it, with the session's transport.
+        *send* sends it, with the session's transport, and returns what to poll for, or the result.
         """
 
         def task(future: APIFuture[T]) -> None:
@@ -123,6 +123,9 @@ class TrainingRun:
                 return
             future.enter("submitting")
             accepted = send()
+            if not isinstance(accepted, UntypedFuture):
+                future.settle(accepted)
+                return
             future.enter("waiting", accepted.request_id)
             operation = Operation(future, decode, owner=f"run {self.model_id}")
             self._session.poller.watch(self.model_id, operation)

@@ -10,11 +10,11 @@ import os
 import re
 import shutil
 import tarfile
-import zlib
 from pathlib import Path
-from typing import Callable, List
+from typing import IO, Callable, List, cast
 
 from tinkex.errors import ResponseDecodeError
+from tinkex.transfer.compression import ArchiveReader
 
 #: Most files in an archive.
 MAX_FILES = 100_000
@@ -49,7 +49,8 @@ def safe_parts(name: str) -> List[str]:
 def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: None) -> int:
     """Unpack the tar *archive*, compressed or not, into the new *folder*; return its bytes.
 
-    *check* is called often, and may raise to stop.  Whatever is raised, the folder is gone then.
+    It is read to its end: checksums and the end marker are checked.  *check* is called often, and
+    may raise to stop.  Whatever is raised, the folder is gone then.
 
     Raises:
         ResponseDecodeError: it is not a tar file, broken, too large unpacked, or not safe.
@@ -58,9 +59,12 @@ def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: 
     limit = archive.stat().st_size * EXPANSION + SLACK_BYTES
     folder.mkdir()
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            return _extract(tar, folder, limit, check)
-    except (tarfile.TarError, EOFError, zlib.error, UnicodeError) as error:
+        with ArchiveReader(archive) as reader:
+            with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:") as tar:
+                unpacked = _extract(tar, folder, limit, check)
+                reader.finish(limit, check)
+            return unpacked
+    except (tarfile.TarError, UnicodeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ResponseDecodeError(
             f"the archive cannot be unpacked: {type(error).__name__}: {error}"

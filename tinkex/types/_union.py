@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Type
 from dataclasses_json import config
 
 from tinkex.errors import ResponseDecodeError
+from tinkex.types._exact import CODERS
 from tinkex.types._wire import Wire, bulk, excerpt
 
 
@@ -49,9 +50,9 @@ def reader(*members: Type[Wire]) -> Callable[[Any], Wire]:
 
 def variant(*members: Type[Wire], default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field that holds one of *members*, an UnknownVariant, or *default*."""
-    return dataclasses.field(
-        default=default, metadata=config(encoder=_to_wire, decoder=reader(*members))
-    )
+    read = reader(*members)
+    metadata = {**config(encoder=_to_wire, decoder=read), CODERS: (_to_wire, read)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _to_wire(value: Optional[Wire]) -> Any:

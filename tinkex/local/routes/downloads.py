@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from email.utils import formatdate
+from pathlib import Path
 from typing import Callable, Dict, Optional, Tuple, TypeVar
 
 from flask import Flask, Response, request
@@ -48,10 +49,11 @@ def _register_urls(app: Flask, backend: Backend, signer: Signer) -> None:
                 400,
                 f"{kind}/{name} is no external checkpoint; save_weights_external makes one",
             )
-        folder = backend.store.folder_of(need_checkpoint(backend, run_id, kind, name))
+        row = need_checkpoint(backend, run_id, kind, name)
+        folder = backend.store.folder_of(row)
         urls: Dict[str, str] = {}
         expires_at = 0
-        for file in _found(lambda: files_of(folder)):
+        for file in _found(backend, row, files_of):
             relative = file.relative_to(folder).as_posix()
             path = f"files/{run_id}/{kind}/{name}/{relative}"
             urls[relative], expires_at = _signed(signer, path)
@@ -72,7 +74,7 @@ def _register_contents(app: Flask, backend: Backend, signer: Signer) -> None:
     def signed_archive(run_id: str, kind: str, name: str) -> Response:
         check_signature()
         row = need_checkpoint(backend, run_id, kind, name)
-        content = _found(lambda: tar_content(backend.store.folder_of(row)))
+        content = _found(backend, row, tar_content)
         response = _download(content, _etag(row, ""), "application/x-tar")
         response.headers["Content-Disposition"] = f'attachment; filename="{name}.tar"'
         return response
@@ -81,16 +83,16 @@ def _register_contents(app: Flask, backend: Backend, signer: Signer) -> None:
     def signed_file(run_id: str, kind: str, name: str, relative: str) -> Response:
         check_signature()  # of the whole path: only names that were handed out get this far
         row = need_checkpoint(backend, run_id, kind, name)
-        content = _found(lambda: file_content(backend.store.folder_of(row) / relative))
+        content = _found(backend, row, lambda folder: file_content(folder / relative))
         return _download(content, _etag(row, relative), "application/octet-stream")
 
 
-def _found(look: Callable[[], T]) -> T:
-    """Return what *look* finds; Problem 404 if the checkpoint was deleted at the same time."""
+def _found(backend: Backend, row: CheckpointRow, look: Callable[[Path], T]) -> T:
+    """Return what *look* finds in the folder of a checkpoint; Problem 404 if it is not there."""
     try:
-        return look()
+        return look(backend.store.folder_of(row))
     except FileNotFoundError as error:
-        raise Problem(404, "the checkpoint was deleted just now") from error
+        raise backend.store.missing_files(row) from error
 
 
 def _etag(row: CheckpointRow, relative: str) -> str:

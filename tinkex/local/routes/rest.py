@@ -68,10 +68,9 @@ def _checkpoint(row: CheckpointRow) -> Checkpoint:
 
 
 def _run(backend: Backend, row: RunRow) -> TrainingRun:
-    checkpoints = backend.store.checkpoints_of(row.run_id)
-
     def last(kind: str) -> Optional[Checkpoint]:
-        return next((_checkpoint(found) for found in checkpoints if found.kind == kind), None)
+        found = backend.store.last_checkpoint(row.run_id, kind)
+        return None if found is None else _checkpoint(found)
 
     return TrainingRun(
         training_run_id=row.run_id,

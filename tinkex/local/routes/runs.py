@@ -89,9 +89,10 @@ def register(app: Flask, backend: Backend) -> None:
     def unload_model() -> Response:
         body, _ = json_body()
         model_id = need(body, "model_id", str)
-        backend.check_model(model_id)
         request_id = f"{model_id}:unload"
-        backend.scheduler.unload_model(model_id, request_id)
+        if backend.futures.wait(request_id, 0.0) is None:  # else it was asked for before
+            backend.check_model(model_id)
+            backend.scheduler.unload_model(model_id, request_id)
         return answer({"request_id": request_id, "model_id": model_id})
 
     @app.post("/api/v1/get_info")

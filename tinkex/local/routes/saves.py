@@ -67,7 +67,10 @@ def _submit_named_save(
                 model_id, kind, name, overwrite=overwrite, ttl_s=ttl_s, user_metadata=metadata
             )
             with saving as folder:
-                backend.engine.save(model_id, folder, with_optimizer=kind == "weights")
+                if kind == "external_weights":
+                    backend.engine.export(model_id, folder)
+                else:
+                    backend.engine.save(model_id, folder, with_optimizer=kind == "weights")
             saved: Dict[str, Any] = {"path": f"tinker://{model_id}/{kind}/{name}", "type": route}
             if kind == "external_weights":
                 saved["size_bytes"] = backend.checkpoint(model_id, kind, name).size_bytes

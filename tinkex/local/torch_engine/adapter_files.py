@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, Mapping, Optional, TypeVar
 
 import torch
 
@@ -13,24 +13,60 @@ from tinkex.local.engine import EngineError
 from tinkex.local.torch_engine.adapter_config import kinds_in
 from tinkex.local.torch_engine.adapters import Adapter
 from tinkex.local.torch_engine.targets import Targets
+from tinkex.local.torch_engine.tied import NOTE_FILE, merging_note
 from tinkex.types import LoraConfig
+
+T = TypeVar("T")
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RUN_FILE = "tinkex_lora.json"
 
+_PREFIX = "base_model.model."
 
-def write_adapter(adapter: Adapter, lora: LoraConfig, folder: Path) -> None:
-    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`."""
+#: What the weights of an adapter on the output layer are called in an export.
+EXPORTED_OUTPUT = f"{_PREFIX}model.unembed_tokens."
+
+
+def write_adapter(
+    adapter: Adapter, lora: LoraConfig, folder: Path, *, for_export: bool = False
+) -> None:
+    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`.
+
+    There is a note with it if merging it takes care.  *for_export* names the weights of the output
+    layer as the hosted service does, whatever it is called in the model.
+    """
     from safetensors.torch import save_file
 
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in adapter.parameters.items()
-    }
+    own = None if adapter.output is None else f"{_PREFIX}{adapter.output}."
+    tensors = {}
+    for name, value in adapter.parameters.items():
+        if for_export and own is not None and name.startswith(own):
+            name = EXPORTED_OUTPUT + name[len(own) :]
+        tensors[name] = value.detach().cpu().contiguous()
     save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
+    exported = for_export and own is not None
+    if adapter.on_tied_output or exported:
+        note = merging_note(
+            config.base_model_name_or_path, tied=adapter.on_tied_output, exported=exported
+        )
+        (folder / NOTE_FILE).write_text(note, encoding="utf-8")
+
+
+def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
+    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
+
+    *output* is the name of the output layer in the model.
+    """
+    return {
+        f"{_PREFIX}{output}.{name[len(EXPORTED_OUTPUT) :]}"
+        if name.startswith(EXPORTED_OUTPUT)
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_config(folder: Path) -> Any:
@@ -83,15 +119,19 @@ def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> 
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if adapter.output is not None:
+            shapes = rename_exported(shapes, adapter.output)
     except (OSError, SafetensorError):
         return False  # read_into describes what is wrong
     return shapes != {name: tuple(value.shape) for name, value in adapter.parameters.items()}
 
 
 def read_tensors(
-    folder: Path, file: str, wanted: Dict[str, torch.Tensor]
+    folder: Path, file: str, wanted: Dict[str, torch.Tensor], *, output: Optional[str] = None
 ) -> Dict[str, torch.Tensor]:
     """Return the tensors saved in *folder*/*file*: of the names and shapes of *wanted*.
+
+    *output* is the name of the output layer, for files that were exported.
 
     Raises:
         EngineError: the file is missing or damaged, or holds something else.
@@ -103,10 +143,12 @@ def read_tensors(
         saved: Dict[str, torch.Tensor] = load_file(str(folder / file))
     except (OSError, SafetensorError) as error:
         raise EngineError(f"{folder / file} cannot be read: {error}") from error
+    if output is not None:
+        saved = rename_exported(saved, output)
     if saved.keys() != wanted.keys():
         raise EngineError(
-            f"the checkpoint adapts {_sample_of(saved.keys() - wanted.keys())} beyond this model's "
-            f"adapter, and lacks {_sample_of(wanted.keys() - saved.keys())}; "
+            f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "
+            f"adapter, and lacks {sample_of(wanted.keys() - saved.keys())}; "
             "load it into a model with the same train_mlp, train_attn and train_unembed"
         )
     for name, tensor in saved.items():
@@ -129,7 +171,7 @@ def read_into(adapter: Adapter, folder: Path) -> Dict[str, torch.Tensor]:
                 f"{getattr(mine, name)}; load it into a model with the same rank"
             )
     wanted: Dict[str, torch.Tensor] = dict(adapter.parameters)
-    return read_tensors(folder, WEIGHTS_FILE, wanted)
+    return read_tensors(folder, WEIGHTS_FILE, wanted, output=adapter.output)
 
 
 def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Tensor]) -> None:
@@ -139,6 +181,7 @@ def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Te
             parameter.copy_(values[name])
 
 
-def _sample_of(names: Iterable[str]) -> str:
+def sample_of(names: Iterable[str]) -> str:
+    """Name some of *names*, for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "") if ordered else "nothing"

@@ -29,6 +29,7 @@ from tinkex.local.torch_engine.adapter_config import (
 )
 from tinkex.local.torch_engine.quiet import quiet
 from tinkex.local.torch_engine.targets import Chosen, Targets
+from tinkex.local.torch_engine.tied import NOTE_FILE, is_tied
 from tinkex.types import LoraConfig
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,15 @@ class Adapter:
         key: its name inside peft.
         config: peft's configuration of it, as it is saved.
         parameters: fp32 parameters by their names in PEFT's file format, in a fixed order.
+        output: the name of the output layer, if it adapts that.
+        on_tied_output: the output layer shares its weights with the embedding.
     """
 
     key: str
     config: Any
     parameters: Dict[str, torch.nn.Parameter]
+    output: Optional[str] = None
+    on_tied_output: bool = False
 
 
 class _Root(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
@@ -80,6 +85,8 @@ class AdapterPool:
         self._layers: Dict[str, Any] = {}  # peft's LoRA layers by module name
         self._active: Optional[str] = None
         self._numbers = itertools.count()
+        self._output = output_name(model)
+        self._is_tied = is_tied(model)
         model.requires_grad_(False)
 
     def make_config(self, lora: LoraConfig) -> Any:
@@ -138,7 +145,17 @@ class AdapterPool:
         _initialize(parameters, seed)
         self._peft.eval()
         self.activate(None)
-        return Adapter(key, config, parameters)
+        layer = self._layers.get(self._output or "")
+        output = self._output if layer is not None and key in layer.lora_A else None
+        on_tied_output = output is not None and self._is_tied
+        if on_tied_output:
+            logger.info(
+                "the output layer of %s is tied to its embedding (tie_word_embeddings): to merge "
+                "an adapter on it, see %s in its checkpoints, or train with train_unembed=False",
+                self._model_name,
+                NOTE_FILE,
+            )
+        return Adapter(key, config, parameters, output, on_tied_output)
 
     def _parameters_of(self, key: str) -> Dict[str, torch.nn.Parameter]:
         found = {}
@@ -165,6 +182,12 @@ class AdapterPool:
             self._peft.delete_adapter(adapter.key)
         self._active = None
         self.activate(None)
+
+
+def output_name(model: Any) -> Optional[str]:
+    """Return the name of the output layer of *model*, or None."""
+    output = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) -> None:

@@ -228,6 +228,12 @@ class TorchEngine:
             state = {"type": "adamw", "step": run.optimizer.step_count}
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 
+    def export(self, model_id: str, folder: Path) -> None:
+        """Write the adapter into *folder*, with the names that the hosted service exports it by."""
+        run = self._run(model_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter_files.write_adapter(run.adapter, run.lora, folder, for_export=True)
+
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
         """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked.
 

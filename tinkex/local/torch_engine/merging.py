@@ -1,0 +1,104 @@
+"""Merging an adapter into its base model, for programs that do not load adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from tinkex.errors import InvalidInputError, LocalServerError
+from tinkex.local import models
+from tinkex.local.engine import EngineError
+from tinkex.local.torch_engine.adapter_files import (
+    WEIGHTS_FILE,
+    read_config,
+    rename_exported,
+    sample_of,
+)
+from tinkex.local.torch_engine.adapters import output_name
+from tinkex.local.torch_engine.quiet import quiet
+from tinkex.local.torch_engine.tied import is_tied, untie
+
+
+def merge_adapter(
+    adapter: Union[str, Path],
+    dest: Union[str, Path],
+    *,
+    base_model: Optional[str] = None,
+    dtype: Union[str, torch.dtype] = "auto",
+) -> Path:
+    """Merge a downloaded adapter into its base model; write the result to the folder *dest*.
+
+    An output layer that shares its weights with the embedding gets weights of its own if the
+    adapter changes it, so that the merged model computes what was trained.  The tokenizer is
+    written beside it.  Runs on the CPU; blocks, as long as it takes to read and write the model.
+
+    Args:
+        adapter: a folder in PEFT's format, as `RestClient.download_checkpoint` makes it.
+        dest: is made, with its parents; it must not exist or be empty.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
+            what the adapter names.
+        dtype: of the merged weights; ``"auto"`` is that of the base model.
+
+    Returns:
+        The path of *dest*.
+
+    Raises:
+        InvalidInputError: there is no LoRA adapter in *adapter*, it does not fit the base model, or
+            *dest* is taken.
+        LocalServerError: the base model cannot be had.
+        OSError: *dest* cannot be written.
+    """
+    source, target = Path(adapter).expanduser(), Path(dest).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidInputError(f"{target} exists already", hint="Choose another folder.")
+    try:
+        config = read_config(source)
+    except EngineError as error:
+        raise InvalidInputError(str(error)) from error
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise InvalidInputError(f"{source} does not name its base model", hint="Give base_model.")
+    where = models.resolve(os.fspath(name)).source
+    with quiet():
+        model, tokenizer = _load(where, dtype)
+        merged = _merge(model, source, config, name)
+        merged.save_pretrained(str(target))
+        tokenizer.save_pretrained(str(target))
+    return target
+
+
+def _load(source: str, dtype: Union[str, torch.dtype]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise LocalServerError(f"cannot load the base model {source}: {error}") from error
+
+
+def _merge(model: Any, adapter: Path, config: Any, name: str) -> Any:
+    import peft
+    from safetensors.torch import load_file
+
+    output = output_name(model)
+    saved = load_file(str(adapter / WEIGHTS_FILE))
+    tensors = saved if output is None else rename_exported(saved, output)
+    if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
+        untie(model)
+    try:
+        wrapped = peft.PeftModel(model, config)
+        loaded = peft.set_peft_model_state_dict(wrapped, tensors)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidInputError(f"the adapter in {adapter} does not fit {name}: {error}") from error
+    lacking = [key for key in loaded.missing_keys if "lora_" in key]
+    strange = list(loaded.unexpected_keys)
+    if lacking or strange:
+        raise InvalidInputError(
+            f"the adapter in {adapter} does not fit {name}: it adapts {sample_of(strange)} beyond "
+            f"the layers it names, and lacks weights for {sample_of(lacking)}"
+        )
+    return wrapped.merge_and_unload()

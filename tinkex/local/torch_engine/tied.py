@@ -1,0 +1,89 @@
+"""Models whose output layer shares its weights with the embedding, and adapters on that layer.
+
+Such an adapter changes the logits and not the embedding.  Merging it into the shared weights would
+change both, so that they have to be separated first.  PEFT's ``ensure_weight_tying`` is no way
+out: it means an adapter that was trained on both (PEFT 0.19 and later then add this one to the
+embedding even without merging; earlier releases ignore it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+NOTE_FILE = "MERGING.md"
+
+
+def is_tied(model: Any) -> bool:
+    """Tell whether the output layer of *model* shares its weights with the embedding."""
+    try:
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except NotImplementedError:  # transformers does not know them in this model, and ties none
+        return False
+    weight = getattr(output, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def untie(model: Any) -> None:
+    """Give the output layer of *model* weights of its own, equal to those of the embedding.
+
+    The model computes what it did before, and is saved with both.
+    """
+    output = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def merging_note(base_model: str, *, tied: bool, exported: bool) -> str:
+    """What is written beside an adapter on the output layer that PEFT alone does not merge right.
+
+    *tied*: the model is; *exported*: the output layer has its name of the hosted service.
+    """
+    parts = [_MERGE]
+    if tied:
+        parts.append(_TIED.format(base_model=base_model))
+    if exported:
+        parts.append(_EXPORTED)
+    if tied and not exported:
+        parts.append(_BY_HAND.format(base_model=base_model))
+    return "\n".join(parts)
+
+
+_MERGE = """# Before you merge this adapter
+
+Merge it into its base model with
+
+```python
+from tinkex.local import merge_adapter
+
+merge_adapter("path/of/this/folder", "path/of/the/merged/model")
+```
+"""
+
+_TIED = """It changes the output layer of {base_model}, which shares its weights with the embedding
+(the model is tied: `tie_word_embeddings` is true in its config.json). Used as an adapter, with PEFT
+or vLLM for instance, it is right as it is. Merged by `merge_and_unload()` alone, it is wrong: the
+change of the output layer would go into the embedding, too, and ruin the model.
+`ensure_weight_tying` does not help; it is for adapters that were trained on both.
+
+An adapter made with `train_unembed=False` leaves the output layer alone, and merges as usual.
+"""
+
+_BY_HAND = """Without tinkex, give the output layer weights of its own before PEFT loads the
+adapter:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("{base_model}")
+model.config.tie_word_embeddings = False
+output = model.get_output_embeddings()
+output.weight = torch.nn.Parameter(output.weight.detach().clone())
+model = PeftModel.from_pretrained(model, "path/of/this/folder").merge_and_unload()
+```
+"""
+
+_EXPORTED = """It is an export: its output layer is called `model.unembed_tokens`, as in exports of
+the hosted service, a name that PEFT and vLLM do not know. They leave the output layer as it was.
+For them, download a checkpoint made by `save_state` or `save_weights_for_sampler`.
+"""
