@@ -118,10 +118,19 @@ def test_an_adapter_that_merges_as_usual_has_no_note(
     assert not (tmp_path / "MERGING.md").exists()
 
 
-def test_an_export_names_the_output_layer_as_the_hosted_service_does(
-    base: str, tmp_path: Path
+def test_an_export_of_an_untied_model_is_what_peft_reads(cache: Path, tmp_path: Path) -> None:
+    engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
+    engine.create("m", LoraConfig(rank=4))
+    engine.export("m", tmp_path)
+    names = set(load_file(str(tmp_path / "adapter_model.safetensors")))
+    assert "base_model.model.lm_head.lora_A.weight" in names
+    assert not (tmp_path / "MERGING.md").exists()
+
+
+def test_an_export_names_a_tied_output_layer_as_the_hosted_service_does(
+    tied_folder: Path, tmp_path: Path
 ) -> None:
-    engine = TorchEngine.from_pretrained(base, device="cpu")
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
     expected = trained(engine, tmp_path / "adapter", LoraConfig(rank=4, seed=1))
     engine.export("m", tmp_path / "out")
     names = set(load_file(str(tmp_path / "out" / "adapter_model.safetensors")))

@@ -114,7 +114,7 @@ class Engine(Protocol):
         """Write the adapter (PEFT's format), and the optimizer's state if asked, into *folder*."""
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter into *folder*, with the names that the hosted service exports it by."""
+        """Write the adapter into *folder*, named as in exports of the hosted service."""
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
         """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked."""

@@ -33,26 +33,24 @@ def write_adapter(
 ) -> None:
     """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`.
 
-    There is a note with it if merging it takes care.  *for_export* names the weights of the output
-    layer as the hosted service does, whatever it is called in the model.
+    There is a note with it if merging it takes care.  *for_export* names the weights of a tied
+    output layer as the hosted service does, so that merging tools of the field know it by name.
     """
     from safetensors.torch import save_file
 
-    own = None if adapter.output is None else f"{_PREFIX}{adapter.output}."
+    renamed = for_export and adapter.on_tied_output
+    own = f"{_PREFIX}{adapter.output}."
     tensors = {}
     for name, value in adapter.parameters.items():
-        if for_export and own is not None and name.startswith(own):
+        if renamed and name.startswith(own):
             name = EXPORTED_OUTPUT + name[len(own) :]
         tensors[name] = value.detach().cpu().contiguous()
     save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
-    exported = for_export and own is not None
-    if adapter.on_tied_output or exported:
-        note = merging_note(
-            config.base_model_name_or_path, tied=adapter.on_tied_output, exported=exported
-        )
+    if adapter.on_tied_output:
+        note = merging_note(config.base_model_name_or_path, exported=renamed)
         (folder / NOTE_FILE).write_text(note, encoding="utf-8")
 
 

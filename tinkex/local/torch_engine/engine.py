@@ -229,7 +229,7 @@ class TorchEngine:
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter into *folder*, with the names that the hosted service exports it by."""
+        """Write the adapter into *folder*, named as in exports of the hosted service."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder, for_export=True)

@@ -36,19 +36,13 @@ def untie(model: Any) -> None:
         config.tie_word_embeddings = False
 
 
-def merging_note(base_model: str, *, tied: bool, exported: bool) -> str:
-    """What is written beside an adapter on the output layer that PEFT alone does not merge right.
+def merging_note(base_model: str, *, exported: bool) -> str:
+    """What is written beside an adapter on a tied output layer, which PEFT alone merges wrong.
 
-    *tied*: the model is; *exported*: the output layer has its name of the hosted service.
+    *exported*: the output layer is named as in exports of the hosted service.
     """
-    parts = [_MERGE]
-    if tied:
-        parts.append(_TIED.format(base_model=base_model))
-    if exported:
-        parts.append(_EXPORTED)
-    if tied and not exported:
-        parts.append(_BY_HAND.format(base_model=base_model))
-    return "\n".join(parts)
+    last = _EXPORTED if exported else _BY_HAND.format(base_model=base_model)
+    return "\n".join([_MERGE, _TIED.format(base_model=base_model), last])
 
 
 _MERGE = """# Before you merge this adapter
