@@ -23,7 +23,7 @@ _PIECE = 2
 # Largest relative error of a token's logits that passes for rounding.  In half precision rounding
 # amounts to some percent (more where it changes an expert); a wrong computation is off by about
 # the size of the logits.
-_TOLERANCE = 1e-3
+_TOLERANCE = 0.01
 _TOLERANCE_HALF = 0.3
 
 
