@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine.families import small_config
 from engine.reference import make_data
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from tinkex.errors import LocalServerError
 from tinkex.local.torch_engine import TorchEngine, tiny
@@ -64,15 +65,13 @@ def write_model(config: Any, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.position_ids. have no functionality in BLOOM:FutureWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_and_samples_as_transformers_does(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = write_model(CONFIGS[name](), tmp_path)
     engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
-    if name in ("gpt2", "gemma2"):
-        assert engine._network.is_split == (name == "gpt2")
+    assert engine._network.is_split
     prompts = [np.random.default_rng(n).integers(0, 256, n) for n in (30, 5, 19)]
     params = SamplingParams(max_tokens=16, temperature=0, stop=[])
     requests = [SampleRequest(ModelInput.from_ints(prompt), 1, params) for prompt in prompts]
@@ -126,6 +125,33 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(tmp_path: P
     for index, asked in enumerate(requests):
         alone = dict(pair for done in engine.sample("base", [asked]) for pair in done)[0]
         assert together[index].sequences[0].tokens == alone.sequences[0].tokens
+
+
+@pytest.mark.skipif(
+    not hasattr(DynamicCache, "has_previous_state"), reason="has a cache class of its own"
+)
+def test_a_hybrid_architecture_with_attention_layers_only_is_served(tmp_path: Path) -> None:
+    config = small_config(
+        "granitemoehybrid", layer_types=["attention"] * 4, position_embedding_type="rope"
+    )
+    model = write_model(config, tmp_path)
+    assert not any("mamba" in name for name, _ in model.named_modules())
+    engine = TorchEngine.from_pretrained(str(tmp_path), device="cpu")
+    engine.create_sampler("base", None)
+    prompt = np.random.default_rng(0).integers(0, 256, 20)
+    params = SamplingParams(max_tokens=1, temperature=0, stop=[])
+    request = SampleRequest(ModelInput.from_ints(prompt), 1, params, prompt_logprobs=True)
+    (answer,) = [pair[1] for finished in engine.sample("base", [request]) for pair in finished]
+    table = model(torch.tensor(prompt)[None]).logits[0].log_softmax(-1).detach()
+    expected = table[range(19), prompt[1:]].numpy()
+    assert np.abs(answer.prompt_logprobs_np[1:] - expected).max() < 1e-4
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    write_model(small_config("bert"), tmp_path)
+    with pytest.raises(LocalServerError, match=r"BertLMHeadModel.*it is an encoder") as caught:
+        TorchEngine.from_pretrained(str(tmp_path), device="cpu")
+    assert "causal language model" in str(caught.value.hint)
 
 
 def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:

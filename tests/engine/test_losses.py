@@ -322,7 +322,7 @@ def test_an_architecture_that_cannot_be_split_gives_the_same_result(
     results = []
     for split in (True, False):
         if not split:
-            monkeypatch.setattr(network.Network, "_try_split", lambda self: False)
+            monkeypatch.setattr(network.Network, "_find_head", lambda self: None)
         engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
         engine.create("m", LoraConfig(rank=RANK, seed=1))
         give_random_delta(engine, "m", tmp_path / f"delta{split}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import socket
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinkex.errors import LocalServerError
 from tinkex.local import models
-from tinkex.local.torch_engine import TorchEngine
+from tinkex.local.torch_engine import TorchEngine, tiny
 
 NAMES = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -302,6 +303,91 @@ def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch: pytest.Mo
 def test_what_cannot_be_a_model_name_is_refused() -> None:
     with pytest.raises(LocalServerError, match="neither a folder nor the name of a model"):
         models.resolve("no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message", "hint"),
+    [
+        ("empty", {}, "holds no model", "folder that holds config.json"),
+        ("absent", None, "neither a folder nor", "absent does not exist"),
+        ("x/model.gguf", {"x/model.gguf": ""}, "is a file", "folder that holds config.json"),
+        ("gguf", {"gguf/model.gguf": ""}, "holds no model", "GGUF files are not read"),
+        ("outer", {"outer/inner/config.json": "{}"}, "holds no model", "outer/inner, which has"),
+        (
+            "adapter",
+            {"adapter/adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
+            "holds no model but a LoRA adapter",
+            "(org/base)",
+        ),
+        (
+            "adapter",
+            {"adapter/adapter_config.json": "damaged"},
+            "holds no model but a LoRA adapter",
+            "Give its base model, or",
+        ),
+    ],
+)
+def test_the_hint_fits_what_was_given(
+    name: str, files: Any, message: str, hint: str, tmp_path: Path
+) -> None:
+    if files is not None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(name).suffix:
+            (tmp_path / name).mkdir()
+    for file, text in (files or {}).items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    with pytest.raises(LocalServerError, match=message) as caught:
+        models.resolve(str(tmp_path / name))
+    assert hint in str(caught.value.hint)
+
+
+def test_an_empty_name_is_refused() -> None:
+    with pytest.raises(LocalServerError, match="'' is neither a folder nor the name"):
+        models.resolve("")
+
+
+@pytest.mark.parametrize("name", ["smolm2-135m", "SmolLM2-135M-Instruct", "tiny_random"])
+def test_a_misspelt_name_gets_a_suggestion(name: str) -> None:
+    meant = "tiny-random" if name.startswith("tiny") else "smollm2-135m"
+    assert models.hint_for(name).startswith(f"Did you mean {meant}? ")
+    assert "Did you mean" not in models.hint_for("org/llama")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "hint"),
+    [
+        ("no weights", "cannot load the model", "complete weights"),
+        ("half the weights", "cannot load the model", "complete weights"),
+        ("no tokenizer", "cannot load the tokenizer of", "tokenizer.save_pretrained"),
+        ("new architecture", "cannot load the model", "-U transformers"),
+        ("no causal model", "cannot load the model", "Use a causal language model"),
+        ("code of its own", "cannot load the model", "no code of its own"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_a_hint_that_fits(
+    damage: str, message: str, hint: str, tmp_path: Path
+) -> None:
+    tiny.write_tiny_random(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "half the weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "no tokenizer":
+        for file in tmp_path.glob("token*"):
+            file.unlink()
+    elif damage == "new architecture":
+        config.write_text('{"model_type": "of-tomorrow"}')
+    elif damage == "no causal model":
+        config.write_text('{"model_type": "t5"}')
+    else:
+        code = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
+        config.write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    with pytest.raises(LocalServerError, match=message) as caught:
+        TorchEngine.from_pretrained(str(tmp_path), device="cpu")
+    assert hint in str(caught.value.hint)
+    assert len(caught.value.message) < 400 + len(str(tmp_path))
 
 
 def test_an_unknown_model_is_reported_with_the_remedy(

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -93,16 +95,60 @@ def resolve(
         folder = _ensure(cache, recipe, tell)
         return ResolvedModel(name, str(folder), aliases)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise LocalServerError(
-                f"the folder {name} holds no model (no config.json)",
-                hint="Give a folder written by save_pretrained.",
-            )
+            raise _no_model_in(folder, name)
         return ResolvedModel(name, str(folder.resolve()))
+    if folder.is_file():
+        raise LocalServerError(f"{name} is a file, not the folder of a model", hint=_FOLDER_HINT)
     if not _is_here(name):
         tell(f"downloading {name} from the model hub (once)")
     return ResolvedModel(name, name)
+
+
+_FOLDER_HINT = (
+    "Give the folder that holds config.json, model.safetensors and the tokenizer's files, "
+    "as save_pretrained writes them."
+)
+
+
+def _no_model_in(folder: Path, name: str) -> LocalServerError:
+    """Return the error for a folder without config.json, by what it has instead."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return LocalServerError(
+            f"the folder {name} holds no model but a LoRA adapter",
+            hint=f"Give its base model{_base_of(adapter)}, or merge the adapter into it and give "
+            "the folder of the result.",
+        )
+    inner = sorted(path.parent for path in folder.glob("*/config.json"))
+    if inner:
+        hint = f"Give {inner[0]}, which has one."
+    elif any(folder.glob("*.gguf")):
+        hint = f"GGUF files are not read. {_FOLDER_HINT}"
+    else:
+        hint = _FOLDER_HINT
+    return LocalServerError(f"the folder {name} holds no model (no config.json)", hint=hint)
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the base model that an adapter's configuration names, in parentheses, if it does."""
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" ({base})" if base else ""
+
+
+def hint_for(name: str) -> str:
+    """Return what to give in place of *name*, which is no model on this machine."""
+    similar = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.7)
+    meant = f"Did you mean {_ALIASES[similar[0]]}? " if similar else ""
+    absent = f" ({Path(name).expanduser().absolute()} does not exist)" if name else ""
+    return (
+        f"{meant}Give a folder written by save_pretrained{absent}, a Hugging Face name that this "
+        "machine can reach, or smollm2-135m, which needs no model hub."
+    )
 
 
 def _is_here(name: str) -> bool:
@@ -113,13 +159,13 @@ def _is_here(name: str) -> bool:
     _check_packages("huggingface_hub")
     from huggingface_hub import constants, try_to_load_from_cache
 
-    hint = "Give a folder written by save_pretrained, or smollm2-135m, which needs no model hub."
+    hint = hint_for(name)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return True
     except ValueError as error:
         raise LocalServerError(
-            f"{name!r} is neither a folder nor the name of a model: {error}", hint=hint
+            f"{name!r} is neither a folder nor the name of a model", hint=hint
         ) from error
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return bool(constants.HF_HUB_OFFLINE)  # transformers knows what to do, or a proxy does

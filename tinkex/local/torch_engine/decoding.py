@@ -44,25 +44,48 @@ class PrefillPiece:
     features: torch.Tensor
     cache: Any
 
+    def end_of(self, row: int, prompt_length: int) -> Optional[torch.Tensor]:
+        """Return a copy of the features (d,) of the prompt's last token, if it is in this piece."""
+        column = prompt_length - 1 - self.start
+        if not 0 <= column < self.features.shape[1]:
+            return None
+        return self.features[row, column].clone()  # a view would keep the entire piece
 
-def prefill(network: Network, prompts: Sequence[Tokens]) -> Iterator[PrefillPiece]:
-    """Run *prompts* through the network, piece by piece; pieces of a group share one cache."""
+
+def prefill(
+    network: Network,
+    prompts: Sequence[Tokens],
+    *,
+    more_tokens: int = 0,
+    piece_tokens: int = PREFILL_TOKENS,
+) -> Iterator[PrefillPiece]:
+    """Run *prompts* through the network, piece by piece; pieces of a group share one cache.
+
+    The prompts are computed as the beginnings of sequences with *more_tokens* more.  The caller
+    drops each piece before it asks for the next one, so that one is in memory at a time.
+    """
     for group in plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS):
+        lengths = [prompts[index].size + more_tokens for index in group]
         longest = max(prompts[index].size for index in group)
         padded = np.zeros((len(group), longest), dtype=np.int64)
         for row, index in enumerate(group):
             padded[row, : prompts[index].size] = prompts[index]
         tokens = torch.from_numpy(padded).to(network.device)
         cache = DynamicCache()
-        for start in range(0, longest, PREFILL_TOKENS):
-            piece = tokens[:, start : start + PREFILL_TOKENS]
+        for start in range(0, longest, piece_tokens):
+            piece = tokens[:, start : start + piece_tokens]
             positions = torch.arange(start, start + piece.shape[1], device=network.device)
-            features = network.features(
-                piece,
-                cache=cache,
-                position_ids=positions.expand(len(group), -1),
+            yield PrefillPiece(
+                group,
+                start,
+                network.features(
+                    piece,
+                    lengths=lengths,
+                    cache=cache,
+                    positions=positions.repeat(len(group), 1),  # XGLM writes into it
+                ),
+                cache,
             )
-            yield PrefillPiece(group, start, features, cache)
 
 
 class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to mypy
@@ -94,6 +117,12 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
     def get_seq_length(self) -> int:
         return self._filled
 
+    def put(self, row: int, first_column: int, layer: Any, source: int) -> None:
+        """Take over the keys and values that *layer* holds in its row *source*."""
+        length = self._filled - first_column
+        self.keys[row, :, first_column:] = layer.keys[source, :, :length]
+        self.values[row, :, first_column:] = layer.values[source, :, :length]
+
     def keep(self, rows: torch.Tensor, first_column: int) -> None:
         self._keys = self._keys[rows, :, first_column:]
         self._values = self._values[rows, :, first_column:]
@@ -119,16 +148,19 @@ class DecodeBatch:
         self, network: Network, sources: Sequence[Tuple[Any, int, int]], context_length: int
     ) -> None:
         self._network = network
-        self._last_position = context_length - 1
+        self._context_length = context_length
         width = max(length for _, _, length in sources)
         self._filled = width
         # First real column of each row; what is left of it is padding.
-        self._starts = torch.tensor([width - n for _, _, n in sources], device=network.device)
-        self._cache = Cache(
-            layers=[self._gather(layer, sources, width) for layer in range(network.layer_count)]
-        )
+        self._starts = [width - length for _, _, length in sources]
+        layers = range(len(sources[0][0].layers))
+        self._cache = Cache(layers=[self._gather(layer, sources, width) for layer in layers])
 
-    def _gather(self, layer: int, sources: Sequence[Tuple[Any, int, int]], width: int) -> _Columns:
+    def _gather(
+        self, layer: int, sources: Sequence[Tuple[Any, int, int]], width: int
+    ) -> DynamicLayer:
+        if sources[0][0].layers[layer].keys is None:  # a layer of the model without attention
+            return DynamicLayer()
         halves = []
         for name in ("keys", "values"):
             some = getattr(sources[0][0].layers[layer], name)
@@ -148,25 +180,46 @@ class DecodeBatch:
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to each row; return float32 logits (rows, vocabulary) of the next."""
         device = self._network.device
-        columns = torch.arange(self._filled + 1, device=device)
+        lengths = [min(self._filled - start + 1, self._context_length) for start in self._starts]
         mask: Optional[torch.Tensor] = None
-        if bool(self._starts.any()):
-            mask = (columns >= self._starts[:, None]).to(torch.long)
+        if any(self._starts):
+            columns = torch.arange(self._filled + 1, device=device)
+            starts = torch.tensor(self._starts, device=device)
+            mask = (columns >= starts[:, None]).to(torch.long)
         features = self._network.features(
             torch.tensor(tokens, device=device)[:, None],
+            lengths=lengths,
             cache=self._cache,
             attention_mask=mask,
-            position_ids=(self._filled - self._starts).clamp(max=self._last_position)[:, None],
+            positions=torch.tensor(lengths, device=device)[:, None] - 1,
         )
         self._filled += 1
         return self._network.logits(features[:, -1])
 
+    def outdated(self) -> List[int]:
+        """Return the rows whose keys do not fit their length after the next step.
+
+        That is where the network's rotary frequencies depend on the length: such a row is computed
+        again, and handed to `replace`, before the step.
+        """
+        thresholds = self._network.rope.thresholds
+        return [
+            row for row, start in enumerate(self._starts) if self._filled - start + 1 in thresholds
+        ]
+
+    def replace(self, row: int, cache: Any, source: int) -> None:
+        """Take the keys and values of *row* from row *source* of *cache*, a prefill's."""
+        for own, other in zip(self._cache.layers, cache.layers):
+            if isinstance(own, _Columns):
+                own.put(row, self._starts[row], other, source)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, and the columns that only the dropped ones used."""
-        chosen = torch.tensor(rows, device=self._network.device)
-        self._starts = self._starts[chosen]
-        first = int(self._starts.min())
-        self._starts = self._starts - first
+        self._starts = [self._starts[row] for row in rows]
+        first = min(self._starts)
+        self._starts = [start - first for start in self._starts]
         self._filled -= first
+        chosen = torch.tensor(rows, device=self._network.device)
         for layer in self._cache.layers:
-            layer.keep(chosen, first)
+            if isinstance(layer, _Columns):
+                layer.keep(chosen, first)

@@ -34,7 +34,8 @@ from tinkex.local.torch_engine import adapter_files
 from tinkex.local.torch_engine.adam import Adam, global_norm
 from tinkex.local.torch_engine.adapters import Adapter, AdapterPool
 from tinkex.local.torch_engine.batching import check_batch, check_loss
-from tinkex.local.torch_engine.network import Network, load_network
+from tinkex.local.torch_engine.loading import load_network
+from tinkex.local.torch_engine.network import Network
 from tinkex.local.torch_engine.sample_jobs import Vocabulary
 from tinkex.local.torch_engine.sampling import SampleRun
 from tinkex.local.torch_engine.training import BatchResult, metrics_of, run_batch

@@ -7,13 +7,12 @@ ask for them in chunks, and only where they need them.
 from __future__ import annotations
 
 import inspect
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple
 
 import torch
 
-from tinkex.errors import LocalServerError
 from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine.quiet import quiet
+from tinkex.local.torch_engine.rope import RopeLengths
 
 #: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
 LOGITS_ROWS = 256
@@ -48,68 +47,130 @@ class Interruption:
 
 
 class Network:
-    """A transformers model, split before its output layer where the architecture allows.
+    """A transformers model, split where its decoder ends.
 
-    Some architectures change the logits after the output layer (soft capping, scaling); whether
-    this one does is found out by trying.  Then "features" are the logits themselves: everything
+    What follows the decoder is the output layer, and in some architectures something more (soft
+    capping, scaling).  A model that cannot be split has its logits for "features": everything
     works, with more memory.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        text_config = model.config.get_text_config()
+        text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
-        self.layer_count = int(text_config.num_hidden_layers)
         self.device: torch.device = next(model.parameters()).device
-        self._decoder = model.base_model
         self.interruption = Interruption()
         self.interruption.watch(model)
+        self.rope = RopeLengths(model, getattr(text_config, "max_position_embeddings", None) or 2)
+        self._decoder = _decoder_of(model)
+        self._output_type: Any = None
         with torch.no_grad():
-            self.is_split = self._try_split()
+            self._head: Optional[Callable[[torch.Tensor], torch.Tensor]] = self._find_head()
+        parameters = _parameters(self._decoder, model) if self.is_split else _parameters(model)
         # Chosen by the signature: transformers 5.24 calls it "cache", earlier releases (and custom
         # models) "past_key_values", which warns from 5.24 on and is gone from 5.40 on.
-        self._cache_argument = _cache_argument(self._decoder if self.is_split else model)
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
 
-    def _try_split(self) -> bool:
-        head = self.model.get_output_embeddings()
-        if head is None or self._decoder is self.model:
-            return False
+    @property
+    def is_split(self) -> bool:
+        """Whether features are the decoder's output (else they are logits)."""
+        return self._head is not None
+
+    def _find_head(self) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+        """Return what turns the decoder's output into logits, found by trying; None if nothing."""
+        if self._decoder is self.model:
+            return None
         probe = torch.tensor([[0, 1, 2]], device=self.device)
         output = self._decoder(input_ids=probe, use_cache=False)
         features = getattr(output, "last_hidden_state", None)
         if features is None:
-            return False
-        whole = self.model(input_ids=probe, use_cache=False).logits
-        return bool(torch.equal(head(features), whole))
+            return None
+        self._output_type = type(output)
+        expected = self.model(input_ids=probe, use_cache=False).logits
+        heads = [self._after_decoder]
+        if self.model.get_output_embeddings() is not None:
+            heads.insert(0, self._output_layer)
+        for head in heads:
+            if torch.equal(head(features), expected):
+                return head
+        return None
+
+    def _output_layer(self, features: torch.Tensor) -> torch.Tensor:
+        # Looked up at each call, since an adapter may wrap it.
+        logits: torch.Tensor = self.model.get_output_embeddings()(features)
+        return logits
+
+    def _after_decoder(self, features: torch.Tensor) -> torch.Tensor:
+        """Run the model's own code with *features* in place of what its decoder computes."""
+        rows = features.reshape(1, -1, features.shape[-1])
+        output = self._output_type(last_hidden_state=rows)
+        tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        own_forward = self._decoder.forward
+        self._decoder.forward = lambda *args, **kwargs: output
+        try:
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._decoder.forward = own_forward
+        return logits.reshape(*features.shape[:-1], logits.shape[-1])
 
     def features(
-        self, tokens: torch.Tensor, *, cache: Optional[Any] = None, **arguments: Any
+        self,
+        tokens: torch.Tensor,
+        *,
+        lengths: Sequence[int],
+        cache: Optional[Any] = None,
+        positions: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Run int64 *tokens* of shape (b, t); return (b, t, d).
 
-        *cache* is a transformers ``Cache``, which this call reads and extends.  The other
-        arguments are those of the model's ``forward``.
+        *lengths* are those of the b sequences that the rows are pieces of, without padding.
+        *cache* is a transformers ``Cache``, which this call reads and extends.  *positions*, of
+        shape (b, t), are 0 to t - 1 by default; they are dropped where the architecture takes
+        none.
         """
-        arguments["use_cache"] = cache is not None
+        arguments: Dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             arguments[self._cache_argument] = cache
-        if self.is_split:
-            output: torch.Tensor = self._decoder(input_ids=tokens, **arguments).last_hidden_state
-            return output
-        logits: torch.Tensor = self.model(input_ids=tokens, **arguments).logits
-        return logits
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        if positions is not None and self._takes_positions:
+            arguments["position_ids"] = positions
+        with self.rope.rows(lengths):
+            if self.is_split:
+                output = self._decoder(input_ids=tokens, **arguments)
+                features: torch.Tensor = output.last_hidden_state
+                return features
+            logits: torch.Tensor = self.model(input_ids=tokens, **arguments).logits
+            return logits
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (..., vocabulary) of *features* (..., d)."""
         self.interruption.check()
-        if self.is_split:
-            features = self.model.get_output_embeddings()(features)
+        if self._head is not None:
+            features = self._head(features)
         return features.float()
 
 
-def _cache_argument(model: Any) -> str:
-    """Return the name under which *model*'s forward takes its key-value cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def _decoder_of(model: Any) -> Any:
+    """Return the part of *model* before its output layer; *model* itself if there is none."""
+    candidates = [model.base_model, getattr(model, "model", None)]
+    return next((part for part in candidates if part is not None and part is not model), model)
+
+
+def _parameters(*modules: Any) -> Set[str]:
+    """Return the names that the first module's forward takes.
+
+    Where it takes any name and passes it on, those that the next module's takes count as well.
+    """
+    names: Set[str] = set()
+    for module in modules:
+        parameters = inspect.signature(module.forward).parameters
+        names.update(parameters)
+        if not any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values()):
+            break
+    return names
 
 
 class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
@@ -140,45 +201,3 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
         return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
     result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
     return result
-
-
-def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Network, Any]:
-    """Load model and tokenizer of *source* (a folder or a Hugging Face name).
-
-    Returns the network, frozen and in evaluation mode, and the tokenizer.
-
-    Raises:
-        LocalServerError: it cannot be had, is no causal language model, or needs a cache this
-            engine does not have (state-space and other recurrent layers).
-    """
-    with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise LocalServerError(
-                f"cannot load the model {what}: {_first_lines(error)}",
-                hint="Give a folder written by save_pretrained, a Hugging Face name this machine "
-                "can reach, or smollm2-135m, which needs no model hub.",
-            ) from error
-        if getattr(model, "_is_stateful", False):
-            raise LocalServerError(
-                f"{what} ({type(model).__name__}) keeps a recurrent state, "
-                "which this engine does not support",
-                hint="Take a model with attention layers only.",
-            )
-        try:
-            model = model.to(device).eval().requires_grad_(False)
-        except (RuntimeError, AssertionError) as error:
-            raise LocalServerError(
-                f"cannot put {what} on device {device!r}: {_first_lines(error)}",
-                hint='Use device="cpu".',
-            ) from error
-        return Network(model), tokenizer
-
-
-def _first_lines(error: BaseException) -> str:
-    lines: List[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__

@@ -129,6 +129,7 @@ class SampleRun:
             for piece in prefill(self._network, [job.prompt for job in jobs]):
                 for row, number in enumerate(piece.prompts):
                     self._take(piece, row, jobs[number], sources, ends)
+                del piece  # before the next one is computed
                 yield True
             batch = DecodeBatch(
                 self._network, [sources[s.job.index] for s in wave], self._context_length
@@ -137,7 +138,7 @@ class SampleRun:
             scores = self._network.logits(torch.stack([ends[job.index] for job in jobs]))
             numbers = {job.index: number for number, job in enumerate(jobs)}
             logits = scores[[numbers[sequence.job.index] for sequence in wave]]
-            del piece, sources, ends  # the prefill's cache is as large as the prompts
+            del sources, ends  # the prefill's cache is as large as the prompts
             yield from self._decode(wave, batch, logits)
 
     def _take(
@@ -149,13 +150,13 @@ class SampleRun:
         ends: Dict[int, torch.Tensor],
     ) -> None:
         """Note what *piece* says of *job*: prompt scores; at its end, the features."""
-        features = piece.features[row, : max(0, job.prompt.size - piece.start)]
         if job.prompt_scores is not None:
+            features = piece.features[row, : max(0, job.prompt.size - piece.start)]
             job.prompt_scores.add(self._network, piece.start, features)
-        last = job.prompt.size - 1 - piece.start
-        if 0 <= last < len(features):
+        end = piece.end_of(row, job.prompt.size)
+        if end is not None:
             sources[job.index] = (piece.cache, row, job.prompt.size)
-            ends[job.index] = features[last]
+            ends[job.index] = end
 
     def _decode(
         self, wave: List[_Sequence], batch: DecodeBatch, logits: torch.Tensor
@@ -172,8 +173,23 @@ class SampleRun:
                 rows = [rows[row] for row in alive]
             if step % SLICE_STEPS == 0:
                 yield True
+            yield from self._update(rows, batch)
             # A row that was dropped before its first token is carried along with any token.
             logits = batch.step([row.tokens[-1] if row.tokens else 0 for row in rows])
+
+    def _update(self, rows: List[_Sequence], batch: DecodeBatch) -> Generator[bool, None, None]:
+        """Compute again the rows that grow into a length with other rotary frequencies."""
+        outdated = [row for row in batch.outdated() if not rows[row].stop_reason]
+        texts = [
+            np.append(rows[row].job.prompt, rows[row].tokens[:-1]).astype(np.int32)
+            for row in outdated
+        ]
+        for piece in prefill(self._network, texts, more_tokens=1):
+            for source, index in enumerate(piece.prompts):
+                if piece.end_of(source, texts[index].size) is not None:
+                    batch.replace(outdated[index], piece.cache, source)
+            del piece
+            yield True
 
     def _extend(self, rows: List[_Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each row that has not ended."""

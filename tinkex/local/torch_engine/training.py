@@ -77,7 +77,8 @@ def _run_pass(
     with torch.set_grad_enabled(backward):
         # Padding is on the right, where causal attention keeps it out of every real position:
         # no mask is needed, so the fast attention kernels apply.
-        features = network.features(_padded_tokens(rows).to(device))
+        lengths = [row.tokens.size for row in rows]
+        features = network.features(_padded_tokens(rows).to(device), lengths=lengths)
         flat = features.reshape(-1, features.shape[-1]).index_select(0, positions)
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)

@@ -1,0 +1,139 @@
+"""Rotary embeddings whose frequencies depend on the length of the sequence (longrope).
+
+transformers chooses one set of frequencies for an entire forward pass, by its largest position.
+That is wrong for a batch of rows of different lengths, and for a prompt that is computed in
+pieces.  A RopeLengths makes the choice for each row by the length of the row's own sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import torch
+
+_LENGTH_DEPENDENT = ("longrope", "dynamic")
+
+
+class RopeLengths:
+    """The rotary embeddings of *model* that depend on the length of the sequence.
+
+    Attributes:
+        thresholds: the lengths, in ascending order, from which on a sequence has other
+            frequencies than one token before.  Empty for most models.
+    """
+
+    def __init__(self, model: Any, longest: int) -> None:
+        found: Set[int] = set()
+        device = next(model.parameters()).device
+        self._lengths: Optional[Sequence[int]] = None  # of the rows of the pass in progress
+        for module in model.modules():
+            kind = getattr(module, "rope_type", None)
+            kinds = kind if isinstance(kind, dict) else {None: kind}
+            arguments = [
+                {} if layer_type is None else {"layer_type": layer_type}
+                for layer_type, name in kinds.items()
+                if isinstance(name, str) and any(word in name for word in _LENGTH_DEPENDENT)
+            ]
+            if not arguments:
+                continue
+            if "position_ids" not in inspect.signature(module.forward).parameters:
+                raise TypeError(f"{type(module).__name__} ({kind}) takes no position_ids")
+            thresholds = [_threshold(module, longest, device, more) for more in arguments]
+            if any(thresholds):
+                found.update(length for length in thresholds if length is not None)
+                module.forward = functools.partial(self._by_row, module.forward)
+        self.thresholds: List[int] = sorted(found)
+
+    def range_of(self, length: int) -> int:
+        """Return which range between thresholds *length* lies in, counted from 0."""
+        return sum(length >= threshold for threshold in self.thresholds)
+
+    @contextlib.contextmanager
+    def rows(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Within the block, row i of a forward pass belongs to a sequence of ``lengths[i]``."""
+        self._lengths = lengths if self.thresholds else None
+        try:
+            yield
+        finally:
+            self._lengths = None
+
+    def _by_row(
+        self, forward: Callable[..., Any], x: Any, position_ids: torch.Tensor, **arguments: Any
+    ) -> Any:
+        """Call *forward* once per range of lengths, and join the results in the rows' order."""
+        lengths = self._lengths
+        if lengths is None:
+            return forward(x, position_ids, **arguments)
+        ranges: Dict[int, List[int]] = {}
+        for row, length in enumerate(lengths):
+            ranges.setdefault(self.range_of(length), []).append(row)
+        if len(ranges) == 1:
+            return _as_of(forward, x, position_ids, max(lengths), arguments)
+        if position_ids.shape[-2] == 1:
+            position_ids = position_ids.expand(*position_ids.shape[:-2], len(lengths), -1)
+        joined = [row for rows in ranges.values() for row in rows]
+        order = torch.tensor(joined, device=position_ids.device).argsort()
+        parts = [
+            _as_of(
+                forward,
+                x,
+                position_ids[..., rows, :],
+                max(lengths[row] for row in rows),
+                arguments,
+            )
+            for rows in ranges.values()
+        ]
+        return _map(lambda *some: torch.cat(some, -3).index_select(-3, order), *parts)
+
+
+def _as_of(
+    forward: Callable[..., Any],
+    x: Any,
+    position_ids: torch.Tensor,
+    length: int,
+    arguments: Dict[str, Any],
+) -> Any:
+    """Call *forward* as if the sequence had *length* tokens.
+
+    That is, its last position is appended, and the positions of padding after it are cut off.
+    """
+    position_ids = position_ids.clamp(max=length - 1)
+    last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+    result = forward(x, torch.cat([position_ids, last], -1), **arguments)
+    return _map(lambda values: values[..., :-1, :], result)
+
+
+def _map(function: Callable[..., torch.Tensor], *results: Any) -> Any:
+    """Apply *function* to tensors, or to the tensors of tuples (cosines and sines) in turn."""
+    if isinstance(results[0], tuple):
+        return tuple(function(*tensors) for tensors in zip(*results))
+    return function(*results)
+
+
+def _threshold(
+    module: Any, longest: int, device: torch.device, arguments: Dict[str, Any]
+) -> Optional[int]:
+    """Return the smallest length up to *longest* with other frequencies than a short sequence."""
+    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
+    position_ids = torch.ones(1, 1, dtype=torch.long, device=device)
+
+    def same(length: int) -> bool:
+        angles = _as_of(module.forward, x, position_ids, length, arguments)
+        if not isinstance(angles, tuple):
+            angles = (angles,)
+        return all(torch.equal(one, other) for one, other in zip(angles, short))
+
+    with torch.no_grad():
+        result = _as_of(module.forward, x, position_ids, 2, arguments)
+        short: Tuple[torch.Tensor, ...] = result if isinstance(result, tuple) else (result,)
+        low, high = 2, longest
+        if same(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if same(middle) else (low, middle)
+        same(2)  # leaves the module as it was found: transformers keeps the last choice
+    return high
