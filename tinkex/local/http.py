@@ -13,6 +13,7 @@ import orjson
 from flask import Response, current_app, request
 
 from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.local.admission import check_size
 from tinkex.local.problems import Problem
 from tinkex.types._wire import Wire
 
@@ -24,14 +25,6 @@ MAX_BODY = "TINKEX_MAX_BODY"
 
 # A zstd block of 128 KiB can be written in four bytes, so that this much input makes 32 MiB.
 _ZSTD_STEP = 1024
-
-#: Where signed URLs point.
-SIGNED_PREFIX = "/signed/"
-
-
-def needs_no_key(path: str) -> bool:
-    """True for what anybody may fetch: health, and URLs that carry a signature themselves."""
-    return path == "/api/v1/healthz" or path.startswith(SIGNED_PREFIX)
 
 
 def answer(value: Any, status: int = 200) -> Response:
@@ -48,12 +41,10 @@ def raw_body() -> bytes:
             installed; 400, it is broken.
     """
     most = int(current_app.config[MAX_BODY])
-    if (request.content_length or 0) > most:
-        raise _too_large(most)
+    check_size(request.content_length or 0, most)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
-    if len(body) > most:
-        raise _too_large(most)
+    check_size(len(body), most)
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -78,8 +69,7 @@ def _decompressed(body: bytes, most: int) -> bytes:
             part = decompressor.decompress(body[start : start + _ZSTD_STEP])
             parts.append(part)
             size += len(part)
-            if size > most:
-                raise _too_large(most)
+            check_size(size, most)
     except zstandard.ZstdError as error:
         raise Problem(400, f"the zstd body is broken: {error}") from error
     if not decompressor.eof:
@@ -87,10 +77,6 @@ def _decompressed(body: bytes, most: int) -> bytes:
     if decompressor.unused_data:
         raise Problem(400, "the zstd body has more than one frame")
     return b"".join(parts)
-
-
-def _too_large(most: int) -> Problem:
-    return Problem(413, f"the body is larger than {most} bytes; send smaller batches")
 
 
 def json_body() -> Tuple[Dict[str, Any], bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import secrets
 import shutil
@@ -21,14 +22,13 @@ from typing import Any, Callable, Dict, Optional, Type, Union
 
 from tinkex import lifecycle
 from tinkex.errors import LocalServerError
+from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 #: HTTP threads beyond those that may hold polls.
 _SPARE_THREADS = 64
@@ -99,6 +99,7 @@ class LocalServer:
         self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
         self._profile = None if profile is None else profile_named(profile)
         _check_key(host, self.settings.api_key)
+        read_hosts(self.settings.allowed_hosts)
         self._engine = engine
         self._host = host
         self._port = port
@@ -207,7 +208,7 @@ class LocalServer:
                 hint='Install it: python -m pip install "tinkex[local]"',
             ) from error
         from tinkex.local.backend import Backend
-        from tinkex.local.http_errors import JsonErrorChannel
+        from tinkex.local.http_errors import Channel
         from tinkex.local.http_threads import HttpThreads
         from tinkex.local.store import Store
 
@@ -215,12 +216,16 @@ class LocalServer:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
         self._store = Store(self._temporary or self._data_dir or Path())
         if self._profile is None:
+            admission = Admission(self.settings)
             self._backend = Backend(self._engine, self._store, self.settings)
-            app: Any = create_app(self._backend, self.settings)
+            app: Any = create_app(self._backend, self.settings, admission)
         else:
-            from tinkex.local.profiles.layer import assemble
+            from tinkex.local.profiles.layer import admission_of, assemble
 
-            self._backend, app = assemble(self._profile, self._engine, self._store, self.settings)
+            admission = admission_of(self._profile, self.settings)
+            self._backend, app = assemble(
+                self._profile, self._engine, self._store, self.settings, admission
+            )
         self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
         self._http = create_server(
             app,
@@ -239,7 +244,7 @@ class LocalServer:
             # A body somewhat too large is read, so that its sender gets to read the answer.
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
-        self._http.channel_class = JsonErrorChannel
+        self._http.channel_class = functools.partial(Channel, admission=admission)
         accept_eagerly(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
@@ -312,7 +317,7 @@ def _not_started() -> LocalServerError:
 
 
 def _check_key(host: str, api_key: Optional[str]) -> None:
-    if host not in _LOOPBACK and not api_key:
+    if not is_loopback(host.lower()) and not api_key:
         raise LocalServerError(
             f"binding to {host} would let everybody on the network in",
             hint=f"Set a key (--api-key, api_key=...), e.g. tml-{secrets.token_hex(16)}, "

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from tinkex.auth import tinker_has_credentials
 from tinkex.config import Config, own_base_url
 from tinkex.errors import CredentialError, InvalidInputError
 from tinkex.http.redirects import same_origin
@@ -99,6 +98,8 @@ def warn_of_withheld_key(config: Config) -> None:
     """Log a warning if this process has a key that is not sent to the server of a handle."""
     if config.api_key is not None or _same_server(config.base_url, own_base_url()):
         return
+    from tinkex.auth import tinker_has_credentials  # brings dataclasses-json along
+
     try:
         withheld = tinker_has_credentials()
     except CredentialError:

@@ -27,9 +27,12 @@ class Refusal(Exception):
 
 
 class Call:
-    """One request: its body is read once, decompressed, and may be replaced."""
+    """One request: its body is read once, decompressed, and may be replaced.
 
-    def __init__(self, environ: Environ) -> None:
+    Without *with_body*, the request will be refused for its headers, and its body was not kept.
+    """
+
+    def __init__(self, environ: Environ, *, with_body: bool = True) -> None:
         self.environ = environ
         request = Request(environ)
         path = request.path
@@ -40,7 +43,9 @@ class Call:
         self.in_protobuf = media == PROTOBUF_CONTENT_TYPE and self.route in PASSES
         self.accept = request.headers.get("Accept", "")
         self.accept_encoding = request.headers.get("Accept-Encoding", "")
-        self.raw = _decompressed(request.get_data(), request.headers.get("Content-Encoding"))
+        self.raw = b""
+        if with_body:
+            self.raw = _decompressed(request.get_data(), request.headers.get("Content-Encoding"))
         self.body: Any = None
 
     def replace(self, raw: bytes) -> None:
