@@ -17,6 +17,7 @@ from tinkex.local.admission import Admission, head_of
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
 from tinkex.local.engine import Engine
+from tinkex.local.json_text import check_levels
 from tinkex.local.problems import Problem
 from tinkex.local.profiles import bodies, ids, results
 from tinkex.local.profiles.answers import Answers
@@ -60,16 +61,17 @@ class ProfileLayer:
         self._profile = profile
         self._has_key = has_key  # the application checks it, then
         self._admission = admission
+        self._max_body_bytes = backend.settings.max_body_bytes
         self._routes = RouteTable(profile.routes, profile.lacks)
         self._answers = Answers(backend, profile)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request (WSGI)."""
         admitted = self._admission.admits(head_of(environ))  # the application refuses the others
-        call = Call(environ, with_body=admitted)
-        if call.route is None:  # a signed URL, or nothing of the protocol
-            return self._inner(environ, start_response)
         try:
+            call = Call(environ, max_body_bytes=self._max_body_bytes, with_body=admitted)
+            if call.route is None:  # a signed URL, or nothing of the protocol
+                return self._inner(environ, start_response)
             if admitted:
                 self._refuse(call)
                 self._rewrite(call)
@@ -129,6 +131,10 @@ class ProfileLayer:
                 refuse_extras=self._profile.refuses_extras,
                 new_runs=self._profile.load_into_new != 422,
             )
+        try:
+            check_levels(call.raw)
+        except Problem as problem:
+            raise Refusal(problem.status, problem.detail) from problem
         if found and self._profile.checks_bodies:
             raise Refusal(422, found)
         if not isinstance(call.body, dict):
