@@ -6,6 +6,7 @@ Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -29,6 +30,9 @@ from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
+
+#: A server that was dropped looks this often whether its last session has ended, in seconds.
+_DROPPED_S = 0.1
 
 #: HTTP threads beyond those that may hold polls.
 _SPARE_THREADS = 64
@@ -110,6 +114,7 @@ class LocalServer:
         # Guards _closed: close runs once, whoever calls it.
         self._lock = threading.Lock()
         self._closed = False
+        self._dropped = False  # set once, by a finalizer, so without a lock
         self._sockets: Dict[int, Any] = {}  # waitress's map; the server thread's own
         self._store: Any = None
         self._backend: Any = None
@@ -167,10 +172,23 @@ class LocalServer:
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
             self._http.pull_trigger()
-            self._thread.join(0.5)
+            if self._thread is not threading.current_thread():
+                self._thread.join(0.5)
             self._close_sockets()  # only now: the trigger pulled above is one of them
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
+
+    def drop(self) -> None:
+        """Have the server close itself once no session lives on it.  Does not block.
+
+        For finalizers, which may run in any thread while it holds any lock.
+        """
+        if self._closed or self._thread is None:
+            return
+        self._store.folder_lock.ending = True
+        self._dropped = True
+        with contextlib.suppress(OSError):  # it was closed at the same time
+            self._http.pull_trigger()  # writes to a pipe, and takes no lock
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
@@ -253,12 +271,15 @@ class LocalServer:
         lifecycle.track(self)
 
     def _serve(self) -> None:
-        """Move bytes until close; the thread tinkex-server."""
+        """Move bytes until close, or until nobody can come any more; the thread tinkex-server."""
         from waitress import wasyncore
 
         while not self._stop.is_set():
+            if self._dropped and not self._backend.has_sessions():
+                break
+            timeout_s = _DROPPED_S if self._dropped else 30.0
             try:
-                wasyncore.loop(timeout=30.0, use_poll=True, map=self._sockets, count=1)
+                wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._sockets, count=1)
             except OSError:
                 # A socket that died between two looks; waitress drops it on the next one.
                 _log.debug("the socket loop was disturbed", exc_info=True)
@@ -267,6 +288,8 @@ class LocalServer:
         for channel in list(self._sockets.values()):
             if getattr(channel, "total_outbufs_len", 0):
                 channel.handle_write()
+        if self._dropped:
+            self.close()
 
     def _close_sockets(self) -> None:
         from waitress import wasyncore

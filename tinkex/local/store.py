@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tinkex.errors import LocalServerError
-from tinkex.local.database import lock_folder, open_database
+from tinkex.local.database import FolderLock, open_database
 from tinkex.local.problems import Problem
 from tinkex.local.rows import (
     CheckpointRow,
@@ -67,13 +67,13 @@ class Store:
         self._touched: Dict[str, float] = {}
         # Guards the connection and _touched.  Weights are written without it.
         self._lock = threading.Lock()
-        self._folder_lock: Optional[int] = None
+        self.folder_lock = FolderLock(data_dir)
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            self._folder_lock = lock_folder(data_dir)
+            self.folder_lock.acquire()
             self._db = open_database(":memory:" if in_memory else data_dir / "tinkex.sqlite3")
         except (OSError, sqlite3.Error) as error:
-            self._unlock_folder()
+            self.folder_lock.release()
             raise LocalServerError(
                 f"cannot use the data directory {data_dir}: {error}",
                 hint="Name a folder that can be written, with --data-dir or data_dir=...",
@@ -84,7 +84,7 @@ class Store:
         """Close the database and give the folder free."""
         with self._lock:
             self._db.close()
-        self._unlock_folder()
+        self.folder_lock.release()
 
     # Sessions
 
@@ -356,11 +356,6 @@ class Store:
             self.delete_checkpoint(checkpoint_row(row))
 
     # Below
-
-    def _unlock_folder(self) -> None:
-        if self._folder_lock is not None:
-            os.close(self._folder_lock)
-            self._folder_lock = None
 
     def _execute(self, sql: str, *values: Any) -> None:
         with self._lock:
