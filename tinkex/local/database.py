@@ -128,8 +128,8 @@ class FolderLock:
             return LocalServerError(
                 f"the data directory {self._data_dir} is in use by another server of this process",
                 hint="Close the ServiceClient or LocalServer that uses it first, e.g. with "
-                "service.close() at the top of a notebook cell that is run again; or choose "
-                "another folder.",
+                "service.close() before a notebook cell is run again; or choose another folder "
+                "with --data-dir or data_dir=...",
             )
         return LocalServerError(
             f"the data directory {self._data_dir} is in use by another tinkex server",
