@@ -169,7 +169,13 @@ class Config:
             )
 
     @classmethod
-    def resolve(cls, *, environ: Optional[Mapping[str, str]] = None, **settings: Any) -> Config:
+    def resolve(
+        cls,
+        *,
+        environ: Optional[Mapping[str, str]] = None,
+        own_credentials: bool = True,
+        **settings: Any,
+    ) -> Config:
         """Make a Config from keywords, then the environment, then defaults.
 
         A keyword that is None counts as not given.  Variables read: ``TINKER_BASE_URL``,
@@ -178,6 +184,9 @@ class Config:
         ``TINKER_TELEMETRY`` (1, true, yes or on), and, through the standard library, the usual
         proxy and CA variables.  Without a key and a command, the default key of
         ``~/.tinker/credentials.json`` is taken, if there is one.
+
+        With *own_credentials* False, the key, the command and the access headers of this process
+        are left out: they are not meant for the server that the keywords name.
 
         Programs on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
@@ -196,18 +205,22 @@ class Config:
         given: Dict[str, Any] = {
             name: value for name, value in settings.items() if value is not None
         }
-        base_url = given.get("base_url") or env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
-        given["base_url"] = str(base_url).strip().rstrip("/")
-        given["credential_cmd"] = _stripped(given.get("credential_cmd")) or _stripped(
-            env.get(COMMAND_VARIABLE)
-        )
-        given["api_key"] = _stripped(given.get("api_key")) or _stripped(env.get(KEY_VARIABLE))
-        if given["api_key"] is None and given["credential_cmd"] is None:
-            given["api_key"] = stored_key(environ)
-        access = {
-            name: env.get(variable, "").strip() for name, variable in _ACCESS_VARIABLES.items()
-        }
-        given.setdefault("access_headers", {name: text for name, text in access.items() if text})
+        given["base_url"] = _without_slash(given.get("base_url") or own_base_url(env))
+        for name in ("credential_cmd", "api_key"):
+            given[name] = _stripped(given.get(name))
+        if own_credentials:
+            given["credential_cmd"] = given["credential_cmd"] or _stripped(
+                env.get(COMMAND_VARIABLE)
+            )
+            given["api_key"] = given["api_key"] or _stripped(env.get(KEY_VARIABLE))
+            if given["api_key"] is None and given["credential_cmd"] is None:
+                given["api_key"] = stored_key(environ)
+            access = {
+                name: env.get(variable, "").strip() for name, variable in _ACCESS_VARIABLES.items()
+            }
+            given.setdefault(
+                "access_headers", {name: text for name, text in access.items() if text}
+            )
         given.setdefault("project_id", env.get("TINKER_PROJECT_ID") or None)
         tags = given.get("tags", env.get("TINKER_TAGS", ""))
         given["tags"] = tuple(_split(tags) if isinstance(tags, str) else tags)
@@ -249,6 +262,16 @@ _SECRET = ("api_key", "credential_cmd", "extra_headers", "access_headers", "prox
 
 def _resolve(settings: Mapping[str, Any]) -> Config:
     return Config.resolve(**settings)
+
+
+def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
+    """The server that a client of this process connects to unless it is given another."""
+    env = os.environ if environ is None else environ
+    return _without_slash(env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL)
+
+
+def _without_slash(base_url: object) -> str:
+    return str(base_url).strip().rstrip("/")
 
 
 def _stripped(text: Optional[str]) -> Optional[str]:

@@ -18,7 +18,6 @@ from tinkex import types
 from tinkex.api import sampling as api
 from tinkex.api.rest import get_weights_info
 from tinkex.child_client import ChildClient
-from tinkex.config import Config
 from tinkex.errors import (
     APIStatusError,
     InvalidInputError,
@@ -33,7 +32,13 @@ from tinkex.sampling.sample_checks import (
 )
 from tinkex.sampling.sample_gate import SampleGate
 from tinkex.sampling.sampler import Sampler
-from tinkex.sampling.sampler_handle import HandedOn, read_handle, write_handle
+from tinkex.sampling.sampler_handle import (
+    HandedOn,
+    config_of_handle,
+    read_handle,
+    warn_of_withheld_key,
+    write_handle,
+)
 from tinkex.server_flags import ABSENT
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
@@ -300,7 +305,9 @@ class SamplingClient(ChildClient):
         """Text from which another process can make a client of the same sampler.
 
         It works while the session lives.  The key is left out unless asked for; the receiver then
-        uses its own.  So is the retry_config.  Pickling a client does the same.
+        uses its own if this server is its own, too (see `from_sampler_handle`).  The retry_config
+        is left out.  Pickling a client does the same, except that the receiver of a pickle always
+        uses its own key.
         """
         facts = HandedOn(
             self._session.session_id,
@@ -317,13 +324,30 @@ class SamplingClient(ChildClient):
 
         The session is kept alive from this process too, and not ended with it.
 
+        Args:
+            handle: names the server.  Whoever can forge one can have this process send prompts to
+                a server of theirs, but not its key.
+            api_key: of that server.  By default the one in the handle, if there is one; else this
+                process's own, but only if the server is this process's too: the one that
+                ``TINKER_BASE_URL`` names, or else the hosted service.
+
         Raises:
             InvalidInputError: *handle* is not one.
+            ConfigError: a setting in it is out of its range.
         """
+        return cls._from_handle(handle, api_key)
+
+    @classmethod
+    def _from_handle(
+        cls, handle: str, api_key: Optional[str] = None, *, trusted: bool = False
+    ) -> SamplingClient:
         facts, settings = read_handle(handle)
         if api_key is not None:
             settings["api_key"] = api_key
-        session = Session.attach(Config.resolve(**settings), default_manager(), facts.session_id)
+        config = config_of_handle(settings, trusted=trusted)
+        session = Session.attach(config, default_manager(), facts.session_id)
+        if session.config is config and not trusted:
+            warn_of_withheld_key(config)
         return cls(
             session,
             facts.sampling_session_id,
@@ -334,7 +358,7 @@ class SamplingClient(ChildClient):
         )
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
+        return _unpickle, (self.get_sampler_handle(),)
 
     def __repr__(self) -> str:
         return (
@@ -404,6 +428,11 @@ class SamplingClient(ChildClient):
         if account[1:] != (self.usage_tag, model):
             account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
+
+
+def _unpickle(handle: str) -> SamplingClient:
+    # A pickle that is loaded can run any code: its server is trusted with this process's own key.
+    return SamplingClient._from_handle(handle, trusted=True)
 
 
 #: The official SDK's name of what creators return; here they return the client itself.

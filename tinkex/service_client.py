@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
@@ -82,6 +83,7 @@ class ServiceClient(WithoutCoroutines):
             raise InvalidInputError("give either config or single settings, not both")
         self._session = Session(config or Config.resolve(**settings), manager or default_manager())
         self._server: Any = None
+        self._server_dropper: Any = None
 
     @classmethod
     def local(
@@ -95,8 +97,10 @@ class ServiceClient(WithoutCoroutines):
     ) -> ServiceClient:
         """Start the embedded server in this process and return a client of it.
 
-        Real HTTP on an ephemeral port; the server stops when the client is closed.  Blocks until
-        the model is loaded, which may first download it.  Needs ``pip install "tinkex[local]"``.
+        Real HTTP on an ephemeral port.  The server stops, and frees the model and *data_dir*, when
+        the client is closed, or when it and all clients made from it are garbage, as after a
+        notebook cell was run again.  Blocks until the model is loaded, which may first download it.
+        Needs ``pip install "tinkex[local]"``.
 
         Args:
             model: ``"smollm2-135m"``, ``"tiny-random"``, ``"deterministic"`` (no ML library
@@ -108,7 +112,8 @@ class ServiceClient(WithoutCoroutines):
             settings: of the client, as for the constructor.
 
         Raises:
-            LocalServerError: the model cannot be had, or something is not installed.
+            LocalServerError: the model cannot be had, something is not installed, or *data_dir*
+                is in use, by this process or another.
         """
         # The one import that looks up: what an edge offers, as a convenience.
         from tinkex.local import LocalServer, load_engine
@@ -123,6 +128,9 @@ class ServiceClient(WithoutCoroutines):
             server.close()
             raise
         client._server = server
+        # With the session, which all clients made from this one hold on to.
+        client._server_dropper = weakref.finalize(client._session, server.drop)
+        client._server_dropper.atexit = False
         return client
 
     @property
@@ -420,6 +428,7 @@ class ServiceClient(WithoutCoroutines):
         finally:  # also when Ctrl-C breaks in
             server, self._server = self._server, None
             if server is not None:
+                self._server_dropper.detach()  # it would keep the model for the session's sake
                 server.close()
         done: Future[None] = Future()
         done.set_result(None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Tuple
 
 import pytest
+import requests
 from click.testing import CliRunner
 
 from tinkex.cli.serve import default_data_dir, serve
@@ -21,10 +22,10 @@ SERVE = [sys.executable, "-c", "from tinkex.cli.serve import serve; serve()"]
 ARGUMENTS = ["--model", "deterministic", "--port", "0"]
 
 
-def start(data_dir: Path) -> Tuple[subprocess.Popen, str]:
+def start(data_dir: Path, *options: str) -> Tuple[subprocess.Popen, str]:
     root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(
-        [*SERVE, *ARGUMENTS, "--data-dir", str(data_dir)],
+        [*SERVE, *ARGUMENTS, "--data-dir", str(data_dir), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,6 +53,19 @@ def test_it_is_ready_when_it_says_so_and_ends_when_told(
         assert out == ""
         assert "Traceback" not in err
     assert (tmp_path / "tinkex.sqlite3").exists()
+
+
+def test_it_answers_for_the_hosts_that_it_is_told_of_and_no_others(tmp_path: Path) -> None:
+    process, url = start(tmp_path, "--allow-host", "a.example", "--allow-host", "b.example")
+    with process:
+        for host, status in (("a.example", 200), ("B.example:80", 200), ("c.example", 421)):
+            headers = {"Host": host}
+            assert requests.get(f"{url}/api/v1/healthz", headers=headers).status_code == status
+        process.terminate()
+        process.communicate(timeout=20)
+    result = CliRunner().invoke(serve, [*ARGUMENTS, "--allow-host", "http://a.example"])
+    assert result.exit_code == 1
+    assert "not the name of a host" in result.output
 
 
 def test_errors_are_one_message_and_exit_code_1(tmp_path: Path) -> None:

@@ -211,8 +211,9 @@ def test_requests_need_a_model_and_a_number(api: Api) -> None:
     assert "unknown" in api.step("no:train:0", 1, expect=404)["detail"]
     assert "numbered from 1" in api.step(model, 0, expect=400)["detail"]
     assert "'seq_id' is missing" in api.post("optim_step", 400, model_id=model)["detail"]
-    assert "not JSON" in api.client.post("/api/v1/optim_step", data=b"{").get_json()["detail"]
-    assert "JSON object" in api.client.post("/api/v1/optim_step", data=b"[]").get_json()["detail"]
+    for body, told in ((b"{", "not JSON"), (b"[]", "JSON object")):
+        answer = api.client.post("/api/v1/optim_step", data=body, content_type=JSON.content_type)
+        assert (answer.status_code, told in answer.get_json()["detail"]) == (400, True)
 
 
 def test_a_resumed_run_continues_like_the_one_it_came_from(api: Api) -> None:
@@ -453,7 +454,10 @@ def test_without_zstandard_a_compressed_body_is_a_415(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     answer = api.client.post(
-        "/api/v1/forward_backward", data=b"x", headers={"Content-Encoding": "zstd"}
+        "/api/v1/forward_backward",
+        data=b"x",
+        content_type=PROTOBUF.content_type,
+        headers={"Content-Encoding": "zstd"},
     )
     assert answer.status_code == 415
     assert "uncompressed" in answer.get_json()["detail"]

@@ -292,6 +292,8 @@ if __name__ == "__main__":
         assert handle.encode() in pickle.dumps(sampler)
         assert b"tml-parent" not in base64.urlsafe_b64decode(handle)
         os.environ["TINKER_API_KEY"] = "tml-child"
+        if FORM == "handle":  # the child's key is for its own server only
+            os.environ["TINKER_BASE_URL"] = os.environ["SERVER"]
         context = multiprocessing.get_context({method!r})
         with context.Pool(2) as pool:
             results = pool.map(work, [given] * 6, chunksize=1)

@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Optional
+from typing import Optional, Tuple
 
 import click
 
@@ -40,6 +40,10 @@ def default_data_dir() -> Path:
 @click.option("--api-key", envvar="TINKEX_SERVER_API_KEY", default=None,
               help="Key that clients must send; $TINKEX_SERVER_API_KEY keeps it out of the "
               "process list.")  # fmt: skip
+@click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME",
+              help="Also answer requests for this host, such as the name of a reverse proxy; may "
+              "be repeated.  A server without a key answers to localhost only, so that no web "
+              "page can use it.")  # fmt: skip
 @click.option("--session-ttl", "session_ttl_s", default=60.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(min=1), help="A session without a heartbeat for this long "
               "expires.")  # fmt: skip
@@ -53,6 +57,7 @@ def serve(
     data_dir: Optional[Path],
     device: str,
     api_key: Optional[str],
+    allowed_hosts: Tuple[str, ...],
     session_ttl_s: float,
     profile: Optional[str],
 ) -> None:
@@ -69,6 +74,7 @@ def serve(
             data_dir or default_data_dir(),
             device,
             api_key,
+            allowed_hosts,
             session_ttl_s,
             profile,
         )
@@ -86,12 +92,16 @@ def _serve(
     data_dir: Path,
     device: str,
     api_key: Optional[str],
+    allowed_hosts: Tuple[str, ...],
     session_ttl_s: float,
     profile: Optional[str],
 ) -> None:
+    from tinkex.local.admission import read_hosts
     from tinkex.local.profiles import profile_named
     from tinkex.local.server import LocalServer, check_bind, load_engine
+    from tinkex.local.settings import ServerSettings
 
+    read_hosts(allowed_hosts)
     check_bind(host, port, api_key)  # before the model is loaded, which takes long
     if profile is not None:
         profile_named(profile)
@@ -102,6 +112,7 @@ def _serve(
         data_dir=data_dir,
         api_key=api_key,
         session_ttl_s=session_ttl_s,
+        settings=ServerSettings(allowed_hosts=allowed_hosts),
         profile=profile,
     )
     with server:

@@ -11,6 +11,7 @@ from typing import Optional
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
+from tinkex.local.admission import Admission, head_of
 from tinkex.local.backend import Backend
 from tinkex.local.http import MAX_BODY, answer
 from tinkex.local.problems import Problem
@@ -34,17 +35,24 @@ from tinkex.local.settings import ServerSettings
 _log = logging.getLogger(__name__)
 
 
-def create_app(backend: Backend, settings: Optional[ServerSettings] = None) -> Flask:
+def create_app(
+    backend: Backend,
+    settings: Optional[ServerSettings] = None,
+    admission: Optional[Admission] = None,
+) -> Flask:
     """Make the application.
 
     Args:
         backend: does the work; started and closed by the caller.
         settings: how it behaves; the defaults if None.
+        admission: which requests are let in; by default, as *settings* say.
     """
     settings = settings or ServerSettings()
+    admission = admission or Admission(settings)
     app = Flask(__name__, static_folder=None)
     app.config[MAX_BODY] = settings.max_body_bytes
-    auth.register(app, settings)
+    _register_admission(app, admission)
+    auth.register(app, settings, admission.mint)
     flags.register(app, settings)
     sessions.register(app, backend, settings)
     runs.register(app, backend)
@@ -61,10 +69,17 @@ def create_app(backend: Backend, settings: Optional[ServerSettings] = None) -> F
     return app
 
 
+def _register_admission(app: Flask, admission: Admission) -> None:
+    @app.before_request
+    def check() -> None:
+        admission.check(head_of(request.environ))
+
+
 def _register_errors(app: Flask) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
         response = answer({"detail": error.detail}, error.status)
+        response.headers.extend(error.headers)
         if error.retry_after_s is not None:
             response.headers["Retry-After"] = f"{error.retry_after_s:g}"
         return response

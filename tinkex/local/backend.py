@@ -130,6 +130,11 @@ class Backend:
         if not alive:
             raise self._over(session_id)
 
+    def has_sessions(self) -> bool:
+        """True if a session lives."""
+        with self._lock:
+            return bool(self._sessions.ids())
+
     def check_session(self, session_id: str) -> None:
         """Raise Problem 404 or 410 unless the session lives."""
         with self._lock:

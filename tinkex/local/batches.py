@@ -23,6 +23,7 @@ class SamplingLimits:
     Args:
         max_live_tokens: key-value cache of all live batches together, in tokens of prompt and
             continuation.  A single request may exceed it; it then runs alone.
+        max_num_samples: most continuations of one request; beyond it submissions answer 400.
         max_batch_sequences: most continuations in one batch.
         max_live_batches: most batches of one sampler that advance in turn.
         gather_s: a batch starts when no new request came for this long, ...
@@ -32,6 +33,7 @@ class SamplingLimits:
     """
 
     max_live_tokens: int = 65_536
+    max_num_samples: int = 1024
     max_batch_sequences: int = 64
     max_live_batches: int = 4
     gather_s: float = 0.008

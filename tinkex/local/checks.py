@@ -6,6 +6,7 @@ and whatever only it knows.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Dict, Optional, Sequence
 
@@ -13,9 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
+from tinkex.local.batches import SamplingLimits
 from tinkex.local.engine import LOSSES, EngineInfo
 from tinkex.local.problems import Problem
-from tinkex.types import Datum, SampleRequest
+from tinkex.types import Datum, LoraConfig, SampleRequest
+
+#: Most numbers that one request may ask for, or that its tensors may hold once they are dense:
+#: half a gigabyte.
+_MOST_CELLS = 1 << 26
+
+_MOST_STOPS = 1024
+_MOST_RANK = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
 
@@ -26,7 +35,15 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
         raise Problem(400, f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
     if not data:
         raise Problem(400, "the batch is empty; send at least one datum")
+    cells = 0
     for index, datum in enumerate(data):
+        cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
+        if cells > _MOST_CELLS:
+            raise Problem(
+                400,
+                f"datum {index}: its loss inputs, and those before it, have more than "
+                f"{_MOST_CELLS} cells as dense tensors; send smaller batches",
+            )
         try:
             tokens = datum.model_input.to_numpy()
         except InvalidInputError as error:
@@ -62,8 +79,12 @@ def _check_vocabulary(info: EngineInfo, tokens: npt.NDArray[np.generic], what: s
         )
 
 
-def check_sample(info: EngineInfo, request: SampleRequest) -> int:
+def check_sample(
+    info: EngineInfo, request: SampleRequest, limits: Optional[SamplingLimits] = None
+) -> int:
     """Check a sample request and return its size: tokens of prompt and continuations."""
+    limits = limits or SamplingLimits()
+    _check_counts(info, request, limits)
     try:
         tokens = request.prompt.to_numpy()
     except InvalidInputError as error:
@@ -84,7 +105,42 @@ def check_sample(info: EngineInfo, request: SampleRequest) -> int:
             "precedes the first",
         )
     continuation = min(request.sampling_params.max_tokens or room, room)
-    return request.num_samples * (int(tokens.size) + continuation)
+    sampled = request.num_samples * continuation
+    _check_cells(request, int(tokens.size), sampled)
+    return request.num_samples * int(tokens.size) + sampled
+
+
+def _check_counts(info: EngineInfo, request: SampleRequest, limits: SamplingLimits) -> None:
+    if request.num_samples > limits.max_num_samples:
+        raise Problem(
+            400,
+            f"num_samples is {request.num_samples}; it must be at most {limits.max_num_samples}: "
+            "send several requests",
+        )
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        if getattr(request, name) > info.vocab_size:
+            raise Problem(
+                400,
+                f"{name} is {getattr(request, name)}; the vocabulary of {info.model_name} has "
+                f"{info.vocab_size} tokens",
+            )
+    stop = request.sampling_params.stop
+    if stop is not None and not isinstance(stop, str) and len(stop) > _MOST_STOPS:
+        raise Problem(400, f"stop has {len(stop)} entries; it must have at most {_MOST_STOPS}")
+
+
+def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
+    """Check how much the answer, or what it is made from, would hold."""
+    cells = prompt * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
+    cells += sampled * request.topk_sample_logprobs
+    if request.target_prompt_logprobs is not None:
+        cells += math.prod(request.target_prompt_logprobs.shape)
+    if cells > _MOST_CELLS:
+        raise Problem(
+            400,
+            f"the request asks for {cells} log-probabilities; it must be at most {_MOST_CELLS}: "
+            "ask for fewer of each position, or of fewer tokens",
+        )
 
 
 def check_checkpoint_name(name: str) -> str:
@@ -96,6 +152,16 @@ def check_checkpoint_name(name: str) -> str:
             "_ . = + @ , -, beginning with a letter, digit or _ (a name, not a tinker:// path)",
         )
     return name
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Check the adapter of a new run."""
+    try:
+        lora.check()
+    except InvalidInputError as error:
+        raise Problem(400, str(error)) from error
+    if lora.rank > _MOST_RANK:
+        raise Problem(400, f"LoRA rank is {lora.rank}; it must be at most {_MOST_RANK}")
 
 
 def check_optimizer(config: Optional[Dict[str, Any]]) -> None:

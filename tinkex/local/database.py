@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
-from tinkex.errors import LocalServerError
 from tinkex.local.reserve import Reserve
 
 _log = logging.getLogger(__name__)
@@ -130,21 +128,3 @@ def _add_columns(connection: sqlite3.Connection) -> None:
         known = {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}
         if column not in known:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
-
-
-def lock_folder(data_dir: Path) -> Optional[int]:
-    """Hold the folder for this process: two servers would end each other's sessions."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there, two servers on one folder go unnoticed
-        return None
-    handle = os.open(data_dir / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise LocalServerError(
-            f"the data directory {data_dir} is in use by another tinkex server",
-            hint="Stop that server, or choose another folder with --data-dir or data_dir=...",
-        ) from error
-    return handle

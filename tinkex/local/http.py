@@ -9,10 +9,11 @@ import hashlib
 import math
 from typing import Any, Dict, Optional, Tuple, Type, TypeVar
 
-import orjson
 from flask import Response, current_app, request
 
 from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.local.admission import check_size
+from tinkex.local.json_text import read_json, write_json
 from tinkex.local.problems import Problem
 from tinkex.types._wire import Wire
 
@@ -25,19 +26,18 @@ MAX_BODY = "TINKEX_MAX_BODY"
 # A zstd block of 128 KiB can be written in four bytes, so that this much input makes 32 MiB.
 _ZSTD_STEP = 1024
 
-#: Where signed URLs point.
-SIGNED_PREFIX = "/signed/"
+#: Most of what a client may have the server keep: of a text, of metadata, of an idempotency key.
+_MOST_CHARACTERS = 10_000
+_MOST_KEPT_BYTES = 64 << 10
+_MOST_KEY_CHARACTERS = 256
 
-
-def needs_no_key(path: str) -> bool:
-    """True for what anybody may fetch: health, and URLs that carry a signature themselves."""
-    return path == "/api/v1/healthz" or path.startswith(SIGNED_PREFIX)
+#: Python refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 100
 
 
 def answer(value: Any, status: int = 200) -> Response:
     """Return *value* as a JSON answer; numpy arrays are written as lists."""
-    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, mimetype="application/json")
+    return Response(write_json(value), status, mimetype="application/json")
 
 
 def raw_body() -> bytes:
@@ -48,21 +48,24 @@ def raw_body() -> bytes:
             installed; 400, it is broken.
     """
     most = int(current_app.config[MAX_BODY])
-    if (request.content_length or 0) > most:
-        raise _too_large(most)
+    check_size(request.content_length or 0, most)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
-    if len(body) > most:
-        raise _too_large(most)
+    check_size(len(body), most)
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
         raise Problem(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
-    return _decompressed(body, most)
+    return decompressed(body, most)
 
 
-def _decompressed(body: bytes, most: int) -> bytes:
-    """Undo zstd in small steps: a few bytes may stand for gigabytes."""
+def decompressed(body: bytes, most: int) -> bytes:
+    """Undo zstd in small steps, since a few bytes may stand for gigabytes.
+
+    Raises:
+        Problem: 413, it makes more than *most* bytes; 400, it is broken; 415, zstandard is not
+            installed.
+    """
     try:
         import zstandard
     except ImportError as error:
@@ -78,8 +81,7 @@ def _decompressed(body: bytes, most: int) -> bytes:
             part = decompressor.decompress(body[start : start + _ZSTD_STEP])
             parts.append(part)
             size += len(part)
-            if size > most:
-                raise _too_large(most)
+            check_size(size, most)
     except zstandard.ZstdError as error:
         raise Problem(400, f"the zstd body is broken: {error}") from error
     if not decompressor.eof:
@@ -89,17 +91,10 @@ def _decompressed(body: bytes, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _too_large(most: int) -> Problem:
-    return Problem(413, f"the body is larger than {most} bytes; send smaller batches")
-
-
 def json_body() -> Tuple[Dict[str, Any], bytes]:
     """Return the request's JSON object and the bytes it was read from; Problem 400 if none."""
     raw = raw_body()
-    try:
-        value = orjson.loads(raw) if raw else {}
-    except orjson.JSONDecodeError as error:
-        raise Problem(400, f"the body is not JSON: {error}") from error
+    value = read_json(raw) if raw else {}
     if not isinstance(value, dict):
         raise Problem(400, f"the body must be a JSON object, not a {type(value).__name__}")
     return value, raw
@@ -120,7 +115,28 @@ def optional(body: Dict[str, Any], name: str, kind: Type[T]) -> Optional[T]:
         return None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise Problem(400, f"field {name!r} must be of type {kind.__name__}, not {value!r:.100}")
+    if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+        raise Problem(
+            400, f"field {name!r} has {len(value)} characters; at most {_MOST_CHARACTERS}"
+        )
     return value
+
+
+def metadata(body: Dict[str, Any], name: str = "user_metadata") -> Optional[Dict[str, Any]]:
+    """Return what a client keeps with a thing, None if nothing; Problem 400 if it is too much.
+
+    Lists show it again and again.
+    """
+    value: Optional[Dict[str, Any]] = optional(body, name, dict)
+    check_kept(name, value)
+    return value
+
+
+def check_kept(name: str, value: object) -> None:
+    """Raise Problem 400 if *value*, which is to be kept, takes more than 64 KiB as JSON."""
+    size = len(write_json(value))
+    if size > _MOST_KEPT_BYTES:
+        raise Problem(400, f"{name} takes {size} bytes as JSON; at most {_MOST_KEPT_BYTES}")
 
 
 def need_seq_id(body: Dict[str, Any], name: str = "seq_id", least: int = 0) -> int:
@@ -155,8 +171,8 @@ def page(default_limit: int) -> Tuple[int, int]:
     numbers = []
     for name, default in (("limit", default_limit), ("offset", 0)):
         text = request.args.get(name, str(default))
-        if not (text.isascii() and text.isdigit()):
-            raise Problem(400, f"{name} is {text!r}; it must be a number, 0 or more")
+        if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
+            raise Problem(400, f"{name} is {text!r:.100}; it must be a number, 0 or more")
         numbers.append(min(int(text), 1 << 31))
     return numbers[0], numbers[1]
 
@@ -165,12 +181,21 @@ def check_scope() -> None:
     """Raise Problem 400 unless the query's access_scope is one there is; there is one user."""
     scope = request.args.get("access_scope", "owned")
     if scope not in ("owned", "accessible"):
-        raise Problem(400, f"access_scope is {scope!r}; it must be owned or accessible")
+        raise Problem(400, f"access_scope is {scope!r:.100}; it must be owned or accessible")
 
 
 def idempotency_key() -> Optional[str]:
-    """What tells that a request is the same as before, if the client says so."""
-    return request.headers.get("X-Idempotency-Key")
+    """What tells that a request is the same as before, if the client says so.
+
+    Problem 400 if it is too long to be remembered.
+    """
+    key = request.headers.get("X-Idempotency-Key")
+    if key is not None and len(key) > _MOST_KEY_CHARACTERS:
+        raise Problem(
+            400,
+            f"X-Idempotency-Key has {len(key)} characters; at most {_MOST_KEY_CHARACTERS}",
+        )
+    return key
 
 
 def digest(raw: bytes) -> bytes:
@@ -181,7 +206,7 @@ def digest(raw: bytes) -> bytes:
 def digest_without(body: Dict[str, Any], *names: str) -> bytes:
     """The digest of a JSON object but for the fields *names*, which may change in a retry."""
     kept = {name: value for name, value in body.items() if name not in names}
-    return digest(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS))
+    return digest(write_json(kept, sort_keys=True))
 
 
 def as_problem(error: InvalidInputError) -> Problem:

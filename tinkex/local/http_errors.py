@@ -1,13 +1,23 @@
-"""What waitress itself answers (a body too large, a malformed request line), as JSON like the rest.
+"""Connections of the embedded server: waitress's, but for two things.
 
-Runs in the HTTP threads.
+What waitress itself answers (a body too large, a malformed request line) is JSON like the rest.
+And the body of a request that will be refused for its headers is read and dropped: someone without
+the key fills neither memory nor disk, and still gets the answer.
+
+Bodies are read in the thread tinkex-server, errors are answered in the HTTP threads.
 """
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import orjson
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask
+
+from tinkex.local.admission import Admission, Head
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
@@ -25,7 +35,48 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
         self.write(body)
 
 
-class JsonErrorChannel(HTTPChannel):  # type: ignore[misc]
-    """A connection whose errors are JSON."""
+class _Dropped:
+    """Takes the place of the buffer of a body, and keeps nothing but its size."""
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def append(self, data: bytes) -> None:
+        self._size += len(data)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def getfile(self) -> io.BytesIO:
+        return io.BytesIO()
+
+    def close(self) -> None:
+        pass
+
+
+class AdmissionParser(HTTPRequestParser):  # type: ignore[misc]
+    """Reads a request, and drops its body unless *admission* admits the request."""
+
+    def __init__(self, adj: Any, admission: Admission) -> None:
+        super().__init__(adj)
+        self._admission = admission
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the header; then it is known what to do with the body."""
+        super().parse_header(header_plus)
+        if self.body_rcv is None:
+            return
+        size = None if self.chunked else self.content_length
+        head = Head(self.command, self.path, self.headers, size)
+        if not self._admission.admits(head):
+            self.body_rcv.buf = _Dropped()
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection whose errors are JSON, and whose requests *admission* judges."""
 
     error_task_class = JsonErrorTask
+
+    def __init__(self, *args: Any, admission: Admission, **options: Any) -> None:
+        self.parser_class = lambda adj: AdmissionParser(adj, admission)
+        super().__init__(*args, **options)

@@ -10,6 +10,7 @@ import json
 import sqlite3
 from typing import Any, Dict, Optional
 
+from tinkex.local.json_text import MOST_LEVELS, levels
 from tinkex.types import LoraConfig
 
 
@@ -83,16 +84,22 @@ def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:
     return None if value is None else json.dumps(value)
 
 
-def _loads(text: Optional[str]) -> Optional[Dict[str, Any]]:
-    if text is None:
-        return None
+def _loads(text: str) -> Dict[str, Any]:
     value: Dict[str, Any] = json.loads(text)
-    return value
+    if levels(text.encode()) <= MOST_LEVELS:
+        return value
+    # Older versions stored what no answer can show; it is left out.
+    texts = {name: json.dumps(one).encode() for name, one in value.items()}
+    return {name: one for name, one in value.items() if levels(texts[name]) < MOST_LEVELS}
+
+
+def _loads_optional(text: Optional[str]) -> Optional[Dict[str, Any]]:
+    return None if text is None else _loads(text)
 
 
 def session_row(row: sqlite3.Row) -> SessionRow:
     """Read a row of the table sessions."""
-    return SessionRow(**{**dict(row), "facts": json.loads(row["facts"])})
+    return SessionRow(**{**dict(row), "facts": _loads(row["facts"])})
 
 
 def run_row(row: sqlite3.Row) -> RunRow:
@@ -102,7 +109,7 @@ def run_row(row: sqlite3.Row) -> RunRow:
             **dict(row),
             "lora": LoraConfig.from_wire(json.loads(row["lora"])),
             "optimizer": json.loads(row["optimizer"]),
-            "user_metadata": _loads(row["user_metadata"]),
+            "user_metadata": _loads_optional(row["user_metadata"]),
         }
     )
 
@@ -110,4 +117,4 @@ def run_row(row: sqlite3.Row) -> RunRow:
 def checkpoint_row(row: sqlite3.Row) -> CheckpointRow:
     """Read a row of the table checkpoints."""
     facts = {**dict(row), "public": bool(row["public"])}
-    return CheckpointRow(**{**facts, "user_metadata": _loads(row["user_metadata"])})
+    return CheckpointRow(**{**facts, "user_metadata": _loads_optional(row["user_metadata"])})

@@ -6,8 +6,10 @@ Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import secrets
 import shutil
@@ -21,6 +23,7 @@ from typing import Any, Callable, Dict, Optional, Type, Union
 
 from tinkex import lifecycle
 from tinkex.errors import LocalServerError
+from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
@@ -28,7 +31,8 @@ from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: A server that was dropped looks this often whether its last session has ended, in seconds.
+_DROPPED_S = 0.1
 
 #: HTTP threads beyond those that may hold polls.
 _SPARE_THREADS = 64
@@ -99,6 +103,7 @@ class LocalServer:
         self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
         self._profile = None if profile is None else profile_named(profile)
         _check_key(host, self.settings.api_key)
+        read_hosts(self.settings.allowed_hosts)
         self._engine = engine
         self._host = host
         self._port = port
@@ -109,6 +114,7 @@ class LocalServer:
         # Guards _closed: close runs once, whoever calls it.
         self._lock = threading.Lock()
         self._closed = False
+        self._dropped = False  # set once, by a finalizer, so without a lock
         self._sockets: Dict[int, Any] = {}  # waitress's map; the server thread's own
         self._store: Any = None
         self._backend: Any = None
@@ -166,10 +172,23 @@ class LocalServer:
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
             self._http.pull_trigger()
-            self._thread.join(0.5)
+            if self._thread is not threading.current_thread():
+                self._thread.join(0.5)
             self._close_sockets()  # only now: the trigger pulled above is one of them
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
+
+    def drop(self) -> None:
+        """Have the server close itself once no session lives on it.  Does not block.
+
+        For finalizers, which may run in any thread while it holds any lock.
+        """
+        if self._closed or self._thread is None:
+            return
+        self._store.folder_lock.ending = True
+        self._dropped = True
+        with contextlib.suppress(OSError):  # it was closed at the same time
+            self._http.pull_trigger()  # writes to a pipe, and takes no lock
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
@@ -207,7 +226,7 @@ class LocalServer:
                 hint='Install it: python -m pip install "tinkex[local]"',
             ) from error
         from tinkex.local.backend import Backend
-        from tinkex.local.http_errors import JsonErrorChannel
+        from tinkex.local.http_errors import Channel
         from tinkex.local.http_threads import HttpThreads
         from tinkex.local.store import Store
 
@@ -215,12 +234,16 @@ class LocalServer:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
         self._store = Store(self._temporary or self._data_dir or Path())
         if self._profile is None:
+            admission = Admission(self.settings)
             self._backend = Backend(self._engine, self._store, self.settings)
-            app: Any = create_app(self._backend, self.settings)
+            app: Any = create_app(self._backend, self.settings, admission)
         else:
-            from tinkex.local.profiles.layer import assemble
+            from tinkex.local.profiles.layer import admission_of, assemble
 
-            self._backend, app = assemble(self._profile, self._engine, self._store, self.settings)
+            admission = admission_of(self._profile, self.settings)
+            self._backend, app = assemble(
+                self._profile, self._engine, self._store, self.settings, admission
+            )
         self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
         self._http = create_server(
             app,
@@ -239,7 +262,7 @@ class LocalServer:
             # A body somewhat too large is read, so that its sender gets to read the answer.
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
-        self._http.channel_class = JsonErrorChannel
+        self._http.channel_class = functools.partial(Channel, admission=admission)
         accept_eagerly(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
@@ -248,12 +271,15 @@ class LocalServer:
         lifecycle.track(self)
 
     def _serve(self) -> None:
-        """Move bytes until close; the thread tinkex-server."""
+        """Move bytes until close, or until nobody can come any more; the thread tinkex-server."""
         from waitress import wasyncore
 
         while not self._stop.is_set():
+            if self._dropped and not self._backend.has_sessions():
+                break
+            timeout_s = _DROPPED_S if self._dropped else 30.0
             try:
-                wasyncore.loop(timeout=30.0, use_poll=True, map=self._sockets, count=1)
+                wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._sockets, count=1)
             except OSError:
                 # A socket that died between two looks; waitress drops it on the next one.
                 _log.debug("the socket loop was disturbed", exc_info=True)
@@ -262,6 +288,8 @@ class LocalServer:
         for channel in list(self._sockets.values()):
             if getattr(channel, "total_outbufs_len", 0):
                 channel.handle_write()
+        if self._dropped:
+            self.close()
 
     def _close_sockets(self) -> None:
         from waitress import wasyncore
@@ -312,7 +340,7 @@ def _not_started() -> LocalServerError:
 
 
 def _check_key(host: str, api_key: Optional[str]) -> None:
-    if host not in _LOOPBACK and not api_key:
+    if not is_loopback(host.lower()) and not api_key:
         raise LocalServerError(
             f"binding to {host} would let everybody on the network in",
             hint=f"Set a key (--api-key, api_key=...), e.g. tml-{secrets.token_hex(16)}, "

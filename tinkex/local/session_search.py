@@ -125,11 +125,12 @@ def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
     created_at = need(cursor, "last_created_at", str)
     try:
         moment = datetime.fromisoformat(created_at.replace("Z", "+00:00"))
-    except ValueError as error:
-        raise Problem(400, f"last_created_at {created_at!r:.80} is no instant") from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return instant(moment.timestamp()), need(cursor, "last_session_id", str)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        last = instant(moment.timestamp())  # it may lie before the year 1 or after 9999 in UTC
+    except (ValueError, OverflowError, OSError) as error:
+        raise Problem(400, f"last_created_at {created_at!r:.80} is not an instant") from error
+    return last, need(cursor, "last_session_id", str)
 
 
 def _owner(owner: Optional[Dict[str, Any]]) -> Optional[FrozenSet[str]]:
@@ -137,7 +138,7 @@ def _owner(owner: Optional[Dict[str, Any]]) -> Optional[FrozenSet[str]]:
     if kind in ("own", "accessible") or owner is None:
         return None  # there is one user
     if kind != "user":
-        raise Problem(400, f"owner {kind!r} is unknown; it must be own, accessible or user")
+        raise Problem(400, f"owner {kind!r:.80} is unknown; it must be own, accessible or user")
     urns = need(owner, "owner_urns", list)
     if not 1 <= len(urns) <= 10:
         raise Problem(400, f"there are {len(urns)} owner_urns; there must be 1 to 10")
@@ -153,7 +154,7 @@ def _statuses(
     for status in statuses:
         kind = status.get("type") if isinstance(status, dict) else None
         if kind not in _STATUSES:
-            raise Problem(400, f"status {kind!r} is unknown; there are {', '.join(_STATUSES)}")
+            raise Problem(400, f"status {kind!r:.80} is unknown; there are {', '.join(_STATUSES)}")
         reasons = status.get("reasons") if kind == "client_finished" else None
         if reasons is None:
             wanted.append((kind, None))

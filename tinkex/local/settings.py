@@ -7,7 +7,7 @@ LocalServer and create_app take it; profiles and tests replace single fields of 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from tinkex.local.batches import SamplingLimits
 
@@ -52,7 +52,9 @@ class ServerSettings:
     """One embedded server.
 
     Args:
-        api_key: what ``X-API-Key`` must carry; None lets everybody in.
+        api_key: what ``X-API-Key`` must carry; None lets everyone on this machine in.
+        allowed_hosts: names, besides those of loopback, by which a server without a key may be
+            reached, e.g. that of a reverse proxy; the pages of these hosts may send requests.
         jwt: clients exchange their key for a token at ``auth/token`` (section 5.5).
         jwt_lifetime_s: such a token is valid for this long.
         owner_urn: who owns every session, run and checkpoint: there is one user.
@@ -75,6 +77,7 @@ class ServerSettings:
     """
 
     api_key: Optional[str] = None
+    allowed_hosts: Tuple[str, ...] = ()
     jwt: bool = False
     jwt_lifetime_s: float = 3600.0
     owner_urn: str = "tml:user:local"

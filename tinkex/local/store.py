@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from tinkex.errors import LocalServerError
-from tinkex.local.database import Database, lock_folder
+from tinkex.local.database import Database
+from tinkex.local.folder_lock import FolderLock
 from tinkex.local.problems import Problem
 from tinkex.local.rows import (
     CheckpointRow,
@@ -71,12 +72,12 @@ class Store:
         self._touched: Dict[str, float] = {}
         # Guards _touched.
         self._lock = threading.Lock()
-        self._folder_lock: Optional[int] = None
+        self.folder_lock = FolderLock(data_dir)
         try:
             with contextlib.ExitStack() as opened:
-                opened.callback(self._unlock_folder)
+                opened.callback(self.folder_lock.release)
                 data_dir.mkdir(parents=True, exist_ok=True)
-                self._folder_lock = lock_folder(data_dir)
+                self.folder_lock.acquire()
                 self._db = Database(data_dir, in_memory=in_memory)
                 opened.callback(self._db.close)
                 self._tidy(remove_orphans=not in_memory)
@@ -91,7 +92,7 @@ class Store:
     def close(self) -> None:
         """Close the database and give the folder free."""
         self._db.close()
-        self._unlock_folder()
+        self.folder_lock.release()
 
     # Sessions
 
@@ -396,11 +397,6 @@ class Store:
         self._db.restore_reserve()
 
     # Below
-
-    def _unlock_folder(self) -> None:
-        if self._folder_lock is not None:
-            os.close(self._folder_lock)
-            self._folder_lock = None
 
     def _tidy(self, *, remove_orphans: bool) -> None:
         """After a restart: no session lives, and no weights are kept without their row.

@@ -1,16 +1,26 @@
-"""Handles of samplers: text from which another process can make a client of the same one."""
+"""Sampler handles: text from which another process can make a client of the same sampler.
+
+A handle travels through job queues, and anyone who can write to the queue can forge one.  So only
+the settings that `write_handle` writes are read, and the credentials of this process are sent only
+to the server that this process would use anyway.
+"""
 
 from __future__ import annotations
 
 import base64
+import logging
 from typing import Any, Dict, NamedTuple, Optional, Tuple
+from urllib.parse import urlsplit
 
 import orjson
 
-from tinkex.config import Config
-from tinkex.errors import InvalidInputError
+from tinkex.config import Config, own_base_url
+from tinkex.errors import CredentialError, InvalidInputError
+from tinkex.http.redirects import same_origin
 
-#: What a handle tells of the settings.  Not the key, nor what may hold a secret or a path.
+logger = logging.getLogger(__name__)
+
+#: The settings in a handle.  Not the key, nor what may hold a secret or a path.
 _SETTINGS = (
     "base_url",
     "wire",
@@ -42,20 +52,79 @@ def write_handle(facts: HandedOn, config: Config, *, include_api_key: bool) -> s
 
 
 def read_handle(handle: str) -> Tuple[HandedOn, Dict[str, Any]]:
-    """Return what is in a handle, and the settings.
+    """Return what is in a handle, and the settings; any other setting in it is ignored.
 
     Raises:
-        InvalidInputError: it is none.
+        InvalidInputError: *handle* is not a sampler handle.
     """
     try:
         state = orjson.loads(base64.urlsafe_b64decode(handle))
         facts = HandedOn(
-            state["session_id"],
-            state["sampling_session_id"],
-            state.get("base_model"),
-            state.get("model_path"),
+            _text(state["session_id"]),
+            _text(state["sampling_session_id"]),
+            _optional_text(state.get("base_model")),
+            _optional_text(state.get("model_path")),
             bool(state.get("record_stability_info")),
         )
-        return facts, dict(state["settings"])
+        found = dict(state["settings"])
+        settings = {name: found[name] for name in _SETTINGS if name in found}
+        settings["base_url"] = _text(settings["base_url"])
+        settings["api_key"] = _optional_text(found.get("api_key"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInputError(f"this is not a sampler handle: {error}") from error
+    return facts, settings
+
+
+def config_of_handle(settings: Dict[str, Any], *, trusted: bool = False) -> Config:
+    """Resolve the settings of a handle into those of a client in this process.
+
+    The credentials of this process are used if the server is its own (``TINKER_BASE_URL``, else the
+    hosted service), or if *trusted*.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+    if trusted:
+        return Config.resolve(**settings)
+    own = own_base_url()
+    if not _same_server(settings["base_url"], own):
+        return Config.resolve(own_credentials=False, **settings)
+    # The URL of this process itself, in case that another parser of URLs reads the handle's
+    # differently.
+    return Config.resolve(**{**settings, "base_url": own})
+
+
+def warn_of_withheld_key(config: Config) -> None:
+    """Log a warning if this process has a key that is not sent to the server of a handle."""
+    if config.api_key is not None or _same_server(config.base_url, own_base_url()):
+        return
+    from tinkex.auth import tinker_has_credentials  # brings dataclasses-json along
+
+    try:
+        withheld = tinker_has_credentials()
+    except CredentialError:
+        return  # nothing there to be sent
+    if withheld:
+        logger.warning(
+            "the sampler handle names %s, which is not the server of this process: the API key of "
+            "this process is not sent there; pass api_key=, or set TINKER_BASE_URL",
+            config.base_url,
+        )
+
+
+def _same_server(one: str, other: str) -> bool:
+    try:
+        same_path = urlsplit(one).path.rstrip("/") == urlsplit(other).path.rstrip("/")
+        return same_path and same_origin(one, other)
+    except ValueError:  # not a URL, as Config will say
+        return False
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"a {type(value).__name__} where it must have text")
+    return value
+
+
+def _optional_text(value: Any) -> Optional[str]:
+    return None if value is None else _text(value)

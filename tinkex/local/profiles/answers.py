@@ -13,6 +13,7 @@ from tinkex.local.backend import Backend
 from tinkex.local.completions import Group
 from tinkex.local.futures import Failure, Success
 from tinkex.local.http import digest
+from tinkex.local.json_text import write_json
 from tinkex.local.lanes import Job
 from tinkex.local.problems import Problem
 from tinkex.local.profiles import ids, results
@@ -74,13 +75,13 @@ class Answers:
     def _accepted(self, call: Call, response: Response) -> Response:
         route, profile = call.route, self._profile
         if route in _ACCEPTED:
-            response.set_data(orjson.dumps(self._acceptance(response.get_data())))
+            response.set_data(write_json(self._acceptance(response.get_data())))
         if route == "create_sampling_session" and profile.sampler_by_base == "future":
             made = orjson.loads(response.get_data())
             request_id = f"{made['sampling_session_id']}:created"
             self._backend.futures.create(request_id, made["sampling_session_id"], 0)
             self._backend.futures.complete(request_id, Success(made))
-            response.set_data(orjson.dumps({"request_id": request_id}))
+            response.set_data(write_json({"request_id": request_id}))
         if route in _ACCEPTED:
             response.status_code = profile.accepted
         elif route in _CREATED:
@@ -130,7 +131,7 @@ class Answers:
         detail = orjson.loads(response.get_data())["detail"]
         problem = Problem(response.status_code, detail)
         request_id = self._fail_in_turn(call, owner, number, problem)
-        body = orjson.dumps({"request_id": request_id, "model_id": owner})
+        body = write_json({"request_id": request_id, "model_id": owner})
         accepted = json_answer(self._acceptance(body), self._profile.accepted)
         self._hide_colons(accepted)
         return accepted
@@ -195,14 +196,14 @@ class Answers:
             body = orjson.loads(response.get_data())
             for model in body["supported_models"]:
                 model[self._profile.model_key] = model.pop("model_name")
-            response.set_data(orjson.dumps(body))
+            response.set_data(write_json(body))
 
     def _shorten_ids(self, response: Response) -> None:
         if self._profile.sampler_paths == "two":
             body = orjson.loads(response.get_data())
             for checkpoint in body["checkpoints"]:
                 checkpoint["checkpoint_id"] = checkpoint["checkpoint_id"].rpartition("/")[2]
-            response.set_data(orjson.dumps(body))
+            response.set_data(write_json(body))
 
     def _hide_colons(self, response: Response) -> None:
         told = response.mimetype == JSON_CONTENT_TYPE and "Location" not in response.headers

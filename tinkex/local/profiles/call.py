@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator
 
-import orjson
 from werkzeug.wrappers import Request, Response
 
+from tinkex.local.http import decompressed
+from tinkex.local.json_text import write_json
+from tinkex.local.problems import Problem
 from tinkex.local.profiles.routes import PREFIX
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
@@ -27,9 +29,12 @@ class Refusal(Exception):
 
 
 class Call:
-    """One request: its body is read once, decompressed, and may be replaced."""
+    """One request: its body is read once, decompressed, and may be replaced.
 
-    def __init__(self, environ: Environ) -> None:
+    Without *with_body*, the request will be refused for its headers, and its body was not kept.
+    """
+
+    def __init__(self, environ: Environ, *, max_body_bytes: int, with_body: bool = True) -> None:
         self.environ = environ
         request = Request(environ)
         path = request.path
@@ -40,7 +45,10 @@ class Call:
         self.in_protobuf = media == PROTOBUF_CONTENT_TYPE and self.route in PASSES
         self.accept = request.headers.get("Accept", "")
         self.accept_encoding = request.headers.get("Accept-Encoding", "")
-        self.raw = _decompressed(request.get_data(), request.headers.get("Content-Encoding"))
+        self.raw = b""
+        if with_body:
+            encoding = request.headers.get("Content-Encoding", "")
+            self.raw = _decompressed(request.get_data(), encoding, max_body_bytes)
         self.body: Any = None
 
     def replace(self, raw: bytes) -> None:
@@ -53,11 +61,11 @@ class Call:
     def change(self, **fields: Any) -> None:
         """Set fields of the JSON body."""
         self.body = {**self.body, **fields}
-        self.replace(orjson.dumps(self.body))
+        self.replace(write_json(self.body))
 
 
 def json_answer(value: Any, status: int) -> Response:
-    return Response(orjson.dumps(value), status, content_type=JSON_CONTENT_TYPE)
+    return Response(write_json(value), status, content_type=JSON_CONTENT_TYPE)
 
 
 class _Crash(Response):
@@ -80,17 +88,17 @@ def crash() -> Response:
     return _Crash("Internal Server Error", 500, content_type="text/plain; charset=utf-8")
 
 
-def _decompressed(raw: bytes, encoding: Optional[str]) -> bytes:
-    """Return the body as the application would read it; what it cannot read, unchanged."""
-    if (encoding or "").strip().lower() != "zstd":
+def _decompressed(raw: bytes, encoding: str, most: int) -> bytes:
+    """Return the body as the application would read it; what it cannot read, unchanged.
+
+    Raises:
+        Refusal: 413, it makes more than *most* bytes.
+    """
+    if encoding.strip().lower() != "zstd":
         return raw
     try:
-        import zstandard
-    except ImportError:
+        return decompressed(raw, most)
+    except Problem as problem:
+        if problem.status == 413:
+            raise Refusal(413, problem.detail) from problem
         return raw
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-            plain: bytes = reader.read()
-    except zstandard.ZstdError:
-        return raw
-    return plain

@@ -8,14 +8,16 @@ in HTTP threads.
 from __future__ import annotations
 
 import re
-from typing import Callable, Iterable, List, Tuple
+from typing import Callable, Iterable, List, Optional, Tuple
 
 import orjson
 from werkzeug.wrappers import Response
 
+from tinkex.local.admission import Admission, head_of
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
 from tinkex.local.engine import Engine
+from tinkex.local.json_text import check_levels
 from tinkex.local.problems import Problem
 from tinkex.local.profiles import bodies, ids, results
 from tinkex.local.profiles.answers import Answers
@@ -52,22 +54,27 @@ class ProfileLayer:
         profile: Profile,
         *,
         has_key: bool,
+        admission: Admission,
     ) -> None:
         self._inner = inner
         self._backend = backend
         self._profile = profile
         self._has_key = has_key  # the application checks it, then
+        self._admission = admission
+        self._max_body_bytes = backend.settings.max_body_bytes
         self._routes = RouteTable(profile.routes, profile.lacks)
         self._answers = Answers(backend, profile)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request (WSGI)."""
-        call = Call(environ)
-        if call.route is None:  # a signed URL, or nothing of the protocol
-            return self._inner(environ, start_response)
+        admitted = self._admission.admits(head_of(environ))  # the application refuses the others
         try:
-            self._refuse(call)
-            self._rewrite(call)
+            call = Call(environ, max_body_bytes=self._max_body_bytes, with_body=admitted)
+            if call.route is None:  # a signed URL, or nothing of the protocol
+                return self._inner(environ, start_response)
+            if admitted:
+                self._refuse(call)
+                self._rewrite(call)
             response = self._answers.rewrite(call, Response.from_app(self._inner, call.environ))
         except Refusal as refusal:
             response = refusal.response
@@ -124,6 +131,10 @@ class ProfileLayer:
                 refuse_extras=self._profile.refuses_extras,
                 new_runs=self._profile.load_into_new != 422,
             )
+        try:
+            check_levels(call.raw)
+        except Problem as problem:
+            raise Refusal(problem.status, problem.detail) from problem
         if found and self._profile.checks_bodies:
             raise Refusal(422, found)
         if not isinstance(call.body, dict):
@@ -175,13 +186,24 @@ class ProfileLayer:
         return candidates[0]
 
 
+def admission_of(profile: Profile, settings: ServerSettings) -> Admission:
+    """Which requests are let in by a server that speaks as *profile* does."""
+    return Admission(settings_of(profile, settings), bearer=profile.key == "bearer")
+
+
 def assemble(
-    profile: Profile, engine: Engine, store: Store, settings: ServerSettings
+    profile: Profile,
+    engine: Engine,
+    store: Store,
+    settings: ServerSettings,
+    admission: Optional[Admission] = None,
 ) -> Tuple[Backend, ProfileLayer]:
     """Make the backend and the application of an embedded server that speaks as *profile* does."""
     if profile.strange_tokens != "refused":
         engine = lenient(engine, tell_nan=profile.strange_tokens == "nan")
+    admission = admission or admission_of(profile, settings)
     settings = settings_of(profile, settings)
     backend = Backend(engine, store, settings, lane_type=lane_of(profile))
-    app = create_app(backend, settings)
-    return backend, ProfileLayer(app, backend, profile, has_key=settings.api_key is not None)
+    app = create_app(backend, settings, admission)
+    has_key = settings.api_key is not None
+    return backend, ProfileLayer(app, backend, profile, has_key=has_key, admission=admission)

@@ -9,8 +9,8 @@ import dataclasses
 from typing import Tuple
 
 import numpy as np
-import orjson
 
+from tinkex.local.json_text import write_json
 from tinkex.local.profiles.profile import Profile
 from tinkex.types import ForwardBackwardOutput, SampleResponse, TopkLogprobs
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
@@ -36,7 +36,7 @@ def encode(profile: Profile, value: object, accept: str) -> Tuple[bytes, str]:
             value = {**value, "metrics": None}
         if isinstance(value.get("path"), str):
             value = {**value, "path": path_outward(profile, value["path"])}
-    return orjson.dumps(value), JSON_CONTENT_TYPE
+    return write_json(value), JSON_CONTENT_TYPE
 
 
 def _prompt_rows(profile: Profile, response: SampleResponse) -> SampleResponse:

@@ -12,9 +12,10 @@ from typing import Callable, Dict, Optional, Tuple, TypeVar
 
 from flask import Flask, Response, request
 
+from tinkex.local.admission import SIGNED_PREFIX
 from tinkex.local.backend import Backend
 from tinkex.local.contents import Content, file_content, files_of, tar_content
-from tinkex.local.http import SIGNED_PREFIX, answer
+from tinkex.local.http import answer
 from tinkex.local.problems import Problem
 from tinkex.local.routes.checkpoints import CHECKPOINT, need_checkpoint
 from tinkex.local.rows import CheckpointRow

@@ -13,10 +13,11 @@ from tinkex.local.backend import Backend, session_of
 from tinkex.local.checks import check_pass
 from tinkex.local.custom_passes import run_custom_pass
 from tinkex.local.http import as_problem, digest, json_body, need, need_seq_id, raw_body, read_wire
+from tinkex.local.json_text import check_levels
 from tinkex.local.problems import Problem
 from tinkex.local.routes.submission import submit
 from tinkex.types import AdamParams, ForwardBackwardRequest
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 from tinkex.wire.codecs import codec_for
 
 
@@ -65,10 +66,15 @@ def _adam_params(body: Dict[str, Any]) -> Dict[str, Any]:
 def _submit_pass(backend: Backend, raw: bytes, *, only_forward: bool) -> Response:
     codec = codec_for(request.content_type or "")
     try:
+        if codec.content_type == JSON_CONTENT_TYPE:
+            check_levels(raw)
         asked = codec.decode_forward_backward(raw)
     except InvalidInputError as error:
         _use_number_up(backend, raw, codec.content_type)
         raise as_problem(error) from error
+    except Problem:
+        _use_number_up(backend, raw, codec.content_type)
+        raise
     if only_forward:
         asked = dataclasses.replace(asked, forward_only=True)
 

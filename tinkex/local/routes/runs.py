@@ -9,15 +9,14 @@ from typing import Any, Callable, Dict, Tuple
 
 from flask import Flask, Response
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.backend import Backend, session_of
-from tinkex.local.checks import check_optimizer
+from tinkex.local.checks import check_lora, check_optimizer
 from tinkex.local.engine import EngineError
 from tinkex.local.http import (
     answer,
-    as_problem,
     digest,
     json_body,
+    metadata,
     need,
     need_seq_id,
     optional,
@@ -41,16 +40,13 @@ def register(app: Flask, backend: Backend) -> None:
         model_id = _new_model_id(backend, body)
         base_model = backend.check_base_model(need(body, "base_model", str))
         lora = read_wire(LoraConfig, optional(body, "lora_config", dict) or {}, "lora_config")
-        try:
-            lora.check()
-        except InvalidInputError as error:
-            raise as_problem(error) from error
+        check_lora(lora)
         check_optimizer(optional(body, "optimizer_config", dict))
+        user_metadata = metadata(body)
 
         def make() -> Job:
-            metadata = optional(body, "user_metadata", dict)
             backend.store.add_run(
-                model_id, session_of(model_id), base_model, lora, _ADAMW, metadata
+                model_id, session_of(model_id), base_model, lora, _ADAMW, user_metadata
             )
             return Job(f"{model_id}:0", create, creates=True)
 
@@ -128,14 +124,14 @@ def _load_into_new_run(backend: Backend, body: Dict[str, Any], body_digest: byte
     if body.get("base_model") is not None:
         backend.check_base_model(need(body, "base_model", str))
     check_optimizer(optional(body, "optimizer_config", dict))
+    user_metadata = metadata(body)
     engine = backend.engine
 
     def make() -> Job:
         source = backend.store.run(checkpoint.run_id)
         lora = LoraConfig() if source is None else source.lora
-        metadata = optional(body, "user_metadata", dict)
         backend.store.add_run(
-            model_id, session_of(model_id), backend.info.model_name, lora, _ADAMW, metadata
+            model_id, session_of(model_id), backend.info.model_name, lora, _ADAMW, user_metadata
         )
         return Job(f"{model_id}:0", create, creates=True)
 

@@ -75,7 +75,7 @@ def register(app: Flask, backend: Backend) -> None:
             asked = SampleRequest.from_json(body)
         except InvalidInputError as error:
             raise as_problem(error) from error
-        cost = check_sample(backend.info, asked)
+        cost = check_sample(backend.info, asked, backend.settings.limits)
         request_id = backend.scheduler.submit_sample(sampler_id, seq_id, digest(raw), asked, cost)
         sequence_ids = [f"{request_id}:{index}" for index in range(asked.num_samples)]
         return answer({"request_id": request_id, "sample_sequence_ids": sequence_ids})

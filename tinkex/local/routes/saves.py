@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict
 
 from flask import Flask, Response
 
@@ -12,6 +12,7 @@ from tinkex.local.http import (
     digest,
     digest_without,
     json_body,
+    metadata,
     need,
     need_seq_id,
     optional,
@@ -59,12 +60,12 @@ def _submit_named_save(
         name = check_checkpoint_name(need(body, "path", str))
         overwrite = bool(optional(body, "overwrite", bool))
         ttl_s = ttl_seconds(body)
-        metadata: Optional[Dict[str, Any]] = optional(body, "user_metadata", dict)
+        user_metadata = metadata(body)
         backend.store.check_name_free(model_id, kind, name, overwrite)
 
         def save() -> object:
             saving = backend.store.saving(
-                model_id, kind, name, overwrite=overwrite, ttl_s=ttl_s, user_metadata=metadata
+                model_id, kind, name, overwrite=overwrite, ttl_s=ttl_s, user_metadata=user_metadata
             )
             with saving as folder:
                 if kind == "external_weights":

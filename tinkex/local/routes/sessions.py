@@ -9,6 +9,7 @@ from flask import Flask, Response
 from tinkex.local.backend import Backend
 from tinkex.local.http import (
     answer,
+    check_kept,
     check_scope,
     idempotency_key,
     json_body,
@@ -26,6 +27,9 @@ from tinkex.types import (
     ListSessionsResponse,
     SupportedModel,
 )
+
+#: So much is kept of why a client ended a session.
+_DETAIL_CHARACTERS = 2000
 
 _REASONS = ("success", "errored", "interrupted")
 
@@ -47,6 +51,7 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
         body, _ = json_body()
         given = {name: optional(body, name, kind) for name, kind in _FACTS.items()}
         facts = {name: value for name, value in given.items() if value is not None}
+        check_kept("what is said about the session", facts)
         session_id = backend.create_session(facts, idempotency_key())
         messages = {
             name: getattr(settings, name)
@@ -66,8 +71,12 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
         body, _ = json_body()
         reason = (optional(body, "reason", dict) or {}).get("type", "success")
         if reason not in _REASONS:
-            raise Problem(400, f"reason {reason!r} is unknown; it must be one of {_REASONS}")
-        backend.finish_session(session_id, reason, optional(body, "detail", str))
+            raise Problem(400, f"reason {reason!r:.100} is unknown; it must be one of {_REASONS}")
+        detail = body.get("detail")
+        if not isinstance(detail, (str, type(None))):
+            raise Problem(400, f"field 'detail' must be of type str, not {detail!r:.100}")
+        # Cut, not refused: a client that ends has no use for an error.
+        backend.finish_session(session_id, reason, detail and detail[:_DETAIL_CHARACTERS])
         return answer({})
 
     @app.get("/api/v1/get_server_capabilities")

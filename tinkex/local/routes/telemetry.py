@@ -6,6 +6,10 @@ from flask import Flask, Response
 
 from tinkex.local.backend import Backend
 from tinkex.local.http import answer, json_body
+from tinkex.local.problems import Problem
+
+#: Events are kept in memory.
+_MOST_BYTES = 1 << 20
 
 
 def register(app: Flask, backend: Backend) -> None:
@@ -13,6 +17,8 @@ def register(app: Flask, backend: Backend) -> None:
 
     @app.post("/api/v1/telemetry")
     def telemetry() -> Response:
-        body, _ = json_body()
+        body, raw = json_body()
+        if len(raw) > _MOST_BYTES:
+            raise Problem(413, f"the body is larger than {_MOST_BYTES} bytes; send fewer events")
         backend.telemetry.take(body)
         return answer({"status": "accepted"})

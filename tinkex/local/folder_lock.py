@@ -1,0 +1,88 @@
+"""FolderLock: one data directory, one server."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+from tinkex.errors import LocalServerError
+
+
+class FolderLock:
+    """Holds a data directory for one server: two would end each other's sessions.
+
+    Used by one thread at a time.
+
+    Attributes:
+        ending: its server is about to close.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.ending = False
+        self._data_dir = data_dir
+        self._file: Optional[int] = None
+        self._key: Optional[Tuple[int, int, int]] = None
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock.  Waits for a server of this process that is closing; else not.
+
+        Raises:
+            LocalServerError: another server has it.
+            OSError: the folder cannot be used.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: there, two servers on one folder go unnoticed
+            return
+        file = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            status = os.fstat(file)
+            key = (os.getpid(), status.st_dev, status.st_ino)
+            holder = _held_here.get(key)
+            if holder is not None:
+                gc.collect()  # its client may be garbage already, in a cycle
+                if holder.ending:
+                    holder._released.wait(_ENDING_S)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise self._in_use(here=holder is not None) from error
+        except BaseException:
+            os.close(file)
+            raise
+        self._file, self._key = file, key
+        _held_here[key] = self
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not held."""
+        file, self._file = self._file, None
+        if file is not None:
+            if self._key is not None and _held_here.get(self._key) is self:
+                del _held_here[self._key]
+            os.close(file)
+        self._released.set()
+
+    def _in_use(self, *, here: bool) -> LocalServerError:
+        if here:
+            return LocalServerError(
+                f"the data directory {self._data_dir} is in use by another server of this process",
+                hint="Close the ServiceClient or LocalServer that uses it first, e.g. with "
+                "service.close() before a notebook cell is run again; or choose another folder "
+                "with --data-dir or data_dir=...",
+            )
+        return LocalServerError(
+            f"the data directory {self._data_dir} is in use by another tinkex server",
+            hint="Stop that server, or choose another folder with --data-dir or data_dir=...",
+        )
+
+
+#: How long a new server waits for one that is closing, in seconds.
+_ENDING_S = 5.0
+
+# The locks that a process holds, by its id (a fork copies this) and the device and inode of their
+# files.  Single operations on a dict are atomic.
+_held_here: Dict[Tuple[int, int, int], FolderLock] = {}

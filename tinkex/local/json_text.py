@@ -1,0 +1,70 @@
+"""JSON as the embedded server reads and writes it: nested to a bounded depth.
+
+What is nested too deeply is refused when it comes in: if it were stored, every later answer that
+shows it would fail.  Pure; no threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import orjson
+
+from tinkex.local.problems import Problem
+
+#: Most levels of a body.  Answers, which nest what they show a little deeper, and every recursive
+#: function of Python stay well below their own limits.
+MOST_LEVELS = 400
+
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_STRING = re.compile(rb'"[^"]*"')
+_BRACKETS = b"[]{}"
+_NO_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+
+
+def read_json(raw: bytes) -> Any:
+    """Decode *raw*.
+
+    Raises:
+        Problem: 400, it is not JSON, or nested too deeply.
+    """
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+    check_levels(raw)
+    return value
+
+
+def check_levels(raw: bytes) -> None:
+    """Raise Problem 400 if *raw*, which must be JSON, is nested too deeply."""
+    if levels(raw) > MOST_LEVELS:
+        raise Problem(400, f"the body is nested too deeply; at most {MOST_LEVELS} levels")
+
+
+def levels(raw: bytes) -> int:
+    """How deeply *raw* is nested, or a bound on it that is small enough.  *raw* must be JSON."""
+    openings = raw.count(b"[") + raw.count(b"{")
+    if openings <= MOST_LEVELS:
+        return openings
+    # By the text, because a large batch has too many values to be looked at one by one.
+    if b"\\" in raw:
+        raw = _ESCAPE.sub(b"", raw)
+    brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
+    return max(itertools.accumulate(1 if byte in b"[{" else -1 for byte in brackets), default=0)
+
+
+def write_json(value: Any, *, sort_keys: bool = False) -> bytes:
+    """Encode *value*; numpy arrays are written as lists."""
+    option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_SORT_KEYS if sort_keys else 0)
+    try:
+        return orjson.dumps(value, option=option)
+    except TypeError:
+        # orjson stops at 254 levels.  What it cannot write at all raises again.
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys
+        )
+        return text.encode()
