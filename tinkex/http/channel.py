@@ -154,7 +154,7 @@ class Channel:
         session.mount("https://", adapter)
         self._session = session
         # urllib3 before 2 leaves the sockets of a forgotten pool to the garbage collector.
-        weakref.finalize(self, session.close).atexit = False
+        weakref.finalize(self, session.close)
 
     def request(
         self,
