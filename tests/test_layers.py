@@ -18,7 +18,7 @@ LAYERS = {
     "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy"],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
-        "http: request redaction redirects",
+        "http: request redaction redirects gateways",
         "keys: credentials",
         "sampling: sample_checks",
         "training: batch_checks",

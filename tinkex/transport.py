@@ -28,6 +28,7 @@ from tinkex.errors import (
     APIStatusError,
     ClientClosedError,
     RateLimitError,
+    ResponseDecodeError,
     status_error_type,
 )
 from tinkex.flow.pressure import Pressure
@@ -37,11 +38,13 @@ from tinkex.http.channel import Channel
 from tinkex.http.connection_errors import connection_error, forget_frames
 from tinkex.http.content_coding import ACCEPT_ENCODING
 from tinkex.http.deprecations import note_deprecation
+from tinkex.http.gateways import as_the_servers_own, describe, gateway_error, is_from_gateway
 from tinkex.http.private_channel import AnyChannel, PrivateChannel
 from tinkex.http.redaction import redact, redact_reply, secrets_of
 from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin, shown
 from tinkex.http.request import (
     JSON_TYPE as JSON_TYPE,
+    NOT_JSON_HINT,
     Reply as Reply,
     Request as Request,
     broken_route,
@@ -61,13 +64,6 @@ _HINTS: Mapping[int, str] = {
     402: "The account cannot pay for this: check its billing set-up.",
     403: "The key is known but may not do this.",
 }
-
-# An answer of 400 without a body does not come from the server but from a proxy before it, which
-# dislikes the connection: so many in a row are tried again on a fresh one.
-_EDGE_BUDGET = 16
-
-# Of one logical request.
-_EDGE_ATTEMPTS = 4
 
 _KEY_HEADER = "x-api-key"
 
@@ -109,9 +105,6 @@ class Transport:
         #: What requests are authenticated with; shared with other transports.
         self.tokens = source_for(config)
         self._secrets = secrets_of(config)
-        # Rejections by a proxy that may still be tried again; refilled by successes.  A count that
-        # is off by a few because threads race does no harm.
-        self._edge_budget = _EDGE_BUDGET
         self._before_send: Optional[Callable[[Request], Request]] = None
         self._own: Optional[AnyChannel] = None
         # Idempotency keys are made of these: a uuid4 for each is a system call, which lets other
@@ -162,13 +155,14 @@ class Transport:
         channel: Optional[AnyChannel] = None,
         idempotency_key: Optional[str] = None,
     ) -> Reply:
-        """Send one attempt and return the answer, whatever its status.
+        """Send one attempt and return the server's answer, whatever its status.
 
         A token that the server calls invalid is renewed, and the request sent again, once.
         Redirects are followed.
 
         Raises:
-            APITimeoutError, APIConnectionError: there was no answer, or no new token to be had.
+            APITimeoutError, APIConnectionError: there was no answer, or none of the server's own
+                (see tinkex.http.gateways), or no new token to be had.
             APIStatusError: the server refuses to give a token.
             CredentialError: there is no usable key or token.
             ClientClosedError: the transport was closed meanwhile.
@@ -187,7 +181,7 @@ class Transport:
             else:
                 self.tokens.forget(token)
         note_deprecation(request.name, reply.headers)
-        self._check_for_edge(request, reply, channel)
+        self._check_for_gateway(request, reply, channel)
         return reply
 
     def token_for(self, request: Request) -> Optional[Token]:
@@ -243,18 +237,22 @@ class Transport:
             return reply
         return redact_reply(reply, self.config.api_key, self._all_secrets(request))
 
-    def _check_for_edge(self, request: Request, reply: Reply, channel: AnyChannel) -> None:
-        """Raise APIConnectionError if a proxy before the server has rejected the connection."""
-        if 200 <= reply.status < 300:
-            self._edge_budget = min(self._edge_budget + 1, _EDGE_BUDGET)
-        if reply.status != 400 or reply.body or self._edge_budget <= 0:
+    def _check_for_gateway(self, request: Request, reply: Reply, channel: AnyChannel) -> None:
+        """Raise APIConnectionError if something before the server has answered in its place."""
+        if not is_from_gateway(request, reply):
             return
-        self._edge_budget -= 1
         channel.close()  # idle connections only: the next attempt makes a new one
-        raise APIConnectionError(
-            f"{request.name} answered 400 without a word, as a proxy before the server does",
-            status=400,
-        ) from self.status_error(request, reply)
+        text = redact(describe(request, reply), self.config.api_key, self._all_secrets(request))
+        own = (
+            ResponseDecodeError(
+                f"{request.name}: the answer is not JSON: {text}",
+                status=reply.status,
+                hint=NOT_JSON_HINT,
+            )
+            if reply.status < 300
+            else self.status_error(request, reply)
+        )
+        raise gateway_error(request, reply, text, own)
 
     def send(
         self, request: Request, policy: RetryPolicy, *, channel: Optional[AnyChannel] = None
@@ -262,7 +260,7 @@ class Transport:
         """Send until there is a 2xx answer or *policy* gives up.
 
         Raises:
-            APIStatusError: the server's last answer.
+            APIStatusError, ResponseDecodeError: the server's last answer.
             RateLimitError: it was turned away with 429, or would be, and is not to wait.
             APIConnectionError: no answer within the policy's time.
             ClientClosedError: closed, or *channel* stopped, meanwhile.
@@ -282,6 +280,7 @@ class Transport:
             attempt += 1
             reply: Optional[Reply] = None
             hint_s: Optional[float] = None
+            own: Optional[APIError] = None
             try:
                 reply = self._send_in_turn(request, channel, key)
                 if 200 <= reply.status < 300:
@@ -293,14 +292,15 @@ class Transport:
                 again = policy.retries_status(reply.status, attempt, reply.headers)
             except (APIConnectionError, APIStatusError) as caught:  # the latter: of a token
                 error, again = caught, caught.retryable
-                if caught.status == 400 and attempt >= _EDGE_ATTEMPTS:
-                    again = False
-                    if isinstance(caught.__cause__, APIStatusError):
-                        error = caught.__cause__  # so often, it must be the server's own answer
+                own = as_the_servers_own(caught)
+                hint_s = getattr(own, "retry_after_s", None)
+                again = again and (own is None or policy.retries_gateway(attempt))
             elapsed = self.clock.monotonic() - started
             delay = policy.delay_s(attempt, elapsed, hint_s, random.random()) if again else None
             if error.status == 402 and self.config.on_billing == "wait":
                 delay = self.billing.after_402(may_ask=not request.bare)
+            if delay is None and own is not None and policy.max_gateway_answers is not None:
+                error = own
             error.attempts, error.elapsed_s = attempt, elapsed
             error.maybe_taken = maybe_taken = (
                 maybe_taken or error.maybe_taken or error.status in (502, 504)

@@ -18,6 +18,7 @@ from tinkex.api._optional import optional_route
 from tinkex.api.rest import archive_request
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
 from tinkex.http.channel import Channel
+from tinkex.http.gateways import as_the_servers_own
 from tinkex.retry import RetryPolicy, retry_after_s
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types._wire import parse_datetime
@@ -72,7 +73,11 @@ def get_checkpoint_archive_url(
             busy = reply.status == 503
             again = policy.retries_status(reply.status, attempt, reply.headers)
         except APIConnectionError as silence:
-            error, again = silence, silence.retryable
+            own = as_the_servers_own(silence)
+            if own is None or policy.retries_gateway(attempt):
+                error, again = silence, silence.retryable
+            else:
+                error, again = own, False
             # It builds while we wait, and something in between has lost patience.
             busy = again and clock.monotonic() - sent >= BUILDING_PAUSE_S
         delay_s: Optional[float] = None

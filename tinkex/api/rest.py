@@ -50,7 +50,7 @@ def _change(
     body: Optional[Mapping[str, Any]] = None,
 ) -> None:
     with optional_route(transport, f"{method} {route}"):
-        call(transport, method, path, body)
+        call(transport, method, path, body, answer_read=False)
 
 
 def list_training_runs(

@@ -69,7 +69,14 @@ def finish_session(
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
     return transport.send_once(
-        Request("POST", path, body, traffic="control", read_timeout_s=timeout_s)
+        Request(
+            "POST",
+            path,
+            body,
+            traffic="control",
+            read_timeout_s=timeout_s,
+            empty_answer_ok=True,
+        )
     )
 
 
@@ -80,4 +87,4 @@ def get_server_capabilities(transport: Transport) -> types.GetServerCapabilities
 
 def healthz(transport: Transport) -> None:
     """``GET healthz``: raises if the server is not well."""
-    call(transport, "GET", "/api/v1/healthz")
+    call(transport, "GET", "/api/v1/healthz", answer_read=False)
