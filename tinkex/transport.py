@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 import platform
 import random
 import threading
@@ -22,6 +23,7 @@ import requests
 from tinkex._version import __version__
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
+from tinkex.descriptors import advice, are_exhausted
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -65,7 +67,16 @@ _HINTS: Mapping[int, str] = {
     403: "The key is known but may not do this.",
 }
 
+#: A lack of file descriptors is reported this often at most, in seconds.
+_SHORTAGE_EVERY_S = 60.0
+
 _KEY_HEADER = "x-api-key"
+
+
+class _Shortage:
+    """When a lack of file descriptors is to be reported next; views of a transport share it."""
+
+    report_at = -math.inf
 
 
 class Transport:
@@ -95,8 +106,9 @@ class Transport:
         # A run's requests always wait: what follows in the run relies on each of them.
         self._waits_after_429 = config.on_backpressure == "wait"
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
-        # Guards _private: the channels of busy threads.
+        # Guards _private, the channels of busy threads, and _shortage.
         self._lock = threading.Lock()
+        self._shortage = _Shortage()
         self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
         self._headers: Dict[str, str] = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
@@ -280,7 +292,7 @@ class Transport:
             attempt += 1
             reply: Optional[Reply] = None
             hint_s: Optional[float] = None
-            own: Optional[APIError] = None
+            own: Optional[APIError] = None  # the error, if a gateway's answer is the server's own
             try:
                 reply = self._send_in_turn(request, channel, key)
                 if 200 <= reply.status < 300:
@@ -306,18 +318,24 @@ class Transport:
                 maybe_taken or error.maybe_taken or error.status in (502, 504)
             )
             same, last = (same + 1 if error.message == last else 1), error.message
-            if delay is None:
-                if same > 1 and reply is not None and reply.status >= 500:
-                    error.hint = error.hint or broken_route(request, same)
-                raise error
-            if reply is not None and reply.status == 429:
+            if delay is None and same > 1 and reply is not None and reply.status >= 500:
+                error.hint = error.hint or broken_route(request, same)
+            turned_away = delay is not None and reply is not None and reply.status == 429
+            if delay is not None and turned_away:
                 self._limiter.back_off(delay)
                 if not waits:
                     assert isinstance(error, APIStatusError)
                     error.retry_after_s = error.retry_after_s or delay
+            # The error's traceback holds this frame, and the frame the error: without `del`, a
+            # cycle that keeps the connection open until the garbage collector runs.
+            if delay is None or (turned_away and not waits):
+                try:
                     raise error
+                finally:
+                    del error, own
             level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
+            del error, own
             request.keep_body()
             self._wait(delay, request, channel)
             self.recorder.count("retries")
@@ -400,8 +418,29 @@ class Transport:
             raise ClientClosedError(
                 f"the client was closed while {request.name} was under way"
             ) from error
+        if are_exhausted(error):
+            self._free_descriptors()
         forget_frames(error)  # a hundred lines of urllib3's before the one that tells the reason
         raise connection_error(self.config, request, error, self.redact) from error
+
+    def _free_descriptors(self) -> None:
+        """Close idle connections, and report the shortage now and then."""
+        self.drop_idle()
+        with self._lock:
+            private = list(self._private)
+        for channel in private:
+            channel.close_if_idle()
+        now = self.clock.monotonic()
+        with self._lock:
+            due = now >= self._shortage.report_at
+            if due:
+                self._shortage.report_at = now + _SHORTAGE_EVERY_S
+        if due:
+            logger.warning(
+                "no file descriptor is free for a connection to %s; waiting for one. %s",
+                self.config.host_and_port,
+                advice(),
+            )
 
     def drop_idle(self) -> None:
         """Close the idle connections of the shared channels; those in use are kept."""

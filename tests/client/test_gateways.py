@@ -59,6 +59,8 @@ def test_a_page_or_an_empty_body_is_not_the_servers(status: int, kind: str, body
         ("application/json; charset=utf-8", b"null"),
         ("application/problem+json", b'{"detail": "x"}'),
         ("application/x-protobuf", b"\x0a\x01x"),
+        ("application/x-protobuf", b"<\x12 of sixty bytes"),
+        ("application/x-protobuf", b""),
         ("", b' {"detail": "x"}'),
         ("text/plain", b"[1]"),
     ],

@@ -74,10 +74,10 @@ def get_checkpoint_archive_url(
             again = policy.retries_status(reply.status, attempt, reply.headers)
         except APIConnectionError as silence:
             own = as_the_servers_own(silence)
-            if own is None or policy.retries_gateway(attempt):
-                error, again = silence, silence.retryable
-            else:
-                error, again = own, False
+            believed = own is not None and not policy.retries_gateway(attempt)
+            error = own if own is not None and believed else silence
+            again = silence.retryable and not believed
+            del own
             # It builds while we wait, and something in between has lost patience.
             busy = again and clock.monotonic() - sent >= BUILDING_PAUSE_S
         delay_s: Optional[float] = None
@@ -90,8 +90,12 @@ def get_checkpoint_archive_url(
             delay_s = policy.delay_s(attempt, elapsed_s, hint_s, random.random())
         if delay_s is None:
             error.attempts, error.elapsed_s = attempt, clock.monotonic() - started
-            with optional_route(transport, ROUTE):
-                raise error
+            try:
+                with optional_route(transport, ROUTE):
+                    raise error
+            finally:
+                del error  # its traceback holds this frame
+        del error
         logger.info("the archive of %s is not ready; next try in %.0f s", run_id, delay_s)
         pause(delay_s)
 

@@ -204,6 +204,10 @@ class Channel:
         """Close idle connections."""
         self._session.close()
 
+    def close_if_idle(self) -> None:
+        """The same; connections in use are kept."""
+        self.close()
+
     def abort(self) -> None:
         """Break off every request in flight, at once, and those that follow; then close."""
         self.stopped.set()

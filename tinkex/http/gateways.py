@@ -42,6 +42,9 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
         return False
     if 300 <= status < 400 and not request.follow_redirects:
         return False
+    kind = reply.content_type
+    if "protobuf" in kind:
+        return False  # it may begin with any byte, and hold none
     if not reply.body:
         return not (status == 204 or (status < 300 and request.empty_answer_ok))
     start = reply.body[:64].lstrip(_BLANKS)
@@ -49,8 +52,7 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
         return True
     if start.startswith((b"{", b"[")):
         return False
-    kind = reply.content_type
-    if "json" in kind or "protobuf" in kind:
+    if "json" in kind:
         return False
     plain = status >= 300 and kind.partition(";")[0].strip() in ("text/plain", "")
     return not plain or start.lower().startswith(_GATEWAY_TEXTS)

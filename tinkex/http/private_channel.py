@@ -59,7 +59,7 @@ class _Socket:
 class PrivateChannel:
     """A connection to the server of *config*, opened when needed.
 
-    For one thread at a time; only `abort` may be called by another.
+    For one thread at a time; only `abort` and `close_if_idle` may be called by another.
 
     Attributes:
         stopped: see Channel.
@@ -118,6 +118,16 @@ class PrivateChannel:
         """Close it; the next request opens another."""
         self._received = b""
         self._state.close()
+
+    def close_if_idle(self) -> None:
+        """Close it unless a request is under way.  From any thread."""
+        with self._state.lock:
+            if not self._state.busy:
+                sock, self._state.sock = self._state.sock, None
+            else:
+                sock = None
+        if sock is not None:
+            sock.close()
 
     def abort(self) -> None:
         """Break off the request in flight, at once, and every later one.  From any thread."""

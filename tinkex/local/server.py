@@ -114,6 +114,7 @@ class LocalServer:
         self._backend: Any = None
         self._http: Any = None
         self._threads: Any = None
+        self._accepting: Any = None
 
     @property
     def url(self) -> str:
@@ -207,8 +208,10 @@ class LocalServer:
                 hint='Install it: python -m pip install "tinkex[local]"',
             ) from error
         from tinkex.local.backend import Backend
+        from tinkex.local.http_accept import Accepting
         from tinkex.local.http_errors import JsonErrorChannel
         from tinkex.local.http_threads import HttpThreads
+        from tinkex.local.imports import import_for_requests
         from tinkex.local.store import Store
 
         if self._data_dir is None:
@@ -221,6 +224,7 @@ class LocalServer:
             from tinkex.local.profiles.layer import assemble
 
             self._backend, app = assemble(self._profile, self._engine, self._store, self.settings)
+        import_for_requests()
         self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
         self._http = create_server(
             app,
@@ -240,7 +244,7 @@ class LocalServer:
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
         self._http.channel_class = JsonErrorChannel
-        accept_eagerly(self._http, self._sockets)
+        self._accepting = Accepting(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
@@ -253,7 +257,8 @@ class LocalServer:
 
         while not self._stop.is_set():
             try:
-                wasyncore.loop(timeout=30.0, use_poll=True, map=self._sockets, count=1)
+                timeout_s = self._accepting.resume(30.0)
+                wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._sockets, count=1)
             except OSError:
                 # A socket that died between two looks; waitress drops it on the next one.
                 _log.debug("the socket loop was disturbed", exc_info=True)
@@ -277,24 +282,6 @@ def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
     """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
     _check_key(host, api_key)
     _bind(host, port).close()
-
-
-def accept_eagerly(http: Any, sockets: Dict[int, Any]) -> None:
-    """Have waitress's server *http* accept all connections that wait, not one in each round.
-
-    In a round it also serves every socket that is ready.  With a hundred of them busy, rounds are
-    so few that a client's last connections would wait for most of a minute.
-    """
-    accept_one = http.handle_accept
-    limit = http.adj.connection_limit
-
-    def accept_all() -> None:
-        known = -1
-        while known < len(sockets) < limit:  # the last one accepted nothing, and added nothing
-            known = len(sockets)
-            accept_one()
-
-    http.handle_accept = accept_all
 
 
 def _settled(
