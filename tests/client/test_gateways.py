@@ -75,8 +75,8 @@ def test_the_plain_text_of_a_web_framework_is_the_servers(status: int) -> None:
     assert is_from_gateway(ANY, reply(200, "text/plain", b"OK"))  # no result is plain text
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_status_that_is_tried_again_anyway_is_left_alone(status: int) -> None:
+@pytest.mark.parametrize("status", [408, 413, 414, 429, 431, 500, 502, 503, 504])
+def test_a_status_that_decides_by_itself_is_left_alone(status: int) -> None:
     assert not is_from_gateway(ANY, reply(status, "text/html", HTML))
 
 

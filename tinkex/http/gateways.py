@@ -23,6 +23,8 @@ _SHOWN = 200
 
 #: These statuses are repeated whoever sent them.
 _PASSING = (408, 429)
+#: A gateway's limits on a request's size: sent again, it is no smaller.
+_TOO_LARGE = (413, 414, 431)
 
 #: Plain text of well-known gateways: Traefik and Go's default, ingress-nginx, Envoy.
 _GATEWAY_TEXTS = (
@@ -36,9 +38,12 @@ _BLANKS = b" \t\r\n\xef\xbb\xbf"
 
 
 def is_from_gateway(request: Request, reply: Reply) -> bool:
-    """Tell whether *reply* is plainly not the server's, and its status no reason to repeat it."""
+    """Tell whether *reply* is plainly not the server's.
+
+    False for statuses that decide by themselves whether a request is sent again.
+    """
     status = reply.status
-    if status in _PASSING or (status >= 500 and status != 501):
+    if status in (*_PASSING, *_TOO_LARGE) or (status >= 500 and status != 501):
         return False
     if 300 <= status < 400 and not request.follow_redirects:
         return False
