@@ -25,7 +25,8 @@ LAYERS = {
     ],
     "machinery": [
         "transport server_flags server_memory metrics",
-        "http: channel private_channel content_coding connection_errors deprecations billing",
+        "http: channel private_channel framing content_coding connection_errors",
+        "http: deprecations billing",
         "keys: credential_command tokens",
         "flow: rate_limiter backpressure pressure scheduler crew",
         "transfer: downloads download_folder part_file extraction",
