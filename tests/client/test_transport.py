@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, List
 
@@ -741,3 +743,24 @@ def test_the_headers_of_what_stands_before_the_server_come_from_the_environment(
     transport.abort()
     headers = sent(server)[0].headers
     assert (headers["cf-access-client-id"], headers["cf-access-client-secret"]) == ("i", "s")
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("last", [Answer(), Answer(404, {"detail": "no"})], ids=["sent", "failed"])
+def test_a_request_that_was_retried_keeps_no_connection_open(
+    transport: Transport, server: ScriptedServer, last: Answer, no_collector: None
+) -> None:
+    server.on(route(), Answer(drop=True), Answer(503), last)
+    channel = transport.open_connection()
+    kept = weakref.ref(channel)
+    with contextlib.suppress(errors.APIError):
+        transport.send(SUBMIT, QUICK, channel=channel)
+    del channel
+    assert kept() is None  # without the garbage collector
