@@ -32,7 +32,10 @@ ATTRIBUTES = [
     # waitress documents its command line and serve() only.
     Use("waitress.wasyncore:loop", "local/server.py"),
     Use("waitress.wasyncore:close_all", "local/server.py"),
-    Use("waitress.server:BaseWSGIServer.handle_accept", "local/server.py"),
+    Use("waitress.server:BaseWSGIServer.accept", "local/http_accept.py"),
+    Use("waitress.server:BaseWSGIServer.handle_accept", "local/http_accept.py"),
+    Use("waitress.server:BaseWSGIServer.maintenance", "local/http_accept.py"),
+    Use("waitress.server:BaseWSGIServer.readable", "local/http_accept.py"),
     Use("waitress.server:BaseWSGIServer.channel_class", "local/server.py"),
     Use("waitress.channel:HTTPChannel.error_task_class", "local/http_errors.py"),
     Use("waitress.channel:HTTPChannel.handle_write", "local/server.py"),

@@ -15,17 +15,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 #: From the bottom up; "room: modules" are those of a folder.
 LAYERS = {
-    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy"],
+    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy descriptors"],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
-        "http: request redaction redirects",
+        "http: request redaction redirects gateways",
         "keys: credentials",
         "sampling: sample_checks",
         "training: batch_checks likely_mistakes",
     ],
     "machinery": [
         "transport server_flags server_memory metrics",
-        "http: channel private_channel content_coding connection_errors deprecations billing",
+        "http: channel private_channel framing content_coding connection_errors",
+        "http: deprecations billing",
         "keys: credential_command tokens",
         "flow: rate_limiter backpressure pressure scheduler crew",
         "transfer: checkpoint_files compression downloads download_folder part_file extraction",

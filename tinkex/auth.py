@@ -10,7 +10,8 @@ import os
 from typing import Optional
 
 from tinkex.config import Config
-from tinkex.errors import CredentialError, ResponseDecodeError
+from tinkex.errors import APIConnectionError, CredentialError, ResponseDecodeError
+from tinkex.http.gateways import as_the_servers_own
 from tinkex.http.request import Reply, Request
 from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.transport import Transport
@@ -63,6 +64,11 @@ def _ask_once(config: Config, request: Request) -> Reply:
         if not 200 <= reply.status < 300:
             raise transport.status_error(request, reply)
         return reply
+    except APIConnectionError as error:
+        own = as_the_servers_own(error)  # asked once, so take it for what it looks like
+        if own is None:
+            raise
+        raise own from None
     finally:
         transport.abort()
 

@@ -103,7 +103,8 @@ class Dialect:
     def _submit_as(
         self, codec: Codec, transport: Transport, request: ForwardBackwardRequest, compress: bool
     ) -> UntypedFuture:
-        policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+        outage_s = transport.config.max_outage_s
+        policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         compress = compress and codec is _protobuf() and not self._memory.refuses_compression
         if compress and can_compress():
             return self._submit_compressed(transport, request, policy)
@@ -125,7 +126,8 @@ class Dialect:
     def _find_out(self, transport: Transport, request: ForwardBackwardRequest) -> UntypedFuture:
         """Submit the first batch of a server, and note how it was done."""
         # A plain 500 may mean "unreadable": look at the first one.
-        curious = RetryPolicy(max_elapsed_s=transport.config.max_outage_s, max_server_errors=1)
+        outage_s = transport.config.max_outage_s
+        curious = RetryPolicy(max_elapsed_s=outage_s, max_server_errors=1, max_gateway_answers=None)
         try:
             accepted = forward_backward(transport, _protobuf(), request, curious)
         except APIStatusError as first:

@@ -50,7 +50,8 @@ class FutureStatus:
         state: ``"queued"`` here, ``"submitting"``, ``"waiting"`` for the server, or ``"done"``.
         since_s: seconds in this state; of what is done, in the one before and since.
         request_id: the server's id, once it has accepted the work.
-        queue_state, queue_state_reason: what the server says about a pause, if anything.
+        queue_state, queue_state_reason: what the server reports about a pause, or about what the
+            work waits for, if anything.
         attempts: polls sent so far.
         last_error: the last passing trouble, in words, or None.
         held_back: why it is not submitted yet, in words: what it waits for, and how much is left.
@@ -72,6 +73,8 @@ class FutureStatus:
             parts.append(f"request {self.request_id}")
         if self.queue_state and self.queue_state != "active":
             parts.append(f"{self.queue_state} ({self.queue_state_reason or 'no reason given'})")
+        elif self.queue_state_reason:
+            parts.append(f"the server reports: {self.queue_state_reason}")
         if self.held_back:
             parts.append(self.held_back)
         if self.last_error:

@@ -8,6 +8,7 @@ starts no thread (Thread.start fails there on Python 3.12).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -105,6 +106,19 @@ def _at_exit() -> None:
             thing.close_at_exit(status, share_s)
         except Exception:
             logger.debug("closing %r at exit failed", thing, exc_info=True)
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1"):
+        _restore_interrupt()
+
+
+def _restore_interrupt() -> None:
+    """Have the interpreter exit as interrupted (SIGINT) although code was compiled since.
+
+    It forgets the KeyboardInterrupt that ended the program as soon as any thread executes source
+    text, as the import of a module with a dataclass does, and would exit with 1.  Source text that
+    ends with a KeyboardInterrupt makes it remember.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        exec("raise KeyboardInterrupt")
 
 
 def _after_fork_in_child() -> None:

@@ -24,6 +24,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Set
 
+from tinkex.descriptors import connection_cap
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture, report_lost
@@ -180,7 +181,11 @@ class Poller:
         if self._batches.usable(flags):
             self._batches.submit(work)
         else:
-            most = min(self._config.max_concurrent_samples, flags.sample_max_concurrent_requests)
+            most = min(
+                self._config.max_concurrent_samples,
+                flags.sample_max_concurrent_requests,
+                connection_cap(),
+            )
             if self._samples.cap != most:
                 self._samples.resize(max(1, most))
             self._poll_alone(work)

@@ -21,12 +21,16 @@ class RetryPolicy:
         max_elapsed_s: no new attempt begins later than this after the first one.
         max_server_errors: a plain 500 is believed after so many attempts: it rarely goes
             away, unlike 502, 503 and 504.
+        max_gateway_answers: an answer that looks like a gateway's is taken for the server's own
+            after so many attempts, e.g. for a missing route of an unusual web framework; None
+            never takes it for that, where a wrong guess would lose a request's number.
     """
 
     base_s: float = 0.5
     cap_s: float = 10.0
     max_elapsed_s: float = 300.0
     max_server_errors: int = 4
+    max_gateway_answers: Optional[int] = 4
 
     def delay_s(
         self, attempt: int, elapsed_s: float, hint_s: Optional[float], rand: float
@@ -42,6 +46,10 @@ class RetryPolicy:
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
             delay = ceiling * (0.5 + rand / 2)
         return delay if elapsed_s + delay <= self.max_elapsed_s else None
+
+    def retries_gateway(self, attempt: int) -> bool:
+        """Tell whether an answer that looks like a gateway's is worth another attempt."""
+        return self.max_gateway_answers is None or attempt < self.max_gateway_answers
 
     def retries_status(self, status: int, attempt: int, headers: Mapping[str, str]) -> bool:
         """Tell whether an answer with *status* is worth another attempt.

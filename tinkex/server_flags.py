@@ -20,7 +20,8 @@ from tinkex import lifecycle
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.clock import Clock
 from tinkex.config import Config
-from tinkex.errors import APIError, APIStatusError, ResponseDecodeError
+from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
+from tinkex.http.gateways import as_the_servers_own
 from tinkex.http.request import Reply, Request
 from tinkex.retry import RetryPolicy
 from tinkex.server_memory import memory_of
@@ -114,6 +115,8 @@ class _Known:
         # With the monotonic instant from which they are to be asked for again.
         self.dynamic: Optional[Tuple[DynamicFlags, float]] = None
         self.dynamic_flight: SingleFlight[DynamicFlags] = SingleFlight()
+        # Answers, asked for once each, that looked like a gateway's: see RetryPolicy.
+        self.gateway_answers = 0
 
 
 # Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a flight whose
@@ -148,7 +151,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
         if known.flags is None:  # the flight before ours may have landed just now
             # Never a token: whether there are tokens is what is being asked.
             request = _request("client/config", bare=True)
-            known.flags = _ask(transport, request, ServerFlags, once)
+            known.flags = _ask(transport, request, ServerFlags, known if once else None)
         return known.flags
 
     return known.flags_flight.run(ask, transport.closing)
@@ -177,7 +180,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
         flags = current()
         if flags is None:
             old = known.dynamic
-            flags = _refresh(transport, None if old is None else old[0])
+            flags = _refresh(transport, known, None if old is None else old[0])
             interval_s = max(flags.refresh_interval_sec, LEAST_REFRESH_S)
             known.dynamic = flags, transport.clock.monotonic() + interval_s
         return flags
@@ -185,10 +188,10 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
     return current() or known.dynamic_flight.run(ask, transport.closing)
 
 
-def _refresh(transport: Sender, old: Optional[DynamicFlags]) -> DynamicFlags:
+def _refresh(transport: Sender, known: _Known, old: Optional[DynamicFlags]) -> DynamicFlags:
     request = _request("client/dynamic_config")
     try:
-        return _ask(transport, request, DynamicFlags, once=old is not None)
+        return _ask(transport, request, DynamicFlags, None if old is None else known)
     except APIError as error:
         if old is None:
             raise
@@ -207,29 +210,39 @@ def _request(route: str, *, bare: bool = False) -> Request:
     )
 
 
-def _ask(transport: Sender, request: Request, kind: Type[F], once: bool) -> F:
-    if once:
-        reply = transport.send_once(request)
-        if reply.status in ABSENT:
-            memory_of(transport.config.base_url).note_missing(_route_of(request), reply.status)
-            return kind()
-        if not 200 <= reply.status < 300:
-            raise transport.status_error(request, reply)
-    else:
-        policy = RetryPolicy(max_elapsed_s=transport.config.startup_timeout_s, cap_s=4.0)
-        try:
+def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Known]) -> F:
+    """Ask for flags, with retries; or *once*, which counts the answers of gateways."""
+    try:
+        if once is not None:
+            reply = _ask_once(transport, request, once)
+        else:
+            policy = RetryPolicy(max_elapsed_s=transport.config.startup_timeout_s, cap_s=4.0)
             reply = transport.send(request, policy)
-        except APIStatusError as error:
-            if error.status in ABSENT:
-                memory_of(transport.config.base_url).note_missing(_route_of(request), error.status)
-                return kind()
+    except APIStatusError as error:
+        if error.status not in ABSENT:
             raise
+        memory_of(transport.config.base_url).note_missing(_route_of(request), error.status or 404)
+        return kind()
     payload = reply.json()
     if not isinstance(payload, dict):
         raise ResponseDecodeError(
             f"{request.name}: the answer is a {type(payload).__name__}, not an object of flags"
         )
     return read_flags(kind, payload)
+
+
+def _ask_once(transport: Sender, request: Request, known: _Known) -> Reply:
+    try:
+        reply = transport.send_once(request)
+    except APIConnectionError as error:
+        own = as_the_servers_own(error)
+        known.gateway_answers += own is not None
+        if own is None or RetryPolicy().retries_gateway(known.gateway_answers):
+            raise
+        raise own from None
+    if not 200 <= reply.status < 300:
+        raise transport.status_error(request, reply)
+    return reply
 
 
 def _route_of(request: Request) -> str:

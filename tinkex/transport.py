@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 import platform
 import random
 import threading
@@ -22,12 +23,14 @@ import requests
 from tinkex._version import __version__
 from tinkex.clock import SYSTEM_CLOCK, Clock
 from tinkex.config import Config
+from tinkex.descriptors import advice, are_exhausted
 from tinkex.errors import (
     APIConnectionError,
     APIError,
     APIStatusError,
     ClientClosedError,
     RateLimitError,
+    ResponseDecodeError,
     status_error_type,
 )
 from tinkex.flow.pressure import Pressure
@@ -37,11 +40,13 @@ from tinkex.http.channel import Channel
 from tinkex.http.connection_errors import connection_error, forget_frames
 from tinkex.http.content_coding import ACCEPT_ENCODING
 from tinkex.http.deprecations import note_deprecation
+from tinkex.http.gateways import as_the_servers_own, describe, gateway_error, is_from_gateway
 from tinkex.http.private_channel import AnyChannel, PrivateChannel
 from tinkex.http.redaction import redact, redact_reply, secrets_of
 from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin, shown
 from tinkex.http.request import (
     JSON_TYPE as JSON_TYPE,
+    NOT_JSON_HINT,
     Reply as Reply,
     Request as Request,
     broken_route,
@@ -62,14 +67,16 @@ _HINTS: Mapping[int, str] = {
     403: "The key is known but may not do this.",
 }
 
-# An answer of 400 without a body does not come from the server but from a proxy before it, which
-# dislikes the connection: so many in a row are tried again on a fresh one.
-_EDGE_BUDGET = 16
-
-# Of one logical request.
-_EDGE_ATTEMPTS = 4
+#: A lack of file descriptors is reported this often at most, in seconds.
+_SHORTAGE_EVERY_S = 60.0
 
 _KEY_HEADER = "x-api-key"
+
+
+class _Shortage:
+    """When a lack of file descriptors is to be reported next; views of a transport share it."""
+
+    report_at = -math.inf
 
 
 class Transport:
@@ -99,8 +106,9 @@ class Transport:
         # A run's requests always wait: what follows in the run relies on each of them.
         self._waits_after_429 = config.on_backpressure == "wait"
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
-        # Guards _private: the channels of busy threads.
+        # Guards _private, the channels of busy threads, and _shortage.
         self._lock = threading.Lock()
+        self._shortage = _Shortage()
         self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
         self._headers: Dict[str, str] = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
@@ -109,9 +117,6 @@ class Transport:
         #: What requests are authenticated with; shared with other transports.
         self.tokens = source_for(config)
         self._secrets = secrets_of(config)
-        # Rejections by a proxy that may still be tried again; refilled by successes.  A count that
-        # is off by a few because threads race does no harm.
-        self._edge_budget = _EDGE_BUDGET
         self._before_send: Optional[Callable[[Request], Request]] = None
         self._own: Optional[AnyChannel] = None
         # Idempotency keys are made of these: a uuid4 for each is a system call, which lets other
@@ -162,13 +167,14 @@ class Transport:
         channel: Optional[AnyChannel] = None,
         idempotency_key: Optional[str] = None,
     ) -> Reply:
-        """Send one attempt and return the answer, whatever its status.
+        """Send one attempt and return the server's answer, whatever its status.
 
         A token that the server calls invalid is renewed, and the request sent again, once.
         Redirects are followed.
 
         Raises:
-            APITimeoutError, APIConnectionError: there was no answer, or no new token to be had.
+            APITimeoutError, APIConnectionError: there was no answer, or none of the server's own
+                (see tinkex.http.gateways), or no new token to be had.
             APIStatusError: the server refuses to give a token.
             CredentialError: there is no usable key or token.
             ClientClosedError: the transport was closed meanwhile.
@@ -187,7 +193,7 @@ class Transport:
             else:
                 self.tokens.forget(token)
         note_deprecation(request.name, reply.headers)
-        self._check_for_edge(request, reply, channel)
+        self._check_for_gateway(request, reply, channel)
         return reply
 
     def token_for(self, request: Request) -> Optional[Token]:
@@ -243,18 +249,22 @@ class Transport:
             return reply
         return redact_reply(reply, self.config.api_key, self._all_secrets(request))
 
-    def _check_for_edge(self, request: Request, reply: Reply, channel: AnyChannel) -> None:
-        """Raise APIConnectionError if a proxy before the server has rejected the connection."""
-        if 200 <= reply.status < 300:
-            self._edge_budget = min(self._edge_budget + 1, _EDGE_BUDGET)
-        if reply.status != 400 or reply.body or self._edge_budget <= 0:
+    def _check_for_gateway(self, request: Request, reply: Reply, channel: AnyChannel) -> None:
+        """Raise APIConnectionError if something before the server has answered in its place."""
+        if not is_from_gateway(request, reply):
             return
-        self._edge_budget -= 1
         channel.close()  # idle connections only: the next attempt makes a new one
-        raise APIConnectionError(
-            f"{request.name} answered 400 without a word, as a proxy before the server does",
-            status=400,
-        ) from self.status_error(request, reply)
+        text = redact(describe(request, reply), self.config.api_key, self._all_secrets(request))
+        own = (
+            ResponseDecodeError(
+                f"{request.name}: the answer is not JSON: {text}",
+                status=reply.status,
+                hint=NOT_JSON_HINT,
+            )
+            if reply.status < 300
+            else self.status_error(request, reply)
+        )
+        raise gateway_error(request, reply, text, own)
 
     def send(
         self, request: Request, policy: RetryPolicy, *, channel: Optional[AnyChannel] = None
@@ -262,7 +272,7 @@ class Transport:
         """Send until there is a 2xx answer or *policy* gives up.
 
         Raises:
-            APIStatusError: the server's last answer.
+            APIStatusError, ResponseDecodeError: the server's last answer.
             RateLimitError: it was turned away with 429, or would be, and is not to wait.
             APIConnectionError: no answer within the policy's time.
             ClientClosedError: closed, or *channel* stopped, meanwhile.
@@ -282,6 +292,7 @@ class Transport:
             attempt += 1
             reply: Optional[Reply] = None
             hint_s: Optional[float] = None
+            own: Optional[APIError] = None  # the error, if a gateway's answer is the server's own
             try:
                 reply = self._send_in_turn(request, channel, key)
                 if 200 <= reply.status < 300:
@@ -293,14 +304,15 @@ class Transport:
                 again = policy.retries_status(reply.status, attempt, reply.headers)
             except (APIConnectionError, APIStatusError) as caught:  # the latter: of a token
                 error, again = caught, caught.retryable
-                if caught.status == 400 and attempt >= _EDGE_ATTEMPTS:
-                    again = False
-                    if isinstance(caught.__cause__, APIStatusError):
-                        error = caught.__cause__  # so often, it must be the server's own answer
+                own = as_the_servers_own(caught)
+                hint_s = getattr(own, "retry_after_s", None)
+                again = again and (own is None or policy.retries_gateway(attempt))
             elapsed = self.clock.monotonic() - started
             delay = policy.delay_s(attempt, elapsed, hint_s, random.random()) if again else None
             if error.status == 402 and self.config.on_billing == "wait":
                 delay = self.billing.after_402(may_ask=not request.bare)
+            if delay is None and own is not None and policy.max_gateway_answers is not None:
+                error = own
             error.attempts, error.elapsed_s = attempt, elapsed
             error.maybe_taken = maybe_taken = (
                 maybe_taken
@@ -308,18 +320,24 @@ class Transport:
                 or (reply is not None and leaves_outcome_open(reply.status))
             )
             same, last = (same + 1 if error.message == last else 1), error.message
-            if delay is None:
-                if same > 1 and reply is not None and reply.status >= 500:
-                    error.hint = error.hint or broken_route(request, same)
-                raise error
-            if reply is not None and reply.status == 429:
+            if delay is None and same > 1 and reply is not None and reply.status >= 500:
+                error.hint = error.hint or broken_route(request, same)
+            turned_away = delay is not None and reply is not None and reply.status == 429
+            if delay is not None and turned_away:
                 self._limiter.back_off(delay)
                 if not waits:
                     assert isinstance(error, APIStatusError)
                     error.retry_after_s = error.retry_after_s or delay
+            # The error's traceback holds this frame, and the frame the error: without `del`, a
+            # cycle that keeps the connection open until the garbage collector runs.
+            if delay is None or (turned_away and not waits):
+                try:
                     raise error
+                finally:
+                    del error, own
             level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
             logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay)
+            del error, own
             request.keep_body()
             self._wait(delay, request, channel)
             self.recorder.count("retries")
@@ -402,8 +420,29 @@ class Transport:
             raise ClientClosedError(
                 f"the client was closed while {request.name} was under way"
             ) from error
+        if are_exhausted(error):
+            self._free_descriptors()
         forget_frames(error)  # a hundred lines of urllib3's before the one that tells the reason
         raise connection_error(self.config, request, error, self.redact) from error
+
+    def _free_descriptors(self) -> None:
+        """Close idle connections, and report the shortage now and then."""
+        self.drop_idle()
+        with self._lock:
+            private = list(self._private)
+        for channel in private:
+            channel.close_if_idle()
+        now = self.clock.monotonic()
+        with self._lock:
+            due = now >= self._shortage.report_at
+            if due:
+                self._shortage.report_at = now + _SHORTAGE_EVERY_S
+        if due:
+            logger.warning(
+                "no file descriptor is free for a connection to %s; waiting for one. %s",
+                self.config.host_and_port,
+                advice(),
+            )
 
     def drop_idle(self) -> None:
         """Close the idle connections of the shared channels; those in use are kept."""

@@ -231,7 +231,7 @@ def test_a_refused_exchange_is_told_as_it_is(
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"jwt": ""}, {"jwt": 3}, {"jwt": None}, [], b"eyJ.not.json", b"", {"jwt": "a\nb: c"}],
+    [{}, {"jwt": ""}, {"jwt": 3}, {"jwt": None}, [], b"eyJ.not.json", {"jwt": "a\nb: c"}],
 )
 def test_an_answer_without_a_token_is_a_typed_error_that_does_not_show_it(
     transport: Transport, mint: TokenServer, server: ScriptedServer, body: Any

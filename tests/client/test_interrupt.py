@@ -155,3 +155,24 @@ def test_while_the_only_thread_waits_for_itself_to_read(server: ScriptedServer) 
     process = run_until_waiting(UNREAD, server.url)
     assert_only_a_traceback(interrupt(process, within_s=2.0))
     assert len(routes.submitted("asample")) == 2
+
+
+COMPILE = """
+import atexit
+import sys
+import threading
+from tinkex import ServiceClient
+
+service = ServiceClient(base_url=sys.argv[1])
+# Stands for a module with dataclasses that a thread of ours imports after the Ctrl-C: the
+# interpreter clears its note of an unhandled KeyboardInterrupt whenever source text is executed.
+atexit.register(lambda: exec("compiled = True"))
+print("waiting", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_although_source_text_is_executed_on_the_way_out(server: ScriptedServer) -> None:
+    TinkerRoutes(server)
+    process = run_until_waiting(COMPILE, server.url)
+    assert_only_a_traceback(interrupt(process, within_s=2.0))

@@ -402,11 +402,13 @@ LACKING: Dict[str, Tuple[Callable[[RestClient], Any], str, str]] = {
         "sessions/search",
     ),
 }
+# The next three look like a gateway's, and are believed after some attempts.
+SOON = {"Retry-After": "0.001"}
 ABSENT = {
     "FastAPI": Answer(404, {"detail": "Not Found"}),
-    "Flask": Answer(404, b"<!doctype html><h1>Not Found</h1>", content_type="text/html"),
-    "Go": Answer(404, b"404 page not found", content_type="text/plain"),
-    "empty": Answer(404, b""),
+    "Flask": Answer(404, b"<!doctype html><h1>Not Found</h1>", SOON, content_type="text/html"),
+    "Go": Answer(404, b"404 page not found", SOON, content_type="text/plain"),
+    "empty": Answer(404, b"", SOON),
     "another method": Answer(405, {"detail": "Method Not Allowed"}),
     "not implemented": Answer(501, {"detail": "maybe one day"}),
 }

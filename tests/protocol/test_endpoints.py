@@ -137,7 +137,7 @@ def test_an_answer_without_a_required_field_is_refused(
             call(clients, endpoint, rest)
 
 
-@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'"text"', b"{", b"<html></html>"])
+@pytest.mark.parametrize("body", [b"null", b"[]", b'"text"', b"{"])
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
 def test_an_answer_that_is_no_object_is_refused(
     clients: Clients, endpoint: Endpoint, body: bytes

@@ -89,11 +89,26 @@ def test_req_06_only_the_very_first_beat_counts_as_first() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 409, 422])
-def test_req_07_other_user_errors_remove_the_session(status: int) -> None:
+def test_req_07_other_user_errors_remove_the_session_once_a_second_beat_confirms(
+    status: int,
+) -> None:
     table = table_with()
-    verdict = beat(table, 5, status)
-    assert (verdict.kind, verdict.removed, verdict.status) == ("refused", True, status)
+    first = beat(table, 5, status)
+    assert (first.kind, first.removed, first.confirm) == ("failing", False, True)
+    assert table.next_due() == 7  # soon, not after the interval of 10 s
+    second = beat(table, 7, status)
+    assert (second.kind, second.removed, second.status) == ("refused", True, status)
     assert "a" not in table
+
+
+@pytest.mark.parametrize("then", [200, None, 503, 403])
+def test_req_07_one_stray_user_error_does_not_end_a_session(then: Optional[int]) -> None:
+    table = table_with()
+    beat(table, 5, 401)
+    assert not beat(table, 7, then).removed
+    assert table.next_due() == (9 if then == 403 else 17)  # 403 comes for the first time
+    assert not beat(table, 17, 401).removed
+    assert "a" in table
 
 
 @pytest.mark.parametrize("status", [None, 302, 408, 429, 500, 502, 503, 504])

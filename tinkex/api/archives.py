@@ -18,6 +18,7 @@ from tinkex.api._optional import optional_route
 from tinkex.api.rest import archive_request
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
 from tinkex.http.channel import Channel
+from tinkex.http.gateways import as_the_servers_own
 from tinkex.retry import RetryPolicy, retry_after_s
 from tinkex.transport import Reply, Request, Transport
 from tinkex.types._wire import parse_datetime
@@ -72,7 +73,11 @@ def get_checkpoint_archive_url(
             busy = reply.status == 503
             again = policy.retries_status(reply.status, attempt, reply.headers)
         except APIConnectionError as silence:
-            error, again = silence, silence.retryable
+            own = as_the_servers_own(silence)
+            believed = own is not None and not policy.retries_gateway(attempt)
+            error = own if own is not None and believed else silence
+            again = silence.retryable and not believed
+            del own
             # It builds while we wait, and something in between has lost patience.
             busy = again and clock.monotonic() - sent >= BUILDING_PAUSE_S
         delay_s: Optional[float] = None
@@ -85,8 +90,12 @@ def get_checkpoint_archive_url(
             delay_s = policy.delay_s(attempt, elapsed_s, hint_s, random.random())
         if delay_s is None:
             error.attempts, error.elapsed_s = attempt, clock.monotonic() - started
-            with optional_route(transport, ROUTE):
-                raise error
+            try:
+                with optional_route(transport, ROUTE):
+                    raise error
+            finally:
+                del error  # its traceback holds this frame
+        del error
         logger.info("the archive of %s is not ready; next try in %.0f s", run_id, delay_s)
         pause(delay_s)
 

@@ -121,5 +121,6 @@ def cancel_future(transport: Transport, request_id: str) -> None:
         encode({"request_id": request_id}),
         traffic="poll",
         read_timeout_s=CANCEL_TIMEOUT_S,
+        empty_answer_ok=True,
     )
     transport.send(request, RetryPolicy(max_elapsed_s=transport.config.max_outage_s))

@@ -58,7 +58,7 @@ def _change(
     """Change something; *done* is what the server answers if it was changed before."""
     with optional_route(transport, f"{method} {route}"):
         try:
-            call(transport, method, path, body)
+            call(transport, method, path, body, answer_read=False)
         except APIStatusError as error:
             if not was_done_before(error, *done):
                 raise

@@ -38,9 +38,6 @@ def create_session(transport: Transport, config: Config) -> types.CreateSessionR
         read_timeout_s=config.startup_timeout_s,
     )
     policy = RetryPolicy(max_elapsed_s=config.startup_timeout_s, cap_s=4.0)
-    # Imported before the wait: a module that is run after Ctrl-C makes Python forget the signal,
-    # and exit with 1.
-    answer_type = types.CreateSessionResponse
     try:
         reply = transport.send(request, policy)
     except NotFoundError as error:
@@ -48,7 +45,7 @@ def create_session(transport: Transport, config: Config) -> types.CreateSessionR
             f"Is base_url {config.base_url} right, path prefix and all? /api/v1 is added to it."
         )
         raise
-    created = read(answer_type, reply, request.name)
+    created = read(types.CreateSessionResponse, reply, request.name)
     raw = reply.json()["session_id"]  # dataclasses-json would make a string of a number
     if not isinstance(raw, str) or not raw:
         raise ResponseDecodeError(f"{request.name}: session_id is {raw!r}, not a string")
@@ -72,7 +69,14 @@ def finish_session(
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
     return transport.send_once(
-        Request("POST", path, body, traffic="control", read_timeout_s=timeout_s)
+        Request(
+            "POST",
+            path,
+            body,
+            traffic="control",
+            read_timeout_s=timeout_s,
+            empty_answer_ok=True,
+        )
     )
 
 
@@ -83,4 +87,4 @@ def get_server_capabilities(transport: Transport) -> types.GetServerCapabilities
 
 def healthz(transport: Transport) -> None:
     """``GET healthz``: raises if the server is not well."""
-    call(transport, "GET", "/api/v1/healthz")
+    call(transport, "GET", "/api/v1/healthz", answer_read=False)

@@ -31,5 +31,7 @@ def send_telemetry(
         "process_uuid": process_uuid,
     }
     clean = transport.redact(encode(body).decode()).encode()
-    request = Request("POST", "/api/v1/telemetry", clean, read_timeout_s=TIMEOUT_S)
+    request = Request(
+        "POST", "/api/v1/telemetry", clean, read_timeout_s=TIMEOUT_S, empty_answer_ok=True
+    )
     return transport.send_once(request, channel=channel)

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Iterator, Mapping, Tuple
+from typing import Any, Iterator, Mapping, Optional, Tuple
 
 import requests
 import urllib3
@@ -25,6 +25,7 @@ from urllib3.response import HTTPResponse
 
 from tinkex.config import Config
 from tinkex.http.content_coding import decompress
+from tinkex.http.framing import SMALL_BODY, CheckedResponse, Pace
 from tinkex.http.request import Body, Reply
 from tinkex.wire.parts import Parts
 
@@ -51,6 +52,21 @@ class _Sockets:
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
+        # Of the answer that each thread waits for; without one, it may take any time in all.
+        self._local = threading.local()
+
+    @property
+    def pace(self) -> Optional[Pace]:
+        """How fast the answer must come that this thread waits for."""
+        return getattr(self._local, "pace", None)
+
+    @pace.setter
+    def pace(self, pace: Optional[Pace]) -> None:
+        self._local.pace = pace
+
+    def response(self, sock: Any, *args: Any, **kwargs: Any) -> CheckedResponse:
+        """Make the answer that is read from *sock*; in place of http.client's class."""
+        return CheckedResponse(sock, *args, pace=self.pace, **kwargs)
 
     def add(self, sock: Any) -> None:
         """List a new socket; it is shut down at once if the channel was aborted meanwhile."""
@@ -100,11 +116,15 @@ class _TrackedAdapter(HTTPAdapter):
         sockets = self._sockets
 
         class TrackedHTTPConnection(HTTPConnection):
+            response_class = staticmethod(sockets.response)  # type: ignore[assignment]  # any callable
+
             def connect(self) -> None:
                 super().connect()
                 sockets.add(self.sock)
 
         class TrackedHTTPSConnection(HTTPSConnection):
+            response_class = staticmethod(sockets.response)  # type: ignore[assignment]  # any callable
+
             def connect(self) -> None:
                 super().connect()
                 sockets.add(self.sock)
@@ -165,16 +185,25 @@ class Channel:
         body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
-        """Send once and read the whole answer.  Raises what requests raises.  Blocks."""
+        """Send once and read the whole answer.  Raises what requests raises.  Blocks.
+
+        *timeout* bounds connecting, and each pause in the answer, in seconds; the latter also
+        bounds a small answer in all (see Pace).
+        """
         began = time.perf_counter()
-        response = self._session.request(
-            method,
-            url,
-            headers=dict(headers),
-            data=bytes(body) if isinstance(body, Parts) else body,
-            timeout=timeout,
-            allow_redirects=False,
-        )
+        data = bytes(body) if isinstance(body, Parts) else body
+        self._sockets.pace = Pace(timeout[1], starts_now=len(data or b"") <= SMALL_BODY)
+        try:
+            response = self._session.request(
+                method,
+                url,
+                headers=dict(headers),
+                data=data,
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        finally:
+            self._sockets.pace = None
         took_s = time.perf_counter() - began
         _check_length(response)
         lowered = {name.lower(): value for name, value in response.headers.items()}
@@ -203,6 +232,10 @@ class Channel:
     def close(self) -> None:
         """Close idle connections."""
         self._session.close()
+
+    def close_if_idle(self) -> None:
+        """The same; connections in use are kept."""
+        self.close()
 
     def abort(self) -> None:
         """Break off every request in flight, at once, and those that follow; then close."""

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3.exceptions
 
+from tinkex import descriptors
 from tinkex.config import DEFAULT_BASE_URL, Config
 from tinkex.errors import APIConnectionError, APITimeoutError, InvalidInputError, TinkexError
 from tinkex.http.request import Request
@@ -61,7 +62,7 @@ def connection_error(
     unreachable = APIConnectionError(
         f"cannot reach {where} for {request.name}: {reason}",
         retryable=not isinstance(error, requests.exceptions.SSLError),
-        hint=_advice(config),
+        hint=descriptors.advice() if descriptors.are_exhausted(error) else _advice(config),
     )
     unreachable.maybe_taken = not _never_connected(error)
     return unreachable

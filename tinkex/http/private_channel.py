@@ -27,6 +27,7 @@ from urllib3.util.wait import wait_for_read
 from tinkex.config import Config
 from tinkex.http.channel import SOCKET_OPTIONS, Channel
 from tinkex.http.content_coding import decompress
+from tinkex.http.framing import SMALL_BODY, Pace, content_length
 from tinkex.http.request import Body, Reply
 from tinkex.wire.parts import Parts
 
@@ -60,7 +61,7 @@ class _Socket:
 class PrivateChannel:
     """A connection to the server of *config*, opened when needed.
 
-    For one thread at a time; only `abort` may be called by another.
+    For one thread at a time; only `abort` and `close_if_idle` may be called by another.
 
     Attributes:
         stopped: see Channel.
@@ -77,6 +78,7 @@ class PrivateChannel:
         self._ca_bundle = config.ca_bundle
         self._state = _Socket()
         self._received = b""
+        self._pace = Pace(0.0, starts_now=False)  # of the answer that is waited for
         weakref.finalize(self, self._state.close).atexit = False
 
     def request(
@@ -93,6 +95,7 @@ class PrivateChannel:
         *timeout* bounds connecting, and each pause in the answer, in seconds.
         """
         head = self._head(method, url, headers, body)
+        self._pace = Pace(timeout[1], starts_now=len(body or b"") <= SMALL_BODY)
         with self._state.lock:
             self._state.busy = True
         try:
@@ -119,6 +122,16 @@ class PrivateChannel:
         """Close it; the next request opens another."""
         self._received = b""
         self._state.close()
+
+    def close_if_idle(self) -> None:
+        """Close it unless a request is under way.  From any thread."""
+        with self._state.lock:
+            if not self._state.busy:
+                sock, self._state.sock = self._state.sock, None
+            else:
+                sock = None
+        if sock is not None:
+            sock.close()
 
     def abort(self) -> None:
         """Break off the request in flight, at once, and every later one.  From any thread."""
@@ -212,9 +225,11 @@ class PrivateChannel:
             body = self._read_chunks(sock)
         elif "content-length" in headers:
             length = headers["content-length"]
-            if not (length.isascii() and length.isdigit()):
-                raise _broken(f"its Content-Length is {length!r}")
-            body = self._read_exactly(sock, int(length))
+            try:
+                size = content_length(length)
+            except ValueError as error:
+                raise _broken(str(error)) from error
+            body = self._read_exactly(sock, size)
         else:
             body, reusable = self._read_to_the_end(sock), False
         if not reusable:
@@ -247,9 +262,20 @@ class PrivateChannel:
             headers[key] = f"{headers[key]}, {value}" if key in headers else value
         return int(code), version, headers
 
+    def _recv(self, sock: Any, size: int) -> bytes:
+        """Read *size* bytes at most, at the pace that is asked for."""
+        try:
+            self._pace.limit_next(sock)
+            data: bytes = sock.recv(size)
+        except socket.timeout:
+            self._pace.check_after_timeout()
+            raise
+        self._pace.note(len(data))
+        return data
+
     def _receive(self, sock: Any) -> None:
         """Add what comes next to what was received; the end of the stream is an error here."""
-        data = sock.recv(_RECEIVE)
+        data = self._recv(sock, _RECEIVE)
         if not data:
             what = "in the middle of an answer" if self._received else "without an answer"
             raise _broken_off(f"the server closed the connection {what}")
@@ -262,7 +288,7 @@ class PrivateChannel:
             return have
         parts, missing = [have], length - len(have)
         while missing:
-            data = sock.recv(min(missing, 1 << 20))
+            data = self._recv(sock, min(missing, 1 << 20))
             if not data:
                 raise _broken_off(
                     f"the connection was closed after {length - missing} of {length} bytes "
@@ -306,7 +332,7 @@ class PrivateChannel:
         parts = [self._received]
         self._received = b""
         while True:
-            data = sock.recv(1 << 20)
+            data = self._recv(sock, 1 << 20)
             if not data:
                 return b"".join(parts)
             parts.append(data)

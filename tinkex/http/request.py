@@ -12,6 +12,8 @@ from tinkex.wire.parts import Parts
 
 JSON_TYPE = "application/json"
 
+NOT_JSON_HINT = "Is base_url the address of a Tinker server, and its path prefix right?"
+
 Body = Union[bytes, Parts, None]
 
 
@@ -29,6 +31,7 @@ class Request:
         secret_reply: what it is answered is a secret, and shown nowhere.
         follow_redirects: a GET goes on to where the server points, without credentials if that is
             another origin; False returns the 3xx answer itself.
+        empty_answer_ok: a success may have no body, since it is not read.
     """
 
     method: str
@@ -44,6 +47,7 @@ class Request:
     idempotency_key: Optional[str] = None
     secret_reply: bool = False
     follow_redirects: bool = True
+    empty_answer_ok: bool = False
 
     def keep_body(self) -> None:
         """Have it send the same again even if somebody writes to the arrays that it sends."""
@@ -92,5 +96,5 @@ class Reply:
                 f"the answer (status {self.status}, {self.content_type or 'no content type'}) "
                 f"is not JSON: {self.body[:200]!r}",
                 status=self.status,
-                hint="Is base_url the address of a Tinker server, and its path prefix right?",
+                hint=NOT_JSON_HINT,
             ) from error

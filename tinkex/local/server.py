@@ -120,6 +120,7 @@ class LocalServer:
         self._backend: Any = None
         self._http: Any = None
         self._threads: Any = None
+        self._accepting: Any = None
 
     @property
     def url(self) -> str:
@@ -226,8 +227,10 @@ class LocalServer:
                 hint='Install it: python -m pip install "tinkex[local]"',
             ) from error
         from tinkex.local.backend import Backend
+        from tinkex.local.http_accept import Accepting
         from tinkex.local.http_errors import Channel
         from tinkex.local.http_threads import HttpThreads
+        from tinkex.local.imports import import_for_requests
         from tinkex.local.store import Store
 
         if self._data_dir is None:
@@ -244,6 +247,7 @@ class LocalServer:
             self._backend, app = assemble(
                 self._profile, self._engine, self._store, self.settings, admission
             )
+        import_for_requests()
         self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
         self._http = create_server(
             app,
@@ -263,7 +267,7 @@ class LocalServer:
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
         self._http.channel_class = functools.partial(Channel, admission=admission)
-        accept_eagerly(self._http, self._sockets)
+        self._accepting = Accepting(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
@@ -279,6 +283,7 @@ class LocalServer:
                 break
             timeout_s = _DROPPED_S if self._dropped else 30.0
             try:
+                timeout_s = self._accepting.resume(timeout_s)
                 wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._sockets, count=1)
             except OSError:
                 # A socket that died between two looks; waitress drops it on the next one.
@@ -305,24 +310,6 @@ def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
     """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
     _check_key(host, api_key)
     _bind(host, port).close()
-
-
-def accept_eagerly(http: Any, sockets: Dict[int, Any]) -> None:
-    """Have waitress's server *http* accept all connections that wait, not one in each round.
-
-    In a round it also serves every socket that is ready.  With a hundred of them busy, rounds are
-    so few that a client's last connections would wait for most of a minute.
-    """
-    accept_one = http.handle_accept
-    limit = http.adj.connection_limit
-
-    def accept_all() -> None:
-        known = -1
-        while known < len(sockets) < limit:  # the last one accepted nothing, and added nothing
-            known = len(sockets)
-            accept_one()
-
-    http.handle_accept = accept_all
 
 
 def _settled(

@@ -111,9 +111,9 @@ class BatchPoll:
             if reply.status < 300:
                 self._fetch(watch.told(asked, read_completions(reply)))
                 return False
-            trouble: TinkexError = self._transport.status_error(_POLL, reply)
+            trouble = self._transport.status_error(_POLL, reply).message
         except TinkexError as error:
-            trouble = error
+            trouble = error.message
         logger.debug("what was fetched could not be reported: %s", trouble)
         return watch.stop(unreported=True)  # the next poll tells, or the server drops it in time
 

@@ -154,8 +154,9 @@ class PollLoop:
                 channel=self._channel,
             )
         except APIConnectionError as silence:
-            # With a status, it was turned away on the way there, and no result was handed out.
-            self.maybe_lost = self.maybe_lost or silence.status is None
+            # With an error status, it was turned away on the way there, and no result handed out.
+            turned_away = silence.status is not None and silence.status >= 300
+            self.maybe_lost = self.maybe_lost or not turned_away
             return self._after_silence(silence, began)
         except APIStatusError as refused:  # the server gives no token just now
             if not refused.retryable:

@@ -194,6 +194,8 @@ def take_in(
         _report(session_id, live, verdict)
         if verdict.removed:
             _removed(core, session_id, live, _reason(verdict))
+        elif verdict.confirm:
+            core.wake()  # the heartbeat thread may be asleep until a later time
 
 
 def _removed(core: Core, session_id: str, live: Live, reason: str) -> None:

@@ -14,6 +14,9 @@ from tinkex.config import Config
 
 #: After the first warning about a session without heartbeats, at most one a minute.
 WARN_EVERY_S = 60.0
+#: A beat that was refused is sent again after this long (or the interval, if that is shorter): one
+#: stray answer, e.g. of a gateway during a deployment, must not cost a session.
+CONFIRM_AFTER_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Verdict:
 
     Attributes:
         kind: ``"fine"``, ``"failing"`` (say nothing), ``"warn"``, ``"recovered"``, or, with the
-            session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx), ``"limit"``.
+            session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx, twice in a row),
+            ``"limit"``.
         silent_s: seconds since the last success (or the start).
         failures: failures in a row, this one included.
         first_beat: it is the answer to the session's very first heartbeat.
         error: the answer, in words.
         status: the answer's HTTP status, if it was not a success.
+        confirm: it was refused for the first time, and the next beat is due soon.
     """
 
     kind: str
@@ -68,6 +73,7 @@ class Verdict:
     first_beat: bool = False
     error: Optional[str] = None
     status: Optional[int] = None
+    confirm: bool = False
 
     @property
     def removed(self) -> bool:
@@ -87,6 +93,7 @@ class _Entry:
     failures: int = 0
     last_error: Optional[str] = None
     last_warning: Optional[float] = None
+    refused: Optional[int] = None  # the status of the last beat, if it was refused
 
 
 class SessionTable:
@@ -171,6 +178,10 @@ class SessionTable:
         verdict = self._failed(entry, status, now)
         if verdict.removed:
             self.remove(session_id)
+        elif verdict.confirm:
+            soon = now + min(CONFIRM_AFTER_S, entry.policy.interval_s)
+            entry.due = min(entry.due, soon)
+            heapq.heappush(self._heap, (entry.due, session_id))
         return verdict
 
     def snapshots(self) -> List[SessionSnapshot]:
@@ -194,6 +205,7 @@ class SessionTable:
         verdict = Verdict(kind, silent_s, entry.failures, error=entry.last_error)
         entry.ever_succeeded = True
         entry.last_success = now
+        entry.refused = None
         entry.failures, entry.last_error, entry.last_warning = 0, None, None
         return verdict
 
@@ -202,9 +214,11 @@ class SessionTable:
         policy = entry.policy
         silent_s = now - entry.last_success
         kind = "failing"
+        before, entry.refused = entry.refused, status if _refuses(status) else None
+        confirmed = entry.refused is not None and entry.refused == before
         if status in (404, 410):
             kind = "gone"
-        elif status is not None and 400 <= status < 500 and status not in (408, 429):
+        elif confirmed:
             kind = "refused"
         elif (policy.max_failures is not None and entry.failures >= policy.max_failures) or (
             policy.max_failure_s is not None and silent_s >= policy.max_failure_s
@@ -216,4 +230,13 @@ class SessionTable:
             kind = "warn"
             entry.last_warning = now
         first_beat = entry.failures == 1 and not entry.ever_succeeded
-        return Verdict(kind, silent_s, entry.failures, first_beat, entry.last_error, status)
+        confirm = entry.refused is not None and not confirmed
+        return Verdict(
+            kind, silent_s, entry.failures, first_beat, entry.last_error, status, confirm
+        )
+
+
+def _refuses(status: Optional[int]) -> bool:
+    """Tell whether an HTTP status means that the beat is wrong, and will be the next time."""
+    passing_or_gone = (404, 408, 410, 429)
+    return status is not None and 400 <= status < 500 and status not in passing_or_gone

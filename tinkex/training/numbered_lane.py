@@ -295,7 +295,8 @@ class NumberedLane:
         assert lost is not None
         name, seq_id = lost.name, self._next_seq_id
         logger.info("%s, number %d, got no answer; sending it again first", name, seq_id)
-        policy = RetryPolicy(max_elapsed_s=self._session.config.max_outage_s)
+        outage_s = self._session.config.max_outage_s
+        policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         try:
             try:
                 self._session.transport.send(lost, policy)

@@ -1,0 +1,142 @@
+"""Answers that are cut off, lie about their length, or come a byte at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Any, Iterator
+
+import pytest
+import requests
+from support.raw_server import PATIENCE_S, RawServer
+
+from tinkex.config import Config
+from tinkex.errors import APIConnectionError
+from tinkex.http import framing
+from tinkex.http.channel import Channel
+from tinkex.http.framing import Pace, content_length
+from tinkex.http.private_channel import PrivateChannel
+from tinkex.transport import Request, Transport
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+KINDS = pytest.mark.parametrize("private", [False, True], ids=["shared", "private"])
+
+
+def ask(url: str, private: bool, read_timeout_s: float = PATIENCE_S) -> Any:
+    config = Config.resolve(environ={}, base_url=url)
+    channel: Any = PrivateChannel(config) if private else Channel(config, pool_size=1)
+    try:
+        return channel.request(
+            "POST", url + "/x", headers={}, body=b"{}", timeout=(PATIENCE_S, read_timeout_s)
+        )
+    finally:
+        channel.abort()
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "cut",
+    [b"", b"HTTP/1.1 2", b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK\r\n", HEAD, HEAD + b"Content-Len"],
+)
+def test_an_answer_cut_off_in_its_headers_is_an_error(private: bool, cut: bytes) -> None:
+    with RawServer(cut) as server, pytest.raises(requests.ConnectionError):
+        ask(server.url, private)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "length",
+    [b"-5", b"+2", b"0_2", b"x", b"", b"2, 3", b"\xd9\xa2", b"1e3", b"9" * 16, b"9" * 5000],
+)
+def test_an_absurd_length_is_an_error(private: bool, length: bytes) -> None:
+    answer = HEAD + b"Content-Length: " + length + b"\r\n\r\n{}"
+    with RawServer(answer) as server:
+        with pytest.raises(requests.RequestException, match="Content-Length is"):
+            ask(server.url, private)
+        transport = Transport(Config.resolve(environ={}, base_url=server.url))
+        with pytest.raises(APIConnectionError, match="Content-Length is"):
+            transport.send_once(Request("POST", "/api/v1/x", b"{}", bare=True))
+        transport.abort()
+
+
+@KINDS
+def test_a_length_that_is_given_twice_is_read_once(private: bool) -> None:
+    with RawServer(HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}") as server:
+        assert ask(server.url, private).body == b"{}"
+    assert content_length("7, 7") == 7
+
+
+@contextlib.contextmanager
+def trickling(head: bytes) -> Iterator[str]:
+    """A server that sends *head* and then a byte every 20 ms, until the client hangs up."""
+    stop = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while not stop.wait(0.02):
+                connection.sendall(b"a")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, name="trickling", daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            stop.set()
+            thread.join(PATIENCE_S)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 O", HEAD + b"X-A: ", HEAD + b"Content-Length: 100000\r\n\r\n"]
+)
+def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
+    with trickling(head) as url, pytest.raises(requests.RequestException, match="too slowly"):
+        ask(url, private, read_timeout_s=0.3)  # each pause is far shorter
+
+
+def test_the_time_of_an_answer_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(framing.time, "monotonic", lambda: now)
+    timeouts = []
+
+    class Sock:
+        def settimeout(self, seconds: float) -> None:
+            timeouts.append(round(seconds, 3))
+
+    pace = Pace(2.0, starts_now=True)
+    pace.limit_next(Sock())
+    now = 101.0
+    pace.note(10 * 1024)  # worth ten seconds more
+    pace.limit_next(Sock())
+    now = 111.5
+    pace.limit_next(Sock())
+    assert timeouts == [2.0, 2.0, 0.5]
+    now = 112.1
+    with pytest.raises(ConnectionAbortedError, match=r"10240 bytes in 12\.1 s"):
+        pace.limit_next(Sock())
+
+
+def test_time_before_a_large_body_is_sent_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(framing.time, "monotonic", lambda: now)
+    pace = Pace(2.0, starts_now=False)
+    now = 130.0
+    with socket.socket() as sock:
+        pace.limit_next(sock)
+        assert sock.gettimeout() == 2.0
+
+
+def test_silence_is_a_timeout_and_no_trickle() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for private in (False, True):
+            began = time.monotonic()
+            with pytest.raises(requests.ReadTimeout):
+                ask(url, private, read_timeout_s=0.05)
+            assert time.monotonic() - began >= 0.04

@@ -1,0 +1,157 @@
+"""What both kinds of connections check of an answer: its length, its end, and its pace.
+
+http.client takes an answer that is cut off inside its headers for a complete one without a body,
+ignores lengths that are not numbers, and waits for a body as long as a byte comes now and then.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import time
+from typing import Any, Optional
+
+#: From the headers' end on, an answer may take one second more for so many bytes.
+MIN_BYTES_PER_S = 1024
+#: A request whose body is no larger is sent in no time: its answer's time begins with it.
+SMALL_BODY = 65536
+#: Digits of a Content-Length; more bytes than that fit nowhere.
+_MAX_DIGITS = 15
+
+
+def content_length(text: str) -> int:
+    """Read a Content-Length; the same number several times counts as one (RFC 9110, 8.6).
+
+    Raises:
+        ValueError: it is not a length; the message shows the beginning.
+    """
+    values = {part.strip() for part in text.split(",")}
+    value = values.pop()
+    if values or not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
+        raise ValueError(f"its Content-Length is {text[:40]!r}")
+    return int(value)
+
+
+class Pace:
+    """Bounds the time that one answer takes in all, by what has come so far.
+
+    Used by one thread.
+
+    Args:
+        pause_s: each pause may take so long, and the answer too, beyond what its size allows.
+        starts_now: its time begins now, and not with the first read.
+    """
+
+    def __init__(self, pause_s: float, *, starts_now: bool) -> None:
+        self._pause_s = pause_s
+        self._began: Optional[float] = time.monotonic() if starts_now else None
+        self._received = 0
+
+    def limit_next(self, sock: Any) -> None:
+        """Set the timeout of the next read from *sock*.
+
+        Raises:
+            ConnectionAbortedError: the answer has taken too long.
+        """
+        left_s = self._left_s()
+        if self._received and left_s <= 0:
+            raise self._too_slow()
+        sock.settimeout(max(0.001, min(left_s, self._pause_s)))
+
+    def check_after_timeout(self) -> None:
+        """After a read that timed out: ConnectionAbortedError if it was the answer's time."""
+        if self._received and self._left_s() <= 0:
+            raise self._too_slow()
+
+    def note(self, size: int) -> None:
+        """Note that *size* bytes have come."""
+        self._received += size
+
+    def _left_s(self) -> float:
+        return self._pause_s + self._received / MIN_BYTES_PER_S - self._took_s()
+
+    def _took_s(self) -> float:
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        return now - self._began
+
+    def _too_slow(self) -> ConnectionAbortedError:
+        took_s = self._took_s()
+        return ConnectionAbortedError(
+            f"the answer comes too slowly: {self._received} bytes in {took_s:.1f} s"
+        )
+
+
+class _WatchedRaw(io.RawIOBase):
+    """Reads from *sock*, at the *pace* that is asked for, and notes the end of the stream."""
+
+    def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._pace = pace
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        number: int = self._raw.fileno()
+        return number
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        pace = self._pace
+        try:
+            if pace is not None:
+                pace.limit_next(self._sock)
+            size: Optional[int] = self._raw.readinto(buffer)
+        except socket.timeout:
+            if pace is not None:
+                pace.check_after_timeout()
+            raise
+        self.ended = size == 0
+        if pace is not None:
+            pace.note(size or 0)
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+class _Watched:
+    """Stands in for a socket where http.client makes a file of it."""
+
+    def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
+        self.raw = _WatchedRaw(sock, pace)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self.raw)
+
+
+class CheckedResponse(http.client.HTTPResponse):
+    """An answer whose headers must be complete, and whose length must be a number."""
+
+    def __init__(self, sock: Any, *args: Any, pace: Optional[Pace], **kwargs: Any) -> None:
+        watched = _Watched(sock, pace)
+        self._raw = watched.raw
+        super().__init__(watched, *args, **kwargs)  # type: ignore[arg-type]  # it calls makefile only
+
+    def begin(self) -> None:
+        """Read the status line and the headers.
+
+        Raises:
+            ConnectionResetError: the connection was closed before they were complete.
+            http.client.HTTPException: they make no sense.
+        """
+        super().begin()
+        if self._raw.ended:
+            raise ConnectionResetError("the connection was closed in the middle of the headers")
+        lengths = self.headers.get_all("content-length")
+        if lengths and "transfer-encoding" not in self.headers:
+            try:
+                content_length(", ".join(lengths))
+            except ValueError as error:
+                raise http.client.HTTPException(f"this is no HTTP answer: {error}") from error
