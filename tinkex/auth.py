@@ -15,7 +15,7 @@ from tinkex.http.gateways import as_the_servers_own
 from tinkex.http.request import Reply, Request
 from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.transport import Transport
-from tinkex.types import ApiKeyInfo, WhoamiResponse
+from tinkex.types import ApiKeyInfo, GetServerCapabilitiesResponse, WhoamiResponse
 
 _KEY_PATH = "/api/v1/auth/apikey/me"
 _KEY_TIMEOUT_S = 30.0
@@ -52,9 +52,16 @@ def raise_if_tinker_not_accessible() -> None:
 
 
 def check_access(config: Config) -> None:
-    """Likewise, for the server of *config*.  Blocks."""
+    """The same, for the server of *config*.  Blocks.
+
+    ResponseDecodeError says that the answer is not that of a Tinker server.
+    """
     path = "/api/v1/get_server_capabilities"
-    _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
+    reply = _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
+    try:
+        GetServerCapabilitiesResponse.from_wire(reply.json())
+    except ResponseDecodeError as error:
+        raise ResponseDecodeError(f"GET {path}: {error.message}", hint=error.hint) from error
 
 
 def _ask_once(config: Config, request: Request) -> Reply:
@@ -102,9 +109,15 @@ def whoami(transport: Transport) -> WhoamiResponse:
     """Who the credential belongs to, as its token says.  Blocks if a token must be had first.
 
     Raises:
-        CredentialError: there is no token: the server makes none, and the key is none.
+        CredentialError: there is no key, or no token: the server makes none, and the key is none.
         APIError: the server refuses to make one, or cannot be reached.
     """
+    config = transport.config
+    if not config.api_key and not config.credential_cmd:
+        raise CredentialError(
+            f"there is no key for {config.host_and_port}",
+            hint="Set TINKER_API_KEY (or api_key=) or run `tinkex auth login`.",
+        )
     token = transport.token_for(Request("GET", "/api/v1/auth/token"))
     claims = None if token is None else read_claims(token.text)
     if claims is None or claims.subject is None:

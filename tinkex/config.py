@@ -165,7 +165,7 @@ class Config:
         ):
             raise ConfigError(
                 f"the CA bundle {self.ca_bundle!r} does not exist",
-                hint=f"It comes from ca_bundle=, or from one of {', '.join(_CA_VARIABLES)}.",
+                hint=f"It comes from one of {', '.join(_CA_VARIABLES)} (or ca_bundle=).",
             )
 
     @classmethod
@@ -297,8 +297,8 @@ def _check_base_url(base_url: str) -> None:
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
             f"the base_url of {parts.hostname} holds a user name or password",
-            hint="It would end up in logs. Send it as a header: "
-            "default_headers_overrides={'Authorization': 'Basic ...'}.",
+            hint="It would end up in logs. Send it as a header "
+            "(default_headers_overrides={'Authorization': 'Basic ...'}).",
         )
 
 

@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
 
 _HINTS: Mapping[int, str] = {
-    401: "Set TINKER_API_KEY, pass api_key= or run `tinkex auth login`: the server asks for a key "
+    401: "Set TINKER_API_KEY (or api_key=) or run `tinkex auth login`: the server asks for a key "
     "that it knows.",
     402: "The account cannot pay for this: check its billing set-up.",
     403: "The key is known but may not do this.",

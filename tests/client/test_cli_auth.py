@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
-from typing import Any, List, NamedTuple
+from typing import Any, NamedTuple
 
-import click.termui
 import pytest
 from support.scripted_server import Answer, Received, ScriptedServer
 
@@ -28,11 +28,11 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> List[str]:
-    """What is typed at prompts, one after the other."""
-    lines = [f" {KEY} "]
-    monkeypatch.setattr(click.termui, "hidden_prompt_func", lambda prompt: lines.pop(0))
-    return lines
+def typed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What stdin holds: a key, as a pipe would send it."""
+    stdin = io.StringIO(f" {KEY} \n")
+    monkeypatch.setattr("sys.stdin", stdin)
+    return stdin
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def about(received: Received) -> Answer:
 
 
 def test_login_tries_the_key_and_stores_it(
-    tinkex_auth: Any, server: ScriptedServer, typed: List[str]
+    tinkex_auth: Any, server: ScriptedServer, typed: io.StringIO
 ) -> None:
     server.on(f"GET {ME}", about)
     ran = tinkex_auth("login")
@@ -86,17 +86,17 @@ def test_login_tries_the_key_and_stores_it(
 
 
 def test_a_second_login_is_refused_before_anything_is_typed(
-    tinkex_auth: Any, server: ScriptedServer, typed: List[str]
+    tinkex_auth: Any, server: ScriptedServer, typed: io.StringIO
 ) -> None:
     CredentialsFile().store_default("1", StoredKey("old", "desktop"))
     ran = tinkex_auth("login")
     assert (ran.code, "desktop" in ran.err, "logout" in ran.err) == (1, True, True)
-    assert len(typed) == 1
+    assert typed.tell() == 0
     assert server.requests() == []
 
 
 def test_a_key_that_is_refused_is_not_stored(
-    tinkex_auth: Any, server: ScriptedServer, typed: List[str]
+    tinkex_auth: Any, server: ScriptedServer, typed: io.StringIO
 ) -> None:
     server.on(f"GET {ME}", Answer(401, {"detail": "unknown key"}))
     ran = tinkex_auth("login")
@@ -106,7 +106,7 @@ def test_a_key_that_is_refused_is_not_stored(
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b'{"key_id": "x"}'])
 def test_nonsense_about_a_key_is_an_error(
-    tinkex_auth: Any, server: ScriptedServer, typed: List[str], body: bytes
+    tinkex_auth: Any, server: ScriptedServer, typed: io.StringIO, body: bytes
 ) -> None:
     server.on(f"GET {ME}", Answer(body=body))
     ran = tinkex_auth("login")
@@ -115,7 +115,7 @@ def test_nonsense_about_a_key_is_an_error(
 
 
 def test_a_server_that_tells_nothing_about_keys_is_asked_for_something_else(
-    tinkex_auth: Any, server: ScriptedServer, typed: List[str]
+    tinkex_auth: Any, server: ScriptedServer, typed: io.StringIO
 ) -> None:
     server.on(CAPABILITIES, Answer(body={"supported_models": []}))
     assert tinkex_auth("login").code == 0
@@ -175,7 +175,7 @@ def test_a_key_that_cannot_be_revoked_is_gone_all_the_same_and_that_is_told(
 
 
 def test_against_the_embedded_server(
-    typed: List[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    typed: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ServerSettings(api_key=KEY, jwt=True, owner_urn="tml:user:me", org_id="us")
     with LocalServer(DeterministicEngine(), settings=settings) as local:

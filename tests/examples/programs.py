@@ -31,6 +31,7 @@ def environment(base_url: Optional[str]) -> Dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
     kept.pop("COLUMNS", None)
     kept["PYTHONUNBUFFERED"] = "1"
+    kept["TINKEX_NO_STATUS"] = "1"  # on a busy machine, every command takes its time
     # The installed package is tested if there is one; else the source tree.
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     if base_url is not None:

@@ -11,14 +11,20 @@ import re
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from examples.programs import Server, interrupt, run, started, tinkex
+from examples.programs import Server, environment, interrupt, run, started, tinkex
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 
 import tinkex as library
 from tinkex import types
+from tinkex.cli.connect import find_server
+from tinkex.config import DEFAULT_BASE_URL
+
+#: As that of `tinkex`, with a key, which every server but the embedded one wants.
+ENVIRONMENT = {**environment(None), "TINKER_API_KEY": "tml-1"}
 
 
 @pytest.fixture
@@ -65,13 +71,101 @@ def test_wrong_usage_exits_with_2(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_server_it_says_how_to_name_one():
+@pytest.mark.parametrize("arguments", [["--version"], ["version"]], ids=" ".join)
+def test_the_version_may_be_asked_for_as_an_option(arguments):
+    assert tinkex(*arguments) == (0, f"tinkex {library.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["chekpoint", "list"], "`tinkex checkpoint`"),
+        (["checkpoint", "lst"], "`tinkex checkpoint list`"),
+        (["auth", "logni"], "`tinkex auth login`"),
+        (["whoami"], "`tinkex auth whoami`"),
+        (["checkpoint", "whoami"], "`tinkex auth whoami`"),
+        (["push_hf"], "`tinkex checkpoint push-hf`"),
+        (["checkpoint", "frobnicate"], "delete, download, info, list"),
+        (["run", "list", "--limt", "3"], "--limit"),
+        (["--formt", "json", "version"], "--format"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_misspelt_gets_a_suggestion(arguments, meant):
+    done = tinkex(*arguments)
+    assert done.returncode == 2
+    assert meant in done.stderr
+
+
+@pytest.fixture
+def no_server_here(monkeypatch):
+    """Nothing listens where `tinkex serve` does by default."""
+    monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", 9)
+
+
+def test_without_a_server_it_says_how_to_name_one(no_server_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     done = tinkex("sample", "hello")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("Error: no server to talk to\n")
     for remedy in ("--base-url", "TINKER_BASE_URL", "TINKER_API_KEY", "--local", "tinkex serve"):
         assert remedy in done.stderr
+
+
+def test_a_server_started_here_is_found_without_being_named(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", int(server.url.rpartition(":")[2]))
+    done = tinkex("-f", "json", "model", "list")
+    assert (done.returncode, done.stderr) == (0, f"Using the server at {server.url}.\n")
+    assert [model["model_name"] for model in json.loads(done.stdout)["models"]] == [server.model]
+
+
+def test_a_key_for_the_hosted_service_goes_before_a_server_started_here(server, monkeypatch):
+    monkeypatch.setattr("tinkex.cli.serve.DEFAULT_PORT", int(server.url.rpartition(":")[2]))
+    with mock.patch.dict(os.environ, {"TINKER_API_KEY": "tml-hosted"}):
+        assert find_server(None).base_url == DEFAULT_BASE_URL
+
+
+WRONG_SERVERS = {
+    "another server": Answer(404, b"<html>Not Found</html>", content_type="text/html"),
+    "a web page": Answer(200, b"<html>Welcome!</html>", content_type="text/html"),
+    "another API": Answer(200, {"hello": "world"}),
+    "a broken server": Answer(400, {"detail": "oops"}),
+}
+
+
+@pytest.mark.parametrize("command", ["auth whoami", "auth status", "model list"])
+@pytest.mark.parametrize("kind", WRONG_SERVERS)
+def test_a_wrong_server_is_named_and_what_is_wrong_with_it(scripted, monkeypatch, command, kind):
+    for route in ("POST /api/v1/client/config", "GET /api/v1/get_server_capabilities"):
+        scripted.on(route, WRONG_SERVERS[kind])
+    arguments = [*command.split(), "--base-url", scripted.url]
+    with mock.patch("examples.programs.environment", return_value=ENVIRONMENT):
+        done = tinkex(*arguments)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert scripted.url.partition("//")[2] in said
+    assert "get_server_capabilities" in said or "is not JSON" in said or "client/config" in said
+    assert kind == "a broken server" or "--base-url" in said
+    assert "base_url" not in said
+
+
+@pytest.mark.parametrize("command", ["auth whoami", "auth status", "model list"])
+@pytest.mark.parametrize("named_by", ["--base-url", "TINKER_BASE_URL"])
+def test_an_absent_server_is_named_and_what_to_do(monkeypatch, command, named_by):
+    impatient = functools.partial(library.RestClient, startup_timeout_s=0.5)
+    monkeypatch.setattr(library, "RestClient", impatient)
+    url = "http://127.0.0.1:9"
+    if named_by == "--base-url":
+        done = tinkex(*command.split(), "--base-url", url)
+    else:
+        done = tinkex(*command.split(), base_url=url)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "cannot reach 127.0.0.1:9" in said
+    assert "Connection refused" in said
+    assert f"Is the server running at {url}, and {named_by} right?" in said
 
 
 def test_an_unreachable_server_is_one_clear_error(monkeypatch):
@@ -394,6 +488,8 @@ def test_a_checkpoint_is_downloaded(server: Server, saved: str, tmp_path):
     again = tinkex("checkpoint", "download", saved, "-o", str(out), base_url=server.url)
     assert again.returncode == 1
     assert "exists already" in again.stderr
+    assert "--force" in again.stderr
+    assert "overwrite" not in again.stderr
     forced = tinkex("checkpoint", "download", saved, "-o", str(out), "--force", base_url=server.url)
     assert (forced.returncode, forced.stderr) == (0, "")
     assert str(folder) in forced.stdout

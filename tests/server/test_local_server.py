@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ from server.harness import Api, HeldEngine, held_datum, serving
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer, load_engine
 from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engine import EngineInfo
 from tinkex.local.http_threads import HttpThreads
 from tinkex.local.settings import ServerSettings
 from tinkex.types import ForwardBackwardRequest
@@ -195,6 +197,53 @@ def test_routes_that_are_not_there_answer_json(api: Api) -> None:
             "sampleable": True,
         }
     ]
+
+
+class Aliased(DeterministicEngine):
+    """A model that answers to a second name."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return dataclasses.replace(super().info, aliases=("organization/deterministic",))
+
+
+def test_a_model_is_listed_once_and_answers_to_its_aliases(tmp_path: Path) -> None:
+    with LocalServer(Aliased(), data_dir=tmp_path) as server:
+        _, found = send(server, "get_server_capabilities")
+        assert [model["model_name"] for model in found["supported_models"]] == ["deterministic"]
+        _, session = send(server, "create_session", {"tags": []})
+        for seq_id, name in enumerate(("deterministic", "organization/deterministic")):
+            body = {
+                "session_id": session["session_id"],
+                "sampling_session_seq_id": seq_id,
+                "base_model": name,
+            }
+            assert send(server, "create_sampling_session", body)[0] == 200
+
+
+def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
+    lines: List[str] = []
+    with LocalServer(DeterministicEngine(), data_dir=tmp_path, access_log=lines.append) as server:
+        send(server, "healthz?signature=secret")
+        send(server, "nowhere")
+        host, port = server.url.rpartition("/")[2].split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\nContent-Length: no\r\n\r\n")
+            assert b" 400 " in raw.recv(1000)
+            while raw.recv(1000):
+                pass  # until it has hung up
+    said = [line.split(" ", 2)[2].rpartition(" ms")[0].rpartition(" ")[0] for line in lines]
+    assert said == [
+        "GET /api/v1/healthz 200",
+        "GET /api/v1/nowhere 404",
+        r"GET /\x1b[31m 400",
+    ]
+
+
+def test_no_answer_is_logged_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with LocalServer(DeterministicEngine(), data_dir=tmp_path) as server:
+        send(server, "healthz")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_error_nobody_thought_of_is_a_500_and_logged(

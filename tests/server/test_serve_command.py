@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Tuple
@@ -29,7 +30,7 @@ def start(data_dir: Path, *options: str) -> Tuple[subprocess.Popen, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root, "TINKEX_NO_STATUS": "1"},
     )
     assert process.stdout is not None
     ready = process.stdout.readline()
@@ -66,6 +67,69 @@ def test_it_answers_for_the_hosts_that_it_is_told_of_and_no_others(tmp_path: Pat
     result = CliRunner().invoke(serve, [*ARGUMENTS, "--allow-host", "http://a.example"])
     assert result.exit_code == 1
     assert "not the name of a host" in result.output
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGINT, signal.SIGTERM, 130),
+        (signal.SIGTERM, signal.SIGINT, 0),
+        (signal.SIGTERM, signal.SIGTERM, 0),
+    ],
+)
+def test_the_first_signal_decides_and_further_ones_disturb_nothing(
+    tmp_path: Path, first: signal.Signals, second: signal.Signals, code: int
+) -> None:
+    process, url = start(tmp_path)
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    with process:
+        process.send_signal(first)
+        while listens(address):  # until it has seen the first
+            process.send_signal(first)
+        for _ in range(3):
+            process.send_signal(second)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert out == ""
+    assert err == ("stopped\n" if code else "")
+
+
+def listens(address: Tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == 0
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_each_request_is_logged_unless_it_is_to_be_quiet(tmp_path: Path, quiet: bool) -> None:
+    process, url = start(tmp_path, *(["--quiet"] if quiet else []))
+    with process:
+        with urllib.request.urlopen(f"{url}/api/v1/healthz?secret=1", timeout=20) as answer:
+            assert answer.status == 200
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}/nowhere%0Aelse", timeout=20)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "")
+    if quiet:
+        assert err == ""
+        return
+    found, missing = err.splitlines()
+    line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d GET %s %d \d+\.\d ms"
+    assert re.fullmatch(line % ("/api/v1/healthz", 200), found)
+    assert re.fullmatch(line % ("/nowhere%0Aelse", 404), missing)
+
+
+def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
+    process, url = start(tmp_path)
+    with process:
+        assert process.stderr is not None
+        process.stderr.close()
+        for _ in range(3):
+            with urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=20) as answer:
+                assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
 
 
 def test_errors_are_one_message_and_exit_code_1(tmp_path: Path) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Optional
+from typing import Optional, Tuple
 
 import click
 
 from tinkex import auth as access
-from tinkex.cli.connect import base_url_option
-from tinkex.cli.output import format_option, print_json, print_table, wants_json
+from tinkex.cli import status as status_line
+from tinkex.cli.commands import Group, in_flags
+from tinkex.cli.connect import advice, base_url_option, explained
+from tinkex.cli.output import format_option, print_facts, print_json, wants_json
+from tinkex.cli.prompts import ask_secret
+from tinkex.cli.terminal import echo, echo_error
 from tinkex.config import Config
-from tinkex.errors import APIError, NotFoundError, TinkexError
+from tinkex.errors import APIError, CredentialError, NotFoundError, TinkexError
 from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
 from tinkex.transport import Transport
 
 
-@click.group()
+@click.group(cls=Group)
 def auth() -> None:
     """Store a key, remove it, and see whether it works."""
 
@@ -25,7 +29,7 @@ def auth() -> None:
 @auth.command()
 @base_url_option
 def login(base_url: Optional[str]) -> None:
-    """Ask for a key, try it, and store it for this user.
+    """Ask for a key, or read it from a pipe; try it, and store it for this user.
 
     It is kept in ~/.tinker/credentials.json, which only its owner can read.
     """
@@ -35,20 +39,25 @@ def login(base_url: Optional[str]) -> None:
         raise click.ClickException(
             f"the key {stored.name!r} is stored already; `tinkex auth logout` removes it"
         )
-    typed = click.prompt("API key", hide_input=True, err=True).strip()
+    typed = ask_secret("API key")
     config = Config.resolve(base_url=base_url, api_key=typed)
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    with explained(config):
+        key_id, key = _checked(config, typed)
+    file.store_default(key_id, key)
+    echo(f"Logged in to {config.host_and_port}{f' as {key.name}' if key.name else ''}.")
+    if os.environ.get(KEY_VARIABLE) or os.environ.get(COMMAND_VARIABLE):
+        echo_error("The environment names a credential, too, which goes before this one.")
+
+
+def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
+    """Return the id and the entry of a key that the server takes; APIError if it does not."""
     try:
         found = access.about_key(config)
     except NotFoundError:  # a server that does not tell about keys
         access.check_access(config)
-        key_id, key = hashlib.sha256(typed.encode()).hexdigest()[:8], StoredKey(typed)
-    else:
-        key_id = str(found.key_id)
-        key = StoredKey(typed, found.name, "manual", found.note, found.details)
-    file.store_default(key_id, key)
-    click.echo(f"Logged in to {config.host_and_port}{f' as {key.name}' if key.name else ''}.")
-    if os.environ.get(KEY_VARIABLE) or os.environ.get(COMMAND_VARIABLE):
-        click.echo("The environment names a credential, too, which goes before this one.", err=True)
+        return hashlib.sha256(typed.encode()).hexdigest()[:8], StoredKey(typed)
+    return str(found.key_id), StoredKey(typed, found.name, "manual", found.note, found.details)
 
 
 @auth.command()
@@ -58,7 +67,7 @@ def logout(base_url: Optional[str]) -> None:
     file = CredentialsFile()
     stored = file.default()
     if stored is None:
-        click.echo("No key is stored.")
+        echo("No key is stored.")
         return
     file.forget_default()
     if stored.type == "generated":
@@ -68,7 +77,7 @@ def logout(base_url: Optional[str]) -> None:
             raise click.ClickException(
                 f"the key was removed here, but could not be revoked: {error.message}"
             ) from error
-    click.echo(f"Removed the key{f' {stored.name}' if stored.name else ''}.")
+    echo(f"Removed the key{f' {stored.name}' if stored.name else ''}.")
 
 
 @auth.command()
@@ -76,14 +85,17 @@ def logout(base_url: Optional[str]) -> None:
 @click.pass_context
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
     """Say where the key comes from, and whether the server takes it: exit code 1 if not."""
-    click.echo(f"Credential: {_source() or 'none'}")
+    echo(f"Credential: {_source() or 'none'}")
     config = Config.resolve(base_url=base_url)
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
     try:
         access.check_access(config)
     except TinkexError as error:
-        click.echo(f"Access to {config.host_and_port}: no, {error.message}")
+        remedy = advice(error) if isinstance(error, APIError) else error.hint
+        reason = f"{error.message}\n  {remedy}" if remedy else error.message
+        echo(in_flags(f"Access to {config.host_and_port}: no, {reason}", ctx))
         ctx.exit(1)
-    click.echo(f"Access to {config.host_and_port}: yes")
+    echo(f"Access to {config.host_and_port}: yes")
 
 
 @auth.command()
@@ -91,16 +103,23 @@ def status(ctx: click.Context, base_url: Optional[str]) -> None:
 @format_option
 def whoami(base_url: Optional[str]) -> None:
     """Say who the key belongs to."""
-    transport = Transport(Config.resolve(base_url=base_url))
+    config = Config.resolve(base_url=base_url)
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    transport = Transport(config)
     try:
-        found = access.whoami(transport)
+        with explained(config):
+            try:
+                found = access.whoami(transport)
+            except CredentialError:
+                access.check_access(config)  # if there is no such server, that is the reason
+                raise
     finally:
         transport.abort()
     if wants_json():
         print_json({"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email})
         return
     rows = [["User", found.user_urn], ["Organization", found.org_urn], ["Email", found.email or ""]]
-    print_table("Who am I", ["Property", "Value"], [row for row in rows if row[1]])
+    print_facts("Who am I", [row for row in rows if row[1]])
 
 
 def _source() -> Optional[str]:

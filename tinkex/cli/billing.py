@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional
 
 import click
 
+from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_admin
 from tinkex.cli.output import (
     format_option,
@@ -20,7 +21,7 @@ from tinkex.cli.output import (
 from tinkex.types import BillingUsageEvent, BillingUsageResponse, CheckpointStorageUsage
 
 
-@click.group()
+@click.group(cls=Group)
 def billing() -> None:
     """Show what was used, and what is kept."""
 

@@ -7,23 +7,33 @@ from typing import Any, Dict, List, Optional
 import click
 
 import tinkex
-from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.commands import Group
+from tinkex.cli.connect import base_url_option, check_path, open_rest
 from tinkex.cli.deletions import delete
-from tinkex.cli.output import format_option, print_json, print_table, size, wants_json, when
+from tinkex.cli.output import (
+    format_option,
+    limit_option,
+    print_facts,
+    print_json,
+    print_table,
+    size,
+    wants_json,
+    when,
+)
+from tinkex.cli.terminal import echo
 from tinkex.cli.transfers import download, push_to_hub
 from tinkex.errors import NotFoundError, RouteMissingError
 from tinkex.types import Checkpoint
-from tinkex.types.checkpoint_path import locate_checkpoint
 
 
-@click.group()
+@click.group(cls=Group)
 def checkpoint() -> None:
     """List, change and fetch checkpoints."""
 
 
 @checkpoint.command("list")
 @click.option("--run-id", metavar="ID", help="Only the checkpoints of this training run.")
-@click.option("--limit", default=20, show_default=True, help="At most this many; 0 lists all.")
+@limit_option
 @base_url_option
 @format_option
 def list_checkpoints(run_id: Optional[str], limit: int, base_url: Optional[str]) -> None:
@@ -73,7 +83,7 @@ def _of_user(rest: tinkex.RestClient, limit: int) -> List[Checkpoint]:
 @format_option
 def show_checkpoint(path: str, base_url: Optional[str]) -> None:
     """Show the checkpoint at PATH (tinker://...), and what it was trained from."""
-    parsed = locate_checkpoint(path)
+    parsed = check_path(path)
     with open_rest(base_url) as rest:
         of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
         found = next((item for item in of_run if item.tinker_path == path), None)
@@ -86,9 +96,8 @@ def show_checkpoint(path: str, base_url: Optional[str]) -> None:
     if wants_json():
         print_json({**found.to_wire(), **weights})
         return
-    print_table(
+    print_facts(
         f"Checkpoint {path}",
-        ["Property", "Value"],
         [
             ["Checkpoint ID", found.checkpoint_id],
             ["Type", found.checkpoint_type],
@@ -125,6 +134,7 @@ def _lora(weights: Dict[str, Any]) -> str:
 @format_option
 def publish(path: str, base_url: Optional[str]) -> None:
     """Let everybody read the checkpoint at PATH."""
+    check_path(path)
     with open_rest(base_url) as rest:
         rest.publish_checkpoint_from_tinker_path(path).result()
     _say(f"{path} is public.")
@@ -136,6 +146,7 @@ def publish(path: str, base_url: Optional[str]) -> None:
 @format_option
 def unpublish(path: str, base_url: Optional[str]) -> None:
     """Make the checkpoint at PATH private again."""
+    check_path(path)
     with open_rest(base_url) as rest:
         rest.unpublish_checkpoint_from_tinker_path(path).result()
     _say(f"{path} is private.")
@@ -151,6 +162,7 @@ def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]
     """Say how long the checkpoint at PATH is to be kept."""
     if (ttl is None) != remove:
         raise click.UsageError("give --ttl or --remove")
+    check_path(path)
     with open_rest(base_url) as rest:
         rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
     _say(f"{path} is kept for ever." if remove else f"{path} is deleted in {ttl} seconds.")
@@ -158,7 +170,7 @@ def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]
 
 def _say(text: str) -> None:
     if not wants_json():
-        click.echo(text)
+        echo(text)
 
 
 checkpoint.add_command(delete)

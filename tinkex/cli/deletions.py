@@ -8,10 +8,14 @@ from typing import List, Optional, Tuple
 import click
 
 import tinkex
-from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli import status
+from tinkex.cli.commands import Command
+from tinkex.cli.connect import base_url_option, check_path, explain, open_rest
 from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.prompts import confirm
+from tinkex.cli.terminal import echo, echo_error
 from tinkex.errors import APIError
-from tinkex.types.checkpoint_path import KINDS, locate_checkpoint
+from tinkex.types.checkpoint_path import KINDS
 
 
 def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) -> Optional[datetime]:
@@ -28,7 +32,7 @@ def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) ->
     return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
-@click.command("delete")
+@click.command("delete", cls=Command)
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
 @click.option("--run-id", metavar="ID", help="Instead of PATHs: those of this training run.")
 @click.option(
@@ -62,15 +66,15 @@ def delete(
     if (kind or before or after) and not run_id:
         raise click.UsageError("--type, --before and --after need --run-id")
     for path in paths:
-        locate_checkpoint(path)
+        check_path(path)
     with open_rest(base_url) as rest:
         chosen = list(dict.fromkeys(paths))
         if run_id:
             chosen = _of_run(rest, run_id, KINDS.get(kind or "", kind), before, after)
         if chosen and not yes:
-            for path in chosen:
-                click.echo(path, err=True)
-            if not click.confirm(f"Delete {_count(len(chosen))} for good?", err=True):
+            echo_error("\n".join(chosen))
+            question = f"Delete {_count(len(chosen))} for good?"
+            if not confirm(question, "nothing was deleted (-y deletes without asking)"):
                 ctx.exit(1)
         failed = _delete(rest, chosen)
     deleted = len(chosen) - len(failed)
@@ -78,9 +82,9 @@ def delete(
         listed = [{"tinker_path": path, "error": str(error)} for path, error in failed]
         print_json({"deleted_count": deleted, "failed": listed})
     else:
-        click.echo(f"Deleted {_count(deleted)}.")
+        echo(f"Deleted {_count(deleted)}.")
         for path, error in failed:
-            click.echo(f"Error: {path}: {error}", err=True)
+            echo_error(f"Error: {path}: {error}")
     if failed:
         ctx.exit(1)
 
@@ -105,11 +109,13 @@ def _of_run(
 def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
     """Delete several at a time; return those that could not be, and why."""
     failed = []
+    status.waiting_for(f"deleting {_count(len(paths))}")
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
             future.result()
         except APIError as error:  # the others may still be there
+            explain(error, rest.config)
             failed.append((path, error))
     return failed
 

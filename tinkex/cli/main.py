@@ -1,7 +1,7 @@
 """The command group, and what an error means for the shell.
 
 Exit codes: 0 done, 1 an error (``Error: <message>`` and what to do, on stderr), 2 wrong usage,
-130 Ctrl-C.
+130 Ctrl-C.  Output that cannot be written, and a question without an answer, are errors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence
 import click
 
 from tinkex._version import __version__
+from tinkex.cli import terminal
+from tinkex.cli.commands import Command, Group
 from tinkex.cli.output import format_option
-from tinkex.errors import TinkexError
+from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interrupts
 
 #: Command -> where it is, and what it does; imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
@@ -30,8 +32,20 @@ COMMANDS: Dict[str, Sequence[str]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that knows its commands' names, and imports each only when it is run."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the command line; print the help if it asks for that."""
+        with terminal.write_errors():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with terminal.write_errors():
+            result = super().invoke(ctx)
+            terminal.flush_output()
+        return result
 
     def list_commands(self, ctx: click.Context) -> List[str]:
         """Return the names, in order."""
@@ -52,6 +66,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tinkex", message="%(prog)s %(version)s")
 @format_option
 def cli() -> None:
     """Fine-tune and sample language models over the Tinker API.
@@ -61,29 +76,43 @@ def cli() -> None:
     """
 
 
-@click.command()
+@click.command(cls=Command)
 def version() -> None:
     """Print the version."""
-    click.echo(f"tinkex {__version__}")
+    terminal.echo(f"tinkex {__version__}")
 
 
 def run_command(args: Optional[Sequence[str]] = None) -> int:
     """Run the command line *args* (those of the process if None) and return its exit code."""
     try:
         result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        _show_usage(error)
         return error.exit_code
-    except TinkexError as error:
-        click.echo(f"Error: {error}", err=True)
-        return 1
-    except click.Abort:  # what click makes of Ctrl-C, and of the end of input at a prompt
-        click.echo("Interrupted.", err=True)
-        return 130
+    except click.ClickException as error:
+        terminal.echo_error(f"Error: {error.format_message()}")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
+        terminal.echo_error("Interrupted.")
+        return INTERRUPTED
     # --help and the like return an exit code, commands nothing.
     return result if isinstance(result, int) else 0
 
 
+def _show_usage(error: click.UsageError) -> None:
+    try:
+        error.show()
+    except OSError:
+        terminal.discard(sys.stderr)
+
+
 def main() -> NoReturn:
     """Entry point of the command ``tinkex``."""
-    sys.exit(run_command())
+    terminal.escape_unencodable()
+    raise_lost_interrupts()
+    try:
+        code = run_command()
+        exit_at_interrupt()
+    except KeyboardInterrupt:  # one more, while the first was being reported
+        code = INTERRUPTED
+    sys.exit(code)

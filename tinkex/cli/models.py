@@ -6,12 +6,13 @@ from typing import Optional
 
 import click
 
+from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
 from tinkex.cli.output import format_option, print_json, print_table, wants_json
 from tinkex.errors import NotFoundError
 
 
-@click.group()
+@click.group(cls=Group)
 def model() -> None:
     """List the models that the server offers."""
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
+import unicodedata
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVar
 
 import click
+
+from tinkex.cli import status
+from tinkex.cli.terminal import echo, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,33 +39,75 @@ def format_option(command: F) -> F:
     return decorate(command)
 
 
+limit_option = click.option(
+    "--limit",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="At most this many; 0 lists all.",
+)
+
+
 def wants_json() -> bool:
     """Tell whether JSON was asked for."""
     return bool(click.get_current_context().meta.get(_FORMAT) == "json")
 
 
 def print_json(value: Any) -> None:
-    """Print *value* as indented JSON."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print *value* as indented JSON; in ASCII, if the encoding of stdout lacks a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=2)
+    echo(text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; nothing is shortened when stdout is not a terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    """Print a table.  No value is shortened or broken into lines, so that it can be copied.
 
-    # Plain: an id such as "...:train:0" would become an emoji, and brackets markup.
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 1000
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        # Ids and paths are there to be copied: they wrap, and are never cut.
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    On a terminal that is too narrow for the table, each row is printed as a list of facts.
+    """
+    lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
+    widths = [max(map(_width, column)) for column in zip(columns, *lines)]
+    if sum(widths) + 2 * len(widths) - 2 > _columns():
+        blocks = [_facts(list(zip(columns, line))) for line in lines]
+        echo("\n\n".join([title, *blocks]))
+        return
+    shown = [columns, ["-" * width for width in widths], *lines]
+    echo("\n".join([title, "", *(_padded(line, widths) for line in shown)]))
+
+
+def print_facts(title: str, rows: Iterable[Sequence[str]]) -> None:
+    """Print pairs of a name and a value, one a line; no value is broken into lines."""
+    pairs = [(name, visible(value, one_line=True)) for name, value in rows]
+    echo("\n".join([title, "", _facts(pairs)]))
+
+
+def _facts(pairs: Sequence[Sequence[str]]) -> str:
+    names = [name for name, _ in pairs]
+    widths = [max(map(_width, names), default=0), 0]
+    return "\n".join(_padded(pair, widths) for pair in pairs)
+
+
+def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)]
+    return "  ".join(padded).rstrip()
+
+
+def _width(text: str) -> int:
+    """The columns that *text* takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) != 0 for char in text)
+
+
+def _columns() -> float:
+    """The width of the terminal; unbounded where stdout is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return math.inf
+    return shutil.get_terminal_size().columns
 
 
 def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -75,9 +123,16 @@ def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
-    """Show bytes as they arrive, on stderr, if a person looks on; yield what is to be told."""
-    if wants_json() or not sys.stderr.isatty():
-        yield lambda done, total: None
+    """Show bytes as they arrive, on stderr; yield what is to be called with them."""
+    line = status.current()  # asked for here: bytes are reported from other threads
+    if line is None or not line.live:
+
+        def in_words(done: int, total: Optional[int]) -> None:
+            if line is not None:
+                of_all = "" if total is None else f" of {size(total)}"
+                line.doing = f"{label}: {size(done)}{of_all}"
+
+        yield in_words
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -85,7 +140,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with status.hidden(), bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -6,12 +6,21 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 import click
 
+from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
-from tinkex.cli.output import format_option, print_json, print_table, wants_json, when
+from tinkex.cli.output import (
+    format_option,
+    limit_option,
+    print_facts,
+    print_json,
+    print_table,
+    wants_json,
+    when,
+)
 from tinkex.types import TrainingRun
 
 
-@click.group()
+@click.group(cls=Group)
 def run() -> None:
     """List and show training runs."""
 
@@ -38,7 +47,7 @@ def _columns(_: click.Context, option: click.Parameter, value: str) -> List[str]
 
 
 @run.command("list")
-@click.option("--limit", default=20, show_default=True, help="At most this many; 0 lists all.")
+@limit_option
 @click.option(
     "-c",
     "--columns",
@@ -99,7 +108,7 @@ def show_run(run_id: str, base_url: Optional[str]) -> None:
         if checkpoint is not None:
             rows.append([label, checkpoint.tinker_path])
     rows += [[f"Metadata: {key}", str(value)] for key, value in (found.user_metadata or {}).items()]
-    print_table(f"Training run {run_id}", ["Property", "Value"], rows)
+    print_facts(f"Training run {run_id}", rows)
 
 
 def _lora(found: TrainingRun) -> str:

@@ -9,14 +9,18 @@ import click
 
 import tinkex
 from tinkex import types
-from tinkex.cli.connect import base_url_option, open_service
+from tinkex.cli import status
+from tinkex.cli.commands import Command, in_flags
+from tinkex.cli.connect import base_url_option, check_path, open_service
 from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.prompts import read_input
+from tinkex.cli.terminal import echo, visible
 from tinkex.errors import ConfigError, InvalidInputError
 
 DEFAULT_LOCAL_MODEL = "smollm2-135m"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompt")
 @click.option("--model-path", metavar="PATH", help="Sample from this checkpoint (tinker://...).")
 @click.option("--base-model", metavar="NAME", help="Sample from this base model.")
@@ -32,7 +36,9 @@ DEFAULT_LOCAL_MODEL = "smollm2-135m"
 @click.option("--seed", type=int, help="Makes the draw repeatable.")
 @click.option("-n", "--num-samples", default=1, show_default=True, help="So many continuations.")
 @format_option
+@click.pass_context
 def sample(
+    ctx: click.Context,
     prompt: str,
     model_path: Optional[str],
     base_model: Optional[str],
@@ -54,6 +60,10 @@ def sample(
     """
     if model_path and base_model and not local:
         raise click.UsageError("give --model-path or --base-model, not both")
+    if model_path:
+        check_path(model_path)
+    if num_samples < 1:
+        raise click.UsageError("--num-samples must be at least 1")
     params = types.SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
@@ -62,8 +72,12 @@ def sample(
         top_k=top_k,
         top_p=top_p,
     )
-    params.check()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        params.check()
+    except InvalidInputError as error:
+        raise click.UsageError(in_flags(str(error), ctx)) from error
+    text = read_input() if prompt == "-" else prompt
+    text.encode()  # raises for what is not valid text, before anything is opened
     local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
     with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
         if model_path:
@@ -71,8 +85,10 @@ def sample(
         else:
             name = base_model or local_model or _only_model(service)
             sampler = service.create_sampling_client(base_model=name)
+        status.waiting_for("loading the tokenizer")
         tokenizer = sampler.get_tokenizer()
         tokens = types.ModelInput.from_ints(_encode(tokenizer, text, chat))
+        status.waiting_for(f"waiting for {service.config.host_and_port} to sample")
         answer = sampler.sample(
             prompt=tokens, num_samples=num_samples, sampling_params=params
         ).result()
@@ -116,4 +132,5 @@ def _print(texts: List[str], answer: types.SampleResponse) -> None:
             }
         )
     else:
-        click.echo("\n---\n".join(texts))
+        text = "\n---\n".join(texts)
+        echo(visible(text) if sys.stdout is not None and sys.stdout.isatty() else text)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Optional, Tuple
 
 import click
 
+from tinkex.cli import status
+from tinkex.cli.commands import Command
+from tinkex.cli.signals import Ended, EndSignals
+from tinkex.cli.terminal import echo, echo_error
 from tinkex.errors import LocalServerError
 
 #: Away from 8000 and 8080, where other servers of a developer's machine tend to live.
@@ -24,7 +26,7 @@ def default_data_dir() -> Path:
     return Path(base) / "tinkex" / "server"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--model", default="smollm2-135m", show_default=True, metavar="NAME_OR_PATH",
               help="smollm2-135m, tiny-random, a Hugging Face name, or a folder; "
               "'deterministic' needs no ML library.")  # fmt: skip
@@ -50,7 +52,10 @@ def default_data_dir() -> Path:
 @click.option("--profile", default=None, metavar="NAME",
               help="Differ from the protocol like a real server: hosted, skyrl-0.3, skyrl-0.4, "
               "tuft-0.2 or hatchery-0.3.  By default every form is taken.")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Write no access log.")
+@click.pass_context
 def serve(
+    ctx: click.Context,
     model: str,
     host: str,
     port: int,
@@ -60,74 +65,58 @@ def serve(
     allowed_hosts: Tuple[str, ...],
     session_ttl_s: float,
     profile: Optional[str],
+    quiet: bool,
 ) -> None:
     """Serve the Tinker API on this machine, with one base model.
 
-    The last line it prints before it is ready holds the URL.  Ctrl-C ends it.
+    The last line it prints before it is ready holds the URL.  Ctrl-C ends it.  Each request is
+    logged on stderr: when it was answered, method, path, status and how long that took.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        _serve(
-            model,
-            host,
-            port,
-            data_dir or default_data_dir(),
-            device,
-            api_key,
-            allowed_hosts,
-            session_ttl_s,
-            profile,
-        )
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-        sys.exit(130)
-    except LocalServerError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _serve(
-    model: str,
-    host: str,
-    port: int,
-    data_dir: Path,
-    device: str,
-    api_key: Optional[str],
-    allowed_hosts: Tuple[str, ...],
-    session_ttl_s: float,
-    profile: Optional[str],
-) -> None:
     from tinkex.local.admission import read_hosts
     from tinkex.local.profiles import profile_named
     from tinkex.local.server import LocalServer, check_bind, load_engine
     from tinkex.local.settings import ServerSettings
 
-    read_hosts(allowed_hosts)
-    check_bind(host, port, api_key)  # before the model is loaded, which takes long
-    if profile is not None:
-        profile_named(profile)
-    server = LocalServer(
-        load_engine(model, device, progress=_say),
-        host=host,
-        port=port,
-        data_dir=data_dir,
-        api_key=api_key,
-        session_ttl_s=session_ttl_s,
-        settings=ServerSettings(allowed_hosts=allowed_hosts),
-        profile=profile,
-    )
-    with server:
-        click.echo(
-            f"tinkex is ready: {model} at {server.url}   "
-            f"(export TINKER_BASE_URL={server.url}; Ctrl-C ends it)"
-        )
-        sys.stdout.flush()
-        threading.Event().wait()
+    signals = EndSignals()
+    try:
+        with signals.installed():
+            read_hosts(allowed_hosts)
+            check_bind(host, port, api_key)  # before the model is loaded, which takes long
+            if profile is not None:
+                profile_named(profile)
+            status.waiting_for(f"loading {model}")
+            engine = load_engine(model, device, progress=echo_error)
+            server = LocalServer(
+                engine,
+                host=host,
+                port=port,
+                data_dir=data_dir or default_data_dir(),
+                api_key=api_key,
+                session_ttl_s=session_ttl_s,
+                settings=ServerSettings(allowed_hosts=allowed_hosts),
+                profile=profile,
+                access_log=None if quiet else _log_request,
+            )
+            signals.hold()
+            with server, status.hidden():
+                echo(
+                    f"tinkex is ready: {model} at {server.url}   "
+                    f"(export TINKER_BASE_URL={server.url}; Ctrl-C ends it)"
+                )
+                code = signals.wait()
+    except Ended as ended:
+        code = ended.code
+    except LocalServerError:
+        if signals.code is None:
+            raise
+        code = signals.code  # libraries make an error of their own of an interrupted import
+    if code:
+        echo_error("stopped")
+    ctx.exit(code)
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _terminate(number: int, frame: Optional[FrameType]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end has begun; once is enough
-    sys.exit(0)
+def _log_request(line: str) -> None:
+    """Write a line of the access log; called by the threads that answer requests."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is full or closed
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

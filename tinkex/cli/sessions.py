@@ -7,26 +7,30 @@ from typing import List, Optional
 
 import click
 
+from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
 from tinkex.cli.output import (
     format_option,
+    limit_option,
+    print_facts,
     print_json,
     print_table,
     progress_bar,
     size,
     wants_json,
 )
+from tinkex.cli.terminal import echo
 from tinkex.transfer.downloads import Downloader, fetch_file
 from tinkex.transfer.part_file import Source
 
 
-@click.group()
+@click.group(cls=Group)
 def session() -> None:
     """List and show sessions."""
 
 
 @session.command("list")
-@click.option("--limit", default=20, show_default=True, help="At most this many; 0 lists all.")
+@limit_option
 @base_url_option
 @format_option
 def list_sessions(limit: int, base_url: Optional[str]) -> None:
@@ -60,7 +64,7 @@ def show_session(session_id: str, base_url: Optional[str]) -> None:
     rows += [["Training Run", run_id] for run_id in found.training_run_ids]
     rows += [["Sampler", sampler_id] for sampler_id in found.sampler_ids]
     rows += [[f"Metadata: {key}", str(value)] for key, value in (found.user_metadata or {}).items()]
-    print_table(f"Session {session_id}", ["Property", "Value"], rows)
+    print_facts(f"Session {session_id}", rows)
 
 
 @session.command("export-trace")
@@ -81,7 +85,7 @@ def export_trace(
             if wants_json():
                 print_json({"session_id": session_id, "url": url})
             else:
-                click.echo(url)
+                echo(url)
             return
 
         def sign(again: bool) -> Source:
@@ -98,4 +102,4 @@ def export_trace(
         facts = {"destination": str(target), "file_size_bytes": n_bytes}
         print_json({"session_id": session_id, **facts})
     else:
-        click.echo(f"{target} ({size(n_bytes)})")
+        echo(f"{target} ({size(n_bytes)})")

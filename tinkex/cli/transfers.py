@@ -8,12 +8,14 @@ from typing import Optional, Tuple
 
 import click
 
-from tinkex.cli.connect import base_url_option, open_rest
-from tinkex.cli.output import format_option, print_json, print_table, progress_bar, size, wants_json
-from tinkex.types.checkpoint_path import SCHEME, locate_checkpoint
+from tinkex.cli.commands import Command
+from tinkex.cli.connect import base_url_option, check_path, open_rest
+from tinkex.cli.output import format_option, print_facts, print_json, progress_bar, size, wants_json
+from tinkex.cli.terminal import echo
+from tinkex.types.checkpoint_path import SCHEME
 
 
-@click.command("download")
+@click.command("download", cls=Command)
 @click.argument("path")
 @click.option("-o", "--output", default=".", metavar="DIR", help="Where to make the folder.")
 @click.option(
@@ -28,7 +30,7 @@ def download(path: str, output: str, force: bool, base_url: Optional[str]) -> No
 
     Interrupted, it keeps what has come; the same command goes on from there.
     """
-    locate_checkpoint(path)
+    check_path(path)
     dest = Path(output) / _folder_name(path)
     with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
         dest = rest.download_checkpoint(path, dest, progress=tell, overwrite=force)
@@ -37,9 +39,8 @@ def download(path: str, output: str, force: bool, base_url: Optional[str]) -> No
         facts = {"destination": str(dest), "file_size_bytes": n_bytes}
         print_json({"checkpoint_path": path, **facts})
         return
-    print_table(
+    print_facts(
         "Downloaded",
-        ["Property", "Value"],
         [["Checkpoint", path], ["Destination", str(dest)], ["Size", size(n_bytes)]],
     )
 
@@ -49,7 +50,7 @@ def _folder_name(path: str) -> str:
     return name.replace(":", "_") if os.name == "nt" else name
 
 
-@click.command("push-hf")
+@click.command("push-hf", cls=Command)
 @click.argument("path")
 @click.option("-r", "--repo", "repo_id", required=True, metavar="NAME", help="Like me/my-model.")
 @click.option("--public", is_flag=True, help="If the repository is made: for everybody.")
@@ -74,7 +75,7 @@ def push_to_hub(
     base_url: Optional[str],
 ) -> None:
     """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
-    locate_checkpoint(path)
+    check_path(path)
     with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
         url = rest.push_to_hub(
             path,
@@ -92,4 +93,4 @@ def push_to_hub(
         facts = {"repo_id": repo_id, "revision": revision, "public": public, "url": url}
         print_json({"checkpoint_path": path, **facts})
     else:
-        click.echo(url)
+        echo(url)

@@ -1,8 +1,8 @@
-"""Connections of the embedded server: waitress's, but for two things.
+"""Connections of the embedded server: waitress's, but for three things.
 
 What waitress itself answers (a body too large, a malformed request line) is JSON like the rest.
 And the body of a request that will be refused for its headers is read and dropped: someone without
-the key fills neither memory nor disk, and still gets the answer.
+the key fills neither memory nor disk, and still gets the answer.  And there can be an access log.
 
 Bodies are read in the thread tinkex-server, errors are answered in the HTTP threads.
 """
@@ -10,17 +10,41 @@ Bodies are read in the thread tinkex-server, errors are answered in the HTTP thr
 from __future__ import annotations
 
 import io
-from typing import Any
+import time
+from typing import Any, Optional
 
 import orjson
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 
+from tinkex.local.access_log import WriteLine, log_request
 from tinkex.local.admission import Admission, Head
 
 
-class JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
+class _Logged:
+    """A task of waitress that writes its line of the access log, if the server keeps one."""
+
+    channel: Any
+    request: Any
+    status: str
+
+    def service(self) -> None:
+        """Answer the request."""
+        write: Optional[WriteLine] = self.channel.access_log
+        began = time.monotonic()
+        try:
+            super().service()  # type: ignore[misc]
+        finally:
+            if write is not None:
+                log_request(write, self.request, self.status, time.monotonic() - began)
+
+
+class LoggedTask(_Logged, WSGITask):  # type: ignore[misc]  # waitress has no types
+    """Answers a request with the application."""
+
+
+class JsonErrorTask(_Logged, ErrorTask):  # type: ignore[misc]
     """Answers a request that never reaches the application, and closes the connection."""
 
     def execute(self) -> None:
@@ -73,10 +97,21 @@ class AdmissionParser(HTTPRequestParser):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection whose errors are JSON, and whose requests *admission* judges."""
+    """A connection whose errors are JSON, and whose requests *admission* judges.
 
+    *access_log* gets a line for each request.
+    """
+
+    task_class = LoggedTask
     error_task_class = JsonErrorTask
 
-    def __init__(self, *args: Any, admission: Admission, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        admission: Admission,
+        access_log: Optional[WriteLine] = None,
+        **options: Any,
+    ) -> None:
+        self.access_log = access_log
         self.parser_class = lambda adj: AdmissionParser(adj, admission)
         super().__init__(*args, **options)

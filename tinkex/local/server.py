@@ -86,6 +86,8 @@ class LocalServer:
         settings: everything else about it; *api_key* and *session_ttl_s* win over it.
         profile: the real server to differ like, e.g. ``"tuft-0.2"`` (see docs/profiles.md); None
             takes every form of every request.
+        access_log: gets one line of text for each answered request, in the thread that answered
+            it; None keeps no log.
     """
 
     def __init__(
@@ -99,11 +101,13 @@ class LocalServer:
         session_ttl_s: Optional[float] = None,
         settings: Optional[ServerSettings] = None,
         profile: Optional[str] = None,
+        access_log: Optional[Callable[[str], None]] = None,
     ) -> None:
         self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
         self._profile = None if profile is None else profile_named(profile)
         _check_key(host, self.settings.api_key)
         read_hosts(self.settings.allowed_hosts)
+        self._access_log = access_log
         self._engine = engine
         self._host = host
         self._port = port
@@ -266,7 +270,9 @@ class LocalServer:
             # A body somewhat too large is read, so that its sender gets to read the answer.
             max_request_body_size=4 * self.settings.max_body_bytes,
         )
-        self._http.channel_class = functools.partial(Channel, admission=admission)
+        self._http.channel_class = functools.partial(
+            Channel, admission=admission, access_log=self._access_log
+        )
         self._accepting = Accepting(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()

@@ -81,11 +81,11 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
 
     @app.get("/api/v1/get_server_capabilities")
     def capabilities() -> Response:
-        models = [
-            SupportedModel(name, backend.info.context_length, trainable=True, sampleable=True)
-            for name in backend.model_names()
-        ]
-        return answer(GetServerCapabilitiesResponse(models).to_wire())
+        info = backend.info  # one model, one name: its aliases are understood, and not listed
+        model = SupportedModel(
+            info.model_name, info.context_length, trainable=True, sampleable=True
+        )
+        return answer(GetServerCapabilitiesResponse([model]).to_wire())
 
     _register_lists(app, backend, settings)
 

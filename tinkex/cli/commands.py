@@ -1,0 +1,122 @@
+"""What all commands and groups of ``tinkex`` have in common.  No threads of its own.
+
+A command shows what it waits for and reports the library's errors in terms of its own options; a
+group suggests what a misspelt command may stand for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Any, Dict, List, Optional, Tuple
+
+import click
+
+from tinkex.cli import status
+from tinkex.errors import TinkexError
+
+#: Settings of the library -> the parameter of commands that sets them under another name.
+_OTHER_NAMES = {"overwrite": "force"}
+
+_SETTING = re.compile(
+    r"""\b(?P<name>[a-z][a-z_]*)
+        (?P<value>=(?:\.\.\.|"[^"]*"|'[^']*'|\w+(?:[./:-]\w+)*)?)?
+        (?![\w(])""",
+    re.VERBOSE,
+)
+_ASIDE = re.compile(r"\s*\((?:or )?(?P<name>[a-z][a-z_]*)=[^()]*\)")
+
+#: What is left of "--port, port=..." and "--port or port=...".
+_TWICE = re.compile(r"(--[\w-]+)(?:,| or) \1\b")
+
+
+class Failed(click.ClickException):
+    """A command failed: an error of the library, in terms of the command line."""
+
+
+class Command(click.Command):
+    """A command that is never silent for long, and names its own options in errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            with status.shown(f"{ctx.command_path}: working") as ctx.obj:
+                return super().invoke(ctx)
+        except TinkexError as error:
+            raise Failed(in_flags(str(error), ctx)) from error
+        except UnicodeError as error:  # of an argument, or of what stdin holds
+            raise Failed(f"the input is not valid text: {error}") from error
+
+
+class Group(click.Group):
+    """A group that knows what a misspelt command may stand for."""
+
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: List[str]
+    ) -> Tuple[Optional[str], Optional[click.Command], List[str]]:
+        """Find the command that ``args[0]`` names; wrong usage, with suggestions, if none."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise click.UsageError(f"No such command {name!r}. {self._suggestion(ctx, name)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def _suggestion(self, ctx: click.Context, name: str) -> str:
+        close = difflib.get_close_matches(name, self.list_commands(ctx))
+        found = [f"{ctx.command_path} {match}" for match in close]
+        found = found or self._elsewhere(ctx.find_root(), name)
+        if found:
+            return f"Did you mean {' or '.join(f'`{command}`' for command in found)}?"
+        return f"Commands: {', '.join(self.list_commands(ctx))}."
+
+    def _elsewhere(self, root: click.Context, name: str) -> List[str]:
+        """Commands of that name, or nearly, in all groups."""
+        top = root.command
+        assert isinstance(top, click.Group)
+        groups = [(path, top.get_command(root, path)) for path in top.list_commands(root)]
+        names: Dict[str, List[str]] = {}
+        for path, group in groups:
+            names.setdefault(path, []).append(f"{root.command_path} {path}")
+            for inner in getattr(group, "commands", ()):
+                names.setdefault(inner, []).append(f"{root.command_path} {path} {inner}")
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        return [command for match in close for command in names[match]]
+
+
+def in_flags(text: str, ctx: click.Context) -> str:
+    """Return *text* with settings named as on the command line.
+
+    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.  A setting that the
+    command lacks is left out where it stands in parentheses.
+    """
+    flags = _flags(ctx)
+
+    def aside(found: re.Match[str]) -> str:
+        return found.group() if found["name"] in flags else ""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"] or ""
+        if name not in flags or not (value or "_" in name):  # else it is a plain word
+            return found.group()
+        takes_value = flags[name].startswith("--") and value not in ("", "=", "=...", "=True")
+        return f"{flags[name]} {value[1:].strip(_QUOTES)}" if takes_value else flags[name]
+
+    return _TWICE.sub(r"\1", _SETTING.sub(flag, _ASIDE.sub(aside, text)))
+
+
+_QUOTES = "\"'"
+
+
+def _flags(ctx: click.Context) -> Dict[str, str]:
+    """Setting -> the option of the command that sets it, or the variable that has set it."""
+    flags = {
+        option.name: max(option.opts, key=len)
+        for option in ctx.command.params
+        if isinstance(option, click.Option) and option.name
+    }
+    flags.update({ours: flags[name] for ours, name in _OTHER_NAMES.items() if name in flags})
+    if ctx.params.get("base_url") is None and os.environ.get("TINKER_BASE_URL"):
+        flags["base_url"] = "TINKER_BASE_URL"
+    return flags

@@ -1,0 +1,191 @@
+"""What a command is waiting for, on stderr: no command is silent for long.
+
+On a terminal it is a line that is redrawn each second and erased before anything else is printed;
+otherwise plain lines, each after twice the time of the one before, up to one a minute.  The
+environment variable ``TINKEX_NO_STATUS`` turns both off.
+
+Each command owns a StatusLine, which owns the daemon thread "tinkex-status" while it is shown.
+While that thread runs, nothing else writes to stderr: log records are handed over to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from typing import Iterator, Optional
+
+import click
+
+#: Seconds without output before the first line.
+FIRST_S = 1.5
+_REDRAW_S = 1.0
+_MAX_GAP_S = 60.0
+
+#: Loggers whose records say what is being waited for.
+_STEPS = (
+    "tinkex.api.archives",
+    "tinkex.checkpoints",
+    "tinkex.local.models",
+    "tinkex.transfer",
+    "tinkex.transport",
+)
+
+
+class StatusLine:
+    """One line about what a command waits for.
+
+    Args:
+        doing: what that is; may be assigned from any thread.
+        first_s: seconds without output before the first line.
+    """
+
+    def __init__(self, doing: str, first_s: float) -> None:
+        self.doing = doing
+        self._first_s = first_s
+        self._enabled = sys.stderr is not None and not os.environ.get("TINKEX_NO_STATUS")
+        #: Whether the line is redrawn in place, on a terminal.
+        self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._began = time.monotonic()
+        self._drawn = 0  # columns on the terminal; the thread's own
+        # Lines to print; None ends the thread.
+        self._inbox: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+
+    def start(self) -> None:
+        """Show the line from now on."""
+        if not self._enabled:
+            return
+        thread = threading.Thread(target=self._run, name="tinkex-status", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no more threads: then without a status
+            thread.start()
+            self._thread = thread
+
+    def stop(self) -> None:
+        """Erase the line; what is printed afterwards starts on a clean line."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._inbox.put(None)
+            thread.join()
+        self._print_rest()
+
+    def print(self, line: str) -> None:
+        """Print *line* above the status line.  Safe from any thread."""
+        self._inbox.put(line)
+        if self._thread is None:  # else the thread prints it, or stop, which comes after
+            self._print_rest()
+
+    def _print_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                line = self._inbox.get_nowait()
+                if line is not None:
+                    self._write(f"{line}\n")
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._first_s
+        gap_s = 2 * self._first_s
+        while True:
+            try:
+                line = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                self._draw()
+                due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
+                gap_s = min(2 * gap_s, _MAX_GAP_S)
+                continue
+            self._erase()
+            if line is None:
+                return
+            self._write(f"{line}\n")
+
+    def _draw(self) -> None:
+        doing, elapsed = self.doing.replace("\n", " "), f" ({time.monotonic() - self._began:.0f} s)"
+        if not self.live:
+            self._write(f"{doing}{elapsed}\n")
+            return
+        self._erase()
+        room = shutil.get_terminal_size().columns - len(elapsed) - 1  # a full line would wrap
+        text = doing[: max(0, room)] + elapsed
+        self._write(text)
+        self._drawn = len(text)
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._write(f"\r{' ' * self._drawn}\r")
+            self._drawn = 0
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class _LogToStatus(logging.Handler):
+    """Prints warnings above the status line, and shows records of slow steps in it."""
+
+    def __init__(self, line: StatusLine) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show or print *record*."""
+        try:
+            if record.levelno >= logging.WARNING:
+                self._line.print(self.format(record))
+            else:
+                self._line.doing = record.getMessage()
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def shown(doing: str) -> Iterator[StatusLine]:
+    """Show what the block waits for, and the library's log records."""
+    line = StatusLine(doing, FIRST_S)
+    handler = _LogToStatus(line)
+    logger = logging.getLogger("tinkex")
+    steps = [logging.getLogger(name) for name in _STEPS]
+    levels = [step.level for step in steps]
+    logger.addHandler(handler)
+    for step in steps:
+        step.setLevel(logging.DEBUG)
+    line.start()
+    try:
+        yield line
+    finally:
+        line.stop()
+        for step, level in zip(steps, levels):
+            step.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def current() -> Optional[StatusLine]:
+    """The status line of the running command; None outside of one, and in other threads."""
+    ctx = click.get_current_context(silent=True)
+    return None if ctx is None else ctx.find_object(StatusLine)
+
+
+def waiting_for(doing: str) -> None:
+    """Say what the running command waits for from now on."""
+    line = current()
+    if line is not None:
+        line.doing = doing
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Hide the status line for the block, which prints something itself or asks a question."""
+    line = current()
+    if line is None or line._thread is None:
+        yield
+        return
+    line.stop()
+    try:
+        yield
+    finally:
+        line.start()
