@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 #: From the bottom up; "room: modules" are those of a folder.
 LAYERS = {
-    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy"],
+    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy numeric"],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
         "http: request redaction redirects",

@@ -81,7 +81,9 @@ def download_checkpoint(
     target = Path(os.path.abspath(os.fspath(dest)))
     check_free(target, overwrite)
     transport = rest.transport
-    work = DownloadFolder(target, {"server": rest.config.base_url, "tinker_path": tinker_path})
+    work = DownloadFolder(
+        target, {"server": rest.config.base_url, "tinker_path": parsed.tinker_path}
+    )
     try:
         with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(rest, parsed, work, downloader, progress or _silent).run()

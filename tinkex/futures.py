@@ -18,6 +18,7 @@ from concurrent.futures import Future, InvalidStateError, TimeoutError as Future
 from typing import Any, Callable, Generic, List, Optional, Sequence, Tuple, TypeVar
 
 from tinkex.errors import ClientClosedError
+from tinkex.numeric import as_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class APIFuture(Future[T], Generic[T]):
             timeout: seconds to wait; None waits as long as it takes.
 
         Raises:
+            InvalidInputError: *timeout* is no number.
             concurrent.futures.TimeoutError: *timeout* passed; the operation goes on.
             concurrent.futures.CancelledError: it was cancelled.
             TinkexError: the operation failed.
@@ -317,6 +319,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait until settled, saying now and then in the log what is waited for."""
+        timeout = as_seconds("timeout", timeout)
         began = now = time.monotonic()
         deadline = float("inf") if timeout is None else now + timeout
         pause = self._notice_after_s

@@ -365,8 +365,7 @@ class ServiceClient(WithoutCoroutines):
         from tinkex.api import rest
         from tinkex.training.batch_checks import check_ttl
 
-        check_tinker_path(path)
-        check_ttl(ttl_seconds)
+        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
 
         def copy() -> str:
             return rest.copy_weights(

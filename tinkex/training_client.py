@@ -15,7 +15,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.session import Session
 from tinkex.tokenizers import load_tokenizer
-from tinkex.training.batch_checks import check_batch
+from tinkex.training.batch_checks import as_loss_config, check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
 from tinkex.training.pipeline import Pipeline, Schedule, submit_step
@@ -292,7 +292,7 @@ class TrainingClient(RunCheckpoints):
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
         batch = check_batch(data, loss_fn, loss_fn_config)
-        config = dict(loss_fn_config or {})
+        config = as_loss_config(loss_fn_config)
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)

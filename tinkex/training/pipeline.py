@@ -11,8 +11,9 @@ import functools
 import logging
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Union
 
-from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.errors import TinkexError
 from tinkex.futures import APIFuture
+from tinkex.numeric import as_int
 from tinkex.types import Datum, ForwardBackwardOutput, OptimParams, OptimStepResponse
 
 logger = logging.getLogger(__name__)
@@ -96,13 +97,11 @@ class Pipeline(Iterator[PipelineStep]):
         schedule: Callable[[int], OptimParams],
         depth: int,
     ) -> None:
-        if type(depth) is not int or depth < 1:
-            raise InvalidInputError(f"depth is {depth!r}; it must be at least 1")
         self._forward_backward = forward_backward
         self._optim_step = optim_step
         self._batches = enumerate(iter(batches))
         self._schedule = schedule
-        self._depth = depth
+        self._depth = as_int("depth", depth, 1, text=False)
         self._sent: Deque[_Sent] = collections.deque()
         self._more = True
         self._ended = False

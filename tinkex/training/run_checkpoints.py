@@ -67,8 +67,7 @@ class RunCheckpoints(ChildClient):
             overwrite: replace a checkpoint of that name, and its metadata.
             user_metadata: to be kept with it.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
         metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -99,8 +98,7 @@ class RunCheckpoints(ChildClient):
 
         Arguments as for `save_state`.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
         metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -129,8 +127,7 @@ class RunCheckpoints(ChildClient):
 
         The future raises RouteMissingError where the server has no such route.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
         recipients = check_recipients(age_encryption_recipients)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -249,7 +246,7 @@ class RunCheckpoints(ChildClient):
     def _load(
         self, kind: str, path: str, optimizer: bool, token: Optional[str]
     ) -> APIFuture[LoadWeightsResponse]:
-        check_tinker_path(path)
+        path = check_tinker_path(path)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.load_weights(
