@@ -18,7 +18,7 @@ LAYERS = {
     "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy numeric"],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
-        "http: request redaction redirects",
+        "http: request redaction redirects base_url",
         "keys: credentials",
         "sampling: sample_checks",
         "training: batch_checks",

@@ -101,6 +101,18 @@ def as_int(
     raise error(f"{what} is {value!r}; it must be an integer, {limits}{otherwise}")
 
 
+def as_flag(what: str, value: Any) -> bool:
+    """Return *value* as a bool.
+
+    Raises:
+        InvalidInputError: it does not stand for one; the message names *what*.
+    """
+    flag = to_bool(value)
+    if isinstance(flag, bool):
+        return flag
+    raise InvalidInputError(f"{what} is {value!r}; it must be True or False")
+
+
 def as_seconds(
     what: str, value: Any, *, error: Type[TinkexError] = InvalidInputError
 ) -> Optional[float]:

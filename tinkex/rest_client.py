@@ -20,7 +20,7 @@ from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedErr
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import Instant, LookupClient, moved
 from tinkex.numeric import as_int
-from tinkex.training.batch_checks import check_ttl
+from tinkex.training.batch_checks import check_token, check_ttl
 from tinkex.transfer import hub
 from tinkex.transport import Transport
 from tinkex.types import (
@@ -256,6 +256,7 @@ class RestClient(LookupClient):
             InvalidInputError: there is no project, or an argument is wrong.
         """
         path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
+        weights_access_token = check_token(weights_access_token)
         project_id = destination_project_id or self.config.project_id
         if not project_id:
             raise InvalidInputError(

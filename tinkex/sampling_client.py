@@ -114,6 +114,11 @@ class SamplingClient(ChildClient):
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
         if model_path is not None:
+            if isinstance(model_path, str) and "://" not in model_path:
+                raise InvalidInputError(
+                    f"model_path is {model_path!r}, which is not the path of a checkpoint",
+                    hint=f"A base model is given by name: base_model={model_path!r}.",
+                )
             model_path = check_tinker_path(model_path)
         else:
             base_model = check_model_name(base_model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import os
 import secrets
 import shutil
 import socket
@@ -20,11 +21,12 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Optional, Type, Union
 
 from tinkex import lifecycle
-from tinkex.errors import LocalServerError
+from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
+from tinkex.numeric import as_int
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,10 @@ _SPARE_THREADS = 64
 
 
 def load_engine(
-    model: str, device: str = "auto", *, progress: Optional[Callable[[str], None]] = None
+    model: Union[str, os.PathLike[str]],
+    device: str = "auto",
+    *,
+    progress: Optional[Callable[[str], None]] = None,
 ) -> Engine:
     """Load the engine for *model* (minutes for a large one).
 
@@ -48,6 +53,9 @@ def load_engine(
     Raises:
         LocalServerError: the model cannot be loaded, or the libraries it needs are missing.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidInputError(f"model is {model!r}; it must be the name of a model or a folder")
+    model = os.fspath(model)
     if model == "deterministic":
         from tinkex.local.deterministic import DeterministicEngine
 
@@ -101,8 +109,10 @@ class LocalServer:
         _check_key(host, self.settings.api_key)
         self._engine = engine
         self._host = host
-        self._port = port
-        self._data_dir = None if data_dir is None else Path(data_dir)
+        self._port = as_int("port", port, 0, most=65535)
+        if not isinstance(data_dir, (str, os.PathLike, type(None))):
+            raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
+        self._data_dir = None if data_dir is None else Path(data_dir).expanduser()
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None

@@ -148,6 +148,20 @@ def check_ttl(ttl_seconds: Any) -> Optional[int]:
     return as_int("ttl_seconds", ttl_seconds, 1, otherwise=", or None")
 
 
+def check_token(weights_access_token: Any) -> Optional[str]:
+    """Return a token without whitespace around it, or None; InvalidInputError if it is none."""
+    if weights_access_token is None:
+        return None
+    if not isinstance(weights_access_token, str):
+        raise InvalidInputError(
+            f"weights_access_token is of type {type(weights_access_token).__name__}, not a string"
+        )
+    token = weights_access_token.strip()
+    if not (token.isascii() and token.isprintable()):
+        raise InvalidInputError("weights_access_token holds characters that no token has")
+    return token or None
+
+
 def check_name(name: object) -> str:
     """Return the name of a checkpoint, without whitespace around it, as from a file.
 
@@ -188,7 +202,8 @@ def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]
     """Return a copy of age *recipients*; InvalidInputError unless it is a list of strings."""
     if recipients is None:
         return None
-    found = [] if isinstance(recipients, str) else list(recipients)
+    is_list = isinstance(recipients, Iterable) and not isinstance(recipients, str)
+    found = list(recipients) if is_list else []
     if not found or not all(isinstance(recipient, str) and recipient for recipient in found):
         raise InvalidInputError(
             f"age_encryption_recipients is a {type(recipients).__name__} of no use",

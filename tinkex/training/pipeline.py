@@ -11,7 +11,7 @@ import functools
 import logging
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Union
 
-from tinkex.errors import TinkexError
+from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.numeric import as_int
 from tinkex.types import Datum, ForwardBackwardOutput, OptimParams, OptimStepResponse
@@ -97,6 +97,10 @@ class Pipeline(Iterator[PipelineStep]):
         schedule: Callable[[int], OptimParams],
         depth: int,
     ) -> None:
+        if not isinstance(batches, Iterable):
+            raise InvalidInputError(
+                f"batches is of type {type(batches).__name__}; it must be an iterable of batches"
+            )
         self._forward_backward = forward_backward
         self._optim_step = optim_step
         self._batches = enumerate(iter(batches))

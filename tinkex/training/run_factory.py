@@ -7,7 +7,7 @@ from typing import Mapping, Optional
 from tinkex.api import training as api
 from tinkex.futures import APIFuture
 from tinkex.session import Session
-from tinkex.training.batch_checks import check_metadata
+from tinkex.training.batch_checks import check_metadata, check_token
 from tinkex.training.new_run import Checkpoint, make_run, wait_for_result
 from tinkex.training_client import TrainingClient
 from tinkex.types import CreateModelResponse, LoraConfig, OptimizerConfig
@@ -67,6 +67,8 @@ class RunFactory:
     ) -> APIFuture[TrainingClient]:
         """Make a run from a checkpoint; see `ServiceClient.create_training_client_from_state`."""
         path = check_tinker_path(path)
+        weights_access_token = check_token(weights_access_token)
+        base_model = None if base_model is None else check_model_name(base_model)
         metadata = check_metadata(user_metadata)
         optimizer_config = optimizer_config_to_wire(optimizer)
         session = self._session

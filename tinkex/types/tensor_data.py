@@ -160,6 +160,11 @@ class TensorData:
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
         """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
+        if not hasattr(tensor, "detach"):
+            raise InvalidInputError(
+                f"from_torch was given a {type(tensor).__name__}, not a torch tensor",
+                hint="TensorData(...) takes lists and numpy arrays.",
+            )
         detached = tensor.detach().cpu()
         if str(detached.layout) != "torch.strided":
             detached = detached.to_dense()

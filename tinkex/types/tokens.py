@@ -37,6 +37,13 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         ids = np.asarray(tokens)
     except (ValueError, TypeError) as error:
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
+    if ids.ndim == 0:
+        raise InvalidInputError(
+            f"tokens are of type {type(tokens).__name__}; they must be a flat sequence of integers",
+            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text))."
+            if isinstance(tokens, (str, bytes))
+            else "Give a list or an array of token ids.",
+        )
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise InvalidInputError(
             f"tokens must be a flat sequence of integers, not {ids.dtype} of shape {ids.shape}",
