@@ -112,14 +112,10 @@ def test_no_ttl_is_for_ever() -> None:
 def test_a_batch_is_taken_as_it_is_now() -> None:
     one = datum(target_tokens=[2, 3, 4])
     (sent,) = check_batch([one], "cross_entropy")
-    one.loss_fn_inputs["target_tokens"].to_numpy()[0] = 9  # after this nothing has changed, yet
-    (again,) = check_batch([one], "cross_entropy")
-    one.loss_fn_inputs["target_tokens"].to_numpy()[0] = 8
+    one.loss_fn_inputs["target_tokens"] = [9, 9, 9]  # type: ignore[assignment]
     one.loss_fn_inputs["weights"] = [1.0] * 3  # type: ignore[assignment]
     one.model_input.chunks.append(ImageChunk(b"x", "png"))  # type: ignore[attr-defined]
-    assert again == datum(target_tokens=[9, 3, 4])
-    assert sent.loss_fn_inputs.keys() == {"target_tokens"}
-    assert sent.model_input.to_ints() == [1, 2, 3]
+    assert sent == datum(target_tokens=[2, 3, 4])
 
 
 @pytest.mark.parametrize("value", [[1.0] * 3, np.ones(3), np.ones(3, np.float32)], ids=repr)

@@ -24,7 +24,6 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.wait import wait_for_read
 
 from tinkex.config import Config
-from tinkex.errors import InvalidInputError
 from tinkex.http.channel import SOCKET_OPTIONS, Channel
 from tinkex.http.content_coding import decompress
 from tinkex.http.request import Body, Reply
@@ -88,10 +87,7 @@ class PrivateChannel:
         body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
-        """Send once and read the whole answer.  Blocks.
-
-        Raises what requests raises, and InvalidInputError for what HTTP cannot express: that is a
-        mistake of ours, and no outage.
+        """Send once and read the whole answer.  Raises what requests raises.  Blocks.
 
         *timeout* bounds connecting, and each pause in the answer, in seconds.
         """
@@ -140,13 +136,10 @@ class PrivateChannel:
     def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
         target = url[len(self._origin) :]
         if not url.startswith(self._origin) or not target.startswith("/"):
-            raise InvalidInputError(f"{url!r} is no URL at {self._origin}")
+            raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if lines.count("\n") != len(headers) or " " in target or "\n" in target:
-            raise InvalidInputError(
-                f"{method} {target.partition('?')[0]!r} cannot be sent: its path holds whitespace, "
-                "or a header a line break"
-            )
+            raise requests.exceptions.InvalidHeader("a header or the path holds a line break")
         length = (
             "" if body is None and method == "GET" else f"Content-Length: {len(body or b'')}\r\n"
         )
@@ -154,10 +147,7 @@ class PrivateChannel:
         try:
             return text.encode("latin-1")
         except UnicodeEncodeError as error:
-            raise InvalidInputError(
-                f"{method} {target.partition('?')[0]!r} cannot be sent: its path or a header holds "
-                "characters outside Latin-1"
-            ) from error
+            raise requests.exceptions.InvalidHeader(f"not latin-1: {error}") from error
 
     # Opening
 

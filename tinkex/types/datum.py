@@ -111,8 +111,8 @@ class Datum:
         """
         inputs = dict(self.loss_fn_inputs)
         for name, value in inputs.items():
-            if type(value) is not TensorData or value._is_exposed:
-                inputs[name] = _to_tensor(name, value)._unexposed()
+            if type(value) is not TensorData:
+                inputs[name] = _to_tensor(name, value)
         datum = object.__new__(Datum)
         set_field = object.__setattr__
         set_field(datum, "model_input", self.model_input.snapshot())

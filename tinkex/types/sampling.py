@@ -114,7 +114,7 @@ def _stops(stop: Any) -> Any:
 class SampleRequest:
     """One request to a sampler.  Fields at their defaults are not sent.
 
-    The prompt and the target tokens are taken as they are when the request is made.
+    The prompt is taken as it is when the request is made.
     """
 
     prompt: ModelInput
@@ -133,8 +133,6 @@ class SampleRequest:
         set_field = object.__setattr__
         if isinstance(self.prompt, ModelInput):
             set_field(self, "prompt", self.prompt.snapshot())
-        if isinstance(self.target_prompt_logprobs, TensorData):
-            set_field(self, "target_prompt_logprobs", self.target_prompt_logprobs._unexposed())
         set_field(self, "prompt_logprobs", to_bool(self.prompt_logprobs))
 
     def check(self) -> None:

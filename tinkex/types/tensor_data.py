@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
@@ -77,9 +77,6 @@ class TensorData:
     shape: Tuple[int, ...]
     crow_indices: Optional[Array]
     col_indices: Optional[Array]
-
-    #: Whether `to_numpy` has handed out a view, through which the values may still change.
-    _is_exposed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -220,17 +217,15 @@ class TensorData:
         return self.values.nbytes + self.crow_indices.nbytes + self.col_indices.nbytes
 
     def to_numpy(self, pad_value: float = 0) -> Array:
-        """Return an array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
+        """Return a new array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
 
-        A dense tensor gives a view of its values, a sparse one a new array.  What is written to
-        the view counts for requests made later, not for those made before.
+        What is written to it does not change the tensor, which requests under way may hold.
         """
-        if not self.is_sparse:
-            object.__setattr__(self, "_is_exposed", True)
-        return self._dense(pad_value)
+        dense = self._dense(pad_value)
+        return dense if self.is_sparse else dense.copy()
 
     def _dense(self, pad_value: float = 0) -> Array:
-        """The same, to be read only."""
+        """The same, to be read only: a dense tensor gives a view of its values."""
         if self.crow_indices is None or self.col_indices is None:
             return self.values.reshape(self.shape)
         dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
@@ -242,13 +237,7 @@ class TensorData:
         """Return a new torch tensor of ``shape`` (needs torch)."""
         import torch
 
-        return torch.from_numpy(self._dense(pad_value).copy())
-
-    def _unexposed(self) -> TensorData:
-        """Return this tensor, or a copy of it if its values may still change."""
-        if not self._is_exposed:
-            return self
-        return TensorData._of(self.values.copy(), self.dtype, self.shape)
+        return torch.from_numpy(self.to_numpy(pad_value))
 
     def tolist(self, pad_value: float = 0) -> List[Any]:
         """Return nested Python lists of ``shape``."""
