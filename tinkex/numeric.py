@@ -56,13 +56,14 @@ def convert_fields(
     instance: Any, *, ints: Iterable[str] = (), floats: Iterable[str] = (), text: bool = True
 ) -> None:
     """Convert fields of a frozen dataclass in place; what is no number is left to its check."""
-    for names, convert in ((ints, to_int), (floats, to_float)):
-        for name in names:
-            value = getattr(instance, name)
-            if value is not None and type(value) is not int and type(value) is not float:
-                object.__setattr__(instance, name, convert(value, text=text))
-            elif type(value) is float and convert is to_int:
-                object.__setattr__(instance, name, to_int(value))
+    for name in ints:
+        value = getattr(instance, name)
+        if value is not None and type(value) is not int:
+            object.__setattr__(instance, name, to_int(value, text=text))
+    for name in floats:
+        value = getattr(instance, name)
+        if value is not None and type(value) is not float and type(value) is not int:
+            object.__setattr__(instance, name, to_float(value, text=text))
 
 
 def is_int(value: Any, least: float = -math.inf) -> bool:

@@ -128,7 +128,7 @@ def test_inputs_that_are_assigned_later_are_converted_in_a_snapshot():
     advantages = [1, 2, 3]
     datum.loss_fn_inputs["advantages"] = advantages
     datum.loss_fn_inputs["mine"] = np.arange(3)
-    sent = datum.snapshot()
+    sent = datum._snapshot()
     advantages[0] = datum.loss_fn_inputs["mine"][0] = 9
     datum.loss_fn_inputs["target_tokens"] = [0, 0, 0]
     want = {"target_tokens": [2, 3, 4], "advantages": [1.0, 2.0, 3.0], "mine": np.arange(3)}
@@ -137,14 +137,14 @@ def test_inputs_that_are_assigned_later_are_converted_in_a_snapshot():
 
 def test_a_snapshot_keeps_the_provenance():
     datum = Datum(TEXT, {}, [PromptProvenanceSpan("q", length=3)], [])
-    assert datum.snapshot() == datum
+    assert datum._snapshot() == datum
 
 
 def test_what_cannot_be_sent_is_refused_by_name_when_it_was_assigned_later():
     datum = Datum(TEXT, {})
     datum.loss_fn_inputs["weights"] = "abc"
     with pytest.raises(InvalidInputError, match="weights"):
-        datum.snapshot()
+        datum._snapshot()
 
 
 def test_arrays_of_other_libraries_are_converted():

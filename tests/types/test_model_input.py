@@ -206,7 +206,7 @@ def test_images_and_audio_are_copied_from_buffers():
 
 def test_a_snapshot_does_not_follow_the_list_of_chunks():
     made = ModelInput.from_ints([1])
-    sent = made.snapshot()
+    sent = made._snapshot()
     made.chunks.append(EncodedTextChunk([2]))
     assert made.to_ints() == [1, 2]
     assert sent.to_ints() == [1]

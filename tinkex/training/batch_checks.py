@@ -77,7 +77,7 @@ def _snapshot(index: int, datum: Any) -> Datum:
     if not isinstance(datum, Datum):
         raise InvalidInputError(f"data[{index}] is a {type(datum).__name__}, not a Datum")
     try:
-        return datum.snapshot()
+        return datum._snapshot()
     except InvalidInputError as error:
         message = f"data[{index}]: {error.message}"
         raise InvalidInputError(message, hint=error.hint) from error

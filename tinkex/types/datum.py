@@ -103,7 +103,7 @@ class Datum:
         ):
             object.__setattr__(self, name, None if spans is None else as_spans(name, spans))
 
-    def snapshot(self) -> Datum:
+    def _snapshot(self) -> Datum:
         """Return this datum as it is now: later changes of its parts do not reach the copy.
 
         Raises:
@@ -115,7 +115,7 @@ class Datum:
                 inputs[name] = _to_tensor(name, value)
         datum = object.__new__(Datum)
         set_field = object.__setattr__
-        set_field(datum, "model_input", self.model_input.snapshot())
+        set_field(datum, "model_input", self.model_input._snapshot())
         set_field(datum, "loss_fn_inputs", inputs)
         set_field(datum, "model_input_spans", self.model_input_spans)
         set_field(datum, "loss_fn_input_spans", self.loss_fn_input_spans)

@@ -73,7 +73,7 @@ class ModelInput:
         """
         return cls._of([EncodedTextChunk(tokens)])
 
-    def snapshot(self) -> ModelInput:
+    def _snapshot(self) -> ModelInput:
         """Return this input as it is now: later changes of its list do not reach the copy."""
         return ModelInput._of([_as_chunk(chunk) for chunk in self.chunks])
 

@@ -132,7 +132,7 @@ class SampleRequest:
         convert_fields(self, ints=_COUNTS)
         set_field = object.__setattr__
         if isinstance(self.prompt, ModelInput):
-            set_field(self, "prompt", self.prompt.snapshot())
+            set_field(self, "prompt", self.prompt._snapshot())
         set_field(self, "prompt_logprobs", to_bool(self.prompt_logprobs))
 
     def check(self) -> None:
