@@ -15,10 +15,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
 #: From the bottom up; "room: modules" are those of a folder.
 LAYERS = {
-    "leaves": ["_version errors clock lifecycle single_flight late_import lazy_numpy descriptors"],
+    "leaves": [
+        "_version errors clock lifecycle single_flight late_import lazy_numpy descriptors numeric",
+    ],
     "values": [
         "config types wire retry retry_config telemetry_events usage",
-        "http: request redaction redirects gateways",
+        "http: request redaction redirects gateways base_url",
         "keys: credentials",
         "sampling: sample_checks",
         "training: batch_checks likely_mistakes",

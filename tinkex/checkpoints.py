@@ -19,12 +19,14 @@ from typing import Callable, Optional, TypeVar, Union
 from tinkex.api import archives, rest as api
 from tinkex.errors import (
     DownloadCancelledError,
+    InvalidInputError,
     ResponseDecodeError,
     RouteMissingError,
     TinkexError,
 )
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import LookupClient
+from tinkex.numeric import as_flag
 from tinkex.transfer.download_folder import DownloadFolder, check_free
 from tinkex.transfer.downloads import Downloader, Tell
 from tinkex.transfer.extraction import extract
@@ -73,7 +75,8 @@ def download_checkpoint(
     Args:
         rest: a client of the server that has it.
         tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
-        dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.
+        dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.  ``~``
+            is the home folder.
         progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
             second; what it raises ends the download.
         overwrite: write into *dest* although there is something in it, once all has come.  Files
@@ -90,10 +93,15 @@ def download_checkpoint(
         OSError: it cannot be written here.
     """
     parsed = locate_checkpoint(tinker_path)
-    target = Path(os.path.abspath(os.fspath(dest)))
+    if not isinstance(dest, (str, os.PathLike)):
+        raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
+    overwrite = as_flag("overwrite", overwrite)
+    target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
     check_free(target, overwrite)
     transport = rest.transport
-    work = DownloadFolder(target, {"server": rest.config.base_url, "tinker_path": tinker_path})
+    work = DownloadFolder(
+        target, {"server": rest.config.base_url, "tinker_path": parsed.tinker_path}
+    )
     try:
         with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(rest, parsed, work, downloader, progress or _silent).run()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import re
-import urllib.request
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
-from tinkex.errors import ConfigError
+from tinkex.errors import ConfigError, InvalidInputError
+from tinkex.http.base_url import normal_base_url, normal_proxy, proxy_for
 from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
+from tinkex.numeric import convert_fields, is_finite, is_int, to_bool
 from tinkex.usage import Budget, Price, check_prices
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
@@ -29,6 +29,23 @@ _ACCESS_VARIABLES = {
 #: What switches a variable on.
 _YES = ("1", "true", "yes", "on")
 
+_CHOICES = {
+    "wire": ("auto", "json", "protobuf"),
+    "on_billing": ("raise", "wait"),
+    "on_backpressure": ("wait", "raise"),
+}
+
+#: Settings that are integers.
+_COUNTS = (
+    "max_concurrent_samples",
+    "max_unanswered_samples",
+    "max_sample_bytes",
+    "max_batch_bytes",
+    "max_result_bytes",
+    "max_unread",
+    "max_heartbeat_failures",
+)
+
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -39,7 +56,8 @@ class Config:
     Times are seconds.
 
     Attributes:
-        base_url: the server, without a trailing slash; may hold a path prefix.
+        base_url: the server, without a trailing slash; may hold a path prefix.  It is kept as
+            requests are sent: scheme and host in lower case, the path escaped.
         api_key: sent as ``X-API-Key``, or exchanged for a token where the server wants that; None
             for servers that ask for none.
         credential_cmd: a shell command that prints a key or a token, run whenever one is needed;
@@ -62,7 +80,8 @@ class Config:
         quiet: log the server-side end of a session at DEBUG instead of INFO.
         on_billing: ``"raise"`` a 402 at once, or ``"wait"`` until the account is topped up.
         proxy: URL of the HTTP proxy to use for this base URL, or None.
-        ca_bundle: path of a CA bundle to trust instead of the built-in one, or None.
+        ca_bundle: path of a CA bundle to trust instead of the built-in one, or None; ``~`` is the
+            home folder.
         max_concurrent_samples: sampling requests in flight at once, where each takes a thread;
             more wait their turn.  The server may lower it.
         max_unanswered_samples: likewise, where one poll waits for all samples of a sampler and
@@ -118,55 +137,59 @@ class Config:
     prices: Mapping[str, Price] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_base_url(self.base_url)
+        set_field = object.__setattr__
+        set_field(self, "base_url", normal_base_url(self.base_url))
+        set_field(self, "proxy", normal_proxy(self.proxy) if self.proxy else None)
+        if self.ca_bundle is not None:
+            set_field(self, "ca_bundle", _expanded("ca_bundle", self.ca_bundle))
+        # Copies, because the caller's own may change later.
+        for name in ("user_metadata", "extra_headers", "access_headers"):
+            set_field(self, name, _string_map(name, getattr(self, name)))
+        set_field(self, "tags", _strings("tags", self.tags))
+        set_field(self, "prices", check_prices(self.prices))
+        for name in ("api_key", "credential_cmd", "project_id", "display_name"):
+            _check_text(name, getattr(self, name))
         if self.api_key is not None:
             check_header("the API key", self.api_key)
         for name, text in {**self.access_headers, **self.extra_headers}.items():
-            if not (isinstance(name, str) and _HEADER_NAME.fullmatch(name)):
+            if not _HEADER_NAME.fullmatch(name):
                 raise ConfigError(f"{name!r} is not the name of a header")
             check_header(f"the header {name!r}", text)
-        # Copies, because the caller's own may change later.
-        object.__setattr__(self, "user_metadata", dict(self.user_metadata))
-        object.__setattr__(self, "extra_headers", dict(self.extra_headers))
-        object.__setattr__(self, "access_headers", dict(self.access_headers))
-        object.__setattr__(self, "prices", check_prices(self.prices))
         if not isinstance(self.budget, (Budget, type(None))):
             raise ConfigError(f"budget is {self.budget!r}; it must be a Budget")
-        if self.wire not in ("auto", "json", "protobuf"):
-            raise ConfigError(f"wire is {self.wire!r}; it must be auto, json or protobuf")
-        if self.on_billing not in ("raise", "wait"):
-            raise ConfigError(f"on_billing is {self.on_billing!r}; it must be raise or wait")
-        if self.on_backpressure not in ("wait", "raise"):
-            raise ConfigError(
-                f"on_backpressure is {self.on_backpressure!r}; it must be wait or raise"
-            )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_s") and value is not None and not _is_positive(value):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"{field.name} is {value!r}; it must be a positive number of seconds"
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
                 )
-        for name in (
-            "max_concurrent_samples",
-            "max_unanswered_samples",
-            "max_sample_bytes",
-            "max_batch_bytes",
-            "max_result_bytes",
-            "max_unread",
-            "max_heartbeat_failures",
-        ):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and value >= 1):
-                raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
+        self._take_numbers()
         if (
             self.ca_bundle
-            and self.base_url.startswith("https")
+            and self.base_url.startswith("https:")
             and not os.path.exists(self.ca_bundle)
         ):
             raise ConfigError(
                 f"the CA bundle {self.ca_bundle!r} does not exist",
                 hint=f"It comes from one of {', '.join(_CA_VARIABLES)} (or ca_bundle=).",
             )
+
+    def _take_numbers(self) -> None:
+        """Convert and check the settings that are numbers or flags."""
+        seconds = [field.name for field in dataclasses.fields(self) if field.name.endswith("_s")]
+        convert_fields(self, ints=_COUNTS, floats=seconds, text=False)
+        for name in seconds:
+            value = getattr(self, name)
+            if value is not None and not (is_finite(value) and value > 0):
+                raise ConfigError(f"{name} is {value!r}; it must be a positive number of seconds")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and not is_int(value, 1):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
+        for name in ("quiet", "telemetry"):
+            value = to_bool(getattr(self, name))
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; it must be True or False")
+            object.__setattr__(self, name, value)
 
     @classmethod
     def resolve(
@@ -205,27 +228,18 @@ class Config:
         given: Dict[str, Any] = {
             name: value for name, value in settings.items() if value is not None
         }
-        given["base_url"] = _without_slash(given.get("base_url") or own_base_url(env))
+        base_url = normal_base_url(given.get("base_url") or own_base_url(env))
+        given["base_url"] = base_url
         for name in ("credential_cmd", "api_key"):
             given[name] = _stripped(given.get(name))
         if own_credentials:
-            given["credential_cmd"] = given["credential_cmd"] or _stripped(
-                env.get(COMMAND_VARIABLE)
-            )
-            given["api_key"] = given["api_key"] or _stripped(env.get(KEY_VARIABLE))
-            if given["api_key"] is None and given["credential_cmd"] is None:
-                given["api_key"] = stored_key(environ)
-            access = {
-                name: env.get(variable, "").strip() for name, variable in _ACCESS_VARIABLES.items()
-            }
-            given.setdefault(
-                "access_headers", {name: text for name, text in access.items() if text}
-            )
-        given.setdefault("project_id", env.get("TINKER_PROJECT_ID") or None)
-        tags = given.get("tags", env.get("TINKER_TAGS", ""))
-        given["tags"] = tuple(_split(tags) if isinstance(tags, str) else tags)
+            _add_own_credentials(given, env, environ)
+        given["project_id"] = _stripped(given.get("project_id")) or _stripped(
+            env.get("TINKER_PROJECT_ID")
+        )
+        given.setdefault("tags", env.get("TINKER_TAGS", ""))
         given.setdefault("telemetry", env.get("TINKER_TELEMETRY", "").strip().lower() in _YES)
-        given.setdefault("proxy", proxy_for(given["base_url"]))
+        given.setdefault("proxy", proxy_for(base_url))
         given.setdefault("ca_bundle", next((env[v] for v in _CA_VARIABLES if env.get(v)), None))
         return cls(**given)
 
@@ -256,6 +270,16 @@ class Config:
         return _resolve, (kept,)
 
 
+def check_config(config: object) -> Config:
+    """Return *config*; InvalidInputError if it is something else."""
+    if not isinstance(config, Config):
+        raise InvalidInputError(
+            f"config is of type {type(config).__name__}, not a Config",
+            hint="Make one with Config.resolve(base_url=...), or give the settings by name.",
+        )
+    return config
+
+
 #: Settings that may hold secrets.  A proxy's URL may hold a password.
 _SECRET = ("api_key", "credential_cmd", "extra_headers", "access_headers", "proxy")
 
@@ -265,41 +289,70 @@ def _resolve(settings: Mapping[str, Any]) -> Config:
 
 
 def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
-    """The server that a client of this process connects to unless it is given another."""
+    """The server that a client of this process connects to unless it is given another.
+
+    Raises:
+        ConfigError: ``TINKER_BASE_URL`` is not the http(s) URL of a server.
+    """
     env = os.environ if environ is None else environ
-    return _without_slash(env.get("TINKER_BASE_URL") or DEFAULT_BASE_URL)
+    return normal_base_url(_stripped(env.get("TINKER_BASE_URL")) or DEFAULT_BASE_URL)
 
 
-def _without_slash(base_url: object) -> str:
-    return str(base_url).strip().rstrip("/")
+def _add_own_credentials(
+    given: Dict[str, Any], env: Mapping[str, str], environ: Optional[Mapping[str, str]]
+) -> None:
+    """Add the key, the command and the access headers of this process where none are given."""
+    given["credential_cmd"] = given["credential_cmd"] or _stripped(env.get(COMMAND_VARIABLE))
+    given["api_key"] = given["api_key"] or _stripped(env.get(KEY_VARIABLE))
+    if given["api_key"] is None and given["credential_cmd"] is None:
+        given["api_key"] = stored_key(environ)
+    access = {name: env.get(variable, "").strip() for name, variable in _ACCESS_VARIABLES.items()}
+    given.setdefault("access_headers", {name: text for name, text in access.items() if text})
 
 
-def _stripped(text: Optional[str]) -> Optional[str]:
-    """None if there is nothing in it; keys read from files end with a newline."""
-    return (text or "").strip() or None
+def _stripped(text: Any) -> Any:
+    """None if there is nothing in *text*; keys read from files end with a newline."""
+    return text.strip() or None if isinstance(text, str) else text
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+def _check_text(name: str, text: object) -> None:
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{name} is of type {type(text).__name__}, not a string")
 
 
-def _check_base_url(base_url: str) -> None:
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port or an IPv6 address that is none
-        usable = False
-    if not usable:
+def _expanded(name: str, path: object) -> str:
+    """Return *path* as a string, with the home folder in place of ``~``."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{name} is of type {type(path).__name__}, not a path")
+    return os.path.expanduser(os.fspath(path))
+
+
+def _strings(name: str, given: Any) -> Tuple[str, ...]:
+    """Return *given*, strings or one string with commas, as a tuple of strings."""
+    if isinstance(given, str):
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    for one in found:
+        if not isinstance(one, str):
+            raise ConfigError(f"{name} is {given!r}; it must be a list of strings")
+    return found
+
+
+def _string_map(name: str, given: Any) -> Dict[str, str]:
+    """Return a copy of *given*, which must map strings to strings.  May hold secrets."""
+    if not isinstance(given, Mapping):
+        is_url = isinstance(given, str) and "://" in given
         raise ConfigError(
-            f"base_url {base_url!r} is not an http(s) URL",
-            hint="Give the server's address, e.g. http://localhost:8080.",
+            f"{name} is of type {type(given).__name__}; it must be a dict",
+            hint=f"The server's address is given by name: base_url={given!r}." if is_url else None,
         )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(
-            f"the base_url of {parts.hostname} holds a user name or password",
-            hint="It would end up in logs. Send it as a header "
-            "(default_headers_overrides={'Authorization': 'Basic ...'}).",
-        )
+    for key, value in given.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise ConfigError(
+                f"{name}[{key!r}] is of type {type(value).__name__}; names and values must be "
+                "strings"
+            )
+    return dict(given)
 
 
 def check_header(what: str, text: str) -> None:
@@ -314,24 +367,6 @@ def check_header(what: str, text: str) -> None:
             f"{what} cannot be sent: it holds a line break, a control character, spaces around it "
             "or a character outside Latin-1"
         )
-
-
-def _split(text: str) -> List[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def proxy_for(base_url: str) -> Optional[str]:
-    """The proxy that the environment (or the system's settings) names for *base_url*."""
-    _check_base_url(base_url)
-    parts = urlsplit(base_url)
-    host = parts.hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127."):
-        return None
-    # With the port, since no_proxy may name one.
-    if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 @functools.lru_cache(64)  # it is asked for with each request

@@ -15,9 +15,20 @@ import queue
 import sys
 import time
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
-from typing import Any, Callable, Generic, List, Optional, Sequence, Tuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Generic,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
 from tinkex.errors import ClientClosedError
+from tinkex.numeric import as_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +37,8 @@ U = TypeVar("U")
 
 #: On Windows a wait for a lock cannot be interrupted before Python 3.14; wait in slices there.
 _SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
+
+_CALL = "future.result()"
 
 #: The longest pause between two notices about one wait, in seconds.
 LONGEST_NOTICE_S = 300.0
@@ -144,6 +157,7 @@ class APIFuture(Future[T], Generic[T]):
             timeout: seconds to wait; None waits as long as it takes.
 
         Raises:
+            InvalidInputError: *timeout* is no number.
             concurrent.futures.TimeoutError: *timeout* passed; the operation goes on.
             concurrent.futures.CancelledError: it was cancelled.
             TinkexError: the operation failed.
@@ -186,6 +200,20 @@ class APIFuture(Future[T], Generic[T]):
     def future(self) -> Future[T]:
         """Return this future itself (the official SDK's accessor)."""
         return self
+
+    if not TYPE_CHECKING:  # a checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            told = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if not name.startswith("_"):
+                kind = vars(self).get("kind", "an operation")  # not there if it was never made
+                told += f"; it is the future of {kind}: call .result(), as in {_CALL}.{name}"
+            raise AttributeError(told)
+
+        def __getitem__(self, key: object) -> Any:  # iterating it comes here, too
+            raise TypeError(
+                f"the future of {self.kind} holds no items: call .result(), as in {_CALL}[...]"
+            )
 
     def __repr__(self) -> str:
         # Plain values only: in the child of a fork the lock may be dead.
@@ -330,6 +358,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait until settled, saying now and then in the log what is waited for."""
+        timeout = as_seconds("timeout", timeout)
         began = now = time.monotonic()
         deadline = float("inf") if timeout is None else now + timeout
         pause = self._notice_after_s

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Callable, Optional, TypeVar, Union
 
 from tinkex.child_client import BaseClient
-from tinkex.config import Config
+from tinkex.config import Config, check_config
 from tinkex.connection import Connection
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
@@ -50,7 +50,13 @@ class LookupClient(BaseClient[Union[Session, Connection]]):
             raise InvalidInputError("give a session, or config, or single settings")
         self._own: Optional[Connection] = None
         if session is None:
-            session = self._own = Connection(config or Config.resolve(**settings))
+            config = Config.resolve(**settings) if config is None else check_config(config)
+            session = self._own = Connection(config)
+        elif not hasattr(session, "ensure_open"):
+            raise InvalidInputError(
+                f"the first argument of {type(self).__name__} is {session!r:.200}, not a session",
+                hint="The server's address is given by name: base_url=...",
+            )
         super().__init__(session)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import date
 from pathlib import Path
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Mapping, Optional, Tuple, Union
 
 from tinkex import auth, checkpoints
 from tinkex.admin_client import AdminClient
@@ -19,7 +19,8 @@ from tinkex.checkpoints import Progress
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import Instant, LookupClient, moved
-from tinkex.training.batch_checks import check_ttl
+from tinkex.numeric import as_int
+from tinkex.training.batch_checks import check_token, check_ttl
 from tinkex.transfer import hub
 from tinkex.transport import Transport
 from tinkex.types import (
@@ -69,7 +70,7 @@ class RestClient(LookupClient):
         project_id: Optional[str] = None,
     ) -> APIFuture[TrainingRunsResponse]:
         """A page of training runs, the last used first."""
-        _check_page(limit, offset)
+        limit, offset = _page(limit, offset)
         return self._run(
             "list_training_runs",
             lambda transport: api.list_training_runs(
@@ -109,7 +110,7 @@ class RestClient(LookupClient):
         self, limit: int = 100, offset: int = 0
     ) -> APIFuture[CheckpointsListResponse]:
         """A page of all checkpoints, newest first."""
-        _check_page(limit, offset)
+        limit, offset = _page(limit, offset)
         return self._run(
             "list_user_checkpoints",
             lambda transport: api.list_user_checkpoints(transport, limit=limit, offset=offset),
@@ -117,7 +118,7 @@ class RestClient(LookupClient):
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
         """What a checkpoint was trained from, and how."""
-        check_tinker_path(tinker_path)
+        tinker_path = check_tinker_path(tinker_path)
         return self._run(
             "get_weights_info", lambda transport: api.get_weights_info(transport, tinker_path)
         )
@@ -159,7 +160,7 @@ class RestClient(LookupClient):
     ) -> APIFuture[None]:
         """Have the server delete a checkpoint after *ttl_seconds*; None keeps it for ever."""
         parsed = locate_checkpoint(tinker_path)
-        check_ttl(ttl_seconds)
+        ttl_seconds = check_ttl(ttl_seconds)
         return self._run(
             "set_checkpoint_ttl",
             lambda transport: api.set_checkpoint_ttl(
@@ -171,7 +172,7 @@ class RestClient(LookupClient):
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
     ) -> APIFuture[ListSessionsResponse]:
         """A page of session ids, newest first; sessions that ended are among them."""
-        _check_page(limit, offset)
+        limit, offset = _page(limit, offset)
         return self._run(
             "list_sessions",
             lambda transport: api.list_sessions(
@@ -254,8 +255,8 @@ class RestClient(LookupClient):
         Raises:
             InvalidInputError: there is no project, or an argument is wrong.
         """
-        check_tinker_path(path)
-        check_ttl(ttl_seconds)
+        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
+        weights_access_token = check_token(weights_access_token)
         project_id = destination_project_id or self.config.project_id
         if not project_id:
             raise InvalidInputError(
@@ -374,18 +375,14 @@ class RestClient(LookupClient):
         return AdminClient(self._session)
 
 
-def _check_page(limit: int, offset: int) -> None:
-    if not (type(limit) is type(offset) is int and limit >= 1 and offset >= 0):
-        raise InvalidInputError(
-            f"limit is {limit!r} and offset {offset!r}; need limit >= 1, offset >= 0"
-        )
+def _page(limit: int, offset: int) -> Tuple[int, int]:
+    return as_int("limit", limit, 1), as_int("offset", offset, 0)
 
 
 def _check_search(request: SessionSearchRequest) -> None:
     if not isinstance(request, SessionSearchRequest):
         raise InvalidInputError(f"{request!r:.100} is not a SessionSearchRequest")
-    if not (type(request.limit) is int and 1 <= request.limit <= 200):
-        raise InvalidInputError(f"limit is {request.limit!r}; it must be 1 to 200")
+    as_int("limit", request.limit, 1, most=200)
     if request.display_name == "":
         raise InvalidInputError("display_name is empty; None finds every name")
     owner = request.owner

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Optional, Tuple, Type
+from typing import Optional, Tuple, Type
 
 from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError
+from tinkex.numeric import convert_fields, is_finite, is_int
 
 #: A sample whose result was lost is submitted again at most so often.
 MOST_RESUBMISSIONS = 5
+
+_SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +46,23 @@ class RetryConfig:
     retryable_exceptions: Tuple[Type[Exception], ...] = (APIConnectionError, ResultExpiredError)
 
     def __post_init__(self) -> None:
+        convert_fields(
+            self, ints=("max_connections",), floats=(*_SECONDS, "jitter_factor"), text=False
+        )
         most = self.max_connections
-        if most is not None and not (type(most) is int and most >= 1):
-            raise InvalidInputError(f"max_connections is {most!r}; it must be at least 1, or None")
-        for name in ("progress_timeout", "retry_delay_base", "retry_delay_max"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
-                raise InvalidInputError(f"{name} is {value!r}; it must be positive")
-        if not (_is_number(self.jitter_factor) and 0 <= self.jitter_factor <= 1):
+        if most is not None and not is_int(most, 1):
             raise InvalidInputError(
-                f"jitter_factor is {self.jitter_factor!r}; it must lie in 0 .. 1"
+                f"max_connections is {most!r}; it must be an integer, at least 1, or None"
+            )
+        for name in _SECONDS:
+            value = getattr(self, name)
+            if not (is_finite(value) and value > 0):
+                raise InvalidInputError(
+                    f"{name} is {value!r}; it must be a positive number of seconds"
+                )
+        if not (is_finite(self.jitter_factor) and 0 <= self.jitter_factor <= 1):
+            raise InvalidInputError(
+                f"jitter_factor is {self.jitter_factor!r}; it must be a number from 0 to 1"
             )
 
     @property
@@ -79,8 +88,3 @@ def check_retry_config(retry_config: object) -> None:
         raise InvalidInputError(
             f"retry_config is a {type(retry_config).__name__}, not a RetryConfig"
         )
-
-
-def _is_number(value: Any) -> bool:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return known and math.isfinite(value)

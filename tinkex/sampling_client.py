@@ -24,6 +24,7 @@ from tinkex.errors import (
     ResponseDecodeError,
 )
 from tinkex.futures import APIFuture
+from tinkex.numeric import as_int
 from tinkex.poller import Operation
 from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.sampling.sample_call import SampleCall, may_be_large
@@ -43,7 +44,7 @@ from tinkex.server_flags import ABSENT
 from tinkex.session import Session
 from tinkex.session_manager import default_manager
 from tinkex.tokenizers import load_tokenizer
-from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.usage import Account, Reservation, Tokens
 
 if TYPE_CHECKING:
@@ -118,9 +119,14 @@ class SamplingClient(ChildClient):
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
         if model_path is not None:
-            check_tinker_path(model_path)
-        elif not isinstance(base_model, str) or not base_model:
-            raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
+            if isinstance(model_path, str) and "://" not in model_path:
+                raise InvalidInputError(
+                    f"model_path is {model_path!r}, which is not the path of a checkpoint",
+                    hint=f"A base model is given by name: base_model={model_path!r}.",
+                )
+            model_path = check_tinker_path(model_path)
+        else:
+            base_model = check_model_name(base_model)
         session.ensure_open("create_sampling_client")
         number = session.next_sampler_number()
 
@@ -240,7 +246,8 @@ class SamplingClient(ChildClient):
         config = self._session.config
         if max_in_flight is None:
             max_in_flight = config.max_concurrent_samples
-        if type(max_in_flight) is int and config.max_unread is not None:
+        max_in_flight = as_int("max_in_flight", max_in_flight, 1, text=False)
+        if config.max_unread is not None:
             max_in_flight = min(max_in_flight, config.max_unread)  # more would wait for ever
 
         def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:

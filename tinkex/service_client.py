@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
 from tinkex.child_client import WithoutCoroutines
-from tinkex.config import Config
+from tinkex.config import Config, check_config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
+from tinkex.numeric import as_seconds
 from tinkex.retry_config import RetryConfig
 from tinkex.sampling_client import SamplingClient
 from tinkex.server_memory import ServerDialect
@@ -79,9 +80,11 @@ class ServiceClient(WithoutCoroutines):
             project_id=project_id,
             extra_headers=default_headers_overrides or settings.get("extra_headers"),
         )
-        if config is not None and any(value is not None for value in settings.values()):
+        if config is None:
+            config = Config.resolve(**settings)
+        elif any(value is not None for value in settings.values()):
             raise InvalidInputError("give either config or single settings, not both")
-        self._session = Session(config or Config.resolve(**settings), manager or default_manager())
+        self._session = Session(check_config(config), manager or default_manager())
         self._server: Any = None
         self._server_dropper: Any = None
 
@@ -379,10 +382,10 @@ class ServiceClient(WithoutCoroutines):
         The future raises RouteMissingError where the server has no such route.
         """
         from tinkex.api import rest
-        from tinkex.training.batch_checks import check_ttl
+        from tinkex.training.batch_checks import check_token, check_ttl
 
-        check_tinker_path(path)
-        check_ttl(ttl_seconds)
+        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
+        weights_access_token = check_token(weights_access_token)
 
         def copy() -> str:
             return rest.copy_weights(
@@ -423,8 +426,11 @@ class ServiceClient(WithoutCoroutines):
         """
         if status not in STATUSES:
             raise InvalidInputError(f"status is {status!r}; it must be one of {STATUSES}")
+        seconds = as_seconds("timeout_s", timeout_s)
+        if seconds is None:
+            raise InvalidInputError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         try:
-            self._session.close(status, detail, timeout_s=timeout_s)
+            self._session.close(status, detail, timeout_s=seconds)
         finally:  # also when Ctrl-C breaks in
             server, self._server = self._server, None
             if server is not None:

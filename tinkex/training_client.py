@@ -15,7 +15,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.session import Session
 from tinkex.tokenizers import load_tokenizer
-from tinkex.training.batch_checks import check_batch
+from tinkex.training.batch_checks import as_loss_config, check_batch
 from tinkex.training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex.training.custom_pass import CustomPass
 from tinkex.training.likely_mistakes import MistakeWatch
@@ -325,7 +325,7 @@ class TrainingClient(RunCheckpoints):
         self._mistakes.look_at_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
             self._mistakes.look_at_weights(batch)
-        config = dict(loss_fn_config or {})
+        config = as_loss_config(loss_fn_config)
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)

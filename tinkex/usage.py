@@ -8,7 +8,6 @@ counts what this process asked for: the server's own figures are what is billed.
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from concurrent.futures import Future
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -22,6 +21,7 @@ from tinkex.errors import (
     RequestFailedError,
     UnsupportedError,
 )
+from tinkex.numeric import is_finite, to_float
 
 #: In a table of prices: that of every model that is not named.
 ANY_MODEL = "*"
@@ -48,8 +48,13 @@ class Price:
     sample: float
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_amount(f"the price {field.name}", getattr(self, field.name), zero=True)
+        for name in ("train", "prefill", "sample"):
+            amount = to_float(getattr(self, name), text=False)
+            if not (is_finite(amount) and amount >= 0):
+                raise ConfigError(
+                    f"the price {name} is {amount!r}; it must be a finite number, 0 or more"
+                )
+            object.__setattr__(self, name, amount)
 
     def of(self, tokens: Sequence[int]) -> float:
         """The price of *tokens*, in USD."""
@@ -76,8 +81,12 @@ class Budget:
         if self.usd is None and self.tokens is None:
             raise ConfigError("a Budget needs usd or tokens")
         for name in ("usd", "tokens"):
-            if getattr(self, name) is not None:
-                _check_amount(f"the budget's {name}", getattr(self, name))
+            amount = to_float(getattr(self, name), text=False)
+            if amount is not None and not (is_finite(amount) and amount > 0):
+                raise ConfigError(
+                    f"the budget's {name} is {amount!r}; it must be a positive, finite number"
+                )
+            object.__setattr__(self, name, amount)
 
 
 class Account(NamedTuple):
@@ -334,9 +343,3 @@ def check_prices(prices: object) -> Dict[str, Price]:
                 f"prices[{model!r}] is {price!r}; it must be a Price, under a model's name"
             )
     return dict(prices)
-
-
-def _check_amount(what: str, amount: object, *, zero: bool = False) -> None:
-    known = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-    if not (known and math.isfinite(amount) and (amount > 0 or (zero and amount == 0))):  # type: ignore[arg-type, operator]
-        raise ConfigError(f"{what} is {amount!r}; it must be a positive number")

@@ -9,7 +9,7 @@ import pytest
 
 from tinkex.errors import InvalidInputError
 from tinkex.training import batch_checks
-from tinkex.training.batch_checks import check_batch, check_ttl
+from tinkex.training.batch_checks import as_loss_config, check_batch, check_name, check_ttl
 from tinkex.types import Datum, ImageChunk, ModelInput
 
 
@@ -98,12 +98,63 @@ def test_inputs_of_unknown_names_may_have_any_length() -> None:
     assert check_batch([datum(my_input=[1.0])], "my_loss")
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 2.5, "60", True])
+@pytest.mark.parametrize("ttl", [0, -1, 2.5, "an hour", True, "2.5"])
 def test_a_ttl_is_a_whole_number_of_seconds(ttl: Any) -> None:
     with pytest.raises(InvalidInputError, match="ttl_seconds"):
         check_ttl(ttl)
 
 
 def test_no_ttl_is_for_ever() -> None:
-    check_ttl(None)
-    check_ttl(60)
+    assert check_ttl(None) is None
+    assert check_ttl(60) == check_ttl("60") == check_ttl(np.int64(60)) == 60
+
+
+def test_a_batch_is_taken_as_it_is_now() -> None:
+    one = datum(target_tokens=[2, 3, 4])
+    (sent,) = check_batch([one], "cross_entropy")
+    one.loss_fn_inputs["target_tokens"] = [9, 9, 9]  # type: ignore[assignment]
+    one.loss_fn_inputs["weights"] = [1.0] * 3  # type: ignore[assignment]
+    one.model_input.chunks.append(ImageChunk(b"x", "png"))  # type: ignore[attr-defined]
+    assert sent == datum(target_tokens=[2, 3, 4])
+
+
+@pytest.mark.parametrize("value", [[1.0] * 3, np.ones(3), np.ones(3, np.float32)], ids=repr)
+def test_an_input_that_is_assigned_later_is_converted(value: Any) -> None:
+    one = datum(target_tokens=[2, 3, 4])
+    one.loss_fn_inputs["weights"] = value
+    assert check_batch([one], "x") == [datum(target_tokens=[2, 3, 4], weights=[1.0] * 3)]
+
+
+def test_an_input_that_is_assigned_later_is_named_with_its_datum() -> None:
+    one = datum(target_tokens=[2, 3, 4])
+    one.loss_fn_inputs["weights"] = "abc"  # type: ignore[assignment]
+    with pytest.raises(InvalidInputError, match=r"data\[1\]: loss input 'weights' is a str"):
+        check_batch([datum(), one], "x")
+    one.loss_fn_inputs["weights"] = [1.0]  # type: ignore[assignment]
+    with pytest.raises(InvalidInputError, match=r"data\[1\]: loss input 'weights' has 1 entries"):
+        check_batch([datum(), one], "x")
+
+
+def test_a_loss_config_of_numpys_numbers_holds_plain_ones() -> None:
+    config = as_loss_config(
+        {"a": np.float32(0.5), "b": np.int64(2), "c": "x", "d": np.array(0.25), "e": True}
+    )
+    assert config == {"a": 0.5, "b": 2, "c": "x", "d": 0.25, "e": 1}
+    assert {type(value) for value in config.values()} == {float, int, str}
+    assert as_loss_config(None) == {}
+
+
+@pytest.mark.parametrize("name", ["mid", "mid\n", " mid\r\n"])
+def test_a_checkpoint_name_is_stripped(name: str) -> None:
+    assert check_name(name) == "mid"
+
+
+def test_a_number_is_no_checkpoint_name() -> None:
+    with pytest.raises(InvalidInputError, match="checkpoint name 5 is of type int, not a string"):
+        check_name(5)
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "a\nb", "a\x00"])
+def test_what_cannot_name_a_checkpoint_is_refused(name: str) -> None:
+    with pytest.raises(InvalidInputError, match="bare name"):
+        check_name(name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Dict
 
+import numpy as np
 import pytest
 
+import tinkex
 from tinkex.config import DEFAULT_BASE_URL, Config
-from tinkex.errors import ConfigError
+from tinkex.errors import ConfigError, InvalidInputError, TinkexError
 
 KEY = "tml-secret-4711"
 
@@ -215,3 +218,158 @@ def test_host_and_port_are_spelt_out(base_url: str, expected: str) -> None:
 
 def test_tags_may_be_given_as_one_string() -> None:
     assert resolve(tags="a, b").tags == ("a", "b")
+
+
+# ---- Settings as people have them ----
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("Http://Host", "http://host"),
+        ("HTTPS://HOST.example:8443/Prefix/", "https://host.example:8443/Prefix"),
+        ("http://host:/", "http://host"),
+        (" http://host/a b/\n", "http://host/a%20b"),
+        ("http://host/caf\u00e9", "http://host/caf%C3%A9"),
+        ("http://host/a%20b/100%", "http://host/a%20b/100%25"),
+        ("http://b\u00fccher.example", "http://xn--bcher-kva.example"),
+        ("http://[FE80::1%25eth0]:80/x", "http://[fe80::1%25eth0]:80/x"),
+        ("http://my_host.", "http://my_host."),
+    ],
+)
+def test_a_base_url_is_kept_as_requests_are_sent(given: str, used: str) -> None:
+    config = resolve(base_url=given)
+    assert config.base_url == used
+    assert Config(used).base_url == Config(given).base_url == used
+    assert dataclasses.replace(config, quiet=True).base_url == used
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "http://my host",
+        "http://ho\nst",
+        "http://host/a\nb",
+        "http://a..b",
+        "http://-host",
+        "http://" + "a" * 64,
+        "http://" + ".".join(["a" * 60] * 5),
+        "http://host\\path",
+        "http://host:+80",
+        "http://host:8 0",
+        "http://host?key=1",
+        "http://host/path#part",
+        "http://ho%73t",
+        b"http://host",
+    ],
+)
+def test_a_url_that_no_request_can_be_sent_to_is_refused(base_url: Any) -> None:
+    with pytest.raises(ConfigError, match="base_url"):
+        resolve(base_url=base_url)
+
+
+def test_a_password_is_not_shown_even_if_the_url_is_broken() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(base_url="http://me:hunter2@my host")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [("proxy:3128", "http://proxy:3128"), ("HTTP://u:p@Proxy:1", "http://u:p@proxy:1"), ("", None)],
+)
+def test_a_proxy_may_lack_its_scheme(given: str, used: Any) -> None:
+    assert resolve(base_url="https://h", proxy=given).proxy == used
+
+
+@pytest.mark.parametrize("proxy", ["ftp://proxy", "http://", "http://u:hunter2@my proxy", 3128])
+def test_what_is_no_proxy_is_refused_and_not_shown(proxy: Any) -> None:
+    with pytest.raises(ConfigError, match="proxy") as caught:
+        resolve(base_url="https://h", proxy=proxy)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_broken_proxy_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://")
+    with pytest.raises(ConfigError, match="proxy"):
+        resolve(base_url="https://h")
+    assert resolve(base_url="http://127.0.0.1:1").proxy is None
+
+
+def test_a_socks_proxy_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="PySocks"):
+        resolve(base_url="https://h", proxy="socks5h://proxy:1080")
+
+
+def test_a_ca_bundle_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "ca.pem").write_text("")
+    expected = str(tmp_path / "ca.pem")
+    assert resolve(base_url="https://h", ca_bundle=Path("~") / "ca.pem").ca_bundle == expected
+    assert resolve({"SSL_CERT_FILE": "~/ca.pem"}, base_url="https://h").ca_bundle == expected
+
+
+def test_a_missing_ca_bundle_is_found_whatever_the_case_of_the_scheme() -> None:
+    with pytest.raises(ConfigError, match="CA bundle"):
+        resolve(base_url="HTTPS://h", ca_bundle="/nowhere/ca.pem")
+
+
+def test_numbers_may_be_numpys() -> None:
+    config = resolve(
+        base_url="http://h",
+        read_timeout_s=np.float32(2.5),
+        poll_timeout_s=np.int64(100),
+        max_unread=np.int64(10),
+        max_concurrent_samples=np.array(4.0),
+        quiet=np.bool_(True),
+    )
+    assert (config.read_timeout_s, config.poll_timeout_s) == (2.5, 100)
+    assert (config.max_unread, config.max_concurrent_samples, config.quiet) == (10, 4, True)
+    assert {type(config.read_timeout_s), type(config.max_concurrent_samples)} == {float, int}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("read_timeout_s", True),
+        ("max_unread", True),
+        ("quiet", "perhaps"),
+        ("api_key", 123),
+        ("credential_cmd", ["echo"]),
+        ("project_id", 5),
+        ("display_name", 5),
+        ("ca_bundle", 5),
+        ("tags", 5),
+        ("tags", ["a", 5]),
+        ("user_metadata", "x"),
+        ("user_metadata", {"a": 1}),
+        ("extra_headers", "x"),
+        ("prices", 5),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        resolve(**{setting: value})
+
+
+def test_the_environment_may_end_its_lines() -> None:
+    environ = {"TINKER_BASE_URL": "http://h\n", "TINKER_PROJECT_ID": "p1\n"}
+    config = resolve(environ)
+    assert (config.base_url, config.project_id) == ("http://h", "p1")
+
+
+@pytest.mark.parametrize("make", [tinkex.ServiceClient, tinkex.RestClient, tinkex.AdminClient])
+def test_an_address_without_its_name_is_refused_with_the_remedy(make: Any) -> None:
+    with pytest.raises(TinkexError) as caught:
+        make("http://localhost:8080")
+    assert "base_url=" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("make", [tinkex.ServiceClient, tinkex.RestClient])
+def test_a_dict_is_no_config(make: Any) -> None:
+    with pytest.raises(InvalidInputError, match="config is of type dict"):
+        make(config={"base_url": "http://h"})

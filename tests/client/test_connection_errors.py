@@ -90,3 +90,14 @@ def test_causes_may_go_in_a_circle() -> None:
     first.__cause__, second.__cause__ = second, first
     forget_frames(first)
     assert first.__cause__ is second
+
+
+@pytest.mark.parametrize("of_a_thread", [False, True])
+def test_what_cannot_be_sent_at_all_is_no_outage(server: ScriptedServer, of_a_thread: bool) -> None:
+    impossible = Request("POST", "/api/v1/asample", b"{}", headers={"X-Name": "two\nlines"})
+    with open_transport(server) as transport:
+        channel = transport.open_connection() if of_a_thread else None
+        with pytest.raises(APIConnectionError, match="cannot be sent") as caught:
+            transport.send(impossible, RetryPolicy(max_elapsed_s=60.0), channel=channel)
+    assert not caught.value.retryable
+    assert not caught.value.maybe_taken

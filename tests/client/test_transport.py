@@ -109,6 +109,17 @@ def test_a_path_prefix_of_the_base_url_is_kept(server: ScriptedServer) -> None:
         assert transport.send(SUBMIT, QUICK).status == 200
 
 
+@pytest.mark.parametrize("of_a_thread", [False, True])
+def test_a_base_url_of_capitals_and_blanks_is_escaped_on_every_connection(
+    server: ScriptedServer, of_a_thread: bool
+) -> None:
+    server.on("POST /a%20b/%C3%A9/api/v1/asample", Answer())
+    base_url = f"{server.url}/a b/\u00e9".replace("http", "Http")
+    with open_transport(server, base_url=base_url) as transport:
+        channel = transport.open_connection() if of_a_thread else None
+        assert transport.send(SUBMIT, QUICK, channel=channel).status == 200
+
+
 def test_any_2xx_is_success(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(202, {"request_id": "r"}))
     assert transport.send(SUBMIT, QUICK).json() == {"request_id": "r"}

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from tinkex.errors import InvalidInputError
-from tinkex.types import Datum, DmelChunk, EncodedTextChunk, ImageChunk, ModelInput, TensorData
+from tinkex.types import (
+    Datum,
+    DmelChunk,
+    EncodedTextChunk,
+    ImageChunk,
+    ModelInput,
+    PromptProvenanceSpan,
+    TensorData,
+)
 
 TEXT = ModelInput.from_ints([1, 2, 3])
 
@@ -88,3 +96,60 @@ def test_equality_is_by_value():
     assert Datum(TEXT, {"weights": [1, 0]}) != Datum(TEXT, {"weights": [1, 1]})
     assert Datum(TEXT, {}) != Datum(ModelInput.empty(), {})
     assert hash(Datum(TEXT, {"weights": [1, 0]})) == hash(Datum(TEXT, {"weights": [1, 1]}))
+
+
+# ---- Wrong objects, and inputs that are assigned later ----
+
+
+@pytest.mark.parametrize("model_input", [[1, 2, 3], np.int64([1]), None, {"chunks": []}, "text"])
+def test_a_model_input_of_something_else_is_refused_with_the_remedy(model_input):
+    with pytest.raises(InvalidInputError, match="model_input") as caught:
+        Datum(model_input, {"weights": [1.0]})
+    assert "ModelInput.from_ints" in caught.value.hint
+
+
+@pytest.mark.parametrize("inputs", [None, [("weights", [1.0])], [1.0], "weights"])
+def test_loss_inputs_without_names_are_refused(inputs):
+    with pytest.raises(InvalidInputError, match="loss_fn_inputs"):
+        Datum(TEXT, inputs)
+
+
+def test_what_is_written_to_an_array_later_does_not_count():
+    buffer = np.ones(3, np.float32)
+    datums = []
+    for value in (1, 2):
+        buffer[:] = value
+        datums.append(Datum(TEXT, {"weights": buffer}))
+    assert [datum.loss_fn_inputs["weights"].data for datum in datums] == [[1] * 3, [2] * 3]
+
+
+def test_inputs_that_are_assigned_later_are_converted_in_a_snapshot():
+    datum = Datum(TEXT, {"target_tokens": [2, 3, 4]})
+    advantages = [1, 2, 3]
+    datum.loss_fn_inputs["advantages"] = advantages
+    datum.loss_fn_inputs["mine"] = np.arange(3)
+    sent = datum._snapshot()
+    advantages[0] = datum.loss_fn_inputs["mine"][0] = 9
+    datum.loss_fn_inputs["target_tokens"] = [0, 0, 0]
+    want = {"target_tokens": [2, 3, 4], "advantages": [1.0, 2.0, 3.0], "mine": np.arange(3)}
+    assert sent == Datum(TEXT, want)
+
+
+def test_a_snapshot_keeps_the_provenance():
+    datum = Datum(TEXT, {}, [PromptProvenanceSpan("q", length=3)], [])
+    assert datum._snapshot() == datum
+
+
+def test_what_cannot_be_sent_is_refused_by_name_when_it_was_assigned_later():
+    datum = Datum(TEXT, {})
+    datum.loss_fn_inputs["weights"] = "abc"
+    with pytest.raises(InvalidInputError, match="weights"):
+        datum._snapshot()
+
+
+def test_arrays_of_other_libraries_are_converted():
+    class Series:  # as of pandas
+        def __array__(self, dtype=None, copy=None):
+            return np.float64([1.0, 0.5])
+
+    assert converted("weights", Series()).tolist() == [1.0, 0.5]

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import array
+import collections
+import dataclasses
+import operator
 import pickle
 
 import numpy as np
@@ -161,3 +165,152 @@ def test_a_malformed_json_form_is_refused(payload):
 def test_it_pickles():
     made = ModelInput([EncodedTextChunk([1]), ImageChunk(b"x", "png")])
     assert pickle.loads(pickle.dumps(made)) == made
+
+
+# ---- What callers hold on to ----
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize(
+    "make", [ModelInput.from_ints, lambda ids: ModelInput([EncodedTextChunk(ids)])]
+)
+def test_what_is_written_to_the_tokens_later_does_not_count(make, dtype):
+    buffer = np.arange(4, dtype=dtype)
+    made = make(buffer)
+    buffer[:] = 9
+    assert made.to_ints() == [0, 1, 2, 3]
+
+
+def test_tokens_are_copied_whatever_offers_their_memory():
+    torch = pytest.importorskip("torch")
+    buffer, shared = array.array("i", [1, 2]), torch.tensor([1, 2], dtype=torch.int32)
+    made = [ModelInput.from_ints(ids) for ids in (buffer, memoryview(buffer), shared, [*buffer])]
+    buffer[0] = shared[0] = 9
+    assert [one.to_ints() for one in made] == [[1, 2]] * 4
+
+
+def test_the_array_of_all_tokens_is_the_callers_own():
+    for tokens in ([1, 2], np.int32([1, 2])):
+        made = ModelInput.from_ints(tokens)
+        made.to_numpy()[0] = 9
+        assert made.to_ints() == [1, 2]
+
+
+def test_images_and_audio_are_copied_from_buffers():
+    buffer = bytearray(b"\0\0")
+    made = [ImageChunk(buffer, "png"), ImageChunk(memoryview(buffer), "png"), DmelChunk(buffer)]
+    buffer[0] = 9
+    assert [made[0].data, made[1].data, made[2].dmel] == [b"\0\0"] * 3
+    assert {type(made[0].data), type(made[2].dmel)} == {bytes}
+
+
+def test_a_snapshot_does_not_follow_the_list_of_chunks():
+    made = ModelInput.from_ints([1])
+    sent = made._snapshot()
+    made.chunks.append(EncodedTextChunk([2]))
+    assert made.to_ints() == [1, 2]
+    assert sent.to_ints() == [1]
+
+
+# ---- What scripts for the official SDK give ----
+
+
+def test_chunks_are_a_list():
+    one, two = EncodedTextChunk([1]), EncodedTextChunk([2])
+    assert operator.add(ModelInput([one]).chunks, [two]) == [one, two]
+
+
+def test_a_chunk_may_be_given_its_type():
+    assert EncodedTextChunk(tokens=[1], type="encoded_text") == EncodedTextChunk([1])
+    assert ImageChunk(data=b"x", format="png", type="image") == ImageChunk(b"x", "png")
+    pointer = ImageAssetPointerChunk("png", "https://example.org/x.png", type="image_asset_pointer")
+    assert pointer == POINTER
+    assert DmelChunk(dmel=b"\0\0", type="dmel") == DmelChunk(b"\0\0")
+    kinds = [chunk.type for chunk in (EncodedTextChunk([1]), ImageChunk(b"", "png"), pointer)]
+    assert kinds == ["encoded_text", "image", "image_asset_pointer"]
+    assert dataclasses.replace(pointer, format="jpeg").type == "image_asset_pointer"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: EncodedTextChunk([1], type="text"),
+        lambda: ImageChunk(b"", "png", type="dmel"),
+        lambda: ImageAssetPointerChunk("png", "x", type="image"),
+        lambda: DmelChunk(b"", type=None),
+    ],
+)
+def test_another_type_is_refused(make):
+    with pytest.raises(InvalidInputError, match="the type of this chunk is"):
+        make()
+
+
+def test_chunks_may_be_in_their_json_form():
+    assert ModelInput([{"tokens": [1], "type": "encoded_text"}]) == ModelInput.from_ints([1])
+
+
+@pytest.mark.parametrize("chunks", [[1, 2], 5, None, "abc", EncodedTextChunk([1]), {}, [None]])
+def test_what_is_no_list_of_chunks_is_refused_with_the_remedy(chunks):
+    with pytest.raises(InvalidInputError) as caught:
+        ModelInput(chunks)
+    assert "ModelInput.from_ints" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ImageChunk("iVBORw0KGgo=", "png"),
+        lambda: ImageChunk(b"", None),
+        lambda: ImageChunk(b"", "png", -1),
+        lambda: ImageChunk(b"", "png", "many"),
+        lambda: ImageAssetPointerChunk("png", None),
+        lambda: DmelChunk([1]),
+    ],
+)
+def test_a_chunk_of_something_else_is_refused(make):
+    with pytest.raises(InvalidInputError, match="Chunk"):
+        make()
+
+
+# ---- What tokenizers return ----
+
+
+@pytest.mark.parametrize("ids", [[1, 2], (1, 2), np.int64([1, 2]), [[1, 2]], np.int64([[1, 2]])])
+@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+def test_the_only_sequence_of_an_encoding_is_taken(mapping, ids):
+    encoding = mapping({"input_ids": ids, "attention_mask": [1, 1]})
+    assert ModelInput.from_ints(encoding).to_ints() == [1, 2]
+
+
+def test_the_only_tensor_of_an_encoding_is_taken():
+    torch = pytest.importorskip("torch")
+    for ids in (torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])]):
+        assert ModelInput.from_ints({"input_ids": ids}).to_ints() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ({"input_ids": [[1], [2]]}, "are 2 sequences"),
+        ({"input_ids": np.ones((3, 2), int)}, "are 3 sequences"),
+        ({"attention_mask": [1]}, "without input_ids"),
+        ({"input_ids": None}, "not a|must be a flat sequence"),
+        ({"input_ids": ["a"]}, "must be a flat sequence"),
+    ],
+    ids=repr,
+)
+def test_an_encoding_of_something_else_is_refused(encoding, message):
+    with pytest.raises(InvalidInputError, match=message):
+        ModelInput.from_ints(encoding)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"),
+    [([[1, 2]], "tokens[0]"), (np.ones((2, 3), int), "each row"), ([1.0], "astype")],
+    ids=repr,
+)
+def test_the_hint_fits_what_was_given(tokens, hint):
+    with pytest.raises(InvalidInputError) as caught:
+        ModelInput.from_ints(tokens)
+    assert hint in caught.value.hint
+    assert "tokenizer.encode" not in caught.value.hint

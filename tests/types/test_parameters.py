@@ -47,7 +47,11 @@ def test_sampling_params_in_range_pass(values):
     [
         {"max_tokens": 0},
         {"max_tokens": 1.5},
-        {"max_tokens": "5"},
+        {"max_tokens": "five"},
+        {"max_tokens": 1e400},
+        {"max_tokens": np.bool_(True)},
+        {"max_tokens": np.array([5])},
+        {"top_k": np.array([1, 2])},
         {"max_tokens": True},
         {"seed": "x"},
         {"seed": 0.5},
@@ -169,7 +173,12 @@ def test_lists_of_logprobs_show_what_is_unknown_as_none():
         {"learning_rate": math.nan},
         {"learning_rate": math.inf},
         {"learning_rate": None},
-        {"learning_rate": "0.1"},
+        {"learning_rate": "fast"},
+        {"learning_rate": ""},
+        {"learning_rate": "nan"},
+        {"learning_rate": True},
+        {"learning_rate": 10**400},
+        {"learning_rate": np.ones(2)},
         {"beta1": 1.0},
         {"beta2": 1},
         {"beta1": -0.1},
@@ -195,7 +204,7 @@ def test_adam_params_in_range_pass_and_what_came_later_is_sent_only_if_set():
     assert AdamParams.from_wire({"learning_rate": 1e-3, "new": 1}).learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True, None])
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "eight", "8.5", True, None, [8]])
 def test_an_impossible_rank_is_refused(rank):
     with pytest.raises(InvalidInputError, match="rank"):
         LoraConfig(rank=rank).check()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import array
 import math
 import pickle
 
@@ -38,9 +39,36 @@ def test_other_arrays_are_refused_with_the_remedy(array):
     assert "astype" in caught.value.hint
 
 
-def test_a_wire_array_is_not_copied():
-    array = np.arange(4, dtype=np.int64)
-    assert np.shares_memory(TensorData.from_numpy(array).values, array)
+@pytest.mark.parametrize("dtype", ["int64", "float32", "int32", "float64"])
+@pytest.mark.parametrize("make", [TensorData, TensorData.from_numpy])
+def test_what_is_written_to_the_array_later_does_not_count(make, dtype):
+    buffer = np.arange(4, dtype=dtype)
+    tensor = make(buffer)
+    buffer[:] = 9
+    assert tensor.data == [0, 1, 2, 3]
+
+
+def test_an_array_is_copied_whatever_offers_its_memory():
+    torch = pytest.importorskip("torch")
+    buffer = array.array("f", [1.0, 2.0])
+    shared = torch.tensor([1.0, 2.0])
+    tensors = [TensorData(buffer), TensorData(memoryview(buffer)), TensorData.from_torch(shared)]
+    tensors += [TensorData(shared), TensorData(shared.numpy())]
+    indices = np.int64([0, 1]), np.int64([1])
+    sparse = TensorData([5.0], "float32", (1, 2), *indices)
+    buffer[0] = shared[0] = indices[0][1] = indices[1][0] = 0
+    assert [tensor.data for tensor in tensors] == [[1.0, 2.0]] * 5
+    assert sparse.tolist() == [[0.0, 5.0]]
+
+
+def test_the_array_of_a_tensor_is_the_callers_own():
+    torch = pytest.importorskip("torch")
+    for tensor in (TensorData([1.0, 2.0]), sparse(data=[1.0, 2.0], dtype="float32")):
+        before = tensor.tolist()
+        tensor.to_numpy()[:] = 9
+        tensor.to_torch()[:] = 9
+        assert tensor.tolist() == before
+    assert tensor.to_torch().dtype == torch.float32
 
 
 def test_a_strided_array_is_laid_out_anew():

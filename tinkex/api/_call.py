@@ -91,14 +91,15 @@ def post(
 
 
 def segment(what: str, value: str) -> str:
-    """Return *value* as one part of a path; ``:`` stays, as ids hold it.
+    """Return *value*, without whitespace around it, as one part of a path; ``:`` stays.
 
     Raises:
         InvalidInputError: it would name another route.
     """
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        raise InvalidInputError(f"{what} is {value!r}; give its name")
-    return quote(value, safe=":@=+,;!$&'()*~")
+    name = value.strip() if isinstance(value, str) else ""
+    if name in ("", ".", ".."):
+        raise InvalidInputError(f"{what} is {value!r}; it must be a string, and not empty")
+    return quote(name, safe=":@=+,;!$&'()*~")
 
 
 def get(

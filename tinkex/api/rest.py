@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, Typ
 from tinkex import types
 from tinkex.api._call import call, encode, get, post, read, segment
 from tinkex.api._optional import optional_route, was_done_before
-from tinkex.errors import APIStatusError
+from tinkex.errors import APIStatusError, InvalidInputError
 from tinkex.retry import RetryPolicy
 from tinkex.transport import Request, Transport
 
@@ -33,6 +33,8 @@ def _run(run_id: str) -> str:
 
 def checkpoint_route(run_id: str, checkpoint_id: str) -> str:
     """The route of a checkpoint; its id is ``<kind>/<name>``, and the slash is not escaped."""
+    if not isinstance(checkpoint_id, str):
+        raise InvalidInputError(f"the checkpoint id is {checkpoint_id!r}; it must be a string")
     parts = [segment("the checkpoint id", part) for part in checkpoint_id.split("/")]
     return f"{_run(run_id)}/checkpoints/{'/'.join(parts)}"
 

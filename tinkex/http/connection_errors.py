@@ -22,6 +22,14 @@ _CONNECTING = (
     socket.gaierror,
 )
 
+#: What cannot be sent at all; it stays so, and is no outage.
+_IMPOSSIBLE = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidHeader,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidSchema,
+)
+
 #: Errors whose text says it all: where in here they were raised helps nobody.
 _PLAIN = (
     TinkexError,
@@ -56,6 +64,10 @@ def connection_error(
         late.maybe_taken = not isinstance(error, requests.ConnectTimeout)
         return late
     reason = redact(root_cause(error))
+    if isinstance(error, _IMPOSSIBLE):
+        unsent = APIConnectionError(f"{request.name} cannot be sent: {reason}", retryable=False)
+        unsent.maybe_taken = False
+        return unsent
     if isinstance(error, requests.exceptions.ProxyError):
         proxy = urlsplit(config.proxy or "")
         reason = f"the proxy {proxy.hostname}:{proxy.port}: {reason}"

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import logging
+import os
 import secrets
 import shutil
 import socket
@@ -22,12 +23,13 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Optional, Type, Union
 
 from tinkex import lifecycle
-from tinkex.errors import LocalServerError
+from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
+from tinkex.numeric import as_int
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ _SPARE_THREADS = 64
 
 
 def load_engine(
-    model: str, device: str = "auto", *, progress: Optional[Callable[[str], None]] = None
+    model: Union[str, os.PathLike[str]],
+    device: str = "auto",
+    *,
+    progress: Optional[Callable[[str], None]] = None,
 ) -> Engine:
     """Load the engine for *model* (minutes for a large one).
 
@@ -52,6 +57,9 @@ def load_engine(
     Raises:
         LocalServerError: the model cannot be loaded, or the libraries it needs are missing.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidInputError(f"model is {model!r}; it must be the name of a model or a folder")
+    model = os.fspath(model)
     if model == "deterministic":
         from tinkex.local.deterministic import DeterministicEngine
 
@@ -110,8 +118,10 @@ class LocalServer:
         self._access_log = access_log
         self._engine = engine
         self._host = host
-        self._port = port
-        self._data_dir = None if data_dir is None else Path(data_dir)
+        self._port = as_int("port", port, 0, most=65535)
+        if not isinstance(data_dir, (str, os.PathLike, type(None))):
+            raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
+        self._data_dir = None if data_dir is None else Path(data_dir).expanduser()
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None

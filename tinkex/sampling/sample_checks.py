@@ -49,7 +49,8 @@ def check_request(request: SampleRequest) -> None:
 def _check_targets(targets: Any, length: int) -> None:
     if not isinstance(targets, types.TensorData):
         raise InvalidInputError(
-            f"target_prompt_logprobs is a {type(targets).__name__}; it must be a TensorData"
+            f"target_prompt_logprobs is of type {type(targets).__name__}, not TensorData",
+            hint="TensorData(...) takes lists and numpy arrays.",
         )
     fits = targets.dtype == "int64" and len(targets.shape) == 2 and targets.shape[0] == length - 1
     if not fits:

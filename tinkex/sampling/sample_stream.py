@@ -286,8 +286,6 @@ def sample_many(
     notice_after_s: float,
 ) -> SampleStream:
     """Return the iterator; see `SamplingClient.sample_many`."""
-    if type(max_in_flight) is not int or max_in_flight < 1:
-        raise InvalidInputError(f"max_in_flight is {max_in_flight!r}; it must be at least 1")
     if order not in ("completion", "input"):
         raise InvalidInputError(f"order is {order!r}; it must be 'completion' or 'input'")
     if on_error not in ("raise", "yield", "skip"):

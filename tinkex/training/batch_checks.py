@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
+from tinkex.numeric import as_int, is_finite, to_float
 from tinkex.types import Datum, EncodedTextChunk
 from tinkex.types.datum import INPUT_DTYPES
 from tinkex.types.tensor_data import first_where
@@ -26,7 +26,7 @@ def check_batch(
     loss_fn: str,
     loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
 ) -> List[Datum]:
-    """Return *data* as a list.
+    """Return *data* as it is now: the batch is encoded later, in another thread.
 
     Raises:
         InvalidInputError: it is empty, holds something else than Datum, an empty input, a
@@ -34,22 +34,13 @@ def check_batch(
     """
     if not isinstance(loss_fn, str) or not loss_fn:
         raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
-    if not isinstance(loss_fn_config, (Mapping, type(None))):
-        raise InvalidInputError(
-            f"loss_fn_config is a {type(loss_fn_config).__name__}; it must be a dict"
-        )
-    for name, value in (loss_fn_config or {}).items():
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        if not (isinstance(name, str) and (number or isinstance(value, str))):
-            raise InvalidInputError(
-                f"loss_fn_config[{name!r}] is {value!r}; it must be a finite number or a string"
-            )
+    as_loss_config(loss_fn_config)
     if isinstance(data, Datum) or not isinstance(data, Iterable):
         raise InvalidInputError(
             f"the batch is a {type(data).__name__}; it must be a list of Datum",
             hint="A single example is a batch of one: [datum].",
         )
-    batch = list(data)
+    batch = [_snapshot(index, datum) for index, datum in enumerate(data)]
     if not batch:
         raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
     for index, datum in enumerate(batch):
@@ -58,9 +49,41 @@ def check_batch(
     return batch
 
 
-def _check_lengths(index: int, datum: Any) -> None:
+def as_loss_config(
+    loss_fn_config: Optional[Mapping[str, Union[float, str]]],
+) -> Dict[str, Union[float, str]]:
+    """Return a copy of *loss_fn_config* with Python's own numbers.
+
+    Raises:
+        InvalidInputError: it does not map names to finite numbers and strings.
+    """
+    if not isinstance(loss_fn_config, (Mapping, type(None))):
+        raise InvalidInputError(
+            f"loss_fn_config is a {type(loss_fn_config).__name__}; it must be a dict"
+        )
+    config: Dict[str, Union[float, str]] = {}
+    for name, given in (loss_fn_config or {}).items():
+        value: Any = int(given) if isinstance(given, bool) else to_float(given, text=False)
+        if not (isinstance(name, str) and (is_finite(value) or isinstance(value, str))):
+            raise InvalidInputError(
+                f"loss_fn_config[{name!r}] is {given!r}; it must be a finite number or a string, "
+                "and its name a string"
+            )
+        config[name] = value
+    return config
+
+
+def _snapshot(index: int, datum: Any) -> Datum:
     if not isinstance(datum, Datum):
         raise InvalidInputError(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+    try:
+        return datum._snapshot()
+    except InvalidInputError as error:
+        message = f"data[{index}]: {error.message}"
+        raise InvalidInputError(message, hint=error.hint) from error
+
+
+def _check_lengths(index: int, datum: Datum) -> None:
     length = 0
     for chunk in datum.model_input.chunks:
         if not isinstance(chunk, EncodedTextChunk):
@@ -118,21 +141,45 @@ def _check_numbers(batch: Sequence[Datum]) -> None:
     )
 
 
-def check_ttl(ttl_seconds: Optional[int]) -> None:
-    """Raise InvalidInputError unless *ttl_seconds* is a positive whole number, or None."""
-    if ttl_seconds is not None and not (type(ttl_seconds) is int and ttl_seconds > 0):
+def check_ttl(ttl_seconds: Any) -> Optional[int]:
+    """Return *ttl_seconds* as an int, 1 or more, or None; InvalidInputError if it is neither."""
+    if ttl_seconds is None:
+        return None
+    return as_int("ttl_seconds", ttl_seconds, 1, otherwise=", or None")
+
+
+def check_token(weights_access_token: Any) -> Optional[str]:
+    """Return a token without whitespace around it, or None; InvalidInputError if it is none."""
+    if weights_access_token is None:
+        return None
+    if not isinstance(weights_access_token, str):
         raise InvalidInputError(
-            f"ttl_seconds is {ttl_seconds!r}; it must be a whole number, 1 or more, or None"
+            f"weights_access_token is of type {type(weights_access_token).__name__}, not a string"
         )
+    token = weights_access_token.strip()
+    if not (token.isascii() and token.isprintable()):
+        raise InvalidInputError("weights_access_token holds characters that no token has")
+    return token or None
 
 
-def check_name(name: object) -> None:
-    """Raise InvalidInputError unless *name* can name a checkpoint."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+def check_name(name: object) -> str:
+    """Return the name of a checkpoint, without whitespace around it, as from a file.
+
+    Raises:
+        InvalidInputError: *name* cannot name a checkpoint.
+    """
+    if not isinstance(name, str):
         raise InvalidInputError(
-            f"checkpoint name {name!r} must be a bare name, without slashes",
+            f"checkpoint name {name!r} is of type {type(name).__name__}, not a string",
+            hint="Write a number as text, e.g. f'step-{step}'.",
+        )
+    bare = name.strip()
+    if bare in ("", ".", "..") or "/" in bare or not bare.isprintable():
+        raise InvalidInputError(
+            f"checkpoint name {name!r} must be a bare name, without slashes or line breaks",
             hint="The server makes the path: tinker://<run>/weights/<name>.",
         )
+    return bare
 
 
 def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[str, str]]:
@@ -155,7 +202,8 @@ def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]
     """Return a copy of age *recipients*; InvalidInputError unless it is a list of strings."""
     if recipients is None:
         return None
-    found = [] if isinstance(recipients, str) else list(recipients)
+    is_list = isinstance(recipients, Iterable) and not isinstance(recipients, str)
+    found = list(recipients) if is_list else []
     if not found or not all(isinstance(recipient, str) and recipient for recipient in found):
         raise InvalidInputError(
             f"age_encryption_recipients is a {type(recipients).__name__} of no use",

@@ -236,7 +236,7 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> List[Any]
         )
     rows = []
     for index, (datum, fields) in enumerate(zip(data, outputs)):
-        row = fields["logprobs"].to_numpy().astype(np.float32, copy=False)
+        row = fields["logprobs"]._dense().astype(np.float32, copy=False)
         shape = datum.loss_fn_inputs["target_tokens"].shape
         if row.size != np.prod(shape, dtype=np.int64):
             raise ResponseDecodeError(

@@ -13,6 +13,7 @@ import threading
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 from tinkex.errors import InvalidInputError
+from tinkex.numeric import as_int
 from tinkex.types._wire import excerpt
 
 #: Most parameters a loss may have, ``logprobs`` included.
@@ -112,13 +113,13 @@ def _inputs(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> Tuple[Los
         raise InvalidInputError(
             f"input_ranks is {excerpt(input_ranks)}; it must give the rank of each of {names}"
         )
-    for name in names:
-        allowed = (1, 2) if name == "logprobs" else (0, 1, 2)
-        if type(input_ranks[name]) is not int or input_ranks[name] not in allowed:
-            raise InvalidInputError(
-                f"input_ranks[{name!r}] is {input_ranks[name]!r}; it must be one of {allowed}"
-            )
-    return tuple(LossInput(name, input_ranks[name]) for name in names)
+    return tuple(
+        LossInput(
+            name,
+            as_int(f"input_ranks[{name!r}]", input_ranks[name], int(name == "logprobs"), most=2),
+        )
+        for name in names
+    )
 
 
 def _node(node: Any) -> Dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import (
 
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.futures import APIFuture
+from tinkex.numeric import as_int
 from tinkex.training.run_checkpoints import RunCheckpoints
 from tinkex.types import (
     Datum,
@@ -164,13 +165,15 @@ class Pipeline(Iterator[PipelineStep]):
         run: RunCheckpoints,
         save_after: SaveAfter = None,
     ) -> None:
-        if type(depth) is not int or depth < 1:
-            raise InvalidInputError(f"depth is {depth!r}; it must be at least 1")
+        if not isinstance(batches, Iterable):
+            raise InvalidInputError(
+                f"batches is of type {type(batches).__name__}; it must be an iterable of batches"
+            )
         self._forward_backward = forward_backward
         self._optim_step = optim_step
         self._batches = enumerate(iter(batches))
         self._schedule = schedule
-        self._depth = depth
+        self._depth = as_int("depth", depth, 1, text=False)
         self._run = run
         self._is_saved_after = _as_test(save_after)
         self._sent: Deque[_Sent] = collections.deque()
@@ -307,11 +310,7 @@ def _as_test(save_after: SaveAfter) -> Callable[[int], bool]:
         return lambda index: False
     if callable(save_after):
         return save_after
-    if type(save_after) is not int or save_after < 1:
-        raise InvalidInputError(
-            f"save_after is {save_after!r}; it must be 1 or more, or a function of an index"
-        )
-    every = save_after
+    every = as_int("save_after", save_after, 1, text=False)
     return lambda index: (index + 1) % every == 0
 
 

@@ -12,6 +12,7 @@ from tinkex.api._call import read
 from tinkex.child_client import ChildClient
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.futures import APIFuture
+from tinkex.numeric import as_flag
 from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.sampling_client import SamplingClient
 from tinkex.session import Session
@@ -19,6 +20,7 @@ from tinkex.training.batch_checks import (
     check_metadata,
     check_name,
     check_recipients,
+    check_token,
     check_ttl,
 )
 from tinkex.training.training_run import TrainingRun
@@ -67,8 +69,8 @@ class RunCheckpoints(ChildClient):
             overwrite: replace a checkpoint of that name, and its metadata.
             user_metadata: to be kept with it.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
+        overwrite = as_flag("overwrite", overwrite)
         metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -99,8 +101,7 @@ class RunCheckpoints(ChildClient):
 
         Arguments as for `save_state`.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
         metadata = check_metadata(user_metadata)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -129,8 +130,7 @@ class RunCheckpoints(ChildClient):
 
         The future raises RouteMissingError where the server has no such route.
         """
-        check_name(name)
-        check_ttl(ttl_seconds)
+        name, ttl_seconds = check_name(name), check_ttl(ttl_seconds)
         recipients = check_recipients(age_encryption_recipients)
 
         def send(seq_id: int) -> UntypedFuture:
@@ -249,7 +249,7 @@ class RunCheckpoints(ChildClient):
     def _load(
         self, kind: str, path: str, optimizer: bool, token: Optional[str]
     ) -> APIFuture[LoadWeightsResponse]:
-        check_tinker_path(path)
+        path, token = check_tinker_path(path), check_token(token)
 
         def send(seq_id: int) -> UntypedFuture:
             return api.load_weights(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Mapping, Optional
 
 from tinkex.api import training as api
-from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.session import Session
-from tinkex.training.batch_checks import check_metadata
+from tinkex.training.batch_checks import check_metadata, check_token
 from tinkex.training.new_run import Checkpoint, make_run, wait_for_result
 from tinkex.training_client import TrainingClient
 from tinkex.types import CreateModelResponse, LoraConfig, OptimizerConfig
-from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.types.optimizer import optimizer_config_to_wire
 
 
@@ -33,8 +32,7 @@ class RunFactory:
         optimizer: Optional[OptimizerConfig],
     ) -> APIFuture[TrainingClient]:
         """Make a run with a new adapter; see `ServiceClient.create_lora_training_client`."""
-        if not isinstance(base_model, str) or not base_model:
-            raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
+        base_model = check_model_name(base_model)
         lora.check()
         metadata = check_metadata(user_metadata)
         optimizer_config = optimizer_config_to_wire(optimizer)
@@ -68,7 +66,9 @@ class RunFactory:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Make a run from a checkpoint; see `ServiceClient.create_training_client_from_state`."""
-        check_tinker_path(path)
+        path = check_tinker_path(path)
+        weights_access_token = check_token(weights_access_token)
+        base_model = None if base_model is None else check_model_name(base_model)
         metadata = check_metadata(user_metadata)
         optimizer_config = optimizer_config_to_wire(optimizer)
         session = self._session

@@ -161,7 +161,7 @@ def cross_entropy(
     for datum, logprobs in _with_logprobs(data, outputs):
         weights = np.ones(0 if logprobs is None else logprobs.shape)
         if "weights" in datum.loss_fn_inputs:
-            weights = datum.loss_fn_inputs["weights"].to_numpy().astype(np.float64)
+            weights = datum.loss_fn_inputs["weights"]._dense().astype(np.float64)
         if logprobs is None or weights.shape != logprobs.shape:
             return None
         counted = weights != 0
@@ -184,9 +184,9 @@ def importance_sampling(
             return None
         if not sampled.shape == advantages.shape == logprobs.shape:
             return None
-        gains = advantages.to_numpy().astype(np.float64)
+        gains = advantages._dense().astype(np.float64)
         counted = gains != 0
-        steps = logprobs[counted] - sampled.to_numpy().astype(np.float64)[counted]
+        steps = logprobs[counted] - sampled._dense().astype(np.float64)[counted]
         with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond measure is infinite
             total -= float(np.dot(np.exp(steps), gains[counted]))
     return total
@@ -201,4 +201,4 @@ def _with_logprobs(
     """Each datum with the logprobs of its output, None where there are none."""
     for index, datum in enumerate(data):
         found = outputs[index].get("logprobs") if len(outputs) == len(data) else None
-        yield datum, None if found is None else found.to_numpy().astype(np.float64)
+        yield datum, None if found is None else found._dense().astype(np.float64)

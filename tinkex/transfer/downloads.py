@@ -23,7 +23,7 @@ import requests
 import urllib3.exceptions
 
 from tinkex.clock import SYSTEM_CLOCK, Clock
-from tinkex.config import Config, proxy_for
+from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -33,6 +33,7 @@ from tinkex.errors import (
     ResponseDecodeError,
     status_error_type,
 )
+from tinkex.http.base_url import proxy_for
 from tinkex.http.channel import Channel
 from tinkex.http.connection_errors import root_cause
 from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin

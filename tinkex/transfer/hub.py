@@ -56,7 +56,7 @@ def push_to_hub(
         ConfigError: huggingface_hub is not installed.
         And what `download_checkpoint` and huggingface_hub raise.
     """
-    locate_checkpoint(tinker_path)
+    tinker_path = locate_checkpoint(tinker_path).tinker_path
     if not isinstance(repo_id, str) or not repo_id.strip("/"):
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
     hub = hub or _hub()

@@ -31,17 +31,19 @@ if TYPE_CHECKING:
     from tinkex.types.checkpoint_path import (
         ParsedCheckpointTinkerPath as ParsedCheckpointTinkerPath,
     )
+    from tinkex.types.chunks import (
+        DmelChunk as DmelChunk,
+        EncodedTextChunk as EncodedTextChunk,
+        ImageAssetPointerChunk as ImageAssetPointerChunk,
+        ImageChunk as ImageChunk,
+        ModelInputChunk as ModelInputChunk,
+    )
     from tinkex.types.datum import (
         Datum as Datum,
         ForwardBackwardRequest as ForwardBackwardRequest,
     )
     from tinkex.types.model_input import (
-        DmelChunk as DmelChunk,
-        EncodedTextChunk as EncodedTextChunk,
-        ImageAssetPointerChunk as ImageAssetPointerChunk,
-        ImageChunk as ImageChunk,
         ModelInput as ModelInput,
-        ModelInputChunk as ModelInputChunk,
     )
     from tinkex.types.names import (
         CheckpointType as CheckpointType,
@@ -186,17 +188,19 @@ _MODULES = {
     "checkpoint_path": [
         "ParsedCheckpointTinkerPath",
     ],
+    "chunks": [
+        "DmelChunk",
+        "EncodedTextChunk",
+        "ImageAssetPointerChunk",
+        "ImageChunk",
+        "ModelInputChunk",
+    ],
     "datum": [
         "Datum",
         "ForwardBackwardRequest",
     ],
     "model_input": [
-        "DmelChunk",
-        "EncodedTextChunk",
-        "ImageAssetPointerChunk",
-        "ImageChunk",
         "ModelInput",
-        "ModelInputChunk",
     ],
     "names": [
         "CheckpointType",

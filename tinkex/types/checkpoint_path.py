@@ -13,18 +13,33 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 
 
 def check_tinker_path(path: object) -> str:
-    """Return *path* if it has the form of a ``tinker://`` path; servers differ in what follows.
+    """Return a ``tinker://`` path, without whitespace around it; servers differ in what follows.
+
+    A path that was read from a file or the environment often ends with a line break.
 
     Raises:
-        InvalidInputError: it has not.
+        InvalidInputError: *path* is none.
     """
-    if not isinstance(path, str) or not path.startswith(SCHEME) or len(path) == len(SCHEME):
+    found = path.strip() if isinstance(path, str) else ""
+    if not found.startswith(SCHEME) or len(found) == len(SCHEME) or not found.isprintable():
         raise InvalidInputError(
             f"{path!r} is not a checkpoint path",
             hint="It must start with tinker://, as in tinker://<run>/weights/<name>; "
             "save_state(...).result().path returns one.",
         )
-    return path
+    return found
+
+
+def check_model_name(base_model: object) -> str:
+    """Return the name of a base model, without whitespace around it.
+
+    Raises:
+        InvalidInputError: *base_model* is no name.
+    """
+    name = base_model.strip() if isinstance(base_model, str) else ""
+    if not name:
+        raise InvalidInputError(f"base_model is {base_model!r}; give the name of a model")
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +57,8 @@ class ParsedCheckpointTinkerPath:
     @classmethod
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
         """Take *tinker_path* apart; InvalidInputError if it has another form."""
-        parts = check_tinker_path(tinker_path)[len(SCHEME) :].split("/")
+        tinker_path = check_tinker_path(tinker_path)
+        parts = tinker_path[len(SCHEME) :].split("/")
         if len(parts) != 3 or not all(parts) or parts[1] not in KINDS:
             raise InvalidInputError(
                 f"{tinker_path!r} does not name a checkpoint of a training run",
@@ -61,7 +77,8 @@ def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
     Raises:
         InvalidInputError: it names no more than a run, or not even that.
     """
-    run, _, rest = check_tinker_path(tinker_path)[len(SCHEME) :].partition("/")
+    tinker_path = check_tinker_path(tinker_path)
+    run, _, rest = tinker_path[len(SCHEME) :].partition("/")
     parts = rest.split("/")
     if not run or not all(parts) or (parts[0] in KINDS and len(parts) != 2):
         raise InvalidInputError(

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 from tinkex.errors import InvalidInputError
-from tinkex.lazy_numpy import np
-from tinkex.types.model_input import DmelChunk, EncodedTextChunk, ImageChunk, ModelInput
+from tinkex.types.chunks import DmelChunk, EncodedTextChunk, ImageChunk
+from tinkex.types.model_input import ModelInput
 from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
 from tinkex.types.tensor_data import TensorData
 
@@ -28,16 +28,16 @@ _TOKEN_BYTES = 4
 def _to_tensor(name: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor, without its import
-        return TensorData.from_torch(value)
-    if isinstance(value, (list, tuple, np.ndarray)):
-        # Arrays keep their kind; lists of a known name take that name's dtype.
-        dtype = None if isinstance(value, np.ndarray) else INPUT_DTYPES.get(name)
-        try:
-            return TensorData(value, dtype)
-        except InvalidInputError as error:
-            message = f"loss input {name!r}: {error.message}"
-            raise InvalidInputError(message, hint=error.hint) from error
+    # Arrays and tensors keep their kind; lists of a known name take that name's dtype.
+    is_list = isinstance(value, (list, tuple))
+    try:
+        if hasattr(value, "detach") and hasattr(value, "numpy"):  # torch's, without its import
+            return TensorData.from_torch(value)
+        if is_list or hasattr(value, "__array__"):
+            return TensorData(value, INPUT_DTYPES.get(name) if is_list else None)
+    except InvalidInputError as error:
+        message = f"loss input {name!r}: {error.message}"
+        raise InvalidInputError(message, hint=error.hint) from error
     raise InvalidInputError(
         f"loss input {name!r} is a {type(value).__name__}; "
         "give a list, a numpy array, a torch tensor or a TensorData"
@@ -57,9 +57,13 @@ class Datum:
         model_input_spans, loss_fn_input_spans: where the input tokens and the target tokens
             came from, for losses that ask for it; both or neither.  See `with_provenance`.
 
+    Values are copied: what is written to an array later does not count.  Loss inputs may be
+    assigned later, as ``datum.loss_fn_inputs["advantages"] = advantages``; they are converted, by
+    the same rules, when the datum is used.
+
     Raises:
-        InvalidInputError: a loss input is ragged, or of a kind that cannot be sent, or only one
-            kind of spans is given.
+        InvalidInputError: *model_input* is no ModelInput, a loss input is ragged, or of a kind that
+            cannot be sent, or only one kind of spans is given.
     """
 
     model_input: ModelInput
@@ -74,6 +78,16 @@ class Datum:
         model_input_spans: Optional[Iterable[ProvenanceSpan]] = None,
         loss_fn_input_spans: Optional[Iterable[ProvenanceSpan]] = None,
     ) -> None:
+        if not isinstance(model_input, ModelInput):
+            raise InvalidInputError(
+                f"the model_input of a Datum is a {type(model_input).__name__}, not a ModelInput",
+                hint="Token ids make one: ModelInput.from_ints(tokens).",
+            )
+        if not isinstance(loss_fn_inputs, Mapping):
+            raise InvalidInputError(
+                f"the loss_fn_inputs of a Datum are a {type(loss_fn_inputs).__name__}, not a dict",
+                hint='They are named, e.g. {"target_tokens": tokens[1:], "weights": weights[1:]}.',
+            )
         object.__setattr__(self, "model_input", model_input)
         tensors = {
             str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()
@@ -88,6 +102,24 @@ class Datum:
             ("loss_fn_input_spans", loss_fn_input_spans),
         ):
             object.__setattr__(self, name, None if spans is None else as_spans(name, spans))
+
+    def _snapshot(self) -> Datum:
+        """Return this datum as it is now: later changes of its parts do not reach the copy.
+
+        Raises:
+            InvalidInputError: what was assigned to ``loss_fn_inputs`` cannot be sent.
+        """
+        inputs = dict(self.loss_fn_inputs)
+        for name, value in inputs.items():
+            if type(value) is not TensorData:
+                inputs[name] = _to_tensor(name, value)
+        datum = object.__new__(Datum)
+        set_field = object.__setattr__
+        set_field(datum, "model_input", self.model_input._snapshot())
+        set_field(datum, "loss_fn_inputs", inputs)
+        set_field(datum, "model_input_spans", self.model_input_spans)
+        set_field(datum, "loss_fn_input_spans", self.loss_fn_input_spans)
+        return datum
 
     def with_provenance(
         self, model_input: Iterable[ProvenanceSpan], loss_fn_inputs: Iterable[ProvenanceSpan]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any, Dict, Mapping, Optional, Union
 
 from tinkex.errors import InvalidInputError
+from tinkex.numeric import convert_fields, is_finite, to_float
 from tinkex.types._wire import Wire, excerpt
 
 #: What every server takes a run without a word about its optimizer to have.
 _DEFAULT_CONFIG = {"type": "adamw"}
+
+#: The numbers of a step.
+_ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+_DIMUON = ("learning_rate", "grad_clip_norm", "beta1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,8 @@ class AdamParams(Wire):
         eps: added to the denominator.
         weight_decay: decoupled decay (AdamW), per step times learning rate.
         grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
+
+    Numbers may be numpy's, or text such as ``"1e-4"``.
     """
 
     learning_rate: float = 1e-4
@@ -52,9 +58,12 @@ class AdamParams(Wire):
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
 
+    def __post_init__(self) -> None:
+        convert_fields(self, floats=_ADAM)
+
     def check(self) -> None:
         """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
-        _check_range(self, [field.name for field in dataclasses.fields(self)], ("beta1", "beta2"))
+        _check_range(self, _ADAM, ("beta1", "beta2"))
 
     def to_wire(self) -> Dict[str, Any]:
         """JSON form.  What came to the protocol later is sent only if it is set."""
@@ -80,9 +89,12 @@ class DimuonParams(Wire):
     beta1: float = 0.9
     type: str = "dimuon"
 
+    def __post_init__(self) -> None:
+        convert_fields(self, floats=_DIMUON)
+
     def check(self) -> None:
         """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
-        _check_range(self, ["learning_rate", "grad_clip_norm", "beta1"], ("beta1",))
+        _check_range(self, _DIMUON, ("beta1",))
 
 
 #: What `TrainingClient.optim_step` takes; mappings and objects as for `OptimizerConfig`.
@@ -118,9 +130,7 @@ def optim_params_to_wire(params: OptimParams) -> Dict[str, Any]:
 def _check_range(params: Wire, names: Any, below_one: Any) -> None:
     for name in names:
         value = getattr(params, name)
-        # Real, so that numpy's own floats are taken too.
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (real and 0 <= float(value) < math.inf):
+        if not (is_finite(value) and value >= 0):
             raise InvalidInputError(
                 f"{type(params).__name__}.{name} is {value!r}; "
                 "it must be a finite number, 0 or more"
@@ -155,14 +165,13 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
 
 def _plain(what: str, value: Any) -> Any:
     """Return *value* as plain JSON data; InvalidInputError, naming *what*, if it is none."""
-    if value is None or isinstance(value, (str, bool)):
+    value = to_float(value, text=False)
+    if value is None or isinstance(value, (str, bool, int)):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
+    if isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidInputError(f"{what} is {value}; it must be a finite number")
-        return float(value)
+        return value
     if isinstance(value, Mapping):
         return {str(name): _plain(f"{what}[{name!r}]", item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

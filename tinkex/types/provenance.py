@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any, Iterable, Tuple, Union
 
 from tinkex.errors import InvalidInputError
+from tinkex.numeric import as_int
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -53,15 +53,7 @@ ProvenanceSpan = Union[PromptProvenanceSpan, SampledProvenanceSpan]
 
 
 def _count(name: str, value: Any) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = -1
-    if count < 0 or isinstance(value, bool):
-        raise InvalidInputError(
-            f"the {name} of a provenance span is {value!r}; it must be an integer, 0 or more"
-        )
-    return count
+    return as_int(f"the {name} of a provenance span", value, 0)
 
 
 def as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpan, ...]:

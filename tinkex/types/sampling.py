@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
+from tinkex.numeric import convert_fields, is_finite, is_int, to_bool, to_int
 from tinkex.types._numbers import as_kept, numpy_on_demand
+from tinkex.types._wire import excerpt
 from tinkex.types.model_input import ModelInput
-from tinkex.types.tensor_data import TensorData
+from tinkex.types.tensor_data import TensorData, index_array
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,6 +37,8 @@ class SamplingParams:
         temperature: 0 is greedy; 1 samples the model's own distribution.
         top_k: keep only the k likeliest tokens; -1 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
+
+    Numbers may be numpy's, or text such as ``"0.7"``.
     """
 
     max_tokens: Optional[int] = None
@@ -46,25 +48,35 @@ class SamplingParams:
     top_k: int = -1
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        convert_fields(self, ints=("max_tokens", "seed", "top_k"), floats=("temperature", "top_p"))
+        if self.stop is not None and type(self.stop) is not str:
+            object.__setattr__(self, "stop", _stops(self.stop))
+
     def check(self) -> None:
         """Raise InvalidInputError if a value is out of its range, or of an impossible type."""
-        if self.max_tokens is not None and not _is_int(self.max_tokens, at_least=1):
-            raise InvalidInputError(f"max_tokens is {self.max_tokens!r}; it must be at least 1")
-        if self.seed is not None and not _is_int(self.seed):
-            raise InvalidInputError(f"seed is {self.seed!r}; it must be an integer")
-        if not (_is_number(self.temperature) and self.temperature >= 0):
-            raise InvalidInputError(f"temperature is {self.temperature!r}; it must be 0 or more")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InvalidInputError(f"top_p is {self.top_p!r}; it must lie in (0, 1]")
-        if self.top_k != -1 and not _is_int(self.top_k, at_least=1):
+        if self.max_tokens is not None and not is_int(self.max_tokens, 1):
             raise InvalidInputError(
-                f"top_k is {self.top_k!r}; it must be at least 1, or -1 for all"
+                f"max_tokens is {self.max_tokens!r}; it must be an integer, at least 1, or None"
+            )
+        if self.seed is not None and not is_int(self.seed):
+            raise InvalidInputError(f"seed is {self.seed!r}; it must be an integer, or None")
+        if not (is_finite(self.temperature) and self.temperature >= 0):
+            raise InvalidInputError(
+                f"temperature is {self.temperature!r}; it must be a finite number, 0 or more"
+            )
+        if not (is_finite(self.top_p) and 0 < self.top_p <= 1):
+            raise InvalidInputError(f"top_p is {self.top_p!r}; it must be a number in (0, 1]")
+        if not is_int(self.top_k, -1) or self.top_k == 0:
+            raise InvalidInputError(
+                f"top_k is {self.top_k!r}; it must be an integer, at least 1, or -1 for all"
             )
         if self.stop is not None and not isinstance(self.stop, str):
             items = self.stop if isinstance(self.stop, (list, tuple)) else (None,)
-            if not (all(isinstance(i, str) for i in items) or all(_is_int(i) for i in items)):
+            if not (all(isinstance(i, str) for i in items) or all(is_int(i) for i in items)):
                 raise InvalidInputError(
-                    "stop must be a string, a list of strings or a list of token ids"
+                    f"stop is {excerpt(self.stop, 100)}; it must be a string, a list of strings "
+                    "or a list of token ids"
                 )
 
     def to_json(self) -> Dict[str, Any]:
@@ -89,18 +101,21 @@ class SamplingParams:
         return cls(**{name: payload[name] for name in names if payload.get(name) is not None})
 
 
-def _is_int(value: Any, at_least: float = -math.inf) -> bool:
-    integral = isinstance(value, (int, Integral)) and type(value) is not bool
-    return integral and bool(value >= at_least)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, (float, Real)) and math.isfinite(value))
+def _stops(stop: Any) -> Any:
+    """Return a list or array of stops as a new list, its token ids as ints; others as they are."""
+    if getattr(stop, "ndim", None) == 1:
+        stop = stop.tolist()
+    if not isinstance(stop, (list, tuple)):
+        return stop
+    return [item if isinstance(item, (str, float)) else to_int(item) for item in stop]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """One request to a sampler.  Fields at their defaults are not sent."""
+    """One request to a sampler.  Fields at their defaults are not sent.
+
+    The prompt is taken as it is when the request is made.
+    """
 
     prompt: ModelInput
     num_samples: int = 1
@@ -113,20 +128,37 @@ class SampleRequest:
     prompt_alt_tokens_k: int = 0
     record_stability_info: bool = False
 
+    def __post_init__(self) -> None:
+        convert_fields(self, ints=_COUNTS)
+        set_field = object.__setattr__
+        if isinstance(self.prompt, ModelInput):
+            set_field(self, "prompt", self.prompt._snapshot())
+        set_field(self, "prompt_logprobs", to_bool(self.prompt_logprobs))
+
     def check(self) -> None:
         """Raise InvalidInputError if a value is out of its range, the parameters' included."""
-        if not _is_int(self.num_samples, at_least=1):
+        if not is_int(self.num_samples, 1):
             raise InvalidInputError(
                 f"num_samples is {self.num_samples!r}; it must be an integer, at least 1"
             )
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-            if not _is_int(getattr(self, name), at_least=0):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; it must be 0 or more")
-        last_n = self.prompt_logprobs_last_n
-        if last_n is not None and not (_is_int(last_n, at_least=1) and self.prompt_logprobs):
+            if not is_int(getattr(self, name), 0):
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)!r}; it must be an integer, 0 or more"
+                )
+        wanted: Any = self.prompt_logprobs
+        if not isinstance(wanted, bool):
             raise InvalidInputError(
-                f"prompt_logprobs_last_n is {last_n!r}; it must be at least 1, "
-                "and needs prompt_logprobs=True"
+                f"include_prompt_logprobs is {wanted!r}; it must be True or False"
+            )
+        last_n = self.prompt_logprobs_last_n
+        if last_n is not None and not is_int(last_n, 1):
+            raise InvalidInputError(
+                f"prompt_logprobs_last_n is {last_n!r}; it must be an integer, at least 1, or None"
+            )
+        if last_n is not None and not self.prompt_logprobs:
+            raise InvalidInputError(
+                "prompt_logprobs_last_n was given without include_prompt_logprobs=True"
             )
         self.sampling_params.check()
 
@@ -163,21 +195,34 @@ class SampleRequest:
         params = payload.get("sampling_params")
         request = cls(
             prompt=ModelInput.from_json(payload.get("prompt")),
-            num_samples=_or_default(payload.get("num_samples"), 1),
+            num_samples=_count(payload, "num_samples", 1),
             sampling_params=SamplingParams.from_json({} if params is None else params),
             prompt_logprobs=bool(payload.get("prompt_logprobs")),
-            topk_prompt_logprobs=_or_default(payload.get("topk_prompt_logprobs"), 0),
-            topk_sample_logprobs=_or_default(payload.get("topk_sample_logprobs"), 0),
-            prompt_logprobs_last_n=payload.get("prompt_logprobs_last_n"),
+            topk_prompt_logprobs=_count(payload, "topk_prompt_logprobs", 0),
+            topk_sample_logprobs=_count(payload, "topk_sample_logprobs", 0),
+            prompt_logprobs_last_n=_count(payload, "prompt_logprobs_last_n", None),
             target_prompt_logprobs=None if target is None else tensor_from_json(target),
-            prompt_alt_tokens_k=_or_default(payload.get("prompt_alt_tokens_k"), 0),
+            prompt_alt_tokens_k=_count(payload, "prompt_alt_tokens_k", 0),
             record_stability_info=bool(payload.get("record_stability_info")),
         )
         request.check()
         return request
 
 
-def _or_default(value: Any, default: int) -> Any:
+#: The integers of a SampleRequest.
+_COUNTS = (
+    "num_samples",
+    "topk_prompt_logprobs",
+    "topk_sample_logprobs",
+    "prompt_logprobs_last_n",
+    "prompt_alt_tokens_k",
+)
+
+
+def _count(payload: Dict[str, Any], name: str, default: Optional[int]) -> Any:
+    value = payload.get(name)
+    if isinstance(value, str):  # a caller's text is taken, but JSON has numbers
+        raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
     return default if value is None else value
 
 
@@ -196,20 +241,17 @@ def tensor_from_json(payload: Any) -> TensorData:
     if not isinstance(data, list):
         raise InvalidInputError("a tensor is an object with a list 'data', 'dtype' and 'shape'")
     dtype = payload.get("dtype", "float32")
-    if dtype == "float32":
-        try:
-            # numpy turns None into NaN for a float dtype, in C; beyond float32 is infinity.
-            with np.errstate(over="ignore"):
-                data = np.array(data, dtype=np.float32)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidInputError(f"tensor data is not a list of numbers: {error}") from error
-    return TensorData(
-        data,
-        dtype,
-        payload.get("shape"),
-        payload.get("sparse_crow_indices"),
-        payload.get("sparse_col_indices"),
-    )
+    shape = payload.get("shape")
+    indices = payload.get("sparse_crow_indices"), payload.get("sparse_col_indices")
+    if dtype != "float32":
+        return TensorData(data, dtype, shape, *indices)
+    try:
+        # numpy turns None into NaN for a float dtype, in C; beyond float32 is infinity.
+        with np.errstate(over="ignore"):
+            values = np.array(data, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInputError(f"tensor data is not a list of numbers: {error}") from error
+    return TensorData._adopt(values, shape, *map(index_array, indices))
 
 
 TopkRow = Optional[List[Tuple[int, float]]]

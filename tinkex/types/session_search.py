@@ -6,6 +6,7 @@ import dataclasses
 from datetime import datetime
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+from tinkex.numeric import convert_fields
 from tinkex.types._union import UnknownVariant, variant
 from tinkex.types._wire import Wire, bulk, instant, json_strings
 
@@ -186,6 +187,9 @@ class SessionSearchRequest:
     statuses: Optional[Sequence[Union[SessionStatusFilter, Mapping[str, Any]]]] = None
     limit: int = 50
     cursor: Optional[SessionSearchCursor] = None
+
+    def __post_init__(self) -> None:
+        convert_fields(self, ints=("limit",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 from tinkex.errors import InvalidInputError
 from tinkex.lazy_numpy import np
+from tinkex.numeric import to_int
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,7 +24,11 @@ DTYPES = ("int64", "float32")
 
 
 def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
-    """Return *values* as a C-contiguous array of *dtype*, or of the protocol's for their kind."""
+    """Return *values* as a C-contiguous array of *dtype*, or of the protocol's for their kind.
+
+    It never shares memory with *values*: callers fill one buffer again and again, and a batch is
+    encoded long after its tensors were made.
+    """
     try:
         array = np.asarray(values)
     except (ValueError, TypeError) as error:
@@ -38,14 +43,15 @@ def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
             hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
         )
     target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
+    is_fresh = isinstance(values, (list, tuple))  # numpy has made the array for them just now
     with np.errstate(invalid="ignore", over="ignore"):
-        converted = array.astype(target, copy=False)
+        converted = array.astype(target, order="C", copy=not is_fresh)
     # By value, not by dtype, because an empty list is an array of floats.
     if target == "int64" and array.dtype.kind in "fu" and not np.array_equal(converted, array):
         raise InvalidInputError(
             f"{what} has dtype int64, but holds values that are no such integers"
         )
-    return np.ascontiguousarray(converted)
+    return converted
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -62,7 +68,8 @@ class TensorData:
     Raises:
         InvalidInputError: unknown dtype, or sizes that contradict each other.
 
-    Immutable, so it may be shared between threads; the buffers must not be written to.
+    The values are copied: what is written to *data* later does not count.  Immutable, so it may be
+    shared between threads; ``values`` and the indices must not be written to.
     """
 
     values: Array
@@ -83,11 +90,22 @@ class TensorData:
             raise InvalidInputError(
                 f"tensor dtype {dtype!r} is unknown; it must be one of {DTYPES}"
             )
-        values = _as_wire_array(data, dtype, "tensor data")
+        self._set(
+            _as_wire_array(data, dtype, "tensor data"),
+            shape,
+            index_array(sparse_crow_indices),
+            index_array(sparse_col_indices),
+        )
+
+    def _set(
+        self,
+        values: Array,
+        shape: Optional[Sequence[int]],
+        crow: Optional[Array],
+        col: Optional[Array],
+    ) -> None:
         shape = _as_shape(shape) if shape is not None else values.shape
         values = values.reshape(-1)
-        crow = _index_array(sparse_crow_indices)
-        col = _index_array(sparse_col_indices)
         if (crow is None) != (col is None):
             raise InvalidInputError("a sparse tensor needs both crow and col indices")
         if crow is not None and col is not None:
@@ -100,6 +118,23 @@ class TensorData:
         set_field(self, "shape", shape)
         set_field(self, "crow_indices", crow)
         set_field(self, "col_indices", col)
+
+    @classmethod
+    def _adopt(
+        cls,
+        values: Array,
+        shape: Optional[Sequence[int]] = None,
+        crow: Optional[Array] = None,
+        col: Optional[Array] = None,
+    ) -> TensorData:
+        """Like the constructor, without a copy.
+
+        For decoders: *values* is a contiguous array of one of the two dtypes, the indices are of
+        int64, and nothing else refers to them.
+        """
+        tensor = object.__new__(cls)
+        tensor._set(values, shape, crow, col)
+        return tensor
 
     @classmethod
     def _of(cls, values: Array, dtype: str, shape: Tuple[int, ...]) -> TensorData:
@@ -116,19 +151,23 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: Array) -> TensorData:
-        """Wrap *array*: float kinds become float32, signed integers int64, others are refused."""
-        return cls(_as_wire_array(array, None, "array"))
+        """Copy *array*: float kinds become float32, signed integers int64, others are refused."""
+        return cls._adopt(_as_wire_array(array, None, "array"))
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
         """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
+        if not hasattr(tensor, "detach"):
+            raise InvalidInputError(
+                f"from_torch was given a {type(tensor).__name__}, not a torch tensor",
+                hint="TensorData(...) takes lists and numpy arrays.",
+            )
         detached = tensor.detach().cpu()
         if str(detached.layout) != "torch.strided":
             detached = detached.to_dense()
         if detached.is_floating_point():
             detached = detached.float()
-        # A copy, because the caller may go on writing to the tensor while the request waits.
-        return cls.from_numpy(detached.numpy().copy())
+        return cls.from_numpy(detached.numpy())
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
@@ -136,12 +175,13 @@ class TensorData:
 
         Cells equal to *pad_value* are not listed; reading it back dense takes the same value.
         """
+        pad_value = to_int(pad_value)
         if type(pad_value) is not int:
             raise InvalidInputError(f"pad_value is {pad_value!r}; it must be an integer")
         dense = cls.from_torch(tensor)
         if len(dense.shape) != 2:
             raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {dense.shape}")
-        table = dense.to_numpy()
+        table = dense._dense()
         listed = table != pad_value
         if len(table) + 1 + 2 * int(np.count_nonzero(listed)) >= table.size:
             return dense
@@ -177,10 +217,15 @@ class TensorData:
         return self.values.nbytes + self.crow_indices.nbytes + self.col_indices.nbytes
 
     def to_numpy(self, pad_value: float = 0) -> Array:
-        """Return an array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
+        """Return a new array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
 
-        A dense tensor gives a view of the buffer, a sparse one a new array.
+        What is written to it does not change the tensor, which requests under way may hold.
         """
+        dense = self._dense(pad_value)
+        return dense if self.is_sparse else dense.copy()
+
+    def _dense(self, pad_value: float = 0) -> Array:
+        """The same, to be read only: a dense tensor gives a view of its values."""
         if self.crow_indices is None or self.col_indices is None:
             return self.values.reshape(self.shape)
         dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
@@ -192,11 +237,11 @@ class TensorData:
         """Return a new torch tensor of ``shape`` (needs torch)."""
         import torch
 
-        return torch.from_numpy(self.to_numpy(pad_value).copy())
+        return torch.from_numpy(self.to_numpy(pad_value))
 
     def tolist(self, pad_value: float = 0) -> List[Any]:
         """Return nested Python lists of ``shape``."""
-        nested: List[Any] = self.to_numpy(pad_value).tolist()
+        nested: List[Any] = self._dense(pad_value).tolist()
         return nested
 
     def __len__(self) -> int:
@@ -246,7 +291,8 @@ def _as_shape(shape: Sequence[int]) -> Tuple[int, ...]:
         raise InvalidInputError(f"tensor shape {shape!r} is not a sequence of integers") from error
 
 
-def _index_array(indices: Any) -> Optional[Array]:
+def index_array(indices: Any) -> Optional[Array]:
+    """Return CSR *indices* as a flat array of int64; None if there are none."""
     if indices is None:
         return None
     return _as_wire_array(indices, "int64", "an index list of the sparse tensor").reshape(-1)

@@ -6,14 +6,20 @@ import dataclasses
 from typing import Any, Dict, List, Optional
 
 from tinkex.errors import InvalidInputError
+from tinkex.numeric import convert_fields, is_int, to_bool
 from tinkex.types import console
 from tinkex.types._wire import Wire, bulk, json_number_map
 from tinkex.types.tensor_data import TensorData
 
+_LAYERS = ("train_mlp", "train_attn", "train_unembed")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Wire):
-    """Which LoRA adapter to train: its rank, and on which layers."""
+    """Which LoRA adapter to train: its rank, at least 1, and on which layers.
+
+    Numbers and flags may be numpy's, or text such as ``"8"`` and ``"false"``.
+    """
 
     rank: int = 32
     seed: Optional[int] = None
@@ -21,12 +27,24 @@ class LoraConfig(Wire):
     train_mlp: bool = True
     train_attn: bool = True
 
+    def __post_init__(self) -> None:
+        convert_fields(self, ints=("rank", "seed"))
+        for name in _LAYERS:
+            object.__setattr__(self, name, to_bool(getattr(self, name)))
+
     def check(self) -> None:
-        """Raise InvalidInputError if the adapter would be empty or its rank impossible."""
-        if type(self.rank) is not int or self.rank < 1:
+        """Raise InvalidInputError if the adapter would be empty, or a value is impossible."""
+        if not is_int(self.rank, 1):
             raise InvalidInputError(
                 f"LoRA rank is {self.rank!r}; it must be an integer, at least 1"
             )
+        if self.seed is not None and not is_int(self.seed):
+            raise InvalidInputError(f"seed is {self.seed!r}; it must be an integer")
+        for name in _LAYERS:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)!r}; it must be True or False"
+                )
         if not (self.train_unembed or self.train_mlp or self.train_attn):
             raise InvalidInputError(
                 "nothing to train: train_mlp, train_attn and train_unembed are all False"

@@ -28,8 +28,8 @@ from tinkex.types import (
 )
 from tinkex.types._numbers import SHORT
 from tinkex.types._wire import excerpt
-from tinkex.types.model_input import as_tokens
 from tinkex.types.sampling import TOPK_SENTINEL, tensor_from_json, tensor_to_json
+from tinkex.types.tokens import as_tokens
 from tinkex.wire.codec import JSON_CONTENT_TYPE, translating
 from tinkex.wire.parts import Parts
 
@@ -215,7 +215,7 @@ def _datum_to_json(datum: Datum) -> Dict[str, Any]:
     return {
         "model_input": datum.model_input.to_json(),
         "loss_fn_inputs": {
-            name: tensor_to_json(TensorData(tensor.to_numpy()) if tensor.is_sparse else tensor)
+            name: tensor_to_json(TensorData._adopt(tensor._dense()) if tensor.is_sparse else tensor)
             for name, tensor in datum.loss_fn_inputs.items()
         },
     }

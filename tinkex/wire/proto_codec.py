@@ -224,13 +224,13 @@ def _get_tensor(message: pb.Tensor) -> TensorData:
     shape = tuple(message.shape)
     if message.WhichOneof("encoding") == "sparse_csr":
         csr = message.sparse_csr
-        return TensorData(
+        return TensorData._adopt(
             _to_array(csr.values, message.dtype),
-            shape=shape,
-            sparse_crow_indices=_to_array(csr.crow_indices, pb.INT64),
-            sparse_col_indices=_to_array(csr.col_indices, pb.INT64),
+            shape,
+            _to_array(csr.crow_indices, pb.INT64),
+            _to_array(csr.col_indices, pb.INT64),
         )
-    return TensorData(_to_array(message.dense, message.dtype), shape=shape or None)
+    return TensorData._adopt(_to_array(message.dense, message.dtype), shape or None)
 
 
 # ---- Requests ----
@@ -263,7 +263,7 @@ def _get_span(message: pb.ProvenanceSpan) -> ProvenanceSpan:
 def _get_chunk(message: pb.Chunk) -> ModelInputChunk:
     kind = message.WhichOneof("chunk")
     if kind == "encoded_text":
-        return EncodedTextChunk(_tokens(message.encoded_text.tokens))
+        return EncodedTextChunk._adopt(_tokens(message.encoded_text.tokens))
     if kind == "image":
         image = message.image
         expected = image.expected_tokens if image.HasField("expected_tokens") else None
@@ -299,7 +299,7 @@ def _put_record(
     message.num_datums = len(datums)
     for name, dtype_name, trailing_shape in signature:
         dtype = pb.FLOAT32 if dtype_name == "float32" else pb.INT64
-        parts = [_to_bytes(datum[name].to_numpy(), _WIRE_DTYPES[dtype]) for datum in datums]
+        parts = [_to_bytes(datum[name]._dense(), _WIRE_DTYPES[dtype]) for datum in datums]
         offsets = np.zeros(len(parts) + 1, dtype="<i8")
         np.cumsum([len(part) for part in parts], out=offsets[1:])
         field = message.fields[name]

@@ -1,0 +1,117 @@
+"""URLs that a caller gives: that of the server, and that of a proxy.  Pure functions.
+
+A mistake in one is found when the client is made.  Later it would look like an outage, which
+clients wait out for minutes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import urllib.request
+from typing import Optional
+from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
+
+from tinkex.errors import ConfigError
+
+#: A host name, of labels that the resolver takes; in brackets, an IPv6 address.
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = rf"{_LABEL}(?:\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?\]"
+_ADDRESS = re.compile(rf"(?P<user>[^@]*@)?(?P<host>{_HOST})(?P<port>:[0-9]{{0,5}})?")
+_LONGEST_HOST = 253
+
+#: A per cent sign that escapes nothing.
+_BARE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+_PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
+
+_PROXY_SCHEMES = ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
+
+
+def normal_base_url(url: object) -> str:
+    """Return *url* as requests are sent to it: scheme and host in lower case, the path escaped.
+
+    Whitespace around it and slashes at its end are dropped.
+
+    Raises:
+        ConfigError: it is not the http(s) URL of a server, with at most a path.
+    """
+    text = url.strip() if isinstance(url, str) else ""
+    parts = _split(text)
+    if parts is None or parts.scheme not in ("http", "https"):
+        shown = "(not shown: it may hold a password)" if "@" in str(url) else repr(url)
+        raise ConfigError(
+            f"base_url {shown} is not an http(s) URL",
+            hint="Give the server's address, e.g. http://localhost:8080.",
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"the base_url of {parts.hostname} holds a user name or password",
+            hint="It would end up in logs. Send it as a header: "
+            "default_headers_overrides={'Authorization': 'Basic ...'}.",
+        )
+    if parts.query or parts.fragment or "?" in text or "#" in text:
+        raise ConfigError(
+            f"base_url {url!r} holds a query or a fragment",
+            hint="Give the address only, up to the path: /api/v1 is added to it.",
+        )
+    path = quote(_BARE_PERCENT.sub("%25", parts.path), safe=_PATH_CHARACTERS).rstrip("/")
+    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+
+
+def normal_proxy(url: object) -> str:
+    """Return the URL of a proxy; ``http://`` is put before one without a scheme.
+
+    Raises:
+        ConfigError: it is none, or a SOCKS proxy that nothing here can use; the message does not
+            hold *url*, which may hold a password.
+    """
+    text = url.strip() if isinstance(url, str) else ""
+    if "://" not in text:
+        text = f"http://{text}"
+    parts = _split(text)
+    if parts is None or parts.scheme not in _PROXY_SCHEMES:
+        raise ConfigError(
+            "the proxy is not the URL of a proxy",
+            hint="It is like http://proxy:3128, and comes from proxy= or from http_proxy, "
+            "https_proxy or all_proxy. Name hosts that need none in no_proxy.",
+        )
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
+        raise ConfigError(
+            f"the proxy {parts.scheme}://{parts.hostname} needs PySocks, which is not installed",
+            hint='python -m pip install "requests[socks]", or name the server in no_proxy.',
+        )
+    return urlunsplit(parts)
+
+
+def proxy_for(url: str) -> Optional[str]:
+    """The proxy that the environment (or the system's settings) names for *url*.
+
+    Programs on this machine are reached without one.
+    """
+    parts = _split(url)
+    host = (parts.hostname if parts is not None else None) or ""
+    if parts is None or host in ("localhost", "::1") or host.startswith("127."):
+        return None
+    # With the port, since no_proxy may name one.
+    if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all") or None
+
+
+def _split(url: str) -> Optional[SplitResult]:
+    """The parts of *url*, its host in lower case and ASCII; None if it is no URL of a host."""
+    if not url.isprintable():  # urlsplit would drop line breaks and go on
+        return None
+    try:
+        parts = urlsplit(url)
+        user, at, address = parts.netloc.rpartition("@")
+        if not address.isascii():
+            address = address.encode("idna").decode("ascii")
+        match = _ADDRESS.fullmatch(user + at + address)
+        if match is None or parts.port == 0 or len(match["host"]) > _LONGEST_HOST:
+            return None
+    except ValueError:  # a port, an IPv6 address or an international name that is none
+        return None
+    port = match["port"] if parts.port else ""
+    return parts._replace(netloc=f"{match['user'] or ''}{match['host'].lower()}{port}")

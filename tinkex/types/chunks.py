@@ -1,0 +1,261 @@
+"""The chunks of a model input: text, images and audio (protocol reference, section 4.1)."""
+
+from __future__ import annotations
+
+import array
+import base64
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Tuple, Union
+
+from tinkex.errors import InvalidInputError
+from tinkex.numeric import as_int
+from tinkex.types._numbers import as_kept, numpy_on_demand
+from tinkex.types.tokens import as_tokens
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from tinkex.lazy_numpy import np
+
+    TokenArray = npt.NDArray[np.int32]
+else:
+    TokenArray = Any
+
+
+def _check_type(given: object, chunk_type: str) -> None:
+    """Raise InvalidInputError unless the argument ``type`` of a chunk is what its class says."""
+    if given != chunk_type:
+        raise InvalidInputError(f"the type of this chunk is {chunk_type!r}, not {given!r}")
+
+
+def _as_bytes(what: str, data: Any) -> bytes:
+    """Return a copy of *data* as bytes; InvalidInputError, naming *what*, if it is something else.
+
+    Bytes cannot change, so they are not copied.
+    """
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, (bytearray, memoryview)):
+        return bytes(data)
+    raise InvalidInputError(
+        f"{what} is a {type(data).__name__}; it must be bytes",
+        hint="Read them from a file with Path(...).read_bytes().",
+    )
+
+
+@numpy_on_demand("tokens_np")
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class EncodedTextChunk:
+    """A run of token ids.
+
+    They are copied.  ``tokens_np`` is int32 of shape ``(length,)``, and must not be written to.
+    """
+
+    type: ClassVar[str] = "encoded_text"
+    tokens_np: TokenArray
+
+    def __init__(self, tokens: Any, type: str = "encoded_text") -> None:
+        if type != "encoded_text":
+            _check_type(type, "encoded_text")
+        object.__setattr__(self, "tokens_np", as_tokens(tokens))
+
+    @classmethod
+    def _adopt(cls, tokens: TokenArray) -> EncodedTextChunk:
+        """Like the constructor, without a copy: nothing else refers to *tokens*."""
+        chunk = object.__new__(cls)
+        object.__setattr__(chunk, "tokens_np", as_tokens(tokens, owned=True))
+        return chunk
+
+    @property
+    def tokens(self) -> List[int]:
+        """The token ids as a Python list (made anew on each access)."""
+        ids: List[int] = as_kept(self, "tokens_np").tolist()
+        return ids
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(as_kept(self, "tokens_np"))
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form; a numpy buffer is left for orjson to write."""
+        tokens = as_kept(self, "tokens_np")
+        is_numpy = not isinstance(tokens, array.array)
+        return {"tokens": tokens if is_numpy else tokens.tolist(), "type": "encoded_text"}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EncodedTextChunk):
+            return NotImplemented
+        return self._bytes() == other._bytes()
+
+    def __hash__(self) -> int:
+        return hash(self._bytes())
+
+    def _bytes(self) -> bytes:
+        raw: bytes = as_kept(self, "tokens_np").tobytes()
+        return raw
+
+    def __repr__(self) -> str:
+        return f"EncodedTextChunk({self.length} tokens)"
+
+
+def _expected_length(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> int:
+    if chunk.expected_tokens is None:
+        raise InvalidInputError(
+            f"{type(chunk).__name__}: the length is unknown until expected_tokens is set"
+        )
+    return chunk.expected_tokens
+
+
+def _check_image(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> None:
+    """Check the format and the expected tokens of *chunk*, and make an int of the latter."""
+    name = type(chunk).__name__
+    if not isinstance(chunk.format, str):
+        raise InvalidInputError(
+            f"the format of an {name} is {chunk.format!r}; give 'png' or 'jpeg'"
+        )
+    if chunk.expected_tokens is not None:
+        expected = as_int(f"the expected_tokens of an {name}", chunk.expected_tokens, 0)
+        object.__setattr__(chunk, "expected_tokens", expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageChunk:
+    """An encoded image: its bytes; *format* is ``"png"`` or ``"jpeg"``."""
+
+    data: bytes
+    format: str
+    expected_tokens: Optional[int] = None
+    type: dataclasses.InitVar[str] = "image"
+
+    def __post_init__(self, type: str) -> None:
+        _check_type(type, "image")
+        object.__setattr__(self, "data", _as_bytes("the data of an ImageChunk", self.data))
+        _check_image(self)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens the image stands for; InvalidInputError if it was not given."""
+        return _expected_length(self)
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form, with the bytes as base64."""
+        encoded = {
+            "data": base64.b64encode(self.data).decode("ascii"),
+            "format": self.format,
+            "type": "image",
+        }
+        return _with_expected(encoded, self.expected_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageAssetPointerChunk:
+    """An image the server fetches itself from *location*.  For sampling only."""
+
+    format: str
+    location: str
+    expected_tokens: Optional[int] = None
+    type: dataclasses.InitVar[str] = "image_asset_pointer"
+
+    def __post_init__(self, type: str) -> None:
+        _check_type(type, "image_asset_pointer")
+        if not isinstance(self.location, str):
+            raise InvalidInputError(
+                f"the location of an ImageAssetPointerChunk is {self.location!r}; give a URL"
+            )
+        _check_image(self)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens the image stands for; InvalidInputError if it was not given."""
+        return _expected_length(self)
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form."""
+        encoded = {"format": self.format, "location": self.location, "type": "image_asset_pointer"}
+        return _with_expected(encoded, self.expected_tokens)
+
+
+def _with_expected(encoded: Dict[str, Any], expected_tokens: Optional[int]) -> Dict[str, Any]:
+    return encoded if expected_tokens is None else {**encoded, "expected_tokens": expected_tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class DmelChunk:
+    """Discretised audio in its own container format."""
+
+    dmel: bytes
+    type: dataclasses.InitVar[str] = "dmel"
+
+    def __post_init__(self, type: str) -> None:
+        _check_type(type, "dmel")
+        object.__setattr__(self, "dmel", _as_bytes("the dmel of a DmelChunk", self.dmel))
+
+    @property
+    def length(self) -> int:
+        """Dimension 0 of the container: one token per frame."""
+        return _dmel_length(self.dmel)
+
+    def to_json(self) -> Dict[str, Any]:
+        """JSON form, with the bytes as base64."""
+        return {"dmel": base64.b64encode(self.dmel).decode("ascii"), "type": "dmel"}
+
+
+def _dmel_length(container: bytes) -> int:
+    """Read the header: optional marker 254, dtype byte 0..7, then LEB128 ndim and dimensions."""
+
+    def varint(at: int) -> Tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = container[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value, at
+            if shift > 63:
+                raise InvalidInputError("dmel container has a dimension of more than 64 bits")
+
+    try:
+        at = 1 if container[0] == 254 else 0
+        if container[at] > 7:
+            raise InvalidInputError(f"dmel container has unknown dtype {container[at]}")
+        ndim, at = varint(at + 1)
+        return varint(at)[0] if ndim else 0
+    except IndexError as error:
+        raise InvalidInputError("dmel container ends inside its header") from error
+
+
+def _expected_from_json(payload: Dict[str, Any]) -> Any:
+    expected = payload.get("expected_tokens")
+    if isinstance(expected, str):  # JSON has numbers
+        raise InvalidInputError(f"expected_tokens is {expected!r}; it must be an integer")
+    return expected
+
+
+CHUNK_TYPES = (EncodedTextChunk, ImageChunk, ImageAssetPointerChunk, DmelChunk)
+
+ModelInputChunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk, DmelChunk]
+
+
+def chunk_from_json(payload: Any) -> ModelInputChunk:
+    """Read a chunk by its ``type`` tag; InvalidInputError if it is none of the protocol's."""
+    kind = payload.get("type") if isinstance(payload, dict) else None
+    try:
+        if kind == "encoded_text":
+            return EncodedTextChunk(payload["tokens"])
+        if kind == "image":
+            data = base64.b64decode(payload["data"], validate=True)
+            return ImageChunk(data, payload["format"], _expected_from_json(payload))
+        if kind == "image_asset_pointer":
+            return ImageAssetPointerChunk(
+                payload["format"], payload["location"], _expected_from_json(payload)
+            )
+        if kind == "dmel":
+            return DmelChunk(base64.b64decode(payload["dmel"], validate=True))
+    except InvalidInputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"model input chunk of type {kind!r} is malformed: {error}"
+        ) from error
+    raise InvalidInputError(f"model input chunk has unknown type {kind!r}")

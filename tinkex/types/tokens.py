@@ -1,0 +1,96 @@
+"""Token ids, from whatever holds them: lists, arrays, tensors, and what tokenizers return."""
+
+from __future__ import annotations
+
+import array
+from typing import Any, Mapping
+
+from tinkex.errors import InvalidInputError
+from tinkex.lazy_numpy import np
+from tinkex.types._numbers import SHORT
+
+
+def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
+    """Return *tokens* as a contiguous array of int32 that shares no memory with them.
+
+    *tokens* are a flat sequence of ints, an array, or what a tokenizer returns: a mapping with
+    ``input_ids`` of one sequence.  The result is an array.array for a short list or tuple of plain
+    ints, and a numpy array for others.
+
+    Args:
+        owned: nothing else refers to *tokens*, an array, so that it need not be copied.
+
+    Raises:
+        InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
+    """
+    if isinstance(tokens, (list, tuple)) and len(tokens) <= SHORT and {*map(type, tokens)} <= {int}:
+        try:
+            short = array.array("i", tokens)
+        except OverflowError:
+            pass  # the error below names the range
+        else:
+            if min(short, default=0) >= 0:
+                return short
+    if isinstance(tokens, Mapping):  # a BatchEncoding is one, and no dict
+        return as_tokens(_only_sequence(tokens))
+    try:
+        ids = np.asarray(tokens)
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
+    if ids.ndim == 0:
+        raise InvalidInputError(
+            f"tokens are of type {type(tokens).__name__}; they must be a flat sequence of integers",
+            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text))."
+            if isinstance(tokens, (str, bytes))
+            else "Give a list or an array of token ids.",
+        )
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            f"tokens must be a flat sequence of integers, not {ids.dtype} of shape {ids.shape}",
+            hint=_hint_for(ids),
+        )
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > 0x7FFFFFFF):
+        raise InvalidInputError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}; "
+            "they must lie in 0 .. 2**31 - 1"
+        )
+    # A caller may fill one buffer again and again; numpy has made the array of a list just now.
+    owned = owned or isinstance(tokens, (list, tuple))
+    return ids.astype(np.int32, order="C", copy=not owned)
+
+
+def _only_sequence(encoding: Mapping[str, Any]) -> Any:
+    """The ids in what a tokenizer returned; InvalidInputError unless they are of one sequence."""
+    if "input_ids" not in encoding:
+        raise InvalidInputError(
+            f"tokens are a {type(encoding).__name__} without input_ids",
+            hint="Give a flat list of token ids.",
+        )
+    ids = encoding["input_ids"]
+    if not _is_nested(ids):
+        return ids
+    if len(ids) != 1:
+        raise InvalidInputError(
+            f"the input_ids of a {type(encoding).__name__} are {len(ids)} sequences; "
+            "a model input is one",
+            hint="Make one for each: [ModelInput.from_ints(ids) for ids in ...['input_ids']].",
+        )
+    return ids[0]
+
+
+def _is_nested(ids: Any) -> bool:
+    if isinstance(ids, (list, tuple)):
+        return bool(ids) and (isinstance(ids[0], (list, tuple)) or hasattr(ids[0], "shape"))
+    return getattr(ids, "ndim", None) == 2
+
+
+def _hint_for(ids: Any) -> str:
+    """What to do about *ids*, an array that is no flat sequence of integers."""
+    if ids.ndim == 2 and ids.dtype.kind in "iu":
+        return (
+            f"They are {len(ids)} sequence{'' if len(ids) == 1 else 's'} of ids, one to a row: "
+            "make a ModelInput of each row, such as tokens[0]."
+        )
+    if ids.dtype.kind in "fb":
+        return "Convert them first, e.g. tokens.astype(np.int32)."
+    return "Encode text first: ModelInput.from_ints(tokenizer.encode(text))."
