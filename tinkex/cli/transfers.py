@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import click
 
@@ -12,6 +13,7 @@ from tinkex.cli.commands import Command
 from tinkex.cli.connect import base_url_option, check_path, open_rest
 from tinkex.cli.output import format_option, print_facts, print_json, progress_bar, size, wants_json
 from tinkex.cli.terminal import echo
+from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
 
 
@@ -50,6 +52,18 @@ def _folder_name(path: str) -> str:
     return name.replace(":", "_") if os.name == "nt" else name
 
 
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Report what huggingface_hub raises, errors of several libraries, as one line."""
+    try:
+        yield
+    except (TinkexError, click.ClickException):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise click.ClickException(f"the hub did not take {repo_id}: {reason}") from error
+
+
 @click.command("push-hf", cls=Command)
 @click.argument("path")
 @click.option("-r", "--repo", "repo_id", required=True, metavar="NAME", help="Like me/my-model.")
@@ -76,7 +90,7 @@ def push_to_hub(
 ) -> None:
     """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
     check_path(path)
-    with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
+    with open_rest(base_url) as rest, progress_bar("Downloading") as tell, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,
             repo_id,
