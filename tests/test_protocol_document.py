@@ -1,4 +1,7 @@
-"""docs/protocol.md is true where a machine can check it: endpoints, fields, flags, messages, bytes."""
+"""docs/protocol.md agrees with the code, where a machine can check that.
+
+That is: its endpoints, the names of fields, flags and their defaults, protobuf messages, and bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
+from protocol import test_golden
 
 import tinkex.api
 from tinkex import types
@@ -46,7 +50,7 @@ def section(title: str) -> str:
 
 
 def code_words(text: str) -> Set[str]:
-    """Return every identifier that stands in code marks, in a block of code or on its own."""
+    """Return every identifier within backticks or in a block of code."""
     marked = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.S))
     return set(re.findall(r"\w+", marked))
 
@@ -291,7 +295,7 @@ def test_every_field_of_a_message_is_documented(message: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, title", [(ServerFlags, "Static flags"), (DynamicFlags, "Dynamic flags")]
+    ("kind", "title"), [(ServerFlags, "Static flags"), (DynamicFlags, "Dynamic flags")]
 )
 def test_the_flags_and_their_defaults_are_documented(kind: Any, title: str) -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\S+) \|", section(title), re.M)
@@ -437,6 +441,8 @@ _WRITERS = {
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.name)
 def test_an_example_is_what_the_messages_encode(vector: Vector) -> None:
+    official = getattr(test_golden, vector.name, vector.raw)  # G is our own
+    assert vector.raw == official
     message = getattr(pb, vector.message).FromString(vector.raw)
     assert message.SerializeToString(deterministic=True) == vector.raw
 
