@@ -19,8 +19,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from protocol import test_golden
 
-import tinkex.api
-from tinkex import types
+from tinkex import api, types
 from tinkex.clock import SYSTEM_CLOCK
 from tinkex.config import Config
 from tinkex.local.app import create_app
@@ -37,7 +36,9 @@ from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
-PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "protocol.md").read_text(encoding="utf-8")
 
 Endpoint = Tuple[str, str]
 
@@ -151,15 +152,13 @@ _REQUESTS = {
 
 def endpoint_functions() -> Iterator[Tuple[str, Callable[..., Any]]]:
     """Yield every public function of tinkex.api that takes a transport."""
-    for module in pkgutil.iter_modules(tinkex.api.__path__):
-        if module.name.startswith("_"):
-            continue
-        members = vars(importlib.import_module(f"tinkex.api.{module.name}"))
-        for name, function in members.items():
-            if inspect.isfunction(function) and function.__module__.startswith("tinkex.api."):
-                own = function.__module__.rpartition(".")[2] == module.name
-                if own and not name.startswith("_") and "transport" in _parameters(function):
-                    yield name, function
+    modules = [found.name for found in pkgutil.iter_modules(api.__path__)]
+    for module_name in (name for name in modules if not name.startswith("_")):
+        module = importlib.import_module(f"{api.__name__}.{module_name}")
+        for name, function in vars(module).items():
+            own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if own and not name.startswith("_") and "transport" in _parameters(function):
+                yield name, function
 
 
 def _parameters(function: Callable[..., Any]) -> List[str]:
@@ -248,12 +247,30 @@ def test_every_documented_endpoint_exists(served: Set[Endpoint]) -> None:
     assert DOCUMENTED - served - {endpoint_of(request) for request in SENT} == set()
 
 
-def test_every_documented_section_exists() -> None:
-    headings = re.findall(r"^#+ (.*)$", PAGE, re.M)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
-    links = set(re.findall(r"\]\(#([\w-]+)\)", PAGE))
-    assert len(anchors) == len(headings), "two sections have the same name"
-    assert links - anchors == set()
+def anchors(page: str) -> Set[str]:
+    """Return the anchors of the headings of a page, each of which must be there once."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.S), re.M)
+    found = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
+    assert len(found) == len(headings), "two sections have the same name"
+    return found
+
+
+@pytest.mark.parametrize("name", ["protocol.md", "servers.md"])
+def test_every_link_leads_to_a_section(name: str) -> None:
+    pages = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
+    for page, anchor in re.findall(r"\]\(([\w.]*)#?([\w-]*)\)", pages[name]):
+        assert not page or page in pages
+        assert not anchor or anchor in anchors(pages[page or name])
+
+
+def test_every_section_that_the_code_cites_exists() -> None:
+    sources = [*(ROOT / "tinkex").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    for source in (path for path in sources if path != Path(__file__)):
+        # Citations may be continued on the next line of a comment.
+        text = re.sub(r"\n\s*(?:#:?|//)?\s*", " ", source.read_text(encoding="utf-8"))
+        for page, title in re.findall(r'docs/(\w+\.md), "([^"]+)"', text):
+            headings = re.findall(r"^#+ (.*)$", (DOCS / page).read_text(encoding="utf-8"), re.M)
+            assert title in headings, f"{source} cites a section of {page} that is not there"
 
 
 def names_in(value: Any) -> Iterator[str]:
