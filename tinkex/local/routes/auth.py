@@ -1,4 +1,4 @@
-"""Who may call: keys, and tokens in their place (protocol reference, sections 1.5.1 and 5.5)."""
+"""Who may call: keys, and tokens in their place (docs/protocol.md, "Authentication")."""
 
 from __future__ import annotations
 
