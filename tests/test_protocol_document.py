@@ -268,9 +268,10 @@ def test_every_section_that_the_code_cites_exists() -> None:
     for source in (path for path in sources if path != Path(__file__)):
         # Citations may be continued on the next line of a comment.
         text = re.sub(r"\n\s*(?:#:?|//)?\s*", " ", source.read_text(encoding="utf-8"))
-        for page, title in re.findall(r'docs/(\w+\.md), "([^"]+)"', text):
+        for page, titles in re.findall(r'docs/(\w+\.md)((?:(?:,| and) "[^"]+")+)', text):
             headings = re.findall(r"^#+ (.*)$", (DOCS / page).read_text(encoding="utf-8"), re.M)
-            assert title in headings, f"{source} cites a section of {page} that is not there"
+            for title in re.findall(r'"([^"]+)"', titles):
+                assert title in headings, f"{source}: {page} has no section {title!r}"
 
 
 def names_in(value: Any) -> Iterator[str]:
