@@ -1,4 +1,4 @@
-"""The public names of the official SDK (reference, sections 8.1 to 8.7): all here, or left out
+"""The public names of the official SDK (docs/compatibility.md): all here, or left out
 for a reason that is written down."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dialect: in which encoding a server takes training batches, found out from its answers.
 
-Servers of today take protobuf only, or JSON only (servers table).  With ``wire="auto"`` the
+Servers of today take protobuf only, or JSON only (docs/servers.md).  With ``wire="auto"`` the
 first batch goes out as protobuf; an answer that means "I cannot read this" makes us send the
 same batch, under the same number, as JSON.  What worked is remembered per base URL, for the whole
 process; batches that come meanwhile wait for the outcome.  Nothing is sent again after a success.

@@ -1,4 +1,4 @@
-"""ServerFlags: what the server tells its clients about itself (protocol reference, section 5.3).
+"""ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
 
 Asked when they are first needed, once per server and credential, by one thread for all; every
 transport of the process shares the answer.  A server without the route has the default flags.
@@ -39,7 +39,7 @@ TIMEOUT_S = 10.0
 LEAST_REFRESH_S = 10.0
 
 # Servers choose flags by the version a client claims: the generation that we speak, and the only
-# one whose flags the reference describes.
+# one whose flags are known (docs/protocol.md, "Server flags").
 _BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
 
 

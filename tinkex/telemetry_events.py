@@ -1,4 +1,4 @@
-"""The events of telemetry, and what of an error goes into them (reference, section 9).  Pure.
+"""The events of telemetry, and the errors in them (docs/protocol.md, "Telemetry").  Pure.
 
 Nothing that a user gave us is reported: no keys and tokens, prompts, names of the user's files or
 contents of files.  Of errors there are the type, the status, and what we said ourselves before we

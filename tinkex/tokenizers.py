@@ -1,4 +1,4 @@
-"""Tokenizers by the name a server gives (protocol reference, section 8.5)."""
+"""Tokenizers by the name that a server gives (docs/protocol.md, "Run information")."""
 
 from __future__ import annotations
 

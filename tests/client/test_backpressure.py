@@ -48,7 +48,7 @@ def waiting(quota: Quota) -> int:
 def test_a_quota_grants_while_no_more_than_the_whole_is_in_use() -> None:
     quota = Quota("things", 10, str)
     quota.take(10, never)
-    quota.take(5, never)  # protocol reference, section 7.1: what is left may become negative
+    quota.take(5, never)  # docs/protocol.md, "Back-pressure": what is left may become negative
     with ThreadPoolExecutor(1) as pool:
         third = pool.submit(quota.take, 1, never)
         wait_until(lambda: waiting(quota) == 1, "the third waits")

@@ -1,4 +1,4 @@
-"""What an answer to a poll means (reference, sections 2.2 and 2.3), and the pacing."""
+"""What an answer to a poll means (docs/protocol.md, "Interpreting a poll"), and the pacing."""
 
 from __future__ import annotations
 

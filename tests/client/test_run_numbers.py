@@ -1,6 +1,6 @@
 """Nothing is done twice, whatever a server makes of numbers and whichever answers are lost.
 
-A run is driven at random against four kinds of servers (servers table), each of which loses some
+A run is driven at random against four kinds of servers (docs/servers.md), each of which loses some
 requests before they are done and some answers after.
 """
 

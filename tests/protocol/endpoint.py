@@ -72,7 +72,7 @@ class Endpoint:
         body: the exact JSON that is sent; None if there is no body.
         least: an answer with the required fields only; None where the answer is ignored.
         least_gives: what the user gets for it.
-        most: an answer with every field of the reference.
+        most: an answer with every field of docs/protocol.md.
         most_gives: what the user gets for that.
         spare: fields of the former that an answer may lack all the same.
         maps: fields of the answers that are maps by name, in which every entry counts.

@@ -1,4 +1,4 @@
-"""Runs, checkpoints, sessions and the account: reference, section 1.5.5, by public method."""
+"""Runs, checkpoints, sessions and the account, by public method (docs/protocol.md)."""
 
 from __future__ import annotations
 

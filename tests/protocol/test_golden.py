@@ -1,4 +1,4 @@
-"""The golden vectors of the protocol reference, Appendix B: bytes of the official encoder."""
+"""Golden vectors: bytes of the official encoder (docs/protocol.md, "Example bytes")."""
 
 from __future__ import annotations
 

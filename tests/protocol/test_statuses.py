@@ -1,6 +1,6 @@
 """What each HTTP status becomes: of a submission, of a poll, of a request for facts.
 
-A column of each table is one of the real servers' habits (servers table).  Retries are quick
+A column of each table is one of the real servers' habits (docs/servers.md).  Retries are quick
 because the scripted server asks for a pause of a millisecond.
 """
 

@@ -1,4 +1,4 @@
-"""Sessions, training and sampling: reference, sections 1.5.1 to 1.5.3, by public method."""
+"""Sessions, training and sampling, by public method (docs/protocol.md)."""
 
 from __future__ import annotations
 

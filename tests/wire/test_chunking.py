@@ -1,4 +1,4 @@
-"""Cutting batches and joining outputs (reference, sections 3.3 and 3.4)."""
+"""Cutting batches and joining outputs (docs/protocol.md, "Chunking")."""
 
 from __future__ import annotations
 

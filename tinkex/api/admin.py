@@ -1,4 +1,4 @@
-"""Audit, billing and storage (protocol reference, section 1.5.5).
+"""Audit, billing and storage (docs/protocol.md, "Administration").
 
 Every function blocks, and raises RouteMissingError where the server does not have the route.
 """

@@ -1,4 +1,4 @@
-"""Where the archive of a checkpoint is (protocol reference, appendix A).
+"""Where the archive of a checkpoint is (docs/protocol.md, "Archives").
 
 Servers build archives when asked, and say 503 or nothing for minutes meanwhile.
 """

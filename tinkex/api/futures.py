@@ -1,4 +1,4 @@
-"""Results of accepted work (protocol reference, section 1.5.4)."""
+"""Results of accepted work (docs/protocol.md, "Futures")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and sessions (protocol reference, section 1.5.5 and appendix A).
+"""Runs, checkpoints and sessions (docs/protocol.md, "Checkpoints" and "REST lists").
 
 Every function blocks, and raises RouteMissingError where the server does not have the route.
 """

@@ -1,4 +1,4 @@
-"""Sampling (protocol reference, section 1.5.3)."""
+"""Sampling (docs/protocol.md, "Sampling")."""
 
 from __future__ import annotations
 

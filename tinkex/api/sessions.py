@@ -1,4 +1,4 @@
-"""Sessions and server facts (protocol reference, section 1.5.1)."""
+"""Sessions and server facts (docs/protocol.md, "Sessions" and "Server flags")."""
 
 from __future__ import annotations
 

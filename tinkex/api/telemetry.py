@@ -1,4 +1,4 @@
-"""Telemetry (protocol reference, section 9)."""
+"""Telemetry (docs/protocol.md, "Telemetry")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and training (protocol reference, section 1.5.2)."""
+"""Models and training (docs/protocol.md, "Training runs" and "Submissions")."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def save_weights_external(
 def unload_model(
     transport: Transport, model_id: str
 ) -> Union[types.UntypedFuture, types.UnloadModelResponse]:
-    """``POST unload_model`` -> future of UnloadModelResponse (Appendix A).
+    """``POST unload_model`` -> future of UnloadModelResponse.
 
     Returns the response itself if an earlier attempt, whose response was lost, has unloaded the
     model.  Raises RouteMissingError where the server does not have the route, as newer ones do not.

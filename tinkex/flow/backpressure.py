@@ -51,7 +51,7 @@ class _Turn:
 class Quota:
     """So much may be in use at once; who asks for more waits, first come, first served.
 
-    Something is granted while no more than the whole is in use (protocol reference, section 7.1):
+    Something is granted while no more than the whole is in use (docs/protocol.md, "Back-pressure"):
     so one piece that is larger than the whole still passes, and the next one waits for it.
     Thread-safe.
 

@@ -1,6 +1,7 @@
-"""Pressure: what one client may have under way at once, in bytes (protocol reference, section 7.1).
+"""Pressure: what one client may have under way at once, in bytes.
 
-The sizes are those of the server's flags, or the caller's own where those are smaller.
+The sizes are those of the server's flags, or the caller's own where those are smaller:
+docs/protocol.md, "Back-pressure".
 """
 
 from __future__ import annotations

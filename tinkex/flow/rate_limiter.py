@@ -1,6 +1,6 @@
 """RateLimiter: one back-off after 429 for everybody who shares a server and a key.
 
-For a while after it only a few requests at a time go out (protocol reference, section 7.2):
+For a while after it only a few requests at a time go out (docs/protocol.md, "Back-pressure"):
 otherwise all that were held back would meet the server at the same moment.
 """
 

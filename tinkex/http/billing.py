@@ -1,4 +1,4 @@
-"""BillingPause: how long everybody waits while the account cannot pay (reference, section 2.5).
+"""BillingPause: how long to wait while the account cannot pay (402).
 
 One per transport, shared by submissions and polls; used only with ``on_billing="wait"``.
 """

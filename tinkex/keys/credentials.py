@@ -1,4 +1,4 @@
-"""Credentials: where a key comes from, and what a token says (protocol reference, section 5.5).
+"""Credentials: where a key comes from, and the claims of a token (docs/authentication.md).
 
 The order: the argument, ``$TINKER_API_KEY``, ``$TINKER_CREDENTIAL_CMD``, the default key that
 `tinkex auth login` stored.  The file may be shared with the official client.  No threads.

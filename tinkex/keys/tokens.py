@@ -1,4 +1,4 @@
-"""TokenSource: what a request to one server is authenticated with (reference, section 5.5).
+"""TokenSource: the credential of each request (docs/protocol.md, "Authentication").
 
 Shared by all transports of the process that use one server and one credential.  It has no thread:
 the request that notices that a token grows old renews it, while the others go on with the old one;

@@ -1,7 +1,7 @@
 """The order in which requests were done, kept per group of requests, for whoever asks what is new.
 
-A group is one sampling client: a sampler, and the number of the clone (protocol reference, section
-2.8).  Pure: no thread, no lock (the future table's lock guards it).
+A group is one sampling client: a sampler, and the number of the clone (docs/protocol.md,
+"Clones").  Pure: no thread, no lock (the future table's lock guards it).
 """
 
 from __future__ import annotations

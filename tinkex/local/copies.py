@@ -1,4 +1,4 @@
-"""Copies of checkpoints, each a training run of its own (protocol reference, section 1.5.5)."""
+"""Copies of checkpoints, each a training run of its own (docs/protocol.md, "Copies")."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Graphs of custom losses: read, checked against what may be in them, and never trusted.
 
-A graph is a torch.fx trace as JSON (protocol reference, section 4.9).  Reading it needs no torch
+A graph is a torch.fx trace as JSON (docs/protocol.md, "Custom losses").  Reading it needs no torch
 and runs nothing: a function is a name, and only the names listed here are ever looked up.
 Evaluating it is `tinkex.local.graph_loss`.  Pure; no threads.
 """

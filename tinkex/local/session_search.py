@@ -1,4 +1,4 @@
-"""Finding sessions by what is known of them (protocol reference, section 1.5.5).
+"""Finding sessions by what is known of them (docs/protocol.md, "Session search").
 
 Pure: rows in, rows out.
 """

@@ -14,7 +14,7 @@ from tinkex.local.batches import SamplingLimits
 
 @dataclasses.dataclass(frozen=True)
 class ClientFlags:
-    """What ``client/config`` tells clients (protocol reference, section 5.3), but for JWT.
+    """What ``client/config`` tells clients (docs/protocol.md, "Static flags"), but for JWT.
 
     ``pjwt_auth_enabled`` is not here: it follows `ServerSettings.jwt`.
     """
@@ -40,7 +40,7 @@ class ClientFlags:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicClientFlags:
-    """What ``client/dynamic_config`` tells clients (section 5.3)."""
+    """What ``client/dynamic_config`` tells clients (docs/protocol.md, "Dynamic flags")."""
 
     refresh_interval_sec: int = 300
     sample_cancel_enabled: bool = False
@@ -55,7 +55,7 @@ class ServerSettings:
         api_key: what ``X-API-Key`` must carry; None lets everyone on this machine in.
         allowed_hosts: names, besides those of loopback, by which a server without a key may be
             reached, e.g. that of a reverse proxy; the pages of these hosts may send requests.
-        jwt: clients exchange their key for a token at ``auth/token`` (section 5.5).
+        jwt: clients exchange their key for a token at ``auth/token``.
         jwt_lifetime_s: such a token is valid for this long.
         owner_urn: who owns every session, run and checkpoint: there is one user.
         org_id: the organization of that user.
@@ -66,7 +66,7 @@ class ServerSettings:
         max_held_polls: so many polls are held at once, each in a thread (about 20 KB); more
             get 429.
         metadata_threshold_bytes: a result of more bytes than this is first announced by its size,
-            to clients that allow it (section 2.2).
+            to clients that allow it.
         max_body_bytes: largest request body, compressed or not; beyond it is 413.
         max_waiting_per_run: most requests of one run that wait for a missing seq_id; beyond it
             is 429.

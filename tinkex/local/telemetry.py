@@ -1,4 +1,4 @@
-"""Takes in telemetry and keeps the last of it in memory (protocol reference, section 9).
+"""Takes in telemetry and keeps the last of it in memory (docs/protocol.md, "Telemetry").
 
 Nothing of it is logged or written anywhere: clients may tell more than they should.  No thread of
 its own; thread-safe.

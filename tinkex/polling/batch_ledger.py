@@ -1,7 +1,7 @@
 """Ledger: which samples of one sampler are waited for, done, fetched, and reported as fetched.
 
 Bookkeeping only: no I/O, no clock, no lock; its owner, a Watch, guards it.
-Protocol reference, section 2.8.
+See docs/protocol.md, "Batch polling".
 """
 
 from __future__ import annotations

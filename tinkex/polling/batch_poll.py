@@ -1,4 +1,4 @@
-"""BatchPoll: the long poll for one sampler, made again and again (protocol reference, section 2.8).
+"""BatchPoll: the repeated long poll for one sampler (docs/protocol.md, "Batch polling").
 
 For one thread, the batch poller's ``tinkex-batch-i``.
 """
@@ -28,7 +28,7 @@ _POLL = Request("POST", "/api/v1/retrieve_futures")
 REPORT_AFTER_S = 1.0
 #: A poll that only reports may take so long.
 REPORT_TIMEOUT_S = 5.0
-#: No server holds a poll for so long (reference, section 8); the next one asks for the same.
+#: No server holds a poll for so long (about 30 s are usual); the next one asks for the same.
 READ_TIMEOUT_S = 60.0
 
 

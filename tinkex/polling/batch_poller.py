@@ -1,4 +1,4 @@
-"""BatchPoller: one long poll waits for all samples of a sampler (protocol reference, section 2.8).
+"""BatchPoller: one long poll waits for all samples (docs/protocol.md, "Batch polling").
 
 For servers that say so in their flags.  A sample that waits costs no thread: few threads submit,
 one per sampler polls, and few fetch what is done.  How few depends on how long the server takes

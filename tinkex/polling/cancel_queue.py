@@ -1,6 +1,6 @@
 """CancelQueue: tells the server, in the background, which samples nobody waits for any more.
 
-Servers that take this say so in their flags (reference, section 2.7); others are told nothing.
+Servers that take this have a flag for it (docs/protocol.md, "Cancellation"); others get nothing.
 Threads: up to eight ``tinkex-cancel-i``, for as long as there is something to tell.
 """
 

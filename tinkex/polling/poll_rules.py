@@ -1,6 +1,6 @@
 """What an answer to a poll means, and how soon to poll again.  Pure: no I/O, no clock.
 
-Protocol reference, sections 2.2 and 2.3, and the servers table: a pending request may be a 408,
+See docs/protocol.md, "Interpreting a poll", and docs/servers.md: a pending request may be a 408,
 a ``try_again`` body, or just a long silence; a failed one a 200 with ``error``, or a 4xx.
 """
 

@@ -14,7 +14,7 @@ from tinkex.server_flags import ABSENT, flags_for
 from tinkex.single_flight import SingleFlight
 from tinkex.transport import Transport
 
-#: Sequence numbers of clone n start at n times this (reference, section 5.6).
+#: Sequence numbers of clone n start at n times this (docs/protocol.md, "Clones").
 CLONE_BLOCK = 10**9
 
 

@@ -1,7 +1,8 @@
 """Custom losses: the loss is computed here with torch, only its gradient goes to the server.
 
 The gradient of any function of the logprobs is the gradient of sum(-weights * logprobs) with
-weights = -d loss / d logprobs, which is what cross_entropy trains on (reference, section 3.5).
+weights = -d loss / d logprobs, which is what cross_entropy trains on
+(docs/protocol.md, "Custom losses").
 torch is imported when a loss is computed.
 """
 

@@ -1,4 +1,4 @@
-"""The graph of a custom loss: a torch.fx trace of a function as JSON (reference, section 4.9).
+"""The graph of a custom loss: a torch.fx trace as JSON (docs/protocol.md, "Custom losses").
 
 torch is imported when something is traced.  No I/O, no threads of its own.
 """

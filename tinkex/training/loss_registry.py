@@ -1,4 +1,4 @@
-"""LossRegistry: the custom losses of one session, traced and uploaded (reference, section 4.9)."""
+"""LossRegistry: the custom losses of one session, traced and uploaded."""
 
 from __future__ import annotations
 

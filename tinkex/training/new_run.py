@@ -1,6 +1,6 @@
 """How a run is made from a checkpoint: servers differ in whether one request is enough.
 
-The hosted service takes one request for it (reference, section 1.5.2, load_weights form 1).  Others
+The hosted service takes one request for it (docs/protocol.md, "Loading weights", form 1).  Others
 refuse that: there the run is made first, with what weights_info tells of the checkpoint, and the
 checkpoint loaded by the run's first request (form 2).  What a server does is remembered.
 
@@ -99,7 +99,7 @@ def make_run(session: Session, asked: Checkpoint) -> NewRun:
         return _after_refusal(session, asked, error)
     memory.note_creates_runs_by_loading(True)
     loaded = wait_for_result(session, "load_weights", accepted, LoadWeightsResponse)
-    # The id a server does not send is the one all of them make (reference, section 3.1).
+    # The id a server does not send is the one all of them make (docs/protocol.md, "Training runs").
     model_id = loaded.model_id or accepted.model_id
     return NewRun(model_id or f"{session.session_id}:train:{asked.number}", asked.base_model)
 

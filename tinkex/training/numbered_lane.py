@@ -1,7 +1,7 @@
 """NumberedLane: sends the requests of one training run in order, and numbers them as it does.
 
 A thread, ``tinkex-submit-<model>``, does all the sending.  Servers differ in what a number means;
-these rules fit all of them (servers table):
+these rules fit all of them (docs/protocol.md, "Sequence numbers"):
 
 1. Numbers are given when a request is sent, one after the other: some servers wait for a number
    that is left out.  Bad input that is noticed here takes none.

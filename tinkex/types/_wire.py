@@ -83,7 +83,7 @@ def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = jso
 
 
 def parse_datetime(value: Any) -> Optional[datetime]:
-    """Read an RFC 3339 time (protocol reference, section 4.7); naive times are taken as UTC.
+    """Read an RFC 3339 time (docs/protocol.md, "Bodies"); naive times are taken as UTC.
 
     Digits past the microseconds are cut off.  ValueError if it is no such time.
     """

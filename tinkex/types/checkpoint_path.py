@@ -1,4 +1,4 @@
-"""The ``tinker://`` paths of checkpoints (reference, section 1.5.6)."""
+"""The ``tinker://`` paths of checkpoints (docs/protocol.md, "Paths")."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ParsedCheckpointTinkerPath:
 def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
     """Take any path apart that names a run and something of it, as servers hand them out.
 
-    Some make ``tinker://<run>/<name>``, or kinds of their own (servers table): the type is
+    Some make ``tinker://<run>/<name>``, or kinds of their own (docs/servers.md): the type is
     ``unknown`` then, and the id is all that follows the run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Addresses of the hosted service's web console (reference, section 1.5.6)."""
+"""Addresses of the hosted service's web console."""
 
 from __future__ import annotations
 

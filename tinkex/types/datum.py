@@ -1,4 +1,7 @@
-"""Datum: one training example, as a model input and named loss inputs (reference, section 4.4)."""
+"""Datum: one training example, as a model input and named loss inputs.
+
+See docs/protocol.md, "Passes" and "Losses".
+"""
 
 from __future__ import annotations
 
@@ -157,7 +160,7 @@ class Datum:
 
     @property
     def nbytes(self) -> int:
-        """Estimated bytes on the wire, by which batches are cut (reference, section 3.3)."""
+        """Estimated bytes on the wire, by which batches are cut (docs/protocol.md, "Chunking")."""
         total = 0
         for tensor in self.loss_fn_inputs.values():
             total += tensor.nbytes
@@ -175,7 +178,7 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardBackwardRequest:
-    """One pass over a batch, as every codec writes and reads it (reference, section 4.5)."""
+    """One pass over a batch, as every codec writes and reads it (docs/protocol.md, "Passes")."""
 
     model_id: str
     seq_id: int

@@ -1,4 +1,4 @@
-"""ModelInput: what a model reads, as a list of chunks (protocol reference, section 4.1)."""
+"""ModelInput: what a model reads, as a list of chunks (docs/protocol.md, "Model input")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers: which one a run has, and the parameters of its steps (reference, section 4.4)."""
+"""Optimizers: which one a run has, and its parameters (docs/protocol.md, "Optimizer steps")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Provenance spans: which generated sequence a run of tokens came from (reference, section 4.4)."""
+"""Provenance spans: which generated sequence a run of tokens came from.
+
+See docs/protocol.md, "Requests in protobuf".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and checkpoints (protocol reference, section 1.5.5)."""
+"""Runs and checkpoints (docs/protocol.md, "Checkpoints" and "REST lists")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and what it answers (reference, sections 1.5.3, 4.3 and 4.8)."""
+"""What is asked of a sampler, and what it answers (docs/protocol.md, "Sampling")."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def _count(payload: Dict[str, Any], name: str, default: Optional[int]) -> Any:
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
-    """JSON form of a tensor (section 4.2), with numpy buffers left for orjson to write."""
+    """JSON form of a tensor (docs/protocol.md, "Tensors"); numpy buffers are left for orjson."""
     encoded = {"data": tensor.values, "dtype": tensor.dtype, "shape": list(tensor.shape)}
     if tensor.is_sparse:
         encoded["sparse_crow_indices"] = tensor.crow_indices

@@ -1,4 +1,4 @@
-"""Sessions, samplers, capabilities, and what answers a submission (reference, section 1.5)."""
+"""Sessions, samplers, capabilities, promises (docs/protocol.md, "Sessions" and "Promises")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions: lists, search, and how they ended (protocol reference, section 1.5.5)."""
+"""Sessions: lists, search, and how they ended (docs/protocol.md, "REST lists")."""
 
 from __future__ import annotations
 

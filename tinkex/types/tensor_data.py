@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     Array = Any
 
-#: The two dtypes of the protocol (reference, section 4.2).
+#: The two dtypes of the protocol (docs/protocol.md, "Tensors").
 DTYPES = ("int64", "float32")
 
 

@@ -1,4 +1,7 @@
-"""Training calls: their parameters, results and control messages (reference, section 1.5.2)."""
+"""Training calls: their parameters, results and control messages.
+
+See docs/protocol.md, "Training runs" and "Submissions".
+"""
 
 from __future__ import annotations
 

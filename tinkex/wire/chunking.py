@@ -1,4 +1,4 @@
-"""Cutting a batch into requests, and joining their results (reference, sections 3.3 and 3.4)."""
+"""Cutting a batch into requests, and joining their results (docs/protocol.md, "Chunking")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON dialect (reference, Appendix A), by orjson, which writes numpy buffers in C.
+"""The JSON encoding (docs/protocol.md, "JSON encoding"), by orjson: it writes numpy buffers in C.
 
 JSON has no NaN and no infinity: both are written as null, and null is read as NaN.
 """

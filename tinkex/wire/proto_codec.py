@@ -1,4 +1,4 @@
-"""The protobuf dialect (reference, section 4.5).  Import it through `codec.codec_for`.
+"""The protobuf encoding (docs/protocol.md, "Protobuf encoding").  Get it from `codecs.codec_for`.
 
 Numbers go between numpy buffers and bytes fields as a whole; Python loops run over datums,
 chunks and sequences, never over tokens.

@@ -1,4 +1,6 @@
-"""Writes a ForwardBackwardRequest (reference, section 4.5) around the arrays of its batch.
+"""Writes a ForwardBackwardRequest around the arrays of its batch.
+
+The message is described in docs/protocol.md, "Requests in protobuf".
 
 A batch is most of what a training run sends.  The protobuf library would copy every array three
 times, into a bytes object, into a message and into the body; here the arrays are parts of the body

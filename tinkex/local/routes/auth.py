@@ -1,4 +1,4 @@
-"""Keys, and tokens in their place (protocol reference, sections 1.5.1 and 5.5)."""
+"""Keys, and tokens in their place (docs/protocol.md, "Authentication")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, copy, delete, publish, expire (protocol reference, 1.5.5)."""
+"""Checkpoints: what is in them, copy, delete, publish, expire (docs/protocol.md, "Checkpoints")."""
 
 from __future__ import annotations
 

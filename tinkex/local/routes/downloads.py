@@ -1,4 +1,4 @@
-"""Files of checkpoints, behind signed URLs (protocol reference, section 1.5.5 and appendix A).
+"""Files of checkpoints, behind signed URLs (docs/protocol.md, "Archives", "Exported files").
 
 The URLs need no key: whoever has one may fetch what it names until it expires.
 """

@@ -1,4 +1,4 @@
-"""Health, and what clients are told to do (protocol reference, sections 1.5.1 and 5.3)."""
+"""Health, and what clients are told to do (docs/protocol.md, "Server flags")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Polling for results, one by one or by sampling client, and cancelling (reference, section 2)."""
+"""Polling for results, one by one or by sampling client (docs/protocol.md, "Futures")."""
 
 from __future__ import annotations
 

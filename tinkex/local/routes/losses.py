@@ -1,4 +1,4 @@
-"""Custom losses that clients bring (protocol reference, sections 1.5.2, 3.5 and 4.9)."""
+"""Custom losses that clients bring (docs/protocol.md, "Custom losses")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes over batches, and optimizer steps (protocol reference, sections 1.5.2 and 4.4)."""
+"""Passes over batches, and optimizer steps (docs/protocol.md, "Passes", "Optimizer steps")."""
 
 from __future__ import annotations
 

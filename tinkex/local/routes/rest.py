@@ -1,4 +1,4 @@
-"""Runs and checkpoints: list and look at (protocol reference, section 1.5.5)."""
+"""Runs and checkpoints: list and look at (docs/protocol.md, "REST lists")."""
 
 from __future__ import annotations
 

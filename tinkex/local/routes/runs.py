@@ -1,4 +1,4 @@
-"""Training runs: create, load weights, unload, look at (protocol reference, 1.5.2, appendix A).
+"""Training runs: create, load weights, unload, look at (docs/protocol.md, "Training runs").
 
 Each submission is checked, then queued; its answer is a request id to poll for.
 """

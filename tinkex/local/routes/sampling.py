@@ -1,4 +1,4 @@
-"""Samplers and sample requests (protocol reference, section 1.5.3)."""
+"""Samplers and sample requests (docs/protocol.md, "Sampling")."""
 
 from __future__ import annotations
 

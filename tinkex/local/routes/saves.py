@@ -1,4 +1,4 @@
-"""Saving weights: checkpoints, samplers, exports (protocol reference, section 1.5.2)."""
+"""Saving weights: checkpoints, samplers, exports (docs/protocol.md, "Saving weights")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions and capabilities (protocol reference, sections 1.5.1 and 1.5.5)."""
+"""Sessions and capabilities (docs/protocol.md, "Sessions")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sink of telemetry (protocol reference, section 9)."""
+"""The sink of telemetry (docs/protocol.md, "Telemetry")."""
 
 from __future__ import annotations
 
