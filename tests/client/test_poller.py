@@ -237,18 +237,12 @@ def test_a_404_to_the_first_poll_is_not_found(server: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "content_type"),
-    [
-        (b"<html>hello</html>", "text/html"),
-        ({"wrong": "fields"}, "application/json"),
-        (b"", "application/json"),
-        (b'{"path": "p"', "application/json"),
-    ],
+    "body", [{"wrong": "fields"}, b'{"path": "p"'], ids=["wrong fields", "cut off"]
 )
 def test_an_answer_that_cannot_be_read_is_the_futures_error(
-    server: ScriptedServer, body: Any, content_type: str
+    server: ScriptedServer, body: Any
 ) -> None:
-    server.on(POLL, Answer(body=body, content_type=content_type), result("next"))
+    server.on(POLL, Answer(body=body), result("next"))
     with open_poller(server) as poller:
         with pytest.raises(ResponseDecodeError):
             watch(poller).result(PATIENCE_S)
