@@ -19,7 +19,7 @@ from tinkex.checkpoints import Progress
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.lookup_client import Instant, LookupClient, moved
-from tinkex.numeric import as_int
+from tinkex.numeric import as_int, is_int, to_int
 from tinkex.training.batch_checks import check_token, check_ttl
 from tinkex.transfer import hub
 from tinkex.transport import Transport
@@ -376,7 +376,14 @@ class RestClient(LookupClient):
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:
-    return as_int("limit", limit, 1), as_int("offset", offset, 0)
+    """Return both as ints; InvalidInputError if they are no page of a list."""
+    size, start = to_int(limit, text=False), to_int(offset, text=False)
+    if is_int(size, 1) and is_int(start, 0):
+        return size, start
+    raise InvalidInputError(
+        f"limit is {limit!r} and offset {offset!r}; limit must be an integer, 1 or more, "
+        "and offset an integer, 0 or more"
+    )
 
 
 def _check_search(request: SessionSearchRequest) -> None:

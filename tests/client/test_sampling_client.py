@@ -131,7 +131,7 @@ BAD_CALLS = {
     "no chunks": lambda s: s.compute_logprobs(types.ModelInput.empty()),
     "no samples": lambda s: s.sample(PROMPT, 0),
     "half a sample": lambda s: s.sample(PROMPT, 1.5),
-    "samples in words": lambda s: s.sample(PROMPT, "3"),
+    "samples in words": lambda s: s.sample(PROMPT, "three"),
     "a dict of parameters": lambda s: s.sample(PROMPT, 1, {"temperature": 1}),
     "no new tokens": lambda s: s.sample(PROMPT, 1, types.SamplingParams(max_tokens=0)),
     "a cold temperature": lambda s: s.sample(PROMPT, 1, types.SamplingParams(temperature=-1)),
@@ -142,7 +142,7 @@ BAD_CALLS = {
     "top_k of 0": lambda s: s.sample(PROMPT, 1, types.SamplingParams(top_k=0)),
     "mixed stops": lambda s: s.sample(PROMPT, 1, types.SamplingParams(stop=["a", 1])),
     "a negative top-k": lambda s: s.sample(PROMPT, topk_prompt_logprobs=-1),
-    "a top-k in words": lambda s: s.sample(PROMPT, topk_sample_logprobs="5"),
+    "a top-k in words": lambda s: s.sample(PROMPT, topk_sample_logprobs="five"),
     "targets in a list": lambda s: s.sample(PROMPT, target_prompt_logprobs=[[1]]),
     "a row of targets per token": lambda s: s.sample(
         PROMPT, target_prompt_logprobs=types.TensorData([1, 2, 3], "int64", (3, 1))

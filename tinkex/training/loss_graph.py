@@ -13,7 +13,7 @@ import threading
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 from tinkex.errors import InvalidInputError
-from tinkex.numeric import as_int
+from tinkex.numeric import is_int, to_int
 from tinkex.types._wire import excerpt
 
 #: Most parameters a loss may have, ``logprobs`` included.
@@ -113,13 +113,14 @@ def _inputs(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> Tuple[Los
         raise InvalidInputError(
             f"input_ranks is {excerpt(input_ranks)}; it must give the rank of each of {names}"
         )
-    return tuple(
-        LossInput(
-            name,
-            as_int(f"input_ranks[{name!r}]", input_ranks[name], int(name == "logprobs"), most=2),
-        )
-        for name in names
-    )
+    ranks = {name: to_int(input_ranks[name], text=False) for name in names}
+    for name, rank in ranks.items():
+        allowed = (1, 2) if name == "logprobs" else (0, 1, 2)
+        if not is_int(rank) or rank not in allowed:
+            raise InvalidInputError(
+                f"input_ranks[{name!r}] is {input_ranks[name]!r}; it must be one of {allowed}"
+            )
+    return tuple(LossInput(name, rank) for name, rank in ranks.items())
 
 
 def _node(node: Any) -> Dict[str, Any]:
