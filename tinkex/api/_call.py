@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Type, TypeVar
 from urllib.parse import quote, urlencode
@@ -65,11 +66,9 @@ def call(
         empty_answer_ok=not answer_read,
     )
     if policy is None:
-        numbered = any(name.endswith("seq_id") for name in body or {})
-        patience = None if numbered else RetryPolicy.max_gateway_answers
-        policy = RetryPolicy(
-            max_elapsed_s=transport.config.max_outage_s, max_gateway_answers=patience
-        )
+        policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+        if any(name.endswith("seq_id") for name in body or {}):
+            policy = dataclasses.replace(policy, max_gateway_answers=None)
     return transport.send(request, policy, channel=channel)
 
 
