@@ -119,6 +119,8 @@ def test_a_taken_port_is_named() -> None:
 def test_a_port_or_host_that_cannot_be_is_refused() -> None:
     with pytest.raises(LocalServerError, match="70000 is not a port"):
         LocalServer(DeterministicEngine(), port=70000).start()
+    with pytest.raises(LocalServerError, match="http is not a port"):
+        LocalServer(DeterministicEngine(), port="http").start()  # type: ignore[arg-type]
     with pytest.raises(LocalServerError, match=r"cannot bind to 192\.0\.2\.1"):
         LocalServer(DeterministicEngine(), host="192.0.2.1", api_key="k").start()
     assert own_threads() == []

@@ -29,7 +29,7 @@ from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
-from tinkex.numeric import as_int
+from tinkex.numeric import is_int, to_int
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class LocalServer:
         self._access_log = access_log
         self._engine = engine
         self._host = host
-        self._port = as_int("port", port, 0, most=65535)
+        self._port = to_int(port, text=False)
         if not isinstance(data_dir, (str, os.PathLike, type(None))):
             raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
         self._data_dir = None if data_dir is None else Path(data_dir).expanduser()
@@ -352,7 +352,7 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
+    if not is_int(port, 0) or port > 65535:
         raise LocalServerError(f"{port} is not a port; use 0 to 65535")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
