@@ -198,10 +198,9 @@ def test_sample_several_as_json(torch_server):
     [
         (["--model-path", "nonsense"], "nonsense"),
         (["--base-model", "no-such-model"], "no-such-model"),
-        (["--temperature", "-1"], "temperature"),
         (["--model-path", "tinker://no-such/sampler_weights/run"], "no-such"),
     ],
-    ids=["bad path", "unknown model", "bad temperature", "no such checkpoint"],
+    ids=["bad path", "unknown model", "no such checkpoint"],
 )
 def test_sample_names_what_is_wrong(torch_server, options, named):
     done = tinkex("sample", "Once", *options, base_url=torch_server.url)
@@ -211,3 +210,11 @@ def test_sample_names_what_is_wrong(torch_server, options, named):
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert "live" not in torch_server.ends()
+
+
+def test_an_option_out_of_range_is_wrong_usage(torch_server):
+    done = tinkex("sample", "Once", "--temperature", "-1", base_url=torch_server.url)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Error: temperature is -1.0; it must be" in done.stderr
+    assert torch_server.ends() == []

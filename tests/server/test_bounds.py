@@ -141,7 +141,7 @@ def test_a_client_reads_lists_with_the_deepest_metadata() -> None:
     deepest: Any = nested(MOST_LEVELS - 1)
     with LocalServer(DeterministicEngine()) as server, ServiceClient(base_url=server.url) as client:
         trainer = client.create_lora_training_client("deterministic")
-        server._backend.store._execute("UPDATE runs SET user_metadata = ?", json.dumps(deepest))
+        server._backend.store._db.execute("UPDATE runs SET user_metadata = ?", json.dumps(deepest))
         rest = client.create_rest_client()
         assert rest.get_training_run(trainer.model_id).result().user_metadata == deepest
         (listed,) = rest.list_training_runs().result().training_runs
@@ -176,9 +176,9 @@ def test_metadata_of_an_older_version_that_no_answer_can_show_is_left_out(tmp_pa
         deep = json.dumps({"deep": nested(900), "b": 1})
         database = api.backend.store._db  # type: ignore[attr-defined]
         facts = json.dumps({"user_metadata": nested(900)})
-        database.execute("UPDATE sessions SET facts = ?", [facts])
-        database.execute("UPDATE runs SET user_metadata = ?", [deep])
-        database.execute("UPDATE checkpoints SET user_metadata = ?", [deep])
+        database.execute("UPDATE sessions SET facts = ?", facts)
+        database.execute("UPDATE runs SET user_metadata = ?", deep)
+        database.execute("UPDATE checkpoints SET user_metadata = ?", deep)
     with serving(tmp_path) as api:
         answers = list(lists(api, session, run))
         assert answers[3]["training_runs"][0]["user_metadata"] == {"b": 1}
@@ -277,7 +277,7 @@ def test_how_many_samples_are_drawn_can_be_chosen(tmp_path: Path) -> None:
         {"topk_prompt_logprobs": (1 << 64) - 1},
         {"sampling_params": {"stop": ["x"] * 1025}},
         {"sampling_params": {"stop": [1] * 1025}},
-        {"sampling_params": {"max_tokens": 1e30}},
+        {"sampling_params": {"max_tokens": 1.5}},
         {
             "target_prompt_logprobs": {
                 "data": [], "dtype": "int64", "shape": [2, 10**12],
