@@ -226,7 +226,7 @@ class TrainingRun:
         config: LossSettings,
     ) -> None:
         """Send a batch in as many requests as it takes, one after the other."""
-        if whole.done():  # cancelled while it waited its turn
+        if not whole.begin():  # cancelled while it waited its turn
             return
         chunks = self._cut(data)
         if whole.kind in _USING_GRADIENT:
