@@ -39,7 +39,7 @@ LAYERS = {
         "polling: poll_rules poll_loop pause_notices cancel_queue",
         "polling: batch_ledger batch_patience batch_watch batch_poll batch_poller",
         "sampling: sample_gate sample_work sampler sample_call",
-        "training: training_run numbered_lane training_pass split_batch new_run",
+        "training: training_run numbered_lane training_pass split_batch gradient new_run",
     ],
     "clients": [
         "service_client training_client sampling_client rest_client admin_client",

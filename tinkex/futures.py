@@ -116,6 +116,7 @@ class APIFuture(Future[T], Generic[T]):
 
     _heard = _read = True  # so of one that was never made whole
     _cancel_was_seen = False
+    _begun = _withdrawn = False  # at most one of them; see `begin`
 
     def __init__(
         self,
@@ -196,6 +197,11 @@ class APIFuture(Future[T], Generic[T]):
     def was_sent(self) -> bool:
         """True once it, or a part of it, has left the queue here to be submitted."""
         return self._state_name != "queued" or any(child.was_sent for child in self._children)
+
+    @property
+    def was_accepted(self) -> bool:
+        """True once the server has accepted it, unless it is to be sent again since."""
+        return self._state_name == "waiting"
 
     def future(self) -> Future[T]:
         """Return this future itself (the official SDK's accessor)."""
@@ -293,7 +299,6 @@ class APIFuture(Future[T], Generic[T]):
             self.set_result(value)
         except InvalidStateError:
             return False
-        self._forget_callbacks()
         return True
 
     def settle_error(self, error: BaseException) -> bool:
@@ -302,13 +307,30 @@ class APIFuture(Future[T], Generic[T]):
             self.set_exception(error)
         except InvalidStateError:
             return False
-        self._forget_callbacks()
         _report_at_exit()
         return True
 
-    def _forget_callbacks(self) -> None:
-        """They were called; whoever keeps the future is not to keep all that they refer to."""
+    def _invoke_callbacks(self) -> None:
+        super()._invoke_callbacks()  # type: ignore[misc]
+        # A caller who keeps the future must not keep everything that they refer to.
         self._done_callbacks.clear()  # type: ignore[attr-defined]
+
+    def begin(self) -> bool:
+        """Note that its work is about to be done; False if it was settled or cancelled before.
+
+        From here on `cancel_if_queued` leaves it alone.
+        """
+        with self._condition:
+            self._begun = not (self._withdrawn or self.done())
+            return self._begun
+
+    def cancel_if_queued(self) -> bool:
+        """Cancel it, unless `begin` has succeeded; return whether it was cancelled."""
+        with self._condition:
+            if self._begun or self.was_sent:
+                return False
+            self._withdrawn = True  # decided under the lock; callbacks are called outside of it
+        return self.cancel()
 
     def enter(self, state: str, request_id: Optional[str] = None) -> None:
         """Note that the operation has reached *state*."""

@@ -132,6 +132,30 @@ def test_cancel_after_the_result_does_nothing() -> None:
     assert future.result() == 1
 
 
+@pytest.mark.parametrize("how", ["cancel", "settle"])
+def test_a_settled_future_keeps_no_callback_alive(how: str) -> None:
+    future = new()
+
+    def callback(settled: Any) -> None:
+        pass
+
+    called = weakref.ref(callback)
+    future.on_settled(callback)
+    del callback
+    assert called() is not None
+    assert future.cancel() if how == "cancel" else future.settle(1)
+    assert called() is None
+
+
+def test_work_is_begun_or_cancelled_in_the_queue() -> None:
+    for _ in range(300):
+        future = new()
+        begun, cancelled = race(future.begin, future.cancel_if_queued)
+        assert begun != cancelled
+        assert future.cancelled() == cancelled
+        assert not future.cancel_if_queued()
+
+
 def test_exactly_one_of_many_settles_it() -> None:
     for _ in range(300):
         future = new()

@@ -203,6 +203,36 @@ def test_an_interrupted_step_can_be_waited_for(
     assert list(pipeline) == []
 
 
+def test_a_batch_that_is_being_cut_gets_its_optimizer_step(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def config(received: Received) -> Answer:
+        asked.set()
+        return Answer(body={"fwdbwd_max_chunk_len": 1}, hold=go_on)
+
+    with ServiceClient(base_url=server.url) as client:
+        run = client.create_lora_training_client("base")
+        routes.serve("client/config", config)  # by it the lane's thread cuts the batch
+        pipeline = run.pipeline(
+            [batch(0) + batch(1), interrupting(asked)], "cross_entropy", ADAM, depth=2
+        )
+        with pytest.raises(KeyboardInterrupt):
+            next(pipeline)
+        go_on.set()
+        assert [step.index for step in pipeline.drain()] == [0]
+    assert len(server.requests(PASS)) == 2  # the parts of the batch
+    assert len(server.requests(STEP)) == 1
+
+
+def interrupting(event: threading.Event) -> Iterator[types.Datum]:
+    """A batch that is interrupted, as by Ctrl-C, once *event* is set."""
+    assert event.wait(PATIENCE_S)
+    raise KeyboardInterrupt
+    yield
+
+
 def test_drain_raises_the_first_failure(routes: TinkerRoutes, run: TrainingClient) -> None:
     failing = Answer(body={"error": "no such luck", "category": "user"})
     pipeline = run.pipeline(Batches(), "cross_entropy", ADAM, depth=3)

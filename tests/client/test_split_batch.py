@@ -9,6 +9,7 @@ from typing import Any, Iterator, List
 import numpy as np
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import wait_until
 from support.tinker_routes import MODEL, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
@@ -193,6 +194,130 @@ def test_a_part_of_which_nothing_is_known_is_not_sent_again(
         taken = routes.accept_pass(received)
         if seq_id_of(received) == 2:
             routes.results[taken.body["request_id"]] = Answer(body={"loss_fn_outputs": "?"})
+        return taken
+
+    routes.serve("forward_backward", step)
+    for _ in range(2):
+        error = trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
+        assert isinstance(error, IncompleteGradientError)
+        assert "Call forward_backward" not in str(error)
+    assert routes.seq_ids() == [1, 2, 3]
+
+
+def test_every_batch_that_was_added_in_part_must_be_completed(
+    trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    all_sent = threading.Event()
+
+    def step(received: Received) -> Answer:
+        taken = routes.accept_pass(received)
+        if seq_id_of(received) in (2, 4):
+            failed = Answer(body={"error": "no", "category": "server"}, hold=all_sent)
+            routes.results[taken.body["request_id"]] = failed
+        return taken
+
+    routes.serve("forward_backward", step)
+    batches = batch(4), batch(8)[4:]
+    first, second = (trainer.forward_backward(data, "cross_entropy") for data in batches)
+    server.wait_for(PASS, 4)
+    all_sent.set()
+    assert isinstance(first.exception(PATIENCE_S), IncompleteGradientError)
+    assert isinstance(second.exception(PATIENCE_S), IncompleteGradientError)
+    for data in batches:
+        step_of_optimizer = trainer.optim_step(ADAM)
+        assert isinstance(step_of_optimizer.exception(PATIENCE_S), IncompleteGradientError)
+        trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    trainer.optim_step(ADAM).result(PATIENCE_S)
+    sent = routes.submitted("forward_backward")
+    assert [d for request in sent[4:] for d in request.data] == [*batch(4)[2:], *batch(8)[6:]]
+
+
+def test_the_same_call_again_is_cut_where_the_batch_was(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    # While the encoding is not known, the larger of the two decides where a batch is cut.
+    limits = {"fwdbwd_max_chunk_len": 1000, "fwdbwd_max_chunk_bytes_count": 5000}
+    routes.serve("client/config", Answer(body=limits))
+    weights = np.full(100, 1 / 3, dtype=np.float32)
+    data = [datum(index + 1, length=100) for index in range(8)]
+    for one in data:
+        one.loss_fn_inputs["weights"] = types.TensorData.from_numpy(weights)
+    at(routes, 2, Answer(400, {"detail": "no"}))
+    with ServiceClient(base_url=server.url, wire="auto") as client:
+        trainer = client.create_lora_training_client("base")
+        passed = trainer.forward_backward(data, "cross_entropy")
+        assert isinstance(passed.exception(PATIENCE_S), IncompleteGradientError)
+        data[-1] = datum(500)  # is much smaller
+        trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    added, refused, *rest = routes.submitted("forward_backward")
+    assert [len(request.data) for request in (added, refused)] == [2, 2]  # as protobuf, 3
+    assert [d for request in (added, *rest) for d in request.data] == data
+
+
+def test_a_lost_part_after_one_that_failed_is_not_sent_twice(
+    trainer: TrainingClient, routes: TinkerRoutes
+) -> None:
+    arrived = threading.Event()
+
+    def step(received: Received) -> Answer:
+        if seq_id_of(received) == 2:
+            arrived.set()
+            return Answer(503)
+        taken = routes.accept_pass(received)
+        failed = Answer(body={"error": "no", "category": "user"}, hold=arrived)
+        routes.results[taken.body["request_id"]] = failed
+        return taken
+
+    routes.serve("forward_backward", step)
+    for _ in range(2):
+        # To send the first part, which the server must do, it would have to send the second one,
+        # of which that is not known, before; and then again.
+        error = trainer.forward_backward(batch(), "cross_entropy").exception(PATIENCE_S)
+        assert isinstance(error, IncompleteGradientError)
+        assert "0 of 3 parts" in str(error)
+        assert "Call forward_backward" not in str(error)
+    assert sorted({*routes.seq_ids()}) == [1, 2]
+
+
+def test_after_a_lost_part_another_batch_waits_for_what_became_of_the_others(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 2}))
+    go_on = threading.Event()
+    plain = routes.retrieve
+
+    def step(received: Received) -> Answer:
+        lost = len(server.requests(PASS)) == 2
+        return Answer(503) if lost else routes.accept_pass(received)
+
+    def retrieve(received: Received) -> Answer:
+        is_pass = received.json()["request_id"].startswith("forward_backward")
+        return Answer(body=plain(received).body, hold=go_on if is_pass else None)
+
+    routes.serve("forward_backward", step)
+    routes.serve("retrieve_future", retrieve)
+    with ServiceClient(base_url=server.url, max_outage_s=0.1, wire="protobuf") as client:
+        trainer = client.create_lora_training_client("base")
+        passed = trainer.forward_backward(batch(4), "cross_entropy")
+        other = trainer.forward_backward(batch(1), "cross_entropy")
+        server.wait_for(PASS, 2)
+        # Left are the first part, its batch and the other batch.
+        wait_until(lambda: len(client.inflight()) == 3, "the second part is given up")
+        go_on.set()
+        for future in (passed, other):
+            assert isinstance(future.exception(PATIENCE_S), IncompleteGradientError)
+        trainer.train_step(batch(4), "cross_entropy", ADAM)
+    assert routes.seq_ids() == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_poll_that_is_refused_says_nothing_of_the_work(
+    trainer: TrainingClient, routes: TinkerRoutes, status: int
+) -> None:
+    def step(received: Received) -> Answer:
+        taken = routes.accept_pass(received)
+        if seq_id_of(received) == 2:
+            routes.results[taken.body["request_id"]] = Answer(status, {"detail": "no"})
         return taken
 
     routes.serve("forward_backward", step)

@@ -39,7 +39,7 @@ class CustomPass:
     def __call__(self) -> None:
         """Do it.  On the lane's thread; blocks.  Raises what the future is to fail with."""
         future = self._future
-        if future.done():
+        if not future.begin():
             return
         self._run.ensure_trainable()
         future.enter("submitting")

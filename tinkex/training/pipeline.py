@@ -113,9 +113,8 @@ class Step(NamedTuple):
     optim: APIFuture[OptimStepResponse]
 
     def cancel_if_unsent(self) -> None:
-        """Cancel both, unless the lane has taken up the pass: then it needs its optimizer step."""
-        if not self.forward_backward.was_sent:
-            self.forward_backward.cancel()
+        """Cancel both, unless the lane has begun the pass: then it needs its optimizer step."""
+        if self.forward_backward.cancel_if_queued():
             self.optim.cancel()
 
 

@@ -42,6 +42,13 @@ _HOW_TO_DROP = (
 )
 
 
+class Piece(NamedTuple):
+    """Consecutive datums of a batch; *part* is the request that has added them already, if any."""
+
+    data: List[Datum]
+    part: Optional[Part]
+
+
 class Contents(NamedTuple):
     """What a batch consists of: the datums of each request, and the loss."""
 
@@ -88,6 +95,11 @@ class SplitBatch:
         """Whether all requests are settled."""
         return all(part.done() for part in self.parts)
 
+    @property
+    def failing(self) -> bool:
+        """Whether a request has failed, or was cancelled."""
+        return any(part.failed() for part in self.parts)
+
     def settle(self) -> Optional[IncompleteGradientError]:
         """Settle the future; return the error if only a part of the batch was added.
 
@@ -105,28 +117,45 @@ class SplitBatch:
         self._future.settle_error(error)
         return error if isinstance(error, IncompleteGradientError) else None
 
-    def completed_by(self, contents: Contents) -> Optional[List[Optional[Part]]]:
-        """Return how sending *contents* would complete this batch, of which a part is missing.
+    def completed_by(
+        self, data: List[Datum], loss_fn: str, config: Mapping[str, Union[float, str]]
+    ) -> Optional[List[Piece]]:
+        """Return how *data* would complete this batch, of which a part is missing.
 
-        That is, for each of the new requests, the part of this batch that is in the gradient
-        already, or None if it is to be sent.
+        *data* is cut where this batch was: cut anew, examples that were replaced, or an encoding
+        that is known by now, would move the cuts.  Pieces without a part are to be sent, in order.
 
-        Returns None if the gradient would not be that of *contents*, or might not be.
+        Returns None if the gradient would not be that of *data*, or might not be.
         """
-        own = self._contents
-        if own is None or (own.loss_fn, own.config) != (contents.loss_fn, contents.config):
+        own, failures = self._contents, self._failures()
+        if own is None or (own.loss_fn, own.config) != (loss_fn, config):
             return None
-        taken: List[Optional[Part]] = [None] * len(contents.chunks)
-        for index, (part, failure) in enumerate(zip(self.parts, self._failures())):
-            if failure is not None and _left_out(part, failure):
-                continue
-            if index >= len(taken) or own.chunks[index] != contents.chunks[index]:
+        if not self._may_be_completed(failures):
+            return None
+        pieces: List[Piece] = []
+        start = 0
+        for part, failure, chunk in zip(self.parts, failures, own.chunks):
+            piece = data[start : start + len(chunk)]
+            if not _left_out(part, failure) and piece != chunk:
                 return None
-            if failure is None:
-                taken[index] = part
-            elif not self._may_repeat(part):
-                return None
-        return taken
+            pieces.append(Piece(piece, part if failure is None else None))
+            start += len(chunk)
+        pieces.append(Piece(data[start:], None))
+        return [piece for piece in pieces if piece.data]
+
+    def _may_be_completed(self, failures: Sequence[Optional[BaseException]]) -> bool:
+        """Whether the same call again adds what is missing, and nothing twice.
+
+        A part whose answer was lost must then be the first request: any other one would have it
+        sent again before, and it would be added once more when it is due.
+        """
+        missing = False
+        for part, failure in zip(self.parts, failures):
+            if _left_out(part, failure):
+                missing = True
+            elif failure is not None and (missing or not self._may_repeat(part)):
+                return False
+        return self._contents is not None
 
     def _failures(self) -> List[Optional[BaseException]]:
         return [_failure(part) for part in self.parts]
@@ -148,13 +177,8 @@ class SplitBatch:
         self, failures: Sequence[Optional[BaseException]], cause: BaseException
     ) -> IncompleteGradientError:
         reason = cause.message if isinstance(cause, TinkexError) else repr(cause)
-        unknown = [
-            part
-            for part, failure in zip(self.parts, failures)
-            if failure is not None and not _left_out(part, failure)
-        ]
         hint = ""
-        if self._contents is not None and all(map(self._may_repeat, unknown)):
+        if self._may_be_completed(failures):
             hint = (
                 "Call forward_backward with the batch again: only what is missing is sent, and an "
                 "example that was refused may be another one. Or drop the gradient: "
@@ -179,9 +203,11 @@ def _failure(part: Part) -> Optional[BaseException]:
 
 
 def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
-    """Whether the server has added nothing of *part*, for certain."""
+    """Whether the server has added nothing of *part*, which is settled, for certain."""
     if isinstance(failure, CancelledError):
         return not part.was_sent
+    if part.was_accepted:  # any other error is one of asking for the result
+        return isinstance(failure, RequestFailedError)
     if isinstance(failure, (InvalidInputError, RequestFailedError)):
         return True
     if not isinstance(failure, APIStatusError) or failure.status is None:

@@ -19,11 +19,12 @@ import functools
 import logging
 from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Union
 
-from tinkex.errors import APIError, IncompleteGradientError
+from tinkex.errors import APIError
 from tinkex.futures import APIFuture, gather
 from tinkex.poller import Operation
 from tinkex.server_flags import ServerFlags, flags_for
 from tinkex.session import Session
+from tinkex.training.gradient import Gradient
 from tinkex.training.numbered_lane import NumberedLane, Send, Work
 from tinkex.training.split_batch import Contents, SplitBatch, in_indices_of_batch
 from tinkex.training.training_pass import Chunk, PassReader, check_encoding, cut
@@ -39,9 +40,6 @@ T = TypeVar("T")
 Join = Callable[[List[ForwardBackwardOutput]], ForwardBackwardOutput]
 
 LossSettings = Mapping[str, Union[float, str]]
-
-#: What adds to the gradient of a run, or applies it.
-_USING_GRADIENT = ("forward_backward", "optim_step")
 
 #: What drops the gradient of a run.
 _LOADING = ("load_state", "load_state_with_optimizer")
@@ -64,11 +62,9 @@ class TrainingRun:
         self._lane = NumberedLane(session, model_id, first_seq_id)
         self.transport = self._lane.transport
         self._results = PassReader(model_id)
-        # Used by the lane's thread alone: the server's flags, once they are needed; the batches in
-        # several requests that may not be settled; and the one that is in the gradient in part.
+        # Used by the lane's thread alone; the server's flags once they are needed.
+        self._gradient = Gradient(self._lane)
         self._flags: Optional[ServerFlags] = None
-        self._split: List[SplitBatch] = []
-        self._incomplete: Optional[SplitBatch] = None
 
     # Called from any thread
 
@@ -101,11 +97,13 @@ class TrainingRun:
                 self._wait_for_split_batches(future)
             if after is not None and after.failed():
                 future.cancel()
-            self._send(Work(future, send, decode))
-            if kind in _LOADING and self._incomplete is not None:
+            if kind == "optim_step" and not future.done():
+                self.ensure_trainable()
+            self._lane.send(Work(future, send, decode))
+            if kind in _LOADING and self._gradient.is_incomplete:
                 self.wait_for([future])
                 if not future.failed():
-                    self._incomplete = None
+                    self._gradient.drop()
 
         return self.queue(kind, task, counted=after is None)
 
@@ -186,7 +184,7 @@ class TrainingRun:
         parts = [self.new_future("forward_backward") for _ in chunks]
         if len(parts) > 1:
             batch = SplitBatch(self.model_id, future, parts, join, self._lane.may_repeat)
-            self._split.append(batch)
+            self._gradient.add(batch)
         else:
             gather(future, parts, join)
         self._send_parts(parts, chunks, loss_fn, {})
@@ -197,24 +195,13 @@ class TrainingRun:
 
     def ensure_trainable(self) -> None:
         """Raise IncompleteGradientError if only a part of a batch was added to the gradient."""
-        self._settle([batch for batch in self._split if batch.done])
-        error = None if self._incomplete is None else self._incomplete.settle()
-        if error is not None:
-            raise error
+        self._gradient.ensure_complete()
 
     def _wait_for_split_batches(self, future: APIFuture[Any]) -> None:
-        """Wait for the batches in several requests, on behalf of *future*, and settle them."""
+        """Wait for the batches in several requests, on behalf of *future*."""
         future.waiting_for = lambda: "waits for all parts of the batch before it"
-        for batch in self._split:
-            self.wait_for(batch.parts)
+        self._gradient.wait()
         future.waiting_for = None
-        self._settle([batch for batch in self._split if batch.done])  # all, or the client closed
-
-    def _settle(self, batches: Sequence[SplitBatch]) -> None:
-        for batch in batches:
-            self._split.remove(batch)
-            if batch.settle() is not None:
-                self._incomplete = batch
 
     # Passes
 
@@ -226,40 +213,46 @@ class TrainingRun:
         config: LossSettings,
     ) -> None:
         """Send a batch in as many requests as it takes, one after the other."""
-        if whole.done():  # cancelled while it waited its turn
+        if not whole.begin():  # cancelled while it waited its turn
+            return
+        if whole.kind == "forward_backward":
+            self._send_gradient_batch(whole, data, loss_fn, config)
             return
         chunks = self._cut(data)
-        if whole.kind in _USING_GRADIENT:
-            contents = Contents([chunk for chunk, _ in chunks], loss_fn, config)
-            parts = self._parts_of_gradient(whole, contents)
-        elif len(chunks) > 1:
+        parts = [whole]
+        if len(chunks) > 1:
             parts = [self.new_future(whole.kind) for _ in chunks]
             gather(whole, parts, combine)
-        else:
-            parts = [whole]
         self._send_parts(parts, chunks, loss_fn, config)
 
-    def _parts_of_gradient(
-        self, whole: APIFuture[ForwardBackwardOutput], contents: Contents
-    ) -> List[APIFuture[ForwardBackwardOutput]]:
-        """Return a future for each request; those that are settled need not be sent.
+    def _send_gradient_batch(
+        self,
+        whole: APIFuture[ForwardBackwardOutput],
+        data: List[Datum],
+        loss_fn: str,
+        config: LossSettings,
+    ) -> None:
+        """Send a batch, or what is missing of one that was added in part.
 
-        Raises IncompleteGradientError if a batch was added in part, and *contents* is not its rest.
+        Raises IncompleteGradientError if one was, and this is not its rest.
         """
-        taken: Optional[List[Optional[APIFuture[ForwardBackwardOutput]]]] = None
-        self._settle([batch for batch in self._split if batch.done])
-        if self._incomplete is not None:
-            taken = self._incomplete.completed_by(contents)
-        if taken is None:
-            self.ensure_trainable()
-            if len(contents.chunks) == 1:
-                return [whole]
-            taken = [None] * len(contents.chunks)
-        parts = [part or self.new_future(whole.kind) for part in taken]
-        batch = SplitBatch(self.model_id, whole, parts, combine, self._lane.may_repeat, contents)
-        self._split.append(batch)
-        self._incomplete = None
-        return parts
+        completed, pieces = self._gradient.plan(data, loss_fn, config)
+        chunks: List[Chunk] = []
+        added: List[Optional[APIFuture[ForwardBackwardOutput]]] = []
+        for piece, part in pieces:
+            cuts = self._cut(piece) if part is None else [(piece, 0)]  # the latter is not sent
+            chunks += cuts
+            added += [part] * len(cuts)
+        if whole.done():  # cancelled meanwhile
+            return
+        parts = [whole]
+        if completed is not None or len(chunks) > 1:
+            parts = [part or self.new_future(whole.kind) for part in added]
+            contents = Contents([chunk for chunk, _ in chunks], loss_fn, config)
+            may_repeat = self._lane.may_repeat
+            batch = SplitBatch(self.model_id, whole, parts, combine, may_repeat, contents)
+            self._gradient.add(batch, completed)
+        self._send_parts(parts, chunks, loss_fn, config)
 
     def _cut(self, data: List[Datum]) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
@@ -283,7 +276,7 @@ class TrainingRun:
                 for later in parts[index:]:
                     later.cancel()
                 return
-            self._send(self._pass_over(part, chunk, nbytes, first, loss_fn, config))
+            self._lane.send(self._pass_over(part, chunk, nbytes, first, loss_fn, config))
             first += len(chunk)
 
     def _pass_over(
@@ -324,14 +317,3 @@ class TrainingRun:
                 self._flags = ServerFlags()
             self.transport.pressure.adjust()
         return self._flags
-
-    def _send(self, work: Work[Any]) -> None:
-        if work.future.done():  # cancelled while it waited its turn
-            return
-        if work.future.kind in _USING_GRADIENT:
-            try:
-                self.ensure_trainable()
-            except IncompleteGradientError as error:
-                self._session.poller.fail(work.future, error)
-                return
-        self._lane.send(work)
