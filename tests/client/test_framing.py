@@ -16,7 +16,7 @@ from tinkex.config import Config
 from tinkex.errors import APIConnectionError
 from tinkex.http import framing
 from tinkex.http.channel import Channel
-from tinkex.http.framing import Pace, content_length
+from tinkex.http.framing import Pace, chunk_size, content_length
 from tinkex.http.private_channel import PrivateChannel
 from tinkex.transport import Request, Transport
 
@@ -59,6 +59,21 @@ def test_an_absurd_length_is_an_error(private: bool, length: bytes) -> None:
         with pytest.raises(APIConnectionError, match="Content-Length is"):
             transport.send_once(Request("POST", "/api/v1/x", b"{}", bare=True))
         transport.abort()
+
+
+@KINDS
+@pytest.mark.parametrize("size", [b"", b"-5", b"xyz", b"f" * 16, b"f" * 5000])
+def test_an_absurd_size_of_a_chunk_is_an_error(private: bool, size: bytes) -> None:
+    answer = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n{}\r\n0\r\n\r\n"
+    with RawServer(answer) as server, pytest.raises(requests.RequestException):
+        ask(server.url, private)
+
+
+def test_sizes_of_chunks() -> None:
+    assert [chunk_size(text) for text in (b"0", b"000", b"1F", b"00000000000000002")] == [0, 0, 31, 2]
+    for text in (b"", b"-5", b"0x2", b"1_0", b"+1", b"1 2", b"f1g2f", b"f" * 13):
+        with pytest.raises(ValueError, match=f"the size of a chunk is {text!r}".replace("+", "[+]")):
+            chunk_size(text)
 
 
 @KINDS

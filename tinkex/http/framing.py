@@ -18,6 +18,8 @@ MIN_BYTES_PER_S = 1024
 SMALL_BODY = 65536
 #: Digits of a Content-Length; more bytes than that fit nowhere.
 _MAX_DIGITS = 15
+_MAX_HEX_DIGITS = 12
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
 
 
 def content_length(text: str) -> int:
@@ -31,6 +33,18 @@ def content_length(text: str) -> int:
     if values or not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
         raise ValueError(f"its Content-Length is {text[:40]!r}")
     return int(value)
+
+
+def chunk_size(text: bytes) -> int:
+    """Read the size of a chunk, in hexadecimal digits (RFC 9112, 7.1).
+
+    Raises:
+        ValueError: it is not a size; the message shows the beginning.
+    """
+    digits = text.lstrip(b"0") or text[-1:]
+    if not 0 < len(digits) <= _MAX_HEX_DIGITS or digits.translate(None, _HEX_DIGITS):
+        raise ValueError(f"the size of a chunk is {text[:40]!r}")
+    return int(digits, 16)
 
 
 class Pace:
@@ -155,3 +169,10 @@ class CheckedResponse(http.client.HTTPResponse):
                 content_length(", ".join(lengths))
             except ValueError as error:
                 raise http.client.HTTPException(f"this is no HTTP answer: {error}") from error
+
+    def _safe_read(self, amt: int) -> bytes:
+        """Read one chunk for urllib3, which takes the size of a chunk with its sign."""
+        if amt < 0:
+            raise http.client.HTTPException(f"this is no HTTP answer: a chunk has the size {amt}")
+        data: bytes = super()._safe_read(amt)  # type: ignore[misc]  # not in typeshed
+        return data

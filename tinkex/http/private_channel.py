@@ -27,7 +27,7 @@ from urllib3.util.wait import wait_for_read
 from tinkex.config import Config
 from tinkex.http.channel import SOCKET_OPTIONS, Channel
 from tinkex.http.content_coding import decompress
-from tinkex.http.framing import SMALL_BODY, Pace, content_length
+from tinkex.http.framing import SMALL_BODY, Pace, chunk_size, content_length
 from tinkex.http.request import Body, Reply
 from tinkex.wire.parts import Parts
 
@@ -302,13 +302,10 @@ class PrivateChannel:
         """Read a chunked body and its trailers (RFC 9112, section 7.1)."""
         parts: List[bytes] = []
         while True:
-            size_text = self._read_line(sock).partition(b";")[0].strip()
             try:
-                size = int(size_text, 16) if size_text.isalnum() else -1
-            except ValueError:
-                size = -1
-            if size < 0:
-                raise _broken(f"the size of a chunk is {size_text[:20]!r}")
+                size = chunk_size(self._read_line(sock).partition(b";")[0].strip())
+            except ValueError as error:
+                raise _broken(str(error)) from error
             if size == 0:
                 break
             parts.append(self._read_exactly(sock, size))
