@@ -25,8 +25,8 @@ import numpy as np
 from harness import SessionServers
 
 from tinkex import ServiceClient
+from tinkex._sessions.manager import SessionManager
 from tinkex.config import Config
-from tinkex.session_manager import SessionManager
 
 PERIOD_S = 2.0
 BEAT_S = 0.05

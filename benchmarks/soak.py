@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Optional
 from harness import SessionServers
 
 from tinkex import ServiceClient, TinkexError
-from tinkex.session_manager import default_manager
+from tinkex._sessions.manager import default_manager
 
 INTERVAL_S = 1.0
 TTL_S = 5.0

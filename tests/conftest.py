@@ -53,17 +53,17 @@ def no_thread_is_left() -> Iterator[None]:
     left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {[t.name for t in left]}"
     # Servers of later tests may get the ports of this one's.
-    memory = sys.modules.get("tinkex.server_memory")
+    memory = sys.modules.get("tinkex._transport.server_state")
     if memory is not None:
         memory.forget_servers()
     for name, table in (
-        ("tinkex.server_flags", "_known"),
-        ("tinkex.keys.tokens", "_sources"),
-        ("tinkex.flow.rate_limiter", "_limiters"),
+        ("tinkex._transport.server_flags", "_known"),
+        ("tinkex._transport.tokens", "_sources"),
+        ("tinkex._transport.rate_limiter", "_limiters"),
     ):
         if name in sys.modules:  # likewise: flags, tokens and back-offs, by address
             getattr(sys.modules[name], table).clear()
-    manager = getattr(sys.modules.get("tinkex.session_manager"), "_default", None)
+    manager = getattr(sys.modules.get("tinkex._sessions.manager"), "_default", None)
     if manager is not None:  # and whether sessions can be finished there
         manager._core.finish_route.clear()
     # A socket dropped without being closed warns when it is collected; warnings are errors.

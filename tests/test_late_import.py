@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.threads import wait_until
 
-from tinkex import late_import
-from tinkex.late_import import import_late
+from tinkex._runtime import late_import
+from tinkex._runtime.late_import import import_late
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 

@@ -1,6 +1,6 @@
 """The package's layers, and the rules every module keeps.  Reads the source; imports nothing.
 
-The table is the one in docs/architecture.md: a module may import its own layer and those below.
+A folder, or a module at the top, is a layer; docs/architecture.md describes them.
 """
 
 from __future__ import annotations
@@ -13,48 +13,40 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tinkex"
 
-#: From the bottom up; "room: modules" are those of a folder.
-LAYERS = {
-    "leaves": [
-        "_version errors clock lifecycle single_flight late_import lazy_numpy descriptors numeric",
-    ],
-    "values": [
-        "config types wire retry retry_config telemetry_events usage",
-        "http: request redaction redirects gateways base_url",
-        "keys: credentials",
-        "sampling: sample_checks",
-        "training: batch_checks likely_mistakes",
-    ],
-    "machinery": [
-        "transport server_flags server_memory metrics",
-        "http: channel private_channel framing content_coding connection_errors",
-        "http: deprecations billing",
-        "keys: credential_command tokens",
-        "flow: rate_limiter backpressure pressure scheduler crew",
-        "transfer: checkpoint_files compression downloads download_folder part_file extraction",
-    ],
-    "protocol": [
-        "api auth dialect connection session session_manager poller futures telemetry",
-        "sessions: session_table beat_queue session_link session_core heartbeat",
-        "polling: poll_rules poll_loop pause_notices cancel_queue",
-        "polling: batch_ledger batch_patience batch_watch batch_poll batch_poller",
-        "sampling: sample_gate sample_work sampler sample_call",
-        "training: training_run numbered_lane training_pass split_batch gradient new_run",
-    ],
-    "clients": [
-        "service_client training_client sampling_client rest_client admin_client",
-        "child_client lookup_client checkpoints tokenizers",
-        "sampling: sample_stream sampler_handle",
-        "training: loss_graph custom_loss custom_pass loss_registry run_factory pipeline",
-        "training: run_checkpoints",
-        "transfer: hub",
-    ],
-    "edges": ["__main__ cli local"],
-}
+#: From the bottom up: each imports only itself and those before it, late imports included.
+LAYERS = [
+    "_version",
+    "errors",
+    "_runtime",
+    "types",
+    "wire",
+    "credentials",
+    "retry",
+    "retry_config",
+    "usage",
+    "config",
+    "metrics",
+    "_transport",
+    "_api",
+    "futures",
+    "_results",
+    "_sessions",
+    "auth",
+    "_sampling",
+    "_training",
+    "_downloads",
+    "clients",
+    "local",
+    "cli",
+    "__main__",
+]
+
+#: What the embedded server shares with the client, so that each can be tested against the other.
+VALUES = {"errors", "_runtime", "types", "wire", "local"}
 
 #: Upward imports that are meant, and why.
 EXCEPTIONS = {
-    ("tinkex.service_client", "tinkex.local"): "ServiceClient.local() starts the embedded server",
+    ("tinkex.clients.service", "tinkex.local"): "ServiceClient.local() starts the embedded server",
 }
 
 #: Imported where it is used, never with a module that everyone imports.
@@ -107,22 +99,16 @@ SOURCES: Dict[str, ast.Module] = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if not path.name.endswith("_pb2.py")
 }
-LAYER_NAMES = list(LAYERS)
 
 
-def modules_of(line: str) -> List[str]:
-    room, _, names = line.rpartition(": ")
-    return [".".join(filter(None, ("tinkex", room, name))) for name in names.split()]
+def layer(module: str) -> str:
+    """Return the folder or module at the top that *module* belongs to; "" for the package."""
+    return module.partition(".")[2].partition(".")[0]
 
 
-LAYER_OF = {
-    module: number
-    for number, lines in enumerate(LAYERS.values())
-    for line in lines
-    for module in modules_of(line)
-}
-#: Folders whose modules are of several layers.
-ROOMS = {module.rpartition(".")[0] for module in LAYER_OF} - {"tinkex"}
+def rank(module: str) -> int:
+    """Return the place of *module* in LAYERS; the package itself re-exports the clients."""
+    return LAYERS.index(layer(module) or "clients")
 
 
 def imports(module: str, tree: ast.Module) -> Iterator[Import]:
@@ -160,21 +146,6 @@ def runs_at_import(node: ast.AST, parents: Dict[ast.AST, ast.AST]) -> bool:
     return True
 
 
-def layer(module: str) -> int:
-    """Return the layer of *module*; the package itself re-exports the clients."""
-    if module == "tinkex":
-        return LAYER_OF["tinkex.service_client"]
-    if module in ROOMS:
-        return 0  # a docstring
-    return LAYER_OF[known(module)]
-
-
-def known(module: str) -> str:
-    """What of *module* the table should know: a whole package, or one module of a room."""
-    parts = module.split(".")
-    return ".".join(parts[: 3 if ".".join(parts[:2]) in ROOMS else 2])
-
-
 ALL_IMPORTS: List[Import] = [
     found for module, tree in SOURCES.items() for found in imports(module, tree)
 ]
@@ -187,27 +158,15 @@ def excused(found: Import) -> bool:
     )
 
 
-def test_every_module_has_a_layer():
-    unknown = {
-        known(module)
-        for module in SOURCES
-        if module not in ("tinkex", *ROOMS) and known(module) not in LAYER_OF
-    }
-    assert not unknown, "give them a layer in this file and in docs/architecture.md"
-    gone = set(LAYER_OF) - set(SOURCES)
-    assert not gone, "take them out of this file and of docs/architecture.md"
-
-
-def test_a_room_has_nothing_but_its_modules():
-    assert all(len(SOURCES[room].body) == 1 for room in ROOMS), "a docstring"
+def test_the_layers_are_what_stands_at_the_top():
+    assert {layer(module) for module in SOURCES} - {""} == set(LAYERS)
 
 
 def test_imports_go_downward():
     upward = [
-        f"{i.module}:{i.line} ({LAYER_NAMES[layer(i.module)]}) imports {i.target} "
-        f"({LAYER_NAMES[layer(i.target)]})"
+        f"{i.module}:{i.line} imports {i.target}"
         for i in OWN_IMPORTS
-        if layer(i.target) > layer(i.module) and not excused(i)
+        if rank(i.target) > rank(i.module) and not excused(i)
     ]
     assert upward == []
 
@@ -223,9 +182,7 @@ def test_the_server_shares_only_values_with_the_client():
     reach = [
         f"{i.module}:{i.line} imports {i.target}"
         for i in OWN_IMPORTS
-        if i.module.startswith("tinkex.local")
-        and not i.target.startswith("tinkex.local")
-        and layer(i.target) > 1
+        if layer(i.module) == "local" and layer(i.target) not in VALUES
     ]
     assert reach == []
 

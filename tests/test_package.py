@@ -36,8 +36,8 @@ def test_importing_brings_nothing_heavy(statement):
 
 def test_a_client_needs_no_numpy_or_protobuf_until_there_are_tokens():
     loaded = modules_after("import tinkex; tinkex.ServiceClient")
-    unused = {"numpy", "google.protobuf", "dataclasses_json", "tinkex.rest_client"}
-    assert loaded & (unused | {"tinkex.training_client", "tinkex.telemetry"}) == set()
+    unused = {"numpy", "google.protobuf", "dataclasses_json", "tinkex.clients.rest"}
+    assert loaded & (unused | {"tinkex.clients.training", "tinkex._sessions.telemetry"}) == set()
     prompt = "import tinkex; prompt = tinkex.ModelInput.from_ints([1]); prompt.to_json()"
     assert "numpy" not in modules_after(prompt)
     assert "numpy" in modules_after(f"{prompt}; prompt.to_numpy()")

@@ -19,8 +19,10 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from protocol import test_golden
 
-from tinkex import api, types
-from tinkex.clock import SYSTEM_CLOCK
+from tinkex import _api as api, types
+from tinkex._runtime.clock import SYSTEM_CLOCK
+from tinkex._transport.server_flags import DynamicFlags, ServerFlags
+from tinkex._transport.transport import Request
 from tinkex.config import Config
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
@@ -29,8 +31,6 @@ from tinkex.local.settings import ServerSettings
 from tinkex.local.store import Store
 from tinkex.metrics import Recorder
 from tinkex.retry import RetryPolicy
-from tinkex.server_flags import DynamicFlags, ServerFlags
-from tinkex.transport import Request
 from tinkex.types._wire import Wire
 from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.json_codec import JSON
@@ -151,7 +151,7 @@ _REQUESTS = {
 
 
 def endpoint_functions() -> Iterator[Tuple[str, Callable[..., Any]]]:
-    """Yield every public function of tinkex.api that takes a transport."""
+    """Yield every public function of tinkex._api that takes a transport."""
     modules = [found.name for found in pkgutil.iter_modules(api.__path__)]
     for module_name in (name for name in modules if not name.startswith("_")):
         module = importlib.import_module(f"{api.__name__}.{module_name}")

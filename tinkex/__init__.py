@@ -8,12 +8,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, List
 
+from tinkex._runtime.late_import import import_late
 from tinkex._version import __version__
-from tinkex.late_import import import_late
 
 if TYPE_CHECKING:
     from tinkex import auth as auth, types as types
-    from tinkex.admin_client import AdminClient as AdminClient
+    from tinkex._sessions.manager import SessionManager as SessionManager
+    from tinkex._training.custom_loss import (
+        LossHandle as LossHandle,
+        PerDatumLossFn as PerDatumLossFn,
+    )
+    from tinkex._transport.server_state import ServerDialect as ServerDialect
+    from tinkex.clients.admin import AdminClient as AdminClient
+    from tinkex.clients.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
+    from tinkex.clients.rest import RestClient as RestClient
+    from tinkex.clients.sample_stream import Sampled as Sampled, SampleStream as SampleStream
+    from tinkex.clients.sampling import (
+        BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
+        SamplingClient as SamplingClient,
+    )
+    from tinkex.clients.service import ServiceClient as ServiceClient
+    from tinkex.clients.training import (
+        BackcompatTrainingClientFuture as BackcompatTrainingClientFuture,
+        TrainingClient as TrainingClient,
+        TrainStep as TrainStep,
+    )
     from tinkex.config import Config as Config
     from tinkex.errors import (
         APIConnectionError as APIConnectionError,
@@ -54,26 +73,7 @@ if TYPE_CHECKING:
     )
     from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
     from tinkex.metrics import Latency as Latency, Metrics as Metrics
-    from tinkex.rest_client import RestClient as RestClient
     from tinkex.retry_config import RetryConfig as RetryConfig
-    from tinkex.sampling.sample_stream import Sampled as Sampled, SampleStream as SampleStream
-    from tinkex.sampling_client import (
-        BackcompatSamplingClientFuture as BackcompatSamplingClientFuture,
-        SamplingClient as SamplingClient,
-    )
-    from tinkex.server_memory import ServerDialect as ServerDialect
-    from tinkex.service_client import ServiceClient as ServiceClient
-    from tinkex.session_manager import SessionManager as SessionManager
-    from tinkex.training.custom_loss import (
-        LossHandle as LossHandle,
-        PerDatumLossFn as PerDatumLossFn,
-    )
-    from tinkex.training.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
-    from tinkex.training_client import (
-        BackcompatTrainingClientFuture as BackcompatTrainingClientFuture,
-        TrainingClient as TrainingClient,
-        TrainStep as TrainStep,
-    )
     from tinkex.types import (
         AdamOptimizerConfig as AdamOptimizerConfig,
         AdamParams as AdamParams,
@@ -108,9 +108,9 @@ if TYPE_CHECKING:
     from tinkex.usage import Budget as Budget, Price as Price, Usage as Usage
 
 _MODULES = {
-    "admin_client": ["AdminClient"],
+    "clients.admin": ["AdminClient"],
     "config": ["Config"],
-    "training.custom_loss": ["LossHandle", "PerDatumLossFn"],
+    "_training.custom_loss": ["LossHandle", "PerDatumLossFn"],
     "errors": [
         "APIConnectionError",
         "APIError",
@@ -150,16 +150,16 @@ _MODULES = {
     ],
     "futures": ["APIFuture", "FutureStatus"],
     "metrics": ["Latency", "Metrics"],
-    "training.pipeline": ["Pipeline", "PipelineStep"],
-    "rest_client": ["RestClient"],
+    "clients.pipeline": ["Pipeline", "PipelineStep"],
+    "clients.rest": ["RestClient"],
     "retry_config": ["RetryConfig"],
-    "sampling.sample_stream": ["Sampled", "SampleStream"],
-    "sampling_client": ["BackcompatSamplingClientFuture", "SamplingClient"],
+    "clients.sample_stream": ["Sampled", "SampleStream"],
+    "clients.sampling": ["BackcompatSamplingClientFuture", "SamplingClient"],
     "usage": ["Budget", "Price", "Usage"],
-    "server_memory": ["ServerDialect"],
-    "service_client": ["ServiceClient"],
-    "session_manager": ["SessionManager"],
-    "training_client": ["BackcompatTrainingClientFuture", "TrainStep", "TrainingClient"],
+    "_transport.server_state": ["ServerDialect"],
+    "clients.service": ["ServiceClient"],
+    "_sessions.manager": ["SessionManager"],
+    "clients.training": ["BackcompatTrainingClientFuture", "TrainStep", "TrainingClient"],
     "types": [
         "AdamOptimizerConfig",
         "AdamParams",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Optional
 
+from tinkex._transport.gateways import as_the_servers_own
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
+from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.errors import APIConnectionError, CredentialError, ResponseDecodeError
-from tinkex.http.gateways import as_the_servers_own
-from tinkex.http.request import Reply, Request
-from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
-from tinkex.transport import Transport
 from tinkex.types import ApiKeyInfo, GetServerCapabilitiesResponse, WhoamiResponse
 
 _KEY_PATH = "/api/v1/auth/apikey/me"

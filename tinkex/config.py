@@ -10,10 +10,10 @@ import re
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
+from tinkex._runtime.base_url import normal_base_url, normal_proxy, proxy_for
+from tinkex._runtime.numeric import convert_fields, is_finite, is_int, to_bool
+from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.errors import ConfigError, InvalidInputError
-from tinkex.http.base_url import normal_base_url, normal_proxy, proxy_for
-from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
-from tinkex.numeric import convert_fields, is_finite, is_int, to_bool
 from tinkex.usage import Budget, Price, check_prices
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
@@ -94,7 +94,7 @@ class Config:
         on_backpressure: what happens to a call beyond *max_unread*, and to a request that the
             server turns away with 429 (of a training run: always ``"wait"``): ``"wait"``, or
             ``"raise"`` BackpressureError or RateLimitError at once.
-        telemetry: report sessions and failures to the server; see `tinkex.telemetry`.
+        telemetry: report sessions and failures to the server; see `tinkex._sessions.telemetry`.
         budget: what would exceed it is refused, by `BudgetExceededError`, before it is sent.
         prices: `Price` by name of base model; ``"*"`` stands for all others.
     """

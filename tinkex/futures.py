@@ -27,8 +27,8 @@ from typing import (
     TypeVar,
 )
 
+from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
-from tinkex.numeric import as_seconds
 
 logger = logging.getLogger(__name__)
 

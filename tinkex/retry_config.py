@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Optional, Tuple, Type
 
+from tinkex._runtime.numeric import convert_fields, is_finite, is_int
 from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError
-from tinkex.numeric import convert_fields, is_finite, is_int
 
 #: A sample whose result was lost is submitted again at most so often.
 MOST_RESUBMISSIONS = 5

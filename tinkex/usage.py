@@ -12,6 +12,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from tinkex._runtime.numeric import is_finite, to_float
 from tinkex.errors import (
     APIError,
     APIStatusError,
@@ -21,7 +22,6 @@ from tinkex.errors import (
     RequestFailedError,
     UnsupportedError,
 )
-from tinkex.numeric import is_finite, to_float
 
 #: In a table of prices: that of every model that is not named.
 ANY_MODEL = "*"

@@ -13,13 +13,13 @@ import pytest
 import responses
 
 from tinkex import types
+from tinkex._api import futures, rest, sampling, sessions, telemetry, training
+from tinkex._api._call import encode
+from tinkex._transport.transport import Transport
 from tinkex._version import PROTOCOL_VERSION
-from tinkex.api import futures, rest, sampling, sessions, telemetry, training
-from tinkex.api._call import encode
 from tinkex.config import Config
 from tinkex.errors import InvalidInputError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Transport
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF

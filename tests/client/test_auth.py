@@ -27,9 +27,14 @@ from support.transports import open_transport, quick_config
 
 import tinkex
 from tinkex import auth
-from tinkex.api.training import load_weights
-from tinkex.clock import SystemClock
+from tinkex._api.training import load_weights
+from tinkex._runtime.clock import SystemClock
+from tinkex._transport import credential_command
+from tinkex._transport.credential_command import run_command
+from tinkex._transport.tokens import Token, TokenSource, source_for
+from tinkex._transport.transport import Request, Transport
 from tinkex.config import Config
+from tinkex.credentials import CredentialsFile, StoredKey, read_claims
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -39,15 +44,10 @@ from tinkex.errors import (
     ResponseDecodeError,
     TinkexError,
 )
-from tinkex.keys import credential_command
-from tinkex.keys.credential_command import run_command
-from tinkex.keys.credentials import CredentialsFile, StoredKey, read_claims
-from tinkex.keys.tokens import Token, TokenSource, source_for
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Request, Transport
 
 KEY = "tml-secret-4711"
 CONFIG = "POST /api/v1/client/config"

@@ -18,13 +18,13 @@ from support.tinker_routes import TinkerRoutes
 from support.transports import open_transport, quick_config
 
 from tinkex import ServiceClient, types
+from tinkex._transport import backpressure
+from tinkex._transport.backpressure import Quota, Unread, megabytes
+from tinkex._transport.byte_limits import Pressure
+from tinkex._transport.rate_limiter import RateLimiter, limiter_for
+from tinkex._transport.server_flags import flags_for
 from tinkex.errors import BackpressureError, ClientClosedError, ConfigError, RateLimitError
-from tinkex.flow import backpressure
-from tinkex.flow.backpressure import Quota, Unread, megabytes
-from tinkex.flow.pressure import Pressure
-from tinkex.flow.rate_limiter import RateLimiter, limiter_for
 from tinkex.futures import APIFuture
-from tinkex.server_flags import flags_for
 
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 BATCH = [
@@ -234,7 +234,7 @@ def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -
     limit = unread(1, notice_after_s=0.002)
     limit.enter("sample")
     with (
-        caplog.at_level(logging.WARNING, "tinkex.flow.backpressure"),
+        caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"),
         ThreadPoolExecutor(1) as pool,
     ):
         second = pool.submit(limit.enter, "sample")
@@ -252,7 +252,7 @@ def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureF
         limit.enter("sample")
         limit.enter("sample")
 
-    with caplog.at_level(logging.WARNING, "tinkex.flow.backpressure"):
+    with caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"):
         alone = threading.Thread(target=submit_two, name="alone", daemon=True)
         alone.start()
         wait_until(lambda: "sample has waited for" in caplog.text, "it is told")

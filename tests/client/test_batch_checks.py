@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinkex._training import batch_checks
+from tinkex._training.batch_checks import as_loss_config, check_batch, check_name, check_ttl
 from tinkex.errors import InvalidInputError
-from tinkex.training import batch_checks
-from tinkex.training.batch_checks import as_loss_config, check_batch, check_name, check_ttl
 from tinkex.types import Datum, ImageChunk, ModelInput
 
 

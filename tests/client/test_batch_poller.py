@@ -28,6 +28,10 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex import ServiceClient, types
+from tinkex._results import batch_poll, batch_poller, outcomes as poll_rules
+from tinkex._results.completion_tracker import Ledger
+from tinkex._results.poller import Operation, Poller
+from tinkex._results.sample_work import SampleWork
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -39,10 +43,6 @@ from tinkex.futures import APIFuture
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
-from tinkex.poller import Operation, Poller
-from tinkex.polling import batch_poll, batch_poller, poll_rules
-from tinkex.polling.batch_ledger import Ledger
-from tinkex.sampling.sample_work import SampleWork
 from tinkex.types import UntypedFuture
 
 TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_sampler_id": 7}

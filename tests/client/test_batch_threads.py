@@ -21,10 +21,10 @@ from support.batch_routes import (
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
+from tinkex._results import batch_poll, batch_poller, outcomes as poll_rules
+from tinkex._results.poller import Poller
+from tinkex._results.sample_work import Target
 from tinkex.errors import ResultExpiredError
-from tinkex.poller import Poller
-from tinkex.polling import batch_poll, batch_poller, poll_rules
-from tinkex.sampling.sample_work import Target
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.threads import race
 
 from tinkex import ServiceClient
+from tinkex._transport import billing
+from tinkex._transport.billing import DEFAULT_LIMIT_S, PAUSE_S, BillingPause
 from tinkex.errors import APIConnectionError, BillingError
-from tinkex.http import billing
-from tinkex.http.billing import DEFAULT_LIMIT_S, PAUSE_S, BillingPause
 
 
 def pause(clock: ManualClock, limit_s: float = 1000.0) -> BillingPause:

@@ -12,7 +12,7 @@ import requests
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.transports import quick_config
 
-from tinkex.http.channel import Channel
+from tinkex._transport.channel import Channel
 
 
 @pytest.fixture

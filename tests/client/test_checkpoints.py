@@ -22,8 +22,11 @@ import pytest
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
-from tinkex import RestClient, ServiceClient, TrainingClient, checkpoints
-from tinkex.api import archives
+from tinkex import RestClient, ServiceClient, TrainingClient
+from tinkex._api import archives
+from tinkex._downloads import downloads, extraction
+from tinkex._downloads.download_folder import INSIDE
+from tinkex.clients import checkpoints
 from tinkex.errors import (
     APIConnectionError,
     ClientClosedError,
@@ -39,8 +42,6 @@ from tinkex.errors import (
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
-from tinkex.transfer import downloads, extraction
-from tinkex.transfer.download_folder import INSIDE
 
 KEY = "tml-secret-key"
 PATH = "tinker://run-1/weights/final"

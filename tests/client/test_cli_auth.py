@@ -11,7 +11,7 @@ import pytest
 from support.scripted_server import Answer, Received, ScriptedServer
 
 from tinkex.cli.main import run_command
-from tinkex.keys.credentials import CredentialsFile, StoredKey
+from tinkex.credentials import CredentialsFile, StoredKey
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings

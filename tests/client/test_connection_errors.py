@@ -11,6 +11,8 @@ from support.scripted_server import Answer, ScriptedServer
 from support.transports import open_transport
 
 from tinkex import ServiceClient
+from tinkex._transport.connection_errors import connection_error, forget_frames
+from tinkex._transport.request import Request
 from tinkex.config import DEFAULT_BASE_URL, Config
 from tinkex.errors import (
     APIConnectionError,
@@ -19,8 +21,6 @@ from tinkex.errors import (
     NotFoundError,
     RequestFailedError,
 )
-from tinkex.http.connection_errors import connection_error, forget_frames
-from tinkex.http.request import Request
 from tinkex.retry import RetryPolicy
 
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')

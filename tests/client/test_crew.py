@@ -9,9 +9,9 @@ from typing import Any, Iterator, List, Optional
 import pytest
 from support.threads import PATIENCE_S, race, wait_until
 
+from tinkex._runtime import adaptive_pool as crew
+from tinkex._runtime.adaptive_pool import Crew
 from tinkex.errors import ClientClosedError
-from tinkex.flow import crew
-from tinkex.flow.crew import Crew
 
 crews: List[Crew[Any]] = []
 

@@ -16,6 +16,7 @@ from support.tinker_routes import MODEL, TinkerRoutes
 torch = pytest.importorskip("torch")
 
 from tinkex import LossHandle, ServiceClient, TrainingClient, types  # noqa: E402
+from tinkex._training.loss_tracing import trace_loss  # noqa: E402
 from tinkex.errors import (  # noqa: E402
     BadRequestError,
     IncompleteGradientError,
@@ -24,7 +25,6 @@ from tinkex.errors import (  # noqa: E402
     RequestFailedError,
     ResponseDecodeError,
 )
-from tinkex.training.loss_graph import trace_loss  # noqa: E402
 from tinkex.wire.codecs import codec_for  # noqa: E402
 
 ADAM = types.AdamParams(learning_rate=0.01)

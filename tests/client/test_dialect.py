@@ -13,9 +13,11 @@ import zstandard
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.transports import open_transport, quick_config
 
-from tinkex import late_import, retry
-from tinkex.api.sampling import get_sampler
-from tinkex.dialect import Dialect, ServerDialect
+from tinkex import retry
+from tinkex._api.encoding_choice import Dialect, ServerDialect
+from tinkex._api.sampling import get_sampler
+from tinkex._runtime import late_import
+from tinkex._transport.transport import Transport
 from tinkex.errors import (
     APIConnectionError,
     APIStatusError,
@@ -26,7 +28,6 @@ from tinkex.errors import (
     NotFoundError,
     RouteMissingError,
 )
-from tinkex.transport import Transport
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, PromptProvenanceSpan
 from tinkex.wire.compression import can_compress
 from tinkex.wire.json_codec import JSON

@@ -11,11 +11,11 @@ from support.batch_routes import NEVER, POLL, open_poller, sample
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
-from tinkex.flow.scheduler import WorkerPool
+from tinkex._results.poller import Operation, Poller
+from tinkex._results.sample_work import SampleWork
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._transport.server_flags import ServerFlags
 from tinkex.futures import APIFuture
-from tinkex.poller import Operation, Poller
-from tinkex.sampling.sample_work import SampleWork
-from tinkex.server_flags import ServerFlags
 from tinkex.types import UntypedFuture
 
 

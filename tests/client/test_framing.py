@@ -12,13 +12,13 @@ import pytest
 import requests
 from support.raw_server import PATIENCE_S, RawServer
 
+from tinkex._transport import framing
+from tinkex._transport.channel import Channel
+from tinkex._transport.fast_connection import PrivateChannel
+from tinkex._transport.framing import Pace, chunk_size, content_length
+from tinkex._transport.transport import Request, Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
-from tinkex.http import framing
-from tinkex.http.channel import Channel
-from tinkex.http.framing import Pace, chunk_size, content_length
-from tinkex.http.private_channel import PrivateChannel
-from tinkex.transport import Request, Transport
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 KINDS = pytest.mark.parametrize("private", [False, True], ids=["shared", "private"])

@@ -21,13 +21,13 @@ from support.threads import PATIENCE_S, race, wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, futures, types
+from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import (
     BackpressureError,
     BadRequestError,
     ClientClosedError,
     RequestFailedError,
 )
-from tinkex.flow.scheduler import WorkerPool
 from tinkex.futures import APIFuture, FutureStatus, gather, report_lost
 
 

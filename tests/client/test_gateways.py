@@ -9,12 +9,12 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex._transport.gateways import describe, is_from_gateway
+from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, NotFoundError, ResponseDecodeError
 from tinkex.futures import APIFuture
-from tinkex.http.gateways import describe, is_from_gateway
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Reply, Request, Transport
 
 API = "/api/v1/"
 HTML = b"<html><body>Please sign in</body></html>"

@@ -8,8 +8,8 @@ from typing import List, Tuple
 import pytest
 from support.clocks import ManualClock
 
-from tinkex.polling import pause_notices
-from tinkex.polling.pause_notices import PauseNotices
+from tinkex._results import pause_log as pause_notices
+from tinkex._results.pause_log import PauseNotices
 
 RUN = "run session-1:train:0"
 
@@ -21,7 +21,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def notices(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> PauseNotices:
-    caplog.set_level(logging.INFO, "tinkex.polling.pause_notices")
+    caplog.set_level(logging.INFO, "tinkex._results.pause_log")
     return PauseNotices(clock)
 
 

@@ -15,6 +15,7 @@ from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex.clients.pipeline import Pipeline
 from tinkex.errors import (
     BackpressureError,
     BadRequestError,
@@ -23,7 +24,6 @@ from tinkex.errors import (
     RequestFailedError,
 )
 from tinkex.futures import APIFuture
-from tinkex.training.pipeline import Pipeline
 
 ADAM = types.AdamParams(learning_rate=0.01)
 PASS = "POST /api/v1/forward_backward"

@@ -7,16 +7,7 @@ from typing import Any, Dict, Optional
 
 import pytest
 
-from tinkex.config import Config
-from tinkex.errors import (
-    APIStatusError,
-    NotFoundError,
-    RequestFailedError,
-    ResponseDecodeError,
-    ResultExpiredError,
-    status_error_type,
-)
-from tinkex.polling.poll_rules import (
+from tinkex._results.outcomes import (
     FIRST_SPACING_S,
     LAST_BACKOFF_S,
     LAST_SPACING_S,
@@ -30,8 +21,17 @@ from tinkex.polling.poll_rules import (
     Trouble,
     interpret,
 )
+from tinkex._transport.transport import Reply, Request, Transport
+from tinkex.config import Config
+from tinkex.errors import (
+    APIStatusError,
+    NotFoundError,
+    RequestFailedError,
+    ResponseDecodeError,
+    ResultExpiredError,
+    status_error_type,
+)
 from tinkex.retry import MAX_HINT_S
-from tinkex.transport import Reply, Request, Transport
 
 POLL = Request("POST", "/api/v1/retrieve_future")
 

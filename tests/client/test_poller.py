@@ -15,7 +15,12 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
-from tinkex.api._call import read
+from tinkex._api._call import read
+from tinkex._results import outcomes as poll_rules, poll_loop
+from tinkex._results.poller import Operation, Poller
+from tinkex._transport import billing
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import Reply
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -31,11 +36,6 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.futures import APIFuture
-from tinkex.http import billing
-from tinkex.http.private_channel import AnyChannel
-from tinkex.poller import Operation, Poller
-from tinkex.polling import poll_loop, poll_rules
-from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
 POLL = "POST /api/v1/retrieve_future"
@@ -297,7 +297,7 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
     }
     server.on(POLL, Answer(body=paused), Answer(body=paused), result())
     with (
-        caplog.at_level(logging.INFO, "tinkex.polling.pause_notices"),
+        caplog.at_level(logging.INFO, "tinkex._results.pause_log"),
         open_poller(server) as poller,
     ):
         future = poller.new_future("sample")

@@ -15,9 +15,9 @@ import requests
 from hypothesis import given, settings, strategies as st
 from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedServer
 
+from tinkex._transport.fast_connection import MAX_HEAD_BYTES, PrivateChannel
+from tinkex._transport.request import Reply
 from tinkex.config import Config
-from tinkex.http.private_channel import MAX_HEAD_BYTES, PrivateChannel
-from tinkex.http.request import Reply
 from tinkex.wire.parts import Parts
 
 PATIENCE = (5.0, 5.0)

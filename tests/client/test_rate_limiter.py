@@ -6,8 +6,8 @@ import pytest
 from support.clocks import ManualClock
 from support.threads import race
 
+from tinkex._transport.rate_limiter import RateLimiter, limiter_for
 from tinkex.errors import ClientClosedError
-from tinkex.flow.rate_limiter import RateLimiter, limiter_for
 
 
 def test_nobody_waits_before_a_429() -> None:

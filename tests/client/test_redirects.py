@@ -8,11 +8,11 @@ import pytest
 from support.scripted_server import CERTIFICATE, Answer, ScriptedServer
 from support.transports import open_transport
 
+from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
+from tinkex._transport.transport import Request, Transport
 from tinkex.config import Config
 from tinkex.errors import APIStatusError
-from tinkex.http.redirects import MAX_HOPS, next_hop, same_origin
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Request, Transport
 
 KEY = "tml-secret-4711"
 TOKEN = "weights-token-815"

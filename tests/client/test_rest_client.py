@@ -13,8 +13,9 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 
-from tinkex import RestClient, ServiceClient, TrainingClient, rest_client, types
-from tinkex.api import _call
+from tinkex import RestClient, ServiceClient, TrainingClient, types
+from tinkex._api import _call
+from tinkex.clients import rest as rest_client
 from tinkex.errors import (
     APIConnectionError,
     ClientClosedError,

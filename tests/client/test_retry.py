@@ -7,7 +7,7 @@ from typing import Optional
 import pytest
 from freezegun import freeze_time
 
-from tinkex.clock import SYSTEM_CLOCK
+from tinkex._runtime.clock import SYSTEM_CLOCK
 from tinkex.retry import MAX_HINT_S, RetryPolicy, retry_after_s
 
 #: Sun, 06 Nov 1994 08:49:37 GMT

@@ -15,6 +15,8 @@ from support.threads import race, wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
 from tinkex import Budget, RetryConfig, SamplingClient, ServiceClient, types
+from tinkex.clients import sample_stream
+from tinkex.clients.sample_stream import Sampled, SampleStream
 from tinkex.errors import (
     BackpressureError,
     BudgetExceededError,
@@ -22,8 +24,6 @@ from tinkex.errors import (
     InvalidInputError,
     RequestFailedError,
 )
-from tinkex.sampling import sample_stream
-from tinkex.sampling.sample_stream import Sampled, SampleStream
 
 PARAMS = types.SamplingParams(max_tokens=2, seed=1)
 ASAMPLE = "POST /api/v1/asample"

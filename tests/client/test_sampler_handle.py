@@ -13,10 +13,11 @@ import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import InvalidInputError, SamplingClient, sampling_client, types
+from tinkex import InvalidInputError, SamplingClient, types
+from tinkex._sampling.sampler_handle import config_of_handle
+from tinkex.clients import sampling as sampling_client
 from tinkex.config import DEFAULT_BASE_URL
 from tinkex.errors import ConfigError
-from tinkex.sampling.sampler_handle import config_of_handle
 
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 OWN_KEY = "tml-own-0123456789"

@@ -13,7 +13,8 @@ import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import RetryConfig, SamplingClient, ServiceClient, sampling_client, types
+from tinkex import RetryConfig, SamplingClient, ServiceClient, types
+from tinkex.clients import sampling as sampling_client
 from tinkex.errors import (
     BadRequestError,
     ClientClosedError,

@@ -12,8 +12,8 @@ from typing import Any, Iterator, List
 import pytest
 from support.threads import PATIENCE_S, race, wait_until
 
+from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import ClientClosedError
-from tinkex.flow.scheduler import WorkerPool
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_tasks_exception_is_logged_and_the_next_task_runs(
     def fail() -> None:
         raise ValueError("the task's own")
 
-    with caplog.at_level(logging.ERROR, "tinkex.flow.scheduler"):
+    with caplog.at_level(logging.ERROR, "tinkex._runtime.worker_pool"):
         lane.submit(fail)
         lane.submit(ran.set)
         assert ran.wait(PATIENCE_S)

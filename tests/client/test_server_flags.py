@@ -13,6 +13,14 @@ from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.transports import open_transport, quick_config
 
+from tinkex._transport.server_flags import (
+    DynamicFlags,
+    ServerFlags,
+    dynamic_flags_for,
+    flags_for,
+    read_flags,
+)
+from tinkex._transport.transport import Transport
 from tinkex.errors import (
     APIConnectionError,
     AuthenticationError,
@@ -20,14 +28,6 @@ from tinkex.errors import (
     InternalServerError,
     ResponseDecodeError,
 )
-from tinkex.server_flags import (
-    DynamicFlags,
-    ServerFlags,
-    dynamic_flags_for,
-    flags_for,
-    read_flags,
-)
-from tinkex.transport import Transport
 
 CONFIG = "POST /api/v1/client/config"
 DYNAMIC = "POST /api/v1/client/dynamic_config"

@@ -9,8 +9,8 @@ from typing import Callable, List
 import pytest
 from support.scripted_server import PATIENCE_S
 
+from tinkex._runtime.single_flight import SingleFlight
 from tinkex.errors import ClientClosedError, RateLimitError
-from tinkex.single_flight import SingleFlight
 
 
 class Closing(threading.Event):

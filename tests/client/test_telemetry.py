@@ -22,7 +22,17 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
-from tinkex import RestClient, SamplingClient, ServiceClient, SessionManager, telemetry, types
+from tinkex import RestClient, SamplingClient, ServiceClient, SessionManager, types
+from tinkex._sessions import telemetry
+from tinkex._sessions.session import Session
+from tinkex._sessions.telemetry_events import (
+    failed_request,
+    is_user_error,
+    package_path,
+    safe_message,
+    safe_traceback,
+    unhandled,
+)
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import (
@@ -38,15 +48,6 @@ from tinkex.errors import (
     ResponseDecodeError,
     SessionLostError,
     TinkexError,
-)
-from tinkex.session import Session
-from tinkex.telemetry_events import (
-    failed_request,
-    is_user_error,
-    package_path,
-    safe_message,
-    safe_traceback,
-    unhandled,
 )
 
 ROUTE = "POST /api/v1/telemetry"
@@ -204,7 +205,7 @@ def test_what_is_not_the_users_fault_is_an_unhandled_exception(
     assert event["error_type"] == "RequestFailedError"
     assert event["error_message"] == "sample failed on the server"
     lines = event["traceback"].splitlines()
-    assert re.fullmatch(r'File "tinkex/polling/poll_loop.py", line \d+, in \w+', lines[-1])
+    assert re.fullmatch(r'File "tinkex/_results/poll_loop.py", line \d+, in \w+', lines[-1])
     assert generic(server)["APIFuture.result_async.application_error"]["is_user_error"] is False
 
 
@@ -330,7 +331,7 @@ def test_messages_end_where_somebody_else_is_quoted() -> None:
 
 
 def test_paths_begin_with_their_package(tmp_path: Any) -> None:
-    assert package_path(telemetry.__file__) == "tinkex/telemetry.py"
+    assert package_path(telemetry.__file__) == "tinkex/_sessions/telemetry.py"
     assert package_path("/home/me/venv/lib/python3.11/site-packages/requests/api.py") == (
         "requests/api.py"
     )
@@ -460,7 +461,7 @@ def test_what_is_too_much_is_dropped_and_counted(
 def test_a_server_that_hangs_delays_neither_errors_nor_close(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex.session.TELEMETRY_S", 0.2)
+    monkeypatch.setattr("tinkex._sessions.session.TELEMETRY_S", 0.2)
     routes.serve("telemetry", Answer(hold=threading.Event()))
     routes.serve("retrieve_future", Answer(body={"error": "no"}))
     client = ServiceClient(base_url=server.url, telemetry=True)
@@ -598,7 +599,7 @@ def test_the_child_of_a_fork_reports_under_its_own_name_or_not_at_all(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     body = """
-from tinkex.telemetry import process_uuid
+from tinkex._sessions.telemetry import process_uuid
 service = connect(telemetry=True)
 reporter = service.get_telemetry()
 parents = process_uuid()

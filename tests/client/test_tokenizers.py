@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import pytest
 
-from tinkex import tokenizers
+from tinkex.clients import tokenizers
 from tinkex.errors import ConfigError, TinkexError
 
 

@@ -18,7 +18,8 @@ from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 from support.threads import wait_until
 from support.tinker_routes import MODEL, TinkerRoutes
 
-from tinkex import RetryConfig, ServiceClient, TrainingClient, training_client, types
+from tinkex import RetryConfig, ServiceClient, TrainingClient, types
+from tinkex.clients import training as training_client
 from tinkex.errors import (
     APIConnectionError,
     AuthenticationError,

@@ -12,9 +12,9 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex._training.batch import cross_entropy, cut, importance_sampling
+from tinkex._transport.server_flags import ServerFlags
 from tinkex.errors import ResponseDecodeError
-from tinkex.server_flags import ServerFlags
-from tinkex.training.training_pass import cross_entropy, cut, importance_sampling
 from tinkex.types import PromptProvenanceSpan, TensorData
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF

@@ -13,7 +13,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex.api import _call
+from tinkex._api import _call
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -532,7 +532,7 @@ def test_a_5xx_that_repeats_names_the_route_that_is_broken(
 def test_a_poll_that_breaks_again_and_again_names_its_route(
     trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex.polling.poll_rules.Pacing.after_trouble", lambda *args: 0.001)
+    monkeypatch.setattr("tinkex._results.outcomes.Pacing.after_trouble", lambda *args: 0.001)
     routes.serve("retrieve_future", Answer(500, {"detail": "out of order"}))
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert "out of order" in str(error)

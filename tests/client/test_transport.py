@@ -23,6 +23,8 @@ from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
 from tinkex import errors
+from tinkex._transport import billing, channel as channel_module, content_encoding as content_coding
+from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -32,9 +34,7 @@ from tinkex.errors import (
     RateLimitError,
     ResponseDecodeError,
 )
-from tinkex.http import billing, channel as channel_module, content_coding
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Reply, Request, Transport
 from tinkex.wire.parts import Parts
 
 KEY = "tml-secret-4711"
@@ -625,7 +625,7 @@ def test_retries_are_told_in_the_log(
     transport: Transport, server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.on(route(), Answer(503, {"detail": "starting"}), Answer())
-    with caplog.at_level(logging.INFO, "tinkex.transport"):
+    with caplog.at_level(logging.INFO, "tinkex._transport.transport"):
         transport.send(SUBMIT, QUICK)
     assert "starting; attempt 1, next in" in caplog.text
 

@@ -53,7 +53,7 @@ def test_the_module_can_be_run():
 def test_help_names_every_command_and_imports_none():
     done = run(["-X", "importtime", "-m", "tinkex", "--help"])
     assert done.returncode == 0
-    for module in ("tinkex.cli.sample", "tinkex.service_client", "rich", "requests", "flask"):
+    for module in ("tinkex.cli.sample", "tinkex.clients.service", "rich", "requests", "flask"):
         assert f" {module}\n" not in done.stderr
     for command in ("auth", "billing", "checkpoint", "model", "run", "sample", "session", "serve"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
@@ -505,7 +505,7 @@ def test_a_checkpoint_that_does_not_exist_leaves_nothing(server: Server, saved: 
 
 def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypatch):
     hub = FakeHub()
-    monkeypatch.setattr("tinkex.transfer.hub._hub", lambda: hub)
+    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
     done = tinkex(
         "-f", "json", "checkpoint", "push-hf", saved, "-r", "me/model", "--public",
         "--revision", "v1", "--commit-message", "hello", "--allow-pattern", "*.json",

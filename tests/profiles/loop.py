@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tinkex
-from tinkex.checkpoints import download_checkpoint
+from tinkex.clients.checkpoints import download_checkpoint
 from tinkex.errors import (
     APIStatusError,
     ConflictError,

@@ -16,11 +16,11 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 import numpy as np
 from hypothesis import HealthCheck, settings, strategies as st
 
-from tinkex import api, types
+from tinkex import _api as api, types
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
-from tinkex.http.request import Reply, Request
 from tinkex.retry import RetryPolicy
-from tinkex.transport import Transport
 from tinkex.wire.proto_codec import PROTOBUF
 
 CONFIG = Config.resolve(
@@ -112,12 +112,12 @@ Endpoint = Tuple[str, Callable[..., Any], Dict[str, Any]]
 
 
 def endpoint_functions() -> List[Endpoint]:
-    """Every function of tinkex.api that takes a transport, and what to call it with."""
+    """Every function of tinkex._api that takes a transport, and what to call it with."""
     found = []
     for info in pkgutil.iter_modules(api.__path__):
         if info.name.startswith("_"):
             continue
-        module = importlib.import_module(f"tinkex.api.{info.name}")
+        module = importlib.import_module(f"tinkex._api.{info.name}")
         for name, function in _public_functions(module):
             parameters = list(inspect.signature(function).parameters.values())
             if not parameters or parameters[0].name != "transport":

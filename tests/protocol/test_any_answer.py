@@ -17,11 +17,11 @@ from protocol.any_reply import (
 )
 
 from tinkex import types
-from tinkex.api._call import read
+from tinkex._api._call import read
+from tinkex._results.outcomes import Announced, Done, Failed, Pending, Trouble, interpret
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Transport
 from tinkex.errors import TinkexError
-from tinkex.http.request import Reply, Request
-from tinkex.polling.poll_rules import Announced, Done, Failed, Pending, Trouble, interpret
-from tinkex.transport import Transport
 from tinkex.wire.codecs import codec_for
 
 FUNCTIONS = endpoint_functions()

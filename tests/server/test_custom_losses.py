@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from server.harness import Api, serving
 
+from tinkex._training.loss_tracing import trace_loss
 from tinkex.local import loss_graph
 from tinkex.local.loss_graph import read_program
 from tinkex.local.problems import Problem
 from tinkex.local.settings import ClientFlags
-from tinkex.training.loss_graph import trace_loss
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
 from tinkex.wire.proto_codec import PROTOBUF
 

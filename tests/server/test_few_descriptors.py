@@ -18,10 +18,10 @@ import urllib3.exceptions
 from support.scripted_server import Answer, ScriptedServer
 
 import tinkex
-from tinkex import descriptors
+from tinkex._runtime import descriptors
+from tinkex._transport.transport import Request, Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
-from tinkex.transport import Request, Transport
 
 ROOT = str(Path(tinkex.__file__).resolve().parents[1])
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX limits")

@@ -9,10 +9,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from support.clocks import ManualClock
 
+from tinkex._sessions.heartbeat import ClockWatch, turn
+from tinkex._sessions.manager import SessionManager
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
-from tinkex.session_manager import SessionManager
-from tinkex.sessions.heartbeat import ClockWatch, turn
 from tinkex.types import CreateSessionResponse
 
 PATIENCE_S = 10.0

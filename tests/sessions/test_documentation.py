@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Iterator, List
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("session.py", "session_manager.py", "sessions/*.py")
+#: Those of _sessions/ that deal with sessions and heartbeats.
+MODULES = (
+    "session.py",
+    "manager.py",
+    "heartbeat.py",
+    "heartbeat_state.py",
+    "session_table.py",
+    "beat_queue.py",
+    "link.py",
+)
 LEVELS = {"info", "warning", "error", "log"}
 
 
 def log_formats() -> Iterator[str]:
     """The format of every message that a user may see."""
-    for path in (path for pattern in MODULES for path in (ROOT / "tinkex").glob(pattern)):
+    for path in (ROOT / "tinkex" / "_sessions" / name for name in MODULES):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             called, _, level = ast.unparse(call.func).partition(".")

@@ -19,7 +19,10 @@ from support.scripted_server import Answer
 from support.threads import race, wait_until
 
 import tinkex
-from tinkex import ServiceClient, errors, session_manager as session_manager_module, types
+from tinkex import ServiceClient, errors, types
+from tinkex._sessions import manager as session_manager_module
+from tinkex._sessions.manager import SessionManager
+from tinkex._transport import rate_limiter
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -28,8 +31,6 @@ from tinkex.errors import (
     NotFoundError,
     SessionLostError,
 )
-from tinkex.flow import rate_limiter
-from tinkex.session_manager import SessionManager
 
 Connect = Callable[..., ServiceClient]
 
@@ -237,7 +238,7 @@ def test_req_16_a_failure_after_the_session_exists_ends_it(
     def poller(*args: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("tinkex.session.Poller", poller)
+    monkeypatch.setattr("tinkex._sessions.session.Poller", poller)
     with pytest.raises(MemoryError):
         ServiceClient(base_url=server.url)
     assert server.reasons() == ["interrupted"]

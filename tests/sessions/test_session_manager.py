@@ -17,14 +17,15 @@ from sessions.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.scripted_server import Answer
 from support.threads import race, wait_until
 
-from tinkex import errors, session_manager
+from tinkex import errors
+from tinkex._sessions import manager as session_manager
+from tinkex._sessions.heartbeat import LATE_S, turn
+from tinkex._sessions.link import HTTPLink
+from tinkex._sessions.manager import SessionManager
+from tinkex._transport.transport import Request, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APITimeoutError, ClientClosedError, InvalidInputError
-from tinkex.session_manager import SessionManager
-from tinkex.sessions.heartbeat import LATE_S, turn
-from tinkex.sessions.session_link import HTTPLink
-from tinkex.transport import Request, Transport
 from tinkex.types import CreateSessionResponse
 
 A = Config("http://a.test", heartbeat_interval_s=0.02)
@@ -565,12 +566,12 @@ def test_req_08_the_thread_survives_everything(caplog: pytest.LogCaptureFixture)
             manager.start_session(A)
         wait_until(lambda: len(manager.snapshot()) == 2, "two sessions are lost")
         broken = Broken()
-        logging.getLogger("tinkex.sessions.heartbeat").addFilter(broken)
+        logging.getLogger("tinkex._sessions.heartbeat").addFilter(broken)
         try:
             network.on_beat = answering({"s3": 410})
             wait_until(lambda: len(manager.snapshot()) == 1, "and a third")
         finally:
-            logging.getLogger("tinkex.sessions.heartbeat").removeFilter(broken)
+            logging.getLogger("tinkex._sessions.heartbeat").removeFilter(broken)
         before = network.beats("s2")
         wait_until(lambda: network.beats("s2") >= before + 3, "the last one lives on")
         assert heartbeat_threads()
@@ -839,7 +840,7 @@ def test_req_13_the_callback_is_called_with_the_reason_outside_every_lock() -> N
 def test_req_13_lost_sessions_are_not_remembered_for_ever(
     bench: HandTurned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex.sessions.session_core.LOST_KEPT", 2)
+    monkeypatch.setattr("tinkex._sessions.heartbeat_state.LOST_KEPT", 2)
     bench.network.on_beat = lambda session_id: 410
     lost = []
     for _ in range(4):

@@ -6,8 +6,8 @@ from typing import List, Optional
 
 import pytest
 
-from tinkex.sessions.beat_queue import OVERDUE_S, BeatQueue
-from tinkex.sessions.session_table import HeartbeatPolicy, SessionTable, Verdict
+from tinkex._sessions.beat_queue import OVERDUE_S, BeatQueue
+from tinkex._sessions.session_table import HeartbeatPolicy, SessionTable, Verdict
 
 TEN = HeartbeatPolicy(interval_s=10)
 

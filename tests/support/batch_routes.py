@@ -9,13 +9,13 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.transports import open_transport
-from tinkex.api._call import read
+from tinkex._api._call import read
+from tinkex._results.poller import Operation, Poller
+from tinkex._results.sample_work import Target
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import Reply
 from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
-from tinkex.http.private_channel import AnyChannel
-from tinkex.poller import Operation, Poller
-from tinkex.sampling.sample_work import Target
-from tinkex.transport import Reply
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
 CONFIG = "POST /api/v1/client/config"

@@ -6,8 +6,8 @@ import contextlib
 from typing import Any, Iterator
 
 from support.scripted_server import ScriptedServer
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
-from tinkex.transport import Transport
 
 
 def quick_config(server: ScriptedServer, **settings: Any) -> Config:

@@ -95,8 +95,8 @@ def test_a_short_sample_needs_no_numpy() -> None:
     body = PROTOBUF.encode_samples(SampleResponse([sequence]))
     script = f"""
 import sys
-from tinkex.api._call import encode
-from tinkex.sampling.sample_checks import check_request, complete_response, has_unknown_logprobs
+from tinkex._api._call import encode
+from tinkex._sampling.sample_checks import check_request, complete_response, has_unknown_logprobs
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 from tinkex.wire.codecs import codec_for
 request = SampleRequest(ModelInput.from_ints([1, 2, 3]), sampling_params=SamplingParams(2))

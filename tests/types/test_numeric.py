@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinkex._runtime.numeric import as_int, as_seconds, is_finite, to_bool, to_float, to_int
 from tinkex.errors import ConfigError, InvalidInputError
-from tinkex.numeric import as_int, as_seconds, is_finite, to_bool, to_float, to_int
 from tinkex.types import (
     AdamParams,
     DimuonParams,

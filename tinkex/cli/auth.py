@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 import click
 
 from tinkex import auth as access
+from tinkex._transport.transport import Transport
 from tinkex.cli import status as status_line
 from tinkex.cli.commands import Group, in_flags
 from tinkex.cli.connect import advice, base_url_option, explained
@@ -16,9 +17,8 @@ from tinkex.cli.output import format_option, print_facts, print_json, wants_json
 from tinkex.cli.prompts import ask_secret
 from tinkex.cli.terminal import echo, echo_error
 from tinkex.config import Config
+from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
 from tinkex.errors import APIError, CredentialError, NotFoundError, TinkexError
-from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
-from tinkex.transport import Transport
 
 
 @click.group(cls=Group)

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, Optional, TypeVar
 import click
 
 import tinkex
-from tinkex.api._optional import is_missing_route
+from tinkex._api._optional import is_missing_route
 from tinkex.cli import serve, status
 from tinkex.cli.terminal import echo_error
 from tinkex.config import Config

@@ -7,6 +7,8 @@ from typing import List, Optional
 
 import click
 
+from tinkex._downloads.downloads import Downloader, fetch_file
+from tinkex._downloads.part_file import Source
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
 from tinkex.cli.output import (
@@ -20,8 +22,6 @@ from tinkex.cli.output import (
     wants_json,
 )
 from tinkex.cli.terminal import echo
-from tinkex.transfer.downloads import Downloader, fetch_file
-from tinkex.transfer.part_file import Source
 
 
 @click.group(cls=Group)

@@ -29,11 +29,11 @@ _MAX_GAP_S = 60.0
 
 #: Loggers whose records say what is being waited for.
 _STEPS = (
-    "tinkex.api.archives",
-    "tinkex.checkpoints",
+    "tinkex._api.archives",
+    "tinkex.clients.checkpoints",
     "tinkex.local.models",
-    "tinkex.transfer",
-    "tinkex.transport",
+    "tinkex._downloads",
+    "tinkex._transport.transport",
 )
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from typing import Any, Dict, Optional, Tuple
 
-from tinkex.descriptors import advice, are_exhausted
+from tinkex._runtime.descriptors import advice, are_exhausted
 
 _log = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Dict, Optional, Type, Union
 
-from tinkex import lifecycle
+from tinkex._runtime import lifecycle
+from tinkex._runtime.numeric import is_int, to_int
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
-from tinkex.numeric import is_int, to_int
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import json
 import secrets
 from typing import Any, Dict, Optional
 
-from tinkex.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 
 _HEADER = b'{"alg":"HS256","typ":"JWT"}'
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, List
 
-from tinkex.late_import import import_late
+from tinkex._runtime.late_import import import_late
 
 if TYPE_CHECKING:
     from tinkex.types._union import (

@@ -7,15 +7,15 @@ import base64
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Tuple, Union
 
+from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError
-from tinkex.numeric import as_int
 from tinkex.types._numbers import as_kept, numpy_on_demand
 from tinkex.types.tokens import as_tokens
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from tinkex.lazy_numpy import np
+    from tinkex._runtime.lazy_numpy import np
 
     TokenArray = npt.NDArray[np.int32]
 else:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any, Dict, Mapping, Optional, Union
 
+from tinkex._runtime.numeric import convert_fields, is_finite, to_float
 from tinkex.errors import InvalidInputError
-from tinkex.numeric import convert_fields, is_finite, to_float
 from tinkex.types._wire import Wire, excerpt
 
 #: What every server takes a run without a word about its optimizer to have.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Iterable, Tuple, Union
 
+from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError
-from tinkex.numeric import as_int
 
 
 @dataclasses.dataclass(frozen=True, init=False)

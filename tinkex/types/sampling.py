@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.numeric import convert_fields, is_finite, is_int, to_bool, to_int
 from tinkex.errors import InvalidInputError
-from tinkex.lazy_numpy import np
-from tinkex.numeric import convert_fields, is_finite, is_int, to_bool, to_int
 from tinkex.types._numbers import as_kept, numpy_on_demand
 from tinkex.types._wire import excerpt
 from tinkex.types.model_input import ModelInput

@@ -6,7 +6,7 @@ import dataclasses
 from datetime import datetime
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
-from tinkex.numeric import convert_fields
+from tinkex._runtime.numeric import convert_fields
 from tinkex.types._union import UnknownVariant, variant
 from tinkex.types._wire import Wire, bulk, instant, json_strings
 

@@ -7,9 +7,9 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Union
 
+from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.numeric import to_int
 from tinkex.errors import InvalidInputError
-from tinkex.lazy_numpy import np
-from tinkex.numeric import to_int
 
 if TYPE_CHECKING:
     import numpy.typing as npt

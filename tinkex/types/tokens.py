@@ -5,8 +5,8 @@ from __future__ import annotations
 import array
 from typing import Any, Mapping
 
+from tinkex._runtime.lazy_numpy import np
 from tinkex.errors import InvalidInputError
-from tinkex.lazy_numpy import np
 from tinkex.types._numbers import SHORT
 
 

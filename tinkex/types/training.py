@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, List, Optional
 
+from tinkex._runtime.numeric import convert_fields, is_int, to_bool
 from tinkex.errors import InvalidInputError
-from tinkex.numeric import convert_fields, is_int, to_bool
 from tinkex.types import console
 from tinkex.types._wire import Wire, bulk, json_number_map
 from tinkex.types.tensor_data import TensorData

@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Iterator, Protocol, Type
 
+from tinkex._runtime.lazy_numpy import np
 from tinkex.errors import ResponseDecodeError, TinkexError
-from tinkex.lazy_numpy import np
 
 if TYPE_CHECKING:
     from tinkex.types import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinkex.late_import import import_late
+from tinkex._runtime.late_import import import_late
 from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from tinkex.late_import import import_late
+from tinkex._runtime.late_import import import_late
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 import orjson
 
+from tinkex._runtime.lazy_numpy import np
 from tinkex.errors import InvalidInputError, ResponseDecodeError
-from tinkex.lazy_numpy import np
 from tinkex.types import (
     Datum,
     ForwardBackwardOutput,

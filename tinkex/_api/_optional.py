@@ -1,0 +1,86 @@
+"""Routes that a server may lack: the error that names them, and the memory of which they are."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional
+
+from tinkex._transport.server_state import memory_of
+from tinkex._transport.transport import Transport
+from tinkex.errors import APIStatusError, RouteMissingError
+
+#: How web frameworks answer for a route they do not have; texts about a thing that is missing
+#: name the thing.
+_GENERIC = ("", "not found", "404 not found", "404: not found", "404 page not found")
+_NAMES_THE_ROUTE = re.compile(r"(cannot|no route:?) (get|post|put|delete) /")
+
+
+def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> bool:
+    """Tell whether *error* says that the server has no such route.
+
+    A 404 may also mean that a thing named in the request does not exist, unless *names_nothing*.
+    """
+    if error.status in (405, 501):
+        return True
+    if error.status != 404:
+        return False
+    return names_nothing or _is_generic(error.body)
+
+
+def was_done_before(error: APIStatusError, *statuses: int) -> bool:
+    """Tell whether *error* says that an earlier attempt of the same request was carried out.
+
+    A request without a number is sent again when its response is lost.  If the server had carried
+    it out, the second attempt gets one of *statuses*: there is nothing left to do.
+    """
+    return error.maybe_taken and error.status in statuses and not is_missing_route(error)
+
+
+def _is_generic(body: Any) -> bool:
+    if isinstance(body, dict):
+        body = body.get("detail", body.get("error", body.get("message", "")))
+    if not isinstance(body, str):
+        return body is None
+    text = body.strip().lower()
+    if text in _GENERIC or text.startswith("<") or "requested url was not found" in text:
+        return True
+    return _NAMES_THE_ROUTE.match(text) is not None
+
+
+@contextmanager
+def optional_route(
+    transport: Transport, route: str, *, names_nothing: bool = False, ask_once: bool = False
+) -> Iterator[None]:
+    """Turn the answer of a server that lacks *route* into RouteMissingError.
+
+    Args:
+        route: method and path after ``/api/v1/``, with ``{id}`` for what varies.
+        names_nothing: a request for it names nothing that could be missing instead.
+        ask_once: for what the library does by itself: once the route was missing, the error comes
+            at once, and nothing is sent.  What a user calls for is asked again.
+    """
+    memory = memory_of(transport.config.base_url)
+    status = memory.missing_status(route)
+    if ask_once and status is not None:
+        raise _missing(transport, route, status)
+    try:
+        yield
+    except APIStatusError as error:
+        if not is_missing_route(error, names_nothing=names_nothing):
+            raise
+        memory.note_missing(route, error.status or 404)
+        raise _missing(transport, route, error.status, error.body) from error
+    memory.note_present(route)
+
+
+def _missing(
+    transport: Transport, route: str, status: Optional[int], body: Any = None
+) -> RouteMissingError:
+    return RouteMissingError(
+        f"{transport.config.host_and_port} does not have {route} (status {status})",
+        status=status,
+        body=body,
+        hint="Many servers of this protocol lack routes that the hosted service has; nothing "
+        "was changed.",
+    )

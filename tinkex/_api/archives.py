@@ -1,0 +1,135 @@
+"""Where the archive of a checkpoint is (docs/protocol.md, "Archives").
+
+Servers build archives when asked, and say 503 or nothing for minutes meanwhile.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+import random
+from datetime import datetime, timezone
+from typing import Callable, Mapping, Optional
+from urllib.parse import urljoin
+
+from tinkex import types
+from tinkex._api._call import read
+from tinkex._api._optional import optional_route
+from tinkex._api.rest import archive_request
+from tinkex._transport.channel import Channel
+from tinkex._transport.gateways import as_the_servers_own
+from tinkex._transport.transport import Reply, Request, Transport
+from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
+from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.types._wire import parse_datetime
+
+logger = logging.getLogger(__name__)
+
+ROUTE = "GET training_runs/{id}/checkpoints/{checkpoint}/archive"
+
+#: Answers of 503 that are waited out, and for how long each unless the server says, in seconds.
+BUILDING_TRIES = 6
+BUILDING_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 300.0
+
+Pause = Callable[[float], None]
+
+
+def get_checkpoint_archive_url(
+    transport: Transport,
+    run_id: str,
+    checkpoint_id: str,
+    *,
+    pause: Optional[Pause] = None,
+    channel: Optional[Channel] = None,
+) -> types.CheckpointArchiveUrlResponse:
+    """``GET .../archive``: the signed URL, in a redirect that is not followed or in a body.
+
+    Blocks while the server builds the archive: six answers of 503, some minutes in all.  *pause*
+    sleeps, or raises to give up; by default closing the client does.
+
+    Raises:
+        RouteMissingError: the server has no such route.
+        APIStatusError: it refused, or was still building.
+        ResponseDecodeError: it answered without a URL.
+    """
+    pause = pause or _until_closed(transport)
+    request = archive_request(run_id, checkpoint_id, timeout_s=transport.config.poll_timeout_s)
+    policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+    clock = transport.clock
+    started = clock.monotonic()
+    attempt = building = 0
+    while True:
+        attempt += 1
+        sent = clock.monotonic()
+        error: APIError
+        hint_s: Optional[float] = None
+        try:
+            reply = transport.send_once(request, channel=channel)
+            if reply.status < 400:
+                return _read(transport, request, reply)
+            error = transport.status_error(request, reply)
+            hint_s = retry_after_s(reply.headers, clock.wall())
+            busy = reply.status == 503
+            again = policy.retries_status(reply.status, attempt, reply.headers)
+        except APIConnectionError as silence:
+            own = as_the_servers_own(silence)
+            believed = own is not None and not policy.retries_gateway(attempt)
+            error = own if own is not None and believed else silence
+            again = silence.retryable and not believed
+            del own
+            # It builds while we wait, and something in between has lost patience.
+            busy = again and clock.monotonic() - sent >= BUILDING_PAUSE_S
+        delay_s: Optional[float] = None
+        if busy:
+            building += 1
+            if building < BUILDING_TRIES:
+                delay_s = min(BUILDING_PAUSE_S if hint_s is None else hint_s, LONGEST_PAUSE_S)
+        elif again:
+            elapsed_s = clock.monotonic() - started
+            delay_s = policy.delay_s(attempt, elapsed_s, hint_s, random.random())
+        if delay_s is None:
+            error.attempts, error.elapsed_s = attempt, clock.monotonic() - started
+            try:
+                with optional_route(transport, ROUTE):
+                    raise error
+            finally:
+                del error  # its traceback holds this frame
+        del error
+        logger.info("the archive of %s is not ready; next try in %.0f s", run_id, delay_s)
+        pause(delay_s)
+
+
+def _until_closed(transport: Transport) -> Pause:
+    def pause(seconds: float) -> None:
+        if transport.closing.wait(seconds):
+            raise ClientClosedError("the client was closed before the archive was ready")
+
+    return pause
+
+
+def _read(
+    transport: Transport, request: Request, reply: Reply
+) -> types.CheckpointArchiveUrlResponse:
+    if reply.status >= 300:
+        location = reply.headers.get("location")
+        if not location:
+            raise ResponseDecodeError(
+                f"{request.name} answered {reply.status} without a Location", status=reply.status
+            )
+        url = urljoin(transport.config.base_url + request.path, location)
+        return types.CheckpointArchiveUrlResponse(url, _expires(reply.headers))
+    return read(types.CheckpointArchiveUrlResponse, reply, request.name)
+
+
+def _expires(headers: Mapping[str, str]) -> Optional[datetime]:
+    """Read ``Expires``: an HTTP date, or RFC 3339; None if it makes no sense."""
+    text = headers.get("expires")
+    try:
+        found = email.utils.parsedate_to_datetime(text or "")
+    except (ValueError, TypeError, IndexError):
+        try:
+            return parse_datetime(text)
+        except ValueError:
+            return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)

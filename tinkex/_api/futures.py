@@ -1,0 +1,126 @@
+"""Results of accepted work (docs/protocol.md, "Futures")."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+from tinkex._api._call import encode
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import JSON_TYPE, Reply, Request, Transport
+from tinkex.errors import ResponseDecodeError
+from tinkex.retry import RetryPolicy
+
+#: One attempt to cancel may take this long, in seconds.
+CANCEL_TIMEOUT_S = 30.0
+
+BINARY_FIRST = "application/x-protobuf, application/json"
+
+
+def retrieve_future(
+    transport: Transport,
+    request_id: str,
+    *,
+    binary: bool,
+    read_timeout_s: float,
+    payload: bool = False,
+    size_first: bool = False,
+    channel: Optional[AnyChannel] = None,
+) -> Reply:
+    """``POST retrieve_future``, once: a long poll; returns the answer whatever its status.
+
+    *binary* tells that the result may come as protobuf (samples and passes).  *payload* insists on
+    the result itself, from a server that has announced its size instead; *size_first* allows it to
+    announce that of a large one.
+    """
+    body: Dict[str, Any] = {"request_id": request_id}
+    if payload or size_first:
+        body["allow_metadata_only"] = not payload
+    request = Request(
+        "POST",
+        "/api/v1/retrieve_future",
+        encode(body),
+        accept=BINARY_FIRST if binary else JSON_TYPE,
+        traffic="poll",
+        read_timeout_s=read_timeout_s,
+    )
+    return transport.send_once(request, channel=channel)
+
+
+def retrieve_futures(
+    transport: Transport,
+    *,
+    sampling_session_id: str,
+    clone: int,
+    cursor: int,
+    retrieved: Sequence[str],
+    at_once: bool,
+    read_timeout_s: float,
+    channel: AnyChannel,
+) -> Reply:
+    """``POST retrieve_futures``, once: which samples are done since *cursor*.
+
+    A long poll, unless *at_once*; returns the answer whatever its status.  *retrieved* are the ids
+    whose results the server may drop.
+    """
+    body: Dict[str, Any] = {
+        "target": {
+            "type": "sampling_session",
+            "sampling_session_id": sampling_session_id,
+            "cloned_sampler_id": clone,
+        },
+        "prev_cursor": cursor,
+        "retrieved_request_ids": sorted(retrieved),
+    }
+    if at_once:
+        body["timeout"] = 0.0
+    request = Request(
+        "POST",
+        "/api/v1/retrieve_futures",
+        encode(body),
+        traffic="poll",
+        read_timeout_s=read_timeout_s,
+    )
+    return transport.send_once(request, channel=channel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """The answer of ``retrieve_futures``.
+
+    Attributes:
+        sizes: of the results that are there, in bytes, by request id; 0 is not known, or failed.
+        cursor: what to ask from the next time.
+    """
+
+    sizes: Mapping[str, int]
+    cursor: int
+
+
+def read_completions(reply: Reply) -> Completions:
+    """Read the answer of ``retrieve_futures``; ResponseDecodeError if it is none."""
+    body = reply.json()
+    try:
+        sizes = {
+            str(one["request_id"]): int(one.get("response_payload_uncompressed_size") or 0)
+            for one in body["completions"]
+        }
+        return Completions(sizes, int(body["cursor"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResponseDecodeError(
+            f"POST /api/v1/retrieve_futures: this is no list of completions: {error!r}",
+            status=reply.status,
+        ) from error
+
+
+def cancel_future(transport: Transport, request_id: str) -> None:
+    """``POST cancel_future``: the result is not wanted; the answer is ignored."""
+    request = Request(
+        "POST",
+        "/api/v1/cancel_future",
+        encode({"request_id": request_id}),
+        traffic="poll",
+        read_timeout_s=CANCEL_TIMEOUT_S,
+        empty_answer_ok=True,
+    )
+    transport.send(request, RetryPolicy(max_elapsed_s=transport.config.max_outage_s))

@@ -1,0 +1,233 @@
+"""Runs, checkpoints and sessions (docs/protocol.md, "Checkpoints" and "REST lists").
+
+Every function blocks, and raises RouteMissingError where the server does not have the route.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
+
+from tinkex import types
+from tinkex._api._call import call, encode, get, post, read, segment
+from tinkex._api._optional import optional_route, was_done_before
+from tinkex._transport.transport import Request, Transport
+from tinkex.errors import APIStatusError, InvalidInputError
+from tinkex.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from tinkex.types._wire import Wire
+
+logger = logging.getLogger(__name__)
+
+W = TypeVar("W", bound="Wire")
+
+_API = "/api/v1/"
+_CHECKPOINT = "training_runs/{id}/checkpoints/{checkpoint}"
+_TOKEN_HEADER = "X-Tinker-Weights-Access-Token"
+
+
+def _run(run_id: str) -> str:
+    return f"{_API}training_runs/{segment('the training run id', run_id)}"
+
+
+def checkpoint_route(run_id: str, checkpoint_id: str) -> str:
+    """The route of a checkpoint; its id is ``<kind>/<name>``, and the slash is not escaped."""
+    if not isinstance(checkpoint_id, str):
+        raise InvalidInputError(f"the checkpoint id is {checkpoint_id!r}; it must be a string")
+    parts = [segment("the checkpoint id", part) for part in checkpoint_id.split("/")]
+    return f"{_run(run_id)}/checkpoints/{'/'.join(parts)}"
+
+
+def _session(session_id: str) -> str:
+    return f"{_API}sessions/{segment('the session id', session_id)}"
+
+
+def _list(transport: Transport, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+    with optional_route(transport, f"GET {route}", names_nothing=True):
+        return get(transport, f"{_API}{route}", answer, query)
+
+
+def _change(
+    transport: Transport,
+    method: str,
+    path: str,
+    route: str,
+    body: Optional[Mapping[str, Any]] = None,
+    *,
+    done: Tuple[int, ...] = (),
+) -> None:
+    """Change something; *done* is what the server answers if it was changed before."""
+    with optional_route(transport, f"{method} {route}"):
+        try:
+            call(transport, method, path, body, answer_read=False)
+        except APIStatusError as error:
+            if not was_done_before(error, *done):
+                raise
+            logger.info("%s %s was done by an earlier attempt: %s", method, route, error.message)
+
+
+def list_training_runs(
+    transport: Transport, *, limit: int, offset: int, access_scope: str, project_id: Optional[str]
+) -> types.TrainingRunsResponse:
+    """``GET training_runs``."""
+    query = {
+        "limit": limit,
+        "offset": offset,
+        "access_scope": access_scope,
+        "project_id": project_id,
+    }
+    return _list(transport, "training_runs", types.TrainingRunsResponse, query)
+
+
+def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> types.TrainingRun:
+    """``GET training_runs/{id}``."""
+    with optional_route(transport, "GET training_runs/{id}"):
+        return get(transport, _run(run_id), types.TrainingRun, {"access_scope": access_scope})
+
+
+def list_checkpoints(transport: Transport, run_id: str) -> types.CheckpointsListResponse:
+    """``GET training_runs/{id}/checkpoints``."""
+    with optional_route(transport, "GET training_runs/{id}/checkpoints"):
+        return get(transport, f"{_run(run_id)}/checkpoints", types.CheckpointsListResponse)
+
+
+def list_user_checkpoints(
+    transport: Transport, *, limit: int, offset: int
+) -> types.CheckpointsListResponse:
+    """``GET checkpoints``."""
+    query = {"limit": limit, "offset": offset}
+    return _list(transport, "checkpoints", types.CheckpointsListResponse, query)
+
+
+def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+    """``DELETE training_runs/{id}/checkpoints/{checkpoint}``."""
+    path = checkpoint_route(run_id, checkpoint_id)
+    _change(transport, "DELETE", path, _CHECKPOINT, done=(404, 410))
+
+
+def publish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+    """``POST .../publish``."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
+    _change(transport, "POST", path, f"{_CHECKPOINT}/publish", done=(409,))
+
+
+def unpublish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+    """``DELETE .../publish``."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
+    _change(transport, "DELETE", path, f"{_CHECKPOINT}/publish", done=(409,))
+
+
+def set_checkpoint_ttl(
+    transport: Transport, run_id: str, checkpoint_id: str, ttl_seconds: Optional[int]
+) -> None:
+    """``PUT .../ttl``; None removes the limit."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/ttl"
+    _change(transport, "PUT", path, f"{_CHECKPOINT}/ttl", {"ttl_seconds": ttl_seconds})
+
+
+def get_external_weights_urls(
+    transport: Transport, run_id: str, checkpoint_id: str
+) -> types.ExternalWeightsUrlsResponse:
+    """``GET .../external_weights_urls``; only for ``external_weights/<name>``."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/external_weights_urls"
+    with optional_route(transport, f"GET {_CHECKPOINT}/external_weights_urls"):
+        return get(transport, path, types.ExternalWeightsUrlsResponse)
+
+
+def get_weights_info(transport: Transport, tinker_path: str) -> types.WeightsInfoResponse:
+    """``POST weights_info``."""
+    body = {"tinker_path": tinker_path}
+    with optional_route(transport, "POST weights_info"):
+        return post(transport, f"{_API}weights_info", body, types.WeightsInfoResponse)
+
+
+def copy_weights(
+    transport: Transport,
+    *,
+    source_path: str,
+    destination_project_id: Optional[str] = None,
+    ttl_seconds: Optional[int] = None,
+    weights_access_token: Optional[str] = None,
+) -> types.CopyWeightsResponse:
+    """``POST copy_weights``; all its attempts have one idempotency key, so it copies once."""
+    fields = {
+        "source_path": source_path,
+        "destination_project_id": destination_project_id,
+        "ttl_seconds": ttl_seconds,
+    }
+    body = {name: value for name, value in fields.items() if value is not None}
+    token = weights_access_token
+    request = Request(
+        "POST",
+        f"{_API}copy_weights",
+        encode(body),
+        headers={_TOKEN_HEADER: token} if token else {},
+        secrets=(token,) if token else (),
+    )
+    with optional_route(transport, "POST copy_weights"):
+        policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+        return read(types.CopyWeightsResponse, transport.send(request, policy), request.name)
+
+
+def list_sessions(
+    transport: Transport, *, limit: int, offset: int, access_scope: str
+) -> types.ListSessionsResponse:
+    """``GET sessions``."""
+    query = {"limit": limit, "offset": offset, "access_scope": access_scope}
+    return _list(transport, "sessions", types.ListSessionsResponse, query)
+
+
+def get_session(
+    transport: Transport, session_id: str, *, access_scope: str
+) -> types.GetSessionResponse:
+    """``GET sessions/{id}``."""
+    with optional_route(transport, "GET sessions/{id}"):
+        query = {"access_scope": access_scope}
+        return get(transport, _session(session_id), types.GetSessionResponse, query)
+
+
+def assign_session_project(transport: Transport, session_id: str, project_id: str) -> None:
+    """``PUT sessions/{id}/project``."""
+    path = f"{_session(session_id)}/project"
+    _change(transport, "PUT", path, "sessions/{id}/project", {"project_id": project_id})
+
+
+def get_trace_export(transport: Transport, session_id: str) -> types.SessionTraceExport:
+    """``GET sessions/{id}/trace_export``: starts the export, then tells how it stands."""
+    with optional_route(transport, "GET sessions/{id}/trace_export"):
+        return get(transport, f"{_session(session_id)}/trace_export", types.SessionTraceExport)
+
+
+def search_sessions(
+    transport: Transport, request: types.SessionSearchRequest
+) -> types.SessionSearchResponse:
+    """``POST sessions/search``."""
+    body: Dict[str, Any] = {
+        "user_metadata": dict(request.user_metadata),
+        "owner": _plain(request.owner),
+    }
+    if request.session_id is not None:
+        body["session_id"] = request.session_id
+    if request.project_ids is not None:
+        body["project_ids"] = list(request.project_ids)
+    if request.display_name is not None:
+        body["display_name"] = request.display_name
+    if request.statuses is not None:
+        body["statuses"] = [_plain(status) for status in request.statuses]
+    if request.limit != types.SessionSearchRequest.limit:
+        body["limit"] = request.limit
+    if request.cursor is not None:
+        body["cursor"] = request.cursor.to_wire()
+    with optional_route(transport, "POST sessions/search", names_nothing=True):
+        return post(transport, f"{_API}sessions/search", body, types.SessionSearchResponse)
+
+
+def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else value.to_wire()
+
+
+def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:
+    """``GET .../archive``, for `tinkex._api.archives`; its answer may be a redirect."""
+    path = f"{checkpoint_route(run_id, checkpoint_id)}/archive"
+    return Request("GET", path, traffic="poll", read_timeout_s=timeout_s, follow_redirects=False)

@@ -1,0 +1,90 @@
+"""Sessions and server facts (docs/protocol.md, "Sessions" and "Server flags")."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional
+
+from tinkex import types
+from tinkex._api._call import call, encode, get, read
+from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._version import PROTOCOL_VERSION
+from tinkex.config import Config
+from tinkex.errors import NotFoundError, ResponseDecodeError
+from tinkex.retry import RetryPolicy
+
+#: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
+HEARTBEAT_TIMEOUT_S = 10.0
+
+HEARTBEAT_PATH = "/api/v1/session_heartbeat"
+
+
+def create_session(transport: Transport, config: Config) -> types.CreateSessionResponse:
+    """``POST create_session``: gives up after ``startup_timeout_s``."""
+    body: Dict[str, Any] = {
+        "tags": list(config.tags),
+        "user_metadata": dict(config.user_metadata),
+        "sdk_version": PROTOCOL_VERSION,
+        "type": "create_session",
+    }
+    if config.project_id:
+        body["project_id"] = config.project_id
+    if config.display_name:
+        body["display_name"] = config.display_name
+    request = Request(
+        "POST",
+        "/api/v1/create_session",
+        encode(body),
+        traffic="control",
+        read_timeout_s=config.startup_timeout_s,
+    )
+    policy = RetryPolicy(max_elapsed_s=config.startup_timeout_s, cap_s=4.0)
+    try:
+        reply = transport.send(request, policy)
+    except NotFoundError as error:
+        error.hint = error.hint or (
+            f"Is base_url {config.base_url} right, path prefix and all? /api/v1 is added to it."
+        )
+        raise
+    created = read(types.CreateSessionResponse, reply, request.name)
+    raw = reply.json()["session_id"]  # dataclasses-json would make a string of a number
+    if not isinstance(raw, str) or not raw:
+        raise ResponseDecodeError(f"{request.name}: session_id is {raw!r}, not a string")
+    return created
+
+
+def session_heartbeat(
+    transport: Transport, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
+) -> Reply:
+    """``POST session_heartbeat``, once; returns the answer whatever its status."""
+    body = encode({"session_id": session_id, "type": "session_heartbeat"})
+    return transport.send_once(
+        Request("POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=timeout_s)
+    )
+
+
+def finish_session(
+    transport: Transport, session_id: str, status: str, detail: Optional[str], timeout_s: float
+) -> Reply:
+    """``POST sessions/{id}/finish``, once; returns the answer whatever its status."""
+    body = encode({"reason": {"type": status}, "detail": detail})
+    path = f"/api/v1/sessions/{session_id}/finish"
+    return transport.send_once(
+        Request(
+            "POST",
+            path,
+            body,
+            traffic="control",
+            read_timeout_s=timeout_s,
+            empty_answer_ok=True,
+        )
+    )
+
+
+def get_server_capabilities(transport: Transport) -> types.GetServerCapabilitiesResponse:
+    """``GET get_server_capabilities``."""
+    return get(transport, "/api/v1/get_server_capabilities", types.GetServerCapabilitiesResponse)
+
+
+def healthz(transport: Transport) -> None:
+    """``GET healthz``: raises if the server is not well."""
+    call(transport, "GET", "/api/v1/healthz", answer_read=False)

@@ -1,0 +1,199 @@
+"""DownloadFolder: where the files of a checkpoint are collected until all are there.
+
+A hidden folder: beside the destination, which it becomes in one step; or inside the destination,
+if that is a folder already, whose other files are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import List, Mapping, Tuple
+
+from tinkex._downloads.checkpoint_files import (
+    CONFIG_FILE,
+    check_complete,
+    files_in,
+    is_adapter_file,
+)
+from tinkex._downloads.extraction import safe_parts
+from tinkex._downloads.part_file import Part
+from tinkex.errors import InvalidInputError, ResponseDecodeError
+
+#: The hidden folder inside of a destination that exists.
+INSIDE = ".checkpoint.part"
+
+
+class DownloadFolder:
+    """The folder for what goes to *target*; what another checkpoint has left in it is deleted.
+
+    *made_for* names the checkpoint.  Used by one thread of one process at a time.
+
+    Raises:
+        InvalidInputError: something else has the name of the folder.
+    """
+
+    def __init__(self, target: Path, made_for: Mapping[str, str]) -> None:
+        self._target = target
+        self.folder = (
+            target / INSIDE if target.is_dir() else target.with_name(f".{target.name}.part")
+        )
+        self.files = self.folder / "files"
+        self.notes = self.folder / "notes"
+        self.archive = self.folder / "archive"
+        self._made_for = self.folder / "checkpoint.json"
+        facts = json.dumps(made_for)
+        if self.folder.exists() and self._read_facts() != facts:
+            self._delete_other()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made_for.write_text(facts, encoding="utf-8")
+
+    def _read_facts(self) -> str:
+        with contextlib.suppress(OSError, UnicodeError):
+            return self._made_for.read_text(encoding="utf-8")
+        return ""
+
+    def _delete_other(self) -> None:
+        """Delete what the download of another checkpoint has left, and nothing else."""
+        ours = self.folder.is_dir() and (self._made_for.exists() or not any(self.folder.iterdir()))
+        if not ours:
+            raise InvalidInputError(
+                f"{self.folder} is not from a download, and its name is needed for one",
+                hint="Move it away, or choose another folder.",
+            )
+        shutil.rmtree(self.folder)
+
+    def part(self, name: str) -> Part:
+        """The file *name* of the checkpoint, to be fetched; its folder is made."""
+        parts = safe_parts(name)
+        part = Part(name, self.files.joinpath(*parts), self.notes.joinpath(*parts))
+        for path in (part.file, part.note):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return part
+
+    def archive_part(self, name: str) -> Part:
+        """The archive of the checkpoint *name*, to be fetched."""
+        return Part(name, self.archive, self.folder / "archive.json")
+
+    def check(self, what: str) -> None:
+        """Check that the files make a complete checkpoint, *what*; delete all if they do not.
+
+        Raises:
+            ResponseDecodeError: they do not.
+        """
+        try:
+            check_complete(self.files, what)
+        except ResponseDecodeError:
+            shutil.rmtree(self.folder)  # the next download is not to build on it
+            raise
+
+    def finish(self) -> None:
+        """Put the files at the destination, and delete the rest.
+
+        A folder keeps what does not belong to a checkpoint; a file is replaced.
+
+        Raises:
+            InvalidInputError: the folder holds a folder where a file has to go, or the other way
+                round.  Nothing was changed.
+        """
+        if self._target.is_dir():
+            self._move_into()
+        else:
+            self._take_its_place()
+        shutil.rmtree(self.folder)
+
+    def _take_its_place(self) -> None:
+        target, old = self._target, self._set_aside()
+        if target.exists() or target.is_symlink():
+            os.rename(target, old)
+        try:
+            os.rename(self.files, target)
+        except BaseException:
+            if old.exists() or old.is_symlink():
+                os.rename(old, target)
+            raise
+
+    def _move_into(self) -> None:
+        """Replace the files of the checkpoint that is there by the new ones."""
+        target, old = self._target, self._set_aside()
+        new = files_in(self.files)
+        for file in new:
+            _check_way(target, file)
+        replaced = {file for file in new if (target / file).exists()}
+        replaced |= {  # weights beside those of another checkpoint might be taken for its own
+            Path(path.name)
+            for path in target.iterdir()
+            if path.is_file() and is_adapter_file(path.name)
+        }
+        # The configuration goes first and comes last: without it, no program takes the folder for
+        # a complete checkpoint.
+        moves = [(target / file, old / file) for file in sorted(replaced, key=_config_first)]
+        moves += [
+            (self.files / file, target / file)
+            for file in sorted(new, key=_config_first, reverse=True)
+        ]
+        _move_all(moves)
+
+    def _set_aside(self) -> Path:
+        return self.folder / f"old-{uuid.uuid4().hex}"
+
+    def drop_if_empty(self) -> bool:
+        """Delete the folder if there is nothing in it to go on from; tell whether."""
+        if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise InvalidInputError if there is something at *target* that must stay."""
+    if overwrite or not (target.exists() or target.is_symlink()):
+        return
+    if not target.is_dir():
+        raise InvalidInputError(
+            f"{target} exists already", hint="Choose another folder, or overwrite=True."
+        )
+    if any(path.name != INSIDE for path in target.iterdir()):
+        raise InvalidInputError(
+            f"{target} exists already, and is not empty",
+            hint="Choose another folder, or overwrite=True: that replaces the files of a "
+            "checkpoint in it, and leaves the others alone.",
+        )
+
+
+def _check_way(target: Path, file: Path) -> None:
+    """Raise InvalidInputError if the relative path *file* cannot be a file in *target*."""
+    for parent in list(file.parents)[:-1]:
+        if (target / parent).exists() and not (target / parent).is_dir():
+            raise _in_the_way(target / parent, "a file", "a folder")
+    if (target / file).is_dir():
+        raise _in_the_way(target / file, "a folder", "a file")
+
+
+def _in_the_way(path: Path, found: str, needed: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path} is {found}, where the checkpoint has {needed}",
+        hint="Move it away, or choose another folder. Nothing was changed.",
+    )
+
+
+def _config_first(file: Path) -> Tuple[bool, Path]:
+    return (file.name != CONFIG_FILE, file)
+
+
+def _move_all(moves: List[Tuple[Path, Path]]) -> None:
+    """Rename each of *moves*, from and to; should one fail, rename the others back."""
+    done: List[Tuple[Path, Path]] = []
+    try:
+        for source, sink in moves:
+            sink.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, sink)
+            done.append((source, sink))
+    except BaseException:
+        for source, sink in reversed(done):
+            os.replace(sink, source)
+        raise

@@ -1,0 +1,385 @@
+"""Downloader: fetches signed URLs into files, and goes on where it stopped.
+
+Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host is
+not to see one.  Signatures are secrets too, so no error and no log line holds a URL.
+
+Thread: ``tinkex-download``, while a Downloader is open, looks whether the caller has cancelled; a
+thread that reads from a socket cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import re
+import threading
+from pathlib import Path
+from typing import Callable, Dict, List, Mapping, Optional
+from urllib.parse import urlsplit
+
+import requests
+import urllib3.exceptions
+
+from tinkex._downloads.part_file import Note, Part, Source, sha256_of
+from tinkex._runtime.base_url import proxy_for
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._transport.channel import Channel
+from tinkex._transport.connection_errors import root_cause
+from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
+from tinkex.config import Config
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    ClientClosedError,
+    DownloadCancelledError,
+    InvalidInputError,
+    ResponseDecodeError,
+    status_error_type,
+)
+from tinkex.retry import RetryPolicy, retry_after_s
+
+logger = logging.getLogger(__name__)
+
+#: How often a URL that is refused is signed anew, without a byte in between.
+MAX_REFUSALS = 3
+
+_CHUNK = 1 << 16  # it is waited for as a whole
+_LOOK_S = 0.1
+
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+
+#: Told of the bytes of one file: those that are here, and all of them if that is known.
+Tell = Callable[[int, Optional[int]], None]
+
+#: Finds out where a file is; True asks for a fresh signature.
+Sign = Callable[[bool], Source]
+
+
+class _Again(Exception):
+    """The attempt failed in a way that may pass."""
+
+    def __init__(self, error: APIError, hint_s: Optional[float] = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.hint_s = hint_s
+
+
+class _Refused(Exception):
+    """The URL is not taken (any more)."""
+
+    def __init__(self, error: APIError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _StartOver(Exception):
+    """What is here does not fit what is there."""
+
+
+class _Patience:
+    """How much trouble with one file is put up with; any progress renews it."""
+
+    def __init__(self, part: Part, max_outage_s: float, clock: Clock) -> None:
+        self._part = part
+        self._policy = RetryPolicy(max_elapsed_s=max_outage_s)
+        self._clock = clock
+        self._starts = 0
+        self._renew()
+
+    def _renew(self) -> None:
+        self._reached = self._part.size
+        self._began = self._clock.monotonic()
+        self._attempts = self._refusals = 0
+
+    def start_over(self) -> None:
+        """Note that the file is fetched from its start again; raise if that is too often."""
+        self._starts += 1
+        if self._starts >= MAX_REFUSALS:
+            raise ResponseDecodeError(
+                f"{self._part.name} changes during the download, or its host sends wrong ranges"
+            )
+
+    def refused(self, error: APIError) -> None:
+        """Note that a URL was refused; raise *error* if that is too often."""
+        if self._part.size > self._reached:
+            self._renew()
+        self._refusals += 1
+        if self._refusals >= MAX_REFUSALS:
+            raise error
+        logger.info("%s; asking for a new URL", error.message)
+
+    def delay_s(self, error: APIError, hint_s: Optional[float]) -> float:
+        """Return the pause before the next attempt, or raise *error*."""
+        if self._part.size > self._reached:  # to break off now and then is no outage
+            self._renew()
+        self._attempts += 1
+        elapsed_s = self._clock.monotonic() - self._began
+        delay_s = self._policy.delay_s(self._attempts, elapsed_s, hint_s, random.random())
+        if delay_s is None:
+            error.attempts, error.elapsed_s = self._attempts, elapsed_s
+            raise error
+        logger.info(
+            "%s; %d bytes are here, next try in %.1f s", error.message, self._part.size, delay_s
+        )
+        return delay_s
+
+
+class Downloader:
+    """Fetches files, one after the other.  Used by one thread, as a context manager; blocks.
+
+    Args:
+        config: time limits, proxy and CA bundle; its credential is not used.
+        closing: set when the client closes; everything then ends with ClientClosedError.
+        cancel: set by the caller to stop; everything then ends with DownloadCancelledError.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        closing: threading.Event,
+        cancel: Optional[threading.Event] = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._config = config
+        self._closing = closing
+        self._cancel = cancel
+        self._clock = clock
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        # Guards _channels.
+        self._lock = threading.Lock()
+        self._channels: List[Channel] = []
+        self._by_proxy: Dict[Optional[str], Channel] = {}
+
+    def __enter__(self) -> Downloader:
+        threading.Thread(target=self._watch, name="tinkex-download", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        for channel in self._by_proxy.values():
+            channel.close()
+
+    def adopt(self, channel: Channel) -> Channel:
+        """Have *channel* broken off too when the download is to stop; return it."""
+        with self._lock:
+            self._channels.append(channel)
+        if self._stop.is_set():
+            channel.abort()
+        return channel
+
+    def check(self) -> None:
+        """Raise if the download is to stop."""
+        if self._cancel is not None and self._cancel.is_set():
+            raise DownloadCancelledError("the download was cancelled")
+        if self._closing.is_set():
+            raise ClientClosedError("the client was closed during the download")
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, or raise as soon as the download is to stop."""
+        self.check()
+        self._stop.wait(seconds)
+        self.check()
+
+    def fetch(self, part: Part, sign: Sign, tell: Tell) -> int:
+        """Bring the file of *part* to its full length; return that.
+
+        What is there already is kept if it belongs to the same version.  Outages are ridden out
+        for ``max_outage_s`` without a byte; a URL that expires or is refused is signed anew.
+
+        Args:
+            part: the file; its folder exists.
+            sign: finds out where it is; may raise.
+            tell: told of each piece; may raise to stop.
+
+        Raises:
+            APIError: it cannot be had.
+            DownloadCancelledError, ClientClosedError: see the constructor; the file stays, and
+                `fetch` goes on from there.
+        """
+        patience = _Patience(part, self._config.max_outage_s, self._clock)
+        source: Optional[Source] = None
+        signed = False
+        while True:
+            self.check()
+            if source is None or source.is_stale(self._clock.wall()):
+                source = sign(signed)
+                signed = True
+            try:
+                return self._attempt(part, source, tell)
+            except _StartOver:
+                patience.start_over()
+                part.discard()
+            except _Refused as refusal:
+                patience.refused(refusal.error)
+                source = None
+            except _Again as trouble:
+                self.check()
+                self.pause(patience.delay_s(trouble.error, trouble.hint_s))
+
+    def _attempt(self, part: Part, source: Source, tell: Tell) -> int:
+        note = Note.load(part.note)
+        offset = part.size if note.validator else 0
+        headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            headers["If-Range"] = note.validator or ""
+        url = source.url
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ResponseDecodeError(
+                f"the server says where {part.name} is by a {urlsplit(url).scheme or 'bare'} URL",
+                hint="Only http and https can be downloaded from.",
+            )
+        try:
+            for _ in range(MAX_HOPS + 1):
+                limits = (self._config.connect_timeout_s, self._config.read_timeout_s)
+                channel = self._channel_for(url)
+                with channel.stream(url, headers=headers, timeout=limits) as response:
+                    location = response.headers.get("Location")
+                    target = next_hop("GET", url, response.status_code, location)
+                    if target is not None:
+                        url = target
+                        continue
+                    return self._take(part, note, offset, response, tell)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            self.check()
+            # Not "from error": its text holds the URL, with the signature.
+            what = f"the download of {part.name} from {_host(url)} broke off: {root_cause(error)}"
+            if isinstance(error, requests.exceptions.SSLError):
+                raise APIConnectionError(what, retryable=False) from None
+            raise _Again(APIConnectionError(what)) from None
+        raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects without end")
+
+    def _take(
+        self, part: Part, note: Note, offset: int, response: requests.Response, tell: Tell
+    ) -> int:
+        status = response.status_code
+        if status == 416 and offset and _total_of_range(response.headers) == offset:
+            return self._finish(part, note, offset)
+        if status == 416 and offset:
+            raise _StartOver
+        if status == 206 and offset:
+            found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            total = _total_of_range(response.headers)
+            if found is None or found[1] is None or int(found[1]) != offset:
+                raise _StartOver
+            if total is not None and note.total is not None and total != note.total:
+                raise _StartOver
+            note.total = note.total if total is None else total
+        elif status == 200:
+            offset = 0
+            length = response.headers.get("Content-Length", "")
+            note = Note.of(response.headers, int(length) if length.isdigit() else None)
+        else:
+            raise self._failure(part.name, response)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise ResponseDecodeError(f"{part.name} came compressed, though that was not asked for")
+        # The note first: bytes without one are never built upon.
+        note.save(part.note)
+        return self._finish(part, note, self._copy(part.file, offset, note.total, response, tell))
+
+    def _copy(
+        self,
+        file: Path,
+        offset: int,
+        total: Optional[int],
+        response: requests.Response,
+        tell: Tell,
+    ) -> int:
+        with open(file, "r+b" if offset else "wb") as out:
+            out.seek(offset)
+            tell(offset, total)
+            for piece in response.raw.stream(_CHUNK, decode_content=False):
+                out.write(piece)
+                offset += len(piece)
+                tell(offset, total)
+                self.check()
+            self.check()  # being broken off can look like the end
+            out.flush()
+            os.fsync(out.fileno())
+        return offset
+
+    def _finish(self, part: Part, note: Note, size: int) -> int:
+        """Check what has come; return its size."""
+        if note.total is not None and size < note.total:  # urllib3 before 2 does not say
+            raise _Again(
+                APIConnectionError(f"{part.name} broke off at {size} of {note.total} bytes")
+            )
+        if note.total is not None and size > note.total:
+            raise _StartOver
+        if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
+            part.discard()
+            raise ResponseDecodeError(
+                f"{part.name}: the SHA-256 of its {size} bytes is not the announced one",
+                hint="It was damaged on the way, and is deleted here: download it again.",
+            )
+        return size
+
+    def _failure(self, name: str, response: requests.Response) -> Exception:
+        status = response.status_code
+        headers = {key.lower(): value for key, value in response.headers.items()}
+        hint_s = retry_after_s(headers, self._clock.wall())
+        error = status_error_type(status)(
+            f"{_host(response.url)} answered {status} to the download of {name}",
+            status=status,
+            retry_after_s=hint_s,
+        )
+        if status in (401, 403, 404, 410):
+            return _Refused(error)
+        if status in (408, 429) or (status >= 500 and status != 501):
+            return _Again(error, hint_s)
+        return error
+
+    def _channel_for(self, url: str) -> Channel:
+        """The channel for the host of *url*: which proxy leads there is the environment's say."""
+        own = same_origin(url, self._config.base_url)
+        proxy = self._config.proxy if own else proxy_for(url)
+        if proxy not in self._by_proxy:
+            config = dataclasses.replace(self._config, proxy=proxy)
+            self._by_proxy[proxy] = self.adopt(Channel(config, pool_size=1))
+        return self._by_proxy[proxy]
+
+    def _watch(self) -> None:
+        """Break off what is under way as soon as the caller, or the client, says so."""
+        while not self._done.wait(_LOOK_S):
+            if self._closing.is_set() or (self._cancel is not None and self._cancel.is_set()):
+                self._stop.set()
+                with self._lock:
+                    channels = list(self._channels)
+                for channel in channels:
+                    channel.abort()
+                return
+
+
+def fetch_file(
+    downloader: Downloader, name: str, target: Path, sign: Sign, tell: Tell, *, overwrite: bool
+) -> int:
+    """Download one file to *target*, which gets its name once all is there; return its size.
+
+    What an interrupted download has fetched stays in a hidden file beside it.
+
+    Raises:
+        InvalidInputError: *target* exists, and not *overwrite*.
+        And what `Downloader.fetch` raises.
+    """
+    if target.exists() and not overwrite:
+        raise InvalidInputError(f"{target} exists already", hint="Choose another name.")
+    hidden = target.with_name(f".{target.name}.part")
+    part = Part(name, hidden, hidden.with_name(f"{hidden.name}.json"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = downloader.fetch(part, sign, tell)
+    os.replace(part.file, target)
+    part.discard()
+    return size
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or "the host"
+
+
+def _total_of_range(headers: Mapping[str, str]) -> Optional[int]:
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    return int(found[3]) if found is not None and found[3].isdigit() else None

@@ -1,0 +1,1 @@
+"""Waiting for results, one by one or many at a time."""

@@ -1,0 +1,103 @@
+"""CancelQueue: tells the server, in the background, which samples nobody waits for any more.
+
+Servers that take this have a flag for it (docs/protocol.md, "Cancellation"); others get nothing.
+Threads: up to eight ``tinkex-cancel-i``, for as long as there is something to tell.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from typing import Callable, Deque, List
+
+from tinkex._api.futures import cancel_future
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._transport.server_flags import dynamic_flags_for
+from tinkex._transport.server_state import memory_of
+from tinkex._transport.transport import Transport
+from tinkex.errors import ClientClosedError, TinkexError
+
+logger = logging.getLogger(__name__)
+
+ROUTE = "POST cancel_future"
+
+_THREADS = 8
+#: More than this many cancels do not queue up: the server will drop the work in time.
+_MOST = 10_000
+
+
+class CancelQueue:
+    """Sends cancels, some at a time, each retried; failures are only logged.  Thread-safe."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._pool = WorkerPool("tinkex-cancel", _THREADS, idle_s=1.0)
+        # Guards _waiting and _busy.  Never held during I/O.
+        self._lock = threading.Lock()
+        self._waiting: Deque[str] = collections.deque()
+        self._busy = 0  # tasks of the pool that take from the queue
+        self._server = memory_of(transport.config.base_url)
+
+    def put(self, request_id: str) -> None:
+        """Have the server told that *request_id* is not wanted.  Never blocks, never raises."""
+        with self._lock:
+            if len(self._waiting) >= _MOST:
+                return
+            self._waiting.append(request_id)
+            if self._busy >= _THREADS:
+                return
+            self._busy += 1
+        try:
+            self._pool.submit(self._drain)
+        except ClientClosedError:  # the session ends, and all its work with it
+            with self._lock:
+                self._busy -= 1
+                self._waiting.clear()
+
+    def close(self) -> None:
+        """Drop what was not sent and let the threads end.  Returns at once."""
+        with self._lock:
+            self._waiting.clear()
+        self._pool.close()
+
+    def join(self, deadline: float) -> List[str]:
+        """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
+        return self._pool.join(deadline)
+
+    @property
+    def stopper(self) -> Callable[[], None]:
+        """A function that stops the threads from a finalizer."""
+        return self._pool.stopper
+
+    def _drain(self) -> None:
+        while True:
+            most = self._most_at_once()
+            with self._lock:
+                if most == 0:
+                    self._waiting.clear()
+                if not self._waiting or self._busy > most:
+                    self._busy -= 1
+                    return
+                request_id = self._waiting.popleft()
+            self._send(request_id)
+
+    def _most_at_once(self) -> int:
+        """How many cancels the server takes at once; 0 if it takes none."""
+        try:
+            flags = dynamic_flags_for(self._transport)
+        except TinkexError as error:
+            logger.debug("whether samples can be cancelled is not known: %s", error)
+            return 0
+        enabled = flags.sample_cancel_enabled and not self._server.lacks(ROUTE)
+        return flags.sample_cancel_max_batch_size if enabled else 0
+
+    def _send(self, request_id: str) -> None:
+        try:
+            cancel_future(self._transport, request_id)
+        except TinkexError as error:
+            logger.debug("cancelling request %s: %s", request_id, error)
+            if error.status in (405, 501):  # 404 is about the request
+                self._server.note_missing(ROUTE)
+        except Exception:
+            logger.exception("cancelling request %s failed", request_id)

@@ -1,0 +1,178 @@
+"""What an answer to a poll means, and how soon to poll again.  Pure: no I/O, no clock.
+
+See docs/protocol.md, "Interpreting a poll", and docs/servers.md: a pending request may be a 408,
+a ``try_again`` body, or just a long silence; a failed one a 200 with ``error``, or a 4xx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, Optional, Union
+
+from tinkex._transport.transport import Reply
+from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
+from tinkex.retry import MAX_HINT_S
+
+#: A server that answers "pending" at once is asked again after this long at first ...
+FIRST_SPACING_S = 0.02
+#: ... growing by half each time to this.
+LAST_SPACING_S = 1.0
+#: A pending answer that took longer than this was a real long poll: ask again at once.
+HELD_S = 1.0
+#: Back-off after trouble (5xx, 429, no connection).
+FIRST_BACKOFF_S = 0.5
+LAST_BACKOFF_S = 10.0
+#: A 500 that repeats, word for word, for so often and so long is the answer.
+SAME_500_LIMIT = 5
+
+#: What a JSON answer that is no result holds somewhere.
+_SPECIAL = (b'"try_again"', b'"complete_metadata"', b'"error"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """Not done yet."""
+
+    queue_state: Optional[str] = None
+    reason: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Done: *reply* holds the result, still encoded."""
+
+    reply: Reply
+
+
+@dataclasses.dataclass(frozen=True)
+class Announced:
+    """Done, but the server only says how large the result is; it is to be asked for."""
+
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """Over, without a result."""
+
+    error: TinkexError
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Something that may pass; *error* if it does not."""
+
+    error: APIError
+
+
+Outcome = Union[Pending, Done, Announced, Failed, Trouble]
+
+
+def interpret(
+    reply: Reply, error: Optional[APIError], *, request_id: str, kind: str, maybe_lost: bool
+) -> Outcome:
+    """Classify the answer to one poll.
+
+    *error* is the typed error of a reply that is no 2xx.  *maybe_lost* tells that an earlier poll
+    was cut off, so its answer may have been the result: a 404 now means that it is gone.
+    """
+    if error is not None:
+        return _interpret_error(
+            reply, error, request_id=request_id, kind=kind, maybe_lost=maybe_lost
+        )
+    if "application/x-protobuf" in reply.content_type:
+        return Done(reply)
+    if not any(word in reply.body for word in _SPECIAL):
+        return Done(reply)  # do not decode a large result just to look at its keys
+    body = reply.json()
+    if not isinstance(body, dict):
+        return Done(reply)
+    if body.get("type") == "try_again":
+        return _pending(body)
+    if body.get("status") == "complete_metadata":
+        size = body.get("response_payload_size")
+        return Announced(size if isinstance(size, int) else 0)
+    if body.get("error") is not None:
+        category = str(body.get("category") or "unknown").lower()
+        known = category if category in ("user", "server") else "unknown"
+        return Failed(
+            RequestFailedError(
+                f"{kind} failed on the server: {body['error']}",
+                request_id=request_id,
+                category=known,
+            )
+        )
+    return Done(reply)
+
+
+def _interpret_error(
+    reply: Reply, error: APIError, *, request_id: str, kind: str, maybe_lost: bool
+) -> Outcome:
+    status = reply.status
+    error.request_id = request_id
+    if status == 408:
+        body = getattr(error, "body", None)
+        return _pending(body) if isinstance(body, dict) else Pending()
+    if status in (402, 429) or (status >= 500 and status != 501):
+        return Trouble(error)
+    if status == 410 or (status == 404 and maybe_lost):
+        lost = ResultExpiredError(
+            f"the result of {kind} is no longer on the server (status {status})",
+            status=status,
+            request_id=request_id,
+            hint="The work itself was probably done. Check the run before you submit it again.",
+        )
+        lost.__cause__ = error
+        return Failed(lost)
+    if status in (400, 409, 422):  # how some servers report that the work failed
+        failed = RequestFailedError(
+            f"{kind} failed on the server: {error.message}",
+            status=status,
+            request_id=request_id,
+            category="user",
+        )
+        failed.__cause__ = error
+        return Failed(failed)
+    return Failed(error)
+
+
+def _pending(body: Dict[str, Any]) -> Pending:
+    state, reason = body.get("queue_state"), body.get("queue_state_reason")
+    return Pending(
+        state if isinstance(state, str) else None, reason if isinstance(reason, str) else None
+    )
+
+
+class Pacing:
+    """How long to wait before the next poll of one request, from what the last ones brought."""
+
+    def __init__(self) -> None:
+        self._spacing_s = FIRST_SPACING_S
+        self._backoff_s = FIRST_BACKOFF_S
+        self._same_500 = 0
+        self._last_500: Optional[str] = None
+
+    def after_pending(self, took_s: float, rand: float) -> float:
+        """Seconds to wait after a pending answer that took *took_s*; *rand* is in [0, 1)."""
+        self._backoff_s, self._same_500 = FIRST_BACKOFF_S, 0
+        if took_s >= HELD_S:
+            self._spacing_s = FIRST_SPACING_S
+            return 0.0
+        delay = self._spacing_s * (0.5 + rand)
+        self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
+        return delay
+
+    def after_trouble(self, rand: float, hint_s: Optional[float] = None) -> float:
+        """Seconds to wait after trouble; the server's own wish goes first, up to 60 s."""
+        delay = min(hint_s, MAX_HINT_S) if hint_s else self._backoff_s * (0.5 + rand / 2)
+        self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
+        return delay
+
+    def is_final(self, error: APIError) -> bool:
+        """True once the same plain 500 has come so often that it must be meant."""
+        if error.status != 500:
+            self._same_500 = 0
+            return False
+        self._same_500 = self._same_500 + 1 if error.message == self._last_500 else 1
+        self._last_500 = error.message
+        return self._same_500 >= SAME_500_LIMIT

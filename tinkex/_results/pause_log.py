@@ -1,0 +1,71 @@
+"""PauseNotices: says in the log that the server has paused a sampler or a run, and why.
+
+Waiting futures tell it, too (`FutureStatus`); this is for those who are not looking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+from typing import Dict, Optional
+
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+
+logger = logging.getLogger(__name__)
+
+#: About one sampler or run there is at most one warning in so many seconds.
+EVERY_S = 60.0
+#: This many samplers and runs are remembered.
+_KEPT = 256
+
+
+@dataclasses.dataclass
+class _Pause:
+    since: Optional[float] = None  # of the pause that lasts, if one does
+    told_at: float = -math.inf
+    told: bool = False  # of the pause that lasts
+
+
+class PauseNotices:
+    """Hears the queue state of every pending answer.  Thread-safe."""
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        # Guards _pauses.
+        self._lock = threading.Lock()
+        self._pauses: Dict[str, _Pause] = {}
+
+    def note(
+        self, owner: str, state: Optional[str], reason: Optional[str], grace_s: float = 0.0
+    ) -> None:
+        """Take note that work of *owner* is in *state*; a pause is told after *grace_s*."""
+        if state is None:
+            return
+        now = self._clock.monotonic()
+        with self._lock:
+            if state == "active" and owner not in self._pauses:
+                return
+            pause = self._pauses.setdefault(owner, _Pause())
+            if len(self._pauses) > _KEPT:
+                del self._pauses[next(iter(self._pauses))]
+            if state == "active":
+                over = pause.told
+                pause.since, pause.told = None, False
+            else:
+                over = False
+                pause.since = now if pause.since is None else pause.since
+            due = (
+                pause.since is not None
+                and now - pause.since >= grace_s
+                and now - pause.told_at >= EVERY_S
+            )
+            if due:
+                pause.told, pause.told_at = True, now
+        if due:
+            logger.warning(
+                "the server has paused %s: %s (%s)", owner, state, reason or "no reason given"
+            )
+        elif over:
+            logger.info("%s: the server goes on", owner)

@@ -1,0 +1,308 @@
+"""PollLoop: asks for the result of one accepted request until there is one.
+
+Used by one thread, the poller's; what an answer means is decided by poll_rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import time
+from typing import Any, Callable, Generic, Iterator, Optional, TypeVar
+
+from tinkex._api.futures import retrieve_future
+from tinkex._results.outcomes import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
+from tinkex._results.pause_log import PauseNotices
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.request import broken_route
+from tinkex._transport.transport import Reply, Request, Transport
+from tinkex.config import Config
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    ClientClosedError,
+    NoProgressError,
+    OperationTimeoutError,
+    ResponseDecodeError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+
+T = TypeVar("T")
+
+_POLL = Request("POST", "/api/v1/retrieve_future")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation(Generic[T]):
+    """Work the server is asked to do: its future, and how to read the result.
+
+    Attributes:
+        future: to be settled.
+        decode: turns the final answer into the result; may raise TinkexError.
+        binary: the result may be protobuf.
+        owner: what it is part of, for notices: ``"run ..."`` or ``"sampler ..."``.
+        appeal: is shown a failure before it is reported, in a poller thread: returns the error to
+            report, or None if it takes the future over; must be quick and not raise.
+        pause_grace_s: a pause of the owner is told after so long.
+        no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
+        large: the result may be so large that there should not be too many at once.
+    """
+
+    future: APIFuture[T]
+    decode: Callable[[Reply], T]
+    binary: bool = False
+    owner: str = ""
+    appeal: Optional[Callable[[BaseException], Optional[BaseException]]] = None
+    pause_grace_s: float = 60.0
+    no_progress_timeout_s: Optional[float] = None
+    large: bool = False
+
+
+class PollLoop:
+    """The polling of one request, from its acceptance to its end.
+
+    Stopping *channel* ends it: within a pause at once, within a poll if the channel is aborted.
+    *announced* is the size of the result, in bytes, if the server has told that it is there; 0 if
+    it has not.
+
+    Attributes:
+        maybe_lost: an answer may have been lost on its way, and the result with it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        operation: Operation[Any],
+        channel: AnyChannel,
+        pauses: PauseNotices,
+        *,
+        announced: int = 0,
+        maybe_lost: bool = False,
+    ) -> None:
+        self._transport = transport
+        self._config = transport.config
+        self._operation = operation
+        self._future = operation.future
+        self._channel = channel
+        self._pauses = pauses
+        self._no_progress_s = operation.no_progress_timeout_s or self._config.no_progress_timeout_s
+        self._announced = announced
+        self._payload = False  # insist on the result itself
+        self._held = 0  # bytes of the quota for large results
+        self._pacing = Pacing()
+        self.maybe_lost = maybe_lost
+        self._last_contact = time.monotonic()
+        # The server accepted it some time ago, if others of its lane had to be waited for.
+        self._started = operation.future.entered
+        self._polled = False
+        self._trouble_since: Optional[float] = None
+
+    def run(self) -> None:
+        """Settle the future, or raise what it is to be settled with."""
+        with self._reserved():
+            self._poll()
+
+    def try_once(self) -> bool:
+        """Like `run`, with one poll; False if it did not settle the future."""
+        with self._reserved():
+            return self._step(self._future.request_id or "") is None or self._future.done()
+
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Take what of the quota is known to be needed, and give back all that was taken."""
+        try:
+            if self._announced > 0:
+                self._reserve(self._announced)
+            yield
+        finally:
+            if self._held:
+                self._transport.pressure.results.give(self._held)
+
+    def _poll(self) -> None:
+        request_id = self._future.request_id or ""
+        while not self._future.done():
+            delay = self._step(request_id)
+            if delay is None:
+                return
+            if delay > 0:
+                self._channel.stopped.wait(delay)
+            stopped = self._channel.stopped.is_set() or self._transport.closing.is_set()
+            if stopped and not self._future.done():
+                raise ClientClosedError(
+                    f"the client was closed before {self._future.kind} was done"
+                )
+
+    def _step(self, request_id: str) -> Optional[float]:
+        """Poll once; return the pause before the next poll, or None when settled."""
+        began = time.monotonic()
+        if self._polled:  # a result that is there is fetched, however late
+            self._check_limits(began)
+        self._polled = True
+        self._future.attempts += 1
+        try:
+            reply = retrieve_future(
+                self._transport,
+                request_id,
+                binary=self._operation.binary,
+                read_timeout_s=self._read_timeout_s(began),
+                payload=self._payload,
+                size_first=self._operation.large and not self._payload,
+                channel=self._channel,
+            )
+        except APIConnectionError as silence:
+            # With an error status, it was turned away on the way there, and no result handed out.
+            turned_away = silence.status is not None and silence.status >= 300
+            self.maybe_lost = self.maybe_lost or not turned_away
+            return self._after_silence(silence, began)
+        except APIStatusError as refused:  # the server gives no token just now
+            if not refused.retryable:
+                raise
+            return self._after_trouble(refused)
+        self._last_contact = time.monotonic()
+        error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
+        outcome = interpret(
+            reply,
+            error,
+            request_id=request_id,
+            kind=self._future.kind,
+            maybe_lost=self.maybe_lost,
+        )
+        return self._act_on(outcome, took_s=self._last_contact - began)
+
+    def _act_on(self, outcome: Any, took_s: float) -> Optional[float]:
+        if isinstance(outcome, Done):
+            if self._future.queue_state not in (None, "active"):
+                self._note_queue("active", None)
+            self._finish(outcome.reply)
+            return None
+        if isinstance(outcome, Failed):
+            raise outcome.error
+        if isinstance(outcome, Pending):
+            self._note_queue(outcome.queue_state, outcome.reason)
+            self._future.last_error = None
+            self._trouble_since = None
+            return self._pacing.after_pending(took_s, random.random())
+        if isinstance(outcome, Announced):
+            return self._ask_for_payload(outcome)
+        assert isinstance(outcome, Trouble)
+        return self._after_trouble(outcome.error)
+
+    def _finish(self, reply: Reply) -> None:
+        """Decode the result and settle the future with it."""
+        result = self._operation.decode(reply)
+        decode_s = time.monotonic() - self._last_contact
+        waited_s = self._last_contact - self._started
+        queue_s = max(0.0, waited_s - reply.read_s)
+        self._transport.recorder.result(queue_s, reply.read_s, decode_s)
+        self._future.settle(result)
+
+    def _note_queue(self, state: Optional[str], reason: Optional[str]) -> None:
+        self._future.queue_state, self._future.queue_state_reason = state, reason
+        if self._operation.owner:
+            grace_s = self._operation.pause_grace_s
+            self._pauses.note(self._operation.owner, state, reason, grace_s)
+
+    def _ask_for_payload(self, announced: Announced) -> float:
+        if self._payload:
+            raise ResponseDecodeError(
+                f"the server announces the result of {self._future.kind} ({announced.size} bytes) "
+                "and does not send it",
+                request_id=self._future.request_id,
+            )
+        self._reserve(announced.size)
+        return 0.0
+
+    def _reserve(self, size: int) -> None:
+        """Wait until a result of *size* bytes may be fetched, and insist on it from now on."""
+        self._transport.pressure.results.take(
+            size,
+            lambda: self._future.done() or self._channel.stopped.is_set(),
+            self._future,
+        )
+        self._held, self._payload = size, True
+        self._last_contact = time.monotonic()
+        self._polled = False  # it is there: no limit ends the next poll
+
+    def _after_trouble(self, error: APIError) -> float:
+        """Return the pause before the next poll; raise *error* once it must be meant."""
+        self._future.last_error = error.message
+        delay: Optional[float] = None
+        if error.status == 402:
+            if self._config.on_billing == "wait":
+                delay = self._transport.billing.after_402()
+        elif not self._is_final(error):
+            hint_s = getattr(error, "retry_after_s", None)
+            delay = self._pacing.after_trouble(random.random(), hint_s)
+        if delay is None:
+            if error.status is not None and error.status >= 500 and self._future.attempts > 1:
+                error.hint = error.hint or broken_route(_POLL, self._future.attempts)
+            error.attempts = self._future.attempts
+            error.elapsed_s = self._last_contact - self._started
+            raise error
+        return delay
+
+    def _is_final(self, error: APIError) -> bool:
+        """Decide whether trouble that may pass has lasted too long."""
+        if error.status == 429:
+            return False  # the server lives, and asks for patience
+        if self._trouble_since is None:
+            self._trouble_since = self._last_contact
+        lasted_s = self._last_contact - self._trouble_since
+        return self._pacing.is_final(error) or lasted_s > self._config.max_outage_s
+
+    def _after_silence(self, error: APIError, began: float) -> float:
+        """No answer: ride it out for max_outage_s, unless the poll just took its full time."""
+        self._future.last_error = error.message
+        now = time.monotonic()
+        if isinstance(error, APITimeoutError) and now - began > self._config.connect_timeout_s + 1:
+            return 0.0  # the server held the poll for longer than we wait: ask again
+        if now - self._last_contact > self._config.max_outage_s:
+            error.elapsed_s = now - self._last_contact
+            error.request_id = self._future.request_id
+            raise error
+        return self._pacing.after_trouble(random.random())
+
+    def _read_timeout_s(self, now: float) -> float:
+        """Wait for an answer no longer than the limits of the operation allow."""
+        limits = [self._config.poll_timeout_s]
+        if self._config.operation_timeout_s is not None:
+            limits.append(self._started + self._config.operation_timeout_s - now)
+        if self._no_progress_s is not None:
+            limits.append(self._last_contact + self._no_progress_s - now)
+        return max(0.05, min(limits))
+
+    def _check_limits(self, now: float) -> None:
+        error = overdue(
+            self._operation,
+            self._config,
+            waited_s=now - self._started,
+            silent_s=now - self._last_contact,
+        )
+        if error is not None:
+            raise error
+
+
+def overdue(
+    operation: Operation[Any], config: Config, *, waited_s: float, silent_s: float
+) -> Optional[TinkexError]:
+    """The error of an operation that has taken too long, or been without contact; or None."""
+    future = operation.future
+    if config.operation_timeout_s is not None and waited_s >= config.operation_timeout_s:
+        return OperationTimeoutError(
+            f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
+            f"{future.status()}",
+            request_id=future.request_id,
+            elapsed_s=waited_s,
+        )
+    no_progress_s = operation.no_progress_timeout_s or config.no_progress_timeout_s
+    if no_progress_s is not None and silent_s >= no_progress_s:
+        return NoProgressError(
+            f"no contact with the server for {silent_s:.0f} s: {future.status()}",
+            request_id=future.request_id,
+            elapsed_s=waited_s,
+        )
+    return None

@@ -1,0 +1,317 @@
+"""Poller: settles the futures of one client, with few threads.
+
+Work of one training run finishes in the order it was submitted, so each run has a lane and only
+the head of a lane is polled.  Samples finish in any order: each is submitted and polled by a
+worker of its own, on its own connection, up to a cap; more wait their turn.  Measured
+(design notes): with completions in order a few threads equal a thread per future, while
+unordered long polls behind a small pool turn milliseconds into seconds.
+
+Where the server can say which samples are done, the batch poller waits for them instead.
+
+A worker whose future is cancelled is free at once: its connection is broken off, and it gets a
+new one.
+
+Threads: ``tinkex-poll-i`` (one per lane that has work), ``tinkex-sample-i`` (one per sample in
+flight), ``tinkex-flags`` (before the first sample, if the server's flags are not known),
+``tinkex-cancel-i`` (see CancelQueue), those of the batch poller, and ``tinkex-callbacks`` (users'
+callbacks).  All are lazy and end when idle, or at close.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Set
+
+from tinkex._results.batch_poller import BatchPoller
+from tinkex._results.cancel_queue import CancelQueue
+from tinkex._results.pause_log import PauseNotices
+from tinkex._results.poll_loop import Operation as Operation, PollLoop
+from tinkex._results.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
+from tinkex._runtime.descriptors import connection_cap
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._transport.connection_errors import forget_frames
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.server_flags import ServerFlags, flags_for, known_flags
+from tinkex._transport.transport import Transport
+from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
+from tinkex.futures import APIFuture, report_lost
+
+if TYPE_CHECKING:
+    from tinkex.types import UntypedFuture
+
+logger = logging.getLogger(__name__)
+
+#: Most lanes polled at once; a lane beyond waits for another to run dry.
+POLL_CAP = 256
+
+
+class Poller:
+    """Owns the futures of one client until they are settled.  Thread-safe.
+
+    Args:
+        transport: polls go through it; its ``closing`` event ends every wait.
+        explain: turns the error of failed work into the one the user gets (e.g. because the
+            session was lost); called in a poller thread without locks.
+        on_failure: is told of each future that is about to fail, with its error; must be quick and
+            not raise.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        explain: Callable[[TinkexError], TinkexError] = lambda e: e,
+        on_failure: Optional[Callable[[APIFuture[Any], BaseException], None]] = None,
+    ) -> None:
+        self._transport = transport
+        self._config = transport.config
+        self._explain = explain
+        self._on_failure = on_failure
+        self._pauses = PauseNotices()
+        self._cancels = CancelQueue(transport)
+        self._polls = WorkerPool("tinkex-poll", POLL_CAP)
+        self._samples = WorkerPool("tinkex-sample", self._config.max_concurrent_samples)
+        self._callbacks = WorkerPool("tinkex-callbacks", 1)
+        self._asking = WorkerPool("tinkex-flags", 1, idle_s=1.0)
+        self._batches = BatchPoller(
+            transport, self._poll_alone, self.fail, self._cancels, self._pauses
+        )
+        self._channels = OwnChannels(transport)
+        # One bound method each for all futures.
+        self._run_callback, self._why_held_back = self._callbacks.submit, transport.pressure.why
+        self._forget_it = self._forget
+        # Guards _outstanding, _lanes and _closed.  Never held during I/O or while a
+        # future is settled.
+        self._lock = threading.Lock()
+        self._outstanding: Set[APIFuture[Any]] = set()
+        self._lanes: Dict[str, Deque[Operation[Any]]] = {}
+        self._closed: Optional[TinkexError] = None
+
+    def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
+        """Make a future that will be settled at close at the latest.
+
+        One that is *counted* is for a user: it takes a place among ``max_unread`` until it is read
+        or dropped.  If there is none, this blocks.
+
+        Raises:
+            BackpressureError: there is none, and on_backpressure is ``"raise"``.
+            ClientClosedError: the poller was closed.
+        """
+        report_lost()
+        pressure = self._transport.pressure
+        counted = counted and pressure.unread.counts
+        if counted:
+            pressure.unread.enter(kind)
+        future: APIFuture[Any] = APIFuture(
+            kind,
+            notice_after_s=self._config.notice_after_s,
+            run_callback=self._run_callback,
+            why_held_back=self._why_held_back,
+        )
+        if counted:
+            future.on_read(pressure.unread.leave)
+        future.on_settled(self._forget_it)
+        try:
+            with self._lock:
+                if self._closed is not None:
+                    raise self._closed
+                self._outstanding.add(future)
+        except BaseException:  # Ctrl-C: nobody would settle it
+            self._forget(future)
+            raise
+        return future
+
+    def inflight(self) -> List[APIFuture[Any]]:
+        """The futures that are not settled yet, in no order."""
+        with self._lock:
+            return list(self._outstanding)
+
+    def watch(self, lane: str, operation: Operation[Any]) -> None:
+        """Poll for *operation*, already submitted, after all others of *lane*."""
+        with self._lock:
+            queue = self._lanes.get(lane)
+            if queue is not None:
+                queue.append(operation)
+                return
+            self._lanes[lane] = collections.deque([operation])
+        try:
+            self._polls.submit(lambda: self._drain(lane))
+        except ClientClosedError as error:
+            with self._lock:  # nobody will drain the lane
+                stranded = self._lanes.pop(lane)
+            for left in stranded:
+                self.fail(left.future, error)
+
+    def submit_sample(
+        self,
+        operation: Operation[Any],
+        send: Callable[[AnyChannel], UntypedFuture],
+        resubmit: Resubmit = lambda times: None,
+        target: Optional[Callable[[], Target]] = None,
+    ) -> None:
+        """Have a sampling request sent, and wait for its result.  Returns at once.
+
+        If the server has lost the result, *send* is called again, as *resubmit* says: each time it
+        must make a new request of it.  *target* tells whose it is, once it was sent; without it,
+        the sample is polled for on its own whatever the server can do.
+        """
+        work = SampleWork(operation, send, resubmit, target)
+        flags = known_flags(self._config)
+        if target is None:
+            self._poll_alone(work)
+        elif flags is not None:
+            self._choose(work, flags)
+        else:
+            try:
+                self._asking.submit(lambda: self._ask_and_choose(work))
+            except ClientClosedError as error:
+                self.fail(operation.future, error)
+
+    def _ask_and_choose(self, work: SampleWork) -> None:
+        try:
+            flags = flags_for(self._transport, once=True)
+        except TinkexError as error:
+            logger.debug("whether the server can say which samples are done: %s", error)
+            flags = ServerFlags()
+        self._choose(work, flags)
+
+    def _choose(self, work: SampleWork, flags: ServerFlags) -> None:
+        """Hand *work* to those who are to do it."""
+        if self._batches.usable(flags):
+            self._batches.submit(work)
+        else:
+            most = min(
+                self._config.max_concurrent_samples,
+                flags.sample_max_concurrent_requests,
+                connection_cap(),
+            )
+            if self._samples.cap != most:
+                self._samples.resize(max(1, most))
+            self._poll_alone(work)
+
+    def _poll_alone(self, work: SampleWork) -> None:
+        """Have a worker submit *work*, if need be, and poll for it."""
+        future = work.operation.future
+
+        def run() -> None:
+            if future.done():  # cancelled while it waited its turn
+                if work.accepted and future.cancelled():
+                    self._cancels.put(future.request_id or "")
+                return
+            try:
+                with Stint(future, self._channels.get()) as stint:
+                    self._sample(work, stint)
+            except Exception as error:
+                self.fail(future, error)
+
+        try:
+            self._samples.submit(run)
+        except ClientClosedError as error:
+            self.fail(future, error)
+
+    def _sample(self, work: SampleWork, stint: Stint) -> None:
+        future = work.operation.future
+        while not future.done():
+            if work.lost is not None:
+                self._wait_to_resubmit(work, work.lost, stint)
+                if future.done():
+                    return
+            if not work.accepted:
+                work.submit(stint)
+            try:
+                self._poll(work.operation, stint.channel, work.maybe_lost)
+                return
+            except ResultExpiredError as lost:
+                work.note_lost(lost)
+            finally:
+                if future.cancelled():
+                    self._cancels.put(future.request_id or "")
+
+    def _wait_to_resubmit(self, work: SampleWork, lost: ResultExpiredError, stint: Stint) -> None:
+        delay_s = work.resubmit(work.times)
+        if delay_s is None:
+            raise lost
+        work.times += 1
+        logger.info("%s; submitting it again in %.1f s", lost, delay_s)
+        stint.channel.stopped.wait(delay_s)
+
+    def fail(self, future: APIFuture[Any], error: BaseException) -> None:
+        """Settle *future* with *error*, explained."""
+        if isinstance(error, TinkexError):
+            error.request_id = error.request_id or future.request_id
+            explained = self._explain(error)
+            if explained is not error:
+                explained.__cause__ = error
+            error = explained
+        # Before those who wait for it wake: they may close us at once.
+        if self._on_failure is not None and not future.done():
+            self._on_failure(future, error)
+        if isinstance(error, TinkexError):
+            logger.debug("%s failed", future.kind, exc_info=error)
+            forget_frames(error)
+        future.settle_error(error)
+
+    def close(self, error: TinkexError) -> None:
+        """Settle everything outstanding with *error* and stop the threads.  Returns at once.
+
+        Set the transport's ``closing`` first and abort it afterwards, so that polls end at once.
+        """
+        with self._lock:
+            self._closed = self._closed or error
+            outstanding = list(self._outstanding)
+        self._cancels.close()
+        self._batches.close()
+        for pool in (self._polls, self._samples, self._asking):
+            pool.close()
+        for future in outstanding:
+            future.settle_error(error)
+        self._callbacks.drain()  # after the callbacks that settling has just queued
+
+    def join(self, deadline: float) -> List[str]:
+        """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
+        pools = (self._polls, self._samples, self._asking, self._batches, self._cancels)
+        return [name for pool in (*pools, self._callbacks) for name in pool.join(deadline)]
+
+    def say_goodbye(self, deadline: float) -> None:
+        """After `close`: tell the server which results have arrived, as far as time allows.
+
+        Blocks for half a second at most, until *deadline* (monotonic) at the latest.
+        """
+        self._batches.say_goodbye(deadline)
+
+    @property
+    def stoppers(self) -> List[Callable[[], None]]:
+        """Functions that stop the threads from a finalizer."""
+        pools = (self._polls, self._samples, self._asking, self._cancels, self._callbacks)
+        return [*(pool.stopper for pool in pools), *self._batches.stoppers]
+
+    def _forget(self, future: Any) -> None:
+        with self._lock:
+            self._outstanding.discard(future)
+
+    def _drain(self, lane: str) -> None:
+        """Poll the head of *lane* until the lane is empty."""
+        while True:
+            with self._lock:
+                head = self._lanes[lane][0]
+            try:
+                if not head.future.done():
+                    with Stint(head.future, self._channels.get()) as stint:
+                        self._poll(head, stint.channel)
+            except Exception as error:  # a TinkexError to report, or a bug that must not be lost
+                left = error if head.appeal is None else head.appeal(error)
+                if left is not None:
+                    self.fail(head.future, left)
+            with self._lock:
+                queue = self._lanes[lane]
+                queue.popleft()
+                if not queue:
+                    del self._lanes[lane]
+                    return
+
+    def _poll(
+        self, operation: Operation[Any], channel: AnyChannel, maybe_lost: bool = False
+    ) -> None:
+        """Poll until the operation's future is settled by somebody, or raise its error."""
+        PollLoop(self._transport, operation, channel, self._pauses, maybe_lost=maybe_lost).run()

@@ -1,0 +1,1 @@
+"""What the rest stands on: threads, clocks, late imports, numbers and URLs.  No HTTP."""

@@ -1,0 +1,166 @@
+"""Checks of sampling requests before they are sent, and of what servers make of them.  Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Optional, Sequence
+
+from tinkex import types
+from tinkex._runtime.lazy_numpy import np
+from tinkex.errors import (
+    InvalidInputError,
+    ResponseDecodeError,
+    UnprocessableEntityError,
+    UnsupportedError,
+)
+from tinkex.types._numbers import as_kept, holds_nan
+from tinkex.wire.codec import align_prompt_logprobs
+
+if TYPE_CHECKING:
+    from tinkex.types import SampleRequest, SampleResponse
+
+_OLD_SERVER = "Leave it out, or use a newer server."
+
+
+def check_request(request: SampleRequest) -> None:
+    """Raise InvalidInputError if *request* cannot be meant."""
+    if not isinstance(request.prompt, types.ModelInput):
+        raise InvalidInputError(
+            f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
+            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
+        )
+    length = request.prompt.length
+    if length == 0:
+        raise InvalidInputError("the prompt has no tokens")
+    if not isinstance(request.sampling_params, types.SamplingParams):
+        raise InvalidInputError(
+            f"sampling_params is a {type(request.sampling_params).__name__}, not SamplingParams"
+        )
+    request.check()
+    if request.target_prompt_logprobs is not None:
+        _check_targets(request.target_prompt_logprobs, length)
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and last_n >= length:
+        raise InvalidInputError(
+            f"prompt_logprobs_last_n is {last_n}; it must lie in 1 .. len(prompt) - 1"
+        )
+
+
+def _check_targets(targets: Any, length: int) -> None:
+    if not isinstance(targets, types.TensorData):
+        raise InvalidInputError(
+            f"target_prompt_logprobs is of type {type(targets).__name__}, not TensorData",
+            hint="TensorData(...) takes lists and numpy arrays.",
+        )
+    fits = targets.dtype == "int64" and len(targets.shape) == 2 and targets.shape[0] == length - 1
+    if not fits:
+        raise InvalidInputError(
+            f"target_prompt_logprobs is {targets.dtype} of shape {targets.shape}; it must be int64 "
+            f"of shape ({length - 1}, k): a row for each of the {length} prompt tokens but the "
+            "first"
+        )
+
+
+def unsupported_by(
+    error: UnprocessableEntityError, request: SampleRequest
+) -> Optional[UnsupportedError]:
+    """What to raise for a refusal of options that an older server does not know; else None."""
+    options = [
+        field.name
+        for field in dataclasses.fields(request)
+        if field.default is not dataclasses.MISSING
+        and getattr(request, field.name) != field.default
+        and field.name in error.message
+    ]
+    if not options or "extra_forbidden" not in error.message:
+        return None
+    return UnsupportedError(
+        f"the server refuses {' and '.join(options)}: it is too old for that",
+        status=error.status,
+        hint=_OLD_SERVER,
+    )
+
+
+def check_counts(response: SampleResponse, request: SampleRequest, *, sequences: bool) -> None:
+    """Raise ResponseDecodeError if *response* holds less, or more, than *request* asks for.
+
+    Args:
+        sequences: whether the sequences matter; they do not for prompt logprobs alone.
+    """
+    found, asked = len(response.sequences), request.num_samples
+    if sequences and found != asked:
+        raise ResponseDecodeError(
+            f"the server returned {found} {'sequence' if found == 1 else 'sequences'}; "
+            f"num_samples is {asked}",
+            hint="The result was damaged on its way, or the server is at fault.",
+        )
+    length = request.prompt.length
+    if request.prompt_logprobs and length > 1 and response.prompt_logprobs_np is None:
+        raise ResponseDecodeError(
+            f"the server returned no prompt logprobs, which were asked for, of {length} prompt "
+            "tokens"
+        )
+
+
+def complete_response(
+    response: SampleResponse, request: SampleRequest, sequence_ids: Sequence[str]
+) -> SampleResponse:
+    """Return *response* as it looks on every server.
+
+    There is one row of prompt logprobs per prompt token; sequences carry the ids that came with
+    the submission's answer (some servers send none).
+
+    Raises:
+        UnsupportedError: the server ignored what it is too old to know.
+        ResponseDecodeError: the rows do not fit the prompt.
+    """
+    length = request.prompt.length
+    last_n = request.prompt_logprobs_last_n
+    logprobs = response.prompt_logprobs_np
+    if last_n is not None and logprobs is not None and len(logprobs) == last_n:
+        padded = np.concatenate([np.full(length - last_n, np.nan, np.float32), logprobs])
+        response = dataclasses.replace(response, prompt_logprobs_np=padded)
+    response = align_prompt_logprobs(response, length)
+    _check_support(response, request)
+    if len(sequence_ids) == len(response.sequences):
+        pairs = zip(response.sequences, sequence_ids)
+        named = [sequence.named(name) for sequence, name in pairs]
+        response = dataclasses.replace(response, sequences=named)
+    return response
+
+
+def _check_support(response: SampleResponse, request: SampleRequest) -> None:
+    length = request.prompt.length
+    logprobs, last_n = response.prompt_logprobs_np, request.prompt_logprobs_last_n or length
+    ignored = {
+        "topk_prompt_logprobs": request.topk_prompt_logprobs
+        and length > 1
+        and response.topk_prompt_logprobs_np is None,
+        "topk_sample_logprobs": request.topk_sample_logprobs
+        and any(s.length and s.topk_logprobs_np is None for s in response.sequences),
+        "prompt_alt_tokens_k": request.prompt_alt_tokens_k
+        and length > 1
+        and response.prompt_alt_tokens is None,
+        "target_prompt_logprobs": request.target_prompt_logprobs is not None
+        and length > 1
+        and response.target_prompt_logprobs is None,
+        "prompt_logprobs_last_n": logprobs is not None
+        and not bool(np.all(np.isnan(logprobs[: length - last_n]))),
+    }
+    names = [name for name, is_ignored in ignored.items() if is_ignored]
+    if names:
+        raise UnsupportedError(
+            f"the server has ignored {' and '.join(names)}: it is too old for that",
+            hint=_OLD_SERVER,
+        )
+
+
+def has_unknown_logprobs(response: SampleResponse, request: SampleRequest) -> bool:
+    """True if a logprob is NaN where there should be a number."""
+    prompt = response.prompt_logprobs_np
+    if prompt is not None:
+        asked = request.prompt_logprobs_last_n or len(prompt) - 1
+        if bool(np.any(np.isnan(prompt[len(prompt) - asked :]))):
+            return True
+    kept = [as_kept(sequence, "logprobs_np") for sequence in response.sequences]
+    return any(logprobs is not None and holds_nan(logprobs) for logprobs in kept)

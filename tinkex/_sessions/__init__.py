@@ -1,0 +1,1 @@
+"""Sessions, and the heartbeats that keep them alive."""

@@ -1,0 +1,204 @@
+"""What becomes of the batch of a pass: how it is cut into requests, and how results are read.
+
+Servers report differently; what a caller sees here looks the same everywhere.  No threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from tinkex._runtime.lazy_numpy import np
+from tinkex._transport.server_flags import ServerFlags
+from tinkex._transport.transport import Reply
+from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, TensorData
+from tinkex.types.tensor_data import first_where
+from tinkex.wire.chunking import split
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
+from tinkex.wire.codecs import codec_for
+from tinkex.wire.json_codec import JSON
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+logger = logging.getLogger(__name__)
+
+#: JSON takes at most so many bytes for one of a buffer, and so many more for a datum's names.
+_JSON_GROWTH = 4
+_JSON_OVERHEAD = 2000
+
+
+#: The datums of one request, and the sum of their ``nbytes``.
+Chunk = Tuple[List[Datum], int]
+
+
+def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> List[Chunk]:
+    """Cut a batch into requests as large as the server takes them, in order.
+
+    A limit in bytes is one of the bodies, so they are measured in the encoding that they will
+    have; while *codec* is not known (None), in the larger of the two.
+    """
+    limit = flags.fwdbwd_max_chunk_bytes_count
+    sizes = nbytes = [datum.nbytes for datum in data]
+    json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
+    if (codec is None or codec.name == JSON.name) and json_at_most > limit:
+        sizes = [_json_size(datum) for datum in data]
+    runs = split(sizes, flags.fwdbwd_max_chunk_len, limit)
+    return [(list(data[run]), sum(nbytes[run])) for run in runs]
+
+
+def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
+    """Raise InvalidInputError, with the index, if a datum of *chunks* cannot be encoded.
+
+    For batches in several requests: otherwise some would be sent before one is found that cannot
+    be.  *codec* is None while the server's encoding is not known; protobuf is tried first then.
+    """
+    codec = codec or codec_for(PROTOBUF_CONTENT_TYPE)
+    first = 0
+    for data, _ in chunks:
+        try:
+            codec.forward_backward_parts(ForwardBackwardRequest("", 1, data, ""))
+        except InvalidInputError as error:
+            raise _with_index(error, data, first, codec) from error
+        first += len(data)
+
+
+def _with_index(
+    error: InvalidInputError, data: Sequence[Datum], first: int, codec: Codec
+) -> InvalidInputError:
+    """*error* of encoding *data*, with the index of the datum that it is about."""
+    for index, datum in enumerate(data, first):
+        try:
+            codec.forward_backward_parts(ForwardBackwardRequest("", 1, [datum], ""))
+        except InvalidInputError as found:
+            return InvalidInputError(f"data[{index}]: {found.message}", hint=found.hint)
+    return error  # it is about all of them, such as their size
+
+
+def _json_size(datum: Datum) -> int:
+    try:
+        return max(JSON.size_of(datum), datum.nbytes)
+    except InvalidInputError:  # it has no JSON form, so it will not be sent as JSON
+        return datum.nbytes
+
+
+class NaNWatch:
+    """Warns once, and only once, of logprobs that are no numbers.
+
+    Args:
+        owner: whose they are: ``"run ..."`` or ``"sampler ..."``.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._warned = False  # two threads that race may both warn
+
+    def look_at(self, logprobs: object, where: str) -> None:
+        """Warn if the float array *logprobs*, found at *where*, holds NaN."""
+        if self._warned or not np.isnan(np.asarray(logprobs, dtype=np.float32)).any():
+            return
+        self._warned = True
+        logger.warning(
+            "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
+            "the model's vocabulary: is the tokenizer that of the base model? (told once)",
+            self._owner,
+            where,
+        )
+
+
+class PassReader:
+    """Reads the results of one run's passes.  Thread-safe."""
+
+    def __init__(self, model_id: str) -> None:
+        self._nans = NaNWatch(f"run {model_id}")
+
+    def read(
+        self, reply: Reply, data: Sequence[Datum], loss_fn: str, first: int = 0
+    ) -> ForwardBackwardOutput:
+        """Decode the result of a pass over *data*, which begins at *first* in the caller's batch.
+
+        Where the server does not tell ``loss:sum``, it is computed from the logprobs, for the two
+        losses that need no more: see `cross_entropy` and `importance_sampling`.
+        Logprobs that are NaN or null stay NaN, with one warning.
+
+        Raises:
+            ResponseDecodeError: it is malformed, or has not one output for each datum.
+        """
+        output = codec_for(reply.content_type).decode_output(reply.body)
+        if len(output.loss_fn_outputs) != len(data):
+            raise ResponseDecodeError(
+                f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
+                f"{_count(data, 'datum')}",
+                hint="The result was damaged on its way, or the server is at fault. A backward "
+                "pass was done all the same: the same call again would add the gradient twice.",
+            )
+        with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
+        logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
+        found = first_where(np.isnan, logprobs)
+        if found is not None:
+            self._nans.look_at(logprobs[found], f"data[{first + with_logprobs[found]}]")
+        if loss_fn in _LOSSES and "loss:sum" not in output.metrics:
+            loss = _LOSSES[loss_fn](data, output.loss_fn_outputs)
+            if loss is not None:
+                output.metrics["loss:sum"] = loss
+        return output
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+def cross_entropy(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Optional[float]:
+    """Return -sum(weights * logprobs) of *data*; None if *outputs* do not fit.
+
+    Weights are 1 where there are none.  Where one is 0 the logprob does not matter, not even if
+    it is NaN.
+    """
+    total = 0.0
+    for datum, logprobs in _with_logprobs(data, outputs):
+        weights = np.ones(0 if logprobs is None else logprobs.shape)
+        if "weights" in datum.loss_fn_inputs:
+            weights = datum.loss_fn_inputs["weights"]._dense().astype(np.float64)
+        if logprobs is None or weights.shape != logprobs.shape:
+            return None
+        counted = weights != 0
+        total -= float(np.dot(weights[counted], logprobs[counted]))
+    return total
+
+
+def importance_sampling(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Optional[float]:
+    """Return -sum(exp(logprobs - the sampler's) * advantages); None if *outputs* do not fit.
+
+    Where an advantage is 0 the logprobs do not matter.
+    """
+    total = 0.0
+    for datum, logprobs in _with_logprobs(data, outputs):
+        sampled = datum.loss_fn_inputs.get("logprobs")
+        advantages = datum.loss_fn_inputs.get("advantages")
+        if logprobs is None or sampled is None or advantages is None:
+            return None
+        if not sampled.shape == advantages.shape == logprobs.shape:
+            return None
+        gains = advantages._dense().astype(np.float64)
+        counted = gains != 0
+        steps = logprobs[counted] - sampled._dense().astype(np.float64)[counted]
+        with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond measure is infinite
+            total -= float(np.dot(np.exp(steps), gains[counted]))
+    return total
+
+
+_LOSSES = {"cross_entropy": cross_entropy, "importance_sampling": importance_sampling}
+
+
+def _with_logprobs(
+    data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> Iterator[Tuple[Datum, Optional[npt.NDArray[np.float64]]]]:
+    """Each datum with the logprobs of its output, None where there are none."""
+    for index, datum in enumerate(data):
+        found = outputs[index].get("logprobs") if len(outputs) == len(data) else None
+        yield datum, None if found is None else found._dense().astype(np.float64)

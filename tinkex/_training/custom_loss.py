@@ -1,0 +1,253 @@
+"""Custom losses: the loss is computed here with torch, only its gradient goes to the server.
+
+The gradient of any function of the logprobs is the gradient of sum(-weights * logprobs) with
+weights = -d loss / d logprobs, which is what cross_entropy trains on
+(docs/protocol.md, "Custom losses").
+torch is imported when a loss is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from tinkex._runtime.lazy_numpy import np
+from tinkex._training.loss_tracing import LossGraph
+from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
+from tinkex.types import Datum, ForwardBackwardOutput, TensorData
+
+if TYPE_CHECKING:
+    import torch
+
+#: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape
+#: of data[i]'s target_tokens.
+CustomLoss = Callable[
+    [Sequence[Datum], "List[torch.Tensor]"], "Tuple[torch.Tensor, Optional[Mapping[str, float]]]"
+]
+
+#: ``loss(logprobs, ...)`` of one datum -> a scalar tensor and metrics; the further parameters are
+#: loss inputs of the datum, by name.  For `ServiceClient.create_custom_loss`.
+PerDatumLossFn = Callable[..., "Tuple[torch.Tensor, Mapping[str, Any]]"]
+
+
+class LossHandle:
+    """A traced loss: made by `ServiceClient.create_custom_loss`, for `forward_backward_custom`.
+
+    Where the server took it, the whole pass runs there; elsewhere it is computed here.  Thread-safe
+    if its function is.
+
+    Attributes:
+        name: of the function.
+        inputs: its parameters, with the ranks given for them.
+        graph: the trace, as it is sent.
+        loss_id: the server's id, or None if the server has it not.
+        session_id: the session that the id belongs to.
+    """
+
+    def __init__(
+        self,
+        fn: PerDatumLossFn,
+        graph: LossGraph,
+        session_id: str,
+        loss_id: Optional[str] = None,
+    ) -> None:
+        self._fn = fn
+        self.name = graph.name
+        self.inputs = graph.inputs
+        self.graph = graph.graph
+        self.session_id = session_id
+        self.loss_id = loss_id
+
+    def result(self, timeout: Optional[float] = None) -> LossHandle:
+        """Return this handle itself, at once; *timeout* has no effect."""
+        return self
+
+    def is_at_server(self, session_id: str) -> bool:
+        """Whether the server computes it, for runs of that session."""
+        return self.loss_id is not None and self.session_id == session_id
+
+    def check(self, data: Sequence[Datum]) -> None:
+        """Raise InvalidInputError unless every datum has the inputs, of the ranks given."""
+        for index, datum in enumerate(data):
+            for entry in self.inputs:
+                # The ranks of the logprobs are those of the tokens that they are of.
+                name = "target_tokens" if entry.name == "logprobs" else entry.name
+                tensor = datum.loss_fn_inputs.get(name)
+                if tensor is None:
+                    raise InvalidInputError(f"data[{index}] has no loss input {name!r}")
+                single = entry.rank == 0 and tensor.values.size == 1
+                if len(tensor.shape) != entry.rank and not single:
+                    raise InvalidInputError(
+                        f"data[{index}]: loss input {name!r} has {len(tensor.shape)} dimensions; "
+                        f"the loss {self.name!r} was created for {entry.rank}"
+                    )
+
+    def __call__(
+        self, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+    ) -> Tuple[torch.Tensor, Dict[str, float]]:
+        """Compute the loss here: the sum over the datums, and their metrics, summed or averaged."""
+        if not data or len(data) != len(logprobs):
+            raise InvalidInputError(f"{len(data)} data with {len(logprobs)} rows of logprobs")
+        results = [self._one(datum, row) for datum, row in zip(data, logprobs)]
+        total = results[0][0]
+        for loss, _ in results[1:]:
+            total = total + loss
+        sums: Dict[str, float] = {}
+        for _, metrics in results:
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + _number(value)
+        count = len(results)
+        return total, {n: v / count if n.endswith(":mean") else v for n, v in sums.items()}
+
+    def _one(self, datum: Datum, row: torch.Tensor) -> Tuple[torch.Tensor, Mapping[str, Any]]:
+        tensors = []
+        for entry in self.inputs[1:]:
+            tensor = datum.loss_fn_inputs[entry.name].to_torch()
+            tensors.append(tensor.reshape(()) if entry.rank == 0 else tensor)
+        loss, metrics = self._fn(row, *tensors)
+        shape = getattr(loss, "shape", None)
+        if shape is None or math.prod(shape) != 1:
+            what = type(loss).__name__ if shape is None else f"tensor of shape {tuple(shape)}"
+            raise InvalidInputError(
+                f"the loss {self.name!r} returned a {what}; it must be a scalar tensor"
+            )
+        return loss.reshape(()), metrics
+
+    def __repr__(self) -> str:
+        where = f"at the server as {self.loss_id}" if self.loss_id else "computed here"
+        return f"<LossHandle {self.name}, {where}>"
+
+
+def require_torch(what: str) -> None:
+    """Raise ConfigError, naming *what* needs it, if torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} needs torch, which is not installed",
+            hint='python -m pip install "tinkex[torch]"',
+        ) from error
+
+
+def check_custom_batch(data: Sequence[Datum], loss_fn: CustomLoss) -> None:
+    """Raise unless *loss_fn* can be computed here for *data*.
+
+    Raises:
+        ConfigError: torch is not installed.
+        InvalidInputError: a datum has no target tokens, or not what a `LossHandle` needs.
+    """
+    if not callable(loss_fn):
+        raise InvalidInputError(
+            f"the custom loss is a {type(loss_fn).__name__}, not a function",
+            hint="forward_backward takes the name of a loss of the server.",
+        )
+    require_torch("forward_backward_custom")
+    for index, datum in enumerate(data):
+        if "target_tokens" not in datum.loss_fn_inputs:
+            raise InvalidInputError(f"data[{index}] has no loss input 'target_tokens'")
+    if isinstance(loss_fn, LossHandle):
+        loss_fn.check(data)
+
+
+def forward_data(data: Sequence[Datum]) -> List[Datum]:
+    """The batch of the first pass, which asks for logprobs: target tokens and weights only."""
+    forward: List[Datum] = []
+    for datum in data:
+        weights = datum.loss_fn_inputs.get("weights")
+        if weights is None:
+            shape = datum.loss_fn_inputs["target_tokens"].shape
+            weights = TensorData(np.zeros(shape, np.float32))
+        forward.append(_weighted(datum, weights))
+    return forward
+
+
+def gradient_data(
+    data: Sequence[Datum], output: ForwardBackwardOutput, loss_fn: CustomLoss
+) -> Tuple[List[Datum], Dict[str, float]]:
+    """Compute the loss and return the batch of the second pass, and the user's metrics.
+
+    Raises:
+        InvalidInputError: the loss is no scalar, or does not depend on the logprobs, or tries to
+            end the program.
+    """
+    import torch
+
+    leaves = [torch.from_numpy(row.copy()).requires_grad_() for row in _logprobs(data, output)]
+    try:
+        returned = loss_fn(data, leaves)
+    except Exception:
+        raise
+    except BaseException as error:  # SystemExit would end the lane, and leave its futures waiting
+        raise InvalidInputError(f"the custom loss raised {error!r}") from error
+    loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise InvalidInputError(
+            "a custom loss must return a scalar tensor computed from the logprobs, and metrics",
+            hint="Do not detach the logprobs or convert them to numbers on the way.",
+        )
+    # Before anything is added to the run's gradient.
+    numbers = {**_numbers(metrics or {}), "loss:sum": float(loss.detach())}
+    gradients = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True)
+    weighted: List[Datum] = []
+    for datum, leaf, gradient in zip(data, leaves, gradients):
+        weights = np.zeros(leaf.shape) if gradient is None else -gradient.numpy()
+        if not np.isfinite(weights).all():
+            raise InvalidInputError(
+                "the gradient of the custom loss is not finite",
+                hint=None
+                if bool(torch.isfinite(leaf).all())
+                else "The server's logprobs are not: are there token ids beyond the vocabulary?",
+            )
+        weighted.append(_weighted(datum, TensorData.from_numpy(weights.astype(np.float32))))
+    return weighted, numbers
+
+
+def merge_metrics(
+    output: ForwardBackwardOutput, metrics: Mapping[str, float]
+) -> ForwardBackwardOutput:
+    """The server's output with the user's metrics; the server's loss becomes surrogate_loss."""
+    merged: Dict[str, Any] = dict(output.metrics)
+    if "loss:sum" in merged:
+        merged["surrogate_loss:sum"] = merged.pop("loss:sum")
+    merged.update(metrics)
+    return ForwardBackwardOutput(output.loss_fn_outputs, merged, output.loss_fn_output_type)
+
+
+def _number(value: Any) -> float:
+    # torch warns where a number is taken from a tensor that has a gradient.
+    return float(value.detach() if hasattr(value, "detach") else value)
+
+
+def _numbers(metrics: Any) -> Dict[str, float]:
+    try:
+        return {str(name): _number(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"the metrics of a custom loss must be a dict of numbers: {error}"
+        ) from error
+
+
+def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> List[Any]:
+    """Return the logprobs as float32 arrays, each of the shape of its datum's target tokens."""
+    outputs = output.loss_fn_outputs
+    if len(outputs) != len(data) or not all("logprobs" in fields for fields in outputs):
+        raise ResponseDecodeError(
+            f"the forward pass of a custom loss returned logprobs for "
+            f"{sum('logprobs' in fields for fields in outputs)} of {len(data)} data"
+        )
+    rows = []
+    for index, (datum, fields) in enumerate(zip(data, outputs)):
+        row = fields["logprobs"]._dense().astype(np.float32, copy=False)
+        shape = datum.loss_fn_inputs["target_tokens"].shape
+        if row.size != np.prod(shape, dtype=np.int64):
+            raise ResponseDecodeError(
+                f"the forward pass of a custom loss returned logprobs of shape {row.shape} "
+                f"for data[{index}], whose target_tokens have shape {tuple(shape)}"
+            )
+        rows.append(row.reshape(shape))
+    return rows
+
+
+def _weighted(datum: Datum, weights: TensorData) -> Datum:
+    inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": weights}
+    return Datum(datum.model_input, inputs, datum.model_input_spans, datum.loss_fn_input_spans)

@@ -1,0 +1,218 @@
+"""The graph of a custom loss: a torch.fx trace as JSON (docs/protocol.md, "Custom losses").
+
+torch is imported when something is traced.  No I/O, no threads of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+import threading
+from typing import Any, Callable, Dict, List, Mapping, Tuple
+
+from tinkex._runtime.numeric import is_int, to_int
+from tinkex.errors import InvalidInputError
+from tinkex.types._wire import excerpt
+
+#: Most parameters a loss may have, ``logprobs`` included.
+MAX_INPUTS = 16
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+_METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
+
+#: Where the functions come from that a server can look up by name.
+_MODULES = ("torch.", "math.", "operator.")
+
+#: What takes a value out of the graph, or works on the autograd state of this process.
+_FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
+
+# Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
+# whole modules meanwhile, which two threads at once would leave patched.
+_tracing = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInput:
+    """A parameter of a loss: a loss input of the datum, of *rank* dimensions."""
+
+    name: str
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LossGraph:
+    """A traced loss.
+
+    Attributes:
+        name: of the function.
+        inputs: its parameters; the first is ``logprobs``.
+        graph: ``{"format": 1, "nodes": [...]}``, plain JSON data.
+    """
+
+    name: str
+    inputs: Tuple[LossInput, ...]
+    graph: Dict[str, Any]
+
+
+def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGraph:
+    """Trace *fn*, a loss of one datum.
+
+    Args:
+        fn: takes ``logprobs`` and loss inputs of the datum by name, as float32 or int64 tensors;
+            returns a scalar tensor and a dict of metrics named ``custom/<name>:sum`` or ``:mean``.
+        input_ranks: number of dimensions of every parameter, 0 to 2 (1 or 2 for ``logprobs``).
+
+    Raises:
+        InvalidInputError: *fn* cannot be expressed as a graph; the message says what is in the
+            way.
+        ImportError: torch is not installed.
+    """
+    inputs = _inputs(fn, input_ranks)
+    from torch import fx
+
+    try:
+        with _tracing:
+            traced = fx.Tracer().trace(fn)
+    except Exception as error:  # whatever the user's code raises on symbolic values
+        raise InvalidInputError(
+            f"the loss cannot be traced: {type(error).__name__}: {error}",
+            hint="Use torch functions of the parameters only; no if, for, float() or print that "
+            "depends on their values.",
+        ) from error
+    nodes = [_node(node) for node in traced.nodes]
+    name = str(getattr(fn, "__name__", "custom_loss"))  # a functools.partial has none
+    return LossGraph(name, inputs, {"format": 1, "nodes": nodes})
+
+
+def _inputs(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> Tuple[LossInput, ...]:
+    if not callable(fn):
+        raise InvalidInputError(f"the loss is a {type(fn).__name__}, not a function")
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the loss has no signature: {error}") from error
+    for parameter in parameters:
+        plain = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if not plain or parameter.default is not parameter.empty:
+            raise InvalidInputError(
+                f"parameter {str(parameter)!r} of the loss must be positional, without a default"
+            )
+        if not _NAME.fullmatch(parameter.name):
+            raise InvalidInputError(
+                f"parameter {parameter.name!r} of the loss must be in lower case, at most 64 long"
+            )
+    names = [parameter.name for parameter in parameters]
+    if names[:1] != ["logprobs"] or len(names) > MAX_INPUTS:
+        raise InvalidInputError(
+            f"the loss takes {names}; it must take logprobs first, "
+            f"and at most {MAX_INPUTS} parameters"
+        )
+    if not isinstance(input_ranks, Mapping) or set(input_ranks) != set(names):
+        raise InvalidInputError(
+            f"input_ranks is {excerpt(input_ranks)}; it must give the rank of each of {names}"
+        )
+    ranks = {name: to_int(input_ranks[name], text=False) for name in names}
+    for name, rank in ranks.items():
+        allowed = (1, 2) if name == "logprobs" else (0, 1, 2)
+        if not is_int(rank) or rank not in allowed:
+            raise InvalidInputError(
+                f"input_ranks[{name!r}] is {input_ranks[name]!r}; it must be one of {allowed}"
+            )
+    return tuple(LossInput(name, rank) for name, rank in ranks.items())
+
+
+def _node(node: Any) -> Dict[str, Any]:
+    """Return the JSON form of a torch.fx node."""
+    if node.op == "get_attr":
+        raise InvalidInputError(
+            "the loss uses a tensor that is none of its parameters",
+            hint="Use a Python number, torch.full_like of a parameter, or one more loss input.",
+        )
+    if node.op == "call_module":
+        raise InvalidInputError(f"the loss calls the module {node.target}; use functions")
+    if node.op == "call_method" and node.target in _FORBIDDEN:
+        raise InvalidInputError(f"the loss calls .{node.target}(), which cannot be sent")
+    if node.op == "output":
+        _check_output(node.args[0])
+    return {
+        "op": node.op,
+        "name": node.name,
+        "target": _function(node) if node.op == "call_function" else str(node.target),
+        "args": [_encode(argument) for argument in node.args],
+        "kwargs": {name: _encode(argument) for name, argument in node.kwargs.items()},
+    }
+
+
+def _function(node: Any) -> str:
+    """Return the qualified name of the function that *node* calls."""
+    from torch.fx.node import _get_qualified_name
+
+    try:
+        name = str(_get_qualified_name(node.target))
+    except (RuntimeError, AttributeError) as error:
+        raise InvalidInputError(f"the loss calls {node.target!r}, which has no name") from error
+    if name.startswith("_operator."):
+        name = name[1:]
+    known = name == "getattr" or name.startswith(_MODULES)
+    if not known or name.rpartition(".")[2] in _FORBIDDEN:
+        raise InvalidInputError(
+            f"the loss calls {name}, which cannot be sent",
+            hint="Only functions of torch, math and operator can.",
+        )
+    if name == "getattr" and node.args[1] in _FORBIDDEN:
+        raise InvalidInputError(f"the loss uses .{node.args[1]}, which cannot be sent")
+    return name
+
+
+def _check_output(returned: Any) -> None:
+    from torch import fx
+
+    pair = returned if isinstance(returned, (tuple, list)) else ()
+    if len(pair) != 2 or not isinstance(pair[0], fx.Node) or not isinstance(pair[1], dict):
+        raise InvalidInputError(
+            "the loss must return a scalar tensor and a dict of metrics",
+            hint='For example: return -(logprobs * weights).sum(), {"custom/tokens:sum": n}',
+        )
+    for name in pair[1]:
+        if not isinstance(name, str) or not _METRIC.fullmatch(name):
+            raise InvalidInputError(
+                f"metric {name!r} must be named like custom/<name>:sum or custom/<name>:mean",
+                hint="The name is of lower-case letters, digits and _ . / -, at most 64.",
+            )
+
+
+def _encode(value: Any) -> Any:
+    """Return the JSON form of an argument of a node."""
+    import torch
+    from torch import fx
+
+    if isinstance(value, fx.Node):
+        return {"ref": value.name}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, tuple):
+        return {"tuple": _encode_all(value)}
+    if isinstance(value, list):
+        return _encode_all(value)
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise InvalidInputError(f"the loss uses a dict with keys {excerpt(list(value), 100)}")
+        return {"dict": {key: _encode(item) for key, item in value.items()}}
+    if isinstance(value, slice):
+        return {"slice": _encode_all([value.start, value.stop, value.step])}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    for kind in ("dtype", "device", "layout", "memory_format"):
+        if isinstance(value, getattr(torch, kind)):
+            return {kind: str(value).replace("torch.", "", 1)}
+    raise InvalidInputError(
+        f"the loss uses a {type(value).__name__}, which cannot be sent: {excerpt(value, 100)}"
+    )
+
+
+def _encode_all(values: Any) -> List[Any]:
+    return [_encode(value) for value in values]

@@ -1,0 +1,1 @@
+"""HTTP: one request and its response, and what bounds them."""

@@ -1,0 +1,88 @@
+"""BillingPause: how long to wait while the account cannot pay (402).
+
+One per transport, shared by submissions and polls; used only with ``on_billing="wait"``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from typing import Callable, Optional
+
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex.errors import TinkexError
+
+logger = logging.getLogger(__name__)
+
+#: Between two attempts while the account cannot pay, in seconds.
+PAUSE_S = 5.0
+#: The longest such pause in all, unless the server's flags say otherwise, in seconds.
+DEFAULT_LIMIT_S = 3600.0
+#: A 402 so long after the last one begins a new pause, in seconds.
+_NEW_AFTER_S = 300.0
+#: The pause is mentioned in the log at most this often, in seconds.
+_LOG_EVERY_S = 60.0
+
+
+class BillingPause:
+    """Decides after each 402 whether to wait.  Thread-safe; does not wait itself.
+
+    Attributes:
+        find_limit_s: finds the longest pause out; called once, with the first 402, and may do I/O.
+    """
+
+    def __init__(self, where: str, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._where = where
+        self._clock = clock
+        # Guards the rest.  Not held while the limit is found out.
+        self._lock = threading.Lock()
+        self.find_limit_s: Optional[Callable[[], float]] = None
+        self._limit_s = DEFAULT_LIMIT_S
+        self._began = self._last = self._logged = -math.inf
+
+    def after_402(self, *, may_ask: bool = True) -> Optional[float]:
+        """Seconds to wait before the next attempt, or None once the pause has lasted too long.
+
+        *may_ask* is False for the question after the limit itself.
+        """
+        if may_ask:
+            self._ask_for_limit()
+        now = self._clock.monotonic()
+        with self._lock:
+            if now - self._last > _NEW_AFTER_S:
+                self._began, self._logged = now, -math.inf
+            self._last = now
+            lasted_s, limit_s = now - self._began, self._limit_s
+            tell = now - self._logged >= _LOG_EVERY_S
+            if tell:
+                self._logged = now
+        if lasted_s > limit_s:
+            if tell:
+                logger.error(
+                    "%s: the account could not pay for %.0f s; no longer waiting",
+                    self._where,
+                    lasted_s,
+                )
+            return None
+        if tell:
+            logger.warning(
+                "%s: the account cannot pay (status 402); work is paused, for at most %.0f s more. "
+                "Check its billing set-up.",
+                self._where,
+                limit_s - lasted_s,
+            )
+        return PAUSE_S
+
+    def _ask_for_limit(self) -> None:
+        with self._lock:
+            find, self.find_limit_s = self.find_limit_s, None
+        if find is None:
+            return
+        try:
+            limit_s = find()
+        except TinkexError as error:
+            logger.debug("%s: the longest billing pause is not known: %s", self._where, error)
+            return
+        with self._lock:
+            self._limit_s = limit_s

@@ -1,0 +1,372 @@
+"""PrivateChannel: one HTTP/1.1 connection of one busy thread, spoken by hand.
+
+urllib3 opens it (names, TLS, certificates, socket options).  The exchange itself is ours: it is
+what submitting and polling thousands of samples costs, and requests takes fifteen times as long
+for it (``python benchmarks/http.py``).  Only what a Tinker server needs is here: requests with
+their whole body in hand, answers read to their end, no proxy, no redirect, no cookie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+import weakref
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from urllib.parse import urlsplit
+
+import certifi
+import requests
+import urllib3.exceptions
+from urllib3.connection import HTTPConnection
+from urllib3.util.ssl_ import create_urllib3_context
+from urllib3.util.wait import wait_for_read
+
+from tinkex._transport.channel import SOCKET_OPTIONS, Channel
+from tinkex._transport.content_encoding import decompress
+from tinkex._transport.framing import SMALL_BODY, Pace, chunk_size, content_length
+from tinkex._transport.request import Body, Reply
+from tinkex.config import Config
+from tinkex.wire.parts import Parts
+
+#: Most answers fit; of a longer one the rest is read at once.  A thread that waits for an answer
+#: holds a buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
+_RECEIVE = 2048
+#: An answer's status line and headers may take so many bytes.
+MAX_HEAD_BYTES = 65536
+#: A body, or its first block, goes out in one piece with the headers up to this size: one packet,
+#: one system call.
+_JOIN_BYTES = 65536
+
+
+class _Socket:
+    """The open socket, where abort and the finalizer find it without the channel."""
+
+    def __init__(self) -> None:
+        # Guards what follows; another thread may abort.
+        self.lock = threading.Lock()
+        self.sock: Optional[Any] = None
+        self.busy = False  # a thread is in a request, and will close the socket if it breaks
+        self.aborted = False
+
+    def close(self) -> None:
+        with self.lock:
+            sock, self.sock = self.sock, None
+        if sock is not None:
+            sock.close()
+
+
+class PrivateChannel:
+    """A connection to the server of *config*, opened when needed.
+
+    For one thread at a time; only `abort` and `close_if_idle` may be called by another.
+
+    Attributes:
+        stopped: see Channel.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.stopped = threading.Event()
+        base = urlsplit(config.base_url)
+        self._origin = f"{base.scheme}://{base.netloc}"
+        self._host_line = f"Host: {base.netloc.rpartition('@')[2]}\r\n"
+        self._secure = base.scheme == "https"
+        self._host = (base.hostname or "").strip("[]")
+        self._port = base.port or (443 if self._secure else 80)
+        self._ca_bundle = config.ca_bundle
+        self._state = _Socket()
+        self._received = b""
+        self._pace = Pace(0.0, starts_now=False)  # of the answer that is waited for
+        weakref.finalize(self, self._state.close).atexit = False
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: Body,
+        timeout: Tuple[float, float],
+    ) -> Reply:
+        """Send once and read the whole answer.  Raises what requests raises.  Blocks.
+
+        *timeout* bounds connecting, and each pause in the answer, in seconds.
+        """
+        head = self._head(method, url, headers, body)
+        self._pace = Pace(timeout[1], starts_now=len(body or b"") <= SMALL_BODY)
+        with self._state.lock:
+            self._state.busy = True
+        try:
+            sock = self._ready(timeout[0])
+            sock.settimeout(timeout[1])
+            self._send(sock, head, body)
+            return self._read_answer(sock)
+        except BaseException as error:
+            # Whatever is still to come on it belongs to this request: never use it again.
+            self.close()
+            if isinstance(error, socket.timeout):
+                raise requests.ReadTimeout(error) from error
+            if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+                raise requests.ConnectionError(error) from error
+            raise
+        finally:
+            with self._state.lock:
+                self._state.busy = False
+                aborted = self._state.aborted
+            if aborted:
+                self.close()
+
+    def close(self) -> None:
+        """Close it; the next request opens another."""
+        self._received = b""
+        self._state.close()
+
+    def close_if_idle(self) -> None:
+        """Close it unless a request is under way.  From any thread."""
+        with self._state.lock:
+            if not self._state.busy:
+                sock, self._state.sock = self._state.sock, None
+            else:
+                sock = None
+        if sock is not None:
+            sock.close()
+
+    def abort(self) -> None:
+        """Break off the request in flight, at once, and every later one.  From any thread."""
+        self.stopped.set()
+        with self._state.lock:
+            self._state.aborted = True
+            sock, busy = self._state.sock, self._state.busy
+        if sock is not None and not busy:
+            self._state.close()
+        elif sock is not None:
+            with contextlib.suppress(OSError):  # not connected any more, which is what we want
+                # The plain socket's method: SSLSocket's own would pull the TLS state away
+                # from under the thread that reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
+        target = url[len(self._origin) :]
+        if not url.startswith(self._origin) or not target.startswith("/"):
+            raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\n") != len(headers) or " " in target or "\n" in target:
+            raise requests.exceptions.InvalidHeader("a header or the path holds a line break")
+        length = (
+            "" if body is None and method == "GET" else f"Content-Length: {len(body or b'')}\r\n"
+        )
+        text = f"{method} {target} HTTP/1.1\r\n{self._host_line}{lines}{length}\r\n"
+        try:
+            return text.encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise requests.exceptions.InvalidHeader(f"not latin-1: {error}") from error
+
+    # Opening
+
+    def _ready(self, connect_timeout_s: float) -> Any:
+        """The socket, a new one if there is none or the server has closed it."""
+        sock = self._state.sock
+        if sock is not None and not self._received and not wait_for_read(sock, timeout=0.0):
+            return sock
+        self.close()
+        sock = self._open(connect_timeout_s)
+        with self._state.lock:
+            self._state.sock = sock
+            aborted = self._state.aborted
+        if aborted:
+            self.close()
+            raise requests.ConnectionError("the connection was broken off")
+        return sock
+
+    def _open(self, timeout_s: float) -> Any:
+        connection = HTTPConnection(
+            self._host, self._port, timeout=timeout_s, socket_options=SOCKET_OPTIONS
+        )
+        try:
+            connection.connect()
+            return self._with_tls(connection.sock) if self._secure else connection.sock
+        except BaseException as error:
+            connection.close()
+            raise _as_requests_raises(error) from error
+
+    def _with_tls(self, sock: Any) -> ssl.SSLSocket:
+        # Not urllib3's HTTPSConnection, whose TLS options differ between its releases.
+        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+        context.check_hostname = True
+        context.load_verify_locations(self._ca_bundle or certifi.where())
+        return context.wrap_socket(sock, server_hostname=self._host)
+
+    # Sending
+
+    def _send(self, sock: Any, head: bytes, body: Body) -> None:
+        try:
+            for block in _blocks(head, body):
+                sock.sendall(block)
+        except (BrokenPipeError, ConnectionResetError):
+            # A server may refuse a body before it has read it all; its answer says why.
+            if not wait_for_read(sock, timeout=0.0):
+                raise
+
+    # Receiving
+
+    def _read_answer(self, sock: Any) -> Reply:
+        while True:
+            status, version, headers = self._read_head(sock)
+            if status >= 200:
+                break  # before it there may be "100 Continue" and the like
+        began = time.perf_counter()
+        keep = headers.get("connection", "").lower()
+        reusable = keep != "close" and (version == b"HTTP/1.1" or keep == "keep-alive")
+        if status in (204, 304):
+            body = b""
+        elif headers.get("transfer-encoding", "").lower() == "chunked":
+            body = self._read_chunks(sock)
+        elif "content-length" in headers:
+            length = headers["content-length"]
+            try:
+                size = content_length(length)
+            except ValueError as error:
+                raise _broken(str(error)) from error
+            body = self._read_exactly(sock, size)
+        else:
+            body, reusable = self._read_to_the_end(sock), False
+        if not reusable:
+            self.close()
+        read_s = time.perf_counter() - began
+        coding = headers.get("content-encoding")
+        body = decompress(coding.lower(), body) if coding else body
+        return Reply(status, headers, body, read_s)
+
+    def _read_head(self, sock: Any) -> Tuple[int, bytes, Dict[str, str]]:
+        """Read the status line and the headers; a header given twice is joined with a comma."""
+        end = self._received.find(b"\r\n\r\n")
+        while end < 0:
+            if len(self._received) > MAX_HEAD_BYTES:
+                raise _broken(f"its headers are longer than {MAX_HEAD_BYTES} bytes")
+            self._receive(sock)
+            end = self._received.find(b"\r\n\r\n")
+        text, self._received = self._received[:end], self._received[end + 4 :]
+        first, *lines = text.split(b"\r\n")
+        version, _, rest = first.partition(b" ")
+        code = rest[:3]
+        if not version.startswith(b"HTTP/1.") or not code.isdigit():
+            raise _broken(f"it begins with {first[:80]!r}")
+        headers: Dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.decode("latin-1").partition(":")
+            if not colon or name != name.strip():
+                raise _broken(f"one of its headers is {line[:80]!r}")
+            key, value = name.lower(), value.strip()
+            headers[key] = f"{headers[key]}, {value}" if key in headers else value
+        return int(code), version, headers
+
+    def _recv(self, sock: Any, size: int) -> bytes:
+        """Read *size* bytes at most, at the pace that is asked for."""
+        try:
+            self._pace.limit_next(sock)
+            data: bytes = sock.recv(size)
+        except socket.timeout:
+            self._pace.check_after_timeout()
+            raise
+        self._pace.note(len(data))
+        return data
+
+    def _receive(self, sock: Any) -> None:
+        """Add what comes next to what was received; the end of the stream is an error here."""
+        data = self._recv(sock, _RECEIVE)
+        if not data:
+            what = "in the middle of an answer" if self._received else "without an answer"
+            raise _broken_off(f"the server closed the connection {what}")
+        self._received += data
+
+    def _read_exactly(self, sock: Any, length: int) -> bytes:
+        """Read *length* bytes."""
+        have, self._received = self._received[:length], self._received[length:]
+        if len(have) == length:
+            return have
+        parts, missing = [have], length - len(have)
+        while missing:
+            data = self._recv(sock, min(missing, 1 << 20))
+            if not data:
+                raise _broken_off(
+                    f"the connection was closed after {length - missing} of {length} bytes "
+                    "of the answer"
+                )
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
+
+    def _read_chunks(self, sock: Any) -> bytes:
+        """Read a chunked body and its trailers (RFC 9112, section 7.1)."""
+        parts: List[bytes] = []
+        while True:
+            try:
+                size = chunk_size(self._read_line(sock).partition(b";")[0].strip())
+            except ValueError as error:
+                raise _broken(str(error)) from error
+            if size == 0:
+                break
+            parts.append(self._read_exactly(sock, size))
+            if self._read_line(sock):
+                raise _broken("a chunk is longer than its size")
+        while self._read_line(sock):
+            pass  # trailers
+        return b"".join(parts)
+
+    def _read_line(self, sock: Any) -> bytes:
+        end = self._received.find(b"\r\n")
+        while end < 0:
+            if len(self._received) > MAX_HEAD_BYTES:
+                raise _broken("a line of it does not end")
+            self._receive(sock)
+            end = self._received.find(b"\r\n")
+        line, self._received = self._received[:end], self._received[end + 2 :]
+        return line
+
+    def _read_to_the_end(self, sock: Any) -> bytes:
+        parts = [self._received]
+        self._received = b""
+        while True:
+            data = self._recv(sock, 1 << 20)
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+
+
+def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
+    """What to send, piece by piece."""
+    blocks = iter(body if isinstance(body, Parts) else (body or b"",))
+    first = next(blocks, b"")
+    if len(first) <= _JOIN_BYTES:
+        yield head + first
+    else:
+        yield head
+        yield first
+    yield from blocks
+
+
+#: What a busy thread may be given.
+AnyChannel = Union[Channel, PrivateChannel]
+
+
+def _as_requests_raises(error: BaseException) -> BaseException:
+    """What requests raises where urllib3's connect raises *error*."""
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # in urllib3 a timeout, too
+    timeouts = (urllib3.exceptions.ConnectTimeoutError, socket.timeout)
+    if isinstance(error, timeouts) and not refused:
+        return requests.ConnectTimeout(error)
+    if isinstance(error, (urllib3.exceptions.SSLError, ssl.SSLError, ssl.CertificateError)):
+        return requests.exceptions.SSLError(error)
+    if isinstance(error, (urllib3.exceptions.HTTPError, OSError)):
+        return requests.ConnectionError(error)
+    return error
+
+
+def _broken(what: str) -> requests.RequestException:
+    return requests.exceptions.ChunkedEncodingError(f"this is no HTTP answer: {what}")
+
+
+def _broken_off(what: str) -> requests.ConnectionError:
+    return requests.ConnectionError(what)

@@ -1,0 +1,100 @@
+"""One request and one response, as they go over the wire.  Values only: Transport sends."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping, Optional, Tuple, Union
+
+import orjson
+
+from tinkex.errors import ResponseDecodeError
+from tinkex.wire.parts import Parts
+
+JSON_TYPE = "application/json"
+
+NOT_JSON_HINT = "Is base_url the address of a Tinker server, and its path prefix right?"
+
+Body = Union[bytes, Parts, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One logical request; every attempt sends the same bytes and the same idempotency key.
+
+    Attributes:
+        body: bytes, or the parts of a batch; those who gave its arrays leave them as they are.
+        read_timeout_s: of one attempt; None takes the config's.
+        headers: of this request only; they are not sent to another origin after a redirect.
+        secrets: what *headers* or *body* hold that must not be shown, should the server echo it.
+        idempotency_key: of all attempts; None has one made.
+        bare: send the credential itself, never a token exchanged for it.
+        secret_reply: what it is answered is a secret, and shown nowhere.
+        follow_redirects: a GET goes on to where the server points, without credentials if that is
+            another origin; False returns the 3xx answer itself.
+        empty_answer_ok: a success may have no body, since it is not read.
+    """
+
+    method: str
+    path: str
+    body: Body = dataclasses.field(default=None, repr=False)
+    content_type: str = JSON_TYPE
+    accept: str = JSON_TYPE
+    traffic: str = "work"
+    read_timeout_s: Optional[float] = None
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    secrets: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    bare: bool = False
+    idempotency_key: Optional[str] = None
+    secret_reply: bool = False
+    follow_redirects: bool = True
+    empty_answer_ok: bool = False
+
+    def keep_body(self) -> None:
+        """Have it send the same again even if somebody writes to the arrays that it sends."""
+        if isinstance(self.body, Parts):
+            self.body.keep()
+
+    @property
+    def name(self) -> str:
+        """Method and path, for messages."""
+        return f"{self.method} {self.path.partition('?')[0]}"
+
+
+def broken_route(request: Request, times: int) -> str:
+    """The hint of an error that the server has answered several *times*, word for word."""
+    return (
+        f"The server answered the same {times} times: its route {request.name} is broken, or "
+        "breaks over this request. Its log tells why."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer of any status, read to its end.
+
+    Attributes:
+        headers: with lower-case names.
+        read_s: the seconds from its headers to its end.
+    """
+
+    status: int
+    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    body: bytes = dataclasses.field(repr=False)
+    read_s: float = dataclasses.field(default=0.0, repr=False, compare=False)
+
+    @property
+    def content_type(self) -> str:
+        """Lower-case content type, with its parameters."""
+        return self.headers.get("content-type", "").lower()
+
+    def json(self) -> Any:
+        """The decoded body; ResponseDecodeError if it is not JSON."""
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError as error:
+            raise ResponseDecodeError(
+                f"the answer (status {self.status}, {self.content_type or 'no content type'}) "
+                f"is not JSON: {self.body[:200]!r}",
+                status=self.status,
+                hint=NOT_JSON_HINT,
+            ) from error

@@ -1,0 +1,283 @@
+"""ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
+
+Asked when they are first needed, once per server and credential, by one thread for all; every
+transport of the process shares the answer.  A server without the route has the default flags.
+No threads of its own: flags that change are asked for again by whoever needs them next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import threading
+from typing import Any, Callable, Dict, Mapping, Optional, Protocol, Tuple, Type, TypeVar
+
+import orjson
+
+from tinkex._runtime import lifecycle
+from tinkex._runtime.clock import Clock
+from tinkex._runtime.single_flight import SingleFlight
+from tinkex._transport.gateways import as_the_servers_own
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.server_state import memory_of
+from tinkex._version import PROTOCOL_VERSION
+from tinkex.config import Config
+from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
+from tinkex.retry import RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+#: What a server answers that lacks a route.
+ABSENT = (404, 405, 501)
+
+#: One request for flags may take this long, in seconds.
+TIMEOUT_S = 10.0
+
+#: Flags that change are asked for no more often, in seconds, whatever the server says.
+LEAST_REFRESH_S = 10.0
+
+# Servers choose flags by the version a client claims: the generation that we speak, and the only
+# one whose flags are known (docs/protocol.md, "Server flags").
+_BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerFlags:
+    """``client/config``; every flag is optional, unknown ones are ignored.  Sizes are bytes."""
+
+    pjwt_auth_enabled: bool = False
+    credential_default_source: str = "api_key"
+    sample_dispatch_bytes_semaphore_size: int = 10_485_760
+    inflight_response_bytes_semaphore_size: int = 52_428_800
+    fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
+    parallel_fwdbwd_chunks: bool = True
+    proto_compress_fwdbwd: bool = False
+    fwdbwd_max_chunk_len: int = 1024
+    fwdbwd_max_chunk_bytes_count: int = 5_000_000
+    billing_exception_max_pause_duration_sec: float = 3600.0
+    sample_no_retries: bool = False
+    sample_enable_stuck_detection: bool = True
+    sample_max_concurrent_requests: int = 2000
+    use_pyqwest_transport: bool = True
+    sample_use_retrieve_futures: bool = False
+    custom_loss_server_side: bool = False
+    sample_join_sampling_session: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicFlags:
+    """``client/dynamic_config``: flags that may change while a client lives."""
+
+    refresh_interval_sec: float = 300.0
+    sample_cancel_enabled: bool = False
+    sample_cancel_max_batch_size: int = 64
+
+
+class Sender(Protocol):
+    """What asking for flags needs of a transport."""
+
+    @property
+    def config(self) -> Config:
+        """Settings; they name the server."""
+
+    @property
+    def closing(self) -> threading.Event:
+        """Set when its client closes."""
+
+    @property
+    def clock(self) -> Clock:
+        """What its waits go by."""
+
+    def send(self, request: Request, policy: RetryPolicy) -> Reply:
+        """See Transport.send."""
+
+    def send_once(self, request: Request) -> Reply:
+        """See Transport.send_once."""
+
+    def status_error(self, request: Request, reply: Reply) -> APIError:
+        """See Transport.status_error."""
+
+
+F = TypeVar("F", ServerFlags, DynamicFlags)
+
+
+class _Known:
+    """What is known of one server under one credential.
+
+    The attributes are replaced whole, by the leader of a flight, and read without a lock.
+    """
+
+    def __init__(self) -> None:
+        self.flags: Optional[ServerFlags] = None
+        self.flags_flight: SingleFlight[ServerFlags] = SingleFlight()
+        # With the monotonic instant from which they are to be asked for again.
+        self.dynamic: Optional[Tuple[DynamicFlags, float]] = None
+        self.dynamic_flight: SingleFlight[DynamicFlags] = SingleFlight()
+        # Answers, asked for once each, that looked like a gateway's: see RetryPolicy.
+        self.gateway_answers = 0
+
+
+# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a flight whose
+# leader is not there.
+_known: Dict[Tuple[int, str, str], _Known] = {}
+
+
+def _known_of(config: Config) -> _Known:
+    key = (os.getpid(), config.base_url, config.key_digest)
+    with lifecycle.module_lock():
+        known = _known.get(key)
+        if known is None:
+            known = _known[key] = _Known()
+    return known
+
+
+def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
+    """Return the server's flags; the first call asks, later ones do not block.
+
+    Retried for ``startup_timeout_s``, or tried *once*.  A failure is not remembered, except that
+    the server lacks the route.
+
+    Raises:
+        APIError: the server cannot be reached, refuses the credential, or answers nonsense.
+        ClientClosedError: the transport was closed meanwhile.
+    """
+    known = _known_of(transport.config)
+    if known.flags is not None:
+        return known.flags
+
+    def ask() -> ServerFlags:
+        if known.flags is None:  # the flight before ours may have landed just now
+            # Never a token: whether there are tokens is what is being asked.
+            request = _request("client/config", bare=True)
+            known.flags = _ask(transport, request, ServerFlags, known if once else None)
+        return known.flags
+
+    return known.flags_flight.run(ask, transport.closing)
+
+
+def known_flags(config: Config) -> Optional[ServerFlags]:
+    """The flags of the server, if somebody has asked for them; does not block."""
+    return _known_of(config).flags
+
+
+def dynamic_flags_for(transport: Sender) -> DynamicFlags:
+    """Return the flags that may change; asks when those it has are ``refresh_interval_sec`` old.
+
+    A refresh is tried once, and if it fails the old flags stay for another interval.  Raises as
+    `flags_for`, on the first call only.
+    """
+    known = _known_of(transport.config)
+
+    def current() -> Optional[DynamicFlags]:
+        found = known.dynamic
+        if found is None or transport.clock.monotonic() >= found[1]:
+            return None
+        return found[0]
+
+    def ask() -> DynamicFlags:
+        flags = current()
+        if flags is None:
+            old = known.dynamic
+            flags = _refresh(transport, known, None if old is None else old[0])
+            interval_s = max(flags.refresh_interval_sec, LEAST_REFRESH_S)
+            known.dynamic = flags, transport.clock.monotonic() + interval_s
+        return flags
+
+    return current() or known.dynamic_flight.run(ask, transport.closing)
+
+
+def _refresh(transport: Sender, known: _Known, old: Optional[DynamicFlags]) -> DynamicFlags:
+    request = _request("client/dynamic_config")
+    try:
+        return _ask(transport, request, DynamicFlags, None if old is None else known)
+    except APIError as error:
+        if old is None:
+            raise
+        logger.debug("the server's flags stay as they are: %s", error)
+        return old
+
+
+def _request(route: str, *, bare: bool = False) -> Request:
+    return Request(
+        "POST",
+        f"/api/v1/{route}",
+        _BODY,
+        traffic="control",
+        read_timeout_s=TIMEOUT_S,
+        bare=bare,
+    )
+
+
+def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Known]) -> F:
+    """Ask for flags, with retries; or *once*, which counts the answers of gateways."""
+    try:
+        if once is not None:
+            reply = _ask_once(transport, request, once)
+        else:
+            policy = RetryPolicy(max_elapsed_s=transport.config.startup_timeout_s, cap_s=4.0)
+            reply = transport.send(request, policy)
+    except APIStatusError as error:
+        if error.status not in ABSENT:
+            raise
+        memory_of(transport.config.base_url).note_missing(_route_of(request), error.status or 404)
+        return kind()
+    payload = reply.json()
+    if not isinstance(payload, dict):
+        raise ResponseDecodeError(
+            f"{request.name}: the answer is a {type(payload).__name__}, not an object of flags"
+        )
+    return read_flags(kind, payload)
+
+
+def _ask_once(transport: Sender, request: Request, known: _Known) -> Reply:
+    try:
+        reply = transport.send_once(request)
+    except APIConnectionError as error:
+        own = as_the_servers_own(error)
+        known.gateway_answers += own is not None
+        if own is None or RetryPolicy().retries_gateway(known.gateway_answers):
+            raise
+        raise own from None
+    if not 200 <= reply.status < 300:
+        raise transport.status_error(request, reply)
+    return reply
+
+
+def _route_of(request: Request) -> str:
+    return request.name.replace("/api/v1/", "")
+
+
+def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
+    """Read flags from a decoded answer: unknown and null ones are ignored.
+
+    One of the wrong type, or a size that is not positive, is told in the log and takes its default:
+    a client should not stop for a flag that it may never need.
+    """
+    given: Dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = payload.get(field.name)
+        if value is None:
+            continue
+        default: Any = field.default
+        if _READERS[type(default)](value):
+            given[field.name] = type(default)(value)
+        else:
+            logger.warning(
+                "the server's flag %s is %.100r; using %r", field.name, value, field.default
+            )
+    return kind(**given)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+_READERS: Mapping[type, Callable[[Any], bool]] = {
+    bool: lambda value: isinstance(value, bool),
+    str: lambda value: isinstance(value, str),
+    int: lambda value: _is_number(value) and value == int(value) and value > 0,
+    float: _is_number,
+}

@@ -1,0 +1,324 @@
+"""TokenSource: the credential of each request (docs/protocol.md, "Authentication").
+
+Shared by all transports of the process that use one server and one credential.  It has no thread:
+the request that notices that a token grows old renews it, while the others go on with the old one;
+heartbeats alone see to it that somebody notices in time.  Life times go by the wall clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import threading
+from typing import Dict, List, Mapping, NoReturn, Optional, Tuple
+
+import orjson
+
+from tinkex._runtime import lifecycle
+from tinkex._runtime.single_flight import SingleFlight
+from tinkex._transport.credential_command import COMMAND, run_command
+from tinkex._transport.request import Request
+from tinkex._transport.server_flags import ABSENT, Sender, ServerFlags, flags_for
+from tinkex.config import Config, check_header
+from tinkex.credentials import is_jwt, read_claims
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    ConfigError,
+    CredentialError,
+    ResponseDecodeError,
+)
+
+logger = logging.getLogger(__name__)
+
+#: One exchange may take this long, in seconds.
+EXCHANGE_TIMEOUT_S = 10.0
+
+#: A request waits for a new token when the old one lasts no longer than this, in seconds, or than
+#: a quarter of its life if that is less.
+URGENT_S = 60.0
+
+#: Pauses after a renewal that failed, in seconds: before the old token is urgently due, and then.
+RETRY_S = 60.0
+URGENT_RETRY_S = 5.0
+
+#: A request that may take no longer than this, in seconds, renews no token that is still good: it
+#: may be the last word of a process that exits.
+HURRY_S = 5.0
+
+# A client's clock may be so far from the server's, in seconds, before it is not believed.
+_SKEW_S = 60.0
+
+# So many tokens and command outputs are remembered, to be kept out of messages.
+_SECRETS_KEPT = 3
+
+_KEY_HEADER = "X-API-Key"
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """What goes into ``X-API-Key``, and until when; instants are seconds since the epoch.
+
+    Attributes:
+        renew_at: about half of its life is over.
+        urgent_at: it is about to expire.
+        renewable: another one can be had in its place.
+        exchanged: the server made it; otherwise it is a key, or what the command printed.
+    """
+
+    text: str = dataclasses.field(repr=False)
+    renewable: bool = False
+    exchanged: bool = False
+    renew_at: Optional[float] = None
+    urgent_at: Optional[float] = None
+    expires_at: Optional[float] = None
+
+    @classmethod
+    def received(cls, text: str, now: float, rand: float, *, exchanged: bool = True) -> Token:
+        """Plan the life of a token that came at *now*; *rand* is uniform in [0, 1).
+
+        One that is no JWT, or says nothing of its end, is good until it is refused.
+        """
+        claims = read_claims(text)
+        if claims is None or claims.expires_at is None:
+            return cls(text, True, exchanged)
+        began = now if claims.issued_at is None else claims.issued_at
+        life_s = max(0.0, claims.expires_at - began)
+        expires_at = claims.expires_at
+        margin_s = min(URGENT_S, life_s / 4)
+        if life_s and not began - _SKEW_S <= now < expires_at - margin_s:
+            # New, and by our clock not yet valid or about to expire: the clocks disagree.
+            began, expires_at = now, now + life_s
+        # Spread, so that many processes do not come at once.
+        urgent_at = expires_at - margin_s
+        renew_at = min(began + life_s * (0.45 + 0.1 * rand), urgent_at)
+        return cls(text, True, exchanged, renew_at, urgent_at, expires_at)
+
+    def has_come(self, instant: Optional[float], now: float) -> bool:
+        """Tell whether one of its instants has passed; None never does."""
+        return instant is not None and now >= instant
+
+
+class TokenSource:
+    """The credential of one server, and the tokens made from it.  Thread-safe.
+
+    Precedence: a key that is a token itself is sent as it is.  Where the server enables tokens,
+    the credential is exchanged for one.  Otherwise the key, or the command's output, is sent.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._key = config.api_key
+        self._command = config.credential_cmd
+        self._static = config.api_key is not None and is_jwt(config.api_key)
+        self._host = config.host_and_port
+        self._flight: SingleFlight[Token] = SingleFlight()
+        # Guards what follows.  Never held during I/O.
+        self._lock = threading.Lock()
+        self._token: Optional[Token] = None
+        self._not_before = 0.0  # of the next attempt to renew a token that is still good; wall time
+        self._secrets: List[str] = [] if self._key is None else [self._key]
+
+    @property
+    def secrets(self) -> Tuple[str, ...]:
+        """What must appear in no message: the key, and the latest tokens."""
+        with self._lock:
+            return tuple(self._secrets)
+
+    def token_for(self, sender: Sender, request: Request) -> Optional[Token]:
+        """Return what *request* is to be sent with; None if there is no credential.
+
+        Blocks for an exchange only if there is no good token, or if this request is the one that
+        renews an ageing one.  Tries once: the retries are the caller's.
+
+        Raises:
+            CredentialError: the token has expired and cannot be renewed, or the command failed.
+            APIError: the server refused the exchange, or cannot be reached.
+            ClientClosedError: the client was closed meanwhile.
+        """
+        if self._key is None and self._command is None:
+            return None
+        if self._static:
+            return self._static_token(sender.clock.wall())
+        if request.bare:
+            return Token(self._raw(sender, forced=False))
+        flags = _flags(sender)
+        forced = self._command is not None and flags.credential_default_source == "credential_cmd"
+        if self._key is not None and not forced and not flags.pjwt_auth_enabled:
+            return Token(self._key)
+        return self._good_token(sender, request, flags)
+
+    def renew(self, sender: Sender, request: Request, refused: Token) -> Token:
+        """Return a token in place of one that the server *refused*: one exchange for all."""
+        flags = _flags(sender)
+
+        def work() -> Token:
+            token = self._current()
+            if token is not None and token.text != refused.text:
+                return token  # somebody else has renewed it meanwhile
+            return self._obtain(sender, request, flags)
+
+        return self._flight.run(work, sender.closing)
+
+    def forget(self, refused: Token) -> None:
+        """Note that the server refused a credential: a command is run again for the next request.
+
+        Not for tokens that the server made itself: those it calls invalid, and the rest stands.
+        """
+        with self._lock:
+            if self._token is refused and not refused.exchanged:
+                self._token = None
+
+    def _current(self) -> Optional[Token]:
+        with self._lock:
+            return self._token
+
+    def _static_token(self, now: float) -> Token:
+        assert self._key is not None
+        claims = read_claims(self._key)
+        if claims is not None and claims.expires_at is not None and now >= claims.expires_at:
+            raise CredentialError(
+                f"the token given as api_key expired {now - claims.expires_at:.0f} s ago",
+                hint="Get a new one; a key does not expire, and is exchanged for tokens by itself.",
+            )
+        return Token(self._key)
+
+    def _good_token(self, sender: Sender, request: Request, flags: ServerFlags) -> Token:
+        """The token at hand, or a new one."""
+        now = sender.clock.wall()
+        with self._lock:
+            token, not_before = self._token, self._not_before
+        if token is not None and not token.has_come(token.renew_at, now):
+            return token
+        good = token is not None and not token.has_come(token.expires_at, now)
+        urgent = token is None or token.has_come(token.urgent_at, now)
+        if token is not None and good:
+            hurried = (request.read_timeout_s or HURRY_S + 1) <= HURRY_S
+            if now < not_before or hurried or (self._flight.busy and not urgent):
+                return token
+
+        def work() -> Token:
+            current = self._current()
+            if current is not None and current is not token:
+                return current  # the flight before ours has landed just now
+            return self._obtain(sender, request, flags)
+
+        try:
+            return self._flight.run(work, sender.closing)
+        except (APIError, CredentialError) as error:
+            if token is None or not good or (urgent and error.status == 401):
+                raise
+            pause_s = URGENT_RETRY_S if urgent else RETRY_S
+            with self._lock:
+                self._not_before = now + pause_s
+            logger.warning(
+                "the token for %s could not be renewed and is used on: %s", self._host, error
+            )
+            return token
+
+    def _obtain(self, sender: Sender, request: Request, flags: ServerFlags) -> Token:
+        """Make a new token and remember it.  Only one thread at a time is here."""
+        forced = flags.credential_default_source == "credential_cmd"
+        raw = text = self._raw(sender, forced=forced)
+        if flags.pjwt_auth_enabled:
+            text = self._exchange(sender, request, raw)
+        now = sender.clock.wall()
+        token = Token.received(text, now, random.random(), exchanged=text != raw)
+        with self._lock:
+            self._token, self._not_before = token, 0.0
+            self._remember_locked(text)
+        logger.debug("a new token for %s", self._host)
+        return token
+
+    def _remember_locked(self, secret: str) -> None:
+        if secret not in self._secrets:
+            self._secrets.append(secret)
+            del self._secrets[1:-_SECRETS_KEPT]  # the first is the key, if there is one
+
+    def _raw(self, sender: Sender, *, forced: bool) -> str:
+        """The credential itself."""
+        if self._key is not None and not (forced and self._command):
+            return self._key
+        assert self._command is not None
+        text = run_command(self._command, sender.closing)
+        with self._lock:
+            self._remember_locked(text)
+        claims = read_claims(text) if is_jwt(text) else None
+        now = sender.clock.wall()
+        if claims is not None and claims.expires_at is not None and now >= claims.expires_at:
+            raise CredentialError(f"the token that {COMMAND} printed has expired")
+        return text
+
+    def _exchange(self, sender: Sender, request: Request, raw: str) -> str:
+        """``POST auth/token``, once.  An answer of 404, 405 or 501 is: use the key itself."""
+        limit_s = min(EXCHANGE_TIMEOUT_S, request.read_timeout_s or EXCHANGE_TIMEOUT_S)
+        exchange = Request(
+            "POST",
+            "/api/v1/auth/token",
+            b"{}",
+            traffic="control",
+            read_timeout_s=limit_s,
+            headers={_KEY_HEADER: raw},
+            secrets=(raw,),
+            secret_reply=True,
+        )
+        reply = sender.send_once(exchange)
+        if reply.status in ABSENT:
+            logger.info("%s has no route for tokens; the key itself is sent", self._host)
+            return raw
+        if not 200 <= reply.status < 300:
+            _raise_as_outage(sender.status_error(exchange, reply))
+        text = _read_jwt(reply.body)
+        if text is None:
+            # Without the answer: it may hold a token.
+            raise ResponseDecodeError(f"{exchange.name}: the answer holds no token in 'jwt'")
+        return text
+
+
+def _flags(sender: Sender) -> ServerFlags:
+    try:
+        return flags_for(sender, once=True)
+    except APIStatusError as error:
+        _raise_as_outage(error)
+
+
+def _raise_as_outage(error: APIError) -> NoReturn:
+    """Raise *error*; a passing one is an outage to whoever wanted to send something else."""
+    if error.retryable:
+        raise APIConnectionError(error.message, status=error.status) from error
+    raise error
+
+
+def _read_jwt(body: bytes) -> Optional[str]:
+    """The token of an answer, or None; no exception, which would hold the answer."""
+    try:
+        answer = orjson.loads(body)
+        text = answer.get("jwt") if isinstance(answer, dict) else None
+        if isinstance(text, str) and text:
+            check_header("the token", text)
+            return text
+    except (orjson.JSONDecodeError, ConfigError):
+        pass
+    return None
+
+
+# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a source
+# whose lock may have been held, or whose leader was under way, when it was copied.
+_sources: Dict[Tuple[int, str, str], TokenSource] = {}
+
+
+def source_for(config: Config) -> TokenSource:
+    """Return the process's source for one server and one credential."""
+    key = os.getpid(), config.base_url, config.key_digest
+    with lifecycle.module_lock():
+        found = _sources.get(key)
+        if found is None:
+            found = _sources[key] = TokenSource(config)
+        return found
+
+
+def is_invalid_token(status: int, headers: Mapping[str, str]) -> bool:
+    """Tell whether an answer says that the token, not the request, is at fault."""
+    return status == 401 and 'error="invalid_token"' in headers.get("www-authenticate", "")

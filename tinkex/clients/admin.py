@@ -1,0 +1,112 @@
+"""AdminClient: audit, billing and storage, for those who may see them."""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta, timezone
+from typing import Optional
+
+from tinkex._api import admin as api
+from tinkex.clients.lookup import Instant, LookupClient
+from tinkex.errors import InvalidInputError
+from tinkex.futures import APIFuture
+from tinkex.types import (
+    AuditLogResponse,
+    BillingUsageResponse,
+    CurrentCheckpointStorageUsageResponse,
+)
+from tinkex.types._wire import parse_datetime
+
+EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
+
+#: The longest time a question about usage may span.
+LONGEST_USAGE = timedelta(days=14)
+
+
+class AdminClient(LookupClient):
+    """What an organization did, used and keeps.  Thread-safe.
+
+    Made on its own, ``AdminClient(base_url=..., api_key=...)``; nothing is created on the server.
+    Every method returns a future at once; futures raise RouteMissingError where the server does
+    not have the route, PermissionDeniedError for those who may not see it, and APIError otherwise.
+    The arguments are those of LookupClient.
+    """
+
+    def get_audit_log(
+        self, event_type: str = "all", day: Optional[date] = None
+    ) -> APIFuture[AuditLogResponse]:
+        """What was done on one day.
+
+        Args:
+            event_type: ``"all"``, ``"checkpoints"``, ``"projects"``, ``"teams"`` or
+                ``"organizations"``.
+            day: the day, in UTC; None leaves the choice to the server.
+
+        Raises:
+            InvalidInputError: *event_type* or *day* is something else.
+        """
+        if event_type not in EVENT_TYPES:
+            raise InvalidInputError(
+                f"event_type is {event_type!r}; it must be one of {', '.join(EVENT_TYPES)}"
+            )
+        if day is not None and (not isinstance(day, date) or isinstance(day, datetime)):
+            raise InvalidInputError(f"day is {day!r}; it must be a datetime.date")
+        return self._run(
+            "get_audit_log",
+            lambda transport: api.get_audit_log(transport, event_type=event_type, day=day),
+        )
+
+    def get_billing_usage(
+        self, starting_on: Instant, ending_before: Instant
+    ) -> APIFuture[BillingUsageResponse]:
+        """What was used from *starting_on* until just before *ending_before*.
+
+        Both are whole hours, as aware datetimes or RFC 3339 strings (a bare date is its first
+        hour, what names no zone is UTC), at most 14 days apart.
+
+        Raises:
+            InvalidInputError: they are not; nothing was sent.
+        """
+        start = _whole_hour("starting_on", starting_on)
+        end = _whole_hour("ending_before", ending_before)
+        if not timedelta(0) < end - start <= LONGEST_USAGE:
+            raise InvalidInputError(
+                f"from {start.isoformat()} to {end.isoformat()}: the end must be later than the "
+                f"start, by at most {LONGEST_USAGE.days} days"
+            )
+        return self._run(
+            "get_billing_usage",
+            lambda transport: api.get_billing_usage(
+                transport, starting_on=start, ending_before=end
+            ),
+        )
+
+    def get_current_checkpoint_storage_usage(
+        self, project_id: Optional[str] = None
+    ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
+        """What the checkpoints of now take and cost, of one project or of all."""
+        return self._run(
+            "get_current_checkpoint_storage_usage",
+            lambda transport: api.get_current_checkpoint_storage_usage(
+                transport, project_id=project_id
+            ),
+        )
+
+
+def _whole_hour(name: str, value: Instant) -> datetime:
+    """Return *value* in UTC; InvalidInputError unless it is a whole hour."""
+    found: Optional[datetime] = None
+    if isinstance(value, datetime):
+        found = value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)
+    elif isinstance(value, str):
+        try:
+            found = parse_datetime(value if len(value) > len("2026-01-01") else f"{value}T00:00:00")
+        except ValueError:
+            found = None
+    if found is None:
+        raise InvalidInputError(
+            f"{name} is {value!r}; give a datetime, or RFC 3339 as in 2026-01-01T00:00:00Z"
+        )
+    found = found.astimezone(timezone.utc)
+    if found.minute or found.second or found.microsecond:
+        raise InvalidInputError(f"{name} is {value}; usage is counted by whole hours of UTC")
+    return found

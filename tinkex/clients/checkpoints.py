@@ -1,0 +1,279 @@
+"""Checkpoints as files: download them.  (`tinkex.clients.hub` pushes them on.)
+
+Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
+exported weights.  Whichever it is, files are collected in a hidden folder and checked; until all is
+there, nothing else at the destination is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from threading import Event
+from typing import Callable, Optional, TypeVar, Union
+
+from tinkex._api import archives, rest as api
+from tinkex._downloads.download_folder import DownloadFolder, check_free
+from tinkex._downloads.downloads import Downloader, Tell
+from tinkex._downloads.extraction import extract
+from tinkex._downloads.part_file import Source
+from tinkex._runtime.numeric import as_flag
+from tinkex._transport.transport import Transport
+from tinkex.clients.lookup import LookupClient
+from tinkex.errors import (
+    DownloadCancelledError,
+    InvalidInputError,
+    ResponseDecodeError,
+    RouteMissingError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.types import ExternalWeightsUrlsResponse, ParsedCheckpointTinkerPath
+from tinkex.types.checkpoint_path import locate_checkpoint
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Told of the bytes that are here, and of all of them, or None where that is not known.
+Progress = Callable[[int, Optional[int]], None]
+
+#: The embedded server puts this into checkpoints that PEFT alone cannot merge.
+MERGING_NOTE = "MERGING.md"
+
+#: A temporary export is deleted by the server after this long, should we not get to it.
+EXPORT_TTL_S = 3600
+
+
+def download_checkpoint(
+    rest: LookupClient,
+    tinker_path: str,
+    dest: Union[str, Path],
+    *,
+    progress: Optional[Progress] = None,
+    overwrite: bool = False,
+    cancel: Optional[Event] = None,
+) -> Path:
+    """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
+
+    What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
+    it exists), and the next call with the same arguments goes on from there; one at a time may use
+    it.  On a server without archives, a training checkpoint is exported for the purpose: that opens
+    a session, and the export is deleted again.
+
+    What has come is checked: checksums, the end of the archive, that the weights are there and
+    complete.
+
+    An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
+    layer is tied to its embedding must not be merged by PEFT alone: see
+    `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
+
+    Args:
+        rest: a client of the server that has it.
+        tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
+        dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.  ``~``
+            is the home folder.
+        progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
+            second; what it raises ends the download.
+        overwrite: write into *dest* although there is something in it, once all has come.  Files
+            with the names of the new ones, and adapters (``adapter_config.json``,
+            ``adapter_model*``), are replaced; every other file in the folder stays.
+        cancel: set it, from any thread, to end the download soon.
+
+    Raises:
+        InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
+        RouteMissingError: the server offers no way to download it.
+        DownloadCancelledError: *cancel* was set.
+        ResponseDecodeError: what came is damaged, incomplete or not safe to unpack.
+        APIError: it cannot be had.
+        OSError: it cannot be written here.
+    """
+    parsed = locate_checkpoint(tinker_path)
+    if not isinstance(dest, (str, os.PathLike)):
+        raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
+    overwrite = as_flag("overwrite", overwrite)
+    target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
+    check_free(target, overwrite)
+    transport = rest.transport
+    work = DownloadFolder(
+        target, {"server": rest.config.base_url, "tinker_path": parsed.tinker_path}
+    )
+    try:
+        with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
+            _Download(rest, parsed, work, downloader, progress or _silent).run()
+            work.check(tinker_path)
+            downloader.check()
+    except BaseException as error:
+        if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
+            error.hint = f"What has come is in {work.folder}; the same call goes on from there."
+        raise
+    work.finish()
+    if (target / MERGING_NOTE).is_file():
+        logger.warning(
+            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
+        )
+    return target
+
+
+def _silent(done: int, total: Optional[int]) -> None:
+    """Tell nobody."""
+
+
+class _Download:
+    """One download, from asking where the files are until they are here."""
+
+    def __init__(
+        self,
+        rest: LookupClient,
+        parsed: ParsedCheckpointTinkerPath,
+        work: DownloadFolder,
+        downloader: Downloader,
+        progress: Progress,
+    ) -> None:
+        self._rest = rest
+        self._parsed = parsed
+        self._work = work
+        self._downloader = downloader
+        self._progress = progress
+
+    def run(self) -> None:
+        """Bring all files here."""
+        if self._parsed.checkpoint_type == "external":
+            self.fetch_files(self._parsed)
+            return
+        try:
+            self.fetch_archive()
+        except RouteMissingError as missing:
+            if self._parsed.checkpoint_type == "sampler":
+                missing.hint = (
+                    "It cannot hand out a sampler checkpoint otherwise; save_state makes a "
+                    "training checkpoint of the same weights, which it may be able to export."
+                )
+            if self._parsed.checkpoint_type != "training":
+                raise
+            self.fetch_through_export(missing)
+
+    def fetch_archive(self) -> None:
+        """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
+        parsed, transport = self._parsed, self._rest.transport
+        channel = self._downloader.adopt(transport.open_channel())
+
+        def sign(again: bool) -> Source:
+            answer = archives.get_checkpoint_archive_url(
+                transport,
+                parsed.training_run_id,
+                parsed.checkpoint_id,
+                pause=self._downloader.pause,
+                channel=channel,
+            )
+            return Source(answer.url, answer.expires)
+
+        part = self._work.archive_part(parsed.tinker_path)
+        try:
+            self._downloader.fetch(part, sign, self._progress)
+        finally:
+            channel.close()
+        logger.info("unpacking %s", parsed.tinker_path)
+        shutil.rmtree(self._work.files, ignore_errors=True)  # of a run that was killed
+        try:
+            extract(part.file, self._work.files, check=self._downloader.check)
+        except ResponseDecodeError:
+            part.discard()  # the next attempt is not to stumble over it
+            raise
+
+    def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
+        """Fetch each file of exported weights."""
+        urls = _Urls(self._rest.transport, parsed)
+        parts = [self._work.part(name) for name in urls.names]
+        arrived = 0
+        for part in parts:
+            tell = self._telling(arrived, alone=len(parts) == 1)
+            arrived += self._downloader.fetch(part, urls.signer(part.name), tell)
+        expected = {part.file for part in parts}
+        for file in self._work.files.rglob("*"):  # of an export with other files
+            if file.is_file() and file not in expected:
+                file.unlink()
+
+    def fetch_through_export(self, missing: RouteMissingError) -> None:
+        """Export a training checkpoint, fetch the export, and delete it again."""
+        from tinkex.clients.service import ServiceClient  # it imports us
+
+        logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
+        with ServiceClient(config=self._rest.config) as service:
+            trainer = self._wait(
+                service.create_training_client_from_state_future(self._parsed.tinker_path)
+            )
+            name = f"download-{uuid.uuid4().hex[:12]}"
+            try:
+                saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))
+            except RouteMissingError as also:
+                raise missing from also
+            try:
+                self.fetch_files(locate_checkpoint(saved.path))
+            finally:
+                self._delete_export(saved.path)
+
+    def _delete_export(self, path: str) -> None:
+        """Delete a temporary export; the server does it by itself after an hour."""
+        parsed = locate_checkpoint(path)
+        try:
+            api.delete_checkpoint(
+                self._rest.transport, parsed.training_run_id, parsed.checkpoint_id
+            )
+        except TinkexError as error:
+            logger.warning("the temporary export %s was not deleted: %s", path, error)
+
+    def _wait(self, future: APIFuture[T]) -> T:
+        """Wait for *future*, and look now and then whether to stop."""
+        while True:
+            try:
+                return future.result(0.2)
+            except FutureTimeoutError:
+                if future.done():
+                    raise
+                self._downloader.check()
+
+    def _telling(self, arrived: int, alone: bool) -> Tell:
+        """Pass progress on, for a file that comes after *arrived* bytes of others."""
+
+        def tell(done: int, total: Optional[int]) -> None:
+            self._progress(arrived + done, total if alone else None)
+
+        return tell
+
+
+class _Urls:
+    """Where the files of exported weights are; asked for again when a signature is used up."""
+
+    def __init__(self, transport: Transport, parsed: ParsedCheckpointTinkerPath) -> None:
+        self._transport = transport
+        self._parsed = parsed
+        self._latest = self._ask()
+        self.names = sorted(self._latest.urls)
+        if not self.names:
+            raise ResponseDecodeError(f"{parsed.tinker_path} has no files")
+
+    def _ask(self) -> ExternalWeightsUrlsResponse:
+        return api.get_external_weights_urls(
+            self._transport, self._parsed.training_run_id, self._parsed.checkpoint_id
+        )
+
+    def signer(self, name: str) -> Callable[[bool], Source]:
+        """Return what finds out where the file *name* is."""
+
+        def source() -> Source:
+            url = self._latest.urls.get(name)
+            if not isinstance(url, str):
+                raise ResponseDecodeError(f"{self._parsed.tinker_path} no longer has {name!r}")
+            return Source(url, self._latest.expires)
+
+        def sign(again: bool) -> Source:
+            if again or source().is_stale(self._transport.clock.wall()):
+                self._latest = self._ask()
+            return source()
+
+        return sign

@@ -1,0 +1,123 @@
+"""Push a checkpoint to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+from threading import Event
+from typing import Any, Dict, Iterator, Optional, Sequence
+
+from tinkex._api import rest as api
+from tinkex.clients.checkpoints import Progress, download_checkpoint
+from tinkex.clients.lookup import LookupClient
+from tinkex.errors import ConfigError, InvalidInputError, TinkexError
+from tinkex.types.checkpoint_path import locate_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    rest: LookupClient,
+    tinker_path: str,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: Optional[str] = None,
+    commit_message: Optional[str] = None,
+    create_pr: bool = False,
+    allow_patterns: Optional[Sequence[str]] = None,
+    ignore_patterns: Optional[Sequence[str]] = None,
+    add_model_card: bool = True,
+    progress: Optional[Progress] = None,
+    cancel: Optional[Event] = None,
+    hub: Any = None,
+) -> str:
+    """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.  Blocks.
+
+    Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or ``HF_TOKEN``).
+
+    Args:
+        rest: a client of the server that has it.
+        tinker_path: as for `download_checkpoint`.
+        repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
+        private: of a repository that is made.
+        revision: the branch to push to; made if it does not exist.
+        commit_message: of the commit.
+        create_pr: open a pull request instead of pushing.
+        allow_patterns, ignore_patterns: which files; all of them by default.
+        add_model_card: write a README.md that names base model and checkpoint, if it has none.
+        progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
+        hub: what to talk to the hub with, instead of ``huggingface_hub.HfApi()``.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed.
+        And what `download_checkpoint` and huggingface_hub raise.
+    """
+    tinker_path = locate_checkpoint(tinker_path).tinker_path
+    if not isinstance(repo_id, str) or not repo_id.strip("/"):
+        raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
+    hub = hub or _hub()
+    with _temporary_folder() as folder:
+        files = download_checkpoint(
+            rest, tinker_path, folder / "checkpoint", progress=progress, cancel=cancel
+        )
+        if add_model_card and not (files / "README.md").exists():
+            card = _model_card(rest, tinker_path, repo_id, files)
+            (files / "README.md").write_text(card, encoding="utf-8")
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(files),
+            revision=revision,
+            commit_message=commit_message or f"Upload {tinker_path}",
+            create_pr=create_pr,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
+        )
+    return str(getattr(commit, "pr_url", None) or getattr(commit, "commit_url", commit))
+
+
+def _hub() -> Any:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            "pushing to the hub needs huggingface_hub", hint='Run pip install "tinkex[hub]".'
+        ) from error
+    return HfApi()
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
+        yield Path(folder)
+
+
+def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path) -> str:
+    """A README.md for the hub: front matter it can read, and where the weights come from."""
+    config: Dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((files / "adapter_config.json").read_text(encoding="utf-8"))
+    base_model = config.get("base_model_name_or_path")
+    rank = config.get("r")
+    try:
+        info = api.get_weights_info(rest.transport, tinker_path)
+        base_model, rank = info.base_model, info.lora_rank or rank
+    except TinkexError as error:
+        logger.info("the model card says no more than the files do: %s", error)
+    lines = ["---"]
+    if base_model:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    if config:
+        lines.append("library_name: peft")
+    lines += ["tags:", "- tinker", *(["- lora"] if rank else []), "---", ""]
+    lines += [f"# {repo_id.rpartition('/')[2]}", ""]
+    what = f"LoRA adapter of rank {rank}" if rank else "Weights"
+    over = f" over `{base_model}`" if base_model else ""
+    lines += [f"{what}{over}, trained through the Tinker API.", "", f"Checkpoint: `{tinker_path}`"]
+    return "\n".join(lines) + "\n"

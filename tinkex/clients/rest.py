@@ -1,0 +1,401 @@
+"""RestClient: runs, checkpoints and sessions on the server."""
+
+from __future__ import annotations
+
+import threading
+from datetime import date
+from pathlib import Path
+from typing import Any, Mapping, Optional, Tuple, Union
+
+from tinkex import auth
+from tinkex._api import (
+    archives as archives_api,
+    rest as api,
+    sampling as sampling_api,
+    sessions as sessions_api,
+)
+from tinkex._runtime.numeric import as_int, is_int, to_int
+from tinkex._training.batch_checks import check_token, check_ttl
+from tinkex._transport.transport import Transport
+from tinkex.clients import checkpoints, hub
+from tinkex.clients.admin import AdminClient
+from tinkex.clients.checkpoints import Progress
+from tinkex.clients.lookup import Instant, LookupClient, moved
+from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
+from tinkex.futures import APIFuture
+from tinkex.types import (
+    AuditLogResponse,
+    BillingUsageResponse,
+    CheckpointArchiveUrlResponse,
+    CheckpointsListResponse,
+    CurrentCheckpointStorageUsageResponse,
+    ExternalWeightsUrlsResponse,
+    GetSamplerResponse,
+    GetServerCapabilitiesResponse,
+    GetSessionResponse,
+    ListSessionsResponse,
+    SessionSearchRequest,
+    SessionSearchResponse,
+    SessionsOfUsers,
+    TrainingRun,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+    WhoamiResponse,
+)
+from tinkex.types.checkpoint_path import check_tinker_path, locate_checkpoint
+
+#: Between two looks at a trace export, in seconds.
+TRACE_POLL_S = 5.0
+
+
+class RestClient(LookupClient):
+    """Lists and manages what is on the server.  Thread-safe.
+
+    Made by ServiceClient, or on its own: then nothing is created on the server.  Every method
+    returns a future at once, unless it says that it blocks; futures raise NotFoundError for what
+    does not exist, RouteMissingError for what the server cannot do, and APIError otherwise.  Paths
+    are ``tinker://<run>/<kind>/<name>``, or what else the server has handed out.  The arguments
+    are those of LookupClient.
+    """
+
+    def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
+        """The base models the server offers."""
+        return self._run("get_server_capabilities", sessions_api.get_server_capabilities)
+
+    def list_training_runs(
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        access_scope: str = "owned",
+        project_id: Optional[str] = None,
+    ) -> APIFuture[TrainingRunsResponse]:
+        """A page of training runs, the last used first."""
+        limit, offset = _page(limit, offset)
+        return self._run(
+            "list_training_runs",
+            lambda transport: api.list_training_runs(
+                transport,
+                limit=limit,
+                offset=offset,
+                access_scope=access_scope,
+                project_id=project_id,
+            ),
+        )
+
+    def get_training_run(
+        self, training_run_id: str, access_scope: str = "owned"
+    ) -> APIFuture[TrainingRun]:
+        """One training run."""
+        return self._run(
+            "get_training_run",
+            lambda transport: api.get_training_run(
+                transport, training_run_id, access_scope=access_scope
+            ),
+        )
+
+    def get_training_run_by_tinker_path(
+        self, tinker_path: str, access_scope: str = "owned"
+    ) -> APIFuture[TrainingRun]:
+        """The training run that a checkpoint came from."""
+        run_id = locate_checkpoint(tinker_path).training_run_id
+        return self.get_training_run(run_id, access_scope)
+
+    def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
+        """All checkpoints of one run."""
+        return self._run(
+            "list_checkpoints", lambda transport: api.list_checkpoints(transport, training_run_id)
+        )
+
+    def list_user_checkpoints(
+        self, limit: int = 100, offset: int = 0
+    ) -> APIFuture[CheckpointsListResponse]:
+        """A page of all checkpoints, newest first."""
+        limit, offset = _page(limit, offset)
+        return self._run(
+            "list_user_checkpoints",
+            lambda transport: api.list_user_checkpoints(transport, limit=limit, offset=offset),
+        )
+
+    def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
+        """What a checkpoint was trained from, and how."""
+        tinker_path = check_tinker_path(tinker_path)
+        return self._run(
+            "get_weights_info", lambda transport: api.get_weights_info(transport, tinker_path)
+        )
+
+    def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
+        """Delete a checkpoint for good; *checkpoint_id* is ``<kind>/<name>``."""
+        return self._run(
+            "delete_checkpoint",
+            lambda transport: api.delete_checkpoint(transport, training_run_id, checkpoint_id),
+        )
+
+    def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """Delete a checkpoint for good."""
+        parsed = locate_checkpoint(tinker_path)
+        return self.delete_checkpoint(parsed.training_run_id, parsed.checkpoint_id)
+
+    def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """Let everybody read a checkpoint.  ConflictError if it is public already."""
+        parsed = locate_checkpoint(tinker_path)
+        return self._run(
+            "publish_checkpoint",
+            lambda transport: api.publish_checkpoint(
+                transport, parsed.training_run_id, parsed.checkpoint_id
+            ),
+        )
+
+    def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """Make a checkpoint private again.  ConflictError if it is."""
+        parsed = locate_checkpoint(tinker_path)
+        return self._run(
+            "unpublish_checkpoint",
+            lambda transport: api.unpublish_checkpoint(
+                transport, parsed.training_run_id, parsed.checkpoint_id
+            ),
+        )
+
+    def set_checkpoint_ttl_from_tinker_path(
+        self, tinker_path: str, ttl_seconds: Optional[int]
+    ) -> APIFuture[None]:
+        """Have the server delete a checkpoint after *ttl_seconds*; None keeps it for ever."""
+        parsed = locate_checkpoint(tinker_path)
+        ttl_seconds = check_ttl(ttl_seconds)
+        return self._run(
+            "set_checkpoint_ttl",
+            lambda transport: api.set_checkpoint_ttl(
+                transport, parsed.training_run_id, parsed.checkpoint_id, ttl_seconds
+            ),
+        )
+
+    def list_sessions(
+        self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
+    ) -> APIFuture[ListSessionsResponse]:
+        """A page of session ids, newest first; sessions that ended are among them."""
+        limit, offset = _page(limit, offset)
+        return self._run(
+            "list_sessions",
+            lambda transport: api.list_sessions(
+                transport, limit=limit, offset=offset, access_scope=access_scope
+            ),
+        )
+
+    def get_session(
+        self, session_id: str, access_scope: str = "owned"
+    ) -> APIFuture[GetSessionResponse]:
+        """The runs and samplers of one session."""
+        return self._run(
+            "get_session",
+            lambda transport: api.get_session(transport, session_id, access_scope=access_scope),
+        )
+
+    def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
+        """What a sampler samples from."""
+        return self._run(
+            "get_sampler", lambda transport: sampling_api.get_sampler(transport, sampler_id)
+        )
+
+    def get_external_weights_urls(self, tinker_path: str) -> APIFuture[ExternalWeightsUrlsResponse]:
+        """Signed URLs of the files of exported weights (``tinker://<run>/external_weights/...``).
+
+        Raises:
+            InvalidInputError: *tinker_path* is of another kind.
+        """
+        parsed = locate_checkpoint(tinker_path)
+        if parsed.checkpoint_type != "external":
+            raise InvalidInputError(
+                f"{tinker_path} is a {parsed.checkpoint_type} checkpoint, not an exported one",
+                hint="save_weights_external makes those; download_checkpoint takes any.",
+            )
+        return self._run(
+            "get_external_weights_urls",
+            lambda transport: api.get_external_weights_urls(
+                transport, parsed.training_run_id, parsed.checkpoint_id
+            ),
+        )
+
+    def get_checkpoint_archive_url(
+        self, training_run_id: str, checkpoint_id: str
+    ) -> APIFuture[CheckpointArchiveUrlResponse]:
+        """A signed URL of one archive with all files of a checkpoint.
+
+        The server may take minutes to build it, which the future waits out.  The hosted service
+        no longer has this; `download_checkpoint` uses whatever there is.
+        """
+        return self._run(
+            "get_checkpoint_archive_url",
+            lambda transport: archives_api.get_checkpoint_archive_url(
+                transport, training_run_id, checkpoint_id
+            ),
+        )
+
+    def get_checkpoint_archive_url_from_tinker_path(
+        self, tinker_path: str
+    ) -> APIFuture[CheckpointArchiveUrlResponse]:
+        """Like `get_checkpoint_archive_url`."""
+        parsed = locate_checkpoint(tinker_path)
+        return self.get_checkpoint_archive_url(parsed.training_run_id, parsed.checkpoint_id)
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: Optional[str] = None,
+        *,
+        ttl_seconds: Optional[int] = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[str]:
+        """Copy a checkpoint into a project; the future's result is the path of the copy.
+
+        Args:
+            path: the checkpoint.
+            destination_project_id: the project; else the client's, from ``TINKER_PROJECT_ID``.
+            ttl_seconds: the copy is deleted after this long; None keeps it.
+            weights_access_token: allows to read a checkpoint of somebody else.
+
+        Raises:
+            InvalidInputError: there is no project, or an argument is wrong.
+        """
+        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
+        weights_access_token = check_token(weights_access_token)
+        project_id = destination_project_id or self.config.project_id
+        if not project_id:
+            raise InvalidInputError(
+                "copy_weights needs a project to copy into",
+                hint="Give destination_project_id, or set TINKER_PROJECT_ID.",
+            )
+
+        def copy(transport: Transport) -> str:
+            return api.copy_weights(
+                transport,
+                source_path=path,
+                destination_project_id=project_id,
+                ttl_seconds=ttl_seconds,
+                weights_access_token=weights_access_token,
+            ).tinker_path
+
+        return self._run("copy_weights", copy)
+
+    def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
+        """Move a session to another project."""
+        if not isinstance(project_id, str) or not project_id:
+            raise InvalidInputError(f"project_id is {project_id!r}; give the id of a project")
+        return self._run(
+            "assign_session_project",
+            lambda transport: api.assign_session_project(transport, session_id, project_id),
+        )
+
+    def export_session_trace(self, session_id: str) -> APIFuture[str]:
+        """Have the server export a session's trace; the future's result is a signed URL of it.
+
+        The future waits until the export is ready; it raises RequestFailedError if it fails.
+        """
+
+        def export(transport: Transport) -> str:
+            while True:
+                state = api.get_trace_export(transport, session_id)
+                if state.status == "ready" and state.url:
+                    return state.url
+                if state.status != "pending":
+                    reason = state.error or f"its status is {state.status!r}"
+                    raise RequestFailedError(
+                        f"the trace of session {session_id} was not exported: {reason}",
+                        session_id=session_id,
+                    )
+                if transport.closing.wait(TRACE_POLL_S):
+                    raise ClientClosedError(
+                        f"the client was closed before the trace of session {session_id} was ready"
+                    )
+
+        return self._run("export_session_trace", export)
+
+    def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
+        """A page of the sessions that fit *request*, newest first.
+
+        For the next page, ask again with ``cursor=response.next_cursor``.
+        """
+        _check_search(request)
+        return self._run(
+            "search_sessions", lambda transport: api.search_sessions(transport, request)
+        )
+
+    def whoami(self) -> APIFuture[WhoamiResponse]:
+        """Who the key belongs to; RouteMissingError or CredentialError where nothing tells."""
+        return self._run("whoami", auth.whoami)
+
+    def download_checkpoint(
+        self,
+        tinker_path: str,
+        dest: Union[str, Path],
+        *,
+        progress: Optional[Progress] = None,
+        overwrite: bool = False,
+        cancel: Optional[threading.Event] = None,
+    ) -> Path:
+        """Download the files of a checkpoint into the folder *dest*.  Blocks.
+
+        See `tinkex.clients.checkpoints.download_checkpoint`.
+        """
+        self._ensure_open("download_checkpoint")
+        return checkpoints.download_checkpoint(
+            self, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+        )
+
+    def push_to_hub(self, tinker_path: str, repo_id: str, **options: Any) -> str:
+        """Push a checkpoint to the Hugging Face hub; return the commit's URL.  Blocks.
+
+        See `tinkex.clients.hub.push_to_hub`.
+        """
+        self._ensure_open("push_to_hub")
+        return hub.push_to_hub(self, tinker_path, repo_id, **options)
+
+    # What AdminClient has now
+
+    def get_audit_log(
+        self, event_type: str = "all", day: Optional[date] = None
+    ) -> APIFuture[AuditLogResponse]:
+        """Deprecated: see AdminClient."""
+        moved("get_audit_log")
+        return self._admin().get_audit_log(event_type, day)
+
+    def get_billing_usage(
+        self, starting_on: Instant, ending_before: Instant
+    ) -> APIFuture[BillingUsageResponse]:
+        """Deprecated: see AdminClient."""
+        moved("get_billing_usage")
+        return self._admin().get_billing_usage(starting_on, ending_before)
+
+    def get_current_checkpoint_storage_usage(
+        self, project_id: Optional[str] = None
+    ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
+        """Deprecated: see AdminClient."""
+        moved("get_current_checkpoint_storage_usage")
+        return self._admin().get_current_checkpoint_storage_usage(project_id)
+
+    def _admin(self) -> AdminClient:
+        return AdminClient(self._session)
+
+
+def _page(limit: int, offset: int) -> Tuple[int, int]:
+    """Return both as ints; InvalidInputError if they are no page of a list."""
+    size, start = to_int(limit, text=False), to_int(offset, text=False)
+    if is_int(size, 1) and is_int(start, 0):
+        return size, start
+    raise InvalidInputError(
+        f"limit is {limit!r} and offset {offset!r}; limit must be an integer, 1 or more, "
+        "and offset an integer, 0 or more"
+    )
+
+
+def _check_search(request: SessionSearchRequest) -> None:
+    if not isinstance(request, SessionSearchRequest):
+        raise InvalidInputError(f"{request!r:.100} is not a SessionSearchRequest")
+    as_int("limit", request.limit, 1, most=200)
+    if request.display_name == "":
+        raise InvalidInputError("display_name is empty; None finds every name")
+    owner = request.owner
+    if isinstance(owner, SessionsOfUsers) and not 1 <= len(owner.owner_urns) <= 10:
+        raise InvalidInputError(f"owner names {len(owner.owner_urns)} users; it must be 1 to 10")
+    for value in (owner, *(request.statuses or ())):
+        kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+        if not isinstance(kind, str):
+            raise InvalidInputError(f"{value!r:.100} in the search has no type")

@@ -1,0 +1,453 @@
+"""SamplingClient: samples from a base model or a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    List,
+    Optional,
+    Tuple,
+    TypeVar,
+)
+
+from tinkex import types
+from tinkex._api import sampling as api
+from tinkex._api.rest import get_weights_info
+from tinkex._results.concurrency_gate import SampleGate
+from tinkex._results.poller import Operation
+from tinkex._runtime.numeric import as_int
+from tinkex._sampling.sample_call import SampleCall, may_be_large
+from tinkex._sampling.sample_checks import (
+    check_request,
+)
+from tinkex._sampling.sampler import Sampler
+from tinkex._sampling.sampler_handle import (
+    HandedOn,
+    config_of_handle,
+    read_handle,
+    warn_of_withheld_key,
+    write_handle,
+)
+from tinkex._sessions.manager import default_manager
+from tinkex._sessions.session import Session
+from tinkex._transport.server_flags import ABSENT
+from tinkex.clients.base import ChildClient
+from tinkex.clients.tokenizers import load_tokenizer
+from tinkex.errors import (
+    APIStatusError,
+    InvalidInputError,
+    ResponseDecodeError,
+)
+from tinkex.futures import APIFuture
+from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
+from tinkex.usage import Account, Reservation, Tokens
+
+if TYPE_CHECKING:
+    from tinkex.clients.sample_stream import Progress, SampleStream
+    from tinkex.types import (
+        GetSamplerResponse,
+        ModelInput,
+        SampleResponse,
+        SamplingParams,
+        TensorData,
+    )
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class SamplingClient(ChildClient):
+    """Samples from one set of weights.  Thread-safe; requests run in any order.
+
+    Made by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input, before
+    anything is sent, and ClientClosedError once the ServiceClient is closed.
+
+    Attributes:
+        sampling_session_id: the server's id of the sampler.
+
+    Args:
+        retry_config: limits and retries of this client; None takes RetryConfig's for the retries,
+            and the session's settings for the limits.
+        record_stability_info: have the server record, with each sample, what later training may
+            refer to by its sequence_id.
+        clone: it is a second client of a sampler that another one made.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampling_session_id: str,
+        base_model: Optional[str] = None,
+        *,
+        model_path: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        clone: bool = False,
+    ) -> None:
+        super().__init__(session)
+        self.sampling_session_id = sampling_session_id
+        self._base_model = base_model
+        self._model_path = model_path
+        self._record_stability_info = record_stability_info
+        self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
+        self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
+        self._sampler = Sampler(
+            session.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
+        )
+        # That of the last request; one for thousands of them.
+        self._account = Account(f"sampler {sampling_session_id}", None, base_model)
+
+    @classmethod
+    def create_future(
+        cls,
+        session: Session,
+        *,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        known_base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> APIFuture[SamplingClient]:
+        """Create the server's sampler; return at once.  See `ServiceClient`."""
+        check_retry_config(retry_config)
+        if (model_path is None) == (base_model is None):
+            raise InvalidInputError("give either model_path or base_model")
+        if model_path is not None:
+            if isinstance(model_path, str) and "://" not in model_path:
+                raise InvalidInputError(
+                    f"model_path is {model_path!r}, which is not the path of a checkpoint",
+                    hint=f"A base model is given by name: base_model={model_path!r}.",
+                )
+            model_path = check_tinker_path(model_path)
+        else:
+            base_model = check_model_name(base_model)
+        session.ensure_open("create_sampling_client")
+        number = session.next_sampler_number()
+
+        def create() -> SamplingClient:
+            created = api.create_sampling_session(
+                session.transport,
+                session_id=session.session_id,
+                sampling_session_seq_id=number,
+                base_model=base_model,
+                model_path=model_path,
+            )
+            if isinstance(created, types.UntypedFuture):
+                from tinkex._training.create_run import wait_for_result
+
+                created = wait_for_result(
+                    session, "create_sampling_session", created, types.CreateSamplingSessionResponse
+                )
+            return cls(
+                session,
+                created.sampling_session_id,
+                base_model or known_base_model,
+                model_path=model_path,
+                retry_config=retry_config,
+                record_stability_info=record_stability_info,
+            )
+
+        return session.run("create_sampling_client", create)
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: Optional[SamplingParams] = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Optional[TensorData] = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: Optional[int] = None,
+    ) -> APIFuture[SampleResponse]:
+        """Draw *num_samples* continuations of *prompt*; return at once.
+
+        Cancelling the future frees its place at once, and tells the server where it takes that.
+
+        Args:
+            prompt: n tokens, at least one.
+            num_samples: how many, drawn as one batch.
+            sampling_params: how tokens are drawn; the defaults of SamplingParams if None.
+            include_prompt_logprobs: also return the logprob of each prompt token.
+            topk_prompt_logprobs, topk_sample_logprobs: also return the likeliest tokens at each
+                prompt, or sampled, position.
+            target_prompt_logprobs: int64 token ids ``(n - 1, k)``, dense or CSR, to get logprobs
+                of; row r belongs to prompt token r + 1, and -1 skips a cell.
+            prompt_alt_tokens_k: alternative draws per prompt position.
+            prompt_logprobs_last_n: logprobs of the last 1 .. n - 1 prompt tokens only; needs
+                *include_prompt_logprobs*.
+
+        The future raises RequestFailedError if the server rejects the request, UnsupportedError if
+        it is too old for what was asked and ignored it, and ResponseDecodeError if the result does
+        not hold *num_samples* sequences, or lacks the prompt logprobs.
+        """
+        request = types.SampleRequest(
+            prompt=prompt,
+            num_samples=num_samples,
+            sampling_params=sampling_params or types.SamplingParams(),
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            record_stability_info=self._record_stability_info,
+        )
+        return self._submit("sample", request, lambda response: response)
+
+    def sample_many(
+        self,
+        prompts: Iterable[ModelInput],
+        sampling_params: Optional[SamplingParams] = None,
+        *,
+        num_samples: int = 1,
+        max_in_flight: Optional[int] = None,
+        order: str = "completion",
+        on_error: str = "raise",
+        progress: Progress = False,
+        **options: Any,
+    ) -> SampleStream:
+        """Sample every prompt, many at a time; return an iterator of `Sampled`.
+
+        Nothing is begun before the first result is asked for.  *prompts* is taken as results are
+        handed out, in the thread that asks, so memory does not grow with its length.  To break
+        off, close the iterator, or leave a ``with`` block over it; Ctrl-C does that, too, and so
+        does a loop that is left, once nothing refers to the iterator.  What is in flight is then
+        cancelled.  Threads may share the iterator.
+
+        Args:
+            prompts: any iterable, as long as you like.
+            sampling_params, num_samples: as for `sample`, of every prompt.
+            max_in_flight: prompts begun and not handed out, at most; in input order, four times
+                as many with those that wait for an earlier one.  None is the session's
+                ``max_concurrent_samples``.
+            order: in which results come: of ``"completion"`` or of ``"input"``.
+            on_error: a prompt that fails may ``"raise"`` its error and end the iteration, at once
+                even if earlier prompts are not done; ``"yield"`` a `Sampled` with its error; or be
+                ``"skip"``ped, with one warning at the end.  A closed client always raises.  So
+                does a budget that is used up, once all that was begun is handed out.
+            progress: True shows a bar on stderr if that is a terminal; a function is called as
+                ``progress(done, failed, total)`` after each prompt, *total* None if unknown.
+            options: further arguments of `sample`.
+
+        Raises:
+            InvalidInputError: an argument is wrong; of a bad prompt, *on_error* decides.
+        """
+        from tinkex.clients.sample_stream import sample_many
+
+        self._ensure_open("sample_many")
+        config = self._session.config
+        if max_in_flight is None:
+            max_in_flight = config.max_concurrent_samples
+        max_in_flight = as_int("max_in_flight", max_in_flight, 1, text=False)
+        if config.max_unread is not None:
+            max_in_flight = min(max_in_flight, config.max_unread)  # more would wait for ever
+
+        def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:
+            return self.sample(prompt, num_samples, sampling_params, **options)
+
+        return sample_many(
+            sample,
+            prompts,
+            max_in_flight=max_in_flight,
+            order=order,
+            on_error=on_error,
+            progress=progress,
+            notice_after_s=config.notice_after_s,
+        )
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: Optional[int] = None
+    ) -> APIFuture[List[Optional[float]]]:
+        """Compute the logprob of each token of *prompt*; return at once.
+
+        The result has one entry per token; the first, which nothing predicts, is None, and so are
+        those before the last *prompt_logprobs_last_n* tokens.
+        """
+        request = types.SampleRequest(
+            prompt=prompt,
+            sampling_params=types.SamplingParams(max_tokens=1),  # thrown away
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            record_stability_info=self._record_stability_info,
+        )
+        return self._submit("compute_logprobs", request, _prompt_logprobs)
+
+    def get_base_model(self) -> str:
+        """Name of the base model.  Blocks if the server must be asked; then cached."""
+        if self._base_model is None:
+            sampler = self._get_sampler("get_base_model")
+            self._base_model = self._ask_base_model() if sampler is None else sampler.base_model
+        return self._base_model
+
+    def get_tokenizer(self) -> Any:
+        """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
+        sampler = self._get_sampler("get_tokenizer")
+        if sampler is None:
+            return load_tokenizer(self._base_model or self._ask_base_model())
+        return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
+
+    def _get_sampler(self, what: str) -> Optional[GetSamplerResponse]:
+        """What the server says of the sampler; None if it does not, and we can do without."""
+        self._ensure_open(what)
+        try:
+            return api.get_sampler(self._session.transport, self.sampling_session_id)
+        except APIStatusError as error:
+            dispensable = self._base_model is not None or self._model_path is not None
+            if not dispensable or error.status not in ABSENT:
+                raise
+            return None
+
+    def _ask_base_model(self) -> str:
+        return get_weights_info(self._session.transport, self._model_path or "").base_model
+
+    def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
+        """Text from which another process can make a client of the same sampler.
+
+        It works while the session lives.  The key is left out unless asked for; the receiver then
+        uses its own if this server is its own, too (see `from_sampler_handle`).  The retry_config
+        is left out.  Pickling a client does the same, except that the receiver of a pickle always
+        uses its own key.
+        """
+        facts = HandedOn(
+            self._session.session_id,
+            self.sampling_session_id,
+            self._base_model,
+            self._model_path,
+            self._record_stability_info,
+        )
+        return write_handle(facts, self._session.config, include_api_key=include_api_key)
+
+    @classmethod
+    def from_sampler_handle(cls, handle: str, *, api_key: Optional[str] = None) -> SamplingClient:
+        """Make a client from what `get_sampler_handle` returned.  Sends nothing.
+
+        The session is kept alive from this process too, and not ended with it.
+
+        Args:
+            handle: names the server.  Whoever can forge one can have this process send prompts to
+                a server of theirs, but not its key.
+            api_key: of that server.  By default the one in the handle, if there is one; else this
+                process's own, but only if the server is this process's too: the one that
+                ``TINKER_BASE_URL`` names, or else the hosted service.
+
+        Raises:
+            InvalidInputError: *handle* is not one.
+            ConfigError: a setting in it is out of its range.
+        """
+        return cls._from_handle(handle, api_key)
+
+    @classmethod
+    def _from_handle(
+        cls, handle: str, api_key: Optional[str] = None, *, trusted: bool = False
+    ) -> SamplingClient:
+        facts, settings = read_handle(handle)
+        if api_key is not None:
+            settings["api_key"] = api_key
+        config = config_of_handle(settings, trusted=trusted)
+        session = Session.attach(config, default_manager(), facts.session_id)
+        if session.config is config and not trusted:
+            warn_of_withheld_key(config)
+        return cls(
+            session,
+            facts.sampling_session_id,
+            facts.base_model,
+            model_path=facts.model_path,
+            record_stability_info=facts.record_stability_info,
+            clone=True,
+        )
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _unpickle, (self.get_sampler_handle(),)
+
+    def __repr__(self) -> str:
+        return (
+            f"<SamplingClient {self.sampling_session_id} of {self._base_model or 'a checkpoint'}>"
+        )
+
+    def _submit(
+        self, kind: str, request: types.SampleRequest, pick: Callable[[SampleResponse], T]
+    ) -> APIFuture[T]:
+        check_request(request)
+        session = self._session
+        self._ensure_open(kind)
+        reservation = self._reserve(kind, request)
+        try:
+            future: APIFuture[T] = session.poller.new_future(kind, counted=True)
+        except BaseException:
+            reservation.release()
+            raise
+        try:
+            reservation.bind(future)
+            self._start(kind, request, pick, future, reservation)
+        except BaseException:  # Ctrl-C: nobody would settle it
+            future.cancel()
+            reservation.release()
+            raise
+        return future
+
+    def _start(
+        self,
+        kind: str,
+        request: types.SampleRequest,
+        pick: Callable[[SampleResponse], T],
+        future: APIFuture[T],
+        reservation: Reservation,
+    ) -> None:
+        """Have *request* sent, in its turn, and *future* settled."""
+        poller, target = self._session.poller, self._sampler.target
+        call = SampleCall(self._sampler, kind, request, pick, future, reservation)
+        operation = Operation(
+            future,
+            call.decode,
+            binary=True,
+            owner=self._account.client,
+            pause_grace_s=0.0,
+            no_progress_timeout_s=self._no_progress_s,
+            large=may_be_large(request),
+        )
+        self._gate.enter(
+            future,
+            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, target),
+        )
+
+    def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
+        """Set aside, of the budget, the most that *request* may use."""
+        ledger = self._session.ledger
+        most_each = request.sampling_params.max_tokens
+        if most_each is None and ledger.budget is not None:
+            raise InvalidInputError(
+                f"{kind}: with a budget, sampling_params needs max_tokens",
+                hint="Without it nobody can tell beforehand how much may be used.",
+            )
+        most = Tokens(
+            prefilled=request.prompt.length, sampled=request.num_samples * (most_each or 0)
+        )
+        model = self.get_base_model() if ledger.needs_model else self._base_model
+        account = self._account
+        if account[1:] != (self.usage_tag, model):
+            account = self._account = account._replace(tag=self.usage_tag, model=model)
+        return ledger.reserve(kind, account, most)
+
+
+def _unpickle(handle: str) -> SamplingClient:
+    # A pickle that is loaded can run any code: its server is trusted with this process's own key.
+    return SamplingClient._from_handle(handle, trusted=True)
+
+
+#: The official SDK's name of what creators return; here they return the client itself.
+BackcompatSamplingClientFuture = SamplingClient
+
+
+def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
+    logprobs = response.prompt_logprobs
+    if logprobs is None:
+        raise ResponseDecodeError("compute_logprobs: the answer has no prompt logprobs")
+    return logprobs

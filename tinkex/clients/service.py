@@ -1,0 +1,468 @@
+"""ServiceClient: where every program starts.  One of them is one session on the server."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
+
+from tinkex import types
+from tinkex._runtime.numeric import as_seconds
+from tinkex._sessions.manager import SessionManager, default_manager
+from tinkex._sessions.session import STATUSES, Session
+from tinkex._transport.server_state import ServerDialect
+from tinkex.clients.base import WithoutCoroutines
+from tinkex.clients.sampling import SamplingClient
+from tinkex.config import Config, check_config
+from tinkex.errors import InvalidInputError
+from tinkex.futures import APIFuture
+from tinkex.metrics import Metrics
+from tinkex.retry_config import RetryConfig
+from tinkex.types.checkpoint_path import check_tinker_path
+from tinkex.types.console import session_url
+from tinkex.usage import Usage
+
+# What a program may never need is imported where it is used.
+if TYPE_CHECKING:
+    from tinkex._sessions.telemetry import Reporter
+    from tinkex._training.custom_loss import LossHandle, PerDatumLossFn
+    from tinkex._training.loss_registry import LossRegistry
+    from tinkex.clients.rest import RestClient
+    from tinkex.clients.run_factory import RunFactory
+    from tinkex.clients.training import TrainingClient
+    from tinkex.types import GetServerCapabilitiesResponse, OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+UserMetadata = Optional[Mapping[str, str]]
+
+
+class ServiceClient(WithoutCoroutines):
+    """A session on a Tinker server, and the clients made from it.  Thread-safe.
+
+    Constructing it blocks until the server has created the session; from then on a heartbeat
+    thread keeps it alive.  Use it as a context manager, or close it::
+
+        with ServiceClient(base_url="http://localhost:8080") as service:
+            trainer = service.create_lora_training_client("smollm2-135m", rank=8)
+
+    Args:
+        user_metadata: kept with the session.
+        project_id: the project the session belongs to.
+        display_name: shown for the session.
+        base_url, api_key: the server; else ``TINKER_BASE_URL`` and ``TINKER_API_KEY``.
+        default_headers_overrides: headers to send with every request.
+        config: all settings at once, instead of the keywords.
+        manager: what keeps the session alive; by default one for all clients of the process.
+        settings: any other setting of `Config`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        APIError: the server cannot be reached (reported within 20 s) or refused; nothing is left
+            behind.
+    """
+
+    def __init__(
+        self,
+        user_metadata: UserMetadata = None,
+        project_id: Optional[str] = None,
+        *,
+        config: Optional[Config] = None,
+        manager: Optional[SessionManager] = None,
+        default_headers_overrides: Optional[Mapping[str, str]] = None,
+        **settings: Any,
+    ) -> None:
+        settings.update(
+            user_metadata=user_metadata,
+            project_id=project_id,
+            extra_headers=default_headers_overrides or settings.get("extra_headers"),
+        )
+        if config is None:
+            config = Config.resolve(**settings)
+        elif any(value is not None for value in settings.values()):
+            raise InvalidInputError("give either config or single settings, not both")
+        self._session = Session(check_config(config), manager or default_manager())
+        self._server: Any = None
+        self._server_dropper: Any = None
+
+    @classmethod
+    def local(
+        cls,
+        model: str = "smollm2-135m",
+        *,
+        data_dir: Optional[str] = None,
+        device: str = "auto",
+        progress: Optional[Callable[[str], None]] = None,
+        **settings: Any,
+    ) -> ServiceClient:
+        """Start the embedded server in this process and return a client of it.
+
+        Real HTTP on an ephemeral port.  The server stops, and frees the model and *data_dir*, when
+        the client is closed, or when it and all clients made from it are garbage, as after a
+        notebook cell was run again.  Blocks until the model is loaded, which may first download it.
+        Needs ``pip install "tinkex[local]"``.
+
+        Args:
+            model: ``"smollm2-135m"``, ``"tiny-random"``, ``"deterministic"`` (no ML library
+                needed), a Hugging Face name, or a folder.
+            data_dir: where runs and checkpoints are kept; None is a folder removed at close.
+            device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+            progress: gets one line of text before each slow step, such as a download; by default
+                they are written to stderr.
+            settings: of the client, as for the constructor.
+
+        Raises:
+            LocalServerError: the model cannot be had, something is not installed, or *data_dir*
+                is in use, by this process or another.
+        """
+        # The one import that looks up: what an edge offers, as a convenience.
+        from tinkex.local import LocalServer, load_engine
+
+        engine = load_engine(model, device, progress=progress or _write_to_stderr)
+        server = LocalServer(engine, data_dir=data_dir)
+        try:
+            server.start()
+            settings = {"base_url": server.url, **settings}
+            client = cls(**settings)
+        except BaseException:
+            server.close()
+            raise
+        client._server = server
+        # With the session, which all clients made from this one hold on to.
+        client._server_dropper = weakref.finalize(client._session, server.drop)
+        client._server_dropper.atexit = False
+        return client
+
+    @property
+    def _runs(self) -> RunFactory:
+        from tinkex.clients.run_factory import RunFactory
+
+        return RunFactory(self._session)
+
+    @property
+    def _losses(self) -> LossRegistry:
+        from tinkex._training.loss_registry import LossRegistry
+
+        fresh = LossRegistry(self._session)
+        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
+        return registry
+
+    @property
+    def session_id(self) -> str:
+        """The server's id of this session."""
+        return self._session.session_id
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self._session.config
+
+    @property
+    def server_dialect(self) -> ServerDialect:
+        """How the server speaks, as far as it has shown by now: a snapshot, fit to be printed."""
+        return self._session.dialect.snapshot()
+
+    def inflight(self) -> List[APIFuture[Any]]:
+        """The futures of this client that are not settled yet; ``status()`` tells of each."""
+        self._session.ensure_not_forked("inflight")
+        return self._session.poller.inflight()
+
+    def metrics(self) -> Metrics:
+        """What this client does and has done: counters and latencies.  Does not block."""
+        self._session.ensure_not_forked("metrics")
+        counts, latencies = self._session.transport.recorder.snapshot()
+        futures = [f for f in self._session.poller.inflight() if not f.in_parts]
+        sent = sum(future.was_sent for future in futures)
+        tokens = self._session.ledger.snapshot().tokens
+        return Metrics(
+            in_flight=sent,
+            queued=len(futures) - sent,
+            requests=counts.get("requests", 0),
+            rate_limited=counts.get("rate_limited", 0),
+            retries=counts.get("retries", 0),
+            bytes_sent=counts.get("bytes_sent", 0),
+            bytes_received=counts.get("bytes_received", 0),
+            tokens_trained=tokens.trained,
+            tokens_prefilled=tokens.prefilled,
+            tokens_sampled=tokens.sampled,
+            latencies=latencies,
+        )
+
+    def usage(self) -> Usage:
+        """The tokens that this client has used, by client, tag and model.  Does not block.
+
+        A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
+        computed here prefills and trains.  Work that the server has accepted, or that is being
+        submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
+        """
+        self._session.ensure_not_forked("usage")
+        return self._session.ledger.snapshot()
+
+    def get_telemetry(self) -> Optional[Reporter]:
+        """What reports on the session, or None if telemetry is off (the default)."""
+        return self._session.telemetry
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """The base models the server offers.  Blocks."""
+        return self.create_rest_client().get_server_capabilities().result()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: Optional[int] = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: UserMetadata = None,
+        optimizer: Optional[OptimizerConfig] = None,
+    ) -> TrainingClient:
+        """Create a fresh LoRA adapter over *base_model* and return its client.  Blocks.
+
+        Args:
+            base_model: a name the server offers; see `get_server_capabilities`.
+            rank: of the adapter, at least 1.
+            seed: of its initial values.
+            train_mlp, train_attn, train_unembed: which layers; at least one.  To merge an adapter
+                with ``train_unembed`` into a model whose output layer is tied to its embedding
+                (``tie_word_embeddings``: SmolLM2, small Qwen3 and Llama 3.2, Gemma), use
+                `tinkex.local.merge_adapter`; PEFT alone would change the embedding, too.
+            user_metadata: kept with the run.
+            optimizer: `AdamOptimizerConfig` (the default), `DimuonOptimizerConfig`, or a mapping
+                or object with a ``type`` for one that only the server knows.
+        """
+        return self.create_lora_training_client_future(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        ).result()
+
+    def create_lora_training_client_future(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: Optional[int] = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: UserMetadata = None,
+        optimizer: Optional[OptimizerConfig] = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_lora_training_client`; returns at once."""
+        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return self._runs.fresh(base_model, lora, user_metadata, optimizer)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+        optimizer: Optional[OptimizerConfig] = None,
+    ) -> TrainingClient:
+        """Create a run from the weights at *path*, with a fresh optimizer.  Blocks.
+
+        *optimizer* as for `create_lora_training_client`.
+        """
+        return self.create_training_client_from_state_future(
+            path, base_model, user_metadata, weights_access_token, optimizer
+        ).result()
+
+    def create_training_client_from_state_future(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+        optimizer: Optional[OptimizerConfig] = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_training_client_from_state`; returns at once."""
+        return self._runs.from_checkpoint(
+            path,
+            base_model,
+            user_metadata,
+            weights_access_token,
+            with_optimizer=False,
+            optimizer=optimizer,
+        )
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> TrainingClient:
+        """Create a run that continues the one saved at *path*, optimizer and all.  Blocks."""
+        return self.create_training_client_from_state_with_optimizer_future(
+            path, base_model, user_metadata, weights_access_token
+        ).result()
+
+    def create_training_client_from_state_with_optimizer_future(
+        self,
+        path: str,
+        base_model: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[TrainingClient]:
+        """Like `create_training_client_from_state_with_optimizer`; returns at once."""
+        return self._runs.from_checkpoint(
+            path, base_model, user_metadata, weights_access_token, with_optimizer=True
+        )
+
+    def create_sampling_client(
+        self,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Return a client that samples a checkpoint or a base model (give one).  Blocks.
+
+        Args:
+            model_path: of a checkpoint saved for sampling, as the server named it.
+            base_model: a name the server offers.
+            retry_config: limits and retries of this one client.
+            record_stability_info: have the server record, with each sample, what later training
+                may refer to by its sequence_id.
+        """
+        return self.create_sampling_client_future(
+            model_path, base_model, retry_config, record_stability_info
+        ).result()
+
+    def create_sampling_client_future(
+        self,
+        model_path: Optional[str] = None,
+        base_model: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> APIFuture[SamplingClient]:
+        """Like `create_sampling_client`; returns at once."""
+        return SamplingClient.create_future(
+            self._session,
+            model_path=model_path,
+            base_model=base_model,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
+        )
+
+    def create_custom_loss(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> LossHandle:
+        """Trace a loss, for `TrainingClient.forward_backward_custom`.  Blocks.  Needs torch.
+
+        A server that takes such losses then computes it itself, in one pass; otherwise it is
+        computed here.
+
+        Args:
+            fn: ``fn(logprobs, ...)`` of one datum -> a scalar tensor and a dict of metrics named
+                ``custom/<name>:sum`` or ``:mean``.  The further parameters, 15 at most, are loss
+                inputs of the datum.  It uses functions of torch, math and operator only.
+            input_ranks: number of dimensions of every parameter, 0, 1 or 2.
+
+        Raises:
+            InvalidInputError: *fn* cannot be traced, or was given in this session before.
+            ConfigError: torch is not installed.
+        """
+        return self._losses.create(fn, input_ranks).result()
+
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: Optional[int] = None,
+        weights_access_token: Optional[str] = None,
+    ) -> APIFuture[str]:
+        """Copy a checkpoint into this client's project; the result is the path of the copy.
+
+        Args:
+            path: of the checkpoint.
+            ttl_seconds: the copy is deleted after this long; None keeps it.
+            weights_access_token: allows to read a checkpoint of somebody else.
+
+        The future raises RouteMissingError where the server has no such route.
+        """
+        from tinkex._api import rest
+        from tinkex._training.batch_checks import check_token, check_ttl
+
+        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
+        weights_access_token = check_token(weights_access_token)
+
+        def copy() -> str:
+            return rest.copy_weights(
+                self._session.transport,
+                source_path=path,
+                destination_project_id=self.config.project_id or None,
+                ttl_seconds=ttl_seconds,
+                weights_access_token=weights_access_token,
+            ).tinker_path
+
+        return self._session.run("copy_weights", copy)
+
+    def get_console_url(self) -> str:
+        """The session's page in the hosted service's console."""
+        return session_url(self.session_id)
+
+    def create_rest_client(self) -> RestClient:
+        """Return a client for runs, checkpoints and sessions.  Does not block."""
+        self._session.ensure_open("create_rest_client")
+        from tinkex.clients.rest import RestClient
+
+        return RestClient(self._session)
+
+    def close(
+        self, status: str = "success", detail: Optional[str] = None, timeout_s: float = 5.0
+    ) -> Future[None]:
+        """End the session, and the embedded server if there is one.
+
+        Outstanding futures fail with ClientClosedError, so that every waiter wakes.  Blocks for at
+        most about *timeout_s*; idempotent, and safe from several threads.
+
+        Args:
+            status: what the server is told: ``"success"``, ``"errored"`` or ``"interrupted"``.
+            detail: why, in words.
+
+        Returns:
+            A completed future (scripts for the official SDK call ``.result()`` on it).
+        """
+        if status not in STATUSES:
+            raise InvalidInputError(f"status is {status!r}; it must be one of {STATUSES}")
+        seconds = as_seconds("timeout_s", timeout_s)
+        if seconds is None:
+            raise InvalidInputError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
+        try:
+            self._session.close(status, detail, timeout_s=seconds)
+        finally:  # also when Ctrl-C breaks in
+            server, self._server = self._server, None
+            if server is not None:
+                self._server_dropper.detach()  # it would keep the model for the session's sake
+                server.close()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def __enter__(self) -> ServiceClient:
+        self._session.ensure_open("with ServiceClient")
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if exc_type is None:
+            self.close("success")
+        elif issubclass(exc_type, Exception):
+            self.close("errored", exc_type.__name__)
+        else:
+            self.close("interrupted", exc_type.__name__)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._session.closed else "open"
+        return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
+
+
+def _write_to_stderr(line: str) -> None:
+    if sys.stderr is not None:  # as in a program without a console
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -1,0 +1,65 @@
+"""Tokenizers by the name that a server gives (docs/protocol.md, "Run information")."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Dict, Optional
+
+from tinkex._runtime import lifecycle
+from tinkex.errors import ConfigError, TinkexError
+
+#: Base models whose own tokenizer repository is gated, and the open copy to use instead.
+_LLAMA3 = "meta-llama/Llama-3"
+_LLAMA3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
+
+# Guarded by lifecycle.module_lock().
+_cache: Dict[str, Any] = {}
+
+
+def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
+    """The name to load: the server's *tokenizer_id*, or else one derived from *base_model*."""
+    if tokenizer_id:  # a folder of the embedded server may hold a colon, a hub name a suffix
+        return tokenizer_id if os.path.isdir(tokenizer_id) else tokenizer_id.split(":", 1)[0]
+    name = base_model.split(":", 1)[0]
+    if name.startswith(_LLAMA3):
+        return _LLAMA3_TOKENIZER
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) == 3 else name
+
+
+def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
+    """Return a Hugging Face tokenizer of its own for the caller (they do not share well
+    between threads).  Blocks; the first load may download.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        TinkexError: the tokenizer cannot be had.
+    """
+    name = tokenizer_name(base_model, tokenizer_id)
+    with lifecycle.module_lock():
+        loaded = _cache.get(name)
+    if loaded is None:  # two threads may both load it; that only costs time
+        loaded = _load(name)
+        with lifecycle.module_lock():
+            _cache[name] = loaded
+    return copy.deepcopy(loaded)
+
+
+def _load(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "get_tokenizer needs the transformers package, which is not installed",
+            hint='python -m pip install "tinkex[tokenizers]"',
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TinkexError(
+            f"the tokenizer {name!r} cannot be loaded: {reason}",
+            hint="It is loaded from the Hugging Face hub, or from a folder on the server's "
+            "machine; load it yourself with transformers if it lies elsewhere.",
+        ) from error

@@ -1,0 +1,360 @@
+"""TrainingClient: one training run (an adapter over a base model) on the server.
+
+Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
+sends them.  Those that save and load weights are in `tinkex.clients.run_checkpoints`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar, Union, cast
+
+from tinkex._api import training as api
+from tinkex._sessions.session import Session
+from tinkex._training.batch_checks import as_loss_config, check_batch
+from tinkex._training.custom_loss import CustomLoss, LossHandle, check_custom_batch
+from tinkex._training.custom_pass import CustomPass
+from tinkex._training.likely_mistakes import MistakeWatch
+from tinkex.clients.pipeline import Pipeline, SaveAfter, Schedule, submit_step
+from tinkex.clients.run_checkpoints import RunCheckpoints, reader
+from tinkex.clients.tokenizers import load_tokenizer
+from tinkex.errors import InvalidInputError
+from tinkex.futures import APIFuture
+from tinkex.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    OptimParams,
+    OptimStepResponse,
+    UnloadModelResponse,
+    UntypedFuture,
+)
+from tinkex.types.console import training_run_url
+from tinkex.types.optimizer import optim_params_to_wire
+from tinkex.usage import Account, Tokens
+
+T = TypeVar("T")
+
+LossConfig = Optional[Mapping[str, Union[float, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The results of one training step."""
+
+    forward_backward: ForwardBackwardOutput
+    optim: OptimStepResponse
+
+
+class TrainingClient(RunCheckpoints):
+    """Trains one adapter.  Thread-safe: calls run on the server in call order.
+
+    Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
+    and ClientClosedError once the ServiceClient is closed.  Futures raise RequestFailedError when
+    the server could not do the work, APIError when it could not be submitted.
+
+    Attributes:
+        model_id: the server's id of the run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model_id: str,
+        base_model: Optional[str] = None,
+        first_seq_id: int = 1,
+    ) -> None:
+        super().__init__(session, model_id, base_model, first_seq_id)
+        self._info: Optional[GetInfoResponse] = None
+        self._mistakes = MistakeWatch(f"run {model_id}")
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Compute the loss of *data* without a gradient; otherwise like `forward_backward`."""
+        return self._pass("forward", data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Queue one forward and backward pass over *data*; return at once.
+
+        The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
+        back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
+        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests
+        and joined; an `optim_step` after one is sent when all of these are done, and cancelling the
+        future stops none of them once the first was sent.
+
+        Args:
+            data: at least one Datum, each with the loss inputs that *loss_fn* needs.
+            loss_fn: ``"cross_entropy"``, ``"importance_sampling"``, ``"ppo"``, ``"cispo"``,
+                ``"dro"``, or another loss that the server has.
+            loss_fn_config: the loss's own settings.
+
+        The future raises IncompleteGradientError if only some of several requests were done, or may
+        have been.  The run then takes no `optim_step` and no other batch until the gradient is
+        complete or dropped.  The same call again completes it, where that is possible: it sends
+        only what is missing, and examples that were refused may be replaced.  A checkpoint that is
+        loaded by `load_state_with_optimizer` or `load_state` drops it; `save_state` still saves the
+        weights as they were.
+        """
+        return self._pass("forward_backward", data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self,
+        data: Sequence[Datum],
+        loss_fn: Union[CustomLoss, LossHandle],
+        *,
+        loss_type_input: Optional[str] = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Train on a loss of your own, computed here with torch; return at once.
+
+        ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
+        target_tokens, and returns a scalar tensor and a dict of metrics.  It runs on the lane's
+        thread; calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
+
+        A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
+        one pass like any other.
+
+        Args:
+            data: each with ``target_tokens``, and whatever the loss reads.
+            loss_fn: the function, or what `ServiceClient.create_custom_loss` returned.
+            loss_type_input: has no effect; deprecated.
+
+        The future raises what *loss_fn* raises, and then no gradient was added.  It raises
+        IncompleteGradientError as that of `forward_backward` does, but the same call again does not
+        complete the gradient.
+        """
+        if loss_type_input is not None:
+            warnings.warn(
+                "loss_type_input has no effect: custom losses are computed from logprobs",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        handle = loss_fn if isinstance(loss_fn, LossHandle) else None
+        if handle is not None and handle.is_at_server(self._session.session_id):
+            batch = check_batch(data, "custom")
+            self._mistakes.look_at_targets(batch)
+            handle.check(batch)
+            self._ensure_open("forward_backward_custom")
+            config = {"loss_id": str(handle.loss_id)}
+            most = Tokens(trained=_length(batch))
+            return self._metered(
+                "forward_backward",
+                most,
+                lambda: self._run.submit_pass("forward_backward", batch, "custom", config),
+            )
+        batch = check_batch(data, "cross_entropy")
+        check_custom_batch(batch, loss_fn)
+        self._mistakes.look_at_targets(batch)
+        self._ensure_open("forward_backward_custom")
+
+        def task(future: APIFuture[ForwardBackwardOutput]) -> None:
+            CustomPass(self._run, future, batch, loss_fn)()
+
+        def submit() -> APIFuture[ForwardBackwardOutput]:
+            return self._run.queue("forward_backward_custom", task)
+
+        length = _length(batch)
+        return self._metered("forward_backward_custom", Tokens(length, prefilled=length), submit)
+
+    def optim_step(
+        self,
+        optim_params: Optional[OptimParams] = None,
+        *,
+        adam_params: Optional[AdamParams] = None,
+    ) -> APIFuture[OptimStepResponse]:
+        """Queue one optimizer step with the accumulated gradient; return at once.
+
+        Args:
+            optim_params: of the run's own optimizer: `AdamParams`, `DimuonParams`, or a mapping
+                or object with a ``type`` for one that only the server knows.
+            adam_params: the older name for it.
+        """
+        if (optim_params is None) == (adam_params is None):
+            raise InvalidInputError("give optim_step one set of parameters, such as AdamParams()")
+        return self._optim_step(adam_params if optim_params is None else optim_params)
+
+    def _optim_step(
+        self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
+    ) -> APIFuture[OptimStepResponse]:
+        """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
+        params = optim_params_to_wire(optim_params)
+
+        def send(seq_id: int) -> UntypedFuture:
+            return api.optim_step(
+                self._run.transport, model_id=self.model_id, seq_id=seq_id, params=params
+            )
+
+        self._ensure_open("optim_step")
+        return self._run.submit("optim_step", send, reader(OptimStepResponse), after=after)
+
+    def train_step(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        adam_params: OptimParams,
+        loss_fn_config: LossConfig = None,
+    ) -> TrainStep:
+        """Submit `forward_backward` and `optim_step` together, and wait for both.
+
+        One waiting time instead of two.  Blocks; raises the first failure.  If the pass cannot be
+        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; what
+        was is done by the server.
+        """
+        optim_params_to_wire(adam_params)  # before the pass is sent
+        step = submit_step(
+            lambda: self.forward_backward(data, loss_fn, loss_fn_config),
+            lambda passed: self._optim_step(adam_params, passed),
+        )
+        try:
+            return TrainStep(step.forward_backward.result(), step.optim.result())
+        except BaseException:
+            step.cancel_if_unsent()
+            raise
+
+    def pipeline(
+        self,
+        batches: Iterable[Sequence[Datum]],
+        loss_fn: Union[str, CustomLoss, LossHandle],
+        adam_params: Schedule,
+        loss_fn_config: LossConfig = None,
+        *,
+        depth: int = 2,
+        save_after: SaveAfter = None,
+    ) -> Pipeline:
+        """Train on one batch after the other; return an iterator of `PipelineStep`.
+
+        Before one step is waited for, the *depth* - 1 after it are submitted, so that the server
+        never waits for us; while you handle a step, those are under way::
+
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
+                print(step.index, step.metrics)
+
+        A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error tells the step.
+        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.  In
+        a ``with`` block the same happens when the block is left.  A loop that is left otherwise
+        leaves up to *depth* - 1 steps to be done.
+
+        A checkpoint that the loop's body saves holds all steps that were submitted, also those
+        after the one it handles.  To save one exactly, name it in *save_after*, and call its
+        ``save_state`` or ``save_weights_for_sampler``, which raise InvalidInputError if a later
+        step was submitted::
+
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_after=100):
+                if step.index % 100 == 99:
+                    step.save_state(f"step-{step.index}")
+
+        After such a step nothing is submitted until the next step is asked for, so that other calls
+        of the body, such as `save_weights_and_get_sampling_client`, find the same weights.
+
+        Args:
+            batches: taken one by one, *depth* - 1 ahead.
+            loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
+            adam_params: as for `optim_step`, or a function of the step's index, from 0.
+            depth: steps under way at once; 1 does one after the other.
+            save_after: the steps that the body saves: 100 for those of index 99, 199 and so on, or
+                a function of the step's index that returns True for them.  None saves none.
+        """
+        self._ensure_open("pipeline")
+
+        def forward_backward(batch: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+            if isinstance(loss_fn, str):
+                return self.forward_backward(batch, loss_fn, loss_fn_config)
+            return self.forward_backward_custom(batch, loss_fn)
+
+        def schedule(index: int) -> OptimParams:
+            params: Any = adam_params(index) if callable(adam_params) else adam_params
+            optim_params_to_wire(params)
+            return cast(OptimParams, params)
+
+        if loss_fn_config is not None and not isinstance(loss_fn, str):
+            raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
+        return Pipeline(
+            forward_backward, self._optim_step, batches, schedule, depth, self, save_after
+        )
+
+    def unload(self) -> APIFuture[UnloadModelResponse]:
+        """Queue having the server let go of this run, and close this client; return at once.
+
+        It is sent after all that was asked of the run, and only when that is done.  What was not
+        saved is lost.  The future raises RouteMissingError where the server has no such route;
+        then the run ends with its session.
+        """
+        self._ensure_open("unload")
+
+        def send() -> Union[UntypedFuture, UnloadModelResponse]:
+            return api.unload_model(self._session.transport, self.model_id)
+
+        unloaded = self._run.submit_unnumbered("unload", send, reader(UnloadModelResponse))
+        self.close()
+        return unloaded
+
+    def get_info(self) -> GetInfoResponse:
+        """What the server says of this run.  Blocks the first time; then cached."""
+        self._ensure_open("get_info")
+        if self._info is None:
+            self._info = api.get_info(self._session.transport, self.model_id)
+            self._base_model = self._info.model_data.model_name or self._base_model
+        return self._info
+
+    def get_tokenizer(self) -> Any:
+        """A Hugging Face tokenizer of the base model (needs transformers).  May block."""
+        info = self.get_info()
+        name = info.model_data.model_name or info.model_name or self._base_model or ""
+        return load_tokenizer(name, info.model_data.tokenizer_id)
+
+    def get_console_url(self) -> str:
+        """The run's page in the hosted service's console."""
+        return training_run_url(self.model_id)
+
+    def close(self) -> None:
+        """Refuse further work; what was queued is still submitted.  See ChildClient."""
+        super().close()
+        self._run.drain()
+
+    def __repr__(self) -> str:
+        return f"<TrainingClient {self.model_id} of {self._base_model or 'unknown model'}>"
+
+    def _pass(
+        self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
+    ) -> APIFuture[ForwardBackwardOutput]:
+        batch = check_batch(data, loss_fn, loss_fn_config)
+        self._mistakes.look_at_targets(batch)
+        if kind == "forward_backward" and loss_fn == "cross_entropy":
+            self._mistakes.look_at_weights(batch)
+        config = as_loss_config(loss_fn_config)
+        self._ensure_open(kind)
+        length = _length(batch)
+        most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
+        return self._metered(
+            kind, most, lambda: self._run.submit_pass(kind, batch, loss_fn, config)
+        )
+
+    def _metered(self, kind: str, most: Tokens, submit: Callable[[], APIFuture[T]]) -> APIFuture[T]:
+        """Set aside, of the budget, what *submit* may use, and call it."""
+        ledger = self._session.ledger
+        if self._base_model is None and ledger.needs_model:
+            self.get_info()
+        account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
+        reservation = ledger.reserve(kind, account, most)
+        future: Optional[APIFuture[T]] = None
+        try:
+            future = submit()
+            reservation.bind(future)
+        except BaseException:  # Ctrl-C too
+            if future is not None:
+                future.cancel()
+            reservation.release()
+            raise
+        return future
+
+
+#: The official SDK's name of what creators return; here they return the client itself.
+BackcompatTrainingClientFuture = TrainingClient
+
+
+def _length(data: Sequence[Datum]) -> int:
+    return sum(datum.model_input.length for datum in data)

@@ -1,1 +1,0 @@
-"""How much may be under way at once, on which threads, and who waits for whom."""

@@ -1,1 +1,0 @@
-"""HTTP, below `tinkex.transport`: connections, redirects, errors, what must not be shown."""

@@ -1,1 +1,0 @@
-"""Below `tinkex.auth`: where credentials are from, and what they are exchanged for."""

@@ -1,1 +1,0 @@
-"""Waiting for results: the parts of `tinkex.poller`."""

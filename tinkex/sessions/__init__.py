@@ -1,1 +1,0 @@
-"""Keeping sessions alive: the parts of `tinkex.session_manager`."""
