@@ -28,7 +28,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex import ServiceClient, types
-from tinkex._results import batch_poll, batch_poller, outcomes as poll_rules
+from tinkex._results import batch_poll, batch_poller, outcomes
 from tinkex._results.completion_tracker import Ledger
 from tinkex._results.poller import Operation, Poller
 from tinkex._results.sample_work import SampleWork
@@ -50,7 +50,7 @@ TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.002)
     monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
 
 

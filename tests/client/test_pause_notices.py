@@ -8,7 +8,7 @@ from typing import List, Tuple
 import pytest
 from support.clocks import ManualClock
 
-from tinkex._results import pause_log as pause_notices
+from tinkex._results import pause_log
 from tinkex._results.pause_log import PauseNotices
 
 RUN = "run session-1:train:0"
@@ -88,7 +88,7 @@ def test_answers_without_a_state_tell_nothing(
 def test_samplers_of_long_ago_are_forgotten(
     notices: PauseNotices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pause_notices, "_KEPT", 3)
+    monkeypatch.setattr(pause_log, "_KEPT", 3)
     for number in range(10):
         notices.note(f"sampler {number}", "paused_capacity", None)
     assert list(notices._pauses) == ["sampler 7", "sampler 8", "sampler 9"]

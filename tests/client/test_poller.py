@@ -16,7 +16,7 @@ from support.threads import wait_until
 from support.transports import open_transport
 
 from tinkex._api._call import read
-from tinkex._results import outcomes as poll_rules, poll_loop
+from tinkex._results import outcomes, poll_loop
 from tinkex._results.poller import Operation, Poller
 from tinkex._transport import billing
 from tinkex._transport.fast_connection import AnyChannel
@@ -71,7 +71,7 @@ def shut(poller: Poller) -> None:
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.002)
 
 
 def decode_path(reply: Reply) -> str:
@@ -175,7 +175,7 @@ def test_trouble_is_ridden_out_and_shown(server: ScriptedServer) -> None:
 def test_trouble_is_backed_off_from(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 0.02)
+    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.02)
     monkeypatch.setattr(poll_loop.random, "random", lambda: 1.0)
     server.on(POLL, *[Answer(503)] * 3, result())
     with open_poller(server) as poller:
@@ -598,7 +598,7 @@ def test_a_cancelled_sample_frees_its_worker_at_once(server: ScriptedServer) -> 
 def test_a_cancelled_sample_does_not_wait_out_its_back_off(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 60.0)
     server.on(POLL, by_request({"failing": Answer(503), "next": result("next")}))
     with open_poller(server, max_concurrent_samples=1) as poller:
         failing, following = sample(poller, "failing", server), sample(poller, "next", server)
@@ -805,8 +805,8 @@ def test_close_wakes_every_waiter_and_ends_long_polls_at_once(server: ScriptedSe
 def test_close_wakes_a_pause_between_polls(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll_rules, "FIRST_BACKOFF_S", 60.0)
-    monkeypatch.setattr(poll_rules, "LAST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(outcomes, "LAST_BACKOFF_S", 60.0)
     server.on(POLL, Answer(503))
     with open_poller(server) as poller:
         watch(poller)

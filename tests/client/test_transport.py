@@ -23,7 +23,7 @@ from support.threads import wait_until
 from support.transports import open_transport, quick_config
 
 from tinkex import errors
-from tinkex._transport import billing, channel as channel_module, content_encoding as content_coding
+from tinkex._transport import billing, channel as channel_module, content_encoding
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import (
@@ -690,7 +690,7 @@ def test_a_broken_compressed_answer_is_a_connection_error(
 def test_without_zstandard_such_an_answer_is_told_at_once(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content_coding, "_HAVE_ZSTD", False)
+    monkeypatch.setattr(content_encoding, "_HAVE_ZSTD", False)
     monkeypatch.setattr(channel_module, "_URLLIB3_DECODES_ZSTD", False)
     server.on(route(), Answer(body=b"\x28\xb5\x2f\xfd", headers={"Content-Encoding": "zstd"}))
     with pytest.raises(ResponseDecodeError, match=r"tinkex\[zstd\]"):

@@ -1,6 +1,6 @@
 """PollLoop: asks for the result of one accepted request until there is one.
 
-Used by one thread, the poller's; what an answer means is decided by poll_rules.
+Used by one thread, the poller's; what an answer means is decided by outcomes.
 """
 
 from __future__ import annotations
