@@ -70,9 +70,16 @@ def test_an_absurd_size_of_a_chunk_is_an_error(private: bool, size: bytes) -> No
 
 
 def test_sizes_of_chunks() -> None:
-    assert [chunk_size(text) for text in (b"0", b"000", b"1F", b"00000000000000002")] == [0, 0, 31, 2]
+    assert [chunk_size(text) for text in (b"0", b"000", b"1F", b"00000000000000002")] == [
+        0,
+        0,
+        31,
+        2,
+    ]
     for text in (b"", b"-5", b"0x2", b"1_0", b"+1", b"1 2", b"f1g2f", b"f" * 13):
-        with pytest.raises(ValueError, match=f"the size of a chunk is {text!r}".replace("+", "[+]")):
+        with pytest.raises(
+            ValueError, match=f"the size of a chunk is {text!r}".replace("+", "[+]")
+        ):
             chunk_size(text)
 
 
