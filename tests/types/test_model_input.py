@@ -9,8 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
+from tinkex._sampling.sample_checks import check_request
 from tinkex.errors import InvalidInputError
-from tinkex.sampling.sample_checks import check_request
 from tinkex.types import (
     Datum,
     DmelChunk,
