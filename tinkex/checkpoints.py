@@ -75,8 +75,8 @@ def download_checkpoint(
     Args:
         rest: a client of the server that has it.
         tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
-        dest: is made, with its parents; unless *overwrite*, it must not exist or be empty.  ``~``
-            is the home folder.
+        dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or be
+            empty.  ``~`` is the home folder.
         progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
             second; what it raises ends the download.
         overwrite: write into *dest* although there is something in it, once all has come.  Files

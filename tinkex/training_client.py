@@ -273,7 +273,14 @@ class TrainingClient(RunCheckpoints):
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
         return Pipeline(
-            forward_backward, self._optim_step, batches, schedule, depth, self, save_after
+            forward_backward,
+            self._optim_step,
+            batches,
+            schedule,
+            depth,
+            self,
+            lambda: self._run.last_update,
+            save_after,
         )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:

@@ -706,6 +706,22 @@ def test_overwriting_fails_as_if_it_had_not_begun(
     assert contents(project) == {**FILES, **MINE}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["file", "link to a file", "broken link"])
+def test_a_file_is_never_replaced_by_a_checkpoint(
+    rest: RestClient, archived: Storage, project: Path, kind: str, overwrite: bool
+) -> None:
+    dest = project / "thesis.txt"
+    if kind != "file":
+        dest = project / "link"
+        dest.symlink_to("thesis.txt" if kind == "link to a file" else "nothing")
+    with pytest.raises(InvalidInputError, match="is not a folder"):
+        rest.download_checkpoint(PATH, dest, overwrite=overwrite)
+    assert archived.server.requests() == []
+    assert (project / "thesis.txt").read_text() == "years of work"
+    assert kind == "file" or dest.is_symlink()
+
+
 @pytest.mark.parametrize("name", ["sub", "sub/empty/inside"])
 def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(
     rest: RestClient, archived: Storage, project: Path, name: str
@@ -742,14 +758,6 @@ def test_what_is_there_stays_until_all_has_come(
 def test_an_empty_folder_will_do(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     rest.download_checkpoint(PATH, str(tmp_path / "x"))
-    assert contents(tmp_path / "x") == FILES
-
-
-def test_a_file_is_in_the_way(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("mine")
-    with pytest.raises(InvalidInputError):
-        rest.download_checkpoint(PATH, tmp_path / "x")
-    rest.download_checkpoint(PATH, tmp_path / "x", overwrite=True)
     assert contents(tmp_path / "x") == FILES
 
 

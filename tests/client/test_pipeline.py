@@ -381,6 +381,27 @@ def test_a_checkpoint_that_would_hold_later_steps_is_refused(
     )
 
 
+@pytest.mark.parametrize("change", ["optim_step", "train_step", "load_state", "pipeline"])
+def test_a_step_is_not_saved_after_the_run_went_on_otherwise(
+    run: TrainingClient, routes: TinkerRoutes, change: str
+) -> None:
+    (step,) = run.pipeline([batch(0)], "cross_entropy", ADAM, save_after=1)
+    run.forward(batch(0), "cross_entropy").result(PATIENCE_S)
+    step.save_state("a").result(PATIENCE_S)
+    if change == "optim_step":
+        run.optim_step(ADAM).result(PATIENCE_S)
+    elif change == "train_step":
+        run.train_step(batch(0), "cross_entropy", ADAM)
+    elif change == "load_state":
+        run.load_state("tinker://run/weights/a")
+    else:
+        next(run.pipeline([batch(0)], "cross_entropy", ADAM))
+    with pytest.raises(InvalidInputError, match="outside of the pipeline after step 0") as caught:
+        step.save_state("b")
+    assert "call save_state of the training client" in str(caught.value)
+    assert len(routes.submitted("save_weights")) == 1
+
+
 def test_a_generator_of_batches_may_save_without_emptying_the_pipeline(
     service: ServiceClient,
 ) -> None:

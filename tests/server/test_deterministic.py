@@ -143,6 +143,20 @@ def test_bad_input_is_named(
         assert "datum 1" in str(problem.value)
 
 
+@pytest.mark.parametrize("value", ["x", "0.5", float("nan")])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("ppo", "clip_low_threshold"), ("cispo", "clip_high_threshold"), ("dro", "beta")],
+)
+def test_a_setting_of_a_loss_that_is_no_number_is_named(
+    engine: DeterministicEngine, name: str, key: str, value: Any
+) -> None:
+    good = datum(logprobs=[0.0] * 3, advantages=[0.0] * 3)
+    with pytest.raises(EngineError, match=f"{key} is .*; it must be a finite number") as problem:
+        engine.forward_backward("m", [good], name, {key: value})
+    assert problem.value.category == "user"
+
+
 def test_a_state_is_saved_and_loaded(engine: DeterministicEngine, tmp_path: Path) -> None:
     engine.forward_backward("m", [datum()], "cross_entropy", {})
     engine.optim_step("m", AdamParams())

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from tinkex.errors import InvalidInputError
-from tinkex.types import DmelChunk, EncodedTextChunk, ImageAssetPointerChunk, ImageChunk, ModelInput
+from tinkex.sampling.sample_checks import check_request
+from tinkex.types import (
+    Datum,
+    DmelChunk,
+    EncodedTextChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    ModelInput,
+    SampleRequest,
+    SamplingParams,
+)
 
 POINTER = ImageAssetPointerChunk("png", "https://example.org/x.png")
 
@@ -302,6 +312,35 @@ def test_the_only_tensor_of_an_encoding_is_taken():
 def test_an_encoding_of_something_else_is_refused(encoding, message):
     with pytest.raises(InvalidInputError, match=message):
         ModelInput.from_ints(encoding)
+
+
+def test_a_tensor_with_a_gradient_is_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InvalidInputError, match="not a flat sequence of integers"):
+        ModelInput.from_ints(torch.ones(2, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ([1, 2], "Token ids make one"),
+        (np.int64([1, 2]), "Token ids make one"),
+        ({"input_ids": [1, 2]}, "Token ids make one"),
+        ("text", "Encode text first"),
+        ([{"role": "user", "content": "text"}], "Encode text first"),
+        (None, "Encode text first"),
+    ],
+    ids=repr,
+)
+def test_what_is_given_for_a_model_input_decides_the_hint(given, hint):
+    with pytest.raises(InvalidInputError, match="not a ModelInput") as of_datum:
+        Datum(given, {})
+    request = SampleRequest(given, 1, SamplingParams())
+    with pytest.raises(InvalidInputError, match="not a ModelInput") as of_sample:
+        check_request(request)
+    for caught in (of_datum, of_sample):
+        assert caught.value.hint.startswith(hint)
+        assert "ModelInput.from_ints(" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ Pure functions of their arguments; safe from any thread.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Dict, List, Mapping, Tuple, Union
 
 import numpy as np
 import numpy.typing as npt
 
+from tinkex.local.engine import EngineError
 from tinkex.types import SamplingParams, TopkLogprobs
 from tinkex.types.sampling import TOPK_SENTINEL
 
@@ -120,8 +122,8 @@ def _loss(
     difference = logprobs - old.astype(np.float64)
     # A token of advantage 0 adds nothing, and 0 times an infinite ratio would be NaN.
     ratio = np.exp(np.where(advantages == 0, 0.0, difference))
-    low = inputs.get("clip_low_threshold", float(config.get("clip_low_threshold", 0.8)))
-    high = inputs.get("clip_high_threshold", float(config.get("clip_high_threshold", 1.2)))
+    low = inputs.get("clip_low_threshold", _setting(config, "clip_low_threshold", 0.8))
+    high = inputs.get("clip_high_threshold", _setting(config, "clip_high_threshold", 1.2))
     if name == "importance_sampling":
         per_token = -ratio * advantages
     elif name == "ppo":
@@ -129,6 +131,13 @@ def _loss(
     elif name == "cispo":
         per_token = -np.clip(ratio, low, high) * advantages * logprobs
     else:  # dro
-        beta = float(config.get("beta", 0.05))
+        beta = _setting(config, "beta", 0.05)
         per_token = -(logprobs * advantages - 0.5 * beta * difference**2)
     return float((per_token * weights).sum())
+
+
+def _setting(config: Mapping[str, Union[float, str]], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, str) or not math.isfinite(value):
+        raise EngineError(f"loss_fn_config: {name} is {value!r}; it must be a finite number")
+    return float(value)

@@ -14,6 +14,7 @@ from tinkex.errors import (
 )
 from tinkex.lazy_numpy import np
 from tinkex.types._numbers import as_kept, holds_nan
+from tinkex.types.tokens import hint_for_model_input
 from tinkex.wire.codec import align_prompt_logprobs
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def check_request(request: SampleRequest) -> None:
     if not isinstance(request.prompt, types.ModelInput):
         raise InvalidInputError(
             f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
-            hint="Encode text first: ModelInput.from_ints(tokenizer.encode(text)).",
+            hint=hint_for_model_input(request.prompt),
         )
     length = request.prompt.length
     if length == 0:

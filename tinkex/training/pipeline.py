@@ -79,8 +79,9 @@ class PipelineStep:
         Arguments and result as for `TrainingClient.save_state`.
 
         Raises:
-            InvalidInputError: a later step was submitted already, so that the checkpoint would hold
-                that, too.  See *save_after* of `TrainingClient.pipeline`.
+            InvalidInputError: a later step was submitted already, or the run was trained or loaded
+                otherwise since, so that the checkpoint would hold that, too.  See *save_after* of
+                `TrainingClient.pipeline`.
         """
         run = self._run_after_this("save_state")
         return run.save_state(name, ttl_seconds, overwrite, user_metadata)
@@ -149,6 +150,7 @@ class Pipeline(Iterator[PipelineStep]):
         schedule: returns the parameters of a step; raises if they are wrong.
         depth: steps under way at once.
         run: what saves the run that is trained.
+        last_update: returns what identifies the last change of the run's weights that was queued.
         save_after: after these steps nothing is submitted until the next step is asked for.
     """
 
@@ -162,6 +164,7 @@ class Pipeline(Iterator[PipelineStep]):
         schedule: Callable[[int], OptimParams],
         depth: int,
         run: RunCheckpoints,
+        last_update: Callable[[], object],
         save_after: SaveAfter = None,
     ) -> None:
         if not isinstance(batches, Iterable):
@@ -177,6 +180,8 @@ class Pipeline(Iterator[PipelineStep]):
         self._is_saved_after = _as_test(save_after)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
+        self._last_update = last_update
+        self._newest_update = last_update()  # that of the newest step
         self._more = True
         self._ended = False
 
@@ -227,7 +232,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._sent.clear()
 
     def run_after(self, index: int, what: str) -> RunCheckpoints:
-        """Return the run for *what*; InvalidInputError if a step after *index* was submitted."""
+        """Return the run for *what*; InvalidInputError if more was submitted after step *index*."""
         if self._newest > index:
             later = (
                 f"step {index + 1} was"
@@ -239,6 +244,12 @@ class Pipeline(Iterator[PipelineStep]):
                 f"{index}",
                 hint="Say in advance which steps are saved: pipeline(..., save_after=100) for "
                 "every hundredth, or save_after=lambda index: ...; or use depth=1.",
+            )
+        if self._last_update() is not self._newest_update:
+            raise InvalidInputError(
+                f"{what}: the run was trained or loaded outside of the pipeline after step "
+                f"{index}, so the checkpoint would not be that of the step",
+                hint=f"To save the run as it is now, call {what} of the training client.",
             )
         return self._run
 
@@ -267,7 +278,7 @@ class Pipeline(Iterator[PipelineStep]):
                 _tell_step(error, index)
                 raise
             self._sent.append(_Sent(index, step))
-            self._newest = index
+            self._newest, self._newest_update = index, self._last_update()
 
     def _finish_oldest(self) -> PipelineStep:
         number, (forward_backward, optim) = self._sent[0]

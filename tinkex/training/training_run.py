@@ -54,6 +54,8 @@ class TrainingRun:
     Attributes:
         model_id: the server's id of the run.
         transport: what the requests of this run must be sent with.
+        last_update: identifies the last request that was queued to change the weights; compared by
+            identity.
     """
 
     def __init__(self, session: Session, model_id: str, first_seq_id: int = 1) -> None:
@@ -61,6 +63,7 @@ class TrainingRun:
         self._session = session
         self._lane = NumberedLane(session, model_id, first_seq_id)
         self.transport = self._lane.transport
+        self.last_update = object()
         self._results = PassReader(model_id)
         # Used by the lane's thread alone; the server's flags once they are needed.
         self._gradient = Gradient(self._lane)
@@ -105,7 +108,10 @@ class TrainingRun:
                 if not future.failed():
                     self._gradient.drop()
 
-        return self.queue(kind, task, counted=after is None)
+        future = self.queue(kind, task, counted=after is None)
+        if kind == "optim_step" or kind in _LOADING:
+            self.last_update = object()
+        return future
 
     def submit_unnumbered(
         self, kind: str, send: Callable[[], Union[UntypedFuture, T]], decode: Callable[[Reply], T]

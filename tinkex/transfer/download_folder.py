@@ -94,7 +94,7 @@ class DownloadFolder:
     def finish(self) -> None:
         """Put the files at the destination, and delete the rest.
 
-        A folder keeps what does not belong to a checkpoint; a file is replaced.
+        A folder keeps what does not belong to a checkpoint.
 
         Raises:
             InvalidInputError: the folder holds a folder where a file has to go, or the other way
@@ -103,23 +103,12 @@ class DownloadFolder:
         if self._target.is_dir():
             self._move_into()
         else:
-            self._take_its_place()
+            os.rename(self.files, self._target)
         shutil.rmtree(self.folder)
-
-    def _take_its_place(self) -> None:
-        target, old = self._target, self._set_aside()
-        if target.exists() or target.is_symlink():
-            os.rename(target, old)
-        try:
-            os.rename(self.files, target)
-        except BaseException:
-            if old.exists() or old.is_symlink():
-                os.rename(old, target)
-            raise
 
     def _move_into(self) -> None:
         """Replace the files of the checkpoint that is there by the new ones."""
-        target, old = self._target, self._set_aside()
+        target, old = self._target, self.folder / f"old-{uuid.uuid4().hex}"
         new = files_in(self.files)
         for file in new:
             _check_way(target, file)
@@ -138,9 +127,6 @@ class DownloadFolder:
         ]
         _move_all(moves)
 
-    def _set_aside(self) -> Path:
-        return self.folder / f"old-{uuid.uuid4().hex}"
-
     def drop_if_empty(self) -> bool:
         """Delete the folder if there is nothing in it to go on from; tell whether."""
         if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
@@ -151,13 +137,14 @@ class DownloadFolder:
 
 def check_free(target: Path, overwrite: bool) -> None:
     """Raise InvalidInputError if there is something at *target* that must stay."""
-    if overwrite or not (target.exists() or target.is_symlink()):
+    if not (target.exists() or target.is_symlink()):
         return
     if not target.is_dir():
         raise InvalidInputError(
-            f"{target} exists already", hint="Choose another folder, or overwrite=True."
+            f"{target} is not a folder, and a checkpoint is one",
+            hint="Move it away, or choose a folder.",
         )
-    if any(path.name != INSIDE for path in target.iterdir()):
+    if not overwrite and any(path.name != INSIDE for path in target.iterdir()):
         raise InvalidInputError(
             f"{target} exists already, and is not empty",
             hint="Choose another folder, or overwrite=True: that replaces the files of a "

@@ -13,6 +13,7 @@ from tinkex.types.chunks import DmelChunk, EncodedTextChunk, ImageChunk
 from tinkex.types.model_input import ModelInput
 from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
 from tinkex.types.tensor_data import TensorData
+from tinkex.types.tokens import hint_for_model_input
 
 #: The dtype a plain list is given, by loss input; any other name takes the dtype of its values.
 INPUT_DTYPES: Mapping[str, str] = {
@@ -84,7 +85,7 @@ class Datum:
         if not isinstance(model_input, ModelInput):
             raise InvalidInputError(
                 f"the model_input of a Datum is a {type(model_input).__name__}, not a ModelInput",
-                hint="Token ids make one: ModelInput.from_ints(tokens).",
+                hint=hint_for_model_input(model_input),
             )
         if not isinstance(loss_fn_inputs, Mapping):
             raise InvalidInputError(

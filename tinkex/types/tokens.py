@@ -35,7 +35,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         return as_tokens(_only_sequence(tokens))
     try:
         ids = np.asarray(tokens)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last: a tensor with a gradient
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
     if ids.ndim == 0:
         raise InvalidInputError(
@@ -57,6 +57,15 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
     # A caller may fill one buffer again and again; numpy has made the array of a list just now.
     owned = owned or isinstance(tokens, (list, tuple))
     return ids.astype(np.int32, order="C", copy=not owned)
+
+
+def hint_for_model_input(given: Any) -> str:
+    """What to do about *given*, where a ModelInput was expected."""
+    try:
+        as_tokens(given)
+    except InvalidInputError:
+        return "Encode text first: ModelInput.from_ints(tokenizer.encode(text))."
+    return "Token ids make one: ModelInput.from_ints(tokens)."
 
 
 def _only_sequence(encoding: Mapping[str, Any]) -> Any:
