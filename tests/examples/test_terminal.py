@@ -64,7 +64,7 @@ def test_errors_do_not_fail_because_of_the_terminals_encoding(scripted, monkeypa
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     done = run(["-m", "tinkex", "model", "list", "llama"], scripted.url)
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: the server offers no model whose name holds 'llama'")
+    assert done.stderr.startswith("Error: the server offers no model whose name contains 'llama'")
     assert "\\U0001f642" in done.stderr
 
 
