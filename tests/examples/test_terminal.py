@@ -95,6 +95,12 @@ def test_a_server_cannot_send_control_sequences_to_the_terminal(scripted):
 # Output that cannot be written
 
 
+def test_wrong_usage_is_not_reported_on_stdout_if_stderr_is_closed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(["model", "lst"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture
 def closed_pipe() -> Iterator[int]:
     """The end to write to of a pipe that nobody reads."""

@@ -100,6 +100,8 @@ def run_command(args: Optional[Sequence[str]] = None) -> int:
 
 
 def _show_usage(error: click.UsageError) -> None:
+    if sys.stderr is None:  # click would write to stdout
+        return
     try:
         error.show()
     except OSError:
