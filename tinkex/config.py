@@ -10,7 +10,7 @@ import re
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
-from tinkex.errors import ConfigError, InvalidInputError
+from tinkex.errors import ConfigError, InvalidInputError, a_type
 from tinkex.http.base_url import normal_base_url, normal_proxy, proxy_for
 from tinkex.keys.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
 from tinkex.numeric import convert_fields, is_finite, is_int, to_bool
@@ -358,7 +358,7 @@ def _string_map(name: str, given: Any) -> Dict[str, str]:
 def check_header(what: str, text: str) -> None:
     """Raise unless *text* can be sent as a header; the message does not hold it."""
     if not isinstance(text, str):
-        raise ConfigError(f"{what} is a {type(text).__name__}, not a string")
+        raise ConfigError(f"{what} is {a_type(text)}, not a string")
     if (
         not all(" " <= char <= "~" or "\xa0" <= char <= "\xff" for char in text)
         or text != text.strip()

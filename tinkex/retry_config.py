@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Optional, Tuple, Type
 
-from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError
+from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError, a_type
 from tinkex.numeric import convert_fields, is_finite, is_int
 
 #: A sample whose result was lost is submitted again at most so often.
@@ -85,6 +85,4 @@ class RetryConfig:
 def check_retry_config(retry_config: object) -> None:
     """Raise InvalidInputError unless *retry_config* is a RetryConfig or None."""
     if not isinstance(retry_config, (RetryConfig, type(None))):
-        raise InvalidInputError(
-            f"retry_config is a {type(retry_config).__name__}, not a RetryConfig"
-        )
+        raise InvalidInputError(f"retry_config is {a_type(retry_config)}, not a RetryConfig")

@@ -20,7 +20,7 @@ from tinkex import lifecycle
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.clock import Clock
 from tinkex.config import Config
-from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
+from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.http.gateways import as_the_servers_own
 from tinkex.http.request import Reply, Request
 from tinkex.retry import RetryPolicy
@@ -226,7 +226,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Kno
     payload = reply.json()
     if not isinstance(payload, dict):
         raise ResponseDecodeError(
-            f"{request.name}: the answer is a {type(payload).__name__}, not an object of flags"
+            f"{request.name}: the answer is {a_type(payload)}, not an object of flags"
         )
     return read_flags(kind, payload)
 

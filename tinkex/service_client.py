@@ -120,7 +120,9 @@ class ServiceClient(WithoutCoroutines):
         """
         # The one import that looks up: what an edge offers, as a convenience.
         from tinkex.local import LocalServer, load_engine
+        from tinkex.local.server import check_folder
 
+        check_folder(data_dir)  # before the model is loaded, which takes long
         engine = load_engine(model, device, progress=progress or _write_to_stderr)
         server = LocalServer(engine, data_dir=data_dir)
         try:

@@ -117,12 +117,13 @@ def test_a_taken_port_is_named() -> None:
 
 
 def test_a_port_or_host_that_cannot_be_is_refused() -> None:
-    with pytest.raises(LocalServerError, match="70000 is not a port"):
+    with pytest.raises(LocalServerError, match="port is 70000; it must be an integer, 0 to 65535"):
         LocalServer(DeterministicEngine(), port=70000).start()
-    with pytest.raises(LocalServerError, match="http is not a port"):
+    with pytest.raises(LocalServerError, match="port is 'http'; it must be an integer"):
         LocalServer(DeterministicEngine(), port="http").start()  # type: ignore[arg-type]
-    with pytest.raises(LocalServerError, match=r"cannot bind to 192\.0\.2\.1"):
+    with pytest.raises(LocalServerError, match=r"cannot bind to 192\.0\.2\.1") as refused:
         LocalServer(DeterministicEngine(), host="192.0.2.1", api_key="k").start()
+    assert refused.value.hint == "Give an address of this machine (--host, host=...)."
     assert own_threads() == []
 
 

@@ -17,7 +17,11 @@ import pytest
 import requests
 from click.testing import CliRunner
 
+from tinkex import ServiceClient
 from tinkex.cli.serve import default_data_dir, serve
+from tinkex.errors import LocalServerError
+from tinkex.local import LocalServer
+from tinkex.local.deterministic import DeterministicEngine
 
 SERVE = [sys.executable, "-c", "from tinkex.cli.serve import serve; serve()"]
 ARGUMENTS = ["--model", "deterministic", "--port", "0"]
@@ -147,6 +151,23 @@ def test_errors_are_one_message_and_exit_code_1(tmp_path: Path) -> None:
     result = CliRunner().invoke(serve, [*ARGUMENTS, "--data-dir", str(tmp_path / "file" / "x")])
     assert result.exit_code == 1
     assert "cannot use the data directory" in result.output
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr("tinkex.local.server.load_engine", lambda *_, **__: loaded.append(1))
+    with LocalServer(DeterministicEngine(), data_dir=tmp_path):
+        result = CliRunner().invoke(serve, [*ARGUMENTS, "--data-dir", str(tmp_path)])
+        assert result.exit_code == 1
+        assert f"{tmp_path} is in use" in result.output
+        with pytest.raises(LocalServerError, match="in use by another server of this process"):
+            ServiceClient.local("deterministic", data_dir=str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LocalServerError, match=r"data directory .*file: it is a file\n"):
+        ServiceClient.local("deterministic", data_dir=str(tmp_path / "file"))
+    assert loaded == []
 
 
 def test_data_lives_in_the_users_data_folder(

@@ -74,23 +74,26 @@ def serve(
     """
     from tinkex.local.admission import read_hosts
     from tinkex.local.profiles import profile_named
-    from tinkex.local.server import LocalServer, check_bind, load_engine
+    from tinkex.local.server import LocalServer, check_bind, check_folder, load_engine
     from tinkex.local.settings import ServerSettings
 
     signals = EndSignals()
     try:
         with signals.installed():
             read_hosts(allowed_hosts)
-            check_bind(host, port, api_key)  # before the model is loaded, which takes long
+            # Before the model is loaded, which takes long:
+            check_bind(host, port, api_key)
             if profile is not None:
                 profile_named(profile)
+            folder = data_dir or default_data_dir()
+            check_folder(folder)
             status.waiting_for(f"loading {model}")
             engine = load_engine(model, device, progress=echo_error)
             server = LocalServer(
                 engine,
                 host=host,
                 port=port,
-                data_dir=data_dir or default_data_dir(),
+                data_dir=folder,
                 api_key=api_key,
                 session_ttl_s=session_ttl_s,
                 settings=ServerSettings(allowed_hosts=allowed_hosts),

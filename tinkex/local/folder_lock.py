@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sqlite3
 import threading
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, Iterator, Optional, Tuple
 
 from tinkex.errors import LocalServerError
 
@@ -78,6 +80,34 @@ class FolderLock:
             f"the data directory {self._data_dir} is in use by another tinkex server",
             hint="Stop that server, or choose another folder with --data-dir or data_dir=...",
         )
+
+
+def check_data_dir(data_dir: Path) -> None:
+    """Raise LocalServerError unless a server could use *data_dir* now; make the folder if needed.
+
+    Before a model is loaded, which takes long.  Waits like `FolderLock.acquire`.
+    """
+    lock = FolderLock(data_dir)
+    with folder_errors(data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    lock.release()
+
+
+@contextlib.contextmanager
+def folder_errors(data_dir: Path) -> Iterator[None]:
+    """Make a LocalServerError of what the file system or SQLite raises about *data_dir*."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):  # from mkdir, where a folder would have done
+            reason = "it is a file"
+        raise LocalServerError(
+            f"cannot use the data directory {data_dir}: {reason}",
+            hint="Choose a folder that can be written, on a disk with free space, with "
+            "--data-dir or data_dir=...",
+        ) from error
 
 
 #: How long a new server waits for one that is closing, in seconds.

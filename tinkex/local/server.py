@@ -26,10 +26,10 @@ from tinkex import lifecycle
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
+from tinkex.local.folder_lock import check_data_dir
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
-from tinkex.numeric import is_int, to_int
 
 _log = logging.getLogger(__name__)
 
@@ -118,10 +118,8 @@ class LocalServer:
         self._access_log = access_log
         self._engine = engine
         self._host = host
-        self._port = to_int(port, text=False)
-        if not isinstance(data_dir, (str, os.PathLike, type(None))):
-            raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
-        self._data_dir = None if data_dir is None else Path(data_dir).expanduser()
+        self._port = as_int("port", port, 0, most=65535, error=LocalServerError)
+        self._data_dir = _as_folder(data_dir)
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
@@ -325,7 +323,14 @@ class LocalServer:
 def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
     """Raise LocalServerError if a server could not bind now: before a model is loaded for it."""
     _check_key(host, api_key)
-    _bind(host, port).close()
+    _bind(host, as_int("port", port, 0, most=65535, error=LocalServerError)).close()
+
+
+def check_folder(data_dir: Union[str, Path, None]) -> None:
+    """Raise LocalServerError if a server could not use *data_dir* now, for the same reason."""
+    folder = _as_folder(data_dir)
+    if folder is not None:
+        check_data_dir(folder)
 
 
 def _settled(
@@ -336,6 +341,12 @@ def _settled(
         api_key=api_key or settings.api_key or None,
         session_ttl_s=settings.session_ttl_s if session_ttl_s is None else session_ttl_s,
     )
+
+
+def _as_folder(data_dir: object) -> Optional[Path]:
+    if not isinstance(data_dir, (str, os.PathLike, type(None))):
+        raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
+    return None if data_dir is None else Path(data_dir).expanduser()
 
 
 def _not_started() -> LocalServerError:
@@ -352,20 +363,28 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    if not is_int(port, 0) or port > 65535:
-        raise LocalServerError(f"{port} is not a port; use 0 to 65535")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        taken = error.errno == errno.EADDRINUSE
-        raise LocalServerError(
-            f"port {port} on {host} is in use"
-            if taken
-            else f"cannot bind to {host}:{port}: {error.strerror or error}",
+        raise _bind_error(host, port, error) from error
+    return listener
+
+
+def _bind_error(host: str, port: int, error: OSError) -> LocalServerError:
+    if error.errno == errno.EADDRINUSE:
+        return LocalServerError(
+            f"port {port} on {host} is in use",
             hint="Stop the program that uses it, or choose another port (--port, port=...); "
             "0 takes a free one.",
-        ) from error
-    return listener
+        )
+    hints = {
+        errno.EACCES: "Choose a port above 1023 (--port, port=...); 0 takes a free one.",
+        errno.EADDRNOTAVAIL: "Give an address of this machine (--host, host=...).",
+    }
+    return LocalServerError(
+        f"cannot bind to {host}:{port}: {error.strerror or error}",
+        hint=hints.get(error.errno or 0, "Check the address and the port."),
+    )

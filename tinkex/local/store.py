@@ -26,9 +26,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from tinkex.errors import LocalServerError
 from tinkex.local.database import Database
-from tinkex.local.folder_lock import FolderLock
+from tinkex.local.folder_lock import FolderLock, folder_errors
 from tinkex.local.problems import Problem
 from tinkex.local.rows import (
     CheckpointRow,
@@ -73,21 +72,14 @@ class Store:
         # Guards _touched.
         self._lock = threading.Lock()
         self.folder_lock = FolderLock(data_dir)
-        try:
-            with contextlib.ExitStack() as opened:
-                opened.callback(self.folder_lock.release)
-                data_dir.mkdir(parents=True, exist_ok=True)
-                self.folder_lock.acquire()
-                self._db = Database(data_dir, in_memory=in_memory)
-                opened.callback(self._db.close)
-                self._tidy(remove_orphans=not in_memory)
-                opened.pop_all()
-        except (OSError, sqlite3.Error) as error:
-            raise LocalServerError(
-                f"cannot use the data directory {data_dir}: {error}",
-                hint="Name a folder that can be written, and has space left, with --data-dir or "
-                "data_dir=...",
-            ) from error
+        with folder_errors(data_dir), contextlib.ExitStack() as opened:
+            opened.callback(self.folder_lock.release)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self.folder_lock.acquire()
+            self._db = Database(data_dir, in_memory=in_memory)
+            opened.callback(self._db.close)
+            self._tidy(remove_orphans=not in_memory)
+            opened.pop_all()
 
     def close(self) -> None:
         """Close the database and give the folder free."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
+from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
 from tinkex.lazy_numpy import np
 from tinkex.training.loss_graph import LossGraph
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
@@ -138,7 +138,7 @@ def check_custom_batch(data: Sequence[Datum], loss_fn: CustomLoss) -> None:
     """
     if not callable(loss_fn):
         raise InvalidInputError(
-            f"the custom loss is a {type(loss_fn).__name__}, not a function",
+            f"the custom loss is {a_type(loss_fn)}, not a function",
             hint="forward_backward takes the name of a loss of the server.",
         )
     require_torch("forward_backward_custom")
