@@ -30,6 +30,7 @@ from tinkex.local.folder_lock import check_data_dir
 from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
+from tinkex.numeric import as_int
 
 _log = logging.getLogger(__name__)
 
