@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from tinkex._runtime.base_url import normal_base_url, normal_proxy, proxy_for
 from tinkex._runtime.numeric import convert_fields, is_finite, is_int, to_bool
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, stored_key
-from tinkex.errors import ConfigError, InvalidInputError
+from tinkex.errors import ConfigError, InvalidInputError, a_type
 from tinkex.usage import Budget, Price, check_prices
 
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
@@ -358,7 +358,7 @@ def _string_map(name: str, given: Any) -> Dict[str, str]:
 def check_header(what: str, text: str) -> None:
     """Raise unless *text* can be sent as a header; the message does not hold it."""
     if not isinstance(text, str):
-        raise ConfigError(f"{what} is a {type(text).__name__}, not a string")
+        raise ConfigError(f"{what} is {a_type(text)}, not a string")
     if (
         not all(" " <= char <= "~" or "\xa0" <= char <= "\xff" for char in text)
         or text != text.strip()

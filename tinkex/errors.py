@@ -299,6 +299,14 @@ _BY_STATUS: Dict[int, Type[APIStatusError]] = {
 }
 
 
+def a_type(value: object) -> str:
+    """Return the type of *value* with its article, for a message: ``"a list"``, ``"an int"``."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def status_error_type(status: int) -> Type[APIStatusError]:
     """Return the class that stands for the HTTP *status* (400 or above)."""
     if status >= 500:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Optional, Tuple, Type
 
 from tinkex._runtime.numeric import convert_fields, is_finite, is_int
-from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError
+from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError, a_type
 
 #: A sample whose result was lost is submitted again at most so often.
 MOST_RESUBMISSIONS = 5
@@ -85,6 +85,4 @@ class RetryConfig:
 def check_retry_config(retry_config: object) -> None:
     """Raise InvalidInputError unless *retry_config* is a RetryConfig or None."""
     if not isinstance(retry_config, (RetryConfig, type(None))):
-        raise InvalidInputError(
-            f"retry_config is a {type(retry_config).__name__}, not a RetryConfig"
-        )
+        raise InvalidInputError(f"retry_config is {a_type(retry_config)}, not a RetryConfig")

@@ -21,6 +21,7 @@ from tinkex.errors import (
     InvalidInputError,
     RequestFailedError,
     UnsupportedError,
+    a_type,
 )
 
 #: In a table of prices: that of every model that is not named.
@@ -336,7 +337,7 @@ def _exceeded(
 def check_prices(prices: object) -> Dict[str, Price]:
     """Return a copy of a table of prices by model; ConfigError if it is none."""
     if not isinstance(prices, Mapping):
-        raise ConfigError(f"prices is a {type(prices).__name__}, not a mapping of Price by model")
+        raise ConfigError(f"prices is {a_type(prices)}, not a mapping of Price by model")
     for model, price in prices.items():
         if not (isinstance(model, str) and isinstance(price, Price)):
             raise ConfigError(

@@ -27,8 +27,8 @@ def test_a_good_batch_comes_back_as_a_list() -> None:
     ("data", "part"),
     [
         ([], "the batch is empty"),
-        (None, "NoneType"),
-        (7, "int"),
+        (None, "the batch is None; it must be a list"),
+        (7, "the batch is an int"),
         (datum(), "[datum]"),
         ([datum(), {"model_input": 1}], "data[1] is a dict"),
         ([datum(())], "data[0]: model_input has no tokens"),

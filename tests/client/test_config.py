@@ -145,6 +145,22 @@ def test_the_key_is_in_no_repr_and_no_error() -> None:
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("base_url", "hint"),
+    [
+        ("localhost:8080", "http://localhost:8080 or https://localhost:8080."),
+        ("host.example/prefix", "http://host.example/prefix or"),
+        ("http://host:99999", "a port is from 1 to 65535"),
+        ("me:hunter2@host", "the server's address"),
+    ],
+)
+def test_a_wrong_base_url_comes_with_what_is_probably_meant(base_url: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(base_url=base_url)
+    assert hint in str(caught.value.hint)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_password_in_the_url_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(base_url="https://me:hunter2@host")

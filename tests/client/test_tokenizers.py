@@ -69,6 +69,12 @@ def test_one_that_cannot_be_had_is_named_and_asked_for_again(loaded: List[str]) 
     assert loaded == ["missing/tok"] * 2
 
 
+def test_the_engine_without_a_model_has_none_and_the_hub_is_not_asked(loaded: List[str]) -> None:
+    with pytest.raises(TinkexError, match="'deterministic' has no tokenizer"):
+        tokenizers.load_tokenizer("deterministic")
+    assert loaded == []
+
+
 def test_one_that_fails_without_a_word_is_named_too(loaded: List[str]) -> None:
     with pytest.raises(TinkexError, match="'silent/tok' cannot be loaded: ValueError"):
         tokenizers.load_tokenizer("silent/tok")

@@ -155,11 +155,22 @@ def test_what_cannot_be_merged_is_refused(cache: Path, tied_folder: Path, tmp_pa
         merge_adapter(tmp_path / "mine", tmp_path / "out")
     with pytest.raises(LocalServerError):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", base_model=str(tmp_path / "mine"))
+    with pytest.raises(InvalidInputError, match="dtype is 'float17'"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", dtype="float17")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(str(file))
+    save_file({name: torch.zeros(3, 3) for name in tensors}, str(file))
+    with pytest.raises(
+        InvalidInputError, match=r"size mismatch .* \(\d\d more like this\)$"
+    ) as misfit:
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert "\n" not in str(misfit.value)
     dropped = sorted(tensors)[0]
     tensors["base_model.model.other.lora_A.weight"] = tensors.pop(dropped)
     save_file(tensors, str(file))
     with pytest.raises(InvalidInputError, match=r"other.*lacks weights"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InvalidInputError, match=r"adapter_model\.safetensors cannot be read"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

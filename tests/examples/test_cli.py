@@ -20,7 +20,7 @@ from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
 
 import tinkex as library
 from tinkex import types
-from tinkex.cli.connect import find_server
+from tinkex.cli.connect import explained, find_server
 from tinkex.config import DEFAULT_BASE_URL
 
 #: As that of `tinkex`, with a key, which every server but the embedded one wants.
@@ -182,7 +182,7 @@ def test_runs_are_listed(server: Server, saved: str):
     run_id = types.ParsedCheckpointTinkerPath.from_tinker_path(saved).training_run_id
     done = tinkex("run", "list", base_url=server.url)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("1 training runs")
+    assert done.stdout.startswith("1 training run\n")
     assert run_id in done.stdout
     assert "rank 4" in done.stdout
     assert server.model in done.stdout
@@ -303,9 +303,17 @@ def test_serve_is_ready_answers_and_stops_at_ctrl_c(tmp_path):
 def test_sample_says_what_it_needs_where_there_is_no_tokenizer(server: Server):
     done = tinkex("sample", "hello", "--base-url", server.url)
     assert done.returncode == 1
-    assert "tokenizer" in done.stderr
+    assert "Error: the model 'deterministic' has no tokenizer" in done.stderr
     assert "Traceback" not in done.stderr
     assert [end[:3] for end in server.ends()] == ["410"]
+
+
+def test_a_lost_session_of_a_command_says_what_to_do_about_the_command():
+    config = library.Config.resolve(base_url="http://h")
+    error = library.SessionLostError("session s was lost", hint="Create a new ServiceClient.")
+    with pytest.raises(library.SessionLostError) as caught, explained(config):
+        raise error
+    assert caught.value.hint == "Run the command again."
 
 
 def run_of(path: str) -> str:
@@ -318,7 +326,7 @@ def run_of(path: str) -> str:
 def test_models_are_listed(server: Server):
     done = tinkex("model", "list", base_url=server.url)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("1 models")
+    assert done.stdout.startswith("1 model\n")
     assert server.model in done.stdout
     listed = json.loads(tinkex("-f", "json", "model", "list", "DETER", base_url=server.url).stdout)
     (model,) = listed["models"]
@@ -493,6 +501,18 @@ def test_a_checkpoint_is_downloaded(server: Server, saved: str, tmp_path):
     forced = tinkex("checkpoint", "download", saved, "-o", str(out), "--force", base_url=server.url)
     assert (forced.returncode, forced.stderr) == (0, "")
     assert str(folder) in forced.stdout
+
+
+def test_a_file_where_the_folder_would_be_is_named(server: Server, saved: str, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for option in ("--format=json", "--force"):
+        done = tinkex(
+            "checkpoint", "download", saved, option, "-o", str(tmp_path / "file"),
+            base_url=server.url,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert f"Error: {tmp_path / 'file'} is a file, not a folder\n" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_checkpoint_that_does_not_exist_leaves_nothing(server: Server, saved: str, tmp_path):

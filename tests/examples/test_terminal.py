@@ -64,7 +64,7 @@ def test_errors_do_not_fail_because_of_the_terminals_encoding(scripted, monkeypa
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     done = run(["-m", "tinkex", "model", "list", "llama"], scripted.url)
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: the server offers no model whose name holds 'llama'")
+    assert done.stderr.startswith("Error: the server offers no model whose name contains 'llama'")
     assert "\\U0001f642" in done.stderr
 
 
@@ -93,6 +93,12 @@ def test_a_server_cannot_send_control_sequences_to_the_terminal(scripted):
 
 
 # Output that cannot be written
+
+
+def test_wrong_usage_is_not_reported_on_stdout_if_stderr_is_closed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(["model", "lst"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture

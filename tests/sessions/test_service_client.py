@@ -108,6 +108,24 @@ def test_req_14_without_a_checkpoint_it_says_that(server: SessionServer, connect
         sampler.sample(PROMPT).result(10)
 
 
+def test_req_14_a_sampler_of_another_process_needs_a_new_one_from_there(
+    server: SessionServer, connect: Connect
+) -> None:
+    server.serve_work()
+    service = connect()
+    handle = service.create_sampling_client(base_model="m").get_sampler_handle()
+    service.close()
+    sampler = tinkex.SamplingClient.from_sampler_handle(handle)
+    server.on(BEAT, Answer(410))
+    server.on("POST /api/v1/asample", Answer(410, {"detail": "session s0 is finished"}))
+    try:
+        with pytest.raises(SessionLostError, match="have that process make a new sampler") as lost:
+            sampler.sample(PROMPT).result(10)
+        assert "checkpoint" not in str(lost.value.hint)
+    finally:
+        sampler._session.close()
+
+
 def test_req_14_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
     server: SessionServer,
 ) -> None:

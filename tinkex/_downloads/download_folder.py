@@ -136,7 +136,10 @@ class DownloadFolder:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Raise InvalidInputError if there is something at *target* that must stay."""
+    """Raise InvalidInputError if there is something at *target*, or above it, that must stay."""
+    above = next((parent for parent in target.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise InvalidInputError(f"{above} is a file, not a folder", hint="Choose another folder.")
     if not (target.exists() or target.is_symlink()):
         return
     if not target.is_dir():

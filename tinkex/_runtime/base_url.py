@@ -41,7 +41,7 @@ def normal_base_url(url: object) -> str:
         shown = "(not shown: it may hold a password)" if "@" in str(url) else repr(url)
         raise ConfigError(
             f"base_url {shown} is not an http(s) URL",
-            hint="Give the server's address, e.g. http://localhost:8080.",
+            hint=_meant(text),
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
@@ -56,6 +56,13 @@ def normal_base_url(url: object) -> str:
         )
     path = quote(_BARE_PERCENT.sub("%25", parts.path), safe=_PATH_CHARACTERS).rstrip("/")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+
+
+def _meant(text: str) -> str:
+    """What to write instead of *text*, which is no http(s) URL."""
+    if "://" not in text and "@" not in text and _split(f"http://{text}") is not None:
+        return f"Begin it with the scheme: http://{text} or https://{text}."
+    return "Give the server's address, e.g. http://localhost:8080; a port is from 1 to 65535."
 
 
 def normal_proxy(url: object) -> str:

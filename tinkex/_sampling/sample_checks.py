@@ -12,6 +12,7 @@ from tinkex.errors import (
     ResponseDecodeError,
     UnprocessableEntityError,
     UnsupportedError,
+    a_type,
 )
 from tinkex.types._numbers import as_kept, holds_nan
 from tinkex.types.tokens import hint_for_model_input
@@ -27,7 +28,7 @@ def check_request(request: SampleRequest) -> None:
     """Raise InvalidInputError if *request* cannot be meant."""
     if not isinstance(request.prompt, types.ModelInput):
         raise InvalidInputError(
-            f"the prompt is a {type(request.prompt).__name__}, not a ModelInput",
+            f"the prompt is {a_type(request.prompt)}, not a ModelInput",
             hint=hint_for_model_input(request.prompt),
         )
     length = request.prompt.length
@@ -35,7 +36,7 @@ def check_request(request: SampleRequest) -> None:
         raise InvalidInputError("the prompt has no tokens")
     if not isinstance(request.sampling_params, types.SamplingParams):
         raise InvalidInputError(
-            f"sampling_params is a {type(request.sampling_params).__name__}, not SamplingParams"
+            f"sampling_params is {a_type(request.sampling_params)}, not SamplingParams"
         )
     request.check()
     if request.target_prompt_logprobs is not None:

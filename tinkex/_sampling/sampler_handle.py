@@ -16,7 +16,7 @@ import orjson
 
 from tinkex._transport.redirects import same_origin
 from tinkex.config import Config, own_base_url
-from tinkex.errors import CredentialError, InvalidInputError
+from tinkex.errors import CredentialError, InvalidInputError, a_type
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _same_server(one: str, other: str) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"a {type(value).__name__} where it must have text")
+        raise TypeError(f"{a_type(value)} where it must have text")
     return value
 
 

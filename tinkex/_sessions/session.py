@@ -214,8 +214,16 @@ class Session:
             status=error.status,
             request_id=error.request_id,
             session_id=self.session_id,
-            hint=f"Create a new ServiceClient. {self.how_to_resume()}",
+            hint=self._how_to_replace(),
         )
+
+    def _how_to_replace(self) -> str:
+        if self._borrowed:  # what it saved, and where to go on, is known there only
+            return (
+                "Another process opened this session and has ended or lost it: have that process "
+                "make a new sampler, and keep its ServiceClient open while the sampler is used."
+            )
+        return f"Create a new ServiceClient. {self.how_to_resume()}"
 
     def _ask_whether_gone(self) -> None:
         """Send a heartbeat, unless one said a moment ago that the session lives."""

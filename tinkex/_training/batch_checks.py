@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._runtime.numeric import as_int, is_finite, to_float
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types import Datum, EncodedTextChunk
 from tinkex.types.datum import INPUT_DTYPES
 from tinkex.types.tensor_data import first_where
@@ -37,7 +37,7 @@ def check_batch(
     as_loss_config(loss_fn_config)
     if isinstance(data, Datum) or not isinstance(data, Iterable):
         raise InvalidInputError(
-            f"the batch is a {type(data).__name__}; it must be a list of Datum",
+            f"the batch is {a_type(data)}; it must be a list of Datum",
             hint="A single example is a batch of one: [datum].",
         )
     batch = [_snapshot(index, datum) for index, datum in enumerate(data)]
@@ -58,9 +58,7 @@ def as_loss_config(
         InvalidInputError: it does not map names to finite numbers and strings.
     """
     if not isinstance(loss_fn_config, (Mapping, type(None))):
-        raise InvalidInputError(
-            f"loss_fn_config is a {type(loss_fn_config).__name__}; it must be a dict"
-        )
+        raise InvalidInputError(f"loss_fn_config is {a_type(loss_fn_config)}; it must be a dict")
     config: Dict[str, Union[float, str]] = {}
     for name, given in (loss_fn_config or {}).items():
         value: Any = int(given) if isinstance(given, bool) else to_float(given, text=False)
@@ -75,7 +73,7 @@ def as_loss_config(
 
 def _snapshot(index: int, datum: Any) -> Datum:
     if not isinstance(datum, Datum):
-        raise InvalidInputError(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+        raise InvalidInputError(f"data[{index}] is {a_type(datum)}, not a Datum")
     try:
         return datum._snapshot()
     except InvalidInputError as error:
@@ -187,9 +185,7 @@ def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[
     if user_metadata is None:
         return None
     if not isinstance(user_metadata, Mapping):
-        raise InvalidInputError(
-            f"user_metadata is a {type(user_metadata).__name__}; it must be a dict"
-        )
+        raise InvalidInputError(f"user_metadata is {a_type(user_metadata)}; it must be a dict")
     for key, value in user_metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InvalidInputError(
@@ -206,7 +202,7 @@ def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]
     found = list(recipients) if is_list else []
     if not found or not all(isinstance(recipient, str) and recipient for recipient in found):
         raise InvalidInputError(
-            f"age_encryption_recipients is a {type(recipients).__name__} of no use",
+            f"age_encryption_recipients is {a_type(recipients)} of no use",
             hint="Give a list of age public keys, such as 'age1...', or None for no encryption.",
         )
     return found

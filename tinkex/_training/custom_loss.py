@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._training.loss_tracing import LossGraph
-from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError
+from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def check_custom_batch(data: Sequence[Datum], loss_fn: CustomLoss) -> None:
     """
     if not callable(loss_fn):
         raise InvalidInputError(
-            f"the custom loss is a {type(loss_fn).__name__}, not a function",
+            f"the custom loss is {a_type(loss_fn)}, not a function",
             hint="forward_backward takes the name of a loss of the server.",
         )
     require_torch("forward_backward_custom")

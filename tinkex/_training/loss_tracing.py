@@ -13,7 +13,7 @@ import threading
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 from tinkex._runtime.numeric import is_int, to_int
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._wire import excerpt
 
 #: Most parameters a loss may have, ``logprobs`` included.
@@ -88,7 +88,7 @@ def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGr
 
 def _inputs(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> Tuple[LossInput, ...]:
     if not callable(fn):
-        raise InvalidInputError(f"the loss is a {type(fn).__name__}, not a function")
+        raise InvalidInputError(f"the loss is {a_type(fn)}, not a function")
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError) as error:
@@ -210,7 +210,7 @@ def _encode(value: Any) -> Any:
         if isinstance(value, getattr(torch, kind)):
             return {kind: str(value).replace("torch.", "", 1)}
     raise InvalidInputError(
-        f"the loss uses a {type(value).__name__}, which cannot be sent: {excerpt(value, 100)}"
+        f"the loss uses {a_type(value)}, which cannot be sent: {excerpt(value, 100)}"
     )
 
 

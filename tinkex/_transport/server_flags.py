@@ -24,7 +24,7 @@ from tinkex._transport.request import Reply, Request
 from tinkex._transport.server_state import memory_of
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
-from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
+from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Kno
     payload = reply.json()
     if not isinstance(payload, dict):
         raise ResponseDecodeError(
-            f"{request.name}: the answer is a {type(payload).__name__}, not an object of flags"
+            f"{request.name}: the answer is {a_type(payload)}, not an object of flags"
         )
     return read_flags(kind, payload)
 

@@ -36,8 +36,9 @@ def login(base_url: Optional[str]) -> None:
     file = CredentialsFile()
     stored = file.default()
     if stored is not None:
+        named = f" ({stored.name})" if stored.name else ""
         raise click.ClickException(
-            f"the key {stored.name!r} is stored already; `tinkex auth logout` removes it"
+            f"a key{named} is already stored; run `tinkex auth logout` first"
         )
     typed = ask_secret("API key")
     config = Config.resolve(base_url=base_url, api_key=typed)
@@ -47,7 +48,7 @@ def login(base_url: Optional[str]) -> None:
     file.store_default(key_id, key)
     echo(f"Logged in to {config.host_and_port}{f' as {key.name}' if key.name else ''}.")
     if os.environ.get(KEY_VARIABLE) or os.environ.get(COMMAND_VARIABLE):
-        echo_error("The environment names a credential, too, which goes before this one.")
+        echo_error("A key in the environment takes precedence over this one.")
 
 
 def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:

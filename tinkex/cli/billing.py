@@ -11,6 +11,7 @@ import click
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_admin
 from tinkex.cli.output import (
+    count,
     format_option,
     print_csv,
     print_json,
@@ -23,7 +24,7 @@ from tinkex.types import BillingUsageEvent, BillingUsageResponse, CheckpointStor
 
 @click.group(cls=Group)
 def billing() -> None:
-    """Show what was used, and what is kept."""
+    """Show usage, and the cost of stored checkpoints."""
 
 
 @billing.command("usage")
@@ -42,7 +43,7 @@ def usage(
 ) -> None:
     """Show usage from START until before END: whole hours of UTC, at most 14 days.
 
-    Both are like 2026-01-31 or 2026-01-31T15:00:00Z.
+    Examples: 2026-01-31, 2026-01-31T15:00:00Z.
     """
     with open_admin(base_url) as admin:
         found = admin.get_billing_usage(start, end).result()
@@ -67,7 +68,7 @@ def _print_usage(found: BillingUsageResponse) -> None:
     through = found.cost_data_through
     known = f"; costs are known until {through:%Y-%m-%d %H:%M}" if through else ""
     print_table(
-        f"{len(found.data)} entries{known}",
+        count(len(found.data), "entry", "entries") + known,
         ["From", "Kind", "Amount", "Model", "Session", "Cost (USD)"],
         [
             [
@@ -84,14 +85,14 @@ def _print_usage(found: BillingUsageResponse) -> None:
 
 
 @billing.command("checkpoint-storage")
-@click.option("--project-id", metavar="ID", help="Only of this project.")
+@click.option("--project-id", metavar="ID", help="Only checkpoints of this project.")
 @click.option("--csv", "csv_path", metavar="PATH", help='Write it as CSV; "-" is stdout.')
 @base_url_option
 @format_option
 def checkpoint_storage(
     project_id: Optional[str], csv_path: Optional[str], base_url: Optional[str]
 ) -> None:
-    """Show what the checkpoints of now take and cost."""
+    """Show the size and cost of the checkpoints stored now."""
     with open_admin(base_url) as admin:
         found = admin.get_current_checkpoint_storage_usage(project_id).result()
     rate = found.effective_rate_usd_per_gigabyte_month

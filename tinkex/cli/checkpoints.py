@@ -11,6 +11,7 @@ from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, check_path, open_rest
 from tinkex.cli.deletions import delete
 from tinkex.cli.output import (
+    count,
     format_option,
     limit_option,
     print_facts,
@@ -49,7 +50,7 @@ def list_checkpoints(run_id: Optional[str], limit: int, base_url: Optional[str])
         print_json({"run_id": run_id, **listed} if run_id else listed)
         return
     print_table(
-        f"{len(found)} checkpoints" + (f" of run {run_id}" if run_id else ""),
+        count(len(found), "checkpoint") + (f" of run {run_id}" if run_id else ""),
         ["Checkpoint ID", "Type", "Size", "Public", "Created", "Expires", "Path"],
         [
             [
@@ -133,7 +134,7 @@ def _lora(weights: Dict[str, Any]) -> str:
 @base_url_option
 @format_option
 def publish(path: str, base_url: Optional[str]) -> None:
-    """Let everybody read the checkpoint at PATH."""
+    """Make the checkpoint at PATH public."""
     check_path(path)
     with open_rest(base_url) as rest:
         rest.publish_checkpoint_from_tinker_path(path).result()
@@ -154,12 +155,12 @@ def unpublish(path: str, base_url: Optional[str]) -> None:
 
 @checkpoint.command("set-ttl")
 @click.argument("path")
-@click.option("--ttl", type=int, metavar="SECONDS", help="The server deletes it after this long.")
-@click.option("--remove", is_flag=True, help="Keep it for ever.")
+@click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this long.")
+@click.option("--remove", is_flag=True, help="Keep it until it is deleted.")
 @base_url_option
 @format_option
 def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]) -> None:
-    """Say how long the checkpoint at PATH is to be kept."""
+    """Set how long the checkpoint at PATH is kept."""
     if (ttl is None) != remove:
         raise click.UsageError("give --ttl or --remove")
     check_path(path)

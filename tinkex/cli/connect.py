@@ -21,6 +21,7 @@ from tinkex.errors import (
     ConfigError,
     InvalidInputError,
     ResponseDecodeError,
+    SessionLostError,
 )
 from tinkex.types.checkpoint_path import ParsedCheckpointTinkerPath, locate_checkpoint
 
@@ -124,6 +125,9 @@ def explained(config: Config) -> Iterator[None]:
     except APIError as error:
         explain(error, config)
         raise
+    except SessionLostError as error:  # of the command's own session
+        error.hint = "Run the command again."
+        raise
 
 
 def explain(error: APIError, config: Config) -> None:
@@ -154,6 +158,6 @@ def check_path(path: str) -> ParsedCheckpointTinkerPath:
         return locate_checkpoint(path)
     except InvalidInputError as error:
         error.hint = (
-            "It is like tinker://<run>/weights/<name>; `tinkex checkpoint list` lists the paths."
+            "A path looks like tinker://<run>/weights/<name>; `tinkex checkpoint list` lists them."
         )
         raise

@@ -11,7 +11,7 @@ import tinkex
 from tinkex.cli import status
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import base_url_option, check_path, explain, open_rest
-from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.output import count, format_option, print_json, wants_json
 from tinkex.cli.prompts import confirm
 from tinkex.cli.terminal import echo, echo_error
 from tinkex.errors import APIError
@@ -34,15 +34,19 @@ def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) ->
 
 @click.command("delete", cls=Command)
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
-@click.option("--run-id", metavar="ID", help="Instead of PATHs: those of this training run.")
+@click.option("--run-id", metavar="ID", help="Instead of PATHs: checkpoints of this training run.")
 @click.option(
     "--type",
     "kind",
     type=click.Choice([*KINDS, *KINDS.values()]),
     help="With --run-id: only of this kind.",
 )
-@click.option("--before", metavar="TIME", callback=_instant, help="With --run-id: made before.")
-@click.option("--after", metavar="TIME", callback=_instant, help="With --run-id: made after.")
+@click.option(
+    "--before", metavar="TIME", callback=_instant, help="With --run-id: created before this."
+)
+@click.option(
+    "--after", metavar="TIME", callback=_instant, help="With --run-id: created after this."
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @base_url_option
 @format_option
@@ -73,7 +77,7 @@ def delete(
             chosen = _of_run(rest, run_id, KINDS.get(kind or "", kind), before, after)
         if chosen and not yes:
             echo_error("\n".join(chosen))
-            question = f"Delete {_count(len(chosen))} for good?"
+            question = f"Delete {count(len(chosen), 'checkpoint')} for good?"
             if not confirm(question, "nothing was deleted (-y deletes without asking)"):
                 ctx.exit(1)
         failed = _delete(rest, chosen)
@@ -82,7 +86,7 @@ def delete(
         listed = [{"tinker_path": path, "error": str(error)} for path, error in failed]
         print_json({"deleted_count": deleted, "failed": listed})
     else:
-        echo(f"Deleted {_count(deleted)}.")
+        echo(f"Deleted {count(deleted, 'checkpoint')}.")
         for path, error in failed:
             echo_error(f"Error: {path}: {error}")
     if failed:
@@ -109,7 +113,7 @@ def _of_run(
 def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
     """Delete several at a time; return those that could not be, and why."""
     failed = []
-    status.waiting_for(f"deleting {_count(len(paths))}")
+    status.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
@@ -118,7 +122,3 @@ def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIErr
             explain(error, rest.config)
             failed.append((path, error))
     return failed
-
-
-def _count(number: int) -> str:
-    return f"{number} checkpoint{'' if number == 1 else 's'}"

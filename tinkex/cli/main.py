@@ -21,7 +21,7 @@ from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interr
 #: Command -> where it is, and what it does; imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
     "auth": ("tinkex.cli.auth:auth", "Store a key, and see whether it works."),
-    "billing": ("tinkex.cli.billing:billing", "What was used, and what is kept."),
+    "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
     "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and fetch checkpoints."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
@@ -100,6 +100,8 @@ def run_command(args: Optional[Sequence[str]] = None) -> int:
 
 
 def _show_usage(error: click.UsageError) -> None:
+    if sys.stderr is None:  # click would write to stdout
+        return
     try:
         error.show()
     except OSError:

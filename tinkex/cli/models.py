@@ -8,7 +8,7 @@ import click
 
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
-from tinkex.cli.output import format_option, print_json, print_table, wants_json
+from tinkex.cli.output import count, format_option, print_json, print_table, wants_json
 from tinkex.errors import NotFoundError
 
 
@@ -22,14 +22,14 @@ def model() -> None:
 @base_url_option
 @format_option
 def list_models(substring: str, base_url: Optional[str]) -> None:
-    """List the models whose names hold SUBSTRING, in any case."""
+    """List the models whose names contain SUBSTRING, ignoring case."""
     with open_rest(base_url) as rest:
         offered = rest.get_server_capabilities().result().supported_models
     found = [item for item in offered if substring.lower() in (item.model_name or "").lower()]
     if substring and not found:
         names = ", ".join(sorted(item.model_name or "?" for item in offered))
         raise NotFoundError(
-            f"the server offers no model whose name holds {substring!r}",
+            f"the server offers no model whose name contains {substring!r}",
             hint=f"It offers {names}." if names else None,
         )
     if wants_json():
@@ -45,7 +45,7 @@ def list_models(substring: str, base_url: Optional[str]) -> None:
         print_json({"models": listed})
         return
     print_table(
-        f"{len(found)} models",
+        count(len(found), "model"),
         ["Model", "Max Context", "Trainable", "Sampleable"],
         [
             [

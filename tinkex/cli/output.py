@@ -158,6 +158,11 @@ def size(n_bytes: Optional[int]) -> str:
     return f"{value:.1f} TiB"
 
 
+def count(number: int, noun: str, plural: Optional[str] = None) -> str:
+    """Return ``"1 model"`` or ``"2 models"``; *plural* is for nouns that take no -s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
     """Return an instant for people: how long ago, or its date if that is over 30 days."""
     if instant is None:
@@ -167,6 +172,5 @@ def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
         return instant.strftime("%Y-%m-%d %H:%M")
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count != 1 else ''} ago"
+            return f"{count(int(seconds // length), unit)} ago"
     return "just now"

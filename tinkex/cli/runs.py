@@ -9,6 +9,7 @@ import click
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
 from tinkex.cli.output import (
+    count,
     format_option,
     limit_option,
     print_facts,
@@ -55,12 +56,12 @@ def _columns(_: click.Context, option: click.Parameter, value: str) -> List[str]
     show_default=True,
     metavar="NAMES",
     callback=_columns,
-    help=f"What to show of each, with commas between: {', '.join(COLUMNS)}.",
+    help=f"Columns to show, separated by commas: {', '.join(COLUMNS)}.",
 )
 @base_url_option
 @format_option
 def list_runs(limit: int, columns: List[str], base_url: Optional[str]) -> None:
-    """List training runs, the one used last first."""
+    """List training runs, the most recently used first."""
     found: List[TrainingRun] = []
     total: Optional[int] = None
     with open_rest(base_url) as rest:
@@ -74,9 +75,9 @@ def list_runs(limit: int, columns: List[str], base_url: Optional[str]) -> None:
     if wants_json():
         print_json({"runs": [item.to_wire() for item in found]})
         return
-    of_all = f" of {total}" if total is not None and total > len(found) else ""
+    more = total is not None and total > len(found)
     print_table(
-        f"{len(found)}{of_all} training runs",
+        f"{len(found)} of {total} training runs" if more else count(len(found), "training run"),
         [COLUMNS[name][0] for name in columns],
         [[COLUMNS[name][1](item) for name in columns] for item in found],
     )

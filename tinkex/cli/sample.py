@@ -28,13 +28,23 @@ DEFAULT_LOCAL_MODEL = "smollm2-135m"
 @click.option("--local", is_flag=True, help="Run the model here, on the embedded server.")
 @click.option("--data-dir", metavar="DIR", help="With --local: the folder that holds checkpoints.")
 @click.option("--chat", is_flag=True, help="Send PROMPT as a chat message, not as bare text.")
-@click.option("--max-tokens", default=128, show_default=True, help="At most so many new tokens.")
+@click.option("--max-tokens", default=128, show_default=True, help="At most this many new tokens.")
 @click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest share.")
-@click.option("--top-k", default=-1, show_default=True, help="Keep the k likeliest; -1 keeps all.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to this.",
+)
+@click.option(
+    "--top-k",
+    default=-1,
+    show_default=True,
+    help="Sample from this many of the most likely tokens; -1 for all.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop at TEXT; may be repeated.")
-@click.option("--seed", type=int, help="Makes the draw repeatable.")
-@click.option("-n", "--num-samples", default=1, show_default=True, help="So many continuations.")
+@click.option("--seed", type=int, help="Seed for reproducible samples.")
+@click.option("-n", "--num-samples", default=1, show_default=True, help="Number of continuations.")
 @format_option
 @click.pass_context
 def sample(
@@ -56,7 +66,7 @@ def sample(
 ) -> None:
     """Continue PROMPT and print the text; "-" reads the prompt from stdin.
 
-    Several samples are set apart by a line "---".
+    Several samples are separated by a line "---".
     """
     if model_path and base_model and not local:
         raise click.UsageError("give --model-path or --base-model, not both")

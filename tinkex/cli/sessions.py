@@ -12,6 +12,7 @@ from tinkex._downloads.part_file import Source
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
 from tinkex.cli.output import (
+    count,
     format_option,
     limit_option,
     print_facts,
@@ -46,7 +47,7 @@ def list_sessions(limit: int, base_url: Optional[str]) -> None:
     if wants_json():
         print_json({"sessions": found})
         return
-    print_table(f"{len(found)} sessions", ["Session ID"], [[item] for item in found])
+    print_table(count(len(found), "session"), ["Session ID"], [[item] for item in found])
 
 
 @session.command("info")
@@ -54,7 +55,7 @@ def list_sessions(limit: int, base_url: Optional[str]) -> None:
 @base_url_option
 @format_option
 def show_session(session_id: str, base_url: Optional[str]) -> None:
-    """Show what a session has made."""
+    """Show the training runs and samplers of a session."""
     with open_rest(base_url) as rest:
         found = rest.get_session(session_id).result()
     if wants_json():
@@ -69,7 +70,7 @@ def show_session(session_id: str, base_url: Optional[str]) -> None:
 
 @session.command("export-trace")
 @click.argument("session_id")
-@click.option("-o", "--output", metavar="FILE", help="Where to (default: SESSION_ID.pftrace).")
+@click.option("-o", "--output", metavar="FILE", help="File to write (default: SESSION_ID.pftrace).")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--url-only", is_flag=True, help="Print the signed URL; download nothing.")
 @base_url_option

@@ -19,7 +19,7 @@ from tinkex.types.checkpoint_path import SCHEME
 
 @click.command("download", cls=Command)
 @click.argument("path")
-@click.option("-o", "--output", default=".", metavar="DIR", help="Where to make the folder.")
+@click.option("-o", "--output", default=".", metavar="DIR", help="Folder to create it in.")
 @click.option(
     "--force",
     is_flag=True,
@@ -30,7 +30,7 @@ from tinkex.types.checkpoint_path import SCHEME
 def download(path: str, output: str, force: bool, base_url: Optional[str]) -> None:
     """Download the checkpoint at PATH into a folder named after it.
 
-    Interrupted, it keeps what has come; the same command goes on from there.
+    If it is interrupted, running the same command again resumes it.
     """
     check_path(path)
     dest = Path(output) / _folder_name(path)
@@ -66,13 +66,27 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 
 @click.command("push-hf", cls=Command)
 @click.argument("path")
-@click.option("-r", "--repo", "repo_id", required=True, metavar="NAME", help="Like me/my-model.")
-@click.option("--public", is_flag=True, help="If the repository is made: for everybody.")
-@click.option("--revision", metavar="NAME", help="The branch; made if it does not exist.")
-@click.option("--commit-message", metavar="TEXT", help="Of the commit.")
+@click.option(
+    "-r",
+    "--repo",
+    "repo_id",
+    required=True,
+    metavar="NAME",
+    help="Repository, such as me/my-model.",
+)
+@click.option("--public", is_flag=True, help="Create the repository as public.")
+@click.option("--revision", metavar="NAME", help="Branch; created if it does not exist.")
+@click.option("--commit-message", metavar="TEXT", help="Message of the commit.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing.")
-@click.option("--allow-pattern", multiple=True, metavar="GLOB", help="Only such files; repeatable.")
-@click.option("--ignore-pattern", multiple=True, metavar="GLOB", help="No such files; repeatable.")
+@click.option(
+    "--allow-pattern",
+    multiple=True,
+    metavar="GLOB",
+    help="Upload only matching files; may be repeated.",
+)
+@click.option(
+    "--ignore-pattern", multiple=True, metavar="GLOB", help="Skip matching files; may be repeated."
+)
 @click.option("--no-model-card", is_flag=True, help="Do not write a README.md.")
 @base_url_option
 @format_option

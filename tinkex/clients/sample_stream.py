@@ -35,6 +35,7 @@ from tinkex.errors import (
     ClientClosedError,
     InvalidInputError,
     TinkexError,
+    a_type,
 )
 from tinkex.futures import LONGEST_NOTICE_S, APIFuture, abandon, give_up
 from tinkex.types import ModelInput, SampleResponse
@@ -293,9 +294,7 @@ def sample_many(
     if not isinstance(progress, bool) and not callable(progress):
         raise InvalidInputError("progress must be True, False or a function")
     if isinstance(prompts, ModelInput) or not isinstance(prompts, Iterable):
-        raise InvalidInputError(
-            f"prompts is a {type(prompts).__name__}; give an iterable of ModelInput"
-        )
+        raise InvalidInputError(f"prompts is {a_type(prompts)}; give an iterable of ModelInput")
     run = _Run(
         sample,
         prompts,

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Tuple, Type, TypeVar
 
 from flask import Response, current_app, request
 
-from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.errors import InvalidInputError, TinkexError, a_type
 from tinkex.local.admission import check_size
 from tinkex.local.json_text import read_json, write_json
 from tinkex.local.problems import Problem
@@ -96,7 +96,7 @@ def json_body() -> Tuple[Dict[str, Any], bytes]:
     raw = raw_body()
     value = read_json(raw) if raw else {}
     if not isinstance(value, dict):
-        raise Problem(400, f"the body must be a JSON object, not a {type(value).__name__}")
+        raise Problem(400, f"the body must be a JSON object, not {a_type(value)}")
     return value, raw
 
 

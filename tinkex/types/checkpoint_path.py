@@ -83,8 +83,8 @@ def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
     if not run or not all(parts) or (parts[0] in KINDS and len(parts) != 2):
         raise InvalidInputError(
             f"{tinker_path!r} does not name a checkpoint of a training run",
-            hint="It is like tinker://<run>/weights/<name>; save_state(...).result().path and the "
-            "list of checkpoints hold such paths.",
+            hint="A path looks like tinker://<run>/weights/<name>; save_state(...).result().path "
+            "and the list of checkpoints hold such paths.",
         )
     kind = KINDS.get(parts[0], "unknown")
     return ParsedCheckpointTinkerPath(tinker_path, run, kind, rest)

@@ -8,7 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Tuple, Union
 
 from tinkex._runtime.numeric import as_int
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._numbers import as_kept, numpy_on_demand
 from tinkex.types.tokens import as_tokens
 
@@ -38,7 +38,7 @@ def _as_bytes(what: str, data: Any) -> bytes:
     if isinstance(data, (bytearray, memoryview)):
         return bytes(data)
     raise InvalidInputError(
-        f"{what} is a {type(data).__name__}; it must be bytes",
+        f"{what} is {a_type(data)}; it must be bytes",
         hint="Read them from a file with Path(...).read_bytes().",
     )
 

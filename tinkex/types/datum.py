@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types.chunks import DmelChunk, EncodedTextChunk, ImageChunk
 from tinkex.types.model_input import ModelInput
 from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
@@ -43,7 +43,7 @@ def _to_tensor(name: str, value: Any) -> TensorData:
         message = f"loss input {name!r}: {error.message}"
         raise InvalidInputError(message, hint=error.hint) from error
     raise InvalidInputError(
-        f"loss input {name!r} is a {type(value).__name__}; "
+        f"loss input {name!r} is {a_type(value)}; "
         "give a list, a numpy array, a torch tensor or a TensorData"
     )
 
@@ -84,12 +84,12 @@ class Datum:
     ) -> None:
         if not isinstance(model_input, ModelInput):
             raise InvalidInputError(
-                f"the model_input of a Datum is a {type(model_input).__name__}, not a ModelInput",
+                f"the model_input of a Datum is {a_type(model_input)}, not a ModelInput",
                 hint=hint_for_model_input(model_input),
             )
         if not isinstance(loss_fn_inputs, Mapping):
             raise InvalidInputError(
-                f"the loss_fn_inputs of a Datum are a {type(loss_fn_inputs).__name__}, not a dict",
+                f"the loss_fn_inputs of a Datum are {a_type(loss_fn_inputs)}, not a dict",
                 hint='They are named, e.g. {"target_tokens": tokens[1:], "weights": weights[1:]}.',
             )
         object.__setattr__(self, "model_input", model_input)

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Sequence
 
 from tinkex._runtime.lazy_numpy import np
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types.chunks import CHUNK_TYPES, EncodedTextChunk, ModelInputChunk, chunk_from_json
 from tinkex.types.tokens import as_tokens
 
@@ -26,9 +26,7 @@ def _as_chunk(chunk: Any) -> ModelInputChunk:
         return chunk
     if isinstance(chunk, Mapping):
         return chunk_from_json(dict(chunk))
-    raise InvalidInputError(
-        f"a {type(chunk).__name__} is no chunk of a model input", hint=_FROM_INTS
-    )
+    raise InvalidInputError(f"{a_type(chunk)} is not a chunk of a model input", hint=_FROM_INTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ class ModelInput:
         chunks = self.chunks
         if isinstance(chunks, (str, bytes, Mapping)) or not isinstance(chunks, Iterable):
             raise InvalidInputError(
-                f"chunks is a {type(chunks).__name__}; it must be a list of chunks", hint=_FROM_INTS
+                f"chunks is {a_type(chunks)}; it must be a list of chunks", hint=_FROM_INTS
             )
         object.__setattr__(self, "chunks", [_as_chunk(chunk) for chunk in chunks])
 
@@ -115,7 +113,7 @@ class ModelInput:
         texts = []
         for chunk in self.chunks:
             if not isinstance(chunk, EncodedTextChunk):
-                raise InvalidInputError(f"a {type(chunk).__name__} has no token ids")
+                raise InvalidInputError(f"{a_type(chunk)} has no token ids")
             texts.append(chunk)
         return texts
 

@@ -7,7 +7,7 @@ import math
 from typing import Any, Dict, Mapping, Optional, Union
 
 from tinkex._runtime.numeric import convert_fields, is_finite, to_float
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._wire import Wire, excerpt
 
 #: What every server takes a run without a word about its optimizer to have.
@@ -152,7 +152,11 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         encoded = dict(vars(value))
     else:
-        encoded = {}
+        raise InvalidInputError(
+            f"{what} is {excerpt(value, 100)}; it must be AdamParams or another optimizer's "
+            "parameters",
+            hint="A learning rate is one of them: AdamParams(learning_rate=1e-4).",
+        )
     encoded.setdefault("type", getattr(value, "type", None))
     if not isinstance(encoded["type"], str) or not encoded["type"]:
         raise InvalidInputError(
@@ -176,4 +180,4 @@ def _plain(what: str, value: Any) -> Any:
         return {str(name): _plain(f"{what}[{name!r}]", item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(f"{what}[{index}]", item) for index, item in enumerate(value)]
-    raise InvalidInputError(f"{what} is a {type(value).__name__}, which JSON cannot express")
+    raise InvalidInputError(f"{what} is {a_type(value)}, which JSON cannot express")

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, Iterable, Tuple, Union
 
 from tinkex._runtime.numeric import as_int
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -65,7 +65,7 @@ def as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpan
     for span in found:
         if not isinstance(span, (PromptProvenanceSpan, SampledProvenanceSpan)):
             raise InvalidInputError(
-                f"{what} holds a {type(span).__name__}; it must be a list of "
+                f"{what} holds {a_type(span)}; it must be a list of "
                 "PromptProvenanceSpan and SampledProvenanceSpan"
             )
     return found

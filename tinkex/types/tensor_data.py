@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._runtime.numeric import to_int
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -159,7 +159,7 @@ class TensorData:
         """Copy a torch tensor of any device (bfloat16 and float16 are widened to float32)."""
         if not hasattr(tensor, "detach"):
             raise InvalidInputError(
-                f"from_torch was given a {type(tensor).__name__}, not a torch tensor",
+                f"from_torch was given {a_type(tensor)}, not a torch tensor",
                 hint="TensorData(...) takes lists and numpy arrays.",
             )
         detached = tensor.detach().cpu()

@@ -6,7 +6,7 @@ import array
 from typing import Any, Mapping
 
 from tinkex._runtime.lazy_numpy import np
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._numbers import SHORT
 
 
@@ -72,7 +72,7 @@ def _only_sequence(encoding: Mapping[str, Any]) -> Any:
     """The ids in what a tokenizer returned; InvalidInputError unless they are of one sequence."""
     if "input_ids" not in encoding:
         raise InvalidInputError(
-            f"tokens are a {type(encoding).__name__} without input_ids",
+            f"tokens are {a_type(encoding)} without input_ids",
             hint="Give a flat list of token ids.",
         )
     ids = encoding["input_ids"]
@@ -80,8 +80,7 @@ def _only_sequence(encoding: Mapping[str, Any]) -> Any:
         return ids
     if len(ids) != 1:
         raise InvalidInputError(
-            f"the input_ids of a {type(encoding).__name__} are {len(ids)} sequences; "
-            "a model input is one",
+            f"the input_ids of {a_type(encoding)} are {len(ids)} sequences; a model input is one",
             hint="Make one for each: [ModelInput.from_ints(ids) for ids in ...['input_ids']].",
         )
     return ids[0]

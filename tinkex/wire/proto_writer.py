@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, List, Mapping, Sequence, Tuple, Union
 
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, a_type
 from tinkex.types import (
     Datum,
     DmelChunk,
@@ -187,7 +187,7 @@ def _other_chunk(chunk: ModelInputChunk) -> bytes:
     if isinstance(chunk, DmelChunk):
         return _message(3, _bytes(1, chunk.dmel))
     raise InvalidInputError(
-        f"a {type(chunk).__name__} has no protobuf form; it is for sampling only",
+        f"{a_type(chunk)} has no protobuf form; it is for sampling only",
         hint="Load the image and pass its bytes as an ImageChunk.",
     )
 

@@ -124,6 +124,18 @@ def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> 
     return shapes != {name: tuple(value.shape) for name, value in adapter.parameters.items()}
 
 
+def load_tensors(file: Path) -> Dict[str, torch.Tensor]:
+    """Return what the safetensors *file* holds; EngineError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved: Dict[str, torch.Tensor] = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{file} cannot be read: {error}") from error
+    return saved
+
+
 def read_tensors(
     folder: Path, file: str, wanted: Dict[str, torch.Tensor], *, output: Optional[str] = None
 ) -> Dict[str, torch.Tensor]:
@@ -134,13 +146,7 @@ def read_tensors(
     Raises:
         EngineError: the file is missing or damaged, or holds something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        saved: Dict[str, torch.Tensor] = load_file(str(folder / file))
-    except (OSError, SafetensorError) as error:
-        raise EngineError(f"{folder / file} cannot be read: {error}") from error
+    saved = load_tensors(folder / file)
     if output is not None:
         saved = rename_exported(saved, output)
     if saved.keys() != wanted.keys():

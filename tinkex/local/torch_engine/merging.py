@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 import torch
 
@@ -13,6 +13,7 @@ from tinkex.local import models
 from tinkex.local.engine import EngineError
 from tinkex.local.torch_engine.adapter_files import (
     WEIGHTS_FILE,
+    load_tensors,
     read_config,
     rename_exported,
     sample_of,
@@ -20,6 +21,8 @@ from tinkex.local.torch_engine.adapter_files import (
 from tinkex.local.torch_engine.adapters import output_name
 from tinkex.local.torch_engine.quiet import quiet
 from tinkex.local.torch_engine.tied import is_tied, untie
+
+_ADAPTER = "It must be a folder that RestClient.download_checkpoint or PEFT's save_pretrained made."
 
 
 def merge_adapter(
@@ -46,28 +49,39 @@ def merge_adapter(
         The path of *dest*.
 
     Raises:
-        InvalidInputError: there is no LoRA adapter in *adapter*, it does not fit the base model, or
-            *dest* is taken.
+        InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged; it does not fit
+            the base model; *dest* is taken; or *dtype* is not a float type.
         LocalServerError: the base model cannot be had.
         OSError: *dest* cannot be written.
     """
     source, target = Path(adapter).expanduser(), Path(dest).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidInputError(f"{target} exists already", hint="Choose another folder.")
+    chosen = _as_dtype(dtype)
     try:
         config = read_config(source)
+        tensors = load_tensors(source / WEIGHTS_FILE)
     except EngineError as error:
-        raise InvalidInputError(str(error)) from error
+        raise InvalidInputError(str(error), hint=_ADAPTER) from error
     name = base_model or config.base_model_name_or_path
     if not name:
         raise InvalidInputError(f"{source} does not name its base model", hint="Give base_model.")
     where = models.resolve(os.fspath(name)).source
     with quiet():
-        model, tokenizer = _load(where, dtype)
-        merged = _merge(model, source, config, name)
+        model, tokenizer = _load(where, chosen)
+        merged = _merge(model, tensors, config, f"the adapter in {source} does not fit {name}")
         merged.save_pretrained(str(target))
         tokenizer.save_pretrained(str(target))
     return target
+
+
+def _as_dtype(dtype: object) -> Union[str, torch.dtype]:
+    found = dtype if dtype == "auto" else getattr(torch, str(dtype).rpartition(".")[2], None)
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise InvalidInputError(
+        f"dtype is {dtype!r}; it must be 'auto' or a float type of torch, such as 'bfloat16'"
+    )
 
 
 def _load(source: str, dtype: Union[str, torch.dtype]) -> Any:
@@ -80,25 +94,32 @@ def _load(source: str, dtype: Union[str, torch.dtype]) -> Any:
         raise LocalServerError(f"cannot load the base model {source}: {error}") from error
 
 
-def _merge(model: Any, adapter: Path, config: Any, name: str) -> Any:
+def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: str) -> Any:
     import peft
-    from safetensors.torch import load_file
 
     output = output_name(model)
-    saved = load_file(str(adapter / WEIGHTS_FILE))
-    tensors = saved if output is None else rename_exported(saved, output)
+    if output is not None:
+        tensors = rename_exported(tensors, output)
     if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
         untie(model)
     try:
         wrapped = peft.PeftModel(model, config)
         loaded = peft.set_peft_model_state_dict(wrapped, tensors)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise InvalidInputError(f"the adapter in {adapter} does not fit {name}: {error}") from error
+        raise InvalidInputError(f"{misfit}: {_in_short(error)}") from error
     lacking = [key for key in loaded.missing_keys if "lora_" in key]
     strange = list(loaded.unexpected_keys)
     if lacking or strange:
         raise InvalidInputError(
-            f"the adapter in {adapter} does not fit {name}: it adapts {sample_of(strange)} beyond "
-            f"the layers it names, and lacks weights for {sample_of(lacking)}"
+            f"{misfit}: it adapts {sample_of(strange)} beyond the layers it names, and lacks "
+            f"weights for {sample_of(lacking)}"
         )
     return wrapped.merge_and_unload()
+
+
+def _in_short(error: Exception) -> str:
+    """Return the first of the weights that *error* lists; torch writes one on each line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if len(lines) < 2:
+        return str(error)
+    return lines[1] if len(lines) == 2 else f"{lines[1]} ({len(lines) - 2} more like this)"
