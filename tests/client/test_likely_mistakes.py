@@ -92,6 +92,7 @@ def test_each_warning_comes_once_in_a_run(
 def test_weights_of_0_are_in_order_where_nothing_is_trained_by_them(
     run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("torch")
     nothing = datum(weights=[0.0] * 4, logprobs=[-1.0] * 4, advantages=[1.0] * 4)
     run.forward([nothing], "cross_entropy").result(PATIENCE_S)
     run.forward_backward([nothing], "importance_sampling").result(PATIENCE_S)
@@ -102,6 +103,7 @@ def test_weights_of_0_are_in_order_where_nothing_is_trained_by_them(
 def test_targets_of_a_custom_loss_are_looked_at_too(
     run: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("torch")
     run.forward_backward_custom([datum(TOKENS)], lambda d, p: (p[0].sum(), {})).result(PATIENCE_S)
     assert "target_tokens of data[0] are its input tokens" in caplog.text
 

@@ -8,7 +8,7 @@ import pytest
 from examples.programs import Server, serving
 
 if importlib.util.find_spec("torch") is None:
-    collect_ignore = ["test_examples.py"]
+    collect_ignore = ["test_examples.py", "test_quiet.py"]
 
 
 @pytest.fixture

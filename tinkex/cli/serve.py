@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Optional, Tuple
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status, terminal
 from tinkex.cli.commands import Command
 from tinkex.cli.signals import Ended, EndSignals
 from tinkex.cli.terminal import echo, echo_error
@@ -120,6 +119,8 @@ def serve(
 
 def _log_request(line: str) -> None:
     """Write a line of the access log; called by the threads that answer requests."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is full or closed
+    try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # stderr is full or closed
+        terminal.discard(sys.stderr)
