@@ -31,7 +31,15 @@ HALVES = [0.5, np.float16(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5),
 HALVES += [decimal.Decimal("0.5"), fractions.Fraction(1, 2), np.array(0.5, np.float16)]
 
 NO_NUMBERS = [None, True, False, np.bool_(True), np.array(True), "", "x", "1,5", b"8", [8], (8,)]
-NO_NUMBERS += [np.array([8]), np.array([]), {}, object(), 1j, np.complex64(1), np.datetime64("nat")]
+NO_NUMBERS += [
+    np.array([8]),
+    np.array([]),
+    {},
+    object(),
+    1j,
+    np.complex64(1),
+    np.datetime64("nat", "s"),
+]
 
 
 @pytest.mark.parametrize("value", EIGHTS, ids=repr)
