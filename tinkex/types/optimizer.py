@@ -139,6 +139,12 @@ def _check_range(params: Wire, names: Any, below_one: Any) -> None:
             raise InvalidInputError(f"{type(params).__name__}.{name} is {value}; it must be < 1")
 
 
+_OBJECTS = (
+    "Give AdamParams(learning_rate=1e-4), DimuonParams, AdamOptimizerConfig or "
+    'DimuonOptimizerConfig, or a dict like {"type": "dimuon", "learning_rate": 0.01}.'
+)
+
+
 def _as_object(what: str, value: Any) -> Dict[str, Any]:
     """Return *value*, a mapping or an object with a ``type``, as a JSON object."""
     if isinstance(value, Mapping):
@@ -153,16 +159,14 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
         encoded = dict(vars(value))
     else:
         raise InvalidInputError(
-            f"{what} is {excerpt(value, 100)}; it must be AdamParams or another optimizer's "
-            "parameters",
-            hint="A learning rate is one of them: AdamParams(learning_rate=1e-4).",
+            f"{what} is {excerpt(value, 100)}; it must be an object that describes an optimizer",
+            hint=_OBJECTS,
         )
     encoded.setdefault("type", getattr(value, "type", None))
     if not isinstance(encoded["type"], str) or not encoded["type"]:
         raise InvalidInputError(
             f"{what} is {excerpt(value, 100)}; it has no type",
-            hint="Give AdamParams, DimuonParams, AdamOptimizerConfig or DimuonOptimizerConfig, "
-            'or a dict like {"type": "dimuon", "learning_rate": 0.01}.',
+            hint=_OBJECTS,
         )
     return {name: _plain(f"{what}[{name!r}]", item) for name, item in encoded.items()}
 
