@@ -22,7 +22,7 @@ import tinkex
 from tinkex import ServiceClient, errors, types
 from tinkex._sessions import manager as session_manager_module
 from tinkex._sessions.manager import SessionManager
-from tinkex._transport import rate_limiter
+from tinkex._transport.server_state import state_of
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -199,10 +199,7 @@ def test_clients_with_different_configs_do_not_interfere(server: SessionServer) 
         first = ServiceClient(base_url=server.url, api_key="tml-a", heartbeat_interval_s=0.05)
         second = ServiceClient(base_url=other.url, api_key="tml-b", heartbeat_interval_s=0.05)
         with first, second:
-            limiters = {
-                rate_limiter.limiter_for(c.config.base_url, c.config.key_digest)
-                for c in (first, second)
-            }
+            limiters = {state_of(c.config).limiter for c in (first, second)}
             assert len(limiters) == 2
             second.create_sampling_client(base_model="m").sample(PROMPT).result(10)
             first.close()
