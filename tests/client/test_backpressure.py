@@ -523,7 +523,7 @@ def test_large_results_are_fetched_one_after_the_other(
         go.set()
         for future in futures:
             assert future.result(PATIENCE_S).sequences[0].tokens == [5]
-        assert service._session.transport.pressure.results._used == 0
+        assert service._runtime.transport.pressure.results._used == 0
     assert len(fetches) == 3
 
 
@@ -533,7 +533,7 @@ def test_close_ends_a_wait_for_the_quota_at_once(
     monkeypatch.setattr(backpressure, "_LOOK_S", 3600.0)  # nobody looks without being woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
-        quota = service._session.transport.pressure.samples
+        quota = service._runtime.transport.pressure.samples
         quota.take(1 << 30, never)
         futures = [sampler.sample(PROMPT) for _ in range(5)]
         wait_until(lambda: waiting(quota) == 5, "all wait")
