@@ -442,10 +442,6 @@ def _unpickle(handle: str) -> SamplingClient:
     return SamplingClient._from_handle(handle, trusted=True)
 
 
-#: The official SDK's name of what creators return; here they return the client itself.
-BackcompatSamplingClientFuture = SamplingClient
-
-
 def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
     logprobs = response.prompt_logprobs
     if logprobs is None:

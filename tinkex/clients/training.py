@@ -359,9 +359,5 @@ class TrainingClient(RunCheckpoints):
         return future
 
 
-#: The official SDK's name of what creators return; here they return the client itself.
-BackcompatTrainingClientFuture = TrainingClient
-
-
 def _length(data: Sequence[Datum]) -> int:
     return sum(datum.model_input.length for datum in data)
