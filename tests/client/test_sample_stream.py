@@ -269,7 +269,7 @@ def test_an_interrupted_call_leaves_nothing_behind(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(client._session.poller, "submit_sample", interrupted)
+            patch.setattr("tinkex._results.poller.known_flags", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(sampler.sample_many(prompts(3), PARAMS))
         assert client.inflight() == []
