@@ -1,4 +1,4 @@
-"""What holds for every test: no model hub is asked, no thread and no socket is left behind."""
+"""What holds for every test (no model hub, no thread or socket left over), and shared fixtures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ import signal
 import sys
 import threading
 import time
-from typing import Iterator, List
+from typing import TYPE_CHECKING, Iterator, List
 
 import pytest
+
+# The environment of the JSON-era client has neither tinkex nor its libraries: the fixtures import
+# what they use.
+if TYPE_CHECKING:
+    from support.scripted_server import ScriptedServer
+    from support.tinker_routes import TinkerRoutes
+
+    from tinkex import ServiceClient, TrainingClient
+    from tinkex.local import LocalServer
 
 #: How long a stopped thread may take to leave.
 GRACE_S = 5.0
@@ -71,3 +80,55 @@ def no_thread_is_left() -> Iterator[None]:
     futures = sys.modules.get("tinkex.futures")
     if futures is not None:  # failed ones that the test did not read are not the next one's
         futures.report_lost()
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A real HTTP server that sends the responses a test gives it."""
+    from support.scripted_server import ScriptedServer
+
+    with ScriptedServer() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def routes(server: ScriptedServer) -> TinkerRoutes:
+    """A small Tinker server on *server*."""
+    from support.tinker_routes import TinkerRoutes
+
+    return TinkerRoutes(server)
+
+
+@pytest.fixture
+def scripted(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceClient]:
+    """A client of the scripted server."""
+    from tinkex import ServiceClient
+
+    with ServiceClient(base_url=server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def local() -> Iterator[LocalServer]:
+    """The embedded server with the deterministic engine."""
+    from tinkex.local import LocalServer
+    from tinkex.local.deterministic import DeterministicEngine
+
+    engine = DeterministicEngine(vocab_size=1000, context_length=64)
+    with LocalServer(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def service(local: LocalServer) -> Iterator[ServiceClient]:
+    """A client of the embedded server."""
+    from tinkex import ServiceClient
+
+    with ServiceClient(base_url=local.url) as client:
+        yield client
+
+
+@pytest.fixture
+def trainer(service: ServiceClient) -> TrainingClient:
+    """A training run on the embedded server."""
+    return service.create_lora_training_client("deterministic", rank=4)

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from protocol import test_golden
+from wire import test_golden
 
 from tinkex import _api as api, types
 from tinkex._runtime.clock import SYSTEM_CLOCK

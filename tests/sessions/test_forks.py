@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from sessions.processes import Script
-from sessions.session_server import BEAT, CAPABILITIES, POLL, SessionServer
 from support.scripted_server import Answer, Received
+from support.session_server import BEAT, CAPABILITIES, POLL, SessionServer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 

@@ -11,14 +11,14 @@ from typing import List, Optional
 
 import pytest
 from sessions.processes import Ended, Script, last_line, line_of
-from sessions.session_server import (
+from support.scripted_server import Answer
+from support.session_server import (
     CAPABILITIES,
     CREATE,
     POLL,
     SessionServer,
     finish_route,
 )
-from support.scripted_server import Answer
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 pytestmark = POSIX

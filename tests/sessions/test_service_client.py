@@ -14,8 +14,8 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from sessions.fakes import FakeNetwork
-from sessions.session_server import BEAT, CREATE, POLL, SessionServer
 from support.scripted_server import Answer
+from support.session_server import BEAT, CREATE, POLL, SessionServer
 from support.threads import race, wait_until
 
 import tinkex

@@ -13,8 +13,8 @@ from typing import Any, Callable, List, Optional
 
 import pytest
 from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
-from sessions.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.scripted_server import Answer
+from support.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.threads import race, wait_until
 
 from tinkex import errors
