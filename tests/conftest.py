@@ -61,20 +61,9 @@ def no_thread_is_left() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {[t.name for t in left]}"
-    # Servers of later tests may get the ports of this one's.
-    memory = sys.modules.get("tinkex._transport.server_state")
-    if memory is not None:
-        memory.forget_servers()
-    for name, table in (
-        ("tinkex._transport.server_flags", "_known"),
-        ("tinkex._transport.tokens", "_sources"),
-        ("tinkex._transport.rate_limiter", "_limiters"),
-    ):
-        if name in sys.modules:  # likewise: flags, tokens and back-offs, by address
-            getattr(sys.modules[name], table).clear()
-    manager = getattr(sys.modules.get("tinkex._sessions.manager"), "_default", None)
-    if manager is not None:  # and whether sessions can be finished there
-        manager._core.finish_route.clear()
+    server_state = sys.modules.get("tinkex._transport.server_state")
+    if server_state is not None:  # servers of later tests may get the ports of this one's
+        server_state.forget_servers()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)
     futures = sys.modules.get("tinkex.futures")

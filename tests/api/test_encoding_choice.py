@@ -390,11 +390,11 @@ def test_json_is_never_compressed(server: ScriptedServer) -> None:
 def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transport) -> None:
     dialect = Dialect(transport.config)
     before = dialect.snapshot()
-    dialect.note_missing("POST telemetry")
+    transport.server.note_missing("POST telemetry", 404)
     assert before == ServerDialect()
     assert str(before) == "encoding not known yet"
-    assert dialect.lacks("POST telemetry")
-    assert not dialect.lacks("POST cancel_future")
+    assert transport.server.missing_status("POST telemetry") == 404
+    assert transport.server.missing_status("POST cancel_future") is None
     after = dialect.snapshot()
     assert after.missing_routes == ("POST telemetry",)
     assert str(after) == "encoding not known yet; without POST telemetry"
@@ -416,7 +416,7 @@ def test_a_route_that_has_answered_is_not_missing(
         with pytest.raises(RouteMissingError):
             get_sampler(transport, "s")
     assert len(server.requests(route)) == 4
-    assert not Dialect(transport.config).lacks("GET samplers/{id}")
+    assert transport.server.missing_status("GET samplers/{id}") is None
 
 
 def test_a_route_that_is_missing_is_asked_for_once(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
+from servers.profiles import ProfiledServer
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
@@ -39,7 +40,6 @@ from tinkex.errors import (
     ResponseDecodeError,
     RouteMissingError,
 )
-from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 
@@ -971,7 +971,7 @@ def test_a_download_from_the_embedded_server_goes_on_too(
 def test_servers_that_differ_hand_out_theirs(profile: str, tmp_path: Path) -> None:
     key = None if profile.startswith("skyrl") else KEY
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
-    with LocalServer(engine, profile=profile, api_key=key) as local:
+    with ProfiledServer(engine, profile=profile, api_key=key) as local:
         with ServiceClient(base_url=local.url, api_key=key) as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
             saved = trainer.save_state("final").result(PATIENCE_S).path
@@ -992,7 +992,7 @@ def test_without_archives_a_training_checkpoint_is_exported_for_the_purpose(
     tmp_path: Path,
 ) -> None:
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
-    with LocalServer(engine, profile="hosted", api_key=KEY) as local:
+    with ProfiledServer(engine, profile="hosted", api_key=KEY) as local:
         with ServiceClient(base_url=local.url, api_key=KEY) as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
             path = trainer.save_state("final").result(PATIENCE_S).path

@@ -10,6 +10,7 @@ import tracemalloc
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import pytest
+from servers.profiles import ProfiledServer
 
 from tinkex import ServiceClient
 from tinkex.errors import LocalServerError
@@ -293,7 +294,7 @@ def test_two_host_headers_are_not_believed(open_server: LocalServer) -> None:
 
 def test_a_profile_keeps_web_pages_out_too() -> None:
     for profile in ("hosted", "skyrl-0.4", "tuft-0.2"):
-        with LocalServer(DeterministicEngine(), profile=profile) as server:
+        with ProfiledServer(DeterministicEngine(), profile=profile) as server:
             evil = {"Host": "evil.example", "X-API-Key": "tml-x", "Content-Type": JSON}
             assert send(server, "POST", PATH, evil, b"{}")[0] == 421
             evil["Host"] = f"127.0.0.1:{port_of(server)}"
@@ -314,7 +315,7 @@ def test_the_body_of_a_stranger_is_not_kept(profile: Optional[str], chunked: boo
         part, last = b"%x\r\n%b\r\n" % (len(part), part), b"1\r\ny\r\n0\r\n\r\n"
     else:
         head += f"Content-Length: {len(part) + 1}\r\n\r\n"
-    with LocalServer(DeterministicEngine(), api_key="tml-right", profile=profile) as server:
+    with ProfiledServer(DeterministicEngine(), api_key="tml-right", profile=profile) as server:
         address = ("127.0.0.1", port_of(server))
         streams = [socket.create_connection(address, timeout=20) for _ in range(40)]
         tracemalloc.start()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 from local.harness import Api, HeldEngine, datum, serving
+from servers.profiles import ProfiledServer
 
 from tinkex import ServiceClient
 from tinkex.local import LocalServer
@@ -150,7 +151,7 @@ def test_a_client_reads_lists_with_the_deepest_metadata() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profiles_are_bounded_too(profile: str) -> None:
-    with LocalServer(DeterministicEngine(), profile=profile) as server:
+    with ProfiledServer(DeterministicEngine(), profile=profile) as server:
         import requests
 
         with requests.Session() as http:
@@ -426,7 +427,7 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(profile: Any) -> None:
     settings = ServerSettings(max_body_bytes=1 << 20)
     import requests
 
-    with LocalServer(DeterministicEngine(), profile=profile, settings=settings) as server:
+    with ProfiledServer(DeterministicEngine(), profile=profile, settings=settings) as server:
         headers = {"Content-Encoding": "zstd", "X-API-Key": "tml-x"}
         for kind in (PROTOBUF.content_type, "application/json"):
             with requests.Session() as http:

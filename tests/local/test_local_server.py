@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -450,10 +451,26 @@ def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture)
 def test_an_engine_without_its_libraries_names_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tinkex.local.torch_engine", None)
-    with pytest.raises(LocalServerError, match="not installed") as problem:
+    forget_the_torch_engine(monkeypatch)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(LocalServerError, match="needs torch, which is not installed") as problem:
         load_engine("smollm2-135m")
     assert 'pip install "tinkex[local]"' in str(problem.value)
+
+
+def test_a_module_of_its_own_that_is_missing_is_no_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forget_the_torch_engine(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tinkex.local.torch_engine", None)
+    with pytest.raises(ImportError, match=r"tinkex\.local\.torch_engine"):
+        load_engine("smollm2-135m")
+
+
+def forget_the_torch_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.startswith("tinkex.local.torch_engine"):
+            monkeypatch.delitem(sys.modules, name)
 
 
 def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,8 +175,8 @@ def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     assert sample(poller, "b").result(PATIENCE_S) == "b"
     assert len(batches.requests(BATCH)) == 1
-    lacks = poller._batches._server.lacks(batch_poller.ROUTE)
-    assert lacks == (status in (404, 405, 501))
+    missing = poller._batches._server.missing_status(batch_poller.ROUTE) is not None
+    assert missing == (status in (404, 405, 501))
 
 
 @pytest.mark.parametrize("body", [b"what?", b"[]", b'{"completions": 3, "cursor": 1}'])

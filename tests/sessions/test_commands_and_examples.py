@@ -1,4 +1,4 @@
-"""Commands and examples end their session, requirements 25 and 26, however they end themselves.
+"""Commands and examples end their session, however they end themselves.
 
 That they do their work, and leave no live session on the embedded server, is tested in
 tests/examples.
@@ -54,7 +54,7 @@ def command(line: str, server: SessionServer, folder: Path) -> Script:
 
 
 @pytest.mark.parametrize("line", [line for line, (_, body) in COMMANDS.items() if body is not None])
-def test_req_25_a_command_that_succeeds_is_silent(
+def test_a_command_that_succeeds_is_silent(
     line: str, server: SessionServer, tmp_path: Path
 ) -> None:
     route, body = COMMANDS[line]
@@ -65,7 +65,7 @@ def test_req_25_a_command_that_succeeds_is_silent(
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_req_25_a_command_that_fails_ends_its_session(
+def test_a_command_that_fails_ends_its_session(
     line: str, server: SessionServer, tmp_path: Path
 ) -> None:
     server.on(COMMANDS[line][0], Answer(400, {"detail": "not like this"}))
@@ -78,7 +78,7 @@ def test_req_25_a_command_that_fails_ends_its_session(
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_req_25_ctrl_c_ends_the_session_of_a_command(
+def test_ctrl_c_ends_the_session_of_a_command(
     line: str, server: SessionServer, tmp_path: Path
 ) -> None:
     never = threading.Event()
@@ -96,7 +96,7 @@ def test_req_25_ctrl_c_ends_the_session_of_a_command(
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_req_25_an_example_opens_one_service_and_in_a_with_statement(example: Path) -> None:
+def test_an_example_opens_one_service_and_in_a_with_statement(example: Path) -> None:
     tree = ast.parse(example.read_text(encoding="utf-8"))
     openings: List[ast.With] = [
         node
@@ -116,7 +116,7 @@ def run_probe(server_url: str, folder: Path) -> Any:
     return Script(folder, body, "", **environment).wait()
 
 
-def test_req_26_the_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path) -> None:
+def test_the_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path) -> None:
     pytest.importorskip("flask")
     ended = run_probe("", tmp_path)
     assert (ended.code, ended.err) == (0, "")
@@ -127,7 +127,7 @@ def test_req_26_the_probe_shows_the_right_path_and_the_wrong_ones(tmp_path: Path
     ]
 
 
-def test_req_26_the_probe_asks_a_server_of_ones_own_and_ends_its_session(
+def test_the_probe_of_a_given_server_ends_its_session(
     server: SessionServer, tmp_path: Path
 ) -> None:
     ended = run_probe(server.url, tmp_path)
@@ -136,9 +136,7 @@ def test_req_26_the_probe_asks_a_server_of_ones_own_and_ends_its_session(
     assert server.reasons() == ["success"]
 
 
-def test_req_26_the_probe_fails_where_the_path_is_wrong(
-    server: SessionServer, tmp_path: Path
-) -> None:
+def test_the_probe_fails_where_the_path_is_wrong(server: SessionServer, tmp_path: Path) -> None:
     server.on("POST /api/v1/session_heartbeat", Answer(404))
     server.on("POST /api/v1/heartbeat", Answer())
     ended = run_probe(server.url, tmp_path)
@@ -148,7 +146,7 @@ def test_req_26_the_probe_fails_where_the_path_is_wrong(
 
 
 @pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
-def test_req_26_the_documents_describe_heartbeats_and_teardown(document: str) -> None:
+def test_the_documents_describe_heartbeats_and_teardown(document: str) -> None:
     text = (EXAMPLES[0].parents[1] / document).read_text(encoding="utf-8").lower()
     assert "heartbeat" in text
     assert "session" in text

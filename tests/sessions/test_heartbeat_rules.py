@@ -1,4 +1,4 @@
-"""SessionTable and BeatQueue: what the requirements come down to when time is a number."""
+"""SessionTable and BeatQueue: the rules of heartbeats, with a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def beat(table: SessionTable, now: float, status: Optional[int]) -> Verdict:
 
 
 @pytest.mark.parametrize("phase", [0.0, 0.25, 0.999])
-def test_req_05_the_first_beat_comes_at_the_phase_of_the_interval(phase: float) -> None:
+def test_the_first_beat_comes_at_the_phase_of_the_interval(phase: float) -> None:
     table = SessionTable()
     table.add("a", TEN, now=100, phase=phase)
     assert table.next_due() == 100 + 10 * phase
@@ -36,7 +36,7 @@ def test_req_05_the_first_beat_comes_at_the_phase_of_the_interval(phase: float) 
     assert table.next_due() == 110 + 10 * phase
 
 
-def test_req_05_each_session_keeps_its_own_interval() -> None:
+def test_each_session_keeps_its_own_interval() -> None:
     table = SessionTable()
     table.add("slow", HeartbeatPolicy(interval_s=10), now=0, phase=0)
     table.add("fast", HeartbeatPolicy(interval_s=4), now=0, phase=0)
@@ -49,13 +49,13 @@ def test_req_05_each_session_keeps_its_own_interval() -> None:
     assert beats.count("fast") == 5
 
 
-def test_req_05_missed_beats_are_sent_as_one_and_the_phase_is_kept() -> None:
+def test_missed_beats_are_sent_as_one_and_the_phase_is_kept() -> None:
     table = table_with()
     assert table.take_due(now=37) == ["a"]  # 5, 15, 25 and 35 have passed
     assert table.next_due() == 45
 
 
-def test_req_05_a_session_has_one_beat_in_flight() -> None:
+def test_a_session_has_one_beat_in_flight() -> None:
     table = table_with()
     assert table.take_due(5) == ["a"]
     assert table.take_due(15) == []  # that of 5 is still under way
@@ -64,14 +64,14 @@ def test_req_05_a_session_has_one_beat_in_flight() -> None:
     assert table.take_due(25) == ["a"]
 
 
-def test_req_05_it_is_armed_again_before_the_beat_is_sent() -> None:
+def test_it_is_armed_again_before_the_beat_is_sent() -> None:
     table = table_with()
     table.take_due(5)
     assert table.next_due() == 15
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_req_06_a_session_that_is_gone_is_forgotten_at_once(status: int) -> None:
+def test_a_session_that_is_gone_is_forgotten_immediately(status: int) -> None:
     table = table_with()
     assert beat(table, 5, 200).kind == "fine"
     verdict = beat(table, 15, status)
@@ -81,7 +81,7 @@ def test_req_06_a_session_that_is_gone_is_forgotten_at_once(status: int) -> None
     assert table.take_due(1000) == []
 
 
-def test_req_06_only_the_very_first_beat_counts_as_first() -> None:
+def test_only_the_very_first_beat_counts_as_first() -> None:
     assert beat(table_with(), 5, 404).first_beat
     table = table_with()
     beat(table, 5, 503)  # an outage, in which the server forgot the session
@@ -89,7 +89,7 @@ def test_req_06_only_the_very_first_beat_counts_as_first() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 409, 422])
-def test_req_07_other_user_errors_remove_the_session_once_a_second_beat_confirms(
+def test_other_user_errors_remove_the_session_once_a_second_beat_confirms(
     status: int,
 ) -> None:
     table = table_with()
@@ -102,7 +102,7 @@ def test_req_07_other_user_errors_remove_the_session_once_a_second_beat_confirms
 
 
 @pytest.mark.parametrize("then", [200, None, 503, 403])
-def test_req_07_one_stray_user_error_does_not_end_a_session(then: Optional[int]) -> None:
+def test_one_stray_user_error_does_not_end_a_session(then: Optional[int]) -> None:
     table = table_with()
     beat(table, 5, 401)
     assert not beat(table, 7, then).removed
@@ -112,7 +112,7 @@ def test_req_07_one_stray_user_error_does_not_end_a_session(then: Optional[int])
 
 
 @pytest.mark.parametrize("status", [None, 302, 408, 429, 500, 502, 503, 504])
-def test_req_08_anything_else_keeps_the_session(status: Optional[int]) -> None:
+def test_anything_else_keeps_the_session(status: Optional[int]) -> None:
     table = table_with()
     verdict = beat(table, 5, status)
     assert (verdict.kind, verdict.removed) == ("failing", False)
@@ -120,7 +120,7 @@ def test_req_08_anything_else_keeps_the_session(status: Optional[int]) -> None:
     assert table.snapshots()[0].state == "failing"
 
 
-def test_req_09_one_warning_after_the_silence_then_one_a_minute_then_recovery() -> None:
+def test_one_warning_after_the_silence_then_one_a_minute_then_recovery() -> None:
     table = table_with(HeartbeatPolicy(interval_s=10, warn_after_s=120))
     kinds = {now: beat(table, now, 503).kind for now in range(5, 305, 10)}
     assert [now for now, kind in kinds.items() if kind == "warn"] == [125, 185, 245]
@@ -129,19 +129,19 @@ def test_req_09_one_warning_after_the_silence_then_one_a_minute_then_recovery() 
     assert beat(table, 315, 200).kind == "fine"
 
 
-def test_req_09_an_outage_without_a_warning_ends_without_a_word() -> None:
+def test_an_outage_without_a_warning_ends_silently() -> None:
     table = table_with()
     assert beat(table, 5, 503).kind == "failing"
     assert beat(table, 15, 200).kind == "fine"
 
 
-def test_req_10_limits_are_off_by_default() -> None:
+def test_limits_are_off_by_default() -> None:
     table = table_with()
     for now in range(5, 100_005, 10):
         assert not beat(table, now, None).removed
 
 
-def test_req_10_so_many_failures_in_a_row_are_the_limit() -> None:
+def test_a_number_of_consecutive_failures_can_be_the_limit() -> None:
     table = table_with(HeartbeatPolicy(interval_s=10, max_failures=3))
     assert [beat(table, now, 500).kind for now in (5, 15)] == ["failing", "failing"]
     assert beat(table, 25, 200).kind == "fine"  # which starts the count anew
@@ -150,7 +150,7 @@ def test_req_10_so_many_failures_in_a_row_are_the_limit() -> None:
     assert len(table) == 0
 
 
-def test_req_10_so_long_without_success_is_the_limit() -> None:
+def test_a_time_without_success_can_be_the_limit() -> None:
     table = table_with(HeartbeatPolicy(interval_s=10, max_failure_s=30))
     assert beat(table, 5, 200).kind == "fine"
     assert [beat(table, now, 500).kind for now in (15, 25)] == ["failing", "failing"]
@@ -158,7 +158,7 @@ def test_req_10_so_long_without_success_is_the_limit() -> None:
     assert (verdict.kind, verdict.silent_s, verdict.failures) == ("limit", 30, 3)
 
 
-def test_req_11_an_answer_for_a_stopped_session_means_nothing() -> None:
+def test_a_response_for_a_stopped_session_is_ignored() -> None:
     table = table_with()
     table.take_due(5)
     assert table.remove("a")
@@ -167,7 +167,7 @@ def test_req_11_an_answer_for_a_stopped_session_means_nothing() -> None:
     assert not table.remove("a")
 
 
-def test_req_12_after_a_sleep_every_session_is_due() -> None:
+def test_after_a_sleep_every_session_is_due() -> None:
     table = table_with(TEN, "a", "b", "c")
     table.take_due(5)  # all under way when the machine slept
     table.record("a", status=200, error=None, now=5)
@@ -176,7 +176,7 @@ def test_req_12_after_a_sleep_every_session_is_due() -> None:
     assert table.next_due() == 17
 
 
-def test_req_13_a_snapshot_tells_what_is_known() -> None:
+def test_a_snapshot_has_what_is_known() -> None:
     table = table_with()
     beat(table, 5, 200)
     table.take_due(15)
@@ -198,7 +198,7 @@ def sent(queue: BeatQueue, now: float = 0.0) -> List[str]:
         taken.append(item[1])
 
 
-def test_req_05_hosts_take_turns() -> None:
+def test_hosts_take_turns() -> None:
     queue = BeatQueue(4)
     for number in range(3):
         queue.put("a", f"a{number}")
@@ -206,14 +206,14 @@ def test_req_05_hosts_take_turns() -> None:
     assert sent(queue) == ["a0", "b0", "a1"]
 
 
-def test_req_05_a_single_host_may_use_all_workers() -> None:
+def test_a_single_host_may_use_all_workers() -> None:
     queue = BeatQueue(8)
     for number in range(20):
         queue.put("a", f"a{number}")
     assert len(sent(queue)) == 8
 
 
-def test_req_05_a_host_that_did_not_answer_gets_one_worker() -> None:
+def test_a_host_that_did_not_answer_gets_one_worker() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     sent(queue, 0.0)
@@ -225,7 +225,7 @@ def test_req_05_a_host_that_did_not_answer_gets_one_worker() -> None:
     assert len(sent(queue, 2.0)) == 4
 
 
-def test_req_05_hosts_that_do_not_answer_get_half_of_the_workers_together() -> None:
+def test_hosts_that_do_not_answer_get_half_of_the_workers_together() -> None:
     queue = BeatQueue(8)
     hosts = [f"dead{number}" for number in range(9)]
     for host in hosts:
@@ -241,7 +241,7 @@ def test_req_05_hosts_that_do_not_answer_get_half_of_the_workers_together() -> N
     assert len(sent(queue, 2.0)) == 1
 
 
-def test_req_05_a_host_that_begins_to_hang_leaves_workers_to_the_others() -> None:
+def test_a_host_that_begins_to_hang_leaves_workers_to_the_others() -> None:
     queue = BeatQueue(8)
     for host in ("a", "b"):
         queue.put(host, host)
@@ -254,7 +254,7 @@ def test_req_05_a_host_that_begins_to_hang_leaves_workers_to_the_others() -> Non
     assert sent(queue, 1.0) == ["b0"]
 
 
-def test_req_05_a_host_whose_answer_is_overdue_gets_no_further_worker() -> None:
+def test_a_host_whose_answer_is_overdue_gets_no_further_worker() -> None:
     queue = BeatQueue(8)
     for host in ("a", "b"):
         queue.put(host, host)
@@ -270,7 +270,7 @@ def test_req_05_a_host_whose_answer_is_overdue_gets_no_further_worker() -> None:
     assert sent(queue, 1.01 + OVERDUE_S) == ["b0"]
 
 
-def test_req_05_a_host_that_is_always_slow_is_not_overdue() -> None:
+def test_a_host_that_is_always_slow_is_not_overdue() -> None:
     queue = BeatQueue(8)
     for host in ("far", "near"):
         queue.put(host, host)
@@ -283,7 +283,7 @@ def test_req_05_a_host_that_is_always_slow_is_not_overdue() -> None:
     assert len(sent(queue, 1.5)) == 5
 
 
-def test_req_05_a_forgotten_host_leaves_nothing_behind() -> None:
+def test_a_forgotten_host_leaves_nothing_behind() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     queue.take(0.0)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, List
 
 import pytest
+from servers.profiles import NAMES, ProfiledServer
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, MODEL, TinkerRoutes
 
@@ -19,9 +20,7 @@ from tinkex.errors import (
     RouteMissingError,
     UnprocessableEntityError,
 )
-from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.profiles import NAMES
 
 PATH = "tinker://mdl/checkpoints/c1"
 INFO = {
@@ -235,7 +234,7 @@ def test_runs_continue_on_every_kind_of_server(profile: str) -> None:
     def train(trainer: TrainingClient) -> float:
         return trainer.train_step([one], "cross_entropy", adam).forward_backward.metrics["loss:sum"]
 
-    with LocalServer(engine, profile=profile) as local:
+    with ProfiledServer(engine, profile=profile) as local:
         with ServiceClient(base_url=local.url, api_key="tml-key") as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
             train(trainer)

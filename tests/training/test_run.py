@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
+from servers.profiles import NAMES, ProfiledServer
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 
@@ -28,9 +29,7 @@ from tinkex.errors import (
     SequenceLostError,
     TinkexError,
 )
-from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.profiles import NAMES
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
@@ -262,7 +261,7 @@ def test_another_409_is_only_a_failure(trainer: TrainingClient, routes: TinkerRo
 @pytest.mark.parametrize("profile", NAMES)
 def test_bad_input_never_loses_the_run(profile: str) -> None:
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
-    with LocalServer(engine, profile=profile) as local:
+    with ProfiledServer(engine, profile=profile) as local:
         with ServiceClient(base_url=local.url, api_key="tml-key") as service:
             trainer = service.create_lora_training_client("deterministic", rank=4)
             good = [trainer.forward_backward([datum()], "cross_entropy")]

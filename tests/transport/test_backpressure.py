@@ -21,8 +21,9 @@ from tinkex import ServiceClient, types
 from tinkex._transport import backpressure
 from tinkex._transport.backpressure import Quota, Unread, megabytes
 from tinkex._transport.byte_limits import Pressure
-from tinkex._transport.rate_limiter import RateLimiter, limiter_for
+from tinkex._transport.rate_limiter import RateLimiter
 from tinkex._transport.server_flags import flags_for
+from tinkex._transport.server_state import state_of
 from tinkex.errors import BackpressureError, ClientClosedError, ConfigError, RateLimitError
 from tinkex.futures import APIFuture
 
@@ -178,9 +179,9 @@ def test_the_servers_flags_bound_what_the_caller_asks_for(server: ScriptedServer
 
 
 def test_after_a_429_a_sample_weighs_twenty_times_as_much(server: ScriptedServer) -> None:
-    limiter = RateLimiter()
-    pressure = Pressure(quick_config(server), limiter, threading.Event())
-    limiter.back_off(1.0)
+    config = quick_config(server)
+    pressure = Pressure(config, state_of(config), threading.Event())
+    state_of(config).limiter.back_off(1.0)
     assert pressure.sample_bytes(3) == 600
 
 
@@ -415,7 +416,7 @@ def test_no_more_than_few_are_sent_at_once_after_a_429(
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
         first = sampler.sample(PROMPT)
-        limiter = limiter_for(server.url, service.config.key_digest)
+        limiter = service._session.transport.server.limiter
         wait_until(lambda: limiter.throttled, "the 429 was read")
         futures = [first] + [sampler.sample(PROMPT) for _ in range(39)]
         for future in futures:

@@ -6,7 +6,9 @@ import pytest
 from support.clocks import ManualClock
 from support.threads import race
 
-from tinkex._transport.rate_limiter import RateLimiter, limiter_for
+from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport.server_state import state_of
+from tinkex.config import Config
 from tinkex.errors import ClientClosedError
 
 
@@ -32,6 +34,10 @@ def test_an_earlier_longer_wish_stands() -> None:
     assert limiter.wait_s() == 10.0
     limiter.back_off(20.0)
     assert limiter.wait_s() == 20.0
+
+
+def limiter_for(base_url: str, key: str) -> RateLimiter:
+    return state_of(Config(base_url, api_key=key)).limiter
 
 
 def test_one_limiter_per_server_and_key() -> None:

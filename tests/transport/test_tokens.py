@@ -31,7 +31,8 @@ from tinkex._api.training import load_weights
 from tinkex._runtime.clock import SystemClock
 from tinkex._transport import credential_command
 from tinkex._transport.credential_command import run_command
-from tinkex._transport.tokens import Token, TokenSource, source_for
+from tinkex._transport.server_state import state_of
+from tinkex._transport.tokens import Token, TokenSource
 from tinkex._transport.transport import Request, Transport
 from tinkex.config import Config
 from tinkex.credentials import CredentialsFile, StoredKey, read_claims
@@ -381,7 +382,7 @@ def test_who_comes_just_after_a_renewal_does_not_repeat_it(
 ) -> None:
     send(transport)
     clock.advance(0.6 * 3600)
-    flight = transport.tokens._flight
+    flight = transport.server.tokens._flight
     run = flight.run
 
     def run_after_another(*args: Any) -> Any:
@@ -1027,7 +1028,7 @@ def test_no_secret_is_in_anything_that_is_produced(
     assert sent.headers["x-api-key"] in mint.made  # they were all sent, indeed
     assert sent.headers["authorization"] == SECRETS["authorization"]
     assert sent.headers["cf-access-client-secret"] == SECRETS["cloudflare"]
-    source_state = transport.tokens.token_for(transport, SUBMIT)
+    source_state = transport.server.tokens.token_for(transport, SUBMIT)
     shown = "\n".join(
         [
             everything_about(caught.value),
@@ -1038,7 +1039,7 @@ def test_no_secret_is_in_anything_that_is_produced(
             repr(source_state),
             repr(config),
             repr(pickle.dumps(config)),
-            str(transport.tokens),
+            str(transport.server.tokens),
         ]
     )
     hidden = [*SECRETS.values(), *mint.made]
@@ -1109,8 +1110,11 @@ def test_the_child_of_a_fork_shares_nothing_that_may_be_locked(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = quick_config(server, api_key=KEY)
-    parents = source_for(config)
-    assert source_for(config) is parents
+    parents = state_of(config)
+    assert state_of(config) is parents
     pid = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
-    assert source_for(config) is not parents
+    childs = state_of(config)
+    assert childs is not parents
+    assert childs.tokens is not parents.tokens
+    assert childs.limiter is not parents.limiter

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any, Callable, Dict, Iterable, Iterator
 
+from servers.profiles.routes import PREFIX
 from werkzeug.wrappers import Request, Response
 
 from tinkex.local.http import decompressed
 from tinkex.local.json_text import write_json
 from tinkex.local.problems import Problem
-from tinkex.local.profiles.routes import PREFIX
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 Environ = Dict[str, Any]

@@ -7,12 +7,12 @@ from typing import Any, Dict, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from profiles.raw import KEY
+from servers.profiles import NAMES, profile_named
+from servers.profiles.layer import assemble
+from servers.raw import KEY
 from werkzeug.test import Client
 
 from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.profiles import NAMES, profile_named
-from tinkex.local.profiles.layer import assemble
 from tinkex.local.settings import ServerSettings
 from tinkex.local.store import Store
 

@@ -8,14 +8,14 @@ from collections import Counter
 from typing import Any, Callable, Dict, Iterable
 
 import pytest
-from profiles import loop as steps
-from profiles.loop import ADAM, WAIT_S, Loop, datum
-from profiles.raw import Raw, rl_datum
-from profiles.test_client_loop import loop
+from servers import loop as steps
+from servers.loop import ADAM, WAIT_S, Loop, datum
+from servers.profiles.call import crash, json_answer
+from servers.profiles.layer import ProfileLayer
+from servers.raw import Raw, rl_datum
+from servers.test_client_loop import loop
 
 from tinkex.errors import ResultExpiredError
-from tinkex.local.profiles.call import crash, json_answer
-from tinkex.local.profiles.layer import ProfileLayer
 
 __all__ = ["loop"]  # the fixture
 

@@ -6,6 +6,7 @@ import threading
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import requests
+from servers.profiles import ProfiledServer
 
 from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
@@ -184,7 +185,7 @@ class Raw:
 
 def serving(profile: str, engine: GatedEngine) -> LocalServer:
     """A server of *profile*, not started; keyless where the real one is."""
-    return LocalServer(
+    return ProfiledServer(
         engine,
         profile=profile,
         api_key=None if profile.startswith("skyrl") else KEY,

@@ -3,9 +3,8 @@ from __future__ import annotations
 from typing import Iterator
 
 import pytest
-from profiles.raw import GatedEngine, Raw, serving
-
-from tinkex.local.profiles import NAMES
+from servers.profiles import NAMES
+from servers.raw import GatedEngine, Raw, serving
 
 
 @pytest.fixture(params=NAMES)

@@ -9,9 +9,9 @@ import dataclasses
 from typing import Tuple
 
 import numpy as np
+from servers.profiles.profile import Profile
 
 from tinkex.local.json_text import write_json
-from tinkex.local.profiles.profile import Profile
 from tinkex.types import ForwardBackwardOutput, SampleResponse, TopkLogprobs
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 from tinkex.wire.codecs import codec_for

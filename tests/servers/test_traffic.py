@@ -9,12 +9,12 @@ from collections import Counter
 from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import pytest
-from profiles.loop import ADAM, WAIT_S, datum
-from profiles.raw import KEY, Raw
+from servers.loop import ADAM, WAIT_S, datum
+from servers.profiles.layer import ProfileLayer
+from servers.raw import KEY, Raw
 from support.threads import race
 
 import tinkex
-from tinkex.local.profiles.layer import ProfileLayer
 from tinkex.types import ModelInput, SamplingParams
 
 _SESSION = re.compile(r"(?<=sessions/)[^/]+")

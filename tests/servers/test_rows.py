@@ -15,10 +15,10 @@ import numpy as np
 import orjson
 import pytest
 import requests
-from profiles.raw import KEY, SESSION, Raw, rl_datum
+from servers.profiles import NAMES, profile_named
+from servers.profiles.table import settings_of
+from servers.raw import KEY, SESSION, Raw, rl_datum
 
-from tinkex.local.profiles import NAMES, profile_named
-from tinkex.local.profiles.table import settings_of
 from tinkex.local.settings import ServerSettings
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
@@ -98,7 +98,7 @@ def zstd_protobuf_body(raw: Raw) -> str:
 
 
 def _asked(model: str) -> Any:
-    from profiles.raw import datum
+    from servers.raw import datum
 
     from tinkex.types import ForwardBackwardRequest
 

@@ -7,6 +7,9 @@ from typing import Any, Dict, Tuple
 
 import orjson
 from google.protobuf.message import DecodeError
+from servers.profiles import ids, results
+from servers.profiles.call import PASSES, Call, crash, json_answer
+from servers.profiles.profile import Profile
 from werkzeug.wrappers import Response
 
 from tinkex.local.backend import Backend
@@ -16,9 +19,6 @@ from tinkex.local.http import digest
 from tinkex.local.json_text import write_json
 from tinkex.local.lanes import Job
 from tinkex.local.problems import Problem
-from tinkex.local.profiles import ids, results
-from tinkex.local.profiles.call import PASSES, Call, crash, json_answer
-from tinkex.local.profiles.profile import Profile
 from tinkex.local.sampling_turns import failure_of
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 

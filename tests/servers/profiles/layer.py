@@ -11,6 +11,14 @@ import re
 from typing import Callable, Iterable, List, Optional, Tuple
 
 import orjson
+from servers.profiles import bodies, ids, results
+from servers.profiles.answers import Answers
+from servers.profiles.call import PASSES, Call, Environ, Refusal, StartResponse
+from servers.profiles.numbers import lane_of
+from servers.profiles.profile import Profile
+from servers.profiles.routes import RouteTable
+from servers.profiles.table import settings_of
+from servers.profiles.vocabulary import lenient
 from werkzeug.wrappers import Response
 
 from tinkex.local.admission import Admission, head_of
@@ -19,14 +27,6 @@ from tinkex.local.backend import Backend
 from tinkex.local.engine import Engine
 from tinkex.local.json_text import check_levels
 from tinkex.local.problems import Problem
-from tinkex.local.profiles import bodies, ids, results
-from tinkex.local.profiles.answers import Answers
-from tinkex.local.profiles.call import PASSES, Call, Environ, Refusal, StartResponse
-from tinkex.local.profiles.numbers import lane_of
-from tinkex.local.profiles.profile import Profile
-from tinkex.local.profiles.routes import RouteTable
-from tinkex.local.profiles.table import settings_of
-from tinkex.local.profiles.vocabulary import lenient
 from tinkex.local.settings import ServerSettings
 from tinkex.local.store import Store
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE

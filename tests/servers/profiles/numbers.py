@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Dict, Optional, Type
 
+from servers.profiles.profile import Profile
+
 from tinkex.local.lanes import Job, Lane
 from tinkex.local.problems import Problem
-from tinkex.local.profiles.profile import Profile
 
 
 class ArrivalLane(Lane):

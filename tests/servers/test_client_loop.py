@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
 import pytest
-from profiles.loop import ADAM, EVERYTHING, STEPS, Loop, Step, datum, many_datums_in_chunks
-from profiles.raw import KEY, Raw
+from servers.loop import ADAM, EVERYTHING, STEPS, Loop, Step, datum, many_datums_in_chunks
+from servers.profiles import ProfiledServer
+from servers.raw import KEY, Raw
 from support.threads import wait_until
 
 import tinkex
-from tinkex.local import LocalServer
 from tinkex.local.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 from tinkex.types import ModelInput
@@ -76,7 +76,7 @@ def test_whole_loop_with_flags(
 ) -> None:
     """The same without a profile, and with everything switched on that changes what is sent."""
     engine = DeterministicEngine(vocab_size=1000, context_length=256)
-    with LocalServer(engine, profile=profile, api_key=KEY, settings=settings) as server:
+    with ProfiledServer(engine, profile=profile, api_key=KEY, settings=settings) as server:
         with tinkex.ServiceClient(base_url=server.url, api_key=KEY) as service:
             loop = Loop(service, profile or EVERYTHING, tmp_path)
             _run_all(loop)

@@ -11,7 +11,7 @@ class Profile:
     """The choices of one server; the defaults are those of most.
 
     Attributes:
-        name: as given to ``--profile``.
+        name: as given to `profile_named`.
         routes: ``"METHOD path"`` of every route it has, ``{id}`` standing for one part of a
             path and ``{cp}`` for the rest of it; None is all.
         lacks: routes it has not, where *routes* is None.

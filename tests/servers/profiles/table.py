@@ -1,4 +1,4 @@
-"""The servers, as observed from outside in November 2026 (see docs/profiles.md).
+"""The servers, as observed from outside in November 2026 (see docs/servers.md).
 
 Where nothing was observed, a profile takes the choice that is harder for a client.
 """
@@ -9,8 +9,9 @@ import dataclasses
 import importlib.util
 from typing import Any, Dict, Tuple
 
+from servers.profiles.profile import Profile
+
 from tinkex.errors import LocalServerError
-from tinkex.local.profiles.profile import Profile
 from tinkex.local.settings import ServerSettings
 
 #: What a client cannot do without; every server has it.
@@ -147,7 +148,7 @@ _HOSTED = Profile(
 
 _PROFILES = {profile.name: profile for profile in (_HOSTED, _SKYRL_03, _SKYRL_04, _TUFT, _HATCHERY)}
 
-#: Every name that ``--profile`` takes.
+#: The names of all profiles.
 NAMES: Tuple[str, ...] = tuple(_PROFILES)
 
 
