@@ -16,8 +16,7 @@ from tinkex.local.http import answer, json_body, need, need_seq_id, optional
 from tinkex.local.problems import Problem
 from tinkex.local.settings import ServerSettings
 from tinkex.types import ForwardBackwardOutput, SampleResponse
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 T = TypeVar("T")
 

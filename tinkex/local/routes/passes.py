@@ -17,8 +17,7 @@ from tinkex.local.json_text import check_levels
 from tinkex.local.problems import Problem
 from tinkex.local.routes.submission import submit
 from tinkex.types import AdamParams, ForwardBackwardRequest
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 
 def register(app: Flask, backend: Backend) -> None:
