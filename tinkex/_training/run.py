@@ -19,7 +19,7 @@ import functools
 import logging
 from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Union
 
-from tinkex._results.poller import Operation
+from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, PassReader, check_encoding, cut
 from tinkex._training.gradient import Gradient
@@ -130,9 +130,8 @@ class TrainingRun:
             if not isinstance(accepted, UntypedFuture):
                 future.settle(accepted)
                 return
-            future.enter("waiting", accepted.request_id)
-            operation = Operation(future, decode, owner=f"run {self.model_id}")
-            self._runtime.poller.watch(self.model_id, operation)
+            request = AcceptedRequest(future, decode, f"run {self.model_id}", accepted.request_id)
+            self._runtime.poller.watch(self.model_id, request)
 
         return self.queue(kind, task)
 

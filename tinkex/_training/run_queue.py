@@ -33,9 +33,9 @@ import re
 import threading
 import uuid
 import weakref
-from typing import Any, Callable, Generic, List, Optional, Sequence, Set, Tuple, TypeVar
+from typing import Any, Callable, List, Optional, Sequence, Set, Tuple, TypeVar
 
-from tinkex._results.poller import Operation
+from tinkex._results.pending import PendingRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Reply, Request
 from tinkex.errors import (
@@ -76,20 +76,37 @@ _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 _LOOK_S = 1.0
 
 
-@dataclasses.dataclass(eq=False)
-class Work(Generic[T]):
+class Work(PendingRequest[T]):
     """One request of the run, from the call to the end; *seq_id* is what it was last sent under.
 
     *explain* turns the error that it fails with into the one to report.
     """
 
-    future: APIFuture[T]
-    send: Send
-    decode: Callable[[Reply], T]
-    binary: bool = False
-    explain: Callable[[BaseException], BaseException] = lambda error: error
-    seq_id: int = 0
-    followed: bool = False  # the run learns when the future is settled
+    def __init__(
+        self,
+        future: APIFuture[T],
+        send: Send,
+        decode: Callable[[Reply], T],
+        binary: bool = False,
+        explain: Callable[[BaseException], BaseException] = lambda error: error,
+    ) -> None:
+        super().__init__(future)
+        self.send_as: Send = send
+        self.read: Callable[[Reply], T] = decode
+        self.binary = binary
+        self.explain = explain
+        self.lane: Optional[NumberedLane] = None
+        self.seq_id = 0
+        self.followed = False  # the run learns when the future is settled
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result."""
+        return self.read(reply)
+
+    def on_failure(self, error: BaseException) -> Optional[BaseException]:
+        """The error to report, or None if it is to be sent again."""
+        assert self.lane is not None
+        return self.lane._appeal(self, error)
 
 
 class _AnotherBody(Exception):
@@ -221,7 +238,7 @@ class NumberedLane:
             if left is not None:
                 poller.fail(future, left)
             return
-        future.enter("waiting", accepted.request_id)
+        work.note_accepted(accepted.request_id)
         with self._changed:
             self._in_flight.add(work)
         if not work.followed:
@@ -229,21 +246,15 @@ class NumberedLane:
             future.on_settled(lambda settled: self._settled(work))
         elif future.done():  # cancelled just now, before it was in flight again
             self._settled(work)
-        operation = Operation(
-            future,
-            work.decode,
-            work.binary,
-            owner=f"run {self._model_id}",
-            appeal=lambda error: self._appeal(work, error),
-        )
-        poller.watch(self._model_id, operation)
+        work.lane, work.owner = self, f"run {self._model_id}"
+        poller.watch(self._model_id, work)
 
     def _submit(self, work: Work[Any]) -> UntypedFuture:
         """Send under the next number, and do with the number what the rules above say."""
         while True:
             work.seq_id = self._next_seq_id
             try:
-                accepted = work.send(work.seq_id)
+                accepted = work.send_as(work.seq_id)
             except _AnotherBody:
                 self._send_lost_again()
             except RouteMissingError:  # and nothing there to read it
@@ -358,7 +369,7 @@ class NumberedLane:
     def _settled(self, work: Work[Any]) -> None:
         future = work.future
         done = not future.failed()
-        work.send = work.decode = _dropped  # they hold the batch; the future may live on
+        work.send_as = work.read = _dropped  # they hold the batch; the future may live on
         with self._changed:
             self._in_flight.discard(work)
             if done:
