@@ -1,4 +1,4 @@
-"""What holds for every test: no model hub is asked, no thread and no socket is left behind."""
+"""What holds for every test (no model hub, no thread or socket left over), and shared fixtures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ import signal
 import sys
 import threading
 import time
-from typing import Iterator, List
+from typing import TYPE_CHECKING, Iterator, List
 
 import pytest
+
+# The environment of the JSON-era client has neither tinkex nor its libraries: the fixtures import
+# what they use.
+if TYPE_CHECKING:
+    from support.scripted_server import ScriptedServer
+    from support.tinker_routes import TinkerRoutes
+
+    from tinkex import ServiceClient, TrainingClient
+    from tinkex.local import LocalServer
 
 #: How long a stopped thread may take to leave.
 GRACE_S = 5.0
@@ -52,22 +61,63 @@ def no_thread_is_left() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {[t.name for t in left]}"
-    # Servers of later tests may get the ports of this one's.
-    memory = sys.modules.get("tinkex._transport.server_state")
-    if memory is not None:
-        memory.forget_servers()
-    for name, table in (
-        ("tinkex._transport.server_flags", "_known"),
-        ("tinkex._transport.tokens", "_sources"),
-        ("tinkex._transport.rate_limiter", "_limiters"),
-    ):
-        if name in sys.modules:  # likewise: flags, tokens and back-offs, by address
-            getattr(sys.modules[name], table).clear()
-    manager = getattr(sys.modules.get("tinkex._sessions.manager"), "_default", None)
-    if manager is not None:  # and whether sessions can be finished there
-        manager._core.finish_route.clear()
+    server_state = sys.modules.get("tinkex._transport.server_state")
+    if server_state is not None:  # servers of later tests may get the ports of this one's
+        server_state.forget_servers()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)
     futures = sys.modules.get("tinkex.futures")
     if futures is not None:  # failed ones that the test did not read are not the next one's
         futures.report_lost()
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A real HTTP server that sends the responses a test gives it."""
+    from support.scripted_server import ScriptedServer
+
+    with ScriptedServer() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def routes(server: ScriptedServer) -> TinkerRoutes:
+    """A small Tinker server on *server*."""
+    from support.tinker_routes import TinkerRoutes
+
+    return TinkerRoutes(server)
+
+
+@pytest.fixture
+def scripted(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceClient]:
+    """A client of the scripted server."""
+    from tinkex import ServiceClient
+
+    with ServiceClient(base_url=server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def local() -> Iterator[LocalServer]:
+    """The embedded server with the deterministic engine."""
+    from tinkex.local import LocalServer
+    from tinkex.local.deterministic import DeterministicEngine
+
+    engine = DeterministicEngine(vocab_size=1000, context_length=64)
+    with LocalServer(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def service(local: LocalServer) -> Iterator[ServiceClient]:
+    """A client of the embedded server."""
+    from tinkex import ServiceClient
+
+    with ServiceClient(base_url=local.url) as client:
+        yield client
+
+
+@pytest.fixture
+def trainer(service: ServiceClient) -> TrainingClient:
+    """A training run on the embedded server."""
+    return service.create_lora_training_client("deterministic", rank=4)

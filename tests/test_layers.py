@@ -72,7 +72,6 @@ HEAVY_ALLOWED = {
     "tinkex.local.http": {"flask", "werkzeug"},
     "tinkex.local.http_errors": {"waitress"},
     "tinkex.local.http_threads": {"waitress"},
-    "tinkex.local.profiles": {"werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
     "tinkex.local.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},

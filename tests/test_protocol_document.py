@@ -17,11 +17,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from protocol import test_golden
+from wire import test_golden
 
 from tinkex import _api as api, types
 from tinkex._runtime.clock import SYSTEM_CLOCK
 from tinkex._transport.server_flags import DynamicFlags, ServerFlags
+from tinkex._transport.server_state import state_of
 from tinkex._transport.transport import Request
 from tinkex.config import Config
 from tinkex.local.app import create_app
@@ -76,6 +77,7 @@ class FakeTransport:
     """A transport that sends nothing, and raises what it was to send."""
 
     config = Config(base_url="http://server.test", api_key="tml-test", project_id="p")
+    server = state_of(config)
     recorder = Recorder()
     clock = SYSTEM_CLOCK
 

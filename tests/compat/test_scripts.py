@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Mapping, Tuple
 
 import pytest
 from compat.programs import SCRIPTS, STYLES, run_with_tinkex
+from servers.profiles import ProfiledServer
 
 from tinkex.local import LocalServer, load_engine
 
@@ -104,7 +105,7 @@ def test_the_reinforcement_loop_is_the_same_before_servers_of_other_kinds(
     results: Results, profile: str
 ) -> None:
     """JSON or protobuf, strict or not, with metrics or without: the script does not see it."""
-    with LocalServer(load_engine("deterministic", "cpu"), profile=profile) as server:
+    with ProfiledServer(load_engine("deterministic", "cpu"), profile=profile) as server:
         found = run_with_tinkex("reinforcement", "newer", server.url)
     expected = results("reinforcement", "newer")
     assert found["greedy"] == expected["greedy"]

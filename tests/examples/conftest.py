@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from examples.programs import Server, serving
+from support.programs import Server, serving
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore = ["test_examples.py", "test_quiet.py"]

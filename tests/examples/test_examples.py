@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from examples.programs import (
+from support.programs import (
     PATIENCE_S,
     REPOSITORY,
     Server,

@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List, Tuple
 
 import click
 import pytest
-from examples.programs import REPOSITORY, interrupt, run, started
+from support.programs import REPOSITORY, interrupt, run, started
 
 import tinkex
 from tinkex.cli.main import cli
@@ -53,7 +53,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "session list": ("", 0),
     "version": ("", 0),
 }
-#: Runs until it is stopped: tests/server/test_serve_command.py.
+#: Runs until it is stopped: tests/cli/test_serve.py.
 ELSEWHERE = {"serve"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from examples.programs import REPOSITORY, Server, run
+from support.programs import REPOSITORY, Server, run
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, List
 import pytest
 from sessions import processes
 from sessions.fakes import HandTurned, hand_turned
-from sessions.session_server import SessionServer
+from support.session_server import SessionServer
 
 from tinkex import ServiceClient
 from tinkex.config import Config

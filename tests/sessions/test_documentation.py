@@ -44,7 +44,7 @@ def quoted() -> List[str]:
     return re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
 
 
-def test_req_26_every_log_line_is_explained_and_every_quoted_line_exists() -> None:
+def test_every_log_line_is_explained_and_every_quoted_line_exists() -> None:
     patterns = {as_pattern(text) for text in log_formats()}
     lines = [line for line in quoted() if " " in line]
     assert len(patterns) >= 10
@@ -54,7 +54,7 @@ def test_req_26_every_log_line_is_explained_and_every_quoted_line_exists() -> No
         assert any(re.fullmatch(pattern, line) for pattern in patterns), f"no such line: {line}"
 
 
-def test_req_26_the_settings_on_the_page_have_the_defaults_it_names() -> None:
+def test_the_settings_on_the_page_have_the_defaults_it_names() -> None:
     from tinkex.config import Config
 
     page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Forks and other processes, requirement 23: a session has one process that ends it."""
+"""Forks and other processes: a session has one process that ends it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from sessions.processes import Script
-from sessions.session_server import BEAT, CAPABILITIES, POLL, SessionServer
 from support.scripted_server import Answer, Received
+from support.session_server import BEAT, CAPABILITIES, POLL, SessionServer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 
@@ -43,7 +43,7 @@ def run(server: SessionServer, folder: Path, body: str, **environment: str) -> s
     return ended.out
 
 
-def test_req_23_a_forked_child_cannot_use_its_parents_client(
+def test_a_forked_child_cannot_use_its_parents_client(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -91,7 +91,7 @@ service.close()
     server.assert_ended_once()
 
 
-def test_req_23_a_forked_child_neither_beats_nor_ends_the_session(
+def test_a_forked_child_neither_beats_nor_ends_the_session(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -112,7 +112,7 @@ join(pid)
     server.assert_ended_once()
 
 
-def test_req_23_a_child_that_exits_first_leaves_the_parents_session_alone(
+def test_a_child_that_exits_first_leaves_the_parents_session_alone(
     server: SessionServer, tmp_path: Path
 ) -> None:
     def answer_after_a_beat(_: Received) -> Answer:
@@ -144,7 +144,7 @@ with connect(heartbeat_interval_s=1.0) as service:
         assert len({r.connection for r in server.requests(route)}) == 1, route
 
 
-def test_req_23_a_child_creates_its_own_client(server: SessionServer, tmp_path: Path) -> None:
+def test_a_child_creates_its_own_client(server: SessionServer, tmp_path: Path) -> None:
     body = """
 service = connect()
 
@@ -164,7 +164,7 @@ with service:
         server.assert_ended_once(session_id)
 
 
-def test_req_23_a_childs_own_client_left_open_is_ended_at_its_exit(
+def test_a_childs_own_client_left_open_is_ended_at_its_exit(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -184,7 +184,7 @@ service.close("errored")
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_req_23_a_client_left_open_in_a_child_of_multiprocessing_is_ended(
+def test_a_client_left_open_in_a_child_of_multiprocessing_is_ended(
     server: SessionServer, tmp_path: Path, method: str, fails: bool
 ) -> None:
     body = f"""
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     server.assert_ended_once("s1")
 
 
-def test_req_23_forks_in_the_middle_of_work(server: SessionServer, tmp_path: Path) -> None:
+def test_forks_in_the_middle_of_work(server: SessionServer, tmp_path: Path) -> None:
     body = """
 stop = threading.Event()
 with connect() as service, connect() as other:
@@ -247,7 +247,7 @@ print("fine")
         server.assert_ended_once(f"s{number}")
 
 
-def test_req_23_a_child_does_not_take_the_embedded_server_down(tmp_path: Path) -> None:
+def test_a_child_does_not_take_the_embedded_server_down(tmp_path: Path) -> None:
     pytest.importorskip("flask")
     body = """
 with ServiceClient.local("deterministic") as service:
@@ -267,7 +267,7 @@ with ServiceClient.local("deterministic") as service:
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize("form", ["pickle", "handle", "handle with the key"])
-def test_req_23_other_processes_sample_with_a_pickled_client_or_a_handle(
+def test_other_processes_sample_with_a_pickled_client_or_a_handle(
     server: SessionServer, tmp_path: Path, method: str, form: str
 ) -> None:
     body = f"""
@@ -311,7 +311,7 @@ if __name__ == "__main__":
     server.assert_ended_once()
 
 
-def test_req_23_a_pickled_client_in_the_same_process_shares_the_session(
+def test_a_pickled_client_in_the_same_process_shares_the_session(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -330,7 +330,7 @@ except errors.ClientClosedError:
     assert server.reasons() == ["success"]
 
 
-def test_req_23_clones_that_come_and_go_keep_the_session_alive(
+def test_clones_that_come_and_go_keep_the_session_alive(
     server: SessionServer, tmp_path: Path
 ) -> None:
     """Each task of a pool unpickles a client of its own and drops it."""
@@ -358,7 +358,7 @@ print("fine")
     assert server.reasons() == ["success"]
 
 
-def test_req_23_a_handle_that_is_none_is_refused() -> None:
+def test_an_invalid_handle_is_refused() -> None:
     import tinkex
 
     for handle in ("", "nonsense", "e30=", "W10="):

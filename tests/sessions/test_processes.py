@@ -1,4 +1,4 @@
-"""How processes end, requirements 22 and 24: what the server saw, exit code, stderr, seconds."""
+"""How processes end: what the server saw, exit code, stderr, seconds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import List, Optional
 
 import pytest
 from sessions.processes import Ended, Script, last_line, line_of
-from sessions.session_server import (
+from support.scripted_server import Answer
+from support.session_server import (
     CAPABILITIES,
     CREATE,
     POLL,
     SessionServer,
     finish_route,
 )
-from support.scripted_server import Answer
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 pytestmark = POSIX
@@ -219,7 +219,9 @@ def run(case: Case, server: SessionServer, folder: Path) -> Ended:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
-def test_req_22_24_a_process_ends(case: Case, server: SessionServer, tmp_path: Path) -> None:
+def test_a_process_ends_its_session_however_it_ends(
+    case: Case, server: SessionServer, tmp_path: Path
+) -> None:
     ended = run(case, server, tmp_path)
     ended.assert_silent()
     assert ended.code == case.code
@@ -235,7 +237,7 @@ def test_req_22_24_a_process_ends(case: Case, server: SessionServer, tmp_path: P
     assert ended.seconds < case.within_s
 
 
-def test_req_22_every_client_left_open_is_ended(server: SessionServer, tmp_path: Path) -> None:
+def test_every_client_left_open_is_ended(server: SessionServer, tmp_path: Path) -> None:
     ended = Script(tmp_path, "services = [connect() for _ in range(30)]", server.url).wait()
     assert (ended.code, ended.err) == (0, "")
     for number in range(30):
@@ -243,7 +245,7 @@ def test_req_22_every_client_left_open_is_ended(server: SessionServer, tmp_path:
         server.assert_ended_once(f"s{number}")
 
 
-def test_req_22_a_client_that_was_dropped_names_its_line(
+def test_the_warning_about_a_dropped_client_names_the_line_that_created_it(
     server: SessionServer, tmp_path: Path
 ) -> None:
     body = """
@@ -268,7 +270,7 @@ def test_req_22_a_client_that_was_dropped_names_its_line(
     server.assert_ended_once()
 
 
-def test_req_22_the_embedded_server_of_a_client_left_open_goes_too(tmp_path: Path) -> None:
+def test_the_embedded_server_of_a_client_left_open_stops_too(tmp_path: Path) -> None:
     pytest.importorskip("flask")
     body = """
         service = ServiceClient.local("deterministic")
@@ -279,7 +281,7 @@ def test_req_22_the_embedded_server_of_a_client_left_open_goes_too(tmp_path: Pat
     assert not Path(ended.out.strip()).exists()
 
 
-def test_req_24_a_session_that_arrives_after_ctrl_c_is_ended(
+def test_a_session_that_arrives_after_ctrl_c_is_ended(
     server: SessionServer, tmp_path: Path
 ) -> None:
     server.create_hold = threading.Event()
@@ -293,7 +295,7 @@ def test_req_24_a_session_that_arrives_after_ctrl_c_is_ended(
     assert server.beats() == []
 
 
-def test_req_24_ctrl_c_returns_at_once_and_the_client_goes_on(
+def test_ctrl_c_returns_immediately_and_the_client_stays_usable(
     server: SessionServer, tmp_path: Path
 ) -> None:
     hold = threading.Event()

@@ -1,4 +1,4 @@
-"""ServiceClient, requirements 14 to 21."""
+"""ServiceClient and its session: creation, loss, children, close and collection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from sessions.fakes import FakeNetwork
-from sessions.session_server import BEAT, CREATE, POLL, SessionServer
 from support.scripted_server import Answer
+from support.session_server import BEAT, CREATE, POLL, SessionServer
 from support.threads import race, wait_until
 
 import tinkex
 from tinkex import ServiceClient, errors, types
 from tinkex._sessions import manager as session_manager_module
 from tinkex._sessions.manager import SessionManager
-from tinkex._transport import rate_limiter
+from tinkex._transport.server_state import state_of
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -55,7 +55,7 @@ def tinkex_threads() -> List[str]:
 # 14: lost sessions
 
 
-def test_req_14_a_lost_session_does_not_fail_work_by_itself(
+def test_a_lost_session_does_not_fail_work_by_itself(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -68,7 +68,7 @@ def test_req_14_a_lost_session_does_not_fail_work_by_itself(
     assert sampler.sample(PROMPT).result(10).sequences[0].tokens == [7]  # the server decides
 
 
-def test_req_14_work_that_fails_then_says_so_and_how_to_resume(
+def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -96,7 +96,7 @@ def test_req_14_work_that_fails_then_says_so_and_how_to_resume(
     assert isinstance(error.__cause__, errors.APIStatusError)
 
 
-def test_req_14_without_a_checkpoint_it_says_that(server: SessionServer, connect: Connect) -> None:
+def test_without_a_checkpoint_the_error_says_that(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     service = connect()
     sampler = service.create_sampling_client(base_model="m")
@@ -108,7 +108,7 @@ def test_req_14_without_a_checkpoint_it_says_that(server: SessionServer, connect
         sampler.sample(PROMPT).result(10)
 
 
-def test_req_14_a_sampler_of_another_process_needs_a_new_one_from_there(
+def test_a_sampler_of_another_process_needs_a_new_one_from_there(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -126,7 +126,7 @@ def test_req_14_a_sampler_of_another_process_needs_a_new_one_from_there(
         sampler._session.close()
 
 
-def test_req_14_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
+def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
     server: SessionServer,
 ) -> None:
     server.serve_work()
@@ -140,7 +140,7 @@ def test_req_14_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
         assert len(server.beats()) == 1
 
 
-def test_req_14_a_living_session_is_asked_after_once_in_a_while(server: SessionServer) -> None:
+def test_a_live_session_is_checked_once_in_a_while(server: SessionServer) -> None:
     server.serve_work()
     with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
         sampler = service.create_sampling_client(base_model="m")
@@ -151,9 +151,7 @@ def test_req_14_a_living_session_is_asked_after_once_in_a_while(server: SessionS
         assert len(server.beats()) == 1
 
 
-def test_req_14_the_error_of_a_living_session_stays_what_it_is(
-    server: SessionServer, connect: Connect
-) -> None:
+def test_errors_of_a_live_session_stay_unchanged(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     sampler = connect().create_sampling_client(base_model="m")
     server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
@@ -164,7 +162,7 @@ def test_req_14_the_error_of_a_living_session_stays_what_it_is(
 # 15: settings
 
 
-def test_req_15_it_takes_a_config_or_keywords_and_not_both(server: SessionServer) -> None:
+def test_a_client_takes_a_config_or_keywords_and_not_both(server: SessionServer) -> None:
     config = Config(server.url, display_name="by config")
     with ServiceClient(config=config) as service:
         assert service.config is config
@@ -177,7 +175,7 @@ def test_req_15_it_takes_a_config_or_keywords_and_not_both(server: SessionServer
     assert server.created == 2
 
 
-def test_req_15_nothing_reads_the_environment_later(
+def test_the_environment_is_read_once(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.serve_work()
@@ -194,17 +192,14 @@ def test_req_15_nothing_reads_the_environment_later(
     assert {r.headers["x-api-key"] for r in server.requests()} == {"tml-first"}
 
 
-def test_req_15_clients_with_different_configs_do_not_interfere(server: SessionServer) -> None:
+def test_clients_with_different_configs_do_not_interfere(server: SessionServer) -> None:
     with SessionServer("t") as other:
         for each in (server, other):
             each.serve_work()
         first = ServiceClient(base_url=server.url, api_key="tml-a", heartbeat_interval_s=0.05)
         second = ServiceClient(base_url=other.url, api_key="tml-b", heartbeat_interval_s=0.05)
         with first, second:
-            limiters = {
-                rate_limiter.limiter_for(c.config.base_url, c.config.key_digest)
-                for c in (first, second)
-            }
+            limiters = {state_of(c.config).limiter for c in (first, second)}
             assert len(limiters) == 2
             second.create_sampling_client(base_model="m").sample(PROMPT).result(10)
             first.close()
@@ -217,7 +212,7 @@ def test_req_15_clients_with_different_configs_do_not_interfere(server: SessionS
 # 16: construction
 
 
-def test_req_16_constructing_blocks_until_the_session_exists(server: SessionServer) -> None:
+def test_constructing_blocks_until_the_session_exists(server: SessionServer) -> None:
     server.create_hold = threading.Event()
     made: List[ServiceClient] = []
     thread = threading.Thread(target=lambda: made.append(ServiceClient(base_url=server.url)))
@@ -230,7 +225,7 @@ def test_req_16_constructing_blocks_until_the_session_exists(server: SessionServ
         assert service.session_id == "s0"
 
 
-def test_req_16_a_failed_construction_leaves_nothing_behind(
+def test_a_failed_construction_leaves_nothing_behind(
     server: SessionServer, recwarn: pytest.WarningsRecorder
 ) -> None:
     server.on(CREATE, Answer(401, {"detail": "no such key"}))
@@ -245,12 +240,12 @@ def test_req_16_a_failed_construction_leaves_nothing_behind(
     assert [str(w.message) for w in recwarn.list] == []
 
 
-def test_req_16_a_server_that_is_not_there_is_named(unused_port: int) -> None:
+def test_a_server_that_is_not_there_is_named(unused_port: int) -> None:
     with pytest.raises(APIConnectionError, match=rf"127\.0\.0\.1:{unused_port}.*refused"):
         ServiceClient(base_url=f"http://127.0.0.1:{unused_port}", startup_timeout_s=0.1)
 
 
-def test_req_16_a_failure_after_the_session_exists_ends_it(
+def test_a_failure_after_the_session_exists_ends_it(
     server: SessionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poller(*args: Any) -> Any:
@@ -262,7 +257,7 @@ def test_req_16_a_failure_after_the_session_exists_ends_it(
     assert server.reasons() == ["interrupted"]
 
 
-def test_req_16_all_clients_share_one_manager_unless_given_another(connect: Connect) -> None:
+def test_all_clients_share_one_manager_unless_given_another(connect: Connect) -> None:
     clients = [connect() for _ in range(3)]
     assert {c._session.manager for c in clients} == {session_manager_module.default_manager()}
     assert tinkex_threads().count("tinkex-heartbeat") == 1
@@ -278,7 +273,7 @@ def test_req_16_all_clients_share_one_manager_unless_given_another(connect: Conn
 # 17: creators
 
 
-def test_req_17_creators_block_and_have_twins_that_do_not(
+def test_creators_block_and_have_future_variants(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -308,7 +303,7 @@ def test_req_17_creators_block_and_have_twins_that_do_not(
     assert sorted(loads) == [False, False, True, True]
 
 
-def test_req_17_a_client_is_its_own_result(server: SessionServer, connect: Connect) -> None:
+def test_a_client_is_its_own_result(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     service = connect()
     trainer = service.create_lora_training_client("m")
@@ -319,7 +314,7 @@ def test_req_17_a_client_is_its_own_result(server: SessionServer, connect: Conne
     assert rest.result() is rest
 
 
-def test_req_17_capabilities(server: SessionServer, connect: Connect) -> None:
+def test_server_capabilities(server: SessionServer, connect: Connect) -> None:
     models = [{"model_name": "m", "max_context_length": 64}]
     route = "GET /api/v1/get_server_capabilities"
     server.on(route, Answer(body={"supported_models": models}))
@@ -329,9 +324,7 @@ def test_req_17_capabilities(server: SessionServer, connect: Connect) -> None:
 # 18, 19: checks and counters
 
 
-def test_req_18_arguments_are_checked_before_any_request(
-    server: SessionServer, connect: Connect
-) -> None:
+def test_arguments_are_checked_before_any_request(server: SessionServer, connect: Connect) -> None:
     service = connect()
     calls: List[Callable[[], Any]] = [
         lambda: service.create_lora_training_client(""),
@@ -355,7 +348,7 @@ def test_req_18_arguments_are_checked_before_any_request(
     assert service._session.next_sampler_number() == 0
 
 
-def test_req_18_a_checkpoint_must_live_for_a_while(server: SessionServer, connect: Connect) -> None:
+def test_a_checkpoint_must_live_for_a_while(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     trainer = connect().create_lora_training_client("m")
     with pytest.raises(InvalidInputError, match="ttl"):
@@ -363,7 +356,7 @@ def test_req_18_a_checkpoint_must_live_for_a_while(server: SessionServer, connec
     assert server.requests("POST /api/v1/save_weights") == []
 
 
-def test_req_19_numbers_start_at_zero_and_are_used_up_even_by_failures(
+def test_sequence_ids_start_at_zero_and_are_used_up_even_by_failures(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -385,7 +378,7 @@ def test_req_19_numbers_start_at_zero_and_are_used_up_even_by_failures(
     assert [r.json()["sampling_session_seq_id"] for r in samplers] == [0, 1]
 
 
-def test_req_19_training_clients_share_the_count_of_samplers(
+def test_training_clients_share_the_count_of_samplers(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -398,7 +391,7 @@ def test_req_19_training_clients_share_the_count_of_samplers(
     assert [r.json()["sampling_session_seq_id"] for r in samplers] == [0, 1, 2]
 
 
-def test_req_19_numbers_are_unique_among_threads(connect: Connect) -> None:
+def test_sequence_ids_are_unique_among_threads(connect: Connect) -> None:
     session = connect()._session
     numbers = race(*[lambda: [session.next_model_number() for _ in range(500)]] * 8)
     assert sorted(n for each in numbers for n in each) == list(range(4000))
@@ -407,7 +400,7 @@ def test_req_19_numbers_are_unique_among_threads(connect: Connect) -> None:
 # 20: children
 
 
-def test_req_20_children_are_tracked_weakly_and_end_without_the_others(
+def test_children_are_tracked_weakly_and_close_without_the_others(
     server: SessionServer, connect: Connect
 ) -> None:
     server.serve_work()
@@ -431,7 +424,7 @@ def test_req_20_children_are_tracked_weakly_and_end_without_the_others(
     assert server.reasons() == []
 
 
-def test_req_20_a_client_whose_loading_fails_is_closed(
+def test_a_client_whose_loading_fails_is_closed(
     server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: List[Any] = []
@@ -446,7 +439,7 @@ def test_req_20_a_client_whose_loading_fails_is_closed(
     assert closed == ["s0:train:0"]
 
 
-def test_req_20_no_child_is_lost_when_its_creation_is_cut_off(
+def test_no_child_is_lost_when_its_creation_is_cut_off(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -461,7 +454,7 @@ def test_req_20_no_child_is_lost_when_its_creation_is_cut_off(
 # 21: close
 
 
-def test_req_21_close_settles_wakes_stops_finishes(
+def test_close_resolves_futures_wakes_waiters_and_ends_the_session(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -490,7 +483,7 @@ def test_req_21_close_settles_wakes_stops_finishes(
     server.assert_ended_once()
 
 
-def test_req_21_later_calls_name_the_closed_client(server: SessionServer, connect: Connect) -> None:
+def test_later_calls_name_the_closed_client(server: SessionServer, connect: Connect) -> None:
     server.serve_work()
     service = connect()
     trainer = service.create_lora_training_client("m")
@@ -514,7 +507,7 @@ def test_req_21_later_calls_name_the_closed_client(server: SessionServer, connec
             call()
 
 
-def test_req_21_close_is_idempotent_and_safe_from_several_threads(
+def test_close_is_idempotent_and_safe_from_several_threads(
     server: SessionServer, connect: Connect
 ) -> None:
     for number in range(10):
@@ -524,7 +517,7 @@ def test_req_21_close_is_idempotent_and_safe_from_several_threads(
         assert server.reasons(f"s{number}") == ["success"]
 
 
-def test_req_21_close_is_bounded_when_the_server_hangs(
+def test_close_is_bounded_when_the_server_hangs(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -552,7 +545,7 @@ class Boom(Exception):
         (SystemExit, "interrupted", "SystemExit"),
     ],
 )
-def test_req_21_with_reports_how_it_ended(
+def test_a_with_block_reports_how_it_ended(
     server: SessionServer, connect: Connect, error: Any, reason: str, detail: Any
 ) -> None:
     def work() -> None:
@@ -569,7 +562,7 @@ def test_req_21_with_reports_how_it_ended(
     assert server.details() == [detail]
 
 
-def test_req_21_a_close_that_was_interrupted_can_be_finished(
+def test_a_close_that_was_interrupted_can_be_finished(
     server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = connect()
@@ -589,7 +582,7 @@ def test_req_21_a_close_that_was_interrupted_can_be_finished(
     assert server.reasons() == ["interrupted"]
 
 
-def test_req_21_closing_from_a_callback_of_the_client_itself(
+def test_closing_from_a_callback_of_the_client_itself(
     server: SessionServer, connect: Connect, hold: threading.Event
 ) -> None:
     service = connect()
@@ -612,7 +605,7 @@ def test_req_21_closing_from_a_callback_of_the_client_itself(
 # 22, the part that needs no process of its own
 
 
-def test_req_22_a_forgotten_client_is_collected_and_warned_about(server: SessionServer) -> None:
+def test_a_forgotten_client_is_collected_and_warned_about(server: SessionServer) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         service = ServiceClient(base_url=server.url, heartbeat_interval_s=0.05)
@@ -634,7 +627,7 @@ def test_req_22_a_forgotten_client_is_collected_and_warned_about(server: Session
     server.assert_ended_once()
 
 
-def test_req_22_a_closed_client_is_collected_without_a_word(
+def test_a_closed_client_is_collected_silently(
     server: SessionServer, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = ServiceClient(base_url=server.url)

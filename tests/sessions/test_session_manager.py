@@ -1,4 +1,4 @@
-"""SessionManager, requirements 1 to 13: on a fake network, or turned by hand, or for real."""
+"""SessionManager: on a fake network, stepped by hand, or for real."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Callable, List, Optional
 
 import pytest
 from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
-from sessions.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.scripted_server import Answer
+from support.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.threads import race, wait_until
 
 from tinkex import errors
@@ -43,9 +43,7 @@ def messages(caplog: pytest.LogCaptureFixture, at_least: int = logging.INFO) -> 
 # 1: start and stop
 
 
-def test_req_01_start_returns_the_id_and_stop_ends_it_once(
-    server: SessionServer, config: Config
-) -> None:
+def test_start_returns_the_id_and_stop_ends_it_once(server: SessionServer, config: Config) -> None:
     with SessionManager() as manager:
         session_id = manager.start_session(config)
         assert session_id == "s0"
@@ -69,7 +67,7 @@ def test_req_01_start_returns_the_id_and_stop_ends_it_once(
         (Answer(body=b"hello", content_type="text/html"), errors.ResponseDecodeError),
     ],
 )
-def test_req_01_failing_to_start_raises_a_typed_error(
+def test_failing_to_start_raises_a_typed_error(
     server: SessionServer, answer: Answer, error: Any
 ) -> None:
     server.on(CREATE, answer)
@@ -80,7 +78,7 @@ def test_req_01_failing_to_start_raises_a_typed_error(
     assert not heartbeat_threads()
 
 
-def test_req_01_a_link_that_cannot_be_opened_is_reported_at_once() -> None:
+def test_a_link_that_cannot_be_opened_is_reported_immediately() -> None:
     def no_link(config: Config) -> Any:
         raise ValueError("no such proxy")
 
@@ -89,7 +87,7 @@ def test_req_01_a_link_that_cannot_be_opened_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("trouble", [RuntimeError("bug"), APIConnectionError("refused")])
-def test_req_01_stop_never_raises(trouble: Exception) -> None:
+def test_stop_never_raises(trouble: Exception) -> None:
     with managed() as (manager, network):
         network.on_finish = raising(trouble)
         session_id = manager.start_session(A)
@@ -98,9 +96,7 @@ def test_req_01_stop_never_raises(trouble: Exception) -> None:
     assert network.links[0].aborted.is_set()
 
 
-def test_req_01_stop_is_bounded_when_the_server_hangs(
-    server: SessionServer, config: Config
-) -> None:
+def test_stop_is_bounded_when_the_server_hangs(server: SessionServer, config: Config) -> None:
     with SessionManager() as manager:
         session_id = manager.start_session(config)
         server.finish_answer = Answer(hold=threading.Event())
@@ -109,7 +105,7 @@ def test_req_01_stop_is_bounded_when_the_server_hangs(
         assert time.monotonic() - began < 5
 
 
-def test_req_01_many_threads_start_and_stop_sessions_of_different_servers() -> None:
+def test_many_threads_start_and_stop_sessions_of_different_servers() -> None:
     with managed() as (manager, network):
 
         def live_and_die(config: Config) -> None:
@@ -137,7 +133,7 @@ def test_an_id_that_lives_already_is_refused_and_the_first_goes_on() -> None:
 # 2: creation
 
 
-def test_req_02_creation_sends_the_labels(server: SessionServer) -> None:
+def test_creation_sends_the_labels(server: SessionServer) -> None:
     config = Config(
         server.url,
         tags=("nightly", "ci"),
@@ -165,7 +161,7 @@ def test_req_02_creation_sends_the_labels(server: SessionServer) -> None:
     }
 
 
-def test_req_02_what_the_server_says_is_logged_at_its_level(
+def test_messages_of_the_server_are_logged_at_their_level(
     server: SessionServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = {"info_message": "hello", "warning_message": "old client", "error_message": "no credit"}
@@ -177,7 +173,7 @@ def test_req_02_what_the_server_says_is_logged_at_its_level(
 
 
 @pytest.mark.parametrize("body", [{}, {"session_id": None}, {"session_id": 7}, {"session_id": ""}])
-def test_req_02_a_session_without_a_proper_id_is_an_error(server: SessionServer, body: Any) -> None:
+def test_a_session_without_a_valid_id_is_an_error(server: SessionServer, body: Any) -> None:
     server.on(CREATE, Answer(body=body))
     with SessionManager() as manager, pytest.raises(errors.ResponseDecodeError, match="session_id"):
         manager.start_session(Config(server.url))
@@ -186,7 +182,7 @@ def test_req_02_a_session_without_a_proper_id_is_an_error(server: SessionServer,
 # 3: creation gets in nobody's way, and leaves no orphan
 
 
-def test_req_03_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
+def test_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
     with managed() as (manager, network):
         release = threading.Event()
 
@@ -209,7 +205,7 @@ def test_req_03_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
     assert all(name.startswith("tinkex-session-") for name in network.threads)
 
 
-def test_req_03_a_session_that_arrives_after_its_caller_gave_up_is_ended(
+def test_a_session_that_arrives_after_its_caller_gave_up_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
@@ -231,7 +227,7 @@ def test_req_03_a_session_that_arrives_after_its_caller_gave_up_is_ended(
         assert network.sent == []
 
 
-def test_req_03_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
+def test_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
     with managed() as (manager, network):
 
         def create(session_id: str) -> CreateSessionResponse:
@@ -246,7 +242,7 @@ def test_req_03_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
             manager.start_session(A)
 
 
-def test_req_03_a_creation_that_nobody_waits_for_any_more_is_not_begun(
+def test_a_creation_whose_caller_gave_up_is_not_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
@@ -259,7 +255,7 @@ def test_req_03_a_creation_that_nobody_waits_for_any_more_is_not_begun(
         assert network.created == 0
 
 
-def test_req_03_nothing_more_is_tried_for_a_caller_that_gave_up(server: SessionServer) -> None:
+def test_nothing_is_retried_for_a_caller_that_gave_up(server: SessionServer) -> None:
     server.on(CREATE, Answer(503, headers={"Retry-After": "5"}))
     link = HTTPLink(Config(server.url))
     errors: List[BaseException] = []
@@ -284,7 +280,7 @@ def test_req_03_nothing_more_is_tried_for_a_caller_that_gave_up(server: SessionS
 # 4: one thread; the form of a beat
 
 
-def test_req_04_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
+def test_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
     with managed() as (manager, _):
         assert not heartbeat_threads()
         first, second = manager.start_session(A), manager.start_session(B)
@@ -302,7 +298,7 @@ def test_req_04_one_daemon_thread_lives_from_the_first_session_to_the_last() -> 
         assert not heartbeat_threads()
 
 
-def test_req_04_a_thread_that_was_interrupted_before_its_start_is_replaced(
+def test_a_thread_that_was_interrupted_before_its_start_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = session_manager.new_thread_locked
@@ -326,7 +322,7 @@ def test_req_04_a_thread_that_was_interrupted_before_its_start_is_replaced(
         assert network.wait_for_beat() == "s1"
 
 
-def test_req_04_a_beat_is_one_request_of_the_exact_form(
+def test_a_heartbeat_is_one_request_of_the_exact_form(
     server: SessionServer, config: Config
 ) -> None:
     server.on(BEAT, Answer(503))  # the transport would retry this
@@ -344,7 +340,7 @@ def test_req_04_a_beat_is_one_request_of_the_exact_form(
 
 
 @pytest.mark.parametrize(("interval_s", "timeout_s"), [(10, 10), (60, 10), (2, 2)])
-def test_req_04_a_beat_may_take_ten_seconds_and_no_longer_than_the_interval(
+def test_a_heartbeat_may_take_ten_seconds_and_no_longer_than_the_interval(
     monkeypatch: pytest.MonkeyPatch, interval_s: float, timeout_s: float
 ) -> None:
     seen: List[Optional[float]] = []
@@ -360,7 +356,7 @@ def test_req_04_a_beat_may_take_ten_seconds_and_no_longer_than_the_interval(
     assert seen == [timeout_s]
 
 
-def test_req_04_beats_have_connections_of_their_own(
+def test_beats_have_connections_of_their_own(
     server: SessionServer, connect: Callable[..., Any]
 ) -> None:
     service = connect()
@@ -374,7 +370,7 @@ def test_req_04_beats_have_connections_of_their_own(
 # 5: who beats when
 
 
-def test_req_05_the_interval_is_that_of_the_session(bench: HandTurned) -> None:
+def test_each_session_has_its_own_interval(bench: HandTurned) -> None:
     bench.start(heartbeat_interval_s=10)
     assert bench.core.table.next_due() == bench.clock.monotonic()  # rand() is 0 here
     sent = []
@@ -385,7 +381,7 @@ def test_req_05_the_interval_is_that_of_the_session(bench: HandTurned) -> None:
     assert sent[-1] == 4
 
 
-def test_req_05_a_hung_host_delays_nobody() -> None:
+def test_a_hung_host_delays_no_other_host() -> None:
     with managed() as (manager, network):
         stuck = threading.Event()
 
@@ -405,7 +401,7 @@ def test_req_05_a_hung_host_delays_nobody() -> None:
         assert network.beats("s0") == 1
 
 
-def test_req_05_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> None:
+def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> None:
     with managed() as (manager, network):
         stuck, release = threading.Event(), threading.Event()
 
@@ -428,7 +424,7 @@ def test_req_05_the_thread_that_was_replaced_takes_no_message_from_its_successor
         assert manager._core.thread is second
 
 
-def test_req_05_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
+def test_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
     with managed() as (manager, network):
         network.on_beat = lambda session_id: next(
             link for link in network.links if link.config.display_name == session_id
@@ -444,7 +440,7 @@ def test_req_05_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
         assert all(t.daemon for t in workers)
 
 
-def test_req_05_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with managed() as (manager, network):
 
         def refuse(task: Any) -> None:
@@ -462,7 +458,7 @@ def test_req_05_without_workers_the_thread_sends_itself(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("status", [404, 410])
 @pytest.mark.parametrize(("quiet", "level"), [(False, "INFO"), (True, "DEBUG")])
-def test_req_06_a_session_that_is_gone_is_forgotten_without_a_warning(
+def test_a_session_that_is_gone_is_forgotten_without_a_warning(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int, quiet: bool, level: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -482,7 +478,7 @@ def test_req_06_a_session_that_is_gone_is_forgotten_without_a_warning(
     assert bench.network.links[0].aborted.is_set()
 
 
-def test_req_06_not_found_on_the_very_first_beat_gives_one_hint(
+def test_not_found_on_the_very_first_beat_gives_one_hint(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.network.on_beat = answering({"s0": 404})
@@ -493,7 +489,7 @@ def test_req_06_not_found_on_the_very_first_beat_gives_one_hint(
     assert "is base_url right" in text
 
 
-def test_req_06_no_hint_where_the_path_is_right(
+def test_no_hint_where_the_path_is_right(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -508,7 +504,7 @@ def test_req_06_no_hint_where_the_path_is_right(
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 422])
-def test_req_07_a_refused_session_is_removed_with_one_warning(
+def test_a_refused_session_is_removed_with_one_warning(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -538,7 +534,7 @@ def test_req_07_a_refused_session_is_removed_with_one_warning(
         raising(ValueError("a bug")),
     ],
 )
-def test_req_08_trouble_that_may_pass_is_only_debugged_and_the_next_beat_comes(
+def test_transient_trouble_is_logged_at_debug_and_the_next_beat_is_sent(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, trouble: Callable[[str], int]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -552,7 +548,7 @@ def test_req_08_trouble_that_may_pass_is_only_debugged_and_the_next_beat_comes(
     assert any("heartbeat of session s0" in m for m in messages(caplog, logging.DEBUG))
 
 
-def test_req_08_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
     def on_removed(session_id: str, reason: str) -> None:
         raise SystemExit("a callback that wants out")
 
@@ -577,7 +573,7 @@ def test_req_08_the_thread_survives_everything(caplog: pytest.LogCaptureFixture)
         assert heartbeat_threads()
 
 
-def test_req_08_a_turn_that_fails_does_not_end_the_thread(
+def test_an_iteration_that_fails_does_not_end_the_thread(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with managed() as (manager, network):
@@ -598,7 +594,7 @@ def test_req_08_a_turn_that_fails_does_not_end_the_thread(
 # 9, 10: silence
 
 
-def test_req_09_a_long_silence_is_told_once_a_minute_and_its_end_once(
+def test_a_long_silence_is_reported_once_a_minute_and_its_end_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -624,7 +620,7 @@ def test_req_09_a_long_silence_is_told_once_a_minute_and_its_end_once(
 @pytest.mark.parametrize(
     "limit", [{"max_heartbeat_failures": 3}, {"max_heartbeat_failure_s": 25.0}]
 )
-def test_req_10_reaching_a_limit_removes_the_session_with_a_warning(
+def test_reaching_a_limit_removes_the_session_with_a_warning(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, limit: Any
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -640,7 +636,7 @@ def test_req_10_reaching_a_limit_removes_the_session_with_a_warning(
     assert bench.manager.snapshot() == []
 
 
-def test_req_10_without_limits_it_is_tried_for_ever(bench: HandTurned) -> None:
+def test_without_limits_heartbeats_are_sent_forever(bench: HandTurned) -> None:
     bench.network.on_beat = answering({"s0": 503})
     bench.start()
     for _ in range(500):
@@ -651,7 +647,7 @@ def test_req_10_without_limits_it_is_tried_for_ever(bench: HandTurned) -> None:
 # 11: the end
 
 
-def test_req_11_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> None:
+def test_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> None:
     def finish(session_id: str) -> int:
         assert bench.manager.snapshot() == []
         return 200
@@ -662,7 +658,7 @@ def test_req_11_the_entry_is_gone_before_anything_is_sent(bench: HandTurned) -> 
 
 
 @pytest.mark.parametrize("late", [200, 401, 404, 500])
-def test_req_11_a_beat_in_flight_neither_revives_nor_logs(
+def test_a_beat_in_flight_neither_revives_nor_logs(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, late: int
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -683,7 +679,7 @@ def test_req_11_a_beat_in_flight_neither_revives_nor_logs(
     assert lost == []
 
 
-def test_req_11_a_beat_in_flight_says_nothing_of_the_next_session_of_that_id(
+def test_a_beat_in_flight_does_not_affect_the_next_session_of_that_id(
     bench: HandTurned,
 ) -> None:
     def beat(session_id: str) -> int:
@@ -699,7 +695,7 @@ def test_req_11_a_beat_in_flight_says_nothing_of_the_next_session_of_that_id(
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_req_11_servers_without_that_route_are_asked_once(
+def test_servers_without_that_route_are_asked_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -711,7 +707,7 @@ def test_req_11_servers_without_that_route_are_asked_once(
     assert messages(caplog, logging.DEBUG) == []
 
 
-def test_req_11_not_found_where_the_route_exists_is_about_that_session_only(
+def test_not_found_where_the_route_exists_is_about_that_session_only(
     bench: HandTurned,
 ) -> None:
     bench.network.on_finish = answering({"s1": 404})
@@ -720,7 +716,7 @@ def test_req_11_not_found_where_the_route_exists_is_about_that_session_only(
     assert [session_id for session_id, _, _ in bench.network.finished] == ["s0", "s1", "s2"]
 
 
-def test_req_11_another_error_is_not_remembered(bench: HandTurned) -> None:
+def test_another_error_is_not_remembered(bench: HandTurned) -> None:
     bench.network.on_finish = lambda session_id: 500
     for _ in range(2):
         bench.manager.stop_session(bench.start())
@@ -730,7 +726,7 @@ def test_req_11_another_error_is_not_remembered(bench: HandTurned) -> None:
 # 12: clocks
 
 
-def test_req_12_after_a_sleep_it_beats_at_once_on_fresh_connections(
+def test_after_a_suspend_heartbeats_go_out_immediately_on_fresh_connections(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -747,7 +743,7 @@ def test_req_12_after_a_sleep_it_beats_at_once_on_fresh_connections(
     assert len(bench.network.sent) == 2  # once
 
 
-def test_req_12_an_interval_of_ages_is_slept_in_naps(
+def test_a_very_long_interval_is_waited_for_in_short_sleeps(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.start(heartbeat_interval_s=1e15)
@@ -775,7 +771,7 @@ class Oversleeping:
         pass
 
 
-def test_req_12_a_thread_woken_much_too_late_says_so_once(
+def test_a_thread_woken_much_too_late_warns_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.start(heartbeat_interval_s=10)
@@ -792,9 +788,7 @@ def test_req_12_a_thread_woken_much_too_late_says_so_once(
     assert bench.network.links[0].dropped == 3  # the process may have been stopped all that time
 
 
-def test_req_12_a_little_late_is_no_news(
-    bench: HandTurned, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_little_late_is_not_reported(bench: HandTurned, caplog: pytest.LogCaptureFixture) -> None:
     bench.start()
     bench.core.inbox = Oversleeping(bench, LATE_S / 2)  # type: ignore[assignment] # a fake
     for _ in range(3):
@@ -805,7 +799,7 @@ def test_req_12_a_little_late_is_no_news(
 # 13: looking in
 
 
-def test_req_13_the_snapshot_tells_all_and_no_secret() -> None:
+def test_the_snapshot_has_every_fact_and_no_secret() -> None:
     with hand_turned() as bench:
         bench.start(api_key="tml-secret", extra_headers={"x-token": "hush"})
         bench.turn()
@@ -821,7 +815,7 @@ def test_req_13_the_snapshot_tells_all_and_no_secret() -> None:
         assert "hush" not in repr(snapshot)
 
 
-def test_req_13_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
+def test_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
     lost: List[Any] = []
 
     def on_removed(session_id: str, reason: str) -> None:
@@ -837,7 +831,7 @@ def test_req_13_the_callback_is_called_with_the_reason_outside_every_lock() -> N
         assert lost == [("s0", "the server refused its heartbeat (status 401)", [])]
 
 
-def test_req_13_lost_sessions_are_not_remembered_for_ever(
+def test_lost_sessions_are_not_remembered_forever(
     bench: HandTurned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex._sessions.heartbeat_state.LOST_KEPT", 2)
@@ -851,7 +845,7 @@ def test_req_13_lost_sessions_are_not_remembered_for_ever(
     assert known == [False, False, True, True]
 
 
-def test_req_13_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
+def test_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
     bench.start()
     assert bench.turn()
     assert bench.network.sent == ["s0"]

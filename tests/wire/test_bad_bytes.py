@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from protocol import test_golden
+from wire import test_golden
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.types import ForwardBackwardOutput, SampleResponse

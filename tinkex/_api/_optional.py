@@ -6,7 +6,6 @@ import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
-from tinkex._transport.server_state import memory_of
 from tinkex._transport.transport import Transport
 from tinkex.errors import APIStatusError, RouteMissingError
 
@@ -60,8 +59,8 @@ def optional_route(
         ask_once: for what the library does by itself: once the route was missing, the error comes
             at once, and nothing is sent.  What a user calls for is asked again.
     """
-    memory = memory_of(transport.config.base_url)
-    status = memory.missing_status(route)
+    server = transport.server
+    status = server.missing_status(route)
     if ask_once and status is not None:
         raise _missing(transport, route, status)
     try:
@@ -69,9 +68,9 @@ def optional_route(
     except APIStatusError as error:
         if not is_missing_route(error, names_nothing=names_nothing):
             raise
-        memory.note_missing(route, error.status or 404)
+        server.note_missing(route, error.status or 404)
         raise _missing(transport, route, error.status, error.body) from error
-    memory.note_present(route)
+    server.note_present(route)
 
 
 def _missing(

@@ -10,14 +10,11 @@ No threads of its own: it works in the lanes of training runs.
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Mapping, Optional
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.training import forward_backward
-from tinkex._runtime import lifecycle
-from tinkex._runtime.single_flight import SingleFlight
-from tinkex._transport.server_state import ServerDialect as ServerDialect, memory_of
+from tinkex._transport.server_state import ServerDialect as ServerDialect, state_of
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
@@ -46,35 +43,22 @@ def _protobuf() -> Codec:
 
 _FORCED: Mapping[str, Callable[[], Codec]] = {"json": _json, "protobuf": _protobuf}
 
-# The search for the encoding of a server, by process (a fork has no leader), base URL and key (an
-# account that cannot pay must not hold up another).  Guarded by lifecycle.module_lock().
-_searches: Dict[Tuple[int, str, str], SingleFlight[None]] = {}
-
 
 class Dialect:
     """How one server speaks.  Thread-safe."""
 
     def __init__(self, config: Config) -> None:
-        self._memory = memory_of(config.base_url)
+        self._server = state_of(config)
         self._forced = _FORCED[config.wire]() if config.wire in _FORCED else None
-        self._search_key = (config.base_url, config.key_digest)
 
     @property
     def codec(self) -> Optional[Codec]:
         """The encoding of batches in use, or None while it is not known."""
-        return self._forced or self._memory.codec
+        return self._forced or self._server.codec
 
     def snapshot(self) -> ServerDialect:
         """What is known of the server now."""
-        return self._memory.snapshot(self._forced)
-
-    def lacks(self, route: str) -> bool:
-        """True if the server turned out not to have the optional *route*."""
-        return self._memory.lacks(route)
-
-    def note_missing(self, route: str) -> None:
-        """Note that the server does not have the optional *route*."""
-        self._memory.note_missing(route)
+        return self._server.dialect(self._forced)
 
     def submit(
         self, transport: Transport, request: ForwardBackwardRequest, *, compress: bool = False
@@ -92,20 +76,16 @@ class Dialect:
             if known is not None:
                 return self._submit_as(known, transport, request, compress)
             first = _FirstBatch(self, transport, request)
-            self._search().run(first.send, transport.closing)
+            self._server.encoding_search.run(first.send, transport.closing)
             if first.was_sent:
                 return first.outcome()
-
-    def _search(self) -> SingleFlight[None]:
-        with lifecycle.module_lock():
-            return _searches.setdefault((os.getpid(), *self._search_key), SingleFlight())
 
     def _submit_as(
         self, codec: Codec, transport: Transport, request: ForwardBackwardRequest, compress: bool
     ) -> UntypedFuture:
         outage_s = transport.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
-        compress = compress and codec is _protobuf() and not self._memory.refuses_compression
+        compress = compress and codec is _protobuf() and not self._server.refuses_compression
         if compress and can_compress():
             return self._submit_compressed(transport, request, policy)
         return forward_backward(transport, codec, request, policy)
@@ -118,9 +98,9 @@ class Dialect:
         except APIStatusError as error:
             if error.status != 415:
                 raise
-            self._memory.note_compression(None)
+            self._server.note_compression(None)
             return forward_backward(transport, _protobuf(), request, policy)
-        self._memory.note_compression("zstd")
+        self._server.note_compression("zstd")
         return accepted
 
     def _find_out(self, transport: Transport, request: ForwardBackwardRequest) -> UntypedFuture:
@@ -134,7 +114,7 @@ class Dialect:
             if first.status not in _UNREADABLE:
                 raise
             return self._try_json(transport, request, first)
-        self._memory.note_codec(_protobuf())
+        self._server.note_codec(_protobuf())
         return accepted
 
     def _try_json(
@@ -148,14 +128,14 @@ class Dialect:
             raise first from error
         except APIStatusError as second:
             if _means_protobuf(request, second):
-                self._memory.note_codec(_protobuf())
+                self._server.note_codec(_protobuf())
                 if first.status == 500:  # which may pass, after all
                     return self._submit_as(_protobuf(), transport, request, False)
                 raise _with_other(first, second) from second
             if first.status == 415:
-                self._memory.note_codec(_json())
+                self._server.note_codec(_json())
             raise _with_other(second, first) from first
-        self._memory.note_codec(_json())
+        self._server.note_codec(_json())
         return accepted
 
 

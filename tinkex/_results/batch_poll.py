@@ -15,7 +15,6 @@ from tinkex._results.completion_tracker import NextPoll
 from tinkex._results.sampler_polls import Ready, Watch
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.server_flags import ABSENT
-from tinkex._transport.server_state import memory_of
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.errors import APIConnectionError, APIStatusError, TinkexError
 
@@ -53,7 +52,7 @@ class BatchPoll:
     ) -> None:
         self._transport = transport
         self._config = transport.config
-        self._server = memory_of(transport.config.base_url)
+        self._server = transport.server
         self._watch = watch
         self._channel = channel
         self._fetch = fetch

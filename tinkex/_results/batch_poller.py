@@ -36,7 +36,6 @@ from tinkex._runtime.adaptive_pool import Crew
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.channel import Channel
 from tinkex._transport.server_flags import ServerFlags
-from tinkex._transport.server_state import memory_of
 from tinkex._transport.transport import Transport
 from tinkex.errors import (
     APIConnectionError,
@@ -86,7 +85,7 @@ class BatchPoller:
         self._fail = fail
         self._cancels = cancels
         self._pauses = pauses
-        self._server = memory_of(transport.config.base_url)
+        self._server = transport.server
         self._channels = OwnChannels(transport)
         self._gate = SampleGate(transport.config.max_unanswered_samples)
         self._submits = Crew("tinkex-submit", self._submit)
@@ -100,7 +99,7 @@ class BatchPoller:
 
     def usable(self, flags: ServerFlags) -> bool:
         """True if the server wants its samples waited for like this."""
-        return flags.sample_use_retrieve_futures and not self._server.lacks(ROUTE)
+        return flags.sample_use_retrieve_futures and self._server.missing_status(ROUTE) is None
 
     def submit(self, work: SampleWork) -> None:
         """Have *work* submitted, in its turn, and its future settled."""

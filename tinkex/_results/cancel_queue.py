@@ -14,7 +14,6 @@ from typing import Callable, Deque, List
 from tinkex._api.futures import cancel_future
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.server_flags import dynamic_flags_for
-from tinkex._transport.server_state import memory_of
 from tinkex._transport.transport import Transport
 from tinkex.errors import ClientClosedError, TinkexError
 
@@ -37,7 +36,7 @@ class CancelQueue:
         self._lock = threading.Lock()
         self._waiting: Deque[str] = collections.deque()
         self._busy = 0  # tasks of the pool that take from the queue
-        self._server = memory_of(transport.config.base_url)
+        self._server = transport.server
 
     def put(self, request_id: str) -> None:
         """Have the server told that *request_id* is not wanted.  Never blocks, never raises."""
@@ -89,7 +88,7 @@ class CancelQueue:
         except TinkexError as error:
             logger.debug("whether samples can be cancelled is not known: %s", error)
             return 0
-        enabled = flags.sample_cancel_enabled and not self._server.lacks(ROUTE)
+        enabled = flags.sample_cancel_enabled and self._server.missing_status(ROUTE) is None
         return flags.sample_cancel_max_batch_size if enabled else 0
 
     def _send(self, request_id: str) -> None:
@@ -98,6 +97,6 @@ class CancelQueue:
         except TinkexError as error:
             logger.debug("cancelling request %s: %s", request_id, error)
             if error.status in (405, 501):  # 404 is about the request
-                self._server.note_missing(ROUTE)
+                self._server.note_missing(ROUTE, error.status)
         except Exception:
             logger.exception("cancelling request %s failed", request_id)

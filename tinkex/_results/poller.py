@@ -33,7 +33,7 @@ from tinkex._runtime.descriptors import connection_cap
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.connection_errors import forget_frames
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.server_flags import ServerFlags, flags_for, known_flags
+from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex._transport.transport import Transport
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture, report_lost
@@ -157,7 +157,7 @@ class Poller:
         the sample is polled for on its own whatever the server can do.
         """
         work = SampleWork(operation, send, resubmit, target)
-        flags = known_flags(self._config)
+        flags = self._transport.server.flags.static
         if target is None:
             self._poll_alone(work)
         elif flags is not None:

@@ -18,13 +18,16 @@ from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.beat_queue import BeatQueue
 from tinkex._sessions.link import SessionLink
 from tinkex._sessions.session_table import SessionTable
-from tinkex._transport.server_state import memory_of
+from tinkex._transport.server_flags import ABSENT
+from tinkex._transport.server_state import ServerState
 
 logger = logging.getLogger(__name__)
 
 WORKER_CAP = 8
 #: A server is given this long, in seconds, to take note of a session's end when many end at once.
 FINISH_S = 2.0
+#: As `ServerState` names it.
+FINISH_ROUTE = "POST sessions/{id}/finish"
 #: So many lost sessions are remembered.
 LOST_KEPT = 1000
 
@@ -40,7 +43,7 @@ class Live:
     """What the manager holds for a live session."""
 
     link: SessionLink
-    base_url: str
+    server: ServerState
     host: str
     quiet: bool = False
     owned: bool = True  # ours to finish; False for one that another process opened
@@ -71,7 +74,6 @@ class Core:
         self.table = SessionTable()
         self.live: Dict[str, Live] = {}
         self.lost: Dict[str, str] = {}  # why and when, until the session is stopped
-        self.finish_route: Dict[str, bool] = {}  # by base URL: does the server have that route?
         self.beats = BeatQueue(WORKER_CAP)
         self.workers = new_workers()
         self.thread: Optional[threading.Thread] = None
@@ -148,19 +150,15 @@ def finish(
 
     False if the server was asked and did not answer.
     """
-    base_url = live.base_url
-    with core.lock:
-        known = core.finish_route.get(base_url)
+    server = live.server
     try:
-        if live.owned and known is not False and timeout_s > 0:
+        if live.owned and timeout_s > 0 and server.missing_status(FINISH_ROUTE) is None:
             answer = live.link.finish(session_id, status, detail, timeout_s)
-            # Where sessions were finished before, 404 means that this one had ended already.
-            missing = answer in (405, 501) or (answer == 404 and known is None)
-            if missing or answer < 300:
-                with core.lock:
-                    core.finish_route[base_url] = not missing
-                if missing:
-                    memory_of(base_url).note_missing("POST sessions/{id}/finish", answer)
+            if answer < 300:
+                server.note_present(FINISH_ROUTE)
+            elif answer in ABSENT:
+                # Where sessions were finished before, it means that this one had ended already.
+                server.note_missing(FINISH_ROUTE, answer)
             else:
                 logger.debug("finishing session %s: status %d", session_id, answer)
     except Exception as error:

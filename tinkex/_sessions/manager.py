@@ -29,6 +29,7 @@ from tinkex._sessions.heartbeat_state import (
 )
 from tinkex._sessions.link import HTTPLink, LinkFactory
 from tinkex._sessions.session_table import HeartbeatPolicy, SessionSnapshot
+from tinkex._transport.server_state import state_of
 from tinkex.config import Config
 from tinkex.errors import APITimeoutError, ClientClosedError, InvalidInputError
 
@@ -261,7 +262,7 @@ def default_manager() -> SessionManager:
 
 
 def _live(config: Config, open_link: LinkFactory) -> Live:
-    return Live(open_link(config), config.base_url, config.host_and_port, config.quiet)
+    return Live(open_link(config), state_of(config), config.host_and_port, config.quiet)
 
 
 def _create(core: Core, live: Live, arrival: _Arrival) -> None:

@@ -25,7 +25,7 @@ from tinkex._api.telemetry import send_telemetry
 from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._sessions.telemetry_events import failed_request, is_user_error, unhandled, user_error
-from tinkex._transport.server_state import memory_of
+from tinkex._transport.server_state import state_of
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError, InvalidInputError, TinkexError
@@ -60,7 +60,7 @@ def process_uuid() -> str:
 
 def open_reporter(config: Config, session_id: str) -> Optional[Reporter]:
     """Return a reporter of the session; None if it is not wanted, or the server takes none."""
-    if not config.telemetry or memory_of(config.base_url).lacks(ROUTE):
+    if not config.telemetry or state_of(config).missing_status(ROUTE) is not None:
         return None
     return Reporter(config, session_id)
 
@@ -284,7 +284,6 @@ def _wait_for_more(state: _State) -> str:
 
 def _send(state: _State, events: List[Dict[str, Any]], channel: Any) -> None:
     transport = state.transport
-    memory = memory_of(transport.config.base_url)
     try:
         reply = send_telemetry(
             transport,
@@ -303,10 +302,10 @@ def _send(state: _State, events: List[Dict[str, Any]], channel: Any) -> None:
         state.drop(len(events), over=False)
     else:
         if 200 <= reply.status < 300:
-            memory.note_present(ROUTE)
+            transport.server.note_present(ROUTE)
             return
         missing = reply.status in (404, 405, 501)
         if missing:
-            memory.note_missing(ROUTE)
+            transport.server.note_missing(ROUTE, reply.status)
         logger.debug("%d events were not reported: status %d", len(events), reply.status)
         state.drop(len(events), over=missing)

@@ -18,7 +18,7 @@ from tinkex._api import rest, training as api
 from tinkex._api._call import read
 from tinkex._results.poller import Operation
 from tinkex._sessions.session import Session
-from tinkex._transport.server_state import memory_of
+from tinkex._transport.server_state import state_of
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -86,18 +86,18 @@ def make_run(session: Session, asked: Checkpoint) -> NewRun:
             trained from and no base model was given.
         RequestFailedError: the checkpoint could not be loaded.
     """
-    memory = memory_of(session.config.base_url)
-    if memory.creates_runs_by_loading is False:
+    server = state_of(session.config)
+    if server.creates_runs_by_loading is False:
         return _in_two_steps(session, asked)
     try:
         accepted = _load_as_run(session, asked)
     except APIStatusError as error:
-        crashed = error.status == 500 and memory.creates_runs_by_loading is None
+        crashed = error.status == 500 and server.creates_runs_by_loading is None
         if not (crashed or _refuses_form(error)):
             raise
         logger.info("%s; making the run first", error.message)
         return _after_refusal(session, asked, error)
-    memory.note_creates_runs_by_loading(True)
+    server.note_creates_runs_by_loading(True)
     loaded = wait_for_result(session, "load_weights", accepted, LoadWeightsResponse)
     # The id a server does not send is the one all of them make (docs/protocol.md, "Training runs").
     model_id = loaded.model_id or accepted.model_id
@@ -134,7 +134,7 @@ def _after_refusal(session: Session, asked: Checkpoint, refusal: APIStatusError)
     except APIStatusError as error:
         error.hint = error.hint or f"In one request, the answer was: {refusal.message}"
         raise error from refusal
-    memory_of(session.config.base_url).note_creates_runs_by_loading(False)
+    state_of(session.config).note_creates_runs_by_loading(False)
     return made
 
 

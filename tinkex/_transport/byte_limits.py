@@ -10,8 +10,8 @@ import threading
 from typing import Optional
 
 from tinkex._transport.backpressure import Quota, Unread, megabytes
-from tinkex._transport.rate_limiter import RateLimiter
-from tinkex._transport.server_flags import ServerFlags, known_flags
+from tinkex._transport.server_flags import ServerFlags
+from tinkex._transport.server_state import ServerState
 from tinkex.config import Config
 
 #: What a token of a prompt counts, in bytes.
@@ -31,9 +31,9 @@ class Pressure:
         unread: futures given out and not read.
     """
 
-    def __init__(self, config: Config, limiter: RateLimiter, closing: threading.Event) -> None:
+    def __init__(self, config: Config, server: ServerState, closing: threading.Event) -> None:
         self._config = config
-        self._limiter = limiter
+        self._server = server
         self._sized = False  # by the server's own flags
         self.samples = Quota("sample requests", 0, megabytes)
         self.batches = Quota("training batches", 0, megabytes)
@@ -50,24 +50,24 @@ class Pressure:
         """What a sampling request with so many prompt tokens takes of ``samples`` now."""
         if not self._sized:
             self.adjust()
-        return tokens * TOKEN_BYTES * (_THROTTLED if self._limiter.throttled else 1)
+        return tokens * TOKEN_BYTES * (_THROTTLED if self._server.limiter.throttled else 1)
 
     def adjust(self) -> None:
         """Take the server's flags into account, once somebody has asked for them."""
-        flags = known_flags(self._config)
+        flags = self._server.flags.static
         if flags is not None:
             self._sized = True
             self._size(flags)
 
     def why(self) -> Optional[str]:
         """In words, how the server holds submissions back; None if it does not."""
-        return self._limiter.describe()
+        return self._server.limiter.describe()
 
     def wake(self) -> None:
         """Have everybody who waits notice that the client was closed."""
         for quota in (self.samples, self.batches, self.results):
             quota.wake()
-        self._limiter.wake()
+        self._server.limiter.wake()
         self.unread.wake()
 
     def _size(self, flags: ServerFlags) -> None:

@@ -6,10 +6,9 @@ otherwise all that were held back would meet the server at the same moment.
 
 from __future__ import annotations
 
-import os
-from typing import Callable, Dict, Optional, Tuple
+import threading
+from typing import Callable, Optional
 
-from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._transport.backpressure import Quota
 
@@ -24,7 +23,8 @@ class RateLimiter:
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
-        # Replaced whole, with the lock of the module held; read without.
+        # Guards writes to _not_before, which is read without.
+        self._lock = threading.Lock()
         self._not_before = float("-inf")
         # A quota grants while no more than the whole is in use, so this is FEW at a time.
         self._few = Quota("requests after a 429", FEW - 1, unit=str)
@@ -32,7 +32,7 @@ class RateLimiter:
     def back_off(self, delay_s: float) -> None:
         """Let nobody submit for *delay_s* seconds from now; an earlier, longer wish stands."""
         until = self._clock.monotonic() + delay_s
-        with lifecycle.module_lock():
+        with self._lock:
             self._not_before = max(self._not_before, until)
 
     def wait_s(self) -> float:
@@ -72,14 +72,3 @@ class RateLimiter:
         if self.throttled:
             return f"after a 429, {FEW} requests at a time"
         return None
-
-
-# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a limiter
-# whose lock may have been held when it was copied.
-_limiters: Dict[Tuple[int, str, str], RateLimiter] = {}
-
-
-def limiter_for(base_url: str, key_digest: str) -> RateLimiter:
-    """Return the process's limiter for one server and one key."""
-    with lifecycle.module_lock():
-        return _limiters.setdefault((os.getpid(), base_url, key_digest), RateLimiter())

@@ -10,22 +10,33 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional, Protocol, Tuple, Type, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Mapping,
+    Optional,
+    Protocol,
+    Tuple,
+    Type,
+    TypeVar,
+)
 
 import orjson
 
-from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.gateways import as_the_servers_own
 from tinkex._transport.request import Reply, Request
-from tinkex._transport.server_state import memory_of
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from tinkex._transport.server_state import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +94,10 @@ class Sender(Protocol):
         """Settings; they name the server."""
 
     @property
+    def server(self) -> ServerState:
+        """What is known of the server."""
+
+    @property
     def closing(self) -> threading.Event:
         """Set when its client closes."""
 
@@ -103,34 +118,20 @@ class Sender(Protocol):
 F = TypeVar("F", ServerFlags, DynamicFlags)
 
 
-class _Known:
-    """What is known of one server under one credential.
+class FlagCache:
+    """The flags of one server under one credential, as far as they are known.
 
     The attributes are replaced whole, by the leader of a flight, and read without a lock.
     """
 
     def __init__(self) -> None:
-        self.flags: Optional[ServerFlags] = None
-        self.flags_flight: SingleFlight[ServerFlags] = SingleFlight()
+        self.static: Optional[ServerFlags] = None
+        self.static_flight: SingleFlight[ServerFlags] = SingleFlight()
         # With the monotonic instant from which they are to be asked for again.
         self.dynamic: Optional[Tuple[DynamicFlags, float]] = None
         self.dynamic_flight: SingleFlight[DynamicFlags] = SingleFlight()
-        # Answers, asked for once each, that looked like a gateway's: see RetryPolicy.
+        # Responses to requests tried once that looked like a gateway's: see RetryPolicy.
         self.gateway_answers = 0
-
-
-# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a flight whose
-# leader is not there.
-_known: Dict[Tuple[int, str, str], _Known] = {}
-
-
-def _known_of(config: Config) -> _Known:
-    key = (os.getpid(), config.base_url, config.key_digest)
-    with lifecycle.module_lock():
-        known = _known.get(key)
-        if known is None:
-            known = _known[key] = _Known()
-    return known
 
 
 def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
@@ -143,23 +144,18 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
         APIError: the server cannot be reached, refuses the credential, or answers nonsense.
         ClientClosedError: the transport was closed meanwhile.
     """
-    known = _known_of(transport.config)
-    if known.flags is not None:
-        return known.flags
+    known = transport.server.flags
+    if known.static is not None:
+        return known.static
 
     def ask() -> ServerFlags:
-        if known.flags is None:  # the flight before ours may have landed just now
+        if known.static is None:  # the flight before ours may have landed just now
             # Never a token: whether there are tokens is what is being asked.
             request = _request("client/config", bare=True)
-            known.flags = _ask(transport, request, ServerFlags, known if once else None)
-        return known.flags
+            known.static = _ask(transport, request, ServerFlags, known if once else None)
+        return known.static
 
-    return known.flags_flight.run(ask, transport.closing)
-
-
-def known_flags(config: Config) -> Optional[ServerFlags]:
-    """The flags of the server, if somebody has asked for them; does not block."""
-    return _known_of(config).flags
+    return known.static_flight.run(ask, transport.closing)
 
 
 def dynamic_flags_for(transport: Sender) -> DynamicFlags:
@@ -168,7 +164,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
     A refresh is tried once, and if it fails the old flags stay for another interval.  Raises as
     `flags_for`, on the first call only.
     """
-    known = _known_of(transport.config)
+    known = transport.server.flags
 
     def current() -> Optional[DynamicFlags]:
         found = known.dynamic
@@ -188,7 +184,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
     return current() or known.dynamic_flight.run(ask, transport.closing)
 
 
-def _refresh(transport: Sender, known: _Known, old: Optional[DynamicFlags]) -> DynamicFlags:
+def _refresh(transport: Sender, known: FlagCache, old: Optional[DynamicFlags]) -> DynamicFlags:
     request = _request("client/dynamic_config")
     try:
         return _ask(transport, request, DynamicFlags, None if old is None else known)
@@ -210,7 +206,7 @@ def _request(route: str, *, bare: bool = False) -> Request:
     )
 
 
-def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Known]) -> F:
+def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
     """Ask for flags, with retries; or *once*, which counts the answers of gateways."""
     try:
         if once is not None:
@@ -221,7 +217,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Kno
     except APIStatusError as error:
         if error.status not in ABSENT:
             raise
-        memory_of(transport.config.base_url).note_missing(_route_of(request), error.status or 404)
+        transport.server.note_missing(_route_of(request), error.status or 404)
         return kind()
     payload = reply.json()
     if not isinstance(payload, dict):
@@ -231,7 +227,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[_Kno
     return read_flags(kind, payload)
 
 
-def _ask_once(transport: Sender, request: Request, known: _Known) -> Reply:
+def _ask_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
     try:
         reply = transport.send_once(request)
     except APIConnectionError as error:

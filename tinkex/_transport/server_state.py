@@ -1,17 +1,30 @@
-"""ServerMemory: how each server speaks, as far as this process has found out, by base URL.
+"""ServerState: all that this process knows of one server, as one credential sees it.
 
-Nothing is asked here: whoever meets a difference between servers notes it, and nobody meets it
-again.  It is kept for the life of the process, and the child of a fork knows what its parent knew.
-No threads.
+Nothing is asked here: whoever meets a difference between servers notes it, and no later request
+meets it again.  `state_of` is the one registry, kept for the life of the process.  No threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Dict, Optional, Set, Tuple
+import logging
+import os
+import threading
+from typing import Dict, Mapping, Optional, Set, Tuple
 
 from tinkex._runtime import lifecycle
+from tinkex._runtime.single_flight import SingleFlight
+from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport.server_flags import FlagCache
+from tinkex._transport.tokens import TokenSource
+from tinkex.config import Config
 from tinkex.wire.codec import Codec
+
+logger = logging.getLogger(__name__)
+
+# Deprecation notes remembered per server.  Notes beyond that are not logged: a server that makes
+# up a new one for each response would fill the log.
+_MAX_NOTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,77 +54,102 @@ class ServerDialect:
         return "; ".join(parts)
 
 
-class ServerMemory:
-    """What is known of one server.  Thread-safe; get it from `memory_of`."""
+class ServerState:
+    """What is known of one server under one credential.  Thread-safe; get it from `state_of`.
 
-    def __init__(self) -> None:
-        # All guarded by lifecycle.module_lock(), which a fork replaces.
+    Attributes:
+        flags: what the server reports about itself; see `flags_for`.
+        limiter: holds submissions back after a 429.
+        tokens: what requests are authenticated with.
+        encoding_search: the search for the encoding of training batches, one at a time.
+    """
+
+    def __init__(self, config: Config, parent: Optional[ServerState] = None) -> None:
+        self.flags = FlagCache()
+        self.limiter = RateLimiter()
+        self.tokens = TokenSource(config)
+        self.encoding_search: SingleFlight[None] = SingleFlight()
+        self.pid = os.getpid()
+        # Guards what follows.  Never held during I/O or logging.
+        self._lock = threading.Lock()
+        self._notes: Set[str] = set()
         self._codec: Optional[Codec] = None
         self._compression: Optional[str] = None
         self._refuses_compression = False
         self._missing: Dict[str, int] = {}
-        self._seen: Set[str] = set()
+        self._present: Set[str] = set()
         self._creates_by_loading: Optional[bool] = None
+        if parent is not None:
+            self._inherit(parent)
+
+    def _inherit(self, parent: ServerState) -> None:
+        """Take over what the *parent* process knew before a fork.
+
+        Without its lock, which may have been held; the parent's threads are not here, so nothing
+        changes what is read.
+        """
+        self._notes = set(parent._notes)
+        self._codec = parent._codec
+        self._compression = parent._compression
+        self._refuses_compression = parent._refuses_compression
+        self._missing = dict(parent._missing)
+        self._present = set(parent._present)
+        self._creates_by_loading = parent._creates_by_loading
 
     @property
     def codec(self) -> Optional[Codec]:
         """The encoding of training batches that has worked, if any has."""
-        with lifecycle.module_lock():
-            return self._codec
+        return self._codec
 
     def note_codec(self, codec: Codec) -> None:
         """Note that *codec* is the encoding to use."""
-        with lifecycle.module_lock():
+        with self._lock:
             self._codec = codec
 
     @property
     def refuses_compression(self) -> bool:
         """True if a compressed body was refused."""
-        with lifecycle.module_lock():
-            return self._refuses_compression
+        return self._refuses_compression
 
     def note_compression(self, name: Optional[str]) -> None:
         """Note the compression that has worked; None means that the server refuses it."""
-        with lifecycle.module_lock():
+        with self._lock:
             self._compression = name
             self._refuses_compression = name is None
 
-    def lacks(self, route: str) -> bool:
-        """True if the server turned out not to have *route*."""
-        with lifecycle.module_lock():
-            return route in self._missing
-
     def missing_status(self, route: str) -> Optional[int]:
         """The status by which *route* turned out to be missing; None if it did not."""
-        with lifecycle.module_lock():
+        with self._lock:
             return self._missing.get(route)
 
-    def note_missing(self, route: str, status: int = 404) -> None:
-        """Note that there is no *route*; one that has answered before is there, though."""
-        with lifecycle.module_lock():
-            if route not in self._seen:
+    def note_missing(self, route: str, status: int) -> None:
+        """Note that *status* means there is no *route*, unless the route has worked before.
+
+        The status then is about something that the request named.
+        """
+        with self._lock:
+            if route not in self._present:
                 self._missing[route] = status
 
     def note_present(self, route: str) -> None:
-        """Note that *route* has answered."""
-        with lifecycle.module_lock():
-            self._seen.add(route)
+        """Note that *route* has worked."""
+        with self._lock:
+            self._present.add(route)
             self._missing.pop(route, None)
 
     @property
     def creates_runs_by_loading(self) -> Optional[bool]:
         """Whether one request makes a run from a checkpoint; None while not known."""
-        with lifecycle.module_lock():
-            return self._creates_by_loading
+        return self._creates_by_loading
 
     def note_creates_runs_by_loading(self, can: bool) -> None:
         """Note whether the server makes a run from a checkpoint in one request."""
-        with lifecycle.module_lock():
+        with self._lock:
             self._creates_by_loading = can
 
-    def snapshot(self, forced: Optional[Codec] = None) -> ServerDialect:
+    def dialect(self, forced: Optional[Codec] = None) -> ServerDialect:
         """What is known now; *forced* is an encoding that the settings prescribe."""
-        with lifecycle.module_lock():
+        with self._lock:
             codec = forced or self._codec
             return ServerDialect(
                 encoding=None if codec is None else codec.name,
@@ -120,18 +158,39 @@ class ServerMemory:
                 creates_runs_by_loading=self._creates_by_loading,
             )
 
+    def log_deprecation(self, name: str, headers: Mapping[str, str]) -> None:
+        """Log the ``x-deprecation-note`` of the response to request *name*, once each."""
+        note = headers.get("x-deprecation-note", "")[:500]
+        if not note:
+            return
+        with self._lock:
+            is_new = note not in self._notes and len(self._notes) < _MAX_NOTES
+            if is_new:
+                self._notes.add(note)
+        if is_new:
+            is_error = headers.get("x-deprecation-level", "").lower() == "error"
+            logger.log(logging.ERROR if is_error else logging.WARNING, "%s: %s", name, note)
 
-# Guarded by lifecycle.module_lock().
-_memories: Dict[str, ServerMemory] = {}
+
+# By base URL and key.  Guarded by lifecycle.module_lock().
+_states: Dict[Tuple[str, str], ServerState] = {}
 
 
-def memory_of(base_url: str) -> ServerMemory:
-    """Return what is known of the server at *base_url*; always the same object."""
+def state_of(config: Config) -> ServerState:
+    """Return what this process knows of the server of *config* under its credential.
+
+    Always the same object, except that the child of a fork gets one of its own: locks of the
+    parent's may have been held, and requests under way, when it was copied.
+    """
+    key = config.base_url, config.key_digest
     with lifecycle.module_lock():
-        return _memories.setdefault(base_url, ServerMemory())
+        state = _states.get(key)
+        if state is None or state.pid != os.getpid():
+            state = _states[key] = ServerState(config, parent=state)
+        return state
 
 
 def forget_servers() -> None:
     """Forget everything: for tests, whose servers come and go on the same ports."""
     with lifecycle.module_lock():
-        _memories.clear()
+        _states.clear()

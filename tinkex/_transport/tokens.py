@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
 import threading
-from typing import Dict, List, Mapping, NoReturn, Optional, Tuple
+from typing import List, Mapping, NoReturn, Optional, Tuple
 
 import orjson
 
-from tinkex._runtime import lifecycle
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.credential_command import COMMAND, run_command
 from tinkex._transport.request import Request
@@ -302,21 +300,6 @@ def _read_jwt(body: bytes) -> Optional[str]:
     except (orjson.JSONDecodeError, ConfigError):
         pass
     return None
-
-
-# Guarded by lifecycle.module_lock().  The process id keeps the child of a fork from a source
-# whose lock may have been held, or whose leader was under way, when it was copied.
-_sources: Dict[Tuple[int, str, str], TokenSource] = {}
-
-
-def source_for(config: Config) -> TokenSource:
-    """Return the process's source for one server and one credential."""
-    key = os.getpid(), config.base_url, config.key_digest
-    with lifecycle.module_lock():
-        found = _sources.get(key)
-        if found is None:
-            found = _sources[key] = TokenSource(config)
-        return found
 
 
 def is_invalid_token(status: int, headers: Mapping[str, str]) -> bool:

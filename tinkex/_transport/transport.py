@@ -27,10 +27,8 @@ from tinkex._transport.byte_limits import Pressure
 from tinkex._transport.channel import Channel
 from tinkex._transport.connection_errors import connection_error, forget_frames
 from tinkex._transport.content_encoding import ACCEPT_ENCODING
-from tinkex._transport.deprecations import note_deprecation
 from tinkex._transport.fast_connection import AnyChannel, PrivateChannel
 from tinkex._transport.gateways import as_the_servers_own, describe, gateway_error, is_from_gateway
-from tinkex._transport.rate_limiter import limiter_for
 from tinkex._transport.redaction import redact, redact_reply, secrets_of
 from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin, shown
 from tinkex._transport.request import (
@@ -40,7 +38,8 @@ from tinkex._transport.request import (
     Request as Request,
     broken_route,
 )
-from tinkex._transport.tokens import Token, is_invalid_token, source_for
+from tinkex._transport.server_state import state_of
+from tinkex._transport.tokens import Token, is_invalid_token
 from tinkex._version import __version__
 from tinkex.config import Config
 from tinkex.errors import (
@@ -100,9 +99,11 @@ class Transport:
         self.billing = BillingPause(config.host_and_port, clock)
         #: Counts what is sent, for `ServiceClient.metrics`.
         self.recorder = Recorder()
-        self._limiter = limiter_for(config.base_url, config.key_digest)
+        #: What is known of the server; shared with other transports.
+        self.server = state_of(config)
+        self._limiter = self.server.limiter
         #: What may be under way at once, and how many futures unread.
-        self.pressure = Pressure(config, self._limiter, self.closing)
+        self.pressure = Pressure(config, self.server, self.closing)
         # A run's requests always wait: what follows in the run relies on each of them.
         self._waits_after_429 = config.on_backpressure == "wait"
         self._channels = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
@@ -114,8 +115,6 @@ class Transport:
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
             "Accept-Encoding": ACCEPT_ENCODING,
         }
-        #: What requests are authenticated with; shared with other transports.
-        self.tokens = source_for(config)
         self._secrets = secrets_of(config)
         self._before_send: Optional[Callable[[Request], Request]] = None
         self._own: Optional[AnyChannel] = None
@@ -188,18 +187,18 @@ class Transport:
         reply = self._follow(request, headers, token, channel)
         if token is not None and reply.status == 401:
             if token.renewable and is_invalid_token(reply.status, reply.headers):
-                token = self.tokens.renew(self, request, token)
+                token = self.server.tokens.renew(self, request, token)
                 reply = self._follow(request, headers, token, channel)
             else:
-                self.tokens.forget(token)
-        note_deprecation(request.name, reply.headers)
+                self.server.tokens.forget(token)
+        self.server.log_deprecation(request.name, reply.headers)
         self._check_for_gateway(request, reply, channel)
         return reply
 
     def token_for(self, request: Request) -> Optional[Token]:
         """What *request* is to be authenticated with; None if it brings its own, or needs none."""
         own = {name.lower() for name in (*request.headers, *self.config.extra_headers)}
-        return None if _KEY_HEADER in own else self.tokens.token_for(self, request)
+        return None if _KEY_HEADER in own else self.server.tokens.token_for(self, request)
 
     def _follow(
         self,
@@ -411,7 +410,7 @@ class Transport:
 
     def _all_secrets(self, request: Optional[Request]) -> List[str]:
         own = () if request is None else request.secrets
-        return [*self._secrets, *self.tokens.secrets, *own]
+        return [*self._secrets, *self.server.tokens.secrets, *own]
 
     def _no_answer(self, request: Request, error: requests.RequestException) -> NoReturn:
         # They hold the request with its headers, and so the key.

@@ -48,9 +48,6 @@ def default_data_dir() -> Path:
 @click.option("--session-ttl", "session_ttl_s", default=60.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(min=1), help="A session without a heartbeat for this long "
               "expires.")  # fmt: skip
-@click.option("--profile", default=None, metavar="NAME",
-              help="Differ from the protocol like a real server: hosted, skyrl-0.3, skyrl-0.4, "
-              "tuft-0.2 or hatchery-0.3.  By default every form is taken.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Write no access log.")
 @click.pass_context
 def serve(
@@ -63,7 +60,6 @@ def serve(
     api_key: Optional[str],
     allowed_hosts: Tuple[str, ...],
     session_ttl_s: float,
-    profile: Optional[str],
     quiet: bool,
 ) -> None:
     """Serve the Tinker API on this machine, with one base model.
@@ -72,7 +68,6 @@ def serve(
     logged on stderr: when it was answered, method, path, status and how long that took.
     """
     from tinkex.local.admission import read_hosts
-    from tinkex.local.profiles import profile_named
     from tinkex.local.server import LocalServer, check_bind, check_folder, load_engine
     from tinkex.local.settings import ServerSettings
 
@@ -82,8 +77,6 @@ def serve(
             read_hosts(allowed_hosts)
             # Before the model is loaded, which takes long:
             check_bind(host, port, api_key)
-            if profile is not None:
-                profile_named(profile)
             folder = data_dir or default_data_dir()
             check_folder(folder)
             status.waiting_for(f"loading {model}")
@@ -96,7 +89,6 @@ def serve(
                 api_key=api_key,
                 session_ttl_s=session_ttl_s,
                 settings=ServerSettings(allowed_hosts=allowed_hosts),
-                profile=profile,
                 access_log=None if quiet else _log_request,
             )
             signals.hold()

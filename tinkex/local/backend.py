@@ -46,7 +46,7 @@ class Backend:
         engine: does the work; the backend owns it from now on and closes it.
         store: remembers; owned likewise.
         settings: how it behaves; the defaults if None.
-        lane_type: the queue of a training run; a server profile brings its own.
+        lane_type: the queue of a training run; tests imitate other servers with their own.
         futures: results; a table of its own unless given.
         clock: monotonic seconds, for liveness and results.
     """

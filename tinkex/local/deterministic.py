@@ -31,7 +31,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.engine import LOSSES, EngineError, EngineInfo, Finished
+from tinkex.local.engine import (
+    LOSSES,
+    EngineError,
+    EngineInfo,
+    Finished,
+    SampledToken,
+    StreamingRequest,
+)
 from tinkex.local.hash_model import (
     END_OF_SEQUENCE,
     F32,
@@ -93,6 +100,7 @@ class DeterministicEngine:
             context_length=context_length,
             vocab_size=vocab_size,
             tokenizer_id=tokenizer_id,
+            eos_tokens=(END_OF_SEQUENCE,),
         )
         self._model = HashModel(vocab_size)
         self._adapters: Dict[str, _Adapter] = {}
@@ -102,6 +110,11 @@ class DeterministicEngine:
     def info(self) -> EngineInfo:
         """What this engine serves."""
         return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """None: token t reads ``chr(t)``."""
+        return None
 
     # Training
 
@@ -270,7 +283,7 @@ class DeterministicEngine:
         chances = shares(request.sampling_params, steps)
         last = int(prompt.size) - 1
         return [
-            _Draw(request, int(prompt[-1]), last, most, origin + 7919 * i, steps, chances)
+            _Draw(request, i, int(prompt[-1]), last, most, origin + 7919 * i, steps, chances)
             for i in range(request.num_samples)
         ]
 
@@ -291,6 +304,20 @@ class DeterministicEngine:
         logprobs = self._model.logprobs(previous, positions, chosen, draws[0].steps)
         for draw, token, logprob in zip(draws, chosen.tolist(), logprobs.tolist()):
             draw.append(token, logprob)
+            if isinstance(draw.request, StreamingRequest) and draw.request.on_token is not None:
+                draw.request.on_token(self._sampled(draw))
+
+    def _sampled(self, draw: _Draw) -> SampledToken:
+        """Return the newest token of *draw*."""
+        k = draw.request.topk_sample_logprobs
+        top = []
+        if k:
+            before = (
+                draw.tokens[-2] if len(draw.tokens) > 1 else int(draw.request.prompt.to_numpy()[-1])
+            )
+            table = self._model.topk(np.array([before], np.int64), draw.position - 1, k, draw.steps)
+            top = table.rows()[0] or []
+        return SampledToken(draw.number, draw.tokens[-1], draw.logprobs[-1], top, draw.stop_reason)
 
     def _response(
         self, request: SampleRequest, draws: Sequence[_Draw], steps: int
@@ -421,6 +448,7 @@ class _Draw:
     """One continuation in the making."""
 
     request: SampleRequest
+    number: int
     previous: int  # the last token so far ...
     position: int  # ... and where it stands
     most: int
@@ -436,7 +464,11 @@ class _Draw:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.previous, self.position = token, self.position + 1
-        if _stops(self.tokens, self.request.sampling_params.stop):
+        request = self.request
+        at_eos = isinstance(request, StreamingRequest) and request.stop_at_eos
+        if _stops(self.tokens, request.sampling_params.stop) or (
+            at_eos and token == END_OF_SEQUENCE
+        ):
             self.stop_reason = "stop"
         elif len(self.tokens) >= self.most:
             self.stop_reason = "length"

@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import (
+    Any,
+    Callable,
     Container,
     Dict,
     Iterator,
     List,
     Mapping,
+    NamedTuple,
     Optional,
     Protocol,
     Sequence,
@@ -60,6 +63,7 @@ class EngineInfo:
         arch: architecture name, for information.
         context_length: most tokens of prompt and continuation together.
         vocab_size: token ids lie below this.
+        eos_tokens: a sequence ends at any of these.
     """
 
     model_name: str
@@ -68,6 +72,38 @@ class EngineInfo:
     vocab_size: int
     tokenizer_id: Optional[str] = None
     aliases: Tuple[str, ...] = ()
+    eos_tokens: Tuple[int, ...] = ()
+
+
+class SampledToken(NamedTuple):
+    """A token that was just drawn.
+
+    Attributes:
+        sequence: which of the request's continuations it belongs to, from 0.
+        token: its id.
+        logprob: its log-probability, as in ``SampledSequence.logprobs_np``.
+        top: the likeliest tokens with their log-probabilities, if they were asked for.
+        stop_reason: why the sequence ends with it; None if it goes on.
+    """
+
+    sequence: int
+    token: int
+    logprob: float
+    top: Sequence[Tuple[int, float]]
+    stop_reason: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingRequest(SampleRequest):
+    """A sample request of a caller within the server, who can follow its tokens.
+
+    Attributes:
+        on_token: called for each token, on the engine's thread: it must not block or raise.
+        stop_at_eos: end-of-sequence tokens end a sequence even if ``stop`` lists strings.
+    """
+
+    on_token: Optional[Callable[[SampledToken], None]] = None
+    stop_at_eos: bool = False
 
 
 class Engine(Protocol):
@@ -79,6 +115,13 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """What this engine serves.  Safe from any thread."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, of transformers; None if each token t reads ``chr(t)``.
+
+        Safe from any thread.
+        """
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
         """Return what an adapter of *lora* changes: names of layers, and how many there are.
@@ -138,7 +181,8 @@ class Engine(Protocol):
 
         Each step of the iterator does a slice of work and yields what finished during it
         (often nothing), so that the scheduler can do other work in between; closing the
-        iterator abandons the rest.  A request that is at fault fails alone.
+        iterator abandons the rest.  A request that is at fault fails alone.  The tokens of a
+        StreamingRequest are reported one by one while a slice is done.
 
         An index that appears in *dropped* meanwhile needs no answer any more: its work ends with
         the slice.

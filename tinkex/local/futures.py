@@ -48,6 +48,7 @@ class _Entry:
     fetched_bytes: int = 0
     group: Optional[Group] = None  # who is told of its completion
     number: int = 0  # among the completions of its group
+    on_done: Optional[Callable[[Outcome], None]] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +101,21 @@ class FutureTable:
         self._closing = False
 
     def create(
-        self, request_id: str, owner: str, seq_id: int, *, group: Optional[Group] = None
+        self,
+        request_id: str,
+        owner: str,
+        seq_id: int,
+        *,
+        group: Optional[Group] = None,
+        on_done: Optional[Callable[[Outcome], None]] = None,
     ) -> None:
-        """Add a pending future; *group* is told when it is done."""
+        """Add a pending future; *group* is told when it is done.
+
+        With *on_done* the outcome is not kept but passed to it, on the engine's thread or, at the
+        end of the server, on another one; it must not block or raise.
+        """
         with self._lock:
-            self._pending[request_id] = _Entry(owner, seq_id, group=group)
+            self._pending[request_id] = _Entry(owner, seq_id, group=group, on_done=on_done)
             self._gone.pop(request_id, None)
 
     def complete(self, request_id: str, outcome: Outcome) -> None:
@@ -115,7 +126,8 @@ class FutureTable:
                 return
             entry.outcome = outcome
             entry.finished_at = self._clock()
-            self._unfetched[request_id] = entry
+            if entry.on_done is None:
+                self._unfetched[request_id] = entry
             events = [] if entry.done is None else [entry.done]
             if entry.group is not None:
                 entry.number = self._completions.add(entry.group, request_id)
@@ -124,6 +136,8 @@ class FutureTable:
                 self._drop_locked(next(iter(self._unfetched)))
         for event in events:
             event.set()
+        if entry.on_done is not None:
+            entry.on_done(outcome)
 
     def wait(self, request_id: str, timeout_s: float) -> Union[Waiting, Outcome, None]:
         """Return the outcome, blocking for at most *timeout_s* (or until close).
@@ -227,8 +241,15 @@ class FutureTable:
             events = [entry.done for entry in self._pending.values() if entry.done is not None]
             for listeners in self._listeners.values():
                 events += listeners
+            waited_for = [
+                request_id
+                for request_id, entry in self._pending.items()
+                if entry.on_done is not None
+            ]
         for event in events:
             event.set()
+        for request_id in waited_for:
+            self.complete(request_id, Failure("the server was closed", "server", 503))
 
     def _drop_locked(self, request_id: str) -> None:
         entry = self._unfetched.pop(request_id, None) or self._fetched.pop(request_id, None)

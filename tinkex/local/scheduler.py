@@ -19,7 +19,7 @@ from typing import Callable, Deque, Dict, List, Optional, Type, Union
 from tinkex.local.batches import SampleJob, SamplerLane, SamplerWeights, SamplingLimits
 from tinkex.local.completions import Group
 from tinkex.local.engine import Engine
-from tinkex.local.futures import Failure, FutureTable, Success
+from tinkex.local.futures import Failure, FutureTable, Outcome, Success
 from tinkex.local.lanes import Job, Lane
 from tinkex.local.problems import Problem
 from tinkex.local.sampling_turns import SamplingTurns, failure_of, guarded
@@ -232,9 +232,19 @@ class Scheduler:
             return sampler_id in self._samplers and self._samplers[sampler_id].closed is None
 
     def submit_sample(
-        self, sampler_id: str, seq_id: int, digest: bytes, request: SampleRequest, cost: int
+        self,
+        sampler_id: str,
+        seq_id: int,
+        digest: bytes,
+        request: SampleRequest,
+        cost: int,
+        *,
+        on_done: Optional[Callable[[Outcome], None]] = None,
     ) -> str:
-        """Queue a sample request and return its request id; *cost* is its cache in tokens."""
+        """Queue a sample request and return its request id; *cost* is its cache in tokens.
+
+        With *on_done* nobody polls for the outcome: it is passed on (see `FutureTable.create`).
+        """
         with self._wake:
             lane = self._open_sampler_lane_locked(sampler_id)
             known = lane.seen.find(seq_id, digest)
@@ -246,7 +256,13 @@ class Scheduler:
                 )
             request_id = f"{sampler_id}:{seq_id}"
             group = Group.of(sampler_id, seq_id)
-            self._futures.create(request_id, sampler_id, seq_id, group=group)
+            self._futures.create(
+                request_id,
+                sampler_id,
+                seq_id,
+                group=group if on_done is None else None,
+                on_done=on_done,
+            )
             lane.seen.add(seq_id, digest, request_id)
             lane.queued.append(SampleJob(request_id, seq_id, request, cost, self._clock()))
             self._queued_samples += 1

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Dict, Optional, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple, Type, Union
 
 from tinkex._runtime import lifecycle
 from tinkex._runtime.numeric import as_int
@@ -28,9 +28,12 @@ from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.admission import Admission, is_loopback, read_hosts
 from tinkex.local.engine import Engine
 from tinkex.local.folder_lock import check_data_dir
-from tinkex.local.profiles import profile_named
 from tinkex.local.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from tinkex.local.backend import Backend
+    from tinkex.local.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -65,13 +68,8 @@ def load_engine(
         from tinkex.local.deterministic import DeterministicEngine
 
         return DeterministicEngine()
-    try:
+    with _missing_packages_reported():
         from tinkex.local.torch_engine import TorchEngine
-    except ImportError as error:
-        raise LocalServerError(
-            f"the embedded server needs {error.name or 'torch'}, which is not installed",
-            hint='Install it: python -m pip install "tinkex[local]"',
-        ) from error
     engine: Engine = TorchEngine.from_pretrained(model, device=device, progress=progress)
     return engine
 
@@ -93,8 +91,6 @@ class LocalServer:
         api_key: what clients must send as ``X-API-Key``; None asks for none.
         session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
         settings: everything else about it; *api_key* and *session_ttl_s* win over it.
-        profile: the real server to differ like, e.g. ``"tuft-0.2"`` (see docs/profiles.md); None
-            takes every form of every request.
         access_log: gets one line of text for each answered request, in the thread that answered
             it; None keeps no log.
     """
@@ -109,11 +105,9 @@ class LocalServer:
         api_key: Optional[str] = None,
         session_ttl_s: Optional[float] = None,
         settings: Optional[ServerSettings] = None,
-        profile: Optional[str] = None,
         access_log: Optional[Callable[[str], None]] = None,
     ) -> None:
         self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
-        self._profile = None if profile is None else profile_named(profile)
         _check_key(host, self.settings.api_key)
         read_hosts(self.settings.allowed_hosts)
         self._access_log = access_log
@@ -230,16 +224,9 @@ class LocalServer:
         self.close()
 
     def _start_on(self, listener: socket.socket) -> None:
-        try:
-            from waitress.server import create_server
-
-            from tinkex.local.app import create_app
-        except ImportError as error:
-            raise LocalServerError(
-                f"the embedded server needs {error.name}, which is not installed",
-                hint='Install it: python -m pip install "tinkex[local]"',
-            ) from error
-        from tinkex.local.backend import Backend
+        with _missing_packages_reported():
+            import flask  # noqa: F401
+            import waitress.server
         from tinkex.local.http_accept import Accepting
         from tinkex.local.http_errors import Channel
         from tinkex.local.http_threads import HttpThreads
@@ -249,20 +236,10 @@ class LocalServer:
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
         self._store = Store(self._temporary or self._data_dir or Path())
-        if self._profile is None:
-            admission = Admission(self.settings)
-            self._backend = Backend(self._engine, self._store, self.settings)
-            app: Any = create_app(self._backend, self.settings, admission)
-        else:
-            from tinkex.local.profiles.layer import admission_of, assemble
-
-            admission = admission_of(self._profile, self.settings)
-            self._backend, app = assemble(
-                self._profile, self._engine, self._store, self.settings, admission
-            )
+        self._backend, app, admission = self._assemble(self._engine, self._store)
         import_for_requests()
         self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
-        self._http = create_server(
+        self._http = waitress.server.create_server(
             app,
             map=self._sockets,
             _dispatcher=self._threads,
@@ -288,6 +265,20 @@ class LocalServer:
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
         self._thread.start()
         lifecycle.track(self)
+
+    def _assemble(
+        self, engine: Engine, store: Store
+    ) -> Tuple[Backend, Callable[..., Any], Admission]:
+        """Make what answers requests: the backend, and the WSGI application in front of it.
+
+        A subclass may put a layer between HTTP and the application.
+        """
+        from tinkex.local.app import create_app
+        from tinkex.local.backend import Backend
+
+        admission = Admission(self.settings)
+        backend = Backend(engine, store, self.settings)
+        return backend, create_app(backend, self.settings, admission), admission
 
     def _serve(self) -> None:
         """Move bytes until close, or until nobody can come any more; the thread tinkex-server."""
@@ -319,6 +310,24 @@ class LocalServer:
     def _remove_temporary(self) -> None:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _missing_packages_reported() -> Iterator[None]:
+    """Make a LocalServerError of the import of a package that is not installed.
+
+    Any other failure to import, such as one inside this package, is left as it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "tinkex"):
+            raise
+        raise LocalServerError(
+            f"the embedded server needs {package}, which is not installed",
+            hint='Install it: python -m pip install "tinkex[local]"',
+        ) from error
 
 
 def check_bind(host: str, port: int, api_key: Optional[str]) -> None:

@@ -1,6 +1,6 @@
 """How one embedded server behaves: everything that can be chosen about it, in one frozen value.
 
-LocalServer and create_app take it; profiles and tests replace single fields of it
+LocalServer and create_app take it; callers replace single fields of it
 (``dataclasses.replace``).  No threads.
 """
 

@@ -79,7 +79,9 @@ class TorchEngine:
         self._network = network
         self._interruption = network.interruption
         self._vocabulary = Vocabulary.of(network.model, tokenizer)
-        self._info = info
+        self._info = dataclasses.replace(
+            info, eos_tokens=tuple(sorted(self._vocabulary.eos_tokens))
+        )
         self._pool = AdapterPool(network.model, info.model_name)
         self._runs: Dict[str, _Run] = {}
         self._samplers: Dict[str, Optional[Adapter]] = {}
@@ -128,6 +130,11 @@ class TorchEngine:
     def info(self) -> EngineInfo:
         """What this engine serves.  Safe from any thread."""
         return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.  Safe from any thread."""
+        return self._vocabulary.tokenizer
 
     # --- training runs -------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.engine import EngineError, EngineInfo
+from tinkex.local.engine import EngineError, EngineInfo, StreamingRequest
 from tinkex.local.torch_engine.batching import check_tokens
 from tinkex.local.torch_engine.generated_text import GeneratedText
 from tinkex.local.torch_engine.prompt_scores import PromptScores, as_asked
@@ -126,6 +126,8 @@ def check_request(
     if request.prompt_logprobs or request.topk_prompt_logprobs or targets is not None:
         scores = PromptScores(request, prompt, targets)
     stop = StopRule.of(params.stop, vocabulary)
+    if isinstance(request, StreamingRequest) and request.stop_at_eos:
+        stop = dataclasses.replace(stop, tokens=stop.tokens | vocabulary.eos_tokens)
     count = request.num_samples
     return Job(index, request, prompt, stop, limit, count, [None] * count, scores)
 

@@ -13,7 +13,13 @@ from typing import Any, Container, Dict, Generator, List, Optional, Sequence, Tu
 import numpy as np
 import torch
 
-from tinkex.local.engine import EngineError, EngineInfo, Finished
+from tinkex.local.engine import (
+    EngineError,
+    EngineInfo,
+    Finished,
+    SampledToken,
+    StreamingRequest,
+)
 from tinkex.local.torch_engine.decoding import DecodeBatch, PrefillPiece, prefill
 from tinkex.local.torch_engine.drawing import draw
 from tinkex.local.torch_engine.generated_text import GeneratedText
@@ -44,6 +50,17 @@ class _Sequence:
     top_tokens: List[List[int]] = dataclasses.field(default_factory=list)
     top_logprobs: List[List[float]] = dataclasses.field(default_factory=list)
     stop_reason: str = ""
+
+    def report(self) -> None:
+        """Report the newest token, if the request follows them."""
+        request = self.job.request
+        if not isinstance(request, StreamingRequest) or request.on_token is None:
+            return
+        top: List[Tuple[int, float]] = []
+        if self.top_tokens:
+            top = list(zip(self.top_tokens[-1], self.top_logprobs[-1]))
+        reason = self.stop_reason or None
+        request.on_token(SampledToken(self.number, self.tokens[-1], self.logprobs[-1], top, reason))
 
     def finish(self) -> None:
         """Hand the sequence over to its job."""
@@ -210,7 +227,8 @@ class SampleRun:
                 sequence.stop_reason = "stop"
             elif len(sequence.tokens) >= sequence.job.limit:
                 sequence.stop_reason = "length"
-            else:
+            sequence.report()
+            if not sequence.stop_reason:
                 continue
             sequence.finish()
             if sequence.job.open_sequences == 0:

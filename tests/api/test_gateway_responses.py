@@ -1,0 +1,35 @@
+"""Every endpoint whose answer is read: a page or an empty body that stays is a typed error."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import pytest
+from api.endpoint import Clients, Endpoint
+from api.test_endpoints import ANSWERED, call, no_thread_is_left as no_thread_is_left
+from support.scripted_server import ScriptedServer
+from support.tinker_routes import TinkerRoutes
+
+from tinkex.errors import APIConnectionError, ResponseDecodeError
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Clients]:
+    """Clients whose outages end soon."""
+    with ScriptedServer() as server:
+        TinkerRoutes(server)
+        made = Clients(server, max_outage_s=0.05)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"<html></html>"])
+@pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
+def test_it_names_status_and_content_type(
+    impatient: Clients, endpoint: Endpoint, body: bytes
+) -> None:
+    expected = (ResponseDecodeError, APIConnectionError)
+    with pytest.raises(expected, match="status 200, application/json"):
+        call(impatient, endpoint, body)

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from support.programs import Server, serving
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """The deterministic engine, behind the real server."""
+    from tinkex.local.deterministic import DeterministicEngine
+
+    with serving(DeterministicEngine(), tmp_path / "server") as running:
+        yield running

@@ -1,0 +1,272 @@
+"""Exports, copies, samplers that follow a run, and what else can be done with checkpoints."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+from local.harness import WAIT_S, Api, HeldEngine, serving
+
+from tinkex.local.store import Store
+
+
+def ephemeral(api: Api, model: str, seq_id: int, number: int, kind: str) -> str:
+    made = api.post(
+        "save_weights_for_sampler",
+        model_id=model,
+        seq_id=seq_id,
+        sampling_session_seq_id=number,
+        kind=kind,
+    )
+    result = api.result(made)
+    assert result["type"] == "save_weights_for_sampler"
+    return str(result["sampling_session_id"])
+
+
+def logprobs(api: Api, sampler: str, seq_id: int) -> List[float]:
+    made = api.submit_sample(sampler, seq_id, prompt_logprobs=True)
+    return list(api.result(made)["prompt_logprobs"])
+
+
+def train(api: Api, model: str, seq_id: int) -> None:
+    api.submit_pass(model, seq_id)
+    api.result(api.step(model, seq_id + 1))
+
+
+# Samplers of a run
+
+
+def test_inflight_samplers_share_the_newest_weights_of_their_run(
+    api: Api, engine: HeldEngine
+) -> None:
+    session = api.session()
+    model, other = api.model(session, 0), api.model(session, 1)
+    fixed = ephemeral(api, model, 1, 0, "snapshot")
+    first = ephemeral(api, model, 2, 1, "inflight")
+    apart = ephemeral(api, other, 1, 2, "inflight")
+    before = logprobs(api, first, 0)
+    assert before == logprobs(api, fixed, 0) == logprobs(api, apart, 0)
+    train(api, model, 3)
+    assert logprobs(api, first, 1) == before  # only a save brings new weights
+    second = ephemeral(api, model, 5, 3, "inflight")
+    after = logprobs(api, second, 0)
+    assert after != before
+    assert logprobs(api, first, 2) == after
+    assert logprobs(api, fixed, 1) == before
+    assert logprobs(api, apart, 1) == before
+    assert api.get(f"samplers/{first}")["base_model"] == "deterministic"
+    assert sum("unload sampler" in line for line in engine.log) == 1  # the first version
+
+
+def test_the_weights_of_inflight_samplers_go_with_the_last_user(tmp_path: Path) -> None:
+    engine = HeldEngine()
+    with serving(tmp_path, engine) as api:
+        session = api.session()
+        model = api.model(session)
+        for number in range(3):
+            ephemeral(api, model, number + 1, number, "inflight")
+        logprobs(api, f"{session}:sample:0", 0)
+        assert len(list((tmp_path / "samplers").iterdir())) == 1
+        api.post(f"sessions/{session}/finish")
+        api.model()  # the engine thread has done what came before
+        while list((tmp_path / "samplers").iterdir()):
+            assert not engine.holding.wait(0.01)
+        assert not engine._samplers
+
+
+def test_a_generation_that_runs_ends_on_the_weights_it_began_with(tmp_path: Path) -> None:
+    class Stepwise(HeldEngine):
+        def sample(self, sampler_id: str, requests: Any, dropped: Any = ()) -> Any:
+            for finished in super().sample(sampler_id, requests, dropped):
+                self.holding.set()
+                yield finished
+
+    engine = Stepwise()
+    with serving(tmp_path, engine) as api:
+        session = api.session()
+        model = api.model(session)
+        first = ephemeral(api, model, 1, 0, "inflight")
+        long = {"max_tokens": 20_000, "stop": [], "seed": 1}
+        running = api.submit_sample(first, 0, sampling_params=long)
+        assert engine.holding.wait(WAIT_S)
+        train(api, model, 2)
+        ephemeral(api, model, 4, 1, "inflight")
+        short = api.submit_sample(first, 1, sampling_params={**long, "max_tokens": 4})
+        assert api.result(short)["sequences"][0]["logprobs"] != []
+        assert api.backend.futures.wait(running["request_id"], 0.0).seq_id == 0
+        api.post("cancel_future", request_id=running["request_id"])
+        assert "cancelled" in api.result(running)["error"]
+
+
+def test_an_inflight_save_that_is_repeated_makes_one_sampler(api: Api) -> None:
+    session = api.session()
+    model = api.model(session)
+    assert ephemeral(api, model, 1, 0, "inflight") == ephemeral(api, model, 1, 5, "inflight")
+    assert api.get(f"sessions/{session}")["sampler_ids"] == [f"{session}:sample:0"]
+
+
+# Exports and copies
+
+
+def test_exported_weights_can_be_loaded_and_sampled(api: Api) -> None:
+    session = api.session()
+    model = api.model(session)
+    train(api, model, 1)
+    made = api.post("save_weights_external", model_id=model, seq_id=3, path="x", ttl_seconds=3600)
+    path = api.result(made)["path"]
+    sampler = api.sampler(session, 0, model_path=path)
+    assert api.get(f"samplers/{sampler}")["model_path"] == path
+    again = api.post("load_weights", session_id=session, model_seq_id=1, path=path, optimizer=False)
+    assert api.result(again)["path"] == path
+    refused = api.post(
+        "load_weights", 400, session_id=session, model_seq_id=2, path=path, optimizer=True
+    )
+    assert "weights" in refused["detail"]
+    listed = api.get("checkpoints")["checkpoints"]
+    assert listed[0]["expires_at"] is not None
+
+
+def test_a_copy_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    with serving(tmp_path) as api:
+        session = api.session()
+        model = api.model(session)
+        train(api, model, 1)
+        path = api.save(model, 3, "a")
+        copied = api.post(
+            "copy_weights", source_path=path, destination_project_id="p", ttl_seconds=3600
+        )["tinker_path"]
+        run_id, kind, name = copied[len("tinker://") :].split("/")
+        assert (kind, name) == ("weights", "a")
+        assert run_id != model
+        assert "load its last checkpoint" in api.step(run_id, 1, expect=404)["detail"]
+        api.client.delete(f"/api/v1/training_runs/{model}/checkpoints/weights/a")
+        assert api.post("weights_info", tinker_path=copied)["lora_rank"] == 8
+        of_project = api.get("training_runs?project_id=p")
+        assert [one["training_run_id"] for one in of_project["training_runs"]] == [run_id]
+        assert of_project["cursor"]["total_count"] == 1
+        loaded = api.post(
+            "load_weights", session_id=session, model_seq_id=1, path=copied, optimizer=True
+        )
+        assert api.result(loaded)["path"] == copied
+    with serving(tmp_path) as api:  # a restart keeps the copy
+        assert api.post("weights_info", tinker_path=copied)["base_model"] == "deterministic"
+
+
+def test_a_copy_that_is_asked_for_again_is_the_same(api: Api) -> None:
+    path = api.save(api.model(), 1, "a")
+
+    def copy(key: str) -> str:
+        answer = api.client.post(
+            "/api/v1/copy_weights",
+            json={"source_path": path},
+            headers={"X-Idempotency-Key": key, "X-Tinker-Weights-Access-Token": "t"},
+        )
+        return str(answer.get_json()["tinker_path"])
+
+    assert copy("k1") == copy("k1") != copy("k2")
+    assert api.get("training_runs")["cursor"]["total_count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({}, 400, "source_path"),
+        ({"source_path": "nonsense"}, 400, "not a checkpoint path"),
+        ({"source_path": "tinker://no/weights/a"}, 404, "unknown"),
+        ({"source_path": "tinker://no/weights/a", "ttl_seconds": 1}, 404, "unknown"),
+    ],
+)
+def test_a_copy_of_nothing_is_refused(api: Api, body: Any, status: int, says: str) -> None:
+    assert says in api.post("copy_weights", status, **body)["detail"]
+    assert api.get("training_runs")["training_runs"] == []
+
+
+def test_a_copy_that_fails_leaves_no_run(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = api.save(api.model(), 1, "a")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Store, "copy_files", full)
+    assert "no space" in api.post("copy_weights", 500, source_path=path)["detail"]
+    assert api.get("training_runs")["cursor"]["total_count"] == 1
+    assert len(api.get("checkpoints")["checkpoints"]) == 1
+
+
+# Lists, scopes, and databases of older versions
+
+
+def test_a_run_moves_with_its_session_to_another_project(api: Api) -> None:
+    session = str(api.post("create_session", project_id="p1")["session_id"])
+    model = api.model(session)
+    assert api.get("training_runs?project_id=p1")["cursor"]["total_count"] == 1
+    answer = api.client.put(f"/api/v1/sessions/{session}/project", json={"project_id": "p2"})
+    assert answer.get_json() == {}
+    assert api.get("training_runs?project_id=p1")["training_runs"] == []
+    moved = api.get("training_runs?project_id=p2")["training_runs"]
+    assert [one["training_run_id"] for one in moved] == [model]
+    assert moved[0]["model_owner"] == "tml:user:local"
+
+
+@pytest.mark.parametrize("path", ["training_runs", "training_runs/x", "sessions", "sessions/x"])
+def test_a_scope_that_does_not_exist_is_refused(api: Api, path: str) -> None:
+    assert "access_scope" in api.get(f"{path}?access_scope=all", 400)["detail"]
+
+
+def test_an_expired_checkpoint_is_not_listed_before_it_is_swept(tmp_path: Path) -> None:
+    now = [1_800_000_000.0]
+    with serving(tmp_path, store=Store(tmp_path, wall=lambda: now[0])) as api:
+        model = api.model()
+        made = api.post("save_weights", model_id=model, seq_id=1, path="a", ttl_seconds=3600)
+        path = api.result(made)["path"]
+        assert len(api.get("checkpoints")["checkpoints"]) == 1
+        now[0] += 3600
+        assert api.get("checkpoints") == {
+            "checkpoints": [],
+            "cursor": {"offset": 0, "limit": 100, "total_count": 0},
+        }
+        assert api.get(f"training_runs/{model}/checkpoints")["checkpoints"] == []
+        assert "last_checkpoint" not in {
+            name for name, value in api.get(f"training_runs/{model}").items() if value
+        }
+        assert "no checkpoint" in api.post("weights_info", 404, tinker_path=path)["detail"]
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    with sqlite3.connect(str(tmp_path / "tinkex.sqlite3")) as old:
+        old.executescript(
+            """
+            CREATE TABLE sessions (
+                session_id TEXT PRIMARY KEY, created_at REAL NOT NULL, state TEXT NOT NULL,
+                facts TEXT NOT NULL, ended_at REAL, reason TEXT);
+            CREATE TABLE runs (
+                run_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, created_at REAL NOT NULL,
+                last_request_at REAL NOT NULL, base_model TEXT NOT NULL, lora TEXT NOT NULL,
+                optimizer TEXT NOT NULL, user_metadata TEXT);
+            INSERT INTO sessions VALUES ('s', 1.0, 'live', '{}', NULL, NULL);
+            INSERT INTO runs VALUES ('s:train:0', 's', 1.0, 1.0, 'deterministic', '{"rank": 4}',
+                '{"type": "adamw"}', NULL);
+            """
+        )
+    old.close()
+    with serving(tmp_path) as api:
+        assert api.get("training_runs/s:train:0")["lora_rank"] == 4
+        found = api.post("sessions/search", user_metadata={}, owner={"type": "own"})["sessions"]
+        assert found[0]["status"]["type"] == "cancelled"
+        assert found[0]["project_id"] == "default"
+        assert api.model()
+
+
+def test_a_run_names_its_newest_checkpoint_of_each_kind(api: Api) -> None:
+    model = api.model()
+    assert "last_checkpoint" not in api.get(f"training_runs/{model}")
+    for seq_id, name in ((1, "b"), (3, "a")):
+        api.save(model, seq_id, name)
+        api.save(model, seq_id + 1, name, "save_weights_for_sampler")
+    (run,) = api.get("training_runs")["training_runs"]
+    assert run["last_checkpoint"]["checkpoint_id"] == "weights/a"
+    assert run["last_sampler_checkpoint"]["checkpoint_id"] == "sampler_weights/a"

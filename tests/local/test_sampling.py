@@ -1,0 +1,479 @@
+"""Samplers: what they answer, and how their requests are batched and interleaved."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any, Container, Dict, Iterator, List, Sequence
+
+import numpy as np
+import pytest
+from local.harness import CODECS, Api, HeldEngine, ManualClock, datum, serving
+
+from tinkex.local.batches import SampleJob, SamplerLane, SamplingLimits
+from tinkex.local.engine import EngineError, Finished
+from tinkex.types import Datum, ModelInput, SampleRequest
+from tinkex.wire.codec import Codec
+from tinkex.wire.proto_codec import PROTOBUF
+
+
+def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:
+    lane = SamplerLane("s:sample:0", "s", None)
+    request = SampleRequest(ModelInput.from_ints([1]), num_samples=num_samples)
+    lane.queued = deque(
+        SampleJob(str(n), n, request, cost, arrived) for n, cost in enumerate(costs)
+    )
+    return lane
+
+
+def test_a_batch_takes_what_fits_and_the_first_always() -> None:
+    limits = SamplingLimits(max_live_tokens=100)
+    lane = queued(500, 10)
+    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [500]
+    lane = queued(60, 30, 20, 5)
+    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [60, 30]
+    assert [job.cost for job in lane.take_batch(limits, live_tokens=80)] == [20]
+    lane = queued(*[1] * 10, num_samples=3)
+    assert len(lane.take_batch(SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
+
+
+def test_a_batch_starts_when_requests_stop_coming() -> None:
+    limits = SamplingLimits(gather_s=1.0, gather_most_s=3.0)
+    lane = queued(1, arrived=10.0)
+    assert not lane.may_start(limits, live_tokens=0, now=10.9)
+    assert lane.may_start(limits, live_tokens=0, now=11.0)
+    lane.queued.append(SampleJob("x", 9, lane.queued[0].request, 1, arrived=12.8))
+    assert not lane.may_start(limits, live_tokens=0, now=12.9)
+    assert lane.may_start(limits, live_tokens=0, now=13.0)  # the first has waited long enough
+
+
+def test_a_batch_waits_for_room() -> None:
+    limits = SamplingLimits(max_live_tokens=100, gather_s=0.0)
+    lane = queued(60)
+    assert not lane.may_start(limits, live_tokens=50, now=1.0)
+    assert lane.may_start(limits, live_tokens=40, now=1.0)
+    assert queued(600).may_start(limits, live_tokens=0, now=1.0)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_samples_come_in_the_dialect_that_is_accepted(api: Api, codec: Codec) -> None:
+    sampler = api.sampler(api.session())
+    made = api.submit_sample(sampler, 0, num_samples=2, prompt_logprobs=True)
+    assert made["sample_sequence_ids"] == [f"{sampler}:0:0", f"{sampler}:0:1"]
+    answer = api.poll(made, accept=codec.content_type)
+    assert answer.content_type == codec.content_type
+    response = codec.decode_samples(answer.data)
+    assert [s.tokens_np.size for s in response.sequences] == [4, 4]
+    assert [s.stop_reason for s in response.sequences] == ["length", "length"]
+    assert response.prompt_logprobs is not None
+    assert response.prompt_logprobs[0] is None
+    assert len(response.prompt_logprobs) == 3
+
+
+def test_a_sample_agrees_with_a_forward_pass(api: Api) -> None:
+    model = api.model()
+    made = api.post("save_weights_for_sampler", model_id=model, seq_id=1, sampling_session_seq_id=0)
+    sampler = api.result(made)["sampling_session_id"]
+    sequence = api.result(api.submit_sample(sampler, 0))["sequences"][0]
+    tokens = [5, 6, 7, *sequence["tokens"]]
+    passed = Datum(
+        ModelInput.from_ints(tokens[:-1]),
+        {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
+    )
+    output = api.result(api.submit_pass(model, 2, [passed]))
+    logprobs = output["loss_fn_outputs"][0]["logprobs"]["data"]
+    assert sequence["logprobs"] == pytest.approx(logprobs[2:], rel=1e-6)
+
+
+def test_a_seed_repeats_and_another_does_not(api: Api) -> None:
+    sampler = api.sampler(api.session())
+
+    def tokens(seq_id: int, **params: Any) -> List[int]:
+        params = {"max_tokens": 12, "stop": [], **params}
+        made = api.submit_sample(sampler, seq_id, sampling_params=params)
+        found: List[int] = api.result(made)["sequences"][0]["tokens"]
+        return found
+
+    assert tokens(0, seed=1) == tokens(1, seed=1) != tokens(2, seed=2)
+    assert tokens(3, seed=1, temperature=0.0) == tokens(4, seed=2, temperature=0.0)
+    assert tokens(5, seed=1, top_k=1) == tokens(6, temperature=0.0)
+
+
+def test_a_repeated_seq_id_is_sampled_once(api: Api, engine: HeldEngine) -> None:
+    sampler = api.sampler(api.session())
+    first = api.submit_sample(sampler, 3)
+    value = api.result(first)
+    assert api.submit_sample(sampler, 3) == first
+    assert api.result(first) == value
+    assert engine.log.count("sample 1") == 1
+    api.post("asample", 409, **api.sample_body(sampler, 3, num_samples=2))
+
+
+def test_queued_requests_form_one_batch(api: Api, engine: HeldEngine) -> None:
+    session = api.session()
+    model, sampler = api.model(session), api.sampler(session)
+    held = api.hold(model, 1)
+    assert engine.holding.wait(20)
+    made = [api.submit_sample(sampler, n, num_samples=2) for n in range(8)]
+    engine.let_go.set()
+    for one in (held, *made):
+        assert "error" not in api.result(one)
+    assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 8"]
+
+
+def test_sampling_and_training_take_turns(api: Api, engine: HeldEngine) -> None:
+    session = api.session()
+    model, sampler = api.model(session), api.sampler(session)
+    held = api.hold(model, 1)
+    assert engine.holding.wait(20)
+    params = {"max_tokens": 40, "stop": []}  # five slices
+    made = [api.submit_sample(sampler, 0, sampling_params=params)]
+    made += [api.submit_pass(model, n, [datum(n)]) for n in (2, 3, 4)]
+    engine.let_go.set()
+    for one in (held, *made):
+        api.result(one)
+    assert engine.log == [
+        *("0:1", "sample 1", "slice", "0:2", "slice", "0:3", "slice", "0:4"),
+        *("slice", "slice"),
+    ]
+
+
+def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
+    tmp_path: Path,
+) -> None:
+    class Telling(HeldEngine):
+        """Tells when the first slice is done."""
+
+        def sample(
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
+        ) -> Iterator[List[Finished]]:
+            for finished in super().sample(sampler_id, requests, dropped):
+                self.holding.set()
+                yield finished
+
+    engine = Telling()
+    with serving(tmp_path, engine) as api:
+        sampler = api.sampler(api.session())
+        long = {"max_tokens": 20_000, "stop": []}
+        first = api.submit_sample(sampler, 0, sampling_params=long)
+        assert engine.holding.wait(20)
+        api.result(api.submit_sample(sampler, 1))
+        pending = api.backend.futures.wait(first["request_id"], 0.0)
+        assert type(pending).__name__ == "Waiting"
+        assert api.backend.scheduler.why_waiting(sampler, 0) == "being sampled"
+        api.post(f"sessions/{sampler.partition(':')[0]}/finish")
+        assert "finished" in api.result(first)["error"]  # abandoned in the middle
+
+
+def test_a_request_at_fault_fails_alone(tmp_path: Path) -> None:
+    class Picky(HeldEngine):
+        def _draws(self, request: SampleRequest, steps: int) -> Any:
+            if request.num_samples == 3:
+                raise EngineError("three is too many")
+            return super()._draws(request, steps)
+
+    engine = Picky()
+    with serving(tmp_path, engine) as api:
+        session = api.session()
+        model, sampler = api.model(session), api.sampler(session)
+        held = api.hold(model, 1)
+        assert engine.holding.wait(20)
+        made = [api.submit_sample(sampler, n, num_samples=n) for n in (1, 2, 3, 4)]
+        engine.let_go.set()
+        api.result(held)
+        failed = [api.result(one).get("error") for one in made]
+        assert failed == [None, None, "three is too many", None]
+
+
+def test_a_batch_that_breaks_fails_all_its_requests(tmp_path: Path) -> None:
+    class Broken(HeldEngine):
+        def sample(
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
+        ) -> Iterator[List[Finished]]:
+            yield []
+            if requests[0].num_samples == 2:
+                raise ValueError("NaN in the logits")
+            # else it ends without a result
+
+    with serving(tmp_path, Broken()) as api:
+        sampler = api.sampler(api.session())
+        failure = api.result(api.submit_sample(sampler, 0, num_samples=2))
+        assert failure["category"] == "server"
+        assert "NaN in the logits" in failure["error"]
+        failure = api.result(api.submit_sample(sampler, 1))
+        assert failure == {"error": "the engine ended without a result", "category": "server"}
+
+
+def test_a_sampler_keeps_its_weights_when_the_checkpoint_goes(api: Api) -> None:
+    session = api.session()
+    model = api.model(session)
+    path = api.save(model, 1, "s", "save_weights_for_sampler")
+    sampler = api.sampler(session, 0, model_path=path)
+    before = api.result(api.submit_sample(sampler, 0))
+    api.client.delete(f"/api/v1/training_runs/{model}/checkpoints/sampler_weights/s")
+    assert api.result(api.submit_sample(sampler, 1)) == before
+    assert api.get(f"samplers/{sampler}") == {
+        "sampler_id": sampler,
+        "base_model": "deterministic",
+        "model_path": path,
+    }
+    body = {"session_id": session, "sampling_session_seq_id": 1, "model_path": path}
+    assert "no checkpoint" in api.post("create_sampling_session", 404, **body)["detail"]
+
+
+def test_trained_weights_sample_differently(api: Api) -> None:
+    session = api.session()
+    model = api.model(session)
+    base = api.sampler(session, 0)
+    for seq_id in range(1, 21, 2):
+        api.submit_pass(model, seq_id)
+        api.step(model, seq_id + 1)
+    made = api.post(
+        "save_weights_for_sampler", model_id=model, seq_id=21, sampling_session_seq_id=1
+    )
+    trained = api.result(made)["sampling_session_id"]
+    params = {"max_tokens": 30, "stop": [], "seed": 4}
+    before, after = (
+        api.result(api.submit_sample(s, 0, sampling_params=params))["sequences"][0]["tokens"]
+        for s in (base, trained)
+    )
+    assert before != after
+
+
+def test_samplers_beyond_the_cap_are_reloaded_when_used(tmp_path: Path) -> None:
+    engine = HeldEngine()
+    limits = SamplingLimits(gather_s=0.0, max_loaded=2)
+    with serving(tmp_path, engine, limits=limits) as api:
+        session = api.session()
+        samplers = [api.sampler(session, n) for n in range(3)]
+        first = api.result(api.submit_sample(samplers[2], 0))
+        assert len(engine._samplers) == 2
+        for seq_id in (1, 2):
+            for sampler in samplers:
+                value = api.result(api.submit_sample(sampler, seq_id))
+                assert value == first
+                assert len(engine._samplers) == 2
+
+
+def test_a_retried_ephemeral_save_with_a_new_sampler_number_is_one_save(api: Api) -> None:
+    model = api.model()
+    body = {"model_id": model, "seq_id": 1, "type": "save_weights_for_sampler"}
+    first = api.post("save_weights_for_sampler", **body, sampling_session_seq_id=0)
+    assert api.post("save_weights_for_sampler", **body, sampling_session_seq_id=1) == first
+    sampler = api.result(first)["sampling_session_id"]
+    assert sampler.endswith(":sample:0")
+    assert api.get(f"sessions/{model.partition(':')[0]}")["sampler_ids"] == [sampler]
+
+
+def test_the_weights_of_ended_samplers_leave_the_disk(api: Api, tmp_path: Path) -> None:
+    session = api.session()
+    model = api.model(session)
+    for seq_id in (1, 2):
+        made = api.post(
+            "save_weights_for_sampler",
+            model_id=model,
+            seq_id=seq_id,
+            sampling_session_seq_id=seq_id,
+        )
+        api.result(made)
+    assert len(list((tmp_path / "samplers").iterdir())) == 2
+    api.post(f"sessions/{session}/finish")
+    api.model()  # a turn of the engine later
+    api.model()
+    assert list((tmp_path / "samplers").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": {"chunks": []}}, "the prompt is empty"),
+        ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [200_000]}]}}, "token 200000"),
+        (
+            {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1] * 40_000}]}},
+            "reads at most",
+        ),
+        ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1] * 32_768}]}}, "no room"),
+        ({"prompt": "hello"}, "chunks"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"sampling_params": {"temperature": -1}}, "temperature"),
+        ({"sampling_params": {"max_tokens": 0}}, "max_tokens"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 3}, "prompt_logprobs_last_n"),
+        ({"seq_id": None}, "'seq_id' is missing"),
+        ({"sampling_session_id": None}, "'sampling_session_id' is missing"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(api: Api, changes: Dict[str, Any], says: str) -> None:
+    sampler = api.sampler(api.session())
+    body = {**api.sample_body(sampler, 0), **changes}
+    assert says in api.post("asample", 400, **body)["detail"]
+    assert "sequences" in api.result(api.submit_sample(sampler, 1))
+
+
+def test_a_sampler_that_cannot_be_is_refused(api: Api) -> None:
+    session = api.session()
+
+    def refused(status: int, **body: Any) -> str:
+        body = {"session_id": session, "sampling_session_seq_id": 0, **body}
+        return str(api.post("create_sampling_session", status, **body)["detail"])
+
+    assert "this server has deterministic" in refused(400, base_model="gpt")
+    assert "this server has deterministic" in refused(400)
+    assert "not a checkpoint path" in refused(400, model_path="weights/a")
+    assert "unknown" in refused(404, model_path="tinker://a/weights/b")
+    assert "unknown" in api.post("asample", 404, **api.sample_body("no:sample:0", 0))["detail"]
+    assert "unknown" in api.get("samplers/no:sample:0", 404)["detail"]
+
+
+def test_too_many_queued_samples_are_turned_away(tmp_path: Path) -> None:
+    engine = HeldEngine()
+    with serving(tmp_path, engine, limits=SamplingLimits(gather_s=0.0, max_queued=2)) as api:
+        session = api.session()
+        model, sampler = api.model(session), api.sampler(session)
+        held = api.hold(model, 1)
+        assert engine.holding.wait(20)
+        made = [api.submit_sample(sampler, n) for n in (0, 1)]
+        body = api.sample_body(sampler, 2)
+        assert "2 sample requests are queued" in api.post("asample", 429, **body)["detail"]
+        reason = api.backend.scheduler.why_waiting(sampler, 1)
+        assert reason == "queued for the next batch, behind 1 other(s)"
+        engine.let_go.set()
+        for one in (held, *made):
+            api.result(one)
+        assert "sequences" in api.result(api.post("asample", **body))  # the same number, later
+
+
+def test_gathering_waits_by_the_clock_and_not_longer(tmp_path: Path) -> None:
+    limits = SamplingLimits(gather_s=0.01, gather_most_s=0.02)
+    engine = HeldEngine()
+    with serving(tmp_path, engine, limits=limits) as api:
+        sampler = api.sampler(api.session())
+        assert "sequences" in api.result(api.submit_sample(sampler, 0))
+
+
+def test_many_threads_share_one_sampler(api: Api, engine: HeldEngine) -> None:
+    sampler = api.sampler(api.session())
+    results: Dict[int, Any] = {}
+
+    def run(seq_id: int) -> None:
+        own = Api(api.client.application.test_client())
+        results[seq_id] = own.result(own.submit_sample(sampler, seq_id))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 20
+    assert all(value == results[0] for value in results.values())
+
+
+def test_everything_about_a_prompt(api: Api) -> None:
+    sampler = api.sampler(api.session())
+    made = api.submit_sample(
+        sampler,
+        0,
+        prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        topk_sample_logprobs=2,
+        prompt_alt_tokens_k=2,
+        prompt_logprobs_last_n=1,
+        target_prompt_logprobs={"data": [6, -1, 7, 8], "dtype": "int64", "shape": [2, 2]},
+    )
+    response = PROTOBUF.decode_samples(api.poll(made, accept=PROTOBUF.content_type).data)
+    known = response.prompt_logprobs
+    assert known is not None
+    assert known[:2] == [None, None]
+    assert known[2] is not None
+    rows = response.topk_prompt_logprobs
+    assert rows is not None
+    assert rows[0] is None
+    assert [len(row or ()) for row in rows[1:]] == [3, 3]
+    best = rows[1][0][1] if rows[1] else 0.0
+    assert best == pytest.approx(np.log(0.95 * 32 / 64.5), abs=1e-3)
+    target = response.target_prompt_logprobs
+    assert target is not None
+    assert target.shape == (2, 2)
+    assert target.tolist()[0][1] == 0.0
+    assert target.tolist()[1][0] == pytest.approx(known[2])
+    assert response.prompt_alt_tokens is not None
+    assert response.prompt_alt_tokens.tokens.shape == (2, 2)
+    assert [len(row or ()) for row in response.sequences[0].topk_logprobs or ()] == [2] * 4
+
+
+def test_stops(api: Api) -> None:
+    sampler = api.sampler(api.session())
+    params = {"max_tokens": 30, "temperature": 0.0}
+    made = api.submit_sample(sampler, 0, sampling_params={**params, "stop": []})
+    tokens = api.result(made)["sequences"][0]["tokens"]
+    assert len(tokens) == 30
+    stop = api.submit_sample(sampler, 1, sampling_params={**params, "stop": [tokens[4]]})
+    text = chr(tokens[6]) + chr(tokens[7])
+    cut = api.submit_sample(sampler, 2, sampling_params={**params, "stop": [text]})
+    for request_id, length in ((stop, 5), (cut, 8)):
+        sequence = api.result(request_id)["sequences"][0]
+        assert sequence["tokens"] == tokens[:length]
+        assert sequence["stop_reason"] == "stop"
+
+
+def test_a_sampler_of_an_expired_session_refuses(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with serving(tmp_path, clock=clock) as api:
+        sampler = api.sampler(api.session())
+        clock.now += 61
+        assert "expired" in api.post("asample", 404, **api.sample_body(sampler, 0))["detail"]
+
+
+def test_a_sampler_that_cannot_be_loaded_says_why_and_may_be_tried_again(
+    tmp_path: Path,
+) -> None:
+    class Full(HeldEngine):
+        full = True
+
+        def create_sampler(self, sampler_id: str, folder: Any) -> None:
+            if self.full:
+                raise EngineError("no room for another adapter", "server")
+            super().create_sampler(sampler_id, folder)
+
+    engine = Full()
+    with serving(tmp_path, engine) as api:
+        sampler = api.sampler(api.session())
+        failure = api.result(api.submit_sample(sampler, 0))
+        assert failure == {"error": "no room for another adapter", "category": "server"}
+        engine.full = False
+        assert "sequences" in api.result(api.submit_sample(sampler, 1))
+
+
+def test_a_batch_the_engine_refuses_fails(tmp_path: Path) -> None:
+    class Refusing(HeldEngine):
+        def sample(
+            self,
+            sampler_id: str,
+            requests: Sequence[SampleRequest],
+            dropped: Container[int] = (),
+        ) -> Iterator[List[Finished]]:
+            raise EngineError("not today", "server")
+
+    with serving(tmp_path, Refusing()) as api:
+        sampler = api.sampler(api.session())
+        failure = api.result(api.submit_sample(sampler, 0))
+        assert failure == {"error": "not today", "category": "server"}
+
+
+def test_queued_samples_fail_when_their_session_ends(api: Api, engine: HeldEngine) -> None:
+    session, other = api.session(), api.session()
+    model, sampler = api.model(other), api.sampler(session)
+    held = api.hold(model, 1)
+    assert engine.holding.wait(20)
+    made = api.submit_sample(sampler, 0)
+    api.post(f"sessions/{session}/finish")
+    assert "finished" in api.result(made)["error"]  # at once, while the engine is still busy
+    engine.let_go.set()
+    api.result(held)
+    assert "sample 1" not in engine.log

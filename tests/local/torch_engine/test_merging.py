@@ -1,0 +1,176 @@
+"""Adapters merged into their base model compute what was trained, on tied models, too."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+import pytest
+import torch
+from local.torch_engine.reference import give_random_delta, make_data
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tinkex.errors import InvalidInputError, LocalServerError
+from tinkex.local import merge_adapter
+from tinkex.local.torch_engine import TorchEngine
+from tinkex.types import LoraConfig
+
+(DATUM,) = make_data([40])
+
+
+def logprobs(model: Any) -> np.ndarray:
+    ids = torch.tensor(DATUM.model_input.to_numpy().astype(np.int64))[None]
+    targets = torch.tensor(DATUM.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64))
+    with torch.no_grad():
+        rows = torch.log_softmax(model(ids).logits[0].double(), -1)
+    found: np.ndarray = rows[range(len(targets)), targets].numpy()
+    return found
+
+
+def trained(engine: Any, folder: Path, lora: LoraConfig) -> np.ndarray:
+    """Train an adapter into *folder*; return the log-probabilities it gives."""
+    engine.create("m", lora)
+    give_random_delta(engine, "m", folder)
+    output = engine.forward_backward("m", [DATUM], "cross_entropy", {}, forward_only=True)
+    found: np.ndarray = output.loss_fn_outputs[0]["logprobs"].to_numpy()
+    return found
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def base(request: pytest.FixtureRequest, cache: Path, tied_folder: Path) -> str:
+    """A model in a folder."""
+    if request.param:
+        return str(tied_folder)
+    engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
+    return str(engine.info.tokenizer_id)
+
+
+@pytest.mark.parametrize("how", ["save", "export"])
+def test_a_merged_model_computes_what_was_trained(base: str, tmp_path: Path, how: str) -> None:
+    engine = TorchEngine.from_pretrained(base, device="cpu")
+    expected = trained(engine, tmp_path / "adapter", LoraConfig(rank=4, seed=1))
+    folder = tmp_path / "adapter"
+    if how == "export":
+        folder = tmp_path / "exported"
+        engine.export("m", folder)
+    merged = merge_adapter(folder, tmp_path / "new" / "merged")
+    model = AutoModelForCausalLM.from_pretrained(str(merged))
+    assert np.abs(logprobs(model) - expected).max() < 1e-4
+    assert not json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
+    again = TorchEngine.from_pretrained(str(merged), device="cpu")
+    again.create("fresh", LoraConfig(rank=4, seed=1))
+    output = again.forward_backward("fresh", [DATUM], "cross_entropy", {}, forward_only=True)
+    found = output.loss_fn_outputs[0]["logprobs"].to_numpy()
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_a_tied_model_stays_tied_if_its_output_layer_was_not_trained(
+    tied_folder: Path, tmp_path: Path
+) -> None:
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    lora = LoraConfig(rank=4, seed=1, train_unembed=False)
+    expected = trained(engine, tmp_path / "adapter", lora)
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(str(merged))
+    assert np.abs(logprobs(model) - expected).max() < 1e-4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_note_beside_an_adapter_on_a_tied_output_layer_says_how(
+    tied_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tinkex")
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    expected = trained(engine, tmp_path / "adapter", LoraConfig(rank=4, seed=1))
+    assert "tie_word_embeddings" in caplog.text
+    note = (tmp_path / "adapter" / "MERGING.md").read_text()
+    with_tinkex, by_hand = re.findall(r"```python\n(.*?)```", note, re.DOTALL)
+    from peft import PeftModel
+
+    names: Dict[str, Any] = {
+        "torch": torch,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "PeftModel": PeftModel,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of PEFT, about transformers and about tied weights
+        exec(by_hand.replace("path/of/this/folder", str(tmp_path / "adapter")), names)
+    assert np.abs(logprobs(names["model"]) - expected).max() < 1e-4
+    code = with_tinkex.replace("path/of/this/folder", str(tmp_path / "adapter"))
+    exec(code.replace("path/of/the/merged/model", str(tmp_path / "merged")), names)
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("unembed", [False, True])
+def test_an_adapter_that_merges_as_usual_has_no_note(
+    cache: Path, tied_folder: Path, tmp_path: Path, unembed: bool
+) -> None:
+    model = "tiny-random" if unembed else str(tied_folder)
+    engine = TorchEngine.from_pretrained(model, device="cpu", cache_dir=cache)
+    engine.create("m", LoraConfig(rank=4, train_unembed=unembed))
+    engine.save("m", tmp_path, with_optimizer=True)
+    assert not (tmp_path / "MERGING.md").exists()
+
+
+def test_an_export_of_an_untied_model_is_what_peft_reads(cache: Path, tmp_path: Path) -> None:
+    engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
+    engine.create("m", LoraConfig(rank=4))
+    engine.export("m", tmp_path)
+    names = set(load_file(str(tmp_path / "adapter_model.safetensors")))
+    assert "base_model.model.lm_head.lora_A.weight" in names
+    assert not (tmp_path / "MERGING.md").exists()
+
+
+def test_an_export_names_a_tied_output_layer_as_the_hosted_service_does(
+    tied_folder: Path, tmp_path: Path
+) -> None:
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    expected = trained(engine, tmp_path / "adapter", LoraConfig(rank=4, seed=1))
+    engine.export("m", tmp_path / "out")
+    names = set(load_file(str(tmp_path / "out" / "adapter_model.safetensors")))
+    assert "base_model.model.model.unembed_tokens.lora_A.weight" in names
+    assert not any("lm_head" in name for name in names)
+    assert "unembed_tokens" in (tmp_path / "out" / "MERGING.md").read_text()
+    engine.create("again", LoraConfig(rank=4))
+    engine.load("again", tmp_path / "out", with_optimizer=False)
+    output = engine.forward_backward("again", [DATUM], "cross_entropy", {}, forward_only=True)
+    assert np.array_equal(output.loss_fn_outputs[0]["logprobs"].to_numpy(), expected)
+
+
+def test_what_cannot_be_merged_is_refused(cache: Path, tied_folder: Path, tmp_path: Path) -> None:
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    engine.create("m", LoraConfig(rank=4))
+    engine.save("m", tmp_path / "adapter", with_optimizer=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InvalidInputError, match="exists already"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "mine")
+    with pytest.raises(InvalidInputError, match="holds no adapter"):
+        merge_adapter(tmp_path / "mine", tmp_path / "out")
+    with pytest.raises(LocalServerError):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", base_model=str(tmp_path / "mine"))
+    with pytest.raises(InvalidInputError, match="dtype is 'float17'"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", dtype="float17")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(str(file))
+    save_file({name: torch.zeros(3, 3) for name in tensors}, str(file))
+    with pytest.raises(
+        InvalidInputError, match=r"size mismatch .* \(\d\d more like this\)$"
+    ) as misfit:
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert "\n" not in str(misfit.value)
+    dropped = sorted(tensors)[0]
+    tensors["base_model.model.other.lora_A.weight"] = tensors.pop(dropped)
+    save_file(tensors, str(file))
+    with pytest.raises(InvalidInputError, match=r"other.*lacks weights"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InvalidInputError, match=r"adapter_model\.safetensors cannot be read"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

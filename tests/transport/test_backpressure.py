@@ -1,0 +1,544 @@
+"""Back-pressure: quotas, the limit of unread futures, 429, and what a user sees of all that."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import logging
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, List
+
+import pytest
+from support.clocks import ManualClock
+from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
+from support.threads import race, wait_until
+from support.tinker_routes import TinkerRoutes
+from support.transports import open_transport, quick_config
+
+from tinkex import ServiceClient, types
+from tinkex._transport import backpressure
+from tinkex._transport.backpressure import Quota, Unread, megabytes
+from tinkex._transport.byte_limits import Pressure
+from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport.server_flags import flags_for
+from tinkex._transport.server_state import state_of
+from tinkex.errors import BackpressureError, ClientClosedError, ConfigError, RateLimitError
+from tinkex.futures import APIFuture
+
+PROMPT = types.ModelInput.from_ints([1, 2, 3])
+BATCH = [
+    types.Datum(
+        types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4], "weights": [1.0] * 3}
+    )
+]
+
+
+def never() -> bool:
+    return False
+
+
+def waiting(quota: Quota) -> int:
+    return len(quota._queue)
+
+
+# Quotas
+
+
+def test_a_quota_grants_while_no_more_than_the_whole_is_in_use() -> None:
+    quota = Quota("things", 10, str)
+    quota.take(10, never)
+    quota.take(5, never)  # docs/protocol.md, "Back-pressure": what is left may become negative
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(quota.take, 1, never)
+        wait_until(lambda: waiting(quota) == 1, "the third waits")
+        quota.give(5)
+        third.result(PATIENCE_S)
+    assert quota.describe() == "things: 11 of 10 in flight"
+
+
+def test_what_is_larger_than_the_whole_passes_and_the_next_waits_for_it() -> None:
+    quota = Quota("things", 10, str)
+    quota.take(1000, never)
+    with ThreadPoolExecutor(1) as pool:
+        small = pool.submit(quota.take, 1, never)
+        wait_until(lambda: waiting(quota) == 1, "the small one waits")
+        quota.give(1000)
+        small.result(PATIENCE_S)
+
+
+def test_turns_come_in_order_and_nobody_overtakes() -> None:
+    quota = Quota("things", 0, str)
+    quota.take(1, never)
+    order: List[int] = []
+
+    def take(number: int) -> None:
+        quota.take(1, never)
+        order.append(number)
+        quota.give(1)
+
+    with ThreadPoolExecutor(20) as pool:
+        for number in range(20):
+            pool.submit(take, number)
+            wait_until(lambda n=number: waiting(quota) == n + 1, "it waits")
+        quota.give(1)
+    assert order == list(range(20))
+
+
+def test_stopping_ends_a_wait_and_takes_nothing() -> None:
+    quota = Quota("things", 0, str)
+    quota.take(1, never)
+    stopped = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(quota.take, 7, stopped.is_set)
+        wait_until(lambda: waiting(quota) == 1, "it waits")
+        second = pool.submit(quota.take, 1, never)
+        wait_until(lambda: waiting(quota) == 2, "it waits")
+        stopped.set()
+        quota.wake()
+        with pytest.raises(ClientClosedError, match="things"):
+            first.result(PATIENCE_S)
+        assert not second.done()
+        quota.give(1)
+        second.result(PATIENCE_S)
+    assert quota.describe() == "things: 1 of 0 in flight"
+
+
+def test_ctrl_c_just_as_the_turn_comes_passes_it_on() -> None:
+    quota = Quota("things", 0, str)
+    quota.take(1, never)
+
+    def interrupted() -> bool:
+        quota.give(1)  # this very moment it is granted
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quota.take(5, interrupted)
+    assert quota.describe() == "things: 0 of 0 in flight"
+
+
+def test_two_hundred_threads_share_a_quota_and_leave_nothing() -> None:
+    size, largest = 100, 40
+    quota = Quota("things", size, str)
+    lock = threading.Lock()
+    in_use, most = 0, 0
+
+    def work(seed: int) -> bool:
+        nonlocal in_use, most
+        amounts = random.Random(seed)
+        for _ in range(20):
+            amount = amounts.randint(1, largest)
+            with quota.holding(amount, never):
+                with lock:
+                    in_use += amount
+                    most = max(most, in_use)
+                with lock:
+                    in_use -= amount
+        return True
+
+    assert race(*[lambda seed=seed: work(seed) for seed in range(200)]) == [True] * 200
+    assert most <= size + largest
+    assert quota.describe() == "things: 0 of 100 in flight"
+
+
+def test_a_wait_shows_in_the_status_of_the_future() -> None:
+    quota = Quota("sample requests", 10_000_000, megabytes)
+    quota.take(12_000_000, never)
+    future: APIFuture[Any] = APIFuture("sample")
+    future.enter("submitting")
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(quota.take, 1, never, future)
+        wait_until(lambda: future.waiting_for is not None, "it waits")
+        told = "sample requests: 12.0 MB of 10.0 MB in flight"
+        assert future.status().held_back == told
+        with pytest.raises(concurrent.futures.TimeoutError, match=told):
+            future.result(0)
+        quota.give(12_000_000)
+        held.result(PATIENCE_S)
+    assert future.status().held_back is None
+
+
+# Sizes
+
+
+def test_the_servers_flags_bound_what_the_caller_asks_for(server: ScriptedServer) -> None:
+    flags = {
+        "sample_dispatch_bytes_semaphore_size": 1000,
+        "fwdbwd_dispatch_bytes_semaphore_size": 2000,
+    }
+    server.on("POST /api/v1/client/config", Answer(body=flags))
+    settings = {"max_sample_bytes": 5000, "max_batch_bytes": 7}
+    with open_transport(server, **settings) as transport:
+        pressure = transport.pressure
+        assert (pressure.samples.size, pressure.results.size) == (5000, 52_428_800)
+        flags_for(transport)
+        assert pressure.sample_bytes(3) == 30  # looks at the flags, too
+    sizes = [q.size for q in (pressure.samples, pressure.batches, pressure.results)]
+    assert sizes == [1000, 7, 52_428_800]
+
+
+def test_after_a_429_a_sample_weighs_twenty_times_as_much(server: ScriptedServer) -> None:
+    config = quick_config(server)
+    pressure = Pressure(config, state_of(config), threading.Event())
+    state_of(config).limiter.back_off(1.0)
+    assert pressure.sample_bytes(3) == 600
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"on_backpressure": "panic"},
+        {"max_unread": 0},
+        {"max_sample_bytes": 1.5},
+        {"max_batch_bytes": -1},
+        {"max_result_bytes": True},
+    ],
+)
+def test_settings_are_checked(server: ScriptedServer, setting: Any) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        quick_config(server, **setting)
+
+
+# Unread futures
+
+
+def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> Unread:
+    return Unread(most, raises=raises, closing=threading.Event(), notice_after_s=notice_after_s)
+
+
+def test_beyond_the_bound_a_call_waits_until_something_is_read() -> None:
+    limit = unread(2)
+    limit.enter("sample")
+    limit.enter("sample")
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(limit.enter, "sample")
+        with pytest.raises(concurrent.futures.TimeoutError):
+            third.result(0.02)
+        limit.leave()
+        third.result(PATIENCE_S)
+    assert limit._count == 2
+
+
+def test_beyond_the_bound_a_call_raises_if_that_is_wanted() -> None:
+    limit = unread(1, raises=True)
+    limit.enter("sample")
+    with pytest.raises(BackpressureError, match="max_unread = 1") as caught:
+        limit.enter("optim_step")
+    assert "optim_step was not submitted" in str(caught.value)
+    assert caught.value.retryable
+    limit.leave()
+    limit.enter("sample")
+
+
+def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    limit = unread(1, notice_after_s=0.002)
+    limit.enter("sample")
+    with (
+        caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        second = pool.submit(limit.enter, "sample")
+        wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+        limit.leave()
+        second.result(PATIENCE_S)
+    assert "the results of max_unread = 1 futures were not read" in caplog.text
+
+
+def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Whether another thread will read cannot be known, so it is no error."""
+    limit = unread(1, notice_after_s=0.002)
+
+    def submit_two() -> None:
+        limit.enter("sample")
+        limit.enter("sample")
+
+    with caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"):
+        alone = threading.Thread(target=submit_two, name="alone", daemon=True)
+        alone.start()
+        wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+        assert "Only this thread, alone, has submitted any" in caplog.text
+        assert "it waits for itself, for ever. Read some with result()" in caplog.text
+        assert alone.is_alive()
+        limit.leave()  # another thread reads after all
+        alone.join(PATIENCE_S)
+        assert not alone.is_alive()
+        caplog.clear()
+        with ThreadPoolExecutor(1) as pool:
+            third = pool.submit(limit.enter, "sample")
+            wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+            limit.leave()
+            third.result(PATIENCE_S)
+        assert "for ever" not in caplog.text  # two threads submit: another one can read
+
+
+def test_closing_ends_every_wait_for_reads() -> None:
+    limit = unread(1)
+    limit.enter("sample")
+    with ThreadPoolExecutor(3) as pool:
+        waits = [pool.submit(limit.enter, "sample") for _ in range(3)]
+        limit._closing.set()
+        limit.wake()
+        for wait in waits:
+            with pytest.raises(ClientClosedError):
+                wait.result(PATIENCE_S)
+
+
+def test_two_hundred_threads_never_exceed_the_bound() -> None:
+    limit = unread(7)
+    lock = threading.Lock()
+    inside, most = 0, 0
+
+    def work() -> bool:
+        nonlocal inside, most
+        for _ in range(10):
+            limit.enter("sample")
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            with lock:
+                inside -= 1
+            limit.leave()
+        return True
+
+    assert race(*[work] * 200) == [True] * 200
+    assert most <= 7
+    with limit._lock:
+        limit._sweep_locked()
+    assert limit._count == 0
+
+
+def test_a_future_is_read_by_its_result_a_callback_or_its_end(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as service:
+        sampler = service.create_sampling_client(base_model="base")
+        first = sampler.sample(PROMPT)
+        with pytest.raises(BackpressureError):
+            sampler.sample(PROMPT)
+        first.result(PATIENCE_S)
+        first.result(PATIENCE_S)  # it is read once
+        second = sampler.sample(PROMPT)
+        with pytest.raises(BackpressureError):
+            sampler.sample(PROMPT)
+        told = threading.Event()
+        second.add_done_callback(lambda future: told.set())
+        assert told.wait(PATIENCE_S)
+        third = sampler.sample(PROMPT)
+        wait_until(third.done, "it is done")
+        wait_until(lambda: not service.inflight(), "nobody else holds it")
+        with pytest.raises(BackpressureError):
+            sampler.sample(PROMPT)
+        del third
+
+        def dropped() -> bool:
+            gc.collect()
+            try:
+                sampler.sample(PROMPT).result(PATIENCE_S)
+            except BackpressureError:
+                return False
+            return True
+
+        wait_until(dropped, "the place of what was dropped is free")
+    assert len(routes.submitted("asample")) == 4
+
+
+def test_the_parts_of_a_batch_take_no_places(server: ScriptedServer, routes: TinkerRoutes) -> None:
+    routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 1}))
+    with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as service:
+        trainer = service.create_lora_training_client("base")
+        whole = trainer.forward_backward(BATCH * 3, "cross_entropy")
+        assert len(whole.result(PATIENCE_S).loss_fn_outputs) == 3
+        trainer.optim_step(types.AdamParams()).result(PATIENCE_S)
+    assert len(routes.submitted("forward_backward")) == 3
+
+
+# 429
+
+
+def test_after_a_back_off_few_go_at_a_time() -> None:
+    clock = ManualClock()
+    limiter = RateLimiter(clock)
+    assert not limiter.throttled
+    assert limiter.describe() is None
+    limiter.back_off(5.0)
+    assert limiter.describe() == "the server has asked to wait (429), 5.0 s to go"
+    clock.advance(5.0)
+    assert limiter.describe() == "after a 429, 10 requests at a time"
+    for _ in range(10):
+        limiter.enter(lambda delay_s: None, never)
+    with ThreadPoolExecutor(1) as pool:
+        eleventh = pool.submit(limiter.enter, lambda delay_s: None, never)
+        wait_until(lambda: waiting(limiter._few) == 1, "the eleventh waits")
+        limiter.leave()
+        eleventh.result(PATIENCE_S)
+    clock.advance(10.0)
+    assert not limiter.throttled
+
+
+def test_a_429_during_the_wait_for_a_place_is_waited_for_too() -> None:
+    clock = ManualClock()
+    limiter = RateLimiter(clock)
+    limiter.back_off(2.0)
+    pauses: List[float] = []
+
+    def pause(delay_s: float) -> None:
+        pauses.append(delay_s)
+        clock.advance(delay_s)
+        if len(pauses) == 1:
+            limiter.back_off(3.0)
+
+    limiter.enter(pause, never)
+    assert pauses == [2.0, 3.0]
+
+
+def test_no_more_than_few_are_sent_at_once_after_a_429(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    go = threading.Event()
+    lock = threading.Lock()
+    inside, most = 0, 0
+
+    def accept(received: Received) -> Answer:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+            full = inside == 10
+        if full:
+            go.set()
+        go.wait(PATIENCE_S)
+        with lock:
+            inside -= 1
+        return routes.accept(received)
+
+    routes.serve("asample", Answer(429, headers={"Retry-After": "0.05"}), accept)
+    with ServiceClient(base_url=server.url) as service:
+        sampler = service.create_sampling_client(base_model="base")
+        first = sampler.sample(PROMPT)
+        limiter = service._session.transport.server.limiter
+        wait_until(lambda: limiter.throttled, "the 429 was read")
+        futures = [first] + [sampler.sample(PROMPT) for _ in range(39)]
+        for future in futures:
+            future.result(PATIENCE_S)
+    assert most == 10
+
+
+def test_a_429_is_raised_at_once_if_that_is_wanted(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    slow = Answer(429, {"detail": "slow down"}, headers={"Retry-After": "30"})
+    routes.serve("asample", slow)
+    with ServiceClient(base_url=server.url, on_backpressure="raise") as service:
+        sampler = service.create_sampling_client(base_model="base")
+        first = sampler.sample(PROMPT).exception(PATIENCE_S)
+        assert isinstance(first, RateLimitError)
+        assert first.retry_after_s == 30.0
+        second = sampler.sample(PROMPT).exception(PATIENCE_S)
+        assert isinstance(second, RateLimitError)
+        assert "was not sent" in str(second)
+        assert second.retry_after_s is not None
+        assert 20 < second.retry_after_s <= 30
+    assert len(routes.submitted("asample")) == 1
+
+
+def test_a_run_waits_after_429_whatever_is_wanted(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    routes.serve("optim_step", Answer(429, headers={"Retry-After": "0.02"}), routes.accept)
+    with ServiceClient(base_url=server.url, on_backpressure="raise") as service:
+        trainer = service.create_lora_training_client("base")
+        trainer.optim_step(types.AdamParams()).result(PATIENCE_S)
+    assert len(routes.submitted("optim_step")) == 2
+
+
+def test_a_future_that_the_server_holds_back_says_so_and_close_ends_it_at_once(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    routes.serve("asample", Answer(429, headers={"Retry-After": "50"}))
+    with ServiceClient(base_url=server.url) as service:
+        sampler = service.create_sampling_client(base_model="base")
+        futures = [sampler.sample(PROMPT) for _ in range(30)]
+
+        def told() -> bool:
+            return all("has asked to wait" in (f.status().held_back or "") for f in futures)
+
+        wait_until(told, "every future says why")
+    for future in futures:
+        assert isinstance(future.exception(0), ClientClosedError)
+
+
+# Batches and results
+
+
+def test_batches_of_several_runs_share_a_quota(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    go = threading.Event()
+
+    def held(received: Received) -> Answer:
+        go.wait(PATIENCE_S)
+        return routes.accept_pass(received)
+
+    with ServiceClient(base_url=server.url, max_batch_bytes=1) as service:
+        runs = [service.create_lora_training_client("base") for _ in range(2)]
+        runs[0].forward_backward(BATCH, "cross_entropy").result(PATIENCE_S)  # the encoding is known
+        routes.serve("forward_backward", held)
+        first = runs[0].forward_backward(BATCH, "cross_entropy")
+        server.wait_for("POST /api/v1/forward_backward", 2)
+        second = runs[1].forward_backward(BATCH, "cross_entropy")
+        wait_until(lambda: "training batches" in str(second.status()), "the second is held back")
+        assert len(routes.submitted("forward_backward")) == 2
+        go.set()
+        for future in (first, second):
+            future.result(PATIENCE_S)
+
+
+LARGE = types.SamplingParams(max_tokens=1_000_000)
+
+
+def test_large_results_are_fetched_one_after_the_other(
+    server: ScriptedServer, routes: TinkerRoutes
+) -> None:
+    go = threading.Event()
+    fetches: List[str] = []
+
+    def retrieve(received: Received) -> Answer:
+        body = received.json()
+        if body["allow_metadata_only"]:
+            return Answer(body={"status": "complete_metadata", "response_payload_size": 9_000_000})
+        fetches.append(body["request_id"])
+        go.wait(PATIENCE_S)
+        return routes.retrieve(received)
+
+    with ServiceClient(base_url=server.url, max_result_bytes=1) as service:
+        sampler = service.create_sampling_client(base_model="base")
+        routes.serve("retrieve_future", retrieve)
+        futures = [sampler.sample(PROMPT, 1, LARGE) for _ in range(3)]
+
+        def held_back() -> int:
+            return sum("large results: 9.0 MB of 0.0 MB" in str(f.status()) for f in futures)
+
+        wait_until(lambda: held_back() == 2, "two wait")
+        assert len(fetches) == 1
+        go.set()
+        for future in futures:
+            assert future.result(PATIENCE_S).sequences[0].tokens == [5]
+        assert service._session.transport.pressure.results._used == 0
+    assert len(fetches) == 3
+
+
+def test_close_ends_a_wait_for_the_quota_at_once(
+    server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backpressure, "_LOOK_S", 3600.0)  # nobody looks without being woken
+    with ServiceClient(base_url=server.url) as service:
+        sampler = service.create_sampling_client(base_model="base")
+        quota = service._session.transport.pressure.samples
+        quota.take(1 << 30, never)
+        futures = [sampler.sample(PROMPT) for _ in range(5)]
+        wait_until(lambda: waiting(quota) == 5, "all wait")
+    assert waiting(quota) == 0
+    for future in futures:
+        assert isinstance(future.exception(0), ClientClosedError)
+    assert routes.submitted("asample") == []
