@@ -316,7 +316,7 @@ def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
         names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-sample")]
         assert [len(f.result(PATIENCE_S).sequences[0].tokens) for f in futures] == [2] * 500
         assert names == []
-        ledgers = [w._ledger for w in client._session.poller._batches._watches.values()]
+        ledgers = [w._ledger for w in client._runtime.poller._batches._watches.values()]
         wait_until(lambda: all(ledger.at_rest for ledger in ledgers), "all was reported")
         kept = [hosted._backend.futures.wait(f.request_id or "", 0) for f in futures]
         assert kept == [None] * 500

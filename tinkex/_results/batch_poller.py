@@ -274,7 +274,7 @@ class BatchPoller:
     @property
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
-        return [pool.stopper for pool in self._pools]
+        return [pool.finalizer_hook for pool in self._pools]
 
     @property
     def _pools(self) -> List[WorkerPool]:

@@ -284,7 +284,7 @@ class Poller:
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
         pools = (self._polls, self._samples, self._asking, self._cancels, self._callbacks)
-        return [*(pool.stopper for pool in pools), *self._batches.stoppers]
+        return [*(pool.finalizer_hook for pool in pools), *self._batches.stoppers]
 
     def _forget(self, future: Any) -> None:
         with self._lock:

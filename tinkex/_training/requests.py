@@ -82,7 +82,7 @@ class SaveState(EndpointRequest[SaveWeightsResponse]):
     def decode(self, reply: Reply) -> SaveWeightsResponse:
         """Read the result, and remember the path to resume from."""
         saved = super().decode(reply)
-        self.queue.session.last_checkpoint = saved.path
+        self.queue.runtime.session.last_checkpoint = saved.path
         return saved
 
 
@@ -154,7 +154,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         )
         batches = queue.transport.pressure.batches
         with batches.holding(chunk.nbytes, self._is_over, self.future):
-            return queue.session.dialect.submit(queue.transport, request, compress=self._compress)
+            return queue.runtime.dialect.submit(queue.transport, request, compress=self._compress)
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
         """Read the outputs."""
@@ -165,4 +165,4 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         return in_indices_of_batch(error, self._chunk.first, self._chunk.stop)
 
     def _is_over(self) -> bool:
-        return self.future.done() or self.queue.session.closed
+        return self.future.done() or self.queue.runtime.closed

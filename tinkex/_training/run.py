@@ -20,7 +20,7 @@ from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._results.poller import Operation
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, Loss, PassReader, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, SplitBatch
 from tinkex._training.requests import EndpointRequest, Pass
@@ -53,11 +53,11 @@ class TrainingRun:
             identity.
     """
 
-    def __init__(self, session: Session, model_id: str, first_seq_id: int = 1) -> None:
+    def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.model_id = model_id
         self.last_update = object()
-        self._session = session
-        self._queue = RunQueue(session, model_id, first_seq_id)
+        self._runtime = runtime
+        self._queue = RunQueue(runtime, model_id, first_seq_id)
         self._results = PassReader(model_id)
         # Used by the queue's thread alone; the server's flags once they are needed.
         self._gradient = Gradient(self._queue)
@@ -112,8 +112,8 @@ class TrainingRun:
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
         """Make a future for a request of this run; ClientClosedError if the session is closed."""
-        self._session.ensure_open(kind)
-        return self._session.poller.new_future(kind, counted=counted)
+        self._runtime.ensure_open(kind)
+        return self._runtime.poller.new_future(kind, counted=counted)
 
     def drain(self) -> None:
         """Refuse further work; what was queued is still sent.  Does not block."""
@@ -175,13 +175,13 @@ class TrainingRun:
         if future.done():  # cancelled while it was queued
             return
         future.enter("submitting")
-        accepted = api.unload_model(self._session.transport, self.model_id)
+        accepted = api.unload_model(self._runtime.transport, self.model_id)
         if not isinstance(accepted, UntypedFuture):
             future.settle(accepted)
             return
         future.enter("waiting", accepted.request_id)
         operation = Operation(future, _read_unloaded, owner=f"run {self.model_id}")
-        self._session.poller.watch(self.model_id, operation)
+        self._runtime.poller.watch(self.model_id, operation)
 
     # Passes
 
@@ -229,7 +229,7 @@ class TrainingRun:
 
     def _cut(self, data: List[Datum], first: int = 0) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
-        codec = self._session.dialect.codec
+        codec = self._runtime.dialect.codec
         chunks = cut(data, self._server_flags(), codec, first)
         if len(chunks) > 1:
             check_encoding(chunks, codec)
@@ -251,7 +251,7 @@ class TrainingRun:
         """The server's flags; the usual ones if it does not report them."""
         if self._flags is None:
             try:
-                self._flags = flags_for(self._session.transport, once=True)
+                self._flags = flags_for(self._runtime.transport, once=True)
             except APIError as error:
                 logger.info("using the usual limits for batches: %s", error)
                 self._flags = ServerFlags()

@@ -15,7 +15,7 @@ import weakref
 from typing import Any, Callable, Generic, Optional, Sequence, TypeVar
 
 from tinkex._results.poller import Operation
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.sequence import (
     Action,
     Lost,
@@ -124,22 +124,22 @@ class RunQueue:
         first_seq_id: the first one, if some were used while the run was made.
 
     Attributes:
-        session: that of the run.
+        runtime: that of the run.
         model_id: the server's id of the run.
         transport: what the numbered requests must be sent with.
     """
 
-    def __init__(self, session: Session, model_id: str, first_seq_id: int = 1) -> None:
-        self.session = session
+    def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
+        self.runtime = runtime
         self.model_id = model_id
         # Guards _rules and _services_resends; notified when a request is settled or refused.
         # Never held during I/O or while a future is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in _service_resends, and will see a refusal
-        self.transport = session.transport.watched(SendGate(self._rules, self._changed))
-        self._lane = session.new_lane(f"tinkex-submit-{model_id}")
-        weakref.finalize(self, self._lane.stopper).atexit = False
+        self.transport = runtime.transport.watched(SendGate(self._rules, self._changed))
+        self._lane = runtime.new_lane(f"tinkex-submit-{model_id}")
+        weakref.finalize(self, self._lane.finalizer_hook).atexit = False
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
         """Have the thread call ``task(future, *args)``; its failure is the future's."""
@@ -149,7 +149,7 @@ class RunQueue:
         try:
             task(future, *args)
         except Exception as error:
-            self.session.poller.fail(future, error)
+            self.runtime.poller.fail(future, error)
 
     def drain(self) -> None:
         """Refuse further work; what was queued is still sent.  Does not block."""
@@ -195,7 +195,7 @@ class RunQueue:
                 else:
                     settled = all(future.done() for future in futures)
                 over = settled and not self._rules.has_refused
-                self._services_resends = not over and not self.session.closed
+                self._services_resends = not over and not self.runtime.closed
                 if not self._services_resends:
                     return
                 if not self._rules.has_refused:
@@ -205,7 +205,7 @@ class RunQueue:
         """Once nothing is in flight, resend what was refused for its seq_id (rule 5)."""
         rules = self._rules
         with self._changed:
-            while rules.has_refused and rules.in_flight and not self.session.closed:
+            while rules.has_refused and rules.in_flight and not self.runtime.closed:
                 self._changed.wait(_CHECK_CLOSED_S)
             refused = rules.take_resends()
             first = rules.next_seq_id
@@ -220,7 +220,7 @@ class RunQueue:
             self._transmit(request)
 
     def _transmit(self, request: RunRequest[Any]) -> None:
-        future, poller = request.future, self.session.poller
+        future, poller = request.future, self.runtime.poller
         if future.done():  # cancelled while it was queued
             return
         future.enter("submitting")
@@ -276,10 +276,10 @@ class RunQueue:
         assert lost is not None
         name = lost.message.name
         logger.info("no response to %s, seq_id %d; resending it first", name, lost.seq_id)
-        outage_s = self.session.config.max_outage_s
+        outage_s = self.runtime.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         try:
-            self.session.transport.send(lost.message, policy)
+            self.runtime.transport.send(lost.message, policy)
         except Exception as error:
             action = self._lost_failed(lost, error)
             if action is LostAction.REPORT:
@@ -304,7 +304,7 @@ class RunQueue:
             lost.seq_id,
         )
         try:
-            self.session.dialect.submit(self.session.transport, filler)
+            self.runtime.dialect.submit(self.runtime.transport, filler)
         except Exception as error:
             if self._lost_failed(lost, error) is not LostAction.CONTINUE:
                 raise
@@ -321,7 +321,7 @@ class RunQueue:
             error.hint = (
                 f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, whose "
                 "response was lost; it must be known to have arrived before anything else of the "
-                "run is sent. " + self.session.how_to_resume()
+                "run is sent. " + self.runtime.session.how_to_resume()
             )
         return action
 
@@ -370,8 +370,8 @@ class RunQueue:
             f"which was done, instead of {request.seq_id}: it has lost the state of the run",
             status=error.status,
             request_id=request.future.request_id,
-            session_id=self.session.session_id,
-            hint=self.session.how_to_resume(),
+            session_id=self.runtime.session.session_id,
+            hint=self.runtime.session.how_to_resume(),
         )
 
 

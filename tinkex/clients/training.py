@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, T
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._runtime.numeric import as_flag
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Loss
 from tinkex._training.checks import (
     MistakeWatch,
@@ -95,15 +95,15 @@ class TrainingClient(ChildClient):
 
     def __init__(
         self,
-        session: Session,
+        runtime: Runtime,
         model_id: str,
         base_model: Optional[str] = None,
         first_seq_id: int = 1,
     ) -> None:
-        super().__init__(session)
+        super().__init__(runtime)
         self.model_id = model_id
         self._base_model = base_model
-        self._run = TrainingRun(session, model_id, first_seq_id)
+        self._run = TrainingRun(runtime, model_id, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
         self._mistakes = MistakeWatch(f"run {model_id}")
 
@@ -170,7 +170,9 @@ class TrainingClient(ChildClient):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(self._session.session_id):
+        if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(
+            self._runtime.session.session_id
+        ):
             return self._pass_of_handle(data, loss_fn)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
@@ -448,7 +450,7 @@ class TrainingClient(ChildClient):
         self._ensure_open("create_sampling_client")
         own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
         return SamplingClient.create_future(
-            self._session,
+            self._runtime,
             model_path=model_path,
             known_base_model=self._base_model if own else None,
             retry_config=retry_config,
@@ -472,7 +474,7 @@ class TrainingClient(ChildClient):
         """What the server says of this run.  Blocks the first time; then cached."""
         self._ensure_open("get_info")
         if self._info is None:
-            self._info = api.get_info(self._session.transport, self.model_id)
+            self._info = api.get_info(self._runtime.transport, self.model_id)
             self._base_model = self._info.model_data.model_name or self._base_model
         return self._info
 
@@ -528,7 +530,7 @@ class TrainingClient(ChildClient):
         self, most: Tokens, submit: Callable[..., APIFuture[T]], kind: str, *args: Any
     ) -> APIFuture[T]:
         """Reserve *most* of the budget, and call ``submit(kind, *args)``."""
-        ledger = self._session.ledger
+        ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
             self.get_info()
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
@@ -567,7 +569,7 @@ class _SaveAndSample(EndpointRequest[SamplingClient]):
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it with a number of its own, each time."""
-        number = self.queue.session.next_sampler_number()
+        number = self.queue.runtime.session.next_sampler_seq_id()
         self._fields = {**self._fields, "sampling_session_seq_id": number}
         return super().send(channel)
 
@@ -579,16 +581,12 @@ class _SaveAndSample(EndpointRequest[SamplingClient]):
                 f"{self.future.kind}: the response has no sampling_session_id"
             )
         return SamplingClient(
-            self.queue.session,
+            self.queue.runtime,
             saved.sampling_session_id,
             self._base_model,
             retry_config=self._retry_config,
             record_stability_info=self._record_stability_info,
         )
-
-
-#: The official SDK's name of what creators return; here they return the client itself.
-BackcompatTrainingClientFuture = TrainingClient
 
 
 def _length(data: Sequence[Datum]) -> int:
