@@ -25,7 +25,7 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 DATUM = types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
 ADAM = types.AdamParams(learning_rate=0.01)

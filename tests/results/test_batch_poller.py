@@ -41,7 +41,7 @@ from tinkex.errors import (
 )
 from tinkex.futures import APIFuture
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.types import UntypedFuture
 

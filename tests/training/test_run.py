@@ -31,7 +31,7 @@ from tinkex.errors import (
     SequenceLostError,
     TinkexError,
 )
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
