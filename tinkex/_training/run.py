@@ -19,7 +19,7 @@ from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
 
 from tinkex._api import training as api
 from tinkex._api._call import read
-from tinkex._results.poller import Operation
+from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, Loss, PassReader, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, SplitBatch
@@ -179,9 +179,9 @@ class TrainingRun:
         if not isinstance(accepted, UntypedFuture):
             future.settle(accepted)
             return
-        future.enter("waiting", accepted.request_id)
-        operation = Operation(future, _read_unloaded, owner=f"run {self.model_id}")
-        self._runtime.poller.watch(self.model_id, operation)
+        owner = f"run {self.model_id}"
+        request = AcceptedRequest(future, _read_unloaded, owner, accepted.request_id)
+        self._runtime.poller.watch(self.model_id, request)
 
     # Passes
 

@@ -12,9 +12,9 @@ import logging
 import threading
 import uuid
 import weakref
-from typing import Any, Callable, Generic, Optional, Sequence, TypeVar
+from typing import Any, Callable, Optional, Sequence, TypeVar
 
-from tinkex._results.poller import Operation
+from tinkex._results.pending import PendingRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.sequence import (
     Action,
@@ -24,8 +24,7 @@ from tinkex._training.sequence import (
     classify,
     expected_seq_id,
 )
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.transport import Request
 from tinkex.errors import (
     APIError,
     ClientClosedError,
@@ -50,31 +49,21 @@ _MAYBE_DONE = (
 )
 
 
-class RunRequest(Generic[T]):
+class RunRequest(PendingRequest[T]):
     """One request of a run, from the call until its future is settled.
+
+    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
 
     Attributes:
         queue: sends it.
-        future: to be settled.
         seq_id: what it was sent under last; 0 before.
-        binary: the result may be protobuf.
     """
 
-    binary = False
-
     def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
+        super().__init__(future, f"run {queue.model_id}")
         self.queue = queue
-        self.future = future
         self.seq_id = 0
         self._is_watched = False
-
-    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it under its ``seq_id``; may be called again, with another one."""
-        raise NotImplementedError
-
-    def decode(self, reply: Reply) -> T:
-        """Read the result."""
-        raise NotImplementedError
 
     def explain(self, error: BaseException) -> BaseException:
         """Return the error to report for *error*, which it fails with."""
@@ -231,16 +220,9 @@ class RunQueue:
             if unhandled is not None:
                 poller.fail(future, unhandled)
             return
-        future.enter("waiting", accepted.request_id)
+        request.note_accepted(accepted.request_id)
         request.watch()
-        operation = Operation(
-            future,
-            request.decode,
-            request.binary,
-            owner=f"run {self.model_id}",
-            appeal=request.on_failure,
-        )
-        poller.watch(self.model_id, operation)
+        poller.watch(self.model_id, request)
 
     def _submit(self, request: RunRequest[Any]) -> UntypedFuture:
         """Send *request* until it is accepted, or fails."""
