@@ -12,8 +12,7 @@ from tinkex._transport.request import Body
 from tinkex._transport.transport import Request, Transport
 from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
-from tinkex.wire.codec import Codec
-from tinkex.wire.compression import compress
+from tinkex.wire.codec import Codec, compress
 
 
 def _given(**fields: Any) -> Dict[str, Any]:

@@ -64,8 +64,7 @@ from tinkex.types import (
     UnloadModelResponse,
     UntypedFuture,
 )
-from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.types.console import training_run_url
+from tinkex.types.checkpoint_path import check_tinker_path, training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
 
