@@ -37,7 +37,7 @@ from typing import Any, Callable, Generic, List, Optional, Sequence, Set, Tuple,
 
 from tinkex._results.poller import Operation
 from tinkex._sessions.session import Session
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.transport import Reply, Request, ThreadTransport
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -135,7 +135,7 @@ class NumberedLane:
         self._session = session
         self._model_id = model_id
         self._outbox = _Outbox()
-        self.transport = session.transport.watched(self._outbox)
+        self.transport = ThreadTransport(session.transport, self._outbox)
         self._lane = session.new_lane(f"tinkex-submit-{model_id}")
         # Used by the lane's thread alone: the next number, and whether it was turned away (rule 3).
         self._next_seq_id = first_seq_id
