@@ -9,7 +9,7 @@ import requests
 from servers.profiles import ProfiledServer
 
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, ModelInput
 from tinkex.wire.codecs import codec_for

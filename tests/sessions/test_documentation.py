@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Those of _sessions/ that deal with sessions and heartbeats.
 MODULES = (
     "session.py",
+    "runtime.py",
     "manager.py",
     "heartbeat.py",
     "heartbeat_state.py",

@@ -29,7 +29,7 @@ from tinkex.errors import (
     SequenceLostError,
     TinkexError,
 )
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codecs import codec_for
 from tinkex.wire.json_codec import JSON
@@ -465,7 +465,7 @@ def test_a_server_that_was_never_reached_has_taken_nothing(
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
         trainer = service.create_lora_training_client("base")
-        service._session.transport.drop_idle()
+        service._runtime.transport.drop_idle()
         server.close()
         error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert isinstance(error, APIConnectionError)

@@ -24,7 +24,7 @@ from tinkex.errors import (
     RequestFailedError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.wire.codecs import codec_for
 

@@ -150,7 +150,7 @@ class SessionManager:
         with self._core.lock:
             return self._core.table.snapshots()
 
-    def note_gone(self, session_id: str, status: int) -> None:
+    def mark_lost(self, session_id: str, status: int) -> None:
         """Take in that the server has answered a heartbeat of somebody else with 404 or 410."""
         core = self._core
         with core.lock:

@@ -19,8 +19,8 @@ import functools
 import logging
 from typing import Any, Callable, List, Mapping, Optional, Sequence, TypeVar, Union
 
-from tinkex._results.poller import Operation
-from tinkex._sessions.session import Session
+from tinkex._results.pending import AcceptedRequest
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, PassReader, check_encoding, cut
 from tinkex._training.gradient import Gradient
 from tinkex._training.run_queue import NumberedLane, Send, Work
@@ -58,10 +58,10 @@ class TrainingRun:
             identity.
     """
 
-    def __init__(self, session: Session, model_id: str, first_seq_id: int = 1) -> None:
+    def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.model_id = model_id
-        self._session = session
-        self._lane = NumberedLane(session, model_id, first_seq_id)
+        self._runtime = runtime
+        self._lane = NumberedLane(runtime, model_id, first_seq_id)
         self.transport = self._lane.transport
         self.last_update = object()
         self._results = PassReader(model_id)
@@ -76,8 +76,8 @@ class TrainingRun:
 
         *counted* as for `Poller.new_future`: it is the caller's, who may have to wait for it.
         """
-        self._session.ensure_open(kind)
-        return self._session.poller.new_future(kind, counted=counted)
+        self._runtime.ensure_open(kind)
+        return self._runtime.poller.new_future(kind, counted=counted)
 
     def submit(
         self,
@@ -130,9 +130,8 @@ class TrainingRun:
             if not isinstance(accepted, UntypedFuture):
                 future.settle(accepted)
                 return
-            future.enter("waiting", accepted.request_id)
-            operation = Operation(future, decode, owner=f"run {self.model_id}")
-            self._session.poller.watch(self.model_id, operation)
+            request = AcceptedRequest(future, decode, f"run {self.model_id}", accepted.request_id)
+            self._runtime.poller.watch(self.model_id, request)
 
         return self.queue(kind, task)
 
@@ -262,7 +261,7 @@ class TrainingRun:
 
     def _cut(self, data: List[Datum]) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
-        codec = self._session.dialect.codec
+        codec = self._runtime.dialect.codec
         chunks = cut(data, self._server_flags(), codec)
         if len(chunks) > 1:
             check_encoding(chunks, codec)
@@ -302,8 +301,8 @@ class TrainingRun:
                 self.model_id, seq_id, chunk, loss_fn, config, forward_only=future.kind == "forward"
             )
             batches = self.transport.pressure.batches
-            with batches.holding(nbytes, lambda: future.done() or self._session.closed, future):
-                return self._session.dialect.submit(self.transport, request, compress=compress)
+            with batches.holding(nbytes, lambda: future.done() or self._runtime.closed, future):
+                return self._runtime.dialect.submit(self.transport, request, compress=compress)
 
         def decode(reply: Reply) -> ForwardBackwardOutput:
             return self._results.read(reply, chunk, loss_fn, first)
@@ -317,7 +316,7 @@ class TrainingRun:
         """The server's flags; the usual ones if it does not tell."""
         if self._flags is None:
             try:
-                self._flags = flags_for(self._session.transport, once=True)
+                self._flags = flags_for(self._runtime.transport, once=True)
             except APIError as error:
                 logger.info("using the usual limits for batches: %s", error)
                 self._flags = ServerFlags()

@@ -33,11 +33,11 @@ import re
 import threading
 import uuid
 import weakref
-from typing import Any, Callable, Generic, List, Optional, Sequence, Set, Tuple, TypeVar
+from typing import Any, Callable, List, Optional, Sequence, Set, Tuple, TypeVar
 
-from tinkex._results.poller import Operation
-from tinkex._sessions.session import Session
-from tinkex._transport.transport import Reply, Request, ThreadTransport
+from tinkex._results.pending import PendingRequest
+from tinkex._sessions.runtime import Runtime
+from tinkex._transport.transport import Reply, Request
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -76,20 +76,37 @@ _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 _LOOK_S = 1.0
 
 
-@dataclasses.dataclass(eq=False)
-class Work(Generic[T]):
+class Work(PendingRequest[T]):
     """One request of the run, from the call to the end; *seq_id* is what it was last sent under.
 
     *explain* turns the error that it fails with into the one to report.
     """
 
-    future: APIFuture[T]
-    send: Send
-    decode: Callable[[Reply], T]
-    binary: bool = False
-    explain: Callable[[BaseException], BaseException] = lambda error: error
-    seq_id: int = 0
-    followed: bool = False  # the run learns when the future is settled
+    def __init__(
+        self,
+        future: APIFuture[T],
+        send: Send,
+        decode: Callable[[Reply], T],
+        binary: bool = False,
+        explain: Callable[[BaseException], BaseException] = lambda error: error,
+    ) -> None:
+        super().__init__(future)
+        self.send_as: Send = send
+        self.read: Callable[[Reply], T] = decode
+        self.binary = binary
+        self.explain = explain
+        self.lane: Optional[NumberedLane] = None
+        self.seq_id = 0
+        self.followed = False  # the run learns when the future is settled
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result."""
+        return self.read(reply)
+
+    def on_failure(self, error: BaseException) -> Optional[BaseException]:
+        """The error to report, or None if it is to be sent again."""
+        assert self.lane is not None
+        return self.lane._appeal(self, error)
 
 
 class _AnotherBody(Exception):
@@ -131,12 +148,12 @@ class NumberedLane:
         transport: what the numbered requests must be sent with.
     """
 
-    def __init__(self, session: Session, model_id: str, first_seq_id: int = 1) -> None:
-        self._session = session
+    def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
+        self._runtime = runtime
         self._model_id = model_id
         self._outbox = _Outbox()
-        self.transport = ThreadTransport(session.transport, self._outbox)
-        self._lane = session.new_lane(f"tinkex-submit-{model_id}")
+        self.transport = runtime.transport.watched(self._outbox)
+        self._lane = runtime.new_lane(f"tinkex-submit-{model_id}")
         # Used by the lane's thread alone: the next number, and whether it was turned away (rule 3).
         self._next_seq_id = first_seq_id
         self._turned_away = False
@@ -150,7 +167,7 @@ class NumberedLane:
         self._attending = False
         self._done_seq_id = first_seq_id - 1
         self._told_seq_id = 0
-        weakref.finalize(self, self._lane.stopper).atexit = False
+        weakref.finalize(self, self._lane.finalizer_hook).atexit = False
 
     def queue(self, future: APIFuture[T], task: Callable[[], None]) -> APIFuture[T]:
         """Have the lane run *task*; its failure is the future's."""
@@ -159,7 +176,7 @@ class NumberedLane:
             try:
                 task()
             except Exception as error:
-                self._session.poller.fail(future, error)
+                self._runtime.poller.fail(future, error)
 
         self._lane.submit(guarded)
         return future
@@ -203,14 +220,14 @@ class NumberedLane:
             self._send_refused_again()
             with self._changed:
                 over = not self._refused and is_over()
-                self._attending = not over and not self._session.closed
+                self._attending = not over and not self._runtime.closed
                 if not self._attending:
                     return
                 if not self._refused:
                     self._changed.wait(_LOOK_S)
 
     def _transmit(self, work: Work[Any]) -> None:
-        future, poller = work.future, self._session.poller
+        future, poller = work.future, self._runtime.poller
         if future.done():  # cancelled while it waited its turn
             return
         future.enter("submitting")
@@ -221,7 +238,7 @@ class NumberedLane:
             if left is not None:
                 poller.fail(future, left)
             return
-        future.enter("waiting", accepted.request_id)
+        work.note_accepted(accepted.request_id)
         with self._changed:
             self._in_flight.add(work)
         if not work.followed:
@@ -229,21 +246,15 @@ class NumberedLane:
             future.on_settled(lambda settled: self._settled(work))
         elif future.done():  # cancelled just now, before it was in flight again
             self._settled(work)
-        operation = Operation(
-            future,
-            work.decode,
-            work.binary,
-            owner=f"run {self._model_id}",
-            appeal=lambda error: self._appeal(work, error),
-        )
-        poller.watch(self._model_id, operation)
+        work.lane, work.owner = self, f"run {self._model_id}"
+        poller.watch(self._model_id, work)
 
     def _submit(self, work: Work[Any]) -> UntypedFuture:
         """Send under the next number, and do with the number what the rules above say."""
         while True:
             work.seq_id = self._next_seq_id
             try:
-                accepted = work.send(work.seq_id)
+                accepted = work.send_as(work.seq_id)
             except _AnotherBody:
                 self._send_lost_again()
             except RouteMissingError:  # and nothing there to read it
@@ -295,11 +306,11 @@ class NumberedLane:
         assert lost is not None
         name, seq_id = lost.name, self._next_seq_id
         logger.info("%s, number %d, got no answer; sending it again first", name, seq_id)
-        outage_s = self._session.config.max_outage_s
+        outage_s = self._runtime.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         try:
             try:
-                self._session.transport.send(lost, policy)
+                self._runtime.transport.send(lost, policy)
             except InternalServerError as error:
                 if error.status != 500:
                     raise
@@ -309,7 +320,7 @@ class NumberedLane:
                 error.hint = (
                     f"This was {name}, number {seq_id} of {self._model_id}, whose answer was lost; "
                     "it must be known to have arrived before anything else of the run is sent. "
-                    + self._session.how_to_resume()
+                    + self._runtime.session.how_to_resume()
                 )
                 raise
             if error.status not in _READ:  # 413 and the like: it never was accepted
@@ -331,12 +342,12 @@ class NumberedLane:
             name,
             seq_id,
         )
-        self._session.dialect.submit(self._session.transport, filler)
+        self._runtime.dialect.submit(self._runtime.transport, filler)
 
     def _send_refused_again(self) -> None:
         """Once nothing is in flight, send what was refused for its number, as rule 5 says."""
         with self._changed:
-            while self._refused and self._in_flight and not self._session.closed:
+            while self._refused and self._in_flight and not self._runtime.closed:
                 self._changed.wait(_LOOK_S)
             refused, self._refused = self._refused, []
             self._next_seq_id = max(self._next_seq_id, self._told_seq_id)
@@ -358,7 +369,7 @@ class NumberedLane:
     def _settled(self, work: Work[Any]) -> None:
         future = work.future
         done = not future.failed()
-        work.send = work.decode = _dropped  # they hold the batch; the future may live on
+        work.send_as = work.read = _dropped  # they hold the batch; the future may live on
         with self._changed:
             self._in_flight.discard(work)
             if done:
@@ -404,8 +415,8 @@ class NumberedLane:
             f"was done, instead of {work.seq_id}: it has lost the state of the run",
             status=error.status,
             request_id=work.future.request_id,
-            session_id=self._session.session_id,
-            hint=self._session.how_to_resume(),
+            session_id=self._runtime.session.session_id,
+            hint=self._runtime.session.how_to_resume(),
         )
 
 

@@ -93,6 +93,10 @@ class Transport:
         """Like `open_channel`, for a thread that sends many short requests and nothing else."""
         return self._connections.open_connection()
 
+    def watched(self, before_send: Callable[[Request], Request]) -> ThreadTransport:
+        """This transport for one busy thread, whose requests pass *before_send*."""
+        return ThreadTransport(self, before_send)
+
     def send(
         self,
         request: Request,

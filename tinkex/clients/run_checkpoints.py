@@ -10,7 +10,7 @@ from typing import Callable, Mapping, Optional, Sequence, Type, TypeVar
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._runtime.numeric import as_flag
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch_checks import (
     check_metadata,
     check_name,
@@ -47,12 +47,12 @@ class RunCheckpoints(ChildClient):
     """
 
     def __init__(
-        self, session: Session, model_id: str, base_model: Optional[str], first_seq_id: int
+        self, runtime: Runtime, model_id: str, base_model: Optional[str], first_seq_id: int
     ) -> None:
-        super().__init__(session)
+        super().__init__(runtime)
         self.model_id = model_id
         self._base_model = base_model
-        self._run = TrainingRun(session, model_id, first_seq_id)
+        self._run = TrainingRun(runtime, model_id, first_seq_id)
 
     def save_state(
         self,
@@ -86,7 +86,7 @@ class RunCheckpoints(ChildClient):
 
         def decode(reply: Reply) -> SaveWeightsResponse:
             saved = read(SaveWeightsResponse, reply, "save_state")
-            self._session.last_checkpoint = saved.path
+            self._runtime.session.last_checkpoint = saved.path
             return saved
 
         return self._submit("save_state", send, decode)
@@ -192,21 +192,21 @@ class RunCheckpoints(ChildClient):
         if kind not in ("snapshot", "inflight"):
             raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
         check_retry_config(retry_config)
-        session = self._session
+        runtime = self._runtime
 
         def send(seq_id: int) -> UntypedFuture:
             return api.save_weights_for_sampler(
                 self._run.transport,
                 model_id=self.model_id,
                 seq_id=seq_id,
-                sampling_session_seq_id=session.next_sampler_number(),
+                sampling_session_seq_id=runtime.session.next_sampler_seq_id(),
                 kind=kind,
             )
 
         def decode(reply: Reply) -> SamplingClient:
             saved = _sampler_reader("sampling_session_id")(reply)
             return SamplingClient(
-                session,
+                runtime,
                 str(saved.sampling_session_id),
                 self._base_model,
                 retry_config=retry_config,
@@ -239,7 +239,7 @@ class RunCheckpoints(ChildClient):
         self._ensure_open("create_sampling_client")
         own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
         return SamplingClient.create_future(
-            self._session,
+            self._runtime,
             model_path=model_path,
             known_base_model=self._base_model if own else None,
             retry_config=retry_config,

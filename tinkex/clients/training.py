@@ -11,7 +11,7 @@ import warnings
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar, Union, cast
 
 from tinkex._api import training as api
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch_checks import as_loss_config, check_batch
 from tinkex._training.custom_loss import CustomLoss, LossHandle, check_custom_batch
 from tinkex._training.custom_pass import CustomPass
@@ -61,12 +61,12 @@ class TrainingClient(RunCheckpoints):
 
     def __init__(
         self,
-        session: Session,
+        runtime: Runtime,
         model_id: str,
         base_model: Optional[str] = None,
         first_seq_id: int = 1,
     ) -> None:
-        super().__init__(session, model_id, base_model, first_seq_id)
+        super().__init__(runtime, model_id, base_model, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
         self._mistakes = MistakeWatch(f"run {model_id}")
 
@@ -134,7 +134,7 @@ class TrainingClient(RunCheckpoints):
                 stacklevel=2,
             )
         handle = loss_fn if isinstance(loss_fn, LossHandle) else None
-        if handle is not None and handle.is_at_server(self._session.session_id):
+        if handle is not None and handle.is_at_server(self._runtime.session.session_id):
             batch = check_batch(data, "custom")
             self._mistakes.look_at_targets(batch)
             handle.check(batch)
@@ -293,7 +293,7 @@ class TrainingClient(RunCheckpoints):
         self._ensure_open("unload")
 
         def send() -> Union[UntypedFuture, UnloadModelResponse]:
-            return api.unload_model(self._session.transport, self.model_id)
+            return api.unload_model(self._runtime.transport, self.model_id)
 
         unloaded = self._run.submit_unnumbered("unload", send, reader(UnloadModelResponse))
         self.close()
@@ -303,7 +303,7 @@ class TrainingClient(RunCheckpoints):
         """What the server says of this run.  Blocks the first time; then cached."""
         self._ensure_open("get_info")
         if self._info is None:
-            self._info = api.get_info(self._session.transport, self.model_id)
+            self._info = api.get_info(self._runtime.transport, self.model_id)
             self._base_model = self._info.model_data.model_name or self._base_model
         return self._info
 
@@ -342,7 +342,7 @@ class TrainingClient(RunCheckpoints):
 
     def _metered(self, kind: str, most: Tokens, submit: Callable[[], APIFuture[T]]) -> APIFuture[T]:
         """Set aside, of the budget, what *submit* may use, and call it."""
-        ledger = self._session.ledger
+        ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
             self.get_info()
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
@@ -357,10 +357,6 @@ class TrainingClient(RunCheckpoints):
             reservation.release()
             raise
         return future
-
-
-#: The official SDK's name of what creators return; here they return the client itself.
-BackcompatTrainingClientFuture = TrainingClient
 
 
 def _length(data: Sequence[Datum]) -> int:

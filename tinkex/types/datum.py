@@ -26,6 +26,9 @@ INPUT_DTYPES: Mapping[str, str] = {
     "sequence_ratio_mask": "float32",
 }
 
+#: What a loss is given with each datum, by name.
+LossFnInputs = Dict[str, TensorData]
+
 _TOKEN_BYTES = 4
 
 

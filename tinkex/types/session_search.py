@@ -157,6 +157,34 @@ class SessionStatusFilter(Wire):
 
 
 @dataclasses.dataclass(frozen=True)
+class ActiveSessionStatusQuery(SessionStatusFilter):
+    """Active sessions; this and the three below are the official SDK's names."""
+
+    type: str = "active"
+
+
+@dataclasses.dataclass(frozen=True)
+class CancelledSessionStatusQuery(SessionStatusFilter):
+    """Cancelled sessions."""
+
+    type: str = "cancelled"
+
+
+@dataclasses.dataclass(frozen=True)
+class FailedSessionStatusQuery(SessionStatusFilter):
+    """Failed sessions."""
+
+    type: str = "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientFinishedSessionStatusQuery(SessionStatusFilter):
+    """Sessions that their client ended, optionally for one of *reasons*."""
+
+    type: str = "client_finished"
+
+
+@dataclasses.dataclass(frozen=True)
 class SessionSearchCursor(Wire):
     """Where the next page begins; hand it back unchanged."""
 

@@ -14,6 +14,9 @@ from tinkex.types import console
 from tinkex.types._wire import Wire, bulk, json_number_map
 from tinkex.types.tensor_data import TensorData
 
+#: What a loss returns for each datum, by name.
+LossFnOutput = Dict[str, TensorData]
+
 _LAYERS = ("train_mlp", "train_attn", "train_unembed")
 
 
