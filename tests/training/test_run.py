@@ -31,7 +31,7 @@ from tinkex.errors import (
 )
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 from tinkex.wire.json_codec import JSON
 
 ADAM = types.AdamParams(learning_rate=0.01)

@@ -37,7 +37,7 @@ from tinkex.errors import (
     ResponseDecodeError,
 )
 from tinkex.retry import RetryPolicy
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 KEY = "tml-secret-4711"
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')

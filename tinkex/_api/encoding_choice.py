@@ -19,9 +19,13 @@ from tinkex._transport.server_state import ServerDialect as ServerDialect, state
 from tinkex.config import Config
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
 from tinkex.retry import RetryPolicy
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, Codec
-from tinkex.wire.codecs import codec_for
-from tinkex.wire.compression import can_compress
+from tinkex.wire.codec import (
+    JSON_CONTENT_TYPE,
+    PROTOBUF_CONTENT_TYPE,
+    Codec,
+    can_compress,
+    codec_for,
+)
 
 if TYPE_CHECKING:
     from tinkex.types import ForwardBackwardRequest, UntypedFuture

@@ -13,8 +13,7 @@ from tinkex._transport.sender import Sender
 from tinkex._transport.transport import Request
 from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
-from tinkex.wire.codec import Codec
-from tinkex.wire.compression import compress
+from tinkex.wire.codec import Codec, compress
 
 
 def _given(**fields: Any) -> Dict[str, Any]:

@@ -21,7 +21,7 @@ from tinkex._transport.transport import Reply
 from tinkex.errors import ResponseDecodeError, UnprocessableEntityError
 from tinkex.futures import APIFuture
 from tinkex.usage import Reservation, Tokens
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 if TYPE_CHECKING:
     from tinkex import types

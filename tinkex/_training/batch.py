@@ -15,8 +15,7 @@ from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, TensorData
 from tinkex.types.tensor_data import first_where
 from tinkex.wire.chunking import split
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Codec, codec_for
 from tinkex.wire.json_codec import JSON
 
 if TYPE_CHECKING:

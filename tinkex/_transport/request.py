@@ -8,7 +8,7 @@ from typing import Any, Mapping, Optional, Tuple, Union
 import orjson
 
 from tinkex.errors import ResponseDecodeError
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 JSON_TYPE = "application/json"
 

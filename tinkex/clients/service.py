@@ -22,8 +22,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.types.console import session_url
+from tinkex.types.checkpoint_path import check_tinker_path, session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.

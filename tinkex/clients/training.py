@@ -31,7 +31,7 @@ from tinkex.types import (
     UnloadModelResponse,
     UntypedFuture,
 )
-from tinkex.types.console import training_run_url
+from tinkex.types.checkpoint_path import training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
 

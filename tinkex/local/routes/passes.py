@@ -18,8 +18,7 @@ from tinkex.local.losses.custom_passes import run_custom_pass
 from tinkex.local.routes.submission import submit
 from tinkex.local.scheduling.checks import check_pass
 from tinkex.types import AdamParams, ForwardBackwardRequest
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 
 def register(app: Flask, backend: Backend) -> None:
