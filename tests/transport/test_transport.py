@@ -18,6 +18,7 @@ from typing import Any, Iterator, List
 import numpy as np
 import pytest
 from support.clocks import ManualClock
+from support.raw_server import RawServer
 from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport, quick_config
@@ -449,22 +450,10 @@ def test_a_proxy_that_is_not_there_is_named_without_its_password(server: Scripte
         assert "hunter2" not in "".join(traceback.format_exception(caught.type, caught.value, None))
 
 
-def test_an_answer_that_is_not_http(transport: Transport) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-
-        def babble() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
-
-        with ThreadPoolExecutor(1) as pool, ScriptedServer() as unused:
-            babbling = pool.submit(babble)
-            with open_transport(unused, base_url=f"http://127.0.0.1:{port}") as other:
-                with pytest.raises(APIConnectionError, match=f"127.0.0.1:{port}"):
-                    other.send(SUBMIT, ONCE)
-            babbling.result(PATIENCE_S)
+def test_an_answer_that_is_not_http() -> None:
+    with RawServer(b"SSH-2.0-OpenSSH_9.2\r\n") as server, open_transport(server) as other:
+        with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
+            other.send(SUBMIT, ONCE)
 
 
 # Closing
