@@ -15,6 +15,7 @@ from support.threads import race, wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
 from tinkex import Budget, RetryConfig, SamplingClient, ServiceClient, types
+from tinkex._sampling.pending_sample import PendingSample
 from tinkex.clients import sample_stream
 from tinkex.clients.sample_stream import Sampled, SampleStream
 from tinkex.errors import (
@@ -269,7 +270,7 @@ def test_an_interrupted_call_leaves_nothing_behind(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(client._runtime.poller, "submit_sample", interrupted)
+            patch.setattr(PendingSample, "sampler_id", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(sampler.sample_many(prompts(3), PARAMS))
         assert client.inflight() == []

@@ -10,13 +10,14 @@ Everything here blocks; it runs on a session's background threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from typing import Any, Dict, Mapping, Optional, Type, TypeVar
 
 from tinkex._api import rest, training as api
 from tinkex._api._call import read
-from tinkex._results.poller import Operation
+from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._transport.server_state import state_of
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
@@ -71,10 +72,9 @@ class NewRun:
 def wait_for_result(runtime: Runtime, kind: str, accepted: UntypedFuture, answer: Type[W]) -> W:
     """Wait for the result of work that the server has accepted."""
     future: APIFuture[W] = runtime.poller.new_future(kind)
-    future.enter("waiting", accepted.request_id)
-    lane = f"create {accepted.request_id}"
-    operation = Operation(future, lambda reply: read(answer, reply, kind), owner="a new run")
-    runtime.poller.watch(lane, operation)
+    decode = functools.partial(read, answer, name=kind)
+    request = AcceptedRequest(future, decode, "a new run", accepted.request_id)
+    runtime.poller.watch(f"create {accepted.request_id}", request)
     return future.result()
 
 

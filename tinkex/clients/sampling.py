@@ -6,11 +6,11 @@ import logging
 from typing import (
     TYPE_CHECKING,
     Any,
-    Callable,
     Iterable,
     List,
     Optional,
     Tuple,
+    Type,
     TypeVar,
 )
 
@@ -18,12 +18,9 @@ from tinkex import types
 from tinkex._api import sampling as api
 from tinkex._api.rest import get_weights_info
 from tinkex._results.concurrency_gate import SampleGate
-from tinkex._results.poller import Operation
 from tinkex._runtime.numeric import as_int
-from tinkex._sampling.sample_call import SampleCall, may_be_large
-from tinkex._sampling.sample_checks import (
-    check_request,
-)
+from tinkex._sampling.pending_sample import PendingLogprobs, PendingSample, SamplingRequest
+from tinkex._sampling.sample_checks import check_request
 from tinkex._sampling.sampler import Sampler
 from tinkex._sampling.sampler_handle import (
     HandedOn,
@@ -40,7 +37,6 @@ from tinkex.clients.tokenizers import load_tokenizer
 from tinkex.errors import (
     APIStatusError,
     InvalidInputError,
-    ResponseDecodeError,
 )
 from tinkex.futures import APIFuture
 from tinkex.retry_config import RetryConfig, check_retry_config
@@ -96,7 +92,8 @@ class SamplingClient(ChildClient):
         self._model_path = model_path
         self._record_stability_info = record_stability_info
         self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
-        self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
+        limit = None if retry_config is None else retry_config.max_connections
+        self._gate = SampleGate(limit, runtime.poller.submit)
         self._sampler = Sampler(
             runtime.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
@@ -200,7 +197,7 @@ class SamplingClient(ChildClient):
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             record_stability_info=self._record_stability_info,
         )
-        return self._submit("sample", request, lambda response: response)
+        return self._submit("sample", request, PendingSample)
 
     def sample_many(
         self,
@@ -278,7 +275,7 @@ class SamplingClient(ChildClient):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             record_stability_info=self._record_stability_info,
         )
-        return self._submit("compute_logprobs", request, _prompt_logprobs)
+        return self._submit("compute_logprobs", request, PendingLogprobs)
 
     def get_base_model(self) -> str:
         """Name of the base model.  Blocks if the server must be asked; then cached."""
@@ -373,7 +370,7 @@ class SamplingClient(ChildClient):
         )
 
     def _submit(
-        self, kind: str, request: types.SampleRequest, pick: Callable[[SampleResponse], T]
+        self, kind: str, request: types.SampleRequest, make: Type[SamplingRequest[T]]
     ) -> APIFuture[T]:
         check_request(request)
         runtime = self._runtime
@@ -386,37 +383,15 @@ class SamplingClient(ChildClient):
             raise
         try:
             reservation.bind(future)
-            self._start(kind, request, pick, future, reservation)
-        except BaseException:  # Ctrl-C: nobody would settle it
+            owner = self._account.client
+            self._gate.enter(
+                make(future, owner, self._sampler, request, reservation, self._no_progress_s)
+            )
+        except BaseException:  # Ctrl-C: nothing else would settle it
             future.cancel()
             reservation.release()
             raise
         return future
-
-    def _start(
-        self,
-        kind: str,
-        request: types.SampleRequest,
-        pick: Callable[[SampleResponse], T],
-        future: APIFuture[T],
-        reservation: Reservation,
-    ) -> None:
-        """Have *request* sent, in its turn, and *future* settled."""
-        poller, target = self._runtime.poller, self._sampler.target
-        call = SampleCall(self._sampler, kind, request, pick, future, reservation)
-        operation = Operation(
-            future,
-            call.decode,
-            binary=True,
-            owner=self._account.client,
-            pause_grace_s=0.0,
-            no_progress_timeout_s=self._no_progress_s,
-            large=may_be_large(request),
-        )
-        self._gate.enter(
-            future,
-            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, target),
-        )
 
     def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
         """Set aside, of the budget, the most that *request* may use."""
@@ -440,10 +415,3 @@ class SamplingClient(ChildClient):
 def _unpickle(handle: str) -> SamplingClient:
     # A pickle that is loaded can run any code: its server is trusted with this process's own key.
     return SamplingClient._from_handle(handle, trusted=True)
-
-
-def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
-    logprobs = response.prompt_logprobs
-    if logprobs is None:
-        raise ResponseDecodeError("compute_logprobs: the answer has no prompt logprobs")
-    return logprobs

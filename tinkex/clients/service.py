@@ -22,8 +22,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.types.console import session_url
+from tinkex.types.checkpoint_path import check_tinker_path, session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
@@ -385,7 +384,7 @@ class ServiceClient(WithoutCoroutines):
         The future raises RouteMissingError where the server has no such route.
         """
         from tinkex._api import rest
-        from tinkex._training.batch_checks import check_token, check_ttl
+        from tinkex._training.checks import check_token, check_ttl
 
         path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
         weights_access_token = check_token(weights_access_token)

@@ -1,6 +1,6 @@
 """The public names of tinkex.types, and where they live: ``__init__.py`` reads this file."""
 
-from tinkex.types._union import UnknownVariant as UnknownVariant
+from tinkex.types._wire import UnknownVariant as UnknownVariant
 from tinkex.types.admin import (
     AuditLogEntry as AuditLogEntry,
     AuditLogResponse as AuditLogResponse,
@@ -28,6 +28,9 @@ from tinkex.types.datum import (
     Datum as Datum,
     ForwardBackwardRequest as ForwardBackwardRequest,
     LossFnInputs as LossFnInputs,
+    PromptProvenanceSpan as PromptProvenanceSpan,
+    ProvenanceSpan as ProvenanceSpan,
+    SampledProvenanceSpan as SampledProvenanceSpan,
 )
 from tinkex.types.model_input import ModelInput as ModelInput
 from tinkex.types.names import (
@@ -48,11 +51,6 @@ from tinkex.types.optimizer import (
     DimuonParams as DimuonParams,
     OptimizerConfig as OptimizerConfig,
     OptimParams as OptimParams,
-)
-from tinkex.types.provenance import (
-    PromptProvenanceSpan as PromptProvenanceSpan,
-    ProvenanceSpan as ProvenanceSpan,
-    SampledProvenanceSpan as SampledProvenanceSpan,
 )
 from tinkex.types.rest import (
     Checkpoint as Checkpoint,

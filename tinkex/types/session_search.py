@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from tinkex._runtime.numeric import convert_fields
-from tinkex.types._union import UnknownVariant, variant
-from tinkex.types._wire import Wire, bulk, instant, json_strings
+from tinkex.types._wire import UnknownVariant, Wire, bulk, instant, json_strings, variant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,7 @@ from tinkex.local.routes.base import Routes, Rule
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Failure, Group, Outcome, Waiting
 from tinkex.types import ForwardBackwardOutput, SampleResponse
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 T = TypeVar("T")
 

@@ -29,8 +29,7 @@ from tinkex.local.scheduling.lanes import Work
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Success
 from tinkex.types import AdamParams, ForwardBackwardRequest
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 
 class TrainingRoutes(Routes):
