@@ -139,7 +139,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
         LocalServer(DeterministicEngine()).start()
     monkeypatch.undo()
     kept = tmp_path / "kept"
-    monkeypatch.setattr("waitress.server.create_server", lambda *args, **kw: 1 / 0)
+    monkeypatch.setattr("tinkex.local.http.serving.HttpServer", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LocalServer(DeterministicEngine(), data_dir=kept).start()
     monkeypatch.undo()
@@ -501,4 +501,4 @@ def test_close_comes_after_a_socket_thread_that_has_ended_by_itself() -> None:
     server._thread.join(20)
     server.close()
     assert own_threads() == []
-    assert not server._sockets
+    assert not server._http.sockets
