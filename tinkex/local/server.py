@@ -1,7 +1,7 @@
 """LocalServer: the embedded server with its sockets and threads.
 
 Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and writes sockets),
-"tinkex-http-i" (answer requests and hold polls), "tinkex-engine" (the scheduler's).
+"tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (the scheduler's).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engines.engine import Engine
 from tinkex.local.http.admission import Admission, is_loopback, read_hosts
-from tinkex.local.scheduling.scheduler import EXIT_PATIENCE_S
+from tinkex.local.scheduling.scheduler import EXIT_WAIT_S
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.folder_lock import check_data_dir
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: A server that was dropped looks this often whether its last session has ended, in seconds.
+#: A server that was dropped checks this often whether its last session has ended, in seconds.
 _DROPPED_S = 0.1
 
 #: HTTP threads beyond those that may hold polls.
@@ -92,7 +92,7 @@ class LocalServer:
         api_key: what clients must send as ``X-API-Key``; None asks for none.
         session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
         settings: everything else about it; *api_key* and *session_ttl_s* win over it.
-        access_log: gets one line of text for each answered request, in the thread that answered
+        access_log: gets one line of text for each response, in the thread that made
             it; None keeps no log.
     """
 
@@ -119,7 +119,7 @@ class LocalServer:
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
-        # Guards _closed: close runs once, whoever calls it.
+        # Guards _closed: close runs once, however often it is called.
         self._lock = threading.Lock()
         self._closed = False
         self._dropped = False  # set once, by a finalizer, so without a lock
@@ -145,7 +145,7 @@ class LocalServer:
         return folder
 
     def start(self) -> None:
-        """Bind and serve; return when requests are answered.
+        """Bind and serve; return when requests get responses.
 
         Raises:
             LocalServerError: the port is taken, the folder cannot be used, the server was started
@@ -166,7 +166,7 @@ class LocalServer:
     def close(self) -> None:
         """End the server: release held polls, end the threads, close the sockets and the engine.
 
-        Takes less than two seconds, unless the engine is in the middle of a long turn; that ends
+        Takes less than two seconds, unless the engine is in the middle of long work; that ends
         in the background.  A second call does nothing.  Thread-safe.
         """
         with self._lock:
@@ -175,7 +175,7 @@ class LocalServer:
             self._closed = True
         lifecycle.untrack(self)
         if self._thread is not None:
-            self._backend.futures.close()  # held polls answer now, while the sockets still work
+            self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
             self._http.pull_trigger()
@@ -201,7 +201,7 @@ class LocalServer:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
         self.close()
         if self._backend is not None:
-            self._backend.scheduler.join(EXIT_PATIENCE_S)  # an exit hook made now is not run
+            self._backend.scheduler.join(EXIT_WAIT_S)  # an exit hook made now is not run
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the threads, and the folder, are the parent's."""
@@ -248,7 +248,7 @@ class LocalServer:
     def _assemble(
         self, engine: Engine, store: Store
     ) -> Tuple[Backend, Callable[..., Any], Admission]:
-        """Make what answers requests: the backend, and the WSGI application in front of it.
+        """Make what responds to requests: the backend, and the WSGI application in front of it.
 
         A subclass may put a layer between HTTP and the application.
         """
@@ -296,8 +296,8 @@ def _missing_packages_reported() -> Iterator[None]:
         ) from error
 
 
-#: What requests import.  A module whose import fails while a request is answered, for want of a
-#: file descriptor, would fail each later request, too.
+#: What requests import.  A module whose import fails within a request, for want of a file
+#: descriptor, would fail each later request, too.
 _MODULES_OF_REQUESTS = (
     "tinkex.wire.json_codec",
     "tinkex.wire.proto_codec",
