@@ -14,10 +14,10 @@ import time
 from typing import List, Optional
 
 from tinkex._runtime.clock import Clock
+from tinkex._runtime.deferred import run_deferred
 from tinkex._sessions.heartbeat_state import FINISH_S, Core, Live, abandon, finish_all, new_workers
 from tinkex._sessions.session_table import Verdict
 from tinkex.errors import ClientClosedError, TinkexError
-from tinkex.futures import report_lost
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def turn(core: Core, watch: ClockWatch) -> bool:
         )
     for link in links:
         link.drop_idle()
-    report_lost()
+    run_deferred()
     _send(core, due, inline=alone)
     with core.lock:
         if core.thread is threading.current_thread():

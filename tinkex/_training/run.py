@@ -128,7 +128,7 @@ class TrainingRun:
             future.enter("submitting")
             accepted = send()
             if not isinstance(accepted, UntypedFuture):
-                future.settle(accepted)
+                future.try_set_result(accepted)
                 return
             request = AcceptedRequest(future, decode, f"run {self.model_id}", accepted.request_id)
             self._runtime.poller.watch(self.model_id, request)
