@@ -10,8 +10,7 @@ import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
 
 from tinkex.local.engines.engine import Finished
-from tinkex.local.state.completions import CLONE_BLOCK, Completions, Group
-from tinkex.local.state.futures import FutureTable, Success
+from tinkex.local.state.futures import CLONE_BLOCK, Completions, FutureTable, Group, Success
 from tinkex.types import SampleRequest
 from tinkex.wire.proto_codec import PROTOBUF
 
