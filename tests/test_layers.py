@@ -72,6 +72,7 @@ HEAVY_ALLOWED = {
     "tinkex.local.http": {"flask", "werkzeug"},
     "tinkex.local.http_errors": {"waitress"},
     "tinkex.local.http_threads": {"waitress"},
+    "tinkex.local.openai": {"flask", "werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
     "tinkex.local.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},

@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 from tinkex.local.admission import Admission, head_of
 from tinkex.local.backend import Backend
 from tinkex.local.http import MAX_BODY, answer
+from tinkex.local.openai import routes as openai
 from tinkex.local.problems import Problem
 from tinkex.local.routes import (
     auth,
@@ -60,11 +61,13 @@ def create_app(
     losses.register(app, backend, settings)
     saves.register(app, backend)
     sampling.register(app, backend)
-    futures.register(app, backend, settings)
+    holds = futures.Holds(settings.max_held_polls)
+    futures.register(app, backend, settings, holds)
     rest.register(app, backend)
     checkpoints.register(app, backend)
     downloads.register(app, backend, settings)
     telemetry.register(app, backend)
+    openai.register(app, backend, holds)
     _register_errors(app)
     return app
 

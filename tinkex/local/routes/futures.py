@@ -31,18 +31,25 @@ class Holds:
 
     def during(self, wait: Callable[[], T]) -> T:
         """Return what *wait* returns; Problem 429 instead if too many wait already."""
-        if not self._free.acquire(blocking=False):
-            # Clients pause before they ask again after this, and not after try_again.
-            raise Problem(429, f"{self._most} polls are held already; ask again", retry_after_s=1.0)
+        self.acquire()
         try:
             return wait()
         finally:
-            self._free.release()
+            self.release()
+
+    def acquire(self) -> None:
+        """Count one that begins to wait; Problem 429 instead if too many wait already."""
+        if not self._free.acquire(blocking=False):
+            # Clients pause before they ask again after this, and not after try_again.
+            raise Problem(429, f"{self._most} polls are held already; ask again", retry_after_s=1.0)
+
+    def release(self) -> None:
+        """Count one that does not wait any more."""
+        self._free.release()
 
 
-def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
+def register(app: Flask, backend: Backend, settings: ServerSettings, holds: Holds) -> None:
     """Add the routes to *app*."""
-    holds = Holds(settings.max_held_polls)
     _register_retrieve_future(app, backend, settings, holds)
     _register_retrieve_futures(app, backend, settings, holds)
 
