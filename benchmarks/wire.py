@@ -24,7 +24,7 @@ from tinkex.types import (
     ModelInput,
     TensorData,
 )
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 
 def make_batch(datums: int, tokens: int) -> Tuple[ForwardBackwardRequest, ForwardBackwardOutput]:

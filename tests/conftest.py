@@ -101,7 +101,7 @@ def scripted(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceCl
 def local() -> Iterator[LocalServer]:
     """The embedded server with the deterministic engine."""
     from tinkex.local import LocalServer
-    from tinkex.local.deterministic import DeterministicEngine
+    from tinkex.local.engines.deterministic import DeterministicEngine
 
     engine = DeterministicEngine(vocab_size=1000, context_length=64)
     with LocalServer(engine) as running:

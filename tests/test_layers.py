@@ -41,6 +41,23 @@ LAYERS = [
     "__main__",
 ]
 
+#: The layers inside the embedded server, from the bottom up, under the same rule.
+LOCAL_LAYERS = [
+    "errors",
+    "json_text",
+    "fields",
+    "settings",
+    "engines",
+    "losses",
+    "state",
+    "scheduling",
+    "backend",
+    "http",
+    "routes",
+    "app",
+    "server",
+]
+
 #: What the embedded server shares with the client, so that each can be tested against the other.
 VALUES = {"errors", "_runtime", "types", "wire", "local"}
 
@@ -69,13 +86,11 @@ HEAVY = {
 #: These may import at module level what they are there for, being imported late themselves.
 HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
-    "tinkex.local.http": {"flask", "werkzeug"},
-    "tinkex.local.http_errors": {"waitress"},
-    "tinkex.local.http_threads": {"waitress"},
+    "tinkex.local.http": {"flask", "werkzeug", "waitress"},
     "tinkex.local.openai": {"flask", "werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
-    "tinkex.local.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},
+    "tinkex.local.engines.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},
     "tinkex.cli": {"click", "rich"},
 }
 
@@ -104,6 +119,12 @@ SOURCES: Dict[str, ast.Module] = {
 def layer(module: str) -> str:
     """Return the folder or module at the top that *module* belongs to; "" for the package."""
     return module.partition(".")[2].partition(".")[0]
+
+
+def local_layer(module: str) -> str:
+    """Return the layer of the embedded server that *module* belongs to; "" for any other."""
+    prefix, _, inside = module.partition("tinkex.local.")
+    return "" if prefix else inside.partition(".")[0]
 
 
 def rank(module: str) -> int:
@@ -167,6 +188,21 @@ def test_imports_go_downward():
         f"{i.module}:{i.line} imports {i.target}"
         for i in OWN_IMPORTS
         if rank(i.target) > rank(i.module) and not excused(i)
+    ]
+    assert upward == []
+
+
+def test_the_layers_of_the_server_are_what_stands_in_its_folder():
+    assert {local_layer(module) for module in SOURCES} - {""} == set(LOCAL_LAYERS)
+
+
+def test_imports_inside_the_server_go_downward():
+    upward = [
+        f"{i.module}:{i.line} imports {i.target}"
+        for i in OWN_IMPORTS
+        if local_layer(i.module)
+        and local_layer(i.target)
+        and LOCAL_LAYERS.index(local_layer(i.target)) > LOCAL_LAYERS.index(local_layer(i.module))
     ]
     assert upward == []
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import importlib.resources
 import inspect
+import os
+import pickle
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
 import tinkex
 import tinkex.types
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "peft", "flask", "waitress", "rich", "asyncio", "google.protobuf")
 
 
@@ -28,7 +34,12 @@ def modules_after(statement: str) -> set:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import tinkex", "import tinkex.types", "import tinkex.errors", "import tinkex.local.engine"],
+    [
+        "import tinkex",
+        "import tinkex.types",
+        "import tinkex.errors",
+        "import tinkex.local.engines.engine",
+    ],
 )
 def test_importing_brings_nothing_heavy(statement):
     assert modules_after(statement) & set(HEAVY) == set()
@@ -97,6 +108,70 @@ def test_the_version_is_the_metadatas():
     assert tinkex.__version__ == installed
 
 
-@pytest.mark.parametrize("name", ["py.typed", "wire/tinker_public.proto"])
+#: Of use in the source tree only.
+NOT_SHIPPED = {"regenerate.sh"}
+DATA_FILES = ["__init__.pyi", "types/__init__.pyi", "py.typed", "wire/tinker_public.proto"]
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
 def test_data_files_are_shipped(name):
     assert (importlib.resources.files("tinkex") / name).is_file()
+
+
+def test_every_file_that_is_not_python_is_declared_as_package_data():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]
+    undeclared = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tinkex").rglob("*")
+        if path.suffix not in (".py", ".pyc") and path.is_file() and path.name not in NOT_SHIPPED
+        for package in [".".join(path.relative_to(ROOT).parts[:-1])]
+        if not any(path.match(one) for one in patterns.get(package, "").split(", "))
+    ]
+    assert undeclared == []
+
+
+def test_the_package_works_from_a_zip_file(tmp_path):
+    package = Path(tinkex.__file__).parent
+    archive = tmp_path / "tinkex.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in package.rglob("*"):
+            if path.suffix in (".py", ".pyi"):
+                file.write(path, path.relative_to(package.parent))
+    script = (
+        "import tinkex, tinkex.types\n"
+        "assert '.zip' in tinkex.__file__\n"
+        "for module in (tinkex, tinkex.types):\n"
+        "    for name in module.__all__: getattr(module, name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(archive)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    for module in (tinkex, tinkex.types):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute"):
+            module.NoSuchName  # noqa: B018
+
+
+def test_dir_lists_the_public_names():
+    assert {"ServiceClient", "auth", "types", "__version__"} <= set(dir(tinkex))
+    assert "TrainingBillingEvent" in dir(tinkex.types)
+
+
+def test_an_alias_is_the_same_object():
+    assert tinkex.types.TrainingBillingEvent is tinkex.types.TrainingUsage
+
+
+def test_values_pickle_by_the_module_that_defines_them():
+    params = tinkex.SamplingParams(max_tokens=3)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert pickle.loads(pickle.dumps(tinkex.AdamParams)) is tinkex.AdamParams

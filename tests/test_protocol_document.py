@@ -27,9 +27,9 @@ from tinkex._transport.transport import Request
 from tinkex.config import Config
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
-from tinkex.local.store import Store
+from tinkex.local.state.store import Store
 from tinkex.metrics import Recorder
 from tinkex.retry import RetryPolicy
 from tinkex.types._wire import Wire

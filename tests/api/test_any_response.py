@@ -22,7 +22,7 @@ from tinkex._results.outcomes import Announced, Done, Failed, Pending, Trouble, 
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Transport
 from tinkex.errors import TinkexError
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 FUNCTIONS = endpoint_functions()
 RESULTS = (

@@ -29,7 +29,7 @@ from tinkex.errors import (
     RouteMissingError,
 )
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, PromptProvenanceSpan
-from tinkex.wire.compression import can_compress
+from tinkex.wire.codec import can_compress
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 

@@ -10,7 +10,7 @@ from support.programs import Server, serving
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """The deterministic engine, behind the real server."""
-    from tinkex.local.deterministic import DeterministicEngine
+    from tinkex.local.engines.deterministic import DeterministicEngine
 
     with serving(DeterministicEngine(), tmp_path / "server") as running:
         yield running

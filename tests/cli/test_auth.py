@@ -13,7 +13,7 @@ from support.scripted_server import Answer, Received, ScriptedServer
 from tinkex.cli.main import run_command
 from tinkex.credentials import CredentialsFile, StoredKey
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 
 KEY = "tml-secret-4711"

@@ -21,7 +21,7 @@ from tinkex import ServiceClient
 from tinkex.cli.serve import default_data_dir, serve
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 SERVE = [sys.executable, "-c", "from tinkex.cli.serve import serve; serve()"]
 ARGUMENTS = ["--model", "deterministic", "--port", "0"]

@@ -16,7 +16,7 @@ from tinkex import ServiceClient, types as T
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.local import LocalServer
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 PROMPT = T.ModelInput.from_ints([1, 2, 3])
 

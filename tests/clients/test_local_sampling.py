@@ -14,8 +14,8 @@ from support.threads import wait_until
 from tinkex import RetryConfig, SamplingClient, ServiceClient, types
 from tinkex.errors import BadRequestError, RequestFailedError
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.engine import Finished
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.engines.engine import Finished
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 
 PROMPT = types.ModelInput.from_ints([5, 17, 900, 3])

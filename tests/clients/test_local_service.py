@@ -25,7 +25,7 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 DATUM = types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
 ADAM = types.AdamParams(learning_rate=0.01)
@@ -244,7 +244,7 @@ def test_a_session_that_the_server_ended_is_reported_with_the_way_on(
         routes.serve("session_heartbeat", Answer(410))
         routes.serve("optim_step", Answer(404, {"detail": "unknown model"}))
         deadline = threading.Event()
-        while service._session.manager.lost_reason(service.session_id) is None:
+        while service._runtime.session.manager.lost_reason(service.session_id) is None:
             assert not deadline.wait(0.01)
         with pytest.raises(TinkexError) as caught:
             trainer.optim_step(ADAM).result(PATIENCE_S)

@@ -328,17 +328,17 @@ def test_one_that_has_answered_is_waited_for_longer(server: ScriptedServer) -> N
 
 def test_what_it_works_in_is_given_once(service: ServiceClient, rest: RestClient) -> None:
     with pytest.raises(InvalidInputError):
-        RestClient(rest._session, base_url="http://localhost:1")
+        RestClient(rest._runtime, base_url="http://localhost:1")
     with pytest.raises(InvalidInputError):
         RestClient(config=service.config, base_url="http://localhost:1")
 
 
 def test_the_child_of_a_fork_is_told(server: ScriptedServer) -> None:
     with RestClient(base_url=server.url) as alone:
-        alone._own._pid += 1  # type: ignore[union-attr]  # as in a child
+        alone._runtime._pid += 1  # as in a child
         with pytest.raises(ClientClosedError, match="fork"):
             alone.list_sessions()
-        alone._own._pid -= 1  # type: ignore[union-attr]
+        alone._runtime._pid -= 1
 
 
 # Routes that a server may lack

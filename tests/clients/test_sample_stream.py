@@ -15,6 +15,7 @@ from support.threads import race, wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
 from tinkex import Budget, RetryConfig, SamplingClient, ServiceClient, types
+from tinkex._sampling.pending_sample import PendingSample
 from tinkex.clients import sample_stream
 from tinkex.clients.sample_stream import Sampled, SampleStream
 from tinkex.errors import (
@@ -193,7 +194,7 @@ def test_one_that_is_collected_inside_our_code_is_cancelled_later(
     sampler: SamplingClient, held: Held
 ) -> None:
     """The collector may run in a thread that holds a lock which a cancel takes."""
-    poller = sampler._session.poller
+    poller = sampler._runtime.poller
     cycle: List[Any] = [sampler.sample_many(Counted(), max_in_flight=3)]
     cycle.append(cycle)
     held.finish(0)
@@ -230,10 +231,10 @@ def test_another_thread_may_close_it(sampler: SamplingClient, held: Held) -> Non
     stream = sampler.sample_many(Counted(), max_in_flight=3)
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(list, stream)
-        wait_until(lambda: len(sampler._session.poller.inflight()) == 3, "three are in flight")
+        wait_until(lambda: len(sampler._runtime.poller.inflight()) == 3, "three are in flight")
         stream.close()
         assert rest.result(PATIENCE_S) == []
-    assert sampler._session.poller.inflight() == []
+    assert sampler._runtime.poller.inflight() == []
 
 
 def test_an_interrupt_cancels(
@@ -269,7 +270,7 @@ def test_an_interrupted_call_leaves_nothing_behind(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(client._session.poller, "submit_sample", interrupted)
+            patch.setattr(PendingSample, "sampler_id", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(sampler.sample_many(prompts(3), PARAMS))
         assert client.inflight() == []
@@ -451,7 +452,7 @@ def test_progress_may_close_it(sampler: SamplingClient) -> None:
     stream = sampler.sample_many(source, max_in_flight=3, progress=stop_after_two)
     assert len(drained(stream)) == 2
     assert source.taken <= 5
-    assert sampler._session.poller.inflight() == []
+    assert sampler._runtime.poller.inflight() == []
 
 
 def test_the_prompts_may_close_it(sampler: SamplingClient, routes: TinkerRoutes) -> None:

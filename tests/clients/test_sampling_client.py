@@ -396,7 +396,7 @@ def test_a_lost_sample_is_submitted_again_under_a_new_number(
     routes.serve("asample", accept)
     routes.serve("retrieve_future", Answer(410), routes.retrieve)
     config = RetryConfig(retry_delay_base=0.001)
-    sampler = SamplingClient(scripted_sampler._session, "s", retry_config=config)
+    sampler = SamplingClient(scripted_sampler._runtime, "s", retry_config=config)
     response = sampler.sample(PROMPT).result(PATIENCE_S)
     assert [b["seq_id"] for b in routes.submitted("asample")] == [0, 1]
     assert response.sequences[0].sequence_id == "q-1"  # of the attempt that brought the result

@@ -33,7 +33,7 @@ from tinkex.errors import (
     RouteMissingError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.wire.proto_codec import PROTOBUF
 

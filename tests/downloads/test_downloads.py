@@ -40,7 +40,7 @@ from tinkex.errors import (
     ResponseDecodeError,
     RouteMissingError,
 )
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 
 KEY = "tml-secret-key"

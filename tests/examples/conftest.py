@@ -14,7 +14,7 @@ if importlib.util.find_spec("torch") is None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """The deterministic engine, behind the real server."""
-    from tinkex.local.deterministic import DeterministicEngine
+    from tinkex.local.engines.deterministic import DeterministicEngine
 
     with serving(DeterministicEngine(), tmp_path / "server") as running:
         yield running

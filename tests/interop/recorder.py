@@ -5,21 +5,22 @@ Standard library only: it runs in the environment of the client under test.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import http.client
-import http.server
 import json
-import socket
 import threading
-from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional
 from urllib.parse import urlsplit
+
+from support.scripted_server import Answer, Received, ScriptedServer
 
 API = "/api/v1/"
 
 #: What a test may do to an answer: status, headers, body -> the body to pass on.
 Change = Callable[[bytes], bytes]
+
+#: Headers of a response that are the connection's own.
+_HOP_BY_HOP = ("content-length", "connection", "transfer-encoding", "date", "server")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Exchange:
         return json.loads(self.body)
 
 
-class Recorder:
+class Recorder(ScriptedServer):
     """Listens on loopback and passes everything on to the server at *url*."""
 
     def __init__(self, url: str) -> None:
@@ -49,26 +50,8 @@ class Recorder:
         self._exchanges: List[Exchange] = []
         self._changes: Dict[str, Change] = {}
         self._drops: Dict[str, int] = {}
-        self._accept: Optional[str] = None
-        recorder = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def _pass_on(self) -> None:
-                recorder._pass_on(self)
-
-            do_GET = do_POST = do_PUT = do_DELETE = _pass_on
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._accepted_type: Optional[str] = None
+        super().__init__()
 
     def change(self, route: str, change: Change) -> None:
         """Pass the answers of *route* on as *change* makes them."""
@@ -92,7 +75,7 @@ class Recorder:
     def accept_only(self, content_type: str) -> None:
         """Ask the server for *content_type*, whatever the client accepts."""
         with self._lock:
-            self._accept = content_type
+            self._accepted_type = content_type
 
     def exchanges(self, route: Optional[str] = None) -> List[Exchange]:
         with self._lock:
@@ -102,67 +85,39 @@ class Recorder:
         with self._lock:
             self._exchanges.clear()
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(10)
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self.close()
-
-    def _pass_on(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("content-length") or 0))
-        path, _, query = handler.path.partition("?")
+    def respond(self, received: Received) -> Answer:
+        path, _, query = received.path.partition("?")
         route = path[len(API) :] if path.startswith(API) else path
-        headers = {name.lower(): value for name, value in handler.headers.items()}
         connection = http.client.HTTPConnection(*self._target, timeout=120)
-        with contextlib.closing(connection):
-            try:
-                connection.connect()
-            except OSError:  # the server is gone; so let the client believe
-                handler.close_connection = True
-                return
-            sent = {k: v for k, v in headers.items() if k not in ("host", "connection")}
-            if self._accept is not None:
-                sent["accept"] = self._accept
-            connection.request(handler.command, handler.path, body or None, sent)
-            answer = connection.getresponse()
-            content = answer.read()
-        content_type = answer.headers.get("content-type", "")
+        try:
+            connection.connect()
+        except OSError:  # the server is gone; so let the client believe
+            return Answer(drop=True)
+        with self.tracked(connection.sock):
+            sent = {k: v for k, v in received.headers.items() if k not in ("host", "connection")}
+            if self._accepted_type is not None:
+                sent["accept"] = self._accepted_type
+            connection.request(received.method, received.path, received.body or None, sent)
+            response = connection.getresponse()
+            content = response.read()
+        kept = {k: v for k, v in response.headers.items() if k.lower() not in _HOP_BY_HOP}
         with self._lock:
             dropped = self._drops.get(route, 0) > 0
             if dropped:
                 self._drops[route] -= 1
             change = self._changes.get(route)
-            status = 0 if dropped else answer.status
+            status = 0 if dropped else response.status
             self._exchanges.append(
-                Exchange(handler.command, route, query, headers, body, status, content_type)
+                Exchange(
+                    received.method,
+                    route,
+                    query,
+                    received.headers,
+                    received.body,
+                    status,
+                    response.headers.get("content-type", ""),
+                )
             )
-        if dropped:
-            handler.close_connection = True
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if change is not None and answer.status == 200:
+        if change is not None and response.status == 200:
             content = change(content)
-        handler.send_response(answer.status)
-        for name, value in answer.headers.items():
-            if name.lower() not in (
-                "content-length",
-                "connection",
-                "transfer-encoding",
-                "date",
-                "server",
-            ):
-                handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        with contextlib.suppress(OSError):  # the client left
-            handler.wfile.write(content)
+        return Answer(response.status, content, kept, drop=dropped)

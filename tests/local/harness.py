@@ -23,12 +23,11 @@ from flask.testing import FlaskClient
 
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
-from tinkex.local.batches import SamplingLimits
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.engine import Finished
-from tinkex.local.futures import FutureTable
-from tinkex.local.settings import ServerSettings
-from tinkex.local.store import Store
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.engines.engine import Finished
+from tinkex.local.settings import SamplingLimits, ServerSettings
+from tinkex.local.state.futures import FutureTable
+from tinkex.local.state.store import Store
 from tinkex.types import (
     AdamParams,
     Datum,

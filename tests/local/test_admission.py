@@ -15,9 +15,9 @@ from servers.profiles import ProfiledServer
 from tinkex import ServiceClient
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer
-from tinkex.local.admission import Admission, Head, host_name, is_loopback, read_hosts
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.problems import Problem
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import Admission, Head, host_name, is_loopback, read_hosts
 from tinkex.local.settings import ServerSettings
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -39,7 +39,7 @@ def status_of(
     admission = Admission(settings or ServerSettings(), bearer=bearer)
     try:
         admission.check(Head(method, path, sent, size))
-    except Problem as problem:
+    except HTTPError as problem:
         return problem.status
     return 200
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from local.harness import WAIT_S, Api, serving
 
-from tinkex.local.futures import Failure, Success
 from tinkex.local.settings import ClientFlags
+from tinkex.local.state.futures import Failure, Success
 from tinkex.wire.proto_codec import PROTOBUF
 
 JSON_VALUES = st.recursive(

@@ -13,7 +13,7 @@ import requests
 from local.harness import Api, datum, serving
 
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 from tinkex.types import ForwardBackwardRequest
 from tinkex.wire.json_codec import JSON

@@ -15,11 +15,10 @@ from servers.profiles import ProfiledServer
 
 from tinkex import ServiceClient
 from tinkex.local import LocalServer
-from tinkex.local.batches import SamplingLimits
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.errors import HTTPError
 from tinkex.local.json_text import MOST_LEVELS, levels, read_json, write_json
-from tinkex.local.problems import Problem
-from tinkex.local.settings import ServerSettings
+from tinkex.local.settings import SamplingLimits, ServerSettings
 from tinkex.types import Datum, ModelInput, TensorData
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -68,9 +67,9 @@ def test_what_may_be_read_can_be_written() -> None:
     for value in (nested(MOST_LEVELS), [[nested(MOST_LEVELS - 2)]], {"é": nested(300)}):
         assert read_json(write_json(value)) == value
         assert json.loads(write_json(value, sort_keys=True)) == value
-    with pytest.raises(Problem, match="nested too deeply"):
+    with pytest.raises(HTTPError, match="nested too deeply"):
         read_json(write_json(nested(MOST_LEVELS + 1)))
-    with pytest.raises(Problem, match="not JSON"):
+    with pytest.raises(HTTPError, match="not JSON"):
         read_json(b"[" * 5000 + b"]" * 5000)
     assert write_json({"a": np.arange(3)}) == b'{"a":[0,1,2]}'
     with pytest.raises(TypeError):

@@ -9,7 +9,7 @@ from typing import Any, List
 import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
 
-from tinkex.local.store import Store
+from tinkex.local.state.store import Store
 
 
 def ephemeral(api: Api, model: str, seq_id: int, number: int, kind: str) -> str:

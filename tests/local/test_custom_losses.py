@@ -11,9 +11,9 @@ import pytest
 from local.harness import Api, serving
 
 from tinkex._training.loss_tracing import trace_loss
-from tinkex.local import loss_graph
-from tinkex.local.loss_graph import read_program
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.losses import program as loss_graph
+from tinkex.local.losses.program import read_program
 from tinkex.local.settings import ClientFlags
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
 from tinkex.wire.proto_codec import PROTOBUF
@@ -137,7 +137,7 @@ def quadratic(logprobs: Any, logprob_targets: Any, scale: Any) -> Any:
 
 
 def test_graphs_of_many_kinds_of_nodes_are_computed(losses: Api) -> None:
-    from tinkex.local.graph_loss import loss_of_datum
+    from tinkex.local.losses.evaluation import loss_of_datum
     from tinkex.types import TensorData
 
     program = read_program(traced(quadratic, logprobs=1, logprob_targets=1, scale=0))
@@ -247,7 +247,7 @@ def test_arguments_cannot_be_nested_without_end() -> None:
     value: Any = 1
     for _ in range(2000):
         value = [value]
-    with pytest.raises(Problem, match="nested"):
+    with pytest.raises(HTTPError, match="nested"):
         read_program(graph_with(call("torch.exp", value)))
 
 
@@ -318,8 +318,8 @@ def test_a_graph_that_fails_says_where_and_the_run_goes_on(
 
 
 def test_a_pairwise_loss_is_bounded_by_its_size(losses: Api) -> None:
-    from tinkex.local import graph_loss
-    from tinkex.local.engine import EngineError
+    from tinkex.local.engines.engine import EngineError
+    from tinkex.local.losses import evaluation as graph_loss
 
     def pairwise(logprobs: Any) -> Any:
         return (logprobs[:, None] * logprobs[None, :]).sum(), {}

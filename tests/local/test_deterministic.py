@@ -8,8 +8,8 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.engine import EngineError
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.engines.engine import EngineError
 from tinkex.types import (
     AdamParams,
     Datum,

@@ -14,11 +14,11 @@ import requests
 from local.harness import Api, serving
 
 from tinkex.local import LocalServer
-from tinkex.local.contents import file_content, tar_content
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.problems import Problem
-from tinkex.local.signed_urls import Signer
-from tinkex.local.store import Store
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.contents import file_content, tar_content
+from tinkex.local.http.signed_urls import Signer
+from tinkex.local.state.store import Store
 
 
 class Wall:
@@ -103,11 +103,11 @@ def test_a_signature_is_of_one_path_and_one_time() -> None:
         ("/signed/a:b/c d", None, query["signature"]),
         ("/signed/a:b/c d", query["expires"], None),
     ]:
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(HTTPError) as caught:
             signer.check(path, expires, signature)
         assert caught.value.status == 403
     wall.now += 60
-    with pytest.raises(Problem, match="expired"):
+    with pytest.raises(HTTPError, match="expired"):
         signer.check("/signed/a:b/c d", query["expires"], query["signature"])
 
 

@@ -7,7 +7,7 @@ from typing import Any, List
 
 from local.harness import ManualClock
 
-from tinkex.local.futures import Failure, FutureTable, Success, Waiting
+from tinkex.local.state.futures import Failure, FutureTable, Success, Waiting
 
 
 def table(**limits: Any) -> FutureTable:

@@ -19,9 +19,9 @@ from local.harness import Api, HeldEngine, held_datum, serving
 
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer, load_engine
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.engine import EngineInfo
-from tinkex.local.http_threads import HttpThreads
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.http.threads import HttpThreads
 from tinkex.local.settings import ServerSettings
 from tinkex.types import ForwardBackwardRequest
 from tinkex.wire.proto_codec import PROTOBUF
@@ -134,7 +134,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
     server = LocalServer(DeterministicEngine(), data_dir=tmp_path / "file")
     with pytest.raises(LocalServerError, match="data directory"):
         server.start()
-    monkeypatch.setattr("tinkex.local.database._SCHEMA", "nonsense")
+    monkeypatch.setattr("tinkex.local.state.database._SCHEMA", "nonsense")
     with pytest.raises(LocalServerError, match="data directory"):
         LocalServer(DeterministicEngine()).start()
     monkeypatch.undo()
@@ -462,14 +462,14 @@ def test_a_module_of_its_own_that_is_missing_is_no_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forget_the_torch_engine(monkeypatch)
-    monkeypatch.setitem(sys.modules, "tinkex.local.torch_engine", None)
-    with pytest.raises(ImportError, match=r"tinkex\.local\.torch_engine"):
+    monkeypatch.setitem(sys.modules, "tinkex.local.engines.torch_engine", None)
+    with pytest.raises(ImportError, match=r"tinkex\.local\.engines"):
         load_engine("smollm2-135m")
 
 
 def forget_the_torch_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.startswith("tinkex.local.torch_engine"):
+        if name.startswith("tinkex.local.engines.torch_engine"):
             monkeypatch.delitem(sys.modules, name)
 
 

@@ -13,8 +13,8 @@ import pytest
 from local.harness import WAIT_S, Api, HeldEngine, datum, serving
 
 from tinkex.local import LocalServer
-from tinkex.local.batches import SamplingLimits
-from tinkex.local.engine import EngineError, Finished
+from tinkex.local.engines.engine import EngineError, Finished
+from tinkex.local.scheduling.batches import SamplingLimits
 from tinkex.types import SampleRequest
 
 ROOTS = ("/v1", "/oai/api/v1")

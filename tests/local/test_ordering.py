@@ -8,8 +8,8 @@ import pytest
 from local.harness import CODECS, Api, HeldEngine, datum, serving
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.lanes import Job, Lane
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
 from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
@@ -57,7 +57,7 @@ def test_a_number_that_is_long_forgotten_is_a_conflict() -> None:
     for seq_id in range(1, 5000):
         lane.add(seq_id, b"x", job(str(seq_id)))
     assert lane.find(4999, b"x") == "4999"
-    with pytest.raises(Problem, match="used long ago") as conflict:
+    with pytest.raises(HTTPError, match="used long ago") as conflict:
         lane.find(1, b"x")
     assert conflict.value.status == 409
 

@@ -9,9 +9,9 @@ from typing import Any, Dict, Iterator, List, Sequence, Set
 import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
 
-from tinkex.local.completions import CLONE_BLOCK, Completions, Group
-from tinkex.local.engine import Finished
-from tinkex.local.futures import FutureTable, Success
+from tinkex.local.engines.engine import Finished
+from tinkex.local.state.completions import CLONE_BLOCK, Completions, Group
+from tinkex.local.state.futures import FutureTable, Success
 from tinkex.types import SampleRequest
 from tinkex.wire.proto_codec import PROTOBUF
 

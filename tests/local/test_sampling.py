@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from local.harness import CODECS, Api, HeldEngine, ManualClock, datum, serving
 
-from tinkex.local.batches import SampleJob, SamplerLane, SamplingLimits
-from tinkex.local.engine import EngineError, Finished
+from tinkex.local.engines.engine import EngineError, Finished
+from tinkex.local.scheduling.batches import SampleJob, SamplerLane
+from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
 from tinkex.wire.proto_codec import PROTOBUF

@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Optional
 import pytest
 from local.harness import Api, ManualClock, serving
 
-from tinkex.local.rows import SessionRow
-from tinkex.local.session_search import Search, instant, status_of
+from tinkex.local.routes.session_search import Search, instant, status_of
+from tinkex.local.state.rows import SessionRow
 
 OWNER = "tml:user:local"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from local.harness import Api, HeldEngine, ManualClock, serving
 
-from tinkex.local.sessions import SessionTable
+from tinkex.local.state.session_table import SessionTable
 
 
 def test_a_session_without_heartbeats_expires() -> None:

@@ -10,10 +10,10 @@ import pytest
 from local.harness import Api, serving
 
 from tinkex.errors import LocalServerError
-from tinkex.local import database
-from tinkex.local.problems import Problem
-from tinkex.local.reserve import Reserve
-from tinkex.local.store import CheckpointRow, Store
+from tinkex.local.errors import HTTPError
+from tinkex.local.state import database
+from tinkex.local.state.reserve import Reserve
+from tinkex.local.state.store import CheckpointRow, Store
 from tinkex.types import LoraConfig
 
 
@@ -110,7 +110,7 @@ def test_a_save_that_raises_leaves_nothing(tmp_path: Path) -> None:
 def test_overwriting_replaces_the_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = save(store, "a", "first")
-    with pytest.raises(Problem, match="exists"):
+    with pytest.raises(HTTPError, match="exists"):
         save(store, "a", "second")
     second = save(store, "a", "second!", overwrite=True)
     assert (store.folder_of(second) / "adapter").read_text() == "second!"
@@ -153,7 +153,7 @@ def test_a_frozen_copy_outlives_its_checkpoint(tmp_path: Path) -> None:
     assert (frozen / "adapter").read_text() == "weights"
     assert (frozen / "deeper" / "file").read_text() == "too"
     assert store.checkpoint("s:train:0", "weights", "a") is None
-    with pytest.raises(Problem, match="was deleted just now"):
+    with pytest.raises(HTTPError, match="was deleted just now"):
         store.freeze(row)
     assert list((tmp_path / "samplers").iterdir()) == [frozen]
     store.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from local.harness import CODECS, Api, HeldEngine, datum, serving
 
-from tinkex.local.engine import EngineError
+from tinkex.local.engines.engine import EngineError
 from tinkex.types import (
     Datum,
     ForwardBackwardRequest,

@@ -24,14 +24,15 @@ from support.batch_routes import (
     shut,
     wants_batches,
 )
+from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex import ServiceClient, types
 from tinkex._results import batch_poll, batch_poller, outcomes
-from tinkex._results.completion_tracker import Ledger
-from tinkex._results.poller import Operation, Poller
-from tinkex._results.sample_work import SampleWork
+from tinkex._results.completion_tracker import CompletionTracker
+from tinkex._results.pending import PendingRequest
+from tinkex._results.poller import Poller
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -41,7 +42,7 @@ from tinkex.errors import (
 )
 from tinkex.futures import APIFuture
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.types import UntypedFuture
 
@@ -101,7 +102,7 @@ def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poll
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     watch = poller._batches._watches[SAMPLER]
     wait_until(lambda: not watch._polled, "nobody polls")
-    assert watch._ledger.at_rest
+    assert watch._tracker.at_rest
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
 
@@ -174,8 +175,8 @@ def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     assert sample(poller, "b").result(PATIENCE_S) == "b"
     assert len(batches.requests(BATCH)) == 1
-    lacks = poller._batches._server.lacks(batch_poller.ROUTE)
-    assert lacks == (status in (404, 405, 501))
+    missing = poller._batches._server.missing_status(batch_poller.ROUTE) is not None
+    assert missing == (status in (404, 405, 501))
 
 
 @pytest.mark.parametrize("body", [b"what?", b"[]", b'{"completions": 3, "cursor": 1}'])
@@ -193,7 +194,7 @@ def test_a_bug_in_the_poller_loses_no_future(
         raise ZeroDivisionError("a bug")
 
     batches.on(BATCH, *at_last(done("a", cursor=1)))
-    monkeypatch.setattr(Ledger, "told", fail)
+    monkeypatch.setattr(CompletionTracker, "told", fail)
     assert sample(poller, "a").result(PATIENCE_S) == "a"
 
 
@@ -225,9 +226,14 @@ def test_a_lost_result_goes_the_other_way(batches: ScriptedServer, poller: Polle
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     batches.on(POLL, Answer(410), Answer(body={"path": "again"}))
     future: APIFuture[Any] = poller.new_future("sample")
-    operation = Operation(future, lambda reply: reply.json()["path"], binary=True)
-    poller.submit_sample(
-        operation, lambda c: UntypedFuture("a"), lambda times: 0.001, lambda: SAMPLER
+    poller.submit(
+        ScriptedRequest(
+            future,
+            lambda reply: reply.json()["path"],
+            lambda channel: UntypedFuture("a"),
+            retry_after_s=lambda losses: 0.001,
+            sampler=SAMPLER,
+        )
     )
     assert future.result(PATIENCE_S) == "again"
 
@@ -263,35 +269,34 @@ def test_close_wakes_all_at_once_and_says_what_was_fetched(
     assert (last["prev_cursor"], last["timeout"]) == (1, 0.0)
 
 
-# The ledger
+# The bookkeeping of one sampler's samples
 
 
-def work() -> SampleWork:
-    operation: Operation[Any] = Operation(APIFuture("sample"), lambda reply: reply)
-    return SampleWork(operation, lambda channel: UntypedFuture("x"))
+def request() -> PendingRequest[Any]:
+    return ScriptedRequest(APIFuture("sample"))
 
 
 def test_what_nobody_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
-    ledger = Ledger()
-    ledger.told(ledger.next_poll(), {"x": 1}, 4, begun=2)
-    ledger.drop_unwanted(oldest=2)  # the second submission is still under way
-    assert ledger.next_poll().retrieved == ()
-    ledger.drop_unwanted(oldest=3)
-    assert ledger.next_poll() == (4, ("x",), False)
+    tracker = CompletionTracker()
+    tracker.told(tracker.next_poll(), {"x": 1}, 4, begun=2)
+    tracker.drop_unwanted(oldest=2)  # the second submission is still under way
+    assert tracker.next_poll().retrieved == ()
+    tracker.drop_unwanted(oldest=3)
+    assert tracker.next_poll() == (4, ("x",), False)
 
 
 def test_what_is_told_twice_is_fetched_once_and_reported_until_a_poll_succeeds() -> None:
-    ledger, one = Ledger(), work()
-    ledger.expect("a", one)
-    asked = ledger.next_poll()
-    assert ledger.told(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
-    assert ledger.told(asked, {"a": 3}, 1, begun=1) == []
-    ledger.drop_unwanted(oldest=9)
-    assert ledger.next_poll().retrieved == ()  # it is being fetched: not to be dropped there
-    ledger.fetched("a")
-    assert ledger.next_poll().retrieved == ledger.next_poll().retrieved == ("a",)
-    ledger.told(ledger.next_poll(), {}, 1, begun=1)
-    assert ledger.at_rest
+    tracker, one = CompletionTracker(), request()
+    tracker.expect("a", one)
+    asked = tracker.next_poll()
+    assert tracker.told(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
+    assert tracker.told(asked, {"a": 3}, 1, begun=1) == []
+    tracker.drop_unwanted(oldest=9)
+    assert tracker.next_poll().retrieved == ()  # it is being fetched: not to be dropped there
+    tracker.fetched("a")
+    assert tracker.next_poll().retrieved == tracker.next_poll().retrieved == ("a",)
+    tracker.told(tracker.next_poll(), {}, 1, begun=1)
+    assert tracker.at_rest
 
 
 # With the embedded server
@@ -316,8 +321,8 @@ def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
         names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-sample")]
         assert [len(f.result(PATIENCE_S).sequences[0].tokens) for f in futures] == [2] * 500
         assert names == []
-        ledgers = [w._ledger for w in client._session.poller._batches._watches.values()]
-        wait_until(lambda: all(ledger.at_rest for ledger in ledgers), "all was reported")
+        trackers = [w._tracker for w in client._runtime.poller._batches._watches.values()]
+        wait_until(lambda: all(tracker.at_rest for tracker in trackers), "all was reported")
         kept = [hosted._backend.futures.wait(f.request_id or "", 0) for f in futures]
         assert kept == [None] * 500
 

@@ -22,8 +22,8 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex._results import batch_poll, batch_poller, outcomes
+from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
-from tinkex._results.sample_work import Target
 from tinkex.errors import ResultExpiredError
 
 
@@ -140,17 +140,17 @@ def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedS
 
     batches.on(BATCH, poll)
     for poller in open_poller(batches):
-        watched = [sample(poller, f"w{n}", target=Target(f"w{n}")) for n in range(cap)]
+        watched = [sample(poller, f"w{n}", sampler=SamplerId(f"w{n}")) for n in range(cap)]
         wait_until(lambda: len(bodies(batches, BATCH)) == cap, "the cap is reached")
-        beyond = [sample(poller, f"b{n}", target=Target(f"b{n}")) for n in range(more)]
+        beyond = [sample(poller, f"b{n}", sampler=SamplerId(f"b{n}")) for n in range(more)]
         assert [future.result(PATIENCE_S) for future in beyond] == [f"b{n}" for n in range(more)]
         assert not any(future.done() for future in watched)
         go.set()
         assert [future.result(PATIENCE_S) for future in watched] == [f"w{n}" for n in range(cap)]
         assert polled_for(batches) == {f"w{n}" for n in range(cap)}
         # One whose samples are done makes room, for a sampler that had to do without as well.
-        wait_until(lambda: not poller._batches._watches[Target("w0")]._polled, "there is room")
-        assert sample(poller, "b0", target=Target("b0")).result(PATIENCE_S) == "b0"
+        wait_until(lambda: not poller._batches._watches[SamplerId("w0")]._polled, "there is room")
+        assert sample(poller, "b0", sampler=SamplerId("b0")).result(PATIENCE_S) == "b0"
         assert "b0" in polled_for(batches)
 
 

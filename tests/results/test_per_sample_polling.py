@@ -8,11 +8,11 @@ from typing import Any, List
 
 import pytest
 from support.batch_routes import NEVER, POLL, open_poller, sample
+from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
-from tinkex._results.poller import Operation, Poller
-from tinkex._results.sample_work import SampleWork
+from tinkex._results.poller import Poller
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.server_flags import ServerFlags
 from tinkex.futures import APIFuture
@@ -87,15 +87,13 @@ def test_a_flag_lowers_the_cap_and_none_raises_it_above_the_callers(
 
     def choose(poller: Poller, name: str, most: int) -> APIFuture[Any]:
         future: APIFuture[Any] = poller.new_future("sample")
-        operation = Operation(future, lambda reply: str(reply.json()["path"]))
 
         def send(channel: Any) -> UntypedFuture:
             accepted.append(name)
             return UntypedFuture(name)
 
-        poller._choose(
-            SampleWork(operation, send), ServerFlags(sample_max_concurrent_requests=most)
-        )
+        request = ScriptedRequest(future, lambda reply: str(reply.json()["path"]), send)
+        poller._choose(request, ServerFlags(sample_max_concurrent_requests=most))
         return future
 
     for poller in open_poller(server, max_concurrent_samples=3):

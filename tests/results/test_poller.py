@@ -11,15 +11,15 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
+from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 from support.transports import open_transport
 
 from tinkex._api._call import read
 from tinkex._results import outcomes, poll_loop
-from tinkex._results.poller import Operation, Poller
+from tinkex._results.poller import Poller
 from tinkex._transport import billing
-from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.transport import Reply
 from tinkex.errors import (
     APIConnectionError,
@@ -88,7 +88,7 @@ def watch(
     """A future of work that the server has accepted."""
     future = poller.new_future("save_state")
     future.enter("waiting", request_id)
-    poller.watch(lane, Operation(future, decode, binary))
+    poller.watch(lane, ScriptedRequest(future, decode, binary=binary))
     return future
 
 
@@ -301,8 +301,9 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
         open_poller(server) as poller,
     ):
         future = poller.new_future("sample")
-        operation = Operation(future, decode_path, owner="sampler s-1", pause_grace_s=0.0)
-        poller.submit_sample(operation, lambda channel: UntypedFuture("r"))
+        request = ScriptedRequest(future, decode_path, lambda channel: UntypedFuture("r"))
+        request.owner, request.pause_grace_s = "sampler s-1", 0.0
+        poller.submit(request)
         future.result(PATIENCE_S)
         assert future.status().queue_state == "active"
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
@@ -507,12 +508,12 @@ def sample(
 ) -> APIFuture[Any]:
     future = poller.new_future("sample")
 
-    def send(channel: AnyChannel) -> UntypedFuture:
+    def send(channel: Any) -> UntypedFuture:
         if sent is not None:
             sent.append(name)
         return UntypedFuture(name)
 
-    poller.submit_sample(Operation(future, decode_path, binary=True), send)
+    poller.submit(ScriptedRequest(future, decode_path, send))
     return future
 
 
@@ -556,10 +557,10 @@ def test_a_sample_that_cannot_be_submitted_fails(server: ScriptedServer) -> None
     with open_poller(server) as poller:
         future = poller.new_future("sample")
 
-        def send(channel: AnyChannel) -> UntypedFuture:
+        def send(channel: Any) -> UntypedFuture:
             raise NotFoundError("no such sampler")
 
-        poller.submit_sample(Operation(future, decode_path), send)
+        poller.submit(ScriptedRequest(future, decode_path, send))
         with pytest.raises(NotFoundError, match="no such sampler"):
             future.result(PATIENCE_S)
 
@@ -625,7 +626,7 @@ def test_a_cancelled_head_is_no_failure_to_appeal_against(server: ScriptedServer
     with open_poller(server) as poller:
         head = poller.new_future("optim_step")
         head.enter("waiting", "head")
-        poller.watch("model", Operation(head, decode_path, appeal=appeals.append))
+        poller.watch("model", ScriptedRequest(head, decode_path, on_failure=appeals.append))
         following = watch(poller, "next")
         server.wait_for(POLL)
         assert head.cancel()
@@ -722,12 +723,12 @@ def test_a_sample_cancelled_while_it_is_submitted_is_cancelled_on_the_server(
     with open_poller(server) as poller:
         future = poller.new_future("sample")
 
-        def send(channel: AnyChannel) -> UntypedFuture:
+        def send(channel: Any) -> UntypedFuture:
             begun.set()
             assert accepted.wait(PATIENCE_S)
             return UntypedFuture("r-9")
 
-        poller.submit_sample(Operation(future, decode_path), send)
+        poller.submit(ScriptedRequest(future, decode_path, send))
         assert begun.wait(PATIENCE_S)
         assert future.cancel()
         accepted.set()
@@ -751,8 +752,11 @@ def test_a_sample_whose_result_is_lost_is_submitted_again_as_a_new_request(
 
     with open_poller(server) as poller:
         future = poller.new_future("sample")
-        operation = Operation(future, decode_path, binary=True)
-        poller.submit_sample(operation, lambda c: UntypedFuture(f"s{next(numbers)}"), soon)
+
+        def send(channel: Any) -> UntypedFuture:
+            return UntypedFuture(f"s{next(numbers)}")
+
+        poller.submit(ScriptedRequest(future, decode_path, send, retry_after_s=soon))
         assert future.result(PATIENCE_S) == "third"
     assert future.request_id == "s2"
     assert asked == [0, 1]

@@ -63,7 +63,7 @@ def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
 def test_a_fork_does_not_wait_for_an_import_for_ever(
     slow_module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(late_import, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(late_import, "_MAX_FORK_WAIT_S", 0.01)
     importer = threading.Thread(target=import_late, args=(slow_module,))
     importer.start()
     assert sys.tinkex_test_begun.wait(10)  # type: ignore[attr-defined]

@@ -298,7 +298,7 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
     for _ in range(2):
         pool.submit(lambda: both.wait(PATIENCE_S))
     wait_until(lambda: state.idle == 2, "both threads idle")
-    stop = pool.stopper
+    stop = pool.finalizer_hook
     alive = weakref.ref(pool)
     with state.lock:  # where a collection may happen
         stop()
@@ -310,7 +310,7 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
 
 def test_threads_do_not_keep_the_pool_alive() -> None:
     pool = WorkerPool("tinkex-test-weak", 1, idle_s=60.0)
-    weakref.finalize(pool, pool.stopper)
+    weakref.finalize(pool, pool.finalizer_hook)
     alive = weakref.ref(pool)
     ran = threading.Event()
     pool.submit(ran.set)

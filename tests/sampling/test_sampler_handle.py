@@ -37,7 +37,7 @@ def sample(client: SamplingClient) -> None:
     try:
         assert client.sample(PROMPT).result(PATIENCE_S).sequences
     finally:
-        client._session.close()
+        client._runtime.close()
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_no_setting_but_those_of_a_handle_is_read() -> None:
         max_outage_s=7.0,
     )
     client = SamplingClient.from_sampler_handle(forged)
-    config = client._session.config
-    client._session.close()
+    config = client._runtime.config
+    client._runtime.close()
     assert (config.base_url, config.wire, config.max_outage_s) == ("http://127.0.0.1:1", "json", 7)
     assert config.credential_cmd is config.proxy is None
     assert config.extra_headers == config.access_headers == {}
@@ -151,7 +151,7 @@ def test_a_pickle_is_trusted_with_the_own_key(server: ScriptedServer, routes: Ti
     client = SamplingClient._from_handle(handle_of(server.url), trusted=True)
     pickled = pickle.dumps(client)
     assert OWN_KEY.encode() not in pickled
-    client._session.close()
+    client._runtime.close()
     sample(pickle.loads(pickled))
     assert keys_sent(server) == {OWN_KEY}
     assert sampling_client._unpickle.__name__.encode() in pickled

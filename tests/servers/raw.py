@@ -9,10 +9,10 @@ import requests
 from servers.profiles import ProfiledServer
 
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, ModelInput
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 

@@ -14,7 +14,7 @@ from servers.raw import KEY, Raw
 from support.threads import wait_until
 
 import tinkex
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
 from tinkex.types import ModelInput
 

@@ -12,9 +12,9 @@ from servers.profiles.layer import assemble
 from servers.raw import KEY
 from werkzeug.test import Client
 
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
-from tinkex.local.store import Store
+from tinkex.local.state.store import Store
 
 HEADERS = {"X-API-Key": KEY}
 #: What a body of each route may hold; SESSION stands for the session that lives.

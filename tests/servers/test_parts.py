@@ -20,9 +20,9 @@ from servers.profiles.vocabulary import lenient
 
 from tinkex.cli.serve import serve
 from tinkex.errors import LocalServerError
-from tinkex.local.deterministic import DeterministicEngine
-from tinkex.local.lanes import Job
-from tinkex.local.problems import Problem
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.errors import HTTPError
+from tinkex.local.scheduling.lanes import Job
 from tinkex.local.settings import ServerSettings
 from tinkex.types import Datum, LoraConfig, ModelInput
 
@@ -148,7 +148,7 @@ def test_requests_run_as_they_come() -> None:
     assert [ready.request_id for ready in lane.ready] == ["third", "first"]
     assert lane.find(3, b"c") == "third"
     assert lane.find(2, b"b") is None
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(HTTPError) as raised:
         lane.find(3, b"other")
     assert raised.value.status == 409
 
@@ -177,7 +177,7 @@ def test_a_number_is_used_up_by_success_only() -> None:
     for ready in lane.ready:
         try:
             outcomes.append(ready.run())
-        except (RuntimeError, Problem) as error:
+        except (RuntimeError, HTTPError) as error:
             outcomes.append(str(error))
     assert outcomes == [
         "one", "tripped", "Sequence conflict: expected 2, got 3.", "two", "three"

@@ -11,9 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Those of _sessions/ that deal with sessions and heartbeats.
 MODULES = (
     "session.py",
+    "runtime.py",
     "manager.py",
     "heartbeat.py",
-    "heartbeat_state.py",
+    "registry.py",
+    "session_record.py",
     "session_table.py",
     "beat_queue.py",
     "link.py",

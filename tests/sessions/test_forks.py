@@ -53,7 +53,7 @@ trainer = service.create_lora_training_client("m")
 sampler = service.create_sampling_client(base_model="m")
 rest = service.create_rest_client()
 future = service.create_lora_training_client_future("m")
-pending = sampler._session.poller.new_future("never")
+pending = sampler._runtime.poller.new_future("never")
 
 def child():
     began = time.monotonic()
@@ -319,7 +319,7 @@ import pickle
 with connect() as service:
     sampler = service.create_sampling_client(base_model="m")
     clone = pickle.loads(pickle.dumps(sampler))
-    assert clone._session is sampler._session
+    assert clone._runtime is sampler._runtime
     print(sample(clone))
 try:
     clone.sample(PROMPT)

@@ -63,7 +63,7 @@ def test_a_lost_session_does_not_fail_work_by_itself(
     sampler = service.create_sampling_client(base_model="m")
     server.wait_for(BEAT)
     server.on(BEAT, Answer(410))
-    lost = service._session.manager.lost_reason
+    lost = service._runtime.session.manager.lost_reason
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
     assert sampler.sample(PROMPT).result(10).sequences[0].tokens == [7]  # the server decides
 
@@ -81,7 +81,7 @@ def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
     trainer.save_state("a").result(10)
     server.wait_for(BEAT)
     server.on(BEAT, Answer(410))
-    lost = service._session.manager.lost_reason
+    lost = service._runtime.session.manager.lost_reason
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
     server.on("POST /api/v1/asample", Answer(410, {"detail": "session s0 has expired"}))
     with pytest.raises(SessionLostError) as caught:
@@ -101,7 +101,7 @@ def test_without_a_checkpoint_the_error_says_that(server: SessionServer, connect
     service = connect()
     sampler = service.create_sampling_client(base_model="m")
     server.on(BEAT, Answer(410))
-    lost = service._session.manager.lost_reason
+    lost = service._runtime.session.manager.lost_reason
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
     server.on("POST /api/v1/asample", Answer(404, {"detail": "no such session"}))
     with pytest.raises(SessionLostError, match="No checkpoint was saved"):
@@ -123,7 +123,7 @@ def test_a_sampler_of_another_process_needs_a_new_one_from_there(
             sampler.sample(PROMPT).result(10)
         assert "checkpoint" not in str(lost.value.hint)
     finally:
-        sampler._session.close()
+        sampler._runtime.close()
 
 
 def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
@@ -251,7 +251,7 @@ def test_a_failure_after_the_session_exists_ends_it(
     def poller(*args: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("tinkex._sessions.session.Poller", poller)
+    monkeypatch.setattr("tinkex._sessions.runtime.Poller", poller)
     with pytest.raises(MemoryError):
         ServiceClient(base_url=server.url)
     assert server.reasons() == ["interrupted"]
@@ -259,7 +259,9 @@ def test_a_failure_after_the_session_exists_ends_it(
 
 def test_all_clients_share_one_manager_unless_given_another(connect: Connect) -> None:
     clients = [connect() for _ in range(3)]
-    assert {c._session.manager for c in clients} == {session_manager_module.default_manager()}
+    assert {c._runtime.session.manager for c in clients} == {
+        session_manager_module.default_manager()
+    }
     assert tinkex_threads().count("tinkex-heartbeat") == 1
     network = FakeNetwork()
     with SessionManager(open_link=network.open) as manager:
@@ -344,8 +346,8 @@ def test_arguments_are_checked_before_any_request(server: SessionServer, connect
         with pytest.raises(InvalidInputError):
             call()
     assert {r.path for r in server.requests()} <= {CREATE.split()[1], BEAT.split()[1]}
-    assert service._session.next_model_number() == 0
-    assert service._session.next_sampler_number() == 0
+    assert service._runtime.session.next_model_seq_id() == 0
+    assert service._runtime.session.next_sampler_seq_id() == 0
 
 
 def test_a_checkpoint_must_live_for_a_while(server: SessionServer, connect: Connect) -> None:
@@ -392,8 +394,8 @@ def test_training_clients_share_the_count_of_samplers(
 
 
 def test_sequence_ids_are_unique_among_threads(connect: Connect) -> None:
-    session = connect()._session
-    numbers = race(*[lambda: [session.next_model_number() for _ in range(500)]] * 8)
+    session = connect()._runtime.session
+    numbers = race(*[lambda: [session.next_model_seq_id() for _ in range(500)]] * 8)
     assert sorted(n for each in numbers for n in each) == list(range(4000))
 
 
@@ -566,7 +568,7 @@ def test_a_close_that_was_interrupted_can_be_finished(
     server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = connect()
-    manager = service._session.manager
+    manager = service._runtime.session.manager
     real = manager.stop_session
 
     def interrupted(*args: Any, **how: Any) -> None:
@@ -610,7 +612,7 @@ def test_a_forgotten_client_is_collected_and_warned_about(server: SessionServer)
         warnings.simplefilter("always")
         service = ServiceClient(base_url=server.url, heartbeat_interval_s=0.05)
         line = f"{os.path.abspath(__file__)}:{_line_above()}"
-        gone = weakref.ref(service._session)
+        gone = weakref.ref(service._runtime)
         server.wait_for(BEAT)
         del service
         gc.collect()
@@ -632,7 +634,7 @@ def test_a_closed_client_is_collected_silently(
 ) -> None:
     service = ServiceClient(base_url=server.url)
     service.close()
-    gone = weakref.ref(service._session)
+    gone = weakref.ref(service._runtime)
     del service
     gc.collect()  # a warning would be an error
     assert gone() is None

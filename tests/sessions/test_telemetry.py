@@ -24,7 +24,7 @@ from support.tinker_routes import TinkerRoutes
 
 from tinkex import RestClient, SamplingClient, ServiceClient, SessionManager, types
 from tinkex._sessions import telemetry
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._sessions.telemetry_events import (
     failed_request,
     is_user_error,
@@ -270,7 +270,7 @@ def test_a_clone_reports_neither_start_nor_end_of_a_session_that_is_not_its_own(
     server: ScriptedServer, sessions: SessionManager
 ) -> None:
     config = Config.resolve(environ={}, base_url=server.url, telemetry=True)
-    borrowed = Session(config, sessions, "session-1")
+    borrowed = Runtime(config, sessions, "session-1")
     clone = SamplingClient(borrowed, "session-1:sample:0", clone=True)
     found = clone.get_telemetry()
     assert found is not None
@@ -461,7 +461,7 @@ def test_what_is_too_much_is_dropped_and_counted(
 def test_a_server_that_hangs_delays_neither_errors_nor_close(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex._sessions.session.TELEMETRY_S", 0.2)
+    monkeypatch.setattr("tinkex._sessions.runtime.TELEMETRY_S", 0.2)
     routes.serve("telemetry", Answer(hold=threading.Event()))
     routes.serve("retrieve_future", Answer(body={"error": "no"}))
     client = ServiceClient(base_url=server.url, telemetry=True)

@@ -7,12 +7,12 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.transports import open_transport
 from tinkex._api._call import read
-from tinkex._results.poller import Operation, Poller
-from tinkex._results.sample_work import Target
-from tinkex._transport.fast_connection import AnyChannel
+from tinkex._results.pending import SamplerId
+from tinkex._results.poller import Poller
 from tinkex._transport.transport import Reply
 from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
@@ -22,7 +22,7 @@ CONFIG = "POST /api/v1/client/config"
 POLL = "POST /api/v1/retrieve_future"
 BATCH = "POST /api/v1/retrieve_futures"
 CANCEL = "POST /api/v1/cancel_future"
-SAMPLER = Target("sampler", 7)
+SAMPLER = SamplerId("sampler", 7)
 
 #: Of an answer that is held back for good.
 NEVER = threading.Event()
@@ -76,13 +76,13 @@ def sample(
     name: str,
     before: Optional[threading.Event] = None,
     no_progress_s: Optional[float] = None,
-    target: Target = SAMPLER,
+    sampler: SamplerId = SAMPLER,
     sent: Optional[List[str]] = None,
 ) -> APIFuture[Any]:
     """A sample, accepted under *name* once *before* is set; *sent* is told before that."""
     future: APIFuture[Any] = poller.new_future("sample")
 
-    def send(channel: AnyChannel) -> UntypedFuture:
+    def send(channel: Any) -> UntypedFuture:
         if sent is not None:
             sent.append(name)
         if before is not None:
@@ -92,8 +92,9 @@ def sample(
     def decode(reply: Reply) -> str:
         return read(SaveWeightsResponse, reply, "sample").path
 
-    operation = Operation(future, decode, binary=True, no_progress_timeout_s=no_progress_s)
-    poller.submit_sample(operation, send, target=lambda: target)
+    poller.submit(
+        ScriptedRequest(future, decode, send, sampler=sampler, no_progress_s=no_progress_s)
+    )
     return future
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import requests
 
 from tinkex.cli.main import run_command
-from tinkex.local.engine import Engine
+from tinkex.local.engines.engine import Engine
 from tinkex.local.server import LocalServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,67 +1,46 @@
-"""RawServer: answers every request with the same bytes, HTTP or not, and hangs up."""
+"""RawServer: sends given bytes, HTTP or not."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-from types import TracebackType
-from typing import List, Optional, Type
+from typing import List, Optional
 
-PATIENCE_S = 10.0
+from support.loopback import PATIENCE_S, LoopbackServer, read_http
 
 
-class RawServer:
-    """Reads a request to the end of its body, sends *answer*, and closes the connection."""
+class RawServer(LoopbackServer):
+    """Answers each request with the next of *responses*, and the last one again and again.
 
-    def __init__(self, answer: bytes) -> None:
-        self.answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads: List[threading.Thread] = []
-        self._start(self._accept)
+    Each connection is closed after one response, unless *keep_alive*.  With *piece*, only that many
+    bytes are sent at a time.
+    """
 
-    def __enter__(self) -> RawServer:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
+    def __init__(
+        self, *responses: bytes, piece: Optional[int] = None, keep_alive: bool = False
     ) -> None:
-        with contextlib.suppress(OSError):  # not connected; it wakes accept on Linux all the same
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "a thread of the raw server hangs"
+        self._responses = list(responses)
+        self._piece = piece
+        self._keep_alive = keep_alive
+        self.requests: List[bytes] = []
+        super().__init__(self._respond, "raw")
 
-    def _start(self, target: object, *args: socket.socket) -> None:
-        thread = threading.Thread(target=target, args=args, name="raw", daemon=True)  # type: ignore[arg-type]  # any callable
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            self._start(self._serve, connection)
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _respond(self, connection: socket.socket, index: int) -> None:
         connection.settimeout(PATIENCE_S)
-        with connection, contextlib.suppress(OSError), connection.makefile("rb") as stream:
-            length = 0
+        with connection.makefile("rb") as stream:
             while True:
-                line = stream.readline(65537)
-                if not line.strip():
+                request = read_http(stream)
+                if request is None:
+                    return
+                self.requests.append(b"".join(request))
+                many = len(self._responses) > 1
+                response = self._responses.pop(0) if many else self._responses[0]
+                step = self._piece or len(response) or 1
+                for start in range(0, len(response), step):
+                    connection.sendall(response[start : start + step])
+                if not self._keep_alive:
                     break
-                name, _, value = line.partition(b":")
-                if name.lower() == b"content-length":
-                    length = int(value)
-            stream.read(length)
-            connection.sendall(self.answer)
             connection.shutdown(socket.SHUT_WR)
-            stream.read(1)  # until the client leaves: closing earlier could reset the connection
+            # Until the client leaves: closing earlier could reset the connection.
+            with contextlib.suppress(OSError):
+                stream.read(1)

@@ -1,13 +1,8 @@
-"""ScriptedServer: a real HTTP server on loopback that answers what a test tells it to.
-
-Its threads are called ``scripted-...``: one accepts, one serves each connection.  `close` ends
-them all and fails if one stays, so that no test leaves a thread or a socket behind.
-"""
+"""ScriptedServer: a real HTTP server on loopback that sends the responses a test gives it."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import gzip
 import json
@@ -18,14 +13,12 @@ import threading
 import time
 from http.client import responses as REASONS
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple, Union
+
+from support.loopback import PATIENCE_S as PATIENCE_S, LoopbackServer, read_http
 
 #: Of the server with ``tls=True``; a client must be told to trust it.
 CERTIFICATE = Path(__file__).parent / "tls" / "cert.pem"
-
-#: Nothing in a test takes longer than this, in seconds; waiting for it is a failure.
-PATIENCE_S = 10.0
 
 _TLS_GREETING = b"\x16"  # the first byte of a TLS handshake
 
@@ -79,7 +72,7 @@ class Answer:
 Step = Union[Answer, Callable[[Received], Answer]]
 
 
-class ScriptedServer:
+class ScriptedServer(LoopbackServer):
     """A server whose routes answer from a script.
 
     With *tls* it speaks HTTPS, under CERTIFICATE.
@@ -93,157 +86,56 @@ class ScriptedServer:
     """
 
     def __init__(self, *, tls: bool = False) -> None:
-        self._tls: Optional[ssl.SSLContext] = None
-        if tls:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.load_cert_chain(CERTIFICATE, CERTIFICATE.with_name("key.pem"))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
-        # Guards everything below, and is notified of each request.
-        self._changed = threading.Condition()
-        self._routes: Dict[str, Deque[Step]] = {}
+        self._routes: Dict[str, Deque[Step]] = {}  # guarded by changed, as the requests
         self._requests: List[Received] = []
-        self._connections: Dict[int, socket.socket] = {}
-        self._accepted = 0
-        self._threads: List[threading.Thread] = []
-        self._closing = threading.Event()
-        self._start(self._accept, "scripted-accept")
-
-    # What a test says
+        context = None
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE, CERTIFICATE.with_name("key.pem"))
+        super().__init__(self._talk, "scripted", tls=context)
 
     def on(self, route: str, *steps: Step) -> None:
         """Answer *route*, ``"POST /path"`` without the query, with *steps*, one after the other."""
-        with self._changed:
+        with self.changed:
             self._routes[route] = collections.deque(steps)
 
     def requests(self, route: Optional[str] = None) -> List[Received]:
         """The requests so far, of one route or of all."""
-        with self._changed:
+        with self.changed:
             return [r for r in self._requests if route in (None, _route_of(r))]
 
     def wait_for(self, route: str, count: int = 1) -> List[Received]:
         """Wait until *route* was asked *count* times."""
-        with self._changed:
-            came = self._changed.wait_for(
+        with self.changed:
+            came = self.changed.wait_for(
                 lambda: sum(_route_of(r) == route for r in self._requests) >= count, PATIENCE_S
             )
         assert came, f"{route} was not asked {count} times: {self.requests()}"
         return self.requests(route)
 
-    @property
-    def connections(self) -> int:
-        """How many connections were accepted."""
-        with self._changed:
-            return self._accepted
-
-    def open_connections(self) -> int:
-        """How many connections are open now."""
-        with self._changed:
-            return len(self._connections)
-
-    def wait_until_idle(self) -> None:
-        """Wait until every connection is closed."""
-        with self._changed:
-            idle = self._changed.wait_for(lambda: not self._connections, PATIENCE_S)
-        assert idle, "connections are still open"
-
-    def drop_connections(self) -> None:
-        """Close every connection, as a server does with idle ones."""
-        with self._changed:
-            connections = list(self._connections.values())
-        for connection in connections:
-            _shut(connection)
-        self.wait_until_idle()
-
-    # How it works
-
-    def close(self) -> None:
-        self._closing.set()
-        _shut(self._listener)  # wakes accept
-        self._listener.close()
-        with self._changed:
-            connections, threads = list(self._connections.values()), list(self._threads)
-        for connection in connections:
-            _shut(connection)
-        deadline = time.monotonic() + PATIENCE_S
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        stayed = [thread.name for thread in threads if thread.is_alive()]
-        assert not stayed, f"threads of the scripted server left: {stayed}"
-
-    def __enter__(self) -> ScriptedServer:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self.close()
-
-    def _start(self, target: Callable[..., None], name: str, *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-        with self._changed:
-            self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # the listener was closed
-            with self._changed:
-                number, self._accepted = self._accepted, self._accepted + 1
-                self._connections[number] = connection
-            self._start(self._serve, f"scripted-{number}", connection, number)
-
-    def _serve(self, connection: socket.socket, number: int) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            if self._tls is not None:
-                connection = self._tls.wrap_socket(
-                    connection, server_side=True, do_handshake_on_connect=False
-                )
-                with self._changed:  # the plain socket is of no use any more
-                    self._connections[number] = connection
-                connection.do_handshake()
-        except OSError:  # the client does not trust us
-            self._forget(connection, number)
-            return
-        stream = connection.makefile("rb")
-        try:
-            if self._tls is None and stream.peek(1)[:1] == _TLS_GREETING:
-                _refuse_tls(connection, stream)
-                return
-            while not self._closing.is_set():
-                received = _read_request(stream, number)
-                if received is None or not self._reply(connection, received):
-                    return
-        except OSError:
-            pass  # the client went away, or close broke it off
-        finally:
-            stream.close()
-            self._forget(connection, number)
-
-    def _forget(self, connection: socket.socket, number: int) -> None:
-        connection.close()
-        with self._changed:
-            del self._connections[number]
-            self._changed.notify_all()
-
-    def _reply(self, connection: socket.socket, received: Received) -> bool:
-        """Answer; return whether the connection stays open."""
-        with self._changed:
+    def respond(self, received: Received) -> Answer:
+        """Return what to do with a request, and remember it."""
+        with self.changed:
             steps = self._routes.get(_route_of(received))
             step: Step = Answer(404, {"detail": f"no route {_route_of(received)}"})
             if steps:
                 step = steps.popleft() if len(steps) > 1 else steps[0]
             self._requests.append(received)
-            self._changed.notify_all()
-        answer = step(received) if callable(step) else step
+            self.changed.notify_all()
+        return step(received) if callable(step) else step
+
+    def _talk(self, connection: socket.socket, index: int) -> None:
+        with connection.makefile("rb") as stream:
+            if not isinstance(connection, ssl.SSLSocket) and stream.peek(1)[:1] == _TLS_GREETING:
+                _refuse_tls(connection, stream)
+                return
+            while not self.closing.is_set():
+                received = _read_request(stream, index)
+                if received is None or not self._send(connection, self.respond(received)):
+                    return
+
+    def _send(self, connection: socket.socket, answer: Answer) -> bool:
+        """Send an answer; return whether the connection stays open."""
         if answer.cut_after is None:
             self._hold(answer)
         if answer.reset:
@@ -266,7 +158,7 @@ class ScriptedServer:
             return
         deadline = time.monotonic() + PATIENCE_S
         while not answer.hold.wait(0.01):
-            if self._closing.is_set() or time.monotonic() > deadline:
+            if self.closing.is_set() or time.monotonic() > deadline:
                 raise ConnectionAbortedError("the server closed while it held an answer")
 
 
@@ -297,28 +189,16 @@ def _refuse_tls(connection: socket.socket, stream: Any) -> None:
         pass
 
 
-def _read_request(stream: Any, number: int) -> Optional[Received]:
+def _read_request(stream: Any, index: int) -> Optional[Received]:
     """Read one request; None if the client left, or before it had sent all of it."""
-    words = stream.readline(65537).decode("latin-1").split(" ")
+    request = read_http(stream)
+    if request is None:
+        return None
+    first, *lines = request[0].decode("latin-1").split("\r\n")
+    words = first.split(" ")
     if len(words) != 3:
         return None
     method, path, _ = words
-    headers: Dict[str, str] = {}
-    while True:
-        line = stream.readline(65537).decode("latin-1")
-        if not line.endswith("\n"):
-            return None
-        if not line.strip():
-            break
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-    length = int(headers.get("content-length", "0"))
-    body = stream.read(length)
-    if len(body) < length:
-        return None
-    return Received(method, path, headers, body, number, time.monotonic())
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # not connected any more
-        connection.shutdown(socket.SHUT_RDWR)
+    pairs = (line.partition(":") for line in lines if line)
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    return Received(method, path, headers, request[1], index, time.monotonic())

@@ -6,8 +6,7 @@ import threading
 import time
 from typing import Any, Callable, List
 
-#: Long enough for any machine; reaching it is a failure.
-PATIENCE_S = 10.0
+from support.loopback import PATIENCE_S as PATIENCE_S
 
 
 def race(*functions: Callable[[], Any]) -> List[Any]:

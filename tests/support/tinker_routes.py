@@ -14,7 +14,7 @@ import numpy as np
 
 from support.scripted_server import Answer, Received, ScriptedServer
 from tinkex.types import ForwardBackwardOutput, TensorData
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 from tinkex.wire.json_codec import JSON
 
 API = "/api/v1/"

@@ -20,7 +20,7 @@ from tinkex.errors import (
     RouteMissingError,
     UnprocessableEntityError,
 )
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 PATH = "tinker://mdl/checkpoints/c1"
 INFO = {

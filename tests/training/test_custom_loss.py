@@ -25,7 +25,7 @@ from tinkex.errors import (  # noqa: E402
     RequestFailedError,
     ResponseDecodeError,
 )
-from tinkex.wire.codecs import codec_for  # noqa: E402
+from tinkex.wire.codec import codec_for  # noqa: E402
 
 ADAM = types.AdamParams(learning_rate=0.01)
 RANKS = {"logprobs": 1, "advantages": 1, "clip": 0}

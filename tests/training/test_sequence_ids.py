@@ -21,7 +21,7 @@ from tinkex.errors import (
     RequestFailedError,
     ResultExpiredError,
 )
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 #: A step with a learning rate from here on fails.
 BAD = 0.5

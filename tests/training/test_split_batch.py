@@ -13,7 +13,7 @@ from support.threads import wait_until
 from support.tinker_routes import MODEL, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._training.split_batch import in_indices_of_batch
+from tinkex._training.batch import in_indices_of_batch
 from tinkex.errors import (
     APIConnectionError,
     BadRequestError,
@@ -24,9 +24,9 @@ from tinkex.errors import (
     RequestFailedError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 ADAM = types.AdamParams(learning_rate=0.01)
 PASS = "POST /api/v1/forward_backward"

@@ -366,11 +366,11 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
     clock.advance(5.0)
     assert limiter.describe() == "after a 429, 10 requests at a time"
     for _ in range(10):
-        limiter.enter(lambda delay_s: None, never)
+        limiter.acquire(lambda delay_s: None, never)
     with ThreadPoolExecutor(1) as pool:
-        eleventh = pool.submit(limiter.enter, lambda delay_s: None, never)
+        eleventh = pool.submit(limiter.acquire, lambda delay_s: None, never)
         wait_until(lambda: waiting(limiter._few) == 1, "the eleventh waits")
-        limiter.leave()
+        limiter.release()
         eleventh.result(PATIENCE_S)
     clock.advance(10.0)
     assert not limiter.throttled
@@ -388,7 +388,7 @@ def test_a_429_during_the_wait_for_a_place_is_waited_for_too() -> None:
         if len(pauses) == 1:
             limiter.back_off(3.0)
 
-    limiter.enter(pause, never)
+    limiter.acquire(pause, never)
     assert pauses == [2.0, 3.0]
 
 
@@ -416,7 +416,7 @@ def test_no_more_than_few_are_sent_at_once_after_a_429(
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
         first = sampler.sample(PROMPT)
-        limiter = service._session.transport.server.limiter
+        limiter = service._runtime.transport.server.limiter
         wait_until(lambda: limiter.throttled, "the 429 was read")
         futures = [first] + [sampler.sample(PROMPT) for _ in range(39)]
         for future in futures:
@@ -524,7 +524,7 @@ def test_large_results_are_fetched_one_after_the_other(
         go.set()
         for future in futures:
             assert future.result(PATIENCE_S).sequences[0].tokens == [5]
-        assert service._session.transport.pressure.results._used == 0
+        assert service._runtime.transport.pressure.results._used == 0
     assert len(fetches) == 3
 
 
@@ -534,7 +534,7 @@ def test_close_ends_a_wait_for_the_quota_at_once(
     monkeypatch.setattr(backpressure, "_LOOK_S", 3600.0)  # nobody looks without being woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
-        quota = service._session.transport.pressure.samples
+        quota = service._runtime.transport.pressure.samples
         quota.take(1 << 30, never)
         futures = [sampler.sample(PROMPT) for _ in range(5)]
         wait_until(lambda: waiting(quota) == 5, "all wait")

@@ -13,68 +13,17 @@ import numpy as np
 import pytest
 import requests
 from hypothesis import given, settings, strategies as st
+from support.loopback import LoopbackServer
+from support.raw_server import RawServer
 from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedServer
 
 from tinkex._transport.fast_connection import MAX_HEAD_BYTES, PrivateChannel
 from tinkex._transport.request import Reply
 from tinkex.config import Config
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 PATIENCE = (5.0, 5.0)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-class RawServer:
-    """Answers each request of each connection with the next bytes of a list; "" closes."""
-
-    def __init__(self, *answers: bytes, piece: Optional[int] = None) -> None:
-        self._answers = list(answers)
-        self._piece = piece
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.requests: List[bytes] = []
-        self.connections = 0
-        self._thread = threading.Thread(target=self._serve, name="raw-server", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while self._answers:
-            connection, _ = self._listener.accept()
-            self.connections += 1
-            with connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                while self._answers and self._read(connection):
-                    answer = self._answers.pop(0)
-                    step = self._piece or len(answer) or 1
-                    for start in range(0, len(answer), step):
-                        connection.sendall(answer[start : start + step])
-                    if not answer.endswith(b"ok"):
-                        break
-
-    def _read(self, connection: socket.socket) -> bool:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            part = connection.recv(65536)
-            if not part:
-                return False
-            data += part
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = int(dict(line.split(b": ") for line in head.split(b"\r\n")[1:])[b"Content-Length"])
-        while len(body) < length:
-            body += connection.recv(65536)
-        self.requests.append(head + b"\r\n\r\n" + body)
-        return True
-
-    def __enter__(self) -> RawServer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._answers.clear()
-        with socket.create_connection(self._listener.getsockname()[:2]):
-            pass  # wakes accept
-        self._thread.join(10)
-        self._listener.close()
-        assert not self._thread.is_alive()
 
 
 def ask(connection: PrivateChannel, url: str, body: bytes = b"{}", **headers: str) -> Reply:
@@ -116,7 +65,7 @@ def test_a_post_without_a_body_says_so() -> None:
 
 
 def test_one_connection_serves_many_requests() -> None:
-    with RawServer(*[OK] * 5) as server:
+    with RawServer(OK, keep_alive=True) as server:
         connection = opened(server.url)
         for number in range(5):
             assert ask(connection, server.url, b"x" * number * 100_000).body == b"ok"
@@ -236,7 +185,8 @@ def test_connection_close_is_obeyed(server: ScriptedServer) -> None:
 
 
 def test_bytes_that_nobody_asked_for_are_not_the_next_answer() -> None:
-    with RawServer(OK + b"HTTP/1.1 500 Smuggled\r\nContent-Length: 2\r\n\r\nok", OK) as server:
+    smuggled = OK + b"HTTP/1.1 500 Smuggled\r\nContent-Length: 2\r\n\r\nok"
+    with RawServer(smuggled, OK, keep_alive=True) as server:
         connection = opened(server.url)
         assert ask(connection, server.url).status == 200
         assert ask(connection, server.url).status == 200
@@ -246,22 +196,16 @@ def test_bytes_that_nobody_asked_for_are_not_the_next_answer() -> None:
 
 def test_a_body_that_is_refused_unread_gets_the_servers_answer() -> None:
     refusal = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def refuse() -> None:
-            taken, _ = listener.accept()
-            with taken:
-                taken.recv(1000)
-                taken.sendall(refusal)
-                taken.shutdown(socket.SHUT_WR)
-                while taken.recv(1 << 20):
-                    pass  # or an RST could overtake the answer
+    def refuse(connection: socket.socket, index: int) -> None:
+        connection.recv(1000)
+        connection.sendall(refusal)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 20):
+            pass  # or an RST could overtake the answer
 
-        thread = threading.Thread(target=refuse, daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        answer = ask(opened(url), url, b"x" * 5_000_000)
-        thread.join(10)
+    with LoopbackServer(refuse) as server:
+        answer = ask(opened(server.url), server.url, b"x" * 5_000_000)
     assert (answer.status, answer.body) == (413, b"big")
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
 import time
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import requests
-from support.raw_server import PATIENCE_S, RawServer
+from support.loopback import PATIENCE_S, LoopbackServer
+from support.raw_server import RawServer
 
 from tinkex._transport import framing
 from tinkex._transport.channel import Channel
@@ -90,27 +89,17 @@ def test_a_length_that_is_given_twice_is_read_once(private: bool) -> None:
     assert content_length("7, 7") == 7
 
 
-@contextlib.contextmanager
-def trickling(head: bytes) -> Iterator[str]:
+def trickling(head: bytes) -> LoopbackServer:
     """A server that sends *head* and then a byte every 20 ms, until the client hangs up."""
-    stop = threading.Event()
 
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            connection.sendall(head)
-            while not stop.wait(0.02):
-                connection.sendall(b"a")
+    def trickle(connection: socket.socket, index: int) -> None:
+        connection.recv(65536)
+        connection.sendall(head)
+        while not server.closing.wait(0.02):
+            connection.sendall(b"a")
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, name="trickling", daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            stop.set()
-            thread.join(PATIENCE_S)
+    server = LoopbackServer(trickle)
+    return server
 
 
 @KINDS
@@ -118,8 +107,8 @@ def trickling(head: bytes) -> Iterator[str]:
     "head", [b"HTTP/1.1 200 O", HEAD + b"X-A: ", HEAD + b"Content-Length: 100000\r\n\r\n"]
 )
 def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
-    with trickling(head) as url, pytest.raises(requests.RequestException, match="too slowly"):
-        ask(url, private, read_timeout_s=0.3)  # each pause is far shorter
+    with trickling(head) as server, pytest.raises(requests.RequestException, match="too slowly"):
+        ask(server.url, private, read_timeout_s=0.3)  # each pause is far shorter
 
 
 def test_the_time_of_an_answer_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._transport.gateways import describe, is_from_gateway
+from tinkex._transport.response_errors import describe, is_from_gateway
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, NotFoundError, ResponseDecodeError
@@ -250,11 +250,11 @@ def test_a_heartbeat_that_meets_a_page_keeps_the_session(server: ScriptedServer)
         server.wait_for(f"POST {API}session_heartbeat", 5)
         (snapshot,) = [
             one
-            for one in service._session.manager.snapshot()
+            for one in service._runtime.session.manager.snapshot()
             if one.session_id == service.session_id
         ]
         assert snapshot.state == "alive"
-        assert service._session.manager.lost_reason(service.session_id) is None
+        assert service._runtime.session.manager.lost_reason(service.session_id) is None
 
 
 def test_a_notice_of_a_long_wait_shows_what_the_server_waits_for() -> None:

@@ -24,7 +24,7 @@ from tinkex.errors import (
     SessionLostError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 ADAM = types.AdamParams(learning_rate=0.01)
 DATUM = types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})

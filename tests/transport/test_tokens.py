@@ -46,7 +46,7 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.local import LocalServer
-from tinkex.local.deterministic import DeterministicEngine
+from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ServerSettings
 from tinkex.retry import RetryPolicy
 

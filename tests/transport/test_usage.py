@@ -244,7 +244,7 @@ def test_a_reservation_is_settled_once() -> None:
 
 def test_what_a_closed_client_was_refused_is_not_reserved(scripted: ServiceClient) -> None:
     sampler = scripted.create_sampling_client(base_model="base")
-    scripted._session.poller.close(ConfigError("closed under our feet"))
+    scripted._runtime.poller.close(ConfigError("closed under our feet"))
     with pytest.raises(ConfigError):
         sampler.sample(PROMPT)
     assert scripted.usage().reserved == Tokens()

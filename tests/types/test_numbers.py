@@ -98,7 +98,7 @@ import sys
 from tinkex._api._call import encode
 from tinkex._sampling.sample_checks import check_request, complete_response, has_unknown_logprobs
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 request = SampleRequest(ModelInput.from_ints([1, 2, 3]), sampling_params=SamplingParams(2))
 check_request(request)
 assert b'[1,2,3]' in encode(request.to_json())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import codec_for
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_content_type_chooses(content_type, name):
 def test_protobuf_is_imported_only_when_it_is_used():
     script = (
         "import sys\n"
-        "from tinkex.wire.codecs import codec_for\n"
+        "from tinkex.wire.codec import codec_for\n"
         "codec_for('application/json')\n"
         "assert 'google.protobuf' not in sys.modules\n"
         "codec_for('application/x-protobuf')\n"

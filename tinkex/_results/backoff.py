@@ -1,4 +1,4 @@
-"""Patience: how long the batch poller waits between two polls for one sampler.
+"""Backoff: how long the batch poller waits between two polls for one sampler.
 
 For one thread at a time; no threads of its own.
 """
@@ -14,7 +14,7 @@ from tinkex._transport.transport import Transport
 from tinkex.errors import APIError, APITimeoutError
 
 
-class Patience:
+class Backoff:
     """How long to wait between two polls for one sampler; raises what ends them."""
 
     def __init__(self, transport: Transport) -> None:

@@ -10,9 +10,9 @@ import time
 from typing import Callable, List
 
 from tinkex._api.futures import read_completions, retrieve_futures
-from tinkex._results.backoff import Patience
+from tinkex._results.backoff import Backoff
 from tinkex._results.completion_tracker import NextPoll
-from tinkex._results.sampler_polls import Ready, Watch
+from tinkex._results.sampler_polls import Ready, SamplerPolls
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.transport import Reply, Request, Transport
@@ -45,7 +45,7 @@ class BatchPoll:
     def __init__(
         self,
         transport: Transport,
-        watch: Watch,
+        watch: SamplerPolls,
         channel: AnyChannel,
         fetch: Callable[[List[Ready]], float],
         fail: Callable[..., None],
@@ -57,7 +57,7 @@ class BatchPoll:
         self._channel = channel
         self._fetch = fetch
         self._fail = fail
-        self._patience = Patience(transport)
+        self._backoff = Backoff(transport)
 
     def run(self) -> None:
         """Poll until nothing is waited for and the server knows what was fetched.
@@ -83,21 +83,21 @@ class BatchPoll:
         try:
             reply = ask(self._transport, watch, asked, self._channel, max(0.05, limit_s))
         except APIConnectionError as silence:
-            return self._patience.after_silence(silence, began, watch.last_contact)
+            return self._backoff.after_silence(silence, began, watch.last_contact)
         except APIStatusError as refused:  # the server gives no token just now
-            return self._patience.after_error(refused)
+            return self._backoff.after_error(refused)
         watch.last_contact = now = time.monotonic()
         if reply.status >= 300:
             if reply.status == 408:
-                return self._patience.after_answer(now - began, False)
+                return self._backoff.after_answer(now - began, False)
             error = self._transport.status_error(_POLL, reply)
             if error.status in ABSENT:
                 self._server.note_missing(ROUTE, error.status or 404)
-            return self._patience.after_error(error)
+            return self._backoff.after_error(error)
         done = read_completions(reply)
         self._server.note_present(ROUTE)
         pause_s = self._fetch(watch.told(asked, done))
-        return max(pause_s, self._patience.after_answer(now - began, bool(done.sizes)))
+        return max(pause_s, self._backoff.after_answer(now - began, bool(done.sizes)))
 
     def _report_or_stop(self) -> bool:
         """Say what was fetched, if that was not said; True if there is nothing to do any more."""
@@ -119,7 +119,7 @@ class BatchPoll:
 
 def ask(
     transport: Transport,
-    watch: Watch,
+    watch: SamplerPolls,
     asked: NextPoll,
     channel: AnyChannel,
     read_timeout_s: float,
@@ -127,8 +127,8 @@ def ask(
     """Poll for *watch* once; without waiting, if there is nothing to wait for."""
     return retrieve_futures(
         transport,
-        sampling_session_id=watch.target.sampling_session_id,
-        clone=watch.target.clone,
+        sampling_session_id=watch.sampler_id.sampling_session_id,
+        clone=watch.sampler_id.clone,
         cursor=asked.cursor,
         retrieved=asked.retrieved,
         at_once=not asked.waiting,

@@ -29,9 +29,9 @@ from tinkex._results.batch_poll import ROUTE, BatchPoll, ask
 from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.concurrency_gate import SampleGate
 from tinkex._results.pause_log import PauseNotices
+from tinkex._results.pending import Lease, PendingRequest, SamplerId, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
-from tinkex._results.sample_work import OwnChannels, SampleWork, Stint, Target
-from tinkex._results.sampler_polls import Ready, Submissions, Watch
+from tinkex._results.sampler_polls import Ready, SamplerPolls, Submissions
 from tinkex._runtime.adaptive_pool import Crew
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.channel import Channel
@@ -74,7 +74,7 @@ class BatchPoller:
     def __init__(
         self,
         transport: Transport,
-        poll_alone: Callable[[SampleWork], None],
+        poll_alone: Callable[[PendingRequest[Any]], None],
         fail: Callable[[APIFuture[Any], BaseException], None],
         cancels: CancelQueue,
         pauses: PauseNotices,
@@ -86,8 +86,8 @@ class BatchPoller:
         self._cancels = cancels
         self._pauses = pauses
         self._server = transport.server
-        self._channels = OwnChannels(transport)
-        self._gate = SampleGate(transport.config.max_unanswered_samples)
+        self._channels = ThreadLocalConnections(transport)
+        self._gate = SampleGate(transport.config.max_unanswered_samples, self._enqueue)
         self._submits = Crew("tinkex-submit", self._submit)
         self._fetches = Crew("tinkex-fetch", self._fetch)
         self._polls = WorkerPool("tinkex-batch", POLL_CAP, _IDLE_S)
@@ -95,51 +95,51 @@ class BatchPoller:
         self._submissions = Submissions()
         # Guards _watches, which only grows.
         self._lock = threading.Lock()
-        self._watches: Dict[Target, Watch] = {}
+        self._watches: Dict[SamplerId, SamplerPolls] = {}
 
     def usable(self, flags: ServerFlags) -> bool:
         """True if the server wants its samples waited for like this."""
         return flags.sample_use_retrieve_futures and self._server.missing_status(ROUTE) is None
 
-    def submit(self, work: SampleWork) -> None:
-        """Have *work* submitted, in its turn, and its future settled."""
+    def submit(self, request: PendingRequest[Any]) -> None:
+        """Have *request* sent in its turn, and its future settled."""
+        self._gate.enter(request)
 
-        def start() -> None:
-            try:
-                self._submits.put((work,))
-            except ClientClosedError as error:
-                self._fail(work.operation.future, error)
-
-        self._gate.enter(work.operation.future, start)
+    def _enqueue(self, request: PendingRequest[Any]) -> None:
+        try:
+            self._submits.put((request,))
+        except ClientClosedError as error:
+            self._fail(request.future, error)
 
     # Submitting, by tinkex-submit-i
 
-    def _submit(self, work: SampleWork) -> None:
+    def _submit(self, request: PendingRequest[Any]) -> None:
         self._fetches.run_waiting()
-        future = work.operation.future
+        future = request.future
         if future.done():  # cancelled while it waited its turn
             return
         number = self._submissions.begin()
         try:
-            with Stint(future, self._channels.get()) as stint:
-                work.submit(stint)
-            self._expect(work)
+            with Lease(future, self._channels.get()) as lease:
+                request.submit(lease)
+            self._expect(request)
         except Exception as error:
             self._fail(future, error)
         finally:
             self._submissions.end(number)
 
-    def _expect(self, work: SampleWork) -> None:
-        """Wait for the result of *work*, which was accepted."""
-        future = work.operation.future
+    def _expect(self, request: PendingRequest[Any]) -> None:
+        """Wait for the result of *request*, which was accepted."""
+        future = request.future
         request_id = future.request_id or ""
-        assert work.target is not None
-        watch = self._watch_of(work.target())
+        sampler_id = request.sampler_id()
+        assert sampler_id is not None
+        watch = self._watch_of(sampler_id)
         found = watch.expect(
-            request_id, work, may_start=lambda: self._polled.acquire(blocking=False)
+            request_id, request, may_start=lambda: self._polled.acquire(blocking=False)
         )
         if not found.watched:
-            self._poll_alone(work)
+            self._poll_alone(request)
             return
         if found.ready is not None:
             self._fetch_soon([found.ready])
@@ -152,21 +152,23 @@ class BatchPoller:
                 self._polled.release()
                 self._give_up(watch, error)
 
-    def _watch_of(self, target: Target) -> Watch:
+    def _watch_of(self, sampler_id: SamplerId) -> SamplerPolls:
         with self._lock:
-            watch = self._watches.get(target)
+            watch = self._watches.get(sampler_id)
             if watch is None:
-                watch = self._watches[target] = Watch(target, self._config, self._submissions)
+                watch = self._watches[sampler_id] = SamplerPolls(
+                    sampler_id, self._config, self._submissions
+                )
             return watch
 
-    def _withdraw(self, watch: Watch, request_id: str, future: Any) -> None:
+    def _withdraw(self, watch: SamplerPolls, request_id: str, future: Any) -> None:
         """In the thread that settles the future: if it was cancelled, tell the server."""
         if watch.withdraw(request_id) and future.cancelled():
             self._cancels.put(request_id)
 
     # Polling, by tinkex-batch-i
 
-    def _poll_for(self, watch: Watch) -> None:
+    def _poll_for(self, watch: SamplerPolls) -> None:
         channel = self._channels.get()
         try:
             BatchPoll(self._transport, watch, channel, self._fetch_soon, self._fail).run()
@@ -175,24 +177,24 @@ class BatchPoller:
         finally:
             self._polled.release()
 
-    def _give_up(self, watch: Watch, error: Exception) -> None:
+    def _give_up(self, watch: SamplerPolls, error: Exception) -> None:
         """The poll cannot go on: nothing that waits may be forgotten."""
         together = isinstance(error, (APIConnectionError, ClientClosedError)) or (
             isinstance(error, APIError) and error.status == 402
         )
         left = watch.give_up(for_good=not together)
         if together:
-            for work in left:
-                self._fail(work.operation.future, copy.copy(error))
+            for request in left:
+                self._fail(request.future, copy.copy(error))
             return
         logger.warning(
-            "samples of %s are polled for one by one from now on: %s",
-            watch.target.sampling_session_id,
+            "falling back to per-sample polling for %s: %s",
+            watch.sampler_id.sampling_session_id,
             error,
             exc_info=None if isinstance(error, TinkexError) else error,
         )
-        for work in left:
-            self._poll_alone(work)
+        for request in left:
+            self._poll_alone(request)
 
     # Fetching, by tinkex-fetch-i, and by those that submit
 
@@ -202,35 +204,31 @@ class BatchPoller:
             self._fetches.put(ready)
         except ClientClosedError as error:
             for one in ready:
-                self._fail(one.work.operation.future, error)
+                self._fail(one.request.future, error)
         return MANY_PAUSE_S if self._fetches.waiting > MANY else 0.0
 
     def _fetch(self, ready: Ready) -> None:
-        watch, work, size = ready
-        future = work.operation.future
+        watch, request, size = ready
+        future = request.future
         request_id = future.request_id or ""
         try:
-            if not future.done() and not self._fetch_once(work, size):
+            if not future.done() and not self._fetch_once(request, size):
                 # To be reported as fetched when it is: the server may drop it then.
                 future.on_settled(lambda settled: watch.fetched(request_id))
-                self._poll_alone(work)
+                self._poll_alone(request)
                 return
         except ResultExpiredError as lost:
-            work.note_lost(lost)
-            self._poll_alone(work)
+            request.note_lost(lost)
+            self._poll_alone(request)
         except Exception as error:
             self._fail(future, error)
         watch.fetched(request_id)
 
-    def _fetch_once(self, work: SampleWork, size: int) -> bool:
+    def _fetch_once(self, request: PendingRequest[Any], size: int) -> bool:
         """Ask for the result, once; False if the server did not hand it out."""
-        with Stint(work.operation.future, self._channels.get()) as stint:
-            loop = PollLoop(
-                self._transport, work.operation, stint.channel, self._pauses, announced=size
-            )
-            settled = loop.try_once()
-            work.maybe_lost = loop.maybe_lost
-            return settled
+        with Lease(request.future, self._channels.get()) as lease:
+            loop = PollLoop(self._transport, request, lease.channel, self._pauses, announced=size)
+            return loop.try_once()
 
     # The end
 
@@ -274,7 +272,7 @@ class BatchPoller:
     @property
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
-        return [pool.stopper for pool in self._pools]
+        return [pool.finalizer_hook for pool in self._pools]
 
     @property
     def _pools(self) -> List[WorkerPool]:

@@ -65,9 +65,9 @@ class CancelQueue:
         return self._pool.join(deadline)
 
     @property
-    def stopper(self) -> Callable[[], None]:
+    def finalizer_hook(self) -> Callable[[], None]:
         """A function that stops the threads from a finalizer."""
-        return self._pool.stopper
+        return self._pool.finalizer_hook
 
     def _drain(self) -> None:
         while True:

@@ -1,14 +1,14 @@
-"""Ledger: which samples of one sampler are waited for, done, fetched, and reported as fetched.
+"""CompletionTracker: which samples of one sampler are waited for, done, fetched and acknowledged.
 
-Bookkeeping only: no I/O, no clock, no lock; its owner, a Watch, guards it.
+Bookkeeping only: no I/O, no clock, no lock; its owner, a SamplerPolls, guards it.
 See docs/protocol.md, "Batch polling".
 """
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
-from tinkex._results.sample_work import SampleWork
+from tinkex._results.pending import PendingRequest
 
 
 class NextPoll(NamedTuple):
@@ -19,7 +19,7 @@ class NextPoll(NamedTuple):
     waiting: bool
 
 
-class Ledger:
+class CompletionTracker:
     """The samples of one sampler, by request id.
 
     A sample can be done before the answer to its submission was read, so what is told of an
@@ -28,23 +28,25 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.waiting: Dict[str, SampleWork] = {}  # in the order in which they were accepted
+        self.waiting: Dict[
+            str, PendingRequest[Any]
+        ] = {}  # in the order in which they were accepted
         self._early: Dict[str, Tuple[int, int]] = {}  # size, and submissions begun by then
         self._fetching: Set[str] = set()
         self._unreported: Set[str] = set()
         self._cursor = 0
         self._reported_cursor = 0
 
-    def expect(self, request_id: str, work: SampleWork) -> Optional[int]:
-        """Wait for *work*; if it is done already, return the size of its result instead."""
+    def expect(self, request_id: str, request: PendingRequest[Any]) -> Optional[int]:
+        """Wait for *request*; if it is done already, return the size of its result instead."""
         early = self._early.pop(request_id, None)
         if early is None:
-            self.waiting[request_id] = work
+            self.waiting[request_id] = request
             return None
         self._fetching.add(request_id)
         return early[0]
 
-    def withdraw(self, request_id: str) -> Optional[SampleWork]:
+    def withdraw(self, request_id: str) -> Optional[PendingRequest[Any]]:
         """Wait for it no more; None if it was not waited for."""
         return self.waiting.pop(request_id, None)
 
@@ -64,19 +66,19 @@ class Ledger:
 
     def told(
         self, asked: NextPoll, sizes: Mapping[str, int], cursor: int, begun: int
-    ) -> List[Tuple[SampleWork, int]]:
+    ) -> List[Tuple[PendingRequest[Any], int]]:
         """Take the answer to *asked*; return what is to be fetched, with the size of each.
 
         *begun* is the number of submissions so far.
         """
         self._unreported.difference_update(asked.retrieved)
         self._reported_cursor, self._cursor = asked.cursor, cursor
-        ready: List[Tuple[SampleWork, int]] = []
+        ready: List[Tuple[PendingRequest[Any], int]] = []
         for request_id, size in sizes.items():
-            work = self.waiting.pop(request_id, None)
-            if work is not None:
+            request = self.waiting.pop(request_id, None)
+            if request is not None:
                 self._fetching.add(request_id)
-                ready.append((work, size))
+                ready.append((request, size))
             elif request_id not in self._fetching and request_id not in self._unreported:
                 self._early[request_id] = (size, begun)
         return ready
@@ -93,7 +95,7 @@ class Ledger:
         self._fetching.discard(request_id)
         self._unreported.add(request_id)
 
-    def take_all(self) -> List[SampleWork]:
+    def take_all(self) -> List[PendingRequest[Any]]:
         """Wait for nothing any more; return what was waited for."""
         left, self.waiting = self.waiting, {}
         return list(left.values())

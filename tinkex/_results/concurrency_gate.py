@@ -1,57 +1,63 @@
-"""SampleGate: lets so many samples of one client be in flight; the others wait, in their order."""
+"""SampleGate: bounds the samples of one client that are in flight; the others wait, in order."""
 
 from __future__ import annotations
 
 import collections
 import threading
-from typing import Any, Callable, Deque, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Optional, Set
 
+from tinkex._results.pending import PendingRequest
 from tinkex.futures import APIFuture
 
 
 class SampleGate:
-    """Starts work while fewer than *most* of its futures are unsettled.  Thread-safe.
+    """Starts requests while fewer than *limit* of them are unsettled.  Thread-safe.
 
-    No thread of its own: whoever settles a future starts the next one.
+    It has no thread of its own: the thread that settles one future starts the next request.
+
+    Args:
+        limit: of requests in flight; None is no limit.
+        start: starts one; must not block.
     """
 
-    def __init__(self, most: Optional[int]) -> None:
-        self._most = most
-        # Guards the rest.  Never held while work is started.
+    def __init__(self, limit: Optional[int], start: Callable[[PendingRequest[Any]], None]) -> None:
+        self._limit = limit
+        self._start = start
+        # Guards the rest.  Never held while a request is started.
         self._lock = threading.Lock()
-        self._waiting: Deque[Tuple[APIFuture[Any], Callable[[], None]]] = collections.deque()
+        self._waiting: Deque[PendingRequest[Any]] = collections.deque()
         self._running: Set[APIFuture[Any]] = set()
         self._starting = False
 
-    def enter(self, future: APIFuture[Any], start: Callable[[], None]) -> None:
-        """Call *start*, which must not block, when it is the turn of *future*; return at once."""
-        if self._most is None:
-            start()
+    def enter(self, request: PendingRequest[Any]) -> None:
+        """Start *request* when its turn comes; return at once."""
+        if self._limit is None:
+            self._start(request)
             return
         with self._lock:
-            self._waiting.append((future, start))
-        self._start_some(self._most)
+            self._waiting.append(request)
+        self._start_some(self._limit)
 
-    def _start_some(self, most: int) -> None:
+    def _start_some(self, limit: int) -> None:
         # One thread starts at a time, in a loop: a start may fail, and so settle its future, and
         # call this again, as deep as the queue is long.
         while True:
             future: Optional[APIFuture[Any]] = None
             try:
                 with self._lock:
-                    if self._starting or not self._waiting or len(self._running) >= most:
+                    if self._starting or not self._waiting or len(self._running) >= limit:
                         return
-                    first, start = self._waiting[0]
-                    if first.done():  # cancelled, or closed, while it waited
+                    first = self._waiting[0]
+                    if first.future.done():  # cancelled, or closed, while it waited
                         self._waiting.popleft()
                         continue
-                    future, self._starting = first, True
+                    future, self._starting = first.future, True
                     self._running.add(future)
                     self._waiting.popleft()
                 future.on_settled(self._left)
-                start()
+                self._start(first)
                 self._starting = False
-            except BaseException:  # Ctrl-C, at any call: nobody would start it, or settle it
+            except BaseException:  # Ctrl-C, at any call: nothing else would start or settle it
                 if future is not None:
                     self._starting = False
                     future.cancel()
@@ -61,5 +67,5 @@ class SampleGate:
     def _left(self, future: Any) -> None:
         with self._lock:
             self._running.discard(future)
-        if self._most is not None:
-            self._start_some(self._most)
+        if self._limit is not None:
+            self._start_some(self._limit)

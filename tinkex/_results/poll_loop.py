@@ -6,14 +6,14 @@ Used by one thread, the poller's; what an answer means is decided by outcomes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 import time
-from typing import Any, Callable, Generic, Iterator, Optional, TypeVar
+from typing import Any, Iterator, Optional
 
 from tinkex._api.futures import retrieve_future
 from tinkex._results.outcomes import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
 from tinkex._results.pause_log import PauseNotices
+from tinkex._results.pending import PendingRequest
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.request import broken_route
 from tinkex._transport.transport import Reply, Request, Transport
@@ -29,37 +29,8 @@ from tinkex.errors import (
     ResponseDecodeError,
     TinkexError,
 )
-from tinkex.futures import APIFuture
-
-T = TypeVar("T")
 
 _POLL = Request("POST", "/api/v1/retrieve_future")
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation(Generic[T]):
-    """Work the server is asked to do: its future, and how to read the result.
-
-    Attributes:
-        future: to be settled.
-        decode: turns the final answer into the result; may raise TinkexError.
-        binary: the result may be protobuf.
-        owner: what it is part of, for notices: ``"run ..."`` or ``"sampler ..."``.
-        appeal: is shown a failure before it is reported, in a poller thread: returns the error to
-            report, or None if it takes the future over; must be quick and not raise.
-        pause_grace_s: a pause of the owner is told after so long.
-        no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
-        large: the result may be so large that there should not be too many at once.
-    """
-
-    future: APIFuture[T]
-    decode: Callable[[Reply], T]
-    binary: bool = False
-    owner: str = ""
-    appeal: Optional[Callable[[BaseException], Optional[BaseException]]] = None
-    pause_grace_s: float = 60.0
-    no_progress_timeout_s: Optional[float] = None
-    large: bool = False
 
 
 class PollLoop:
@@ -68,36 +39,31 @@ class PollLoop:
     Stopping *channel* ends it: within a pause at once, within a poll if the channel is aborted.
     *announced* is the size of the result, in bytes, if the server has told that it is there; 0 if
     it has not.
-
-    Attributes:
-        maybe_lost: an answer may have been lost on its way, and the result with it.
     """
 
     def __init__(
         self,
         transport: Transport,
-        operation: Operation[Any],
+        request: PendingRequest[Any],
         channel: AnyChannel,
         pauses: PauseNotices,
         *,
         announced: int = 0,
-        maybe_lost: bool = False,
     ) -> None:
         self._transport = transport
         self._config = transport.config
-        self._operation = operation
-        self._future = operation.future
+        self._request = request
+        self._future = request.future
         self._channel = channel
         self._pauses = pauses
-        self._no_progress_s = operation.no_progress_timeout_s or self._config.no_progress_timeout_s
+        self._no_progress_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         self._announced = announced
         self._payload = False  # insist on the result itself
         self._held = 0  # bytes of the quota for large results
         self._pacing = Pacing()
-        self.maybe_lost = maybe_lost
         self._last_contact = time.monotonic()
         # The server accepted it some time ago, if others of its lane had to be waited for.
-        self._started = operation.future.entered
+        self._started = request.future.entered
         self._polled = False
         self._trouble_since: Optional[float] = None
 
@@ -147,16 +113,16 @@ class PollLoop:
             reply = retrieve_future(
                 self._transport,
                 request_id,
-                binary=self._operation.binary,
+                binary=self._request.binary,
                 read_timeout_s=self._read_timeout_s(began),
                 payload=self._payload,
-                size_first=self._operation.large and not self._payload,
+                size_first=self._request.large and not self._payload,
                 channel=self._channel,
             )
         except APIConnectionError as silence:
             # With an error status, it was turned away on the way there, and no result handed out.
             turned_away = silence.status is not None and silence.status >= 300
-            self.maybe_lost = self.maybe_lost or not turned_away
+            self._request.maybe_lost |= not turned_away
             return self._after_silence(silence, began)
         except APIStatusError as refused:  # the server gives no token just now
             if not refused.retryable:
@@ -169,7 +135,7 @@ class PollLoop:
             error,
             request_id=request_id,
             kind=self._future.kind,
-            maybe_lost=self.maybe_lost,
+            maybe_lost=self._request.maybe_lost,
         )
         return self._act_on(outcome, took_s=self._last_contact - began)
 
@@ -193,7 +159,7 @@ class PollLoop:
 
     def _finish(self, reply: Reply) -> None:
         """Decode the result and settle the future with it."""
-        result = self._operation.decode(reply)
+        result = self._request.decode(reply)
         decode_s = time.monotonic() - self._last_contact
         waited_s = self._last_contact - self._started
         queue_s = max(0.0, waited_s - reply.read_s)
@@ -202,9 +168,9 @@ class PollLoop:
 
     def _note_queue(self, state: Optional[str], reason: Optional[str]) -> None:
         self._future.queue_state, self._future.queue_state_reason = state, reason
-        if self._operation.owner:
-            grace_s = self._operation.pause_grace_s
-            self._pauses.note(self._operation.owner, state, reason, grace_s)
+        if self._request.owner:
+            grace_s = self._request.pause_grace_s
+            self._pauses.note(self._request.owner, state, reason, grace_s)
 
     def _ask_for_payload(self, announced: Announced) -> float:
         if self._payload:
@@ -277,7 +243,7 @@ class PollLoop:
 
     def _check_limits(self, now: float) -> None:
         error = overdue(
-            self._operation,
+            self._request,
             self._config,
             waited_s=now - self._started,
             silent_s=now - self._last_contact,
@@ -287,10 +253,10 @@ class PollLoop:
 
 
 def overdue(
-    operation: Operation[Any], config: Config, *, waited_s: float, silent_s: float
+    request: PendingRequest[Any], config: Config, *, waited_s: float, silent_s: float
 ) -> Optional[TinkexError]:
-    """The error of an operation that has taken too long, or been without contact; or None."""
-    future = operation.future
+    """The error of a request that has taken too long, or been without contact; or None."""
+    future = request.future
     if config.operation_timeout_s is not None and waited_s >= config.operation_timeout_s:
         return OperationTimeoutError(
             f"no result within operation_timeout_s = {config.operation_timeout_s:g} s: "
@@ -298,7 +264,7 @@ def overdue(
             request_id=future.request_id,
             elapsed_s=waited_s,
         )
-    no_progress_s = operation.no_progress_timeout_s or config.no_progress_timeout_s
+    no_progress_s = request.no_progress_timeout_s or config.no_progress_timeout_s
     if no_progress_s is not None and silent_s >= no_progress_s:
         return NoProgressError(
             f"no contact with the server for {silent_s:.0f} s: {future.status()}",

@@ -22,13 +22,13 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Set
+from typing import Any, Callable, Deque, Dict, List, Optional, Set
 
 from tinkex._results.batch_poller import BatchPoller
 from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.pause_log import PauseNotices
-from tinkex._results.poll_loop import Operation as Operation, PollLoop
-from tinkex._results.sample_work import OwnChannels, Resubmit, SampleWork, Stint, Target
+from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
+from tinkex._results.poll_loop import PollLoop
 from tinkex._runtime.descriptors import connection_cap
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.connection_errors import forget_frames
@@ -37,9 +37,6 @@ from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex._transport.transport import Transport
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture, report_lost
-
-if TYPE_CHECKING:
-    from tinkex.types import UntypedFuture
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ class Poller:
         self._batches = BatchPoller(
             transport, self._poll_alone, self.fail, self._cancels, self._pauses
         )
-        self._channels = OwnChannels(transport)
+        self._channels = ThreadLocalConnections(transport)
         # One bound method each for all futures.
         self._run_callback, self._why_held_back = self._callbacks.submit, transport.pressure.why
         self._forget_it = self._forget
@@ -85,7 +82,7 @@ class Poller:
         # future is settled.
         self._lock = threading.Lock()
         self._outstanding: Set[APIFuture[Any]] = set()
-        self._lanes: Dict[str, Deque[Operation[Any]]] = {}
+        self._lanes: Dict[str, Deque[PendingRequest[Any]]] = {}
         self._closed: Optional[TinkexError] = None
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
@@ -127,59 +124,47 @@ class Poller:
         with self._lock:
             return list(self._outstanding)
 
-    def watch(self, lane: str, operation: Operation[Any]) -> None:
-        """Poll for *operation*, already submitted, after all others of *lane*."""
+    def watch(self, lane: str, request: PendingRequest[Any]) -> None:
+        """Poll for *request*, already accepted, after all others of *lane*."""
         with self._lock:
             queue = self._lanes.get(lane)
             if queue is not None:
-                queue.append(operation)
+                queue.append(request)
                 return
-            self._lanes[lane] = collections.deque([operation])
+            self._lanes[lane] = collections.deque([request])
         try:
             self._polls.submit(lambda: self._drain(lane))
         except ClientClosedError as error:
-            with self._lock:  # nobody will drain the lane
+            with self._lock:  # no thread will drain the lane
                 stranded = self._lanes.pop(lane)
             for left in stranded:
                 self.fail(left.future, error)
 
-    def submit_sample(
-        self,
-        operation: Operation[Any],
-        send: Callable[[AnyChannel], UntypedFuture],
-        resubmit: Resubmit = lambda times: None,
-        target: Optional[Callable[[], Target]] = None,
-    ) -> None:
-        """Have a sampling request sent, and wait for its result.  Returns at once.
-
-        If the server has lost the result, *send* is called again, as *resubmit* says: each time it
-        must make a new request of it.  *target* tells whose it is, once it was sent; without it,
-        the sample is polled for on its own whatever the server can do.
-        """
-        work = SampleWork(operation, send, resubmit, target)
+    def submit(self, request: PendingRequest[Any]) -> None:
+        """Have *request*, a sampling request, sent, and wait for its result.  Returns at once."""
         flags = self._transport.server.flags.static
-        if target is None:
-            self._poll_alone(work)
+        if request.sampler_id() is None:
+            self._poll_alone(request)
         elif flags is not None:
-            self._choose(work, flags)
+            self._choose(request, flags)
         else:
             try:
-                self._asking.submit(lambda: self._ask_and_choose(work))
+                self._asking.submit(lambda: self._ask_and_choose(request))
             except ClientClosedError as error:
-                self.fail(operation.future, error)
+                self.fail(request.future, error)
 
-    def _ask_and_choose(self, work: SampleWork) -> None:
+    def _ask_and_choose(self, request: PendingRequest[Any]) -> None:
         try:
             flags = flags_for(self._transport, once=True)
         except TinkexError as error:
             logger.debug("whether the server can say which samples are done: %s", error)
             flags = ServerFlags()
-        self._choose(work, flags)
+        self._choose(request, flags)
 
-    def _choose(self, work: SampleWork, flags: ServerFlags) -> None:
-        """Hand *work* to those who are to do it."""
+    def _choose(self, request: PendingRequest[Any], flags: ServerFlags) -> None:
+        """Hand *request* to those who are to do it."""
         if self._batches.usable(flags):
-            self._batches.submit(work)
+            self._batches.submit(request)
         else:
             most = min(
                 self._config.max_concurrent_samples,
@@ -188,20 +173,20 @@ class Poller:
             )
             if self._samples.cap != most:
                 self._samples.resize(max(1, most))
-            self._poll_alone(work)
+            self._poll_alone(request)
 
-    def _poll_alone(self, work: SampleWork) -> None:
-        """Have a worker submit *work*, if need be, and poll for it."""
-        future = work.operation.future
+    def _poll_alone(self, request: PendingRequest[Any]) -> None:
+        """Have a worker submit *request*, if need be, and poll for it."""
+        future = request.future
 
         def run() -> None:
             if future.done():  # cancelled while it waited its turn
-                if work.accepted and future.cancelled():
+                if request.accepted and future.cancelled():
                     self._cancels.put(future.request_id or "")
                 return
             try:
-                with Stint(future, self._channels.get()) as stint:
-                    self._sample(work, stint)
+                with Lease(future, self._channels.get()) as lease:
+                    self._sample(request, lease)
             except Exception as error:
                 self.fail(future, error)
 
@@ -210,31 +195,33 @@ class Poller:
         except ClientClosedError as error:
             self.fail(future, error)
 
-    def _sample(self, work: SampleWork, stint: Stint) -> None:
-        future = work.operation.future
+    def _sample(self, request: PendingRequest[Any], lease: Lease) -> None:
+        future = request.future
         while not future.done():
-            if work.lost is not None:
-                self._wait_to_resubmit(work, work.lost, stint)
+            if request.lost is not None:
+                self._wait_to_resubmit(request, request.lost, lease)
                 if future.done():
                     return
-            if not work.accepted:
-                work.submit(stint)
+            if not request.accepted:
+                request.submit(lease)
             try:
-                self._poll(work.operation, stint.channel, work.maybe_lost)
+                self._poll(request, lease.channel)
                 return
             except ResultExpiredError as lost:
-                work.note_lost(lost)
+                request.note_lost(lost)
             finally:
                 if future.cancelled():
                     self._cancels.put(future.request_id or "")
 
-    def _wait_to_resubmit(self, work: SampleWork, lost: ResultExpiredError, stint: Stint) -> None:
-        delay_s = work.resubmit(work.times)
+    def _wait_to_resubmit(
+        self, request: PendingRequest[Any], lost: ResultExpiredError, lease: Lease
+    ) -> None:
+        delay_s = request.retry_after_loss()
         if delay_s is None:
             raise lost
-        work.times += 1
+        request.losses += 1
         logger.info("%s; submitting it again in %.1f s", lost, delay_s)
-        stint.channel.stopped.wait(delay_s)
+        lease.channel.stopped.wait(delay_s)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
@@ -284,7 +271,7 @@ class Poller:
     def stoppers(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
         pools = (self._polls, self._samples, self._asking, self._cancels, self._callbacks)
-        return [*(pool.stopper for pool in pools), *self._batches.stoppers]
+        return [*(pool.finalizer_hook for pool in pools), *self._batches.stoppers]
 
     def _forget(self, future: Any) -> None:
         with self._lock:
@@ -297,10 +284,10 @@ class Poller:
                 head = self._lanes[lane][0]
             try:
                 if not head.future.done():
-                    with Stint(head.future, self._channels.get()) as stint:
-                        self._poll(head, stint.channel)
+                    with Lease(head.future, self._channels.get()) as lease:
+                        self._poll(head, lease.channel)
             except Exception as error:  # a TinkexError to report, or a bug that must not be lost
-                left = error if head.appeal is None else head.appeal(error)
+                left = head.on_failure(error)
                 if left is not None:
                     self.fail(head.future, left)
             with self._lock:
@@ -310,8 +297,6 @@ class Poller:
                     del self._lanes[lane]
                     return
 
-    def _poll(
-        self, operation: Operation[Any], channel: AnyChannel, maybe_lost: bool = False
-    ) -> None:
-        """Poll until the operation's future is settled by somebody, or raise its error."""
-        PollLoop(self._transport, operation, channel, self._pauses, maybe_lost=maybe_lost).run()
+    def _poll(self, request: PendingRequest[Any], channel: AnyChannel) -> None:
+        """Poll until its future is settled, by whichever thread, or raise its error."""
+        PollLoop(self._transport, request, channel, self._pauses).run()

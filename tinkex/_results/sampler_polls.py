@@ -1,4 +1,4 @@
-"""Watch: what is known of the samples of one sampler, and until when they may wait.
+"""SamplerPolls: what is known of the samples of one sampler, and until when they may wait.
 
 No I/O and no threads of its own.  Threads: those that submit add to it, the one that polls takes
 from it, those that fetch tell it what they have; `batch_poll` and `batch_poller` are these.
@@ -12,9 +12,9 @@ import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex._api.futures import Completions
-from tinkex._results.completion_tracker import Ledger, NextPoll
+from tinkex._results.completion_tracker import CompletionTracker, NextPoll
+from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._results.poll_loop import overdue
-from tinkex._results.sample_work import SampleWork, Target
 from tinkex.config import Config
 from tinkex.errors import TinkexError
 from tinkex.futures import APIFuture
@@ -55,8 +55,8 @@ class Submissions:
 class Ready(NamedTuple):
     """A result that is there, and its size in bytes; 0 if that is not known."""
 
-    watch: Watch
-    work: SampleWork
+    watch: SamplerPolls
+    request: PendingRequest[Any]
     size: int
 
 
@@ -74,23 +74,23 @@ class Expected(NamedTuple):
     ready: Optional[Ready] = None
 
 
-class Watch:
+class SamplerPolls:
     """The samples of one sampler.  Thread-safe.
 
     Attributes:
-        target: the sampler.
+        sampler_id: the sampler.
         last_contact: when the server last answered a poll, or there was first something to poll
             for (monotonic).
     """
 
-    def __init__(self, target: Target, config: Config, submissions: Submissions) -> None:
-        self.target = target
+    def __init__(self, sampler_id: SamplerId, config: Config, submissions: Submissions) -> None:
+        self.sampler_id = sampler_id
         self.last_contact = 0.0
         self._config = config
         self._submissions = submissions
         # Guards what follows, but for _news.
         self._lock = threading.Lock()
-        self._ledger = Ledger()
+        self._tracker = CompletionTracker()
         self._polled = False  # a thread polls for it
         self._given_up = False  # its samples are polled for on their own
         self._resting = False  # its thread waits for something to wait for
@@ -99,37 +99,39 @@ class Watch:
 
     # Those who submit
 
-    def expect(self, request_id: str, work: SampleWork, may_start: Callable[[], bool]) -> Expected:
-        """Wait for the result of *work*, which was accepted.
+    def expect(
+        self, request_id: str, request: PendingRequest[Any], may_start: Callable[[], bool]
+    ) -> Expected:
+        """Wait for the result of *request*, which was accepted.
 
         If nobody polls for the sampler, the caller is to have that done, if *may_start* lets it.
         """
-        limit_s = work.operation.no_progress_timeout_s or self._config.no_progress_timeout_s
+        limit_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         with self._lock:
             starts = not self._polled
             if self._given_up or (starts and not may_start()):
                 return Expected(watched=False)
-            if not self._ledger.waiting:
+            if not self._tracker.waiting:
                 self.last_contact = time.monotonic()
             self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
-            size = self._ledger.expect(request_id, work)
+            size = self._tracker.expect(request_id, request)
             self._polled = True
             resting = self._resting
         if resting:
             self._news.set()
-        return Expected(True, starts, None if size is None else Ready(self, work, size))
+        return Expected(True, starts, None if size is None else Ready(self, request, size))
 
     def withdraw(self, request_id: str) -> bool:
         """Wait for it no more; False if it was not waited for."""
         with self._lock:
-            return self._ledger.withdraw(request_id) is not None
+            return self._tracker.withdraw(request_id) is not None
 
     # The one who polls
 
     def next_poll(self) -> NextPoll:
         """What to ask the server; `rest` if nothing is waited for."""
         with self._lock:
-            asked = self._ledger.next_poll()
+            asked = self._tracker.next_poll()
             self._resting = not asked.waiting
             return asked
 
@@ -147,26 +149,26 @@ class Watch:
         """Take the answer to *asked*; return what is to be fetched."""
         oldest = self._submissions.oldest()
         with self._lock:
-            ready = self._ledger.told(asked, done.sizes, done.cursor, self._submissions.begun)
-            self._ledger.drop_unwanted(oldest)
-        return [Ready(self, work, size) for work, size in ready]
+            ready = self._tracker.told(asked, done.sizes, done.cursor, self._submissions.begun)
+            self._tracker.drop_unwanted(oldest)
+        return [Ready(self, request, size) for request, size in ready]
 
     def unreported(self) -> Optional[NextPoll]:
         """What to ask so that the server knows what was fetched; None if it does."""
         oldest = self._submissions.oldest()
         with self._lock:
-            self._ledger.drop_unwanted(oldest)
-            asked = self._ledger.next_poll()
-            if asked.waiting or not self._ledger.unreported:
+            self._tracker.drop_unwanted(oldest)
+            asked = self._tracker.next_poll()
+            if asked.waiting or not self._tracker.unreported:
                 return None
             return asked
 
     def last_report(self) -> Optional[NextPoll]:
         """Like `unreported`, of a watch that is over: whatever is waited for."""
         with self._lock:
-            if self._given_up or not self._ledger.unreported:
+            if self._given_up or not self._tracker.unreported:
                 return None
-            return self._ledger.next_poll()._replace(waiting=False)
+            return self._tracker.next_poll()._replace(waiting=False)
 
     def stop(self, *, unreported: bool = False) -> bool:
         """Nobody polls from now on; False if there is something to poll for, or to report.
@@ -174,7 +176,7 @@ class Watch:
         What is *unreported* may stay so.
         """
         with self._lock:
-            if self._ledger.waiting or not (unreported or self._ledger.at_rest):
+            if self._tracker.waiting or not (unreported or self._tracker.at_rest):
                 return False
             self._polled = self._resting = False
             return True
@@ -189,34 +191,34 @@ class Watch:
         now = time.monotonic()
         with self._lock:
             late = self._limit_s_locked(now) <= 0
-            waiting = list(self._ledger.waiting.values()) if late else []
+            waiting = list(self._tracker.waiting.values()) if late else []
         silent_s = now - self.last_contact
         found = []
-        for work in waiting:
-            waited_s = now - work.operation.future.entered
-            error = overdue(work.operation, self._config, waited_s=waited_s, silent_s=silent_s)
+        for request in waiting:
+            waited_s = now - request.future.entered
+            error = overdue(request, self._config, waited_s=waited_s, silent_s=silent_s)
             if error is not None:
-                found.append((work.operation.future, error))
+                found.append((request.future, error))
         return found
 
-    def give_up(self, *, for_good: bool) -> List[SampleWork]:
+    def give_up(self, *, for_good: bool) -> List[PendingRequest[Any]]:
         """Nobody polls from now on, nor, if *for_good*, ever; return what was waited for."""
         with self._lock:
             self._polled = self._resting = False
             self._given_up = self._given_up or for_good
-            return self._ledger.take_all()
+            return self._tracker.take_all()
 
     # Those who fetch
 
     def fetched(self, request_id: str) -> None:
         """Its result was fetched, or is not wanted any more."""
         with self._lock:
-            self._ledger.fetched(request_id)
+            self._tracker.fetched(request_id)
 
     def _limit_s_locked(self, now: float) -> float:
         limit_s = self.last_contact + self._no_progress_s - now
-        oldest = next(iter(self._ledger.waiting.values()), None)
+        oldest = next(iter(self._tracker.waiting.values()), None)
         if oldest is not None and self._config.operation_timeout_s is not None:
-            waited_s = now - oldest.operation.future.entered
+            waited_s = now - oldest.future.entered
             limit_s = min(limit_s, self._config.operation_timeout_s - waited_s)
         return limit_s

@@ -1,24 +1,27 @@
-"""Modules imported when something is first used, in whichever thread that is.
+"""Modules that are imported when something in them is first used, in whichever thread that is.
 
-A child of a fork has none of the parent's other threads, but all their locks: that of a module
-which one of them was importing stays shut for ever.  So a fork waits until ours are through.
+After a fork the child has the parent's locks but only one of its threads, so the import lock of a
+module that another thread was importing is never released.  A fork therefore waits for our imports.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
+import sys
 import threading
-from typing import Any, Dict
+from importlib.machinery import ModuleSpec
+from typing import Any, Callable, Dict, List, Tuple
 
-#: A fork waits no longer, in seconds: its thread may hold what the import waits for.
-_PATIENCE_S = 10.0
+#: The longest that a fork waits, in seconds: the forking thread may hold a lock the import needs.
+_MAX_FORK_WAIT_S = 10.0
 
-# Guards _importing, and is held while the process forks.  Not while a module is imported: threads
-# that import would wait for each other in a circle.
+# Guards _importing, and is held while the process forks.  Not held during an import: two threads
+# whose imports need each other's modules would deadlock.
 _condition = threading.Condition()
-_importing: Dict[int, int] = {}  # imports under way, by thread
-_modules: Dict[str, Any] = {}  # what was imported; complete, unlike what sys.modules may hold
+_importing: Dict[int, int] = {}  # thread ident -> imports in progress
+_modules: Dict[str, Any] = {}  # completely imported modules; sys.modules may hold partial ones
 
 
 def import_late(name: str) -> Any:
@@ -39,10 +42,49 @@ def import_late(name: str) -> Any:
     return module
 
 
+def names_in_stub(
+    spec: ModuleSpec,
+) -> Tuple[List[str], Callable[[str], Any], Callable[[], List[str]]]:
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package, from its ``__init__.pyi``.
+
+    So the names are listed once, in a form that type checkers read too.  The stub holds nothing
+    but absolute imports, ``from module import Name as Name``, each of which is carried out when
+    the name is first used; aliases, ``Name = Other``; and annotations, which are ignored.
+
+    Args:
+        spec: the package's ``__spec__``.
+    """
+    package = sys.modules[spec.name]
+    # The loader reads from zip files, too.
+    path = os.path.join((spec.submodule_search_locations or [""])[0], "__init__.pyi")
+    source: bytes = spec.loader.get_data(path)  # type: ignore[union-attr]
+    homes: Dict[str, Tuple[str, str]] = {}  # public name -> module, and its name there
+    for node in ast.parse(source, path).body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                homes[alias.asname or alias.name] = (node.module or "", alias.name)
+        elif isinstance(node, ast.Assign):
+            homes[node.targets[0].id] = homes[node.value.id]  # type: ignore[attr-defined]
+
+    def get_attribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
+        module, attribute = homes[name]
+        if module == spec.name:
+            value = import_late(f"{module}.{attribute}")
+        else:
+            value = getattr(import_late(module), attribute)
+        setattr(package, name, value)  # from now on it is found without this function
+        return value
+
+    public = sorted(homes)
+    return public, get_attribute, public.copy
+
+
 def _before_fork() -> None:
     _condition.acquire()
     me = threading.get_ident()
-    _condition.wait_for(lambda: not _importing.keys() - {me}, _PATIENCE_S)
+    _condition.wait_for(lambda: not _importing.keys() - {me}, _MAX_FORK_WAIT_S)
 
 
 def _after_fork_in_child() -> None:

@@ -40,6 +40,11 @@ class _State:
         self.closed = False
         self.draining = False  # refuse new tasks, end after those that are queued
 
+    def stop_from_finalizer(self) -> None:
+        """Close without the lock, which the finalized thread may hold."""
+        self.closed = True
+        self.queue.put(None)
+
 
 class WorkerPool:
     """Runs tasks on at most *cap* daemon threads named ``<name>-<i>`` (``<name>`` if cap is 1).
@@ -152,15 +157,9 @@ class WorkerPool:
         return [t.name for t in threads if t.is_alive() and t is not current]
 
     @property
-    def stopper(self) -> Callable[[], None]:
-        """A function that closes the pool from a finalizer: no lock, no reference to the pool."""
-        state = self._state
-
-        def stop_from_finalizer() -> None:
-            state.closed = True
-            state.queue.put(None)
-
-        return stop_from_finalizer
+    def finalizer_hook(self) -> Callable[[], None]:
+        """What closes the pool from a finalizer: no lock, no reference to the pool."""
+        return self._state.stop_from_finalizer
 
 
 def _work(state: _State) -> None:

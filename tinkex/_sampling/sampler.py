@@ -7,7 +7,7 @@ import secrets
 from typing import Iterator, Optional
 
 from tinkex._api import sampling as api
-from tinkex._results.sample_work import Target
+from tinkex._results.pending import SamplerId
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.server_flags import ABSENT, flags_for
 from tinkex._transport.transport import Transport
@@ -41,9 +41,10 @@ class Sampler:
         self._clone = 0  # of a clone, once it has joined, its number
         self._joining: SingleFlight[Iterator[int]] = SingleFlight()
 
-    def target(self) -> Target:
-        """Whose samples those are that were sent."""
-        return Target(self.sampling_session_id, self._clone)
+    @property
+    def id(self) -> SamplerId:
+        """How the server names it; that of a clone is known once a request of it was sent."""
+        return SamplerId(self.sampling_session_id, self._clone)
 
     def next_seq_id(self) -> int:
         """The next number; the first one of a clone may block.  Called by workers."""

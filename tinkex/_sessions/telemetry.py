@@ -152,7 +152,7 @@ class Reporter:
         self._state.stop(timeout_s)
 
     @property
-    def stopper(self) -> Callable[[], None]:
+    def finalizer_hook(self) -> Callable[[], None]:
         """A function that stops the thread from a finalizer; what waits is still sent."""
         wake = self._state.wake
         return lambda: wake.put(_STOP)

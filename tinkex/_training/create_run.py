@@ -10,14 +10,15 @@ Everything here blocks; it runs on a session's background threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from typing import Any, Dict, Mapping, Optional, Type, TypeVar
 
 from tinkex._api import rest, training as api
 from tinkex._api._call import read
-from tinkex._results.poller import Operation
-from tinkex._sessions.session import Session
+from tinkex._results.pending import AcceptedRequest
+from tinkex._sessions.runtime import Runtime
 from tinkex._transport.server_state import state_of
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
 from tinkex.futures import APIFuture
@@ -68,17 +69,16 @@ class NewRun:
     next_seq_id: int = 1
 
 
-def wait_for_result(session: Session, kind: str, accepted: UntypedFuture, answer: Type[W]) -> W:
+def wait_for_result(runtime: Runtime, kind: str, accepted: UntypedFuture, answer: Type[W]) -> W:
     """Wait for the result of work that the server has accepted."""
-    future: APIFuture[W] = session.poller.new_future(kind)
-    future.enter("waiting", accepted.request_id)
-    lane = f"create {accepted.request_id}"
-    operation = Operation(future, lambda reply: read(answer, reply, kind), owner="a new run")
-    session.poller.watch(lane, operation)
+    future: APIFuture[W] = runtime.poller.new_future(kind)
+    decode = functools.partial(read, answer, name=kind)
+    request = AcceptedRequest(future, decode, "a new run", accepted.request_id)
+    runtime.poller.watch(f"create {accepted.request_id}", request)
     return future.result()
 
 
-def make_run(session: Session, asked: Checkpoint) -> NewRun:
+def make_run(runtime: Runtime, asked: Checkpoint) -> NewRun:
     """Make a run from a checkpoint, in the way that the server has.
 
     Raises:
@@ -86,28 +86,30 @@ def make_run(session: Session, asked: Checkpoint) -> NewRun:
             trained from and no base model was given.
         RequestFailedError: the checkpoint could not be loaded.
     """
-    server = state_of(session.config)
+    server = state_of(runtime.config)
     if server.creates_runs_by_loading is False:
-        return _in_two_steps(session, asked)
+        return _in_two_steps(runtime, asked)
     try:
-        accepted = _load_as_run(session, asked)
+        accepted = _load_as_run(runtime, asked)
     except APIStatusError as error:
         crashed = error.status == 500 and server.creates_runs_by_loading is None
         if not (crashed or _refuses_form(error)):
             raise
         logger.info("%s; making the run first", error.message)
-        return _after_refusal(session, asked, error)
+        return _after_refusal(runtime, asked, error)
     server.note_creates_runs_by_loading(True)
-    loaded = wait_for_result(session, "load_weights", accepted, LoadWeightsResponse)
+    loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
     # The id a server does not send is the one all of them make (docs/protocol.md, "Training runs").
     model_id = loaded.model_id or accepted.model_id
-    return NewRun(model_id or f"{session.session_id}:train:{asked.number}", asked.base_model)
+    return NewRun(
+        model_id or f"{runtime.session.session_id}:train:{asked.number}", asked.base_model
+    )
 
 
-def _load_as_run(session: Session, asked: Checkpoint) -> UntypedFuture:
+def _load_as_run(runtime: Runtime, asked: Checkpoint) -> UntypedFuture:
     return api.create_model_from_weights(
-        session.transport,
-        session_id=session.session_id,
+        runtime.transport,
+        session_id=runtime.session.session_id,
         model_seq_id=asked.number,
         path=asked.path,
         optimizer=asked.optimizer,
@@ -128,53 +130,53 @@ def _refuses_form(error: APIStatusError) -> bool:
     return any(name in error.message for name in _FORM_FIELDS)
 
 
-def _after_refusal(session: Session, asked: Checkpoint, refusal: APIStatusError) -> NewRun:
+def _after_refusal(runtime: Runtime, asked: Checkpoint, refusal: APIStatusError) -> NewRun:
     try:
-        made = _in_two_steps(session, asked)
+        made = _in_two_steps(runtime, asked)
     except APIStatusError as error:
         error.hint = error.hint or f"In one request, the answer was: {refusal.message}"
         raise error from refusal
-    state_of(session.config).note_creates_runs_by_loading(False)
+    state_of(runtime.config).note_creates_runs_by_loading(False)
     return made
 
 
-def _in_two_steps(session: Session, asked: Checkpoint) -> NewRun:
+def _in_two_steps(runtime: Runtime, asked: Checkpoint) -> NewRun:
     """Make the run, then load the checkpoint by its first request."""
-    info = _weights_info(session, asked)
+    info = _weights_info(runtime, asked)
     base_model = asked.base_model or info.base_model
     # Under the number of the request that was refused: should the server have made a run of that
     # after all, it will not make a second one.
     accepted = api.create_model(
-        session.transport,
-        session_id=session.session_id,
+        runtime.transport,
+        session_id=runtime.session.session_id,
         model_seq_id=asked.number,
         base_model=base_model,
         lora_config=_lora_of(info),
         user_metadata=asked.user_metadata,
         optimizer_config=_optimizer_of(asked, info),
     )
-    created = wait_for_result(session, "create_model", accepted, CreateModelResponse)
+    created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
     try:
         accepted = api.load_weights(
-            session.transport,
+            runtime.transport,
             model_id=created.model_id,
             seq_id=1,
             path=asked.path,
             optimizer=asked.optimizer,
             weights_access_token=asked.weights_access_token,
         )
-        wait_for_result(session, "load_weights", accepted, LoadWeightsResponse)
+        wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
     except TinkexError as error:
         if info.lora_rank is None:
             error.hint = error.hint or _name_the_rank(base_model, asked)
-        _let_go(session, created.model_id)
+        _let_go(runtime, created.model_id)
         raise
     return NewRun(created.model_id, base_model, next_seq_id=2)
 
 
-def _weights_info(session: Session, asked: Checkpoint) -> WeightsInfoResponse:
+def _weights_info(runtime: Runtime, asked: Checkpoint) -> WeightsInfoResponse:
     try:
-        return rest.get_weights_info(session.transport, asked.path)
+        return rest.get_weights_info(runtime.transport, asked.path)
     except RouteMissingError as error:
         if asked.base_model is None:
             error.hint = (
@@ -212,9 +214,9 @@ def _name_the_rank(base_model: str, asked: Checkpoint) -> str:
     )
 
 
-def _let_go(session: Session, model_id: str) -> None:
+def _let_go(runtime: Runtime, model_id: str) -> None:
     """Have the server drop a run that is of no use, where it can."""
     try:
-        api.unload_model(session.transport, model_id)
+        api.unload_model(runtime.transport, model_id)
     except TinkexError as error:
         logger.debug("run %s stays on the server: %s", model_id, error)

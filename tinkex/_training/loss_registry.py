@@ -10,7 +10,7 @@ from typing import Mapping, Optional, Set
 import orjson
 
 from tinkex._api import training as api
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._training.create_run import wait_for_result
 from tinkex._training.custom_loss import LossHandle, PerDatumLossFn, require_torch
 from tinkex._training.loss_tracing import LossGraph, trace_loss
@@ -25,10 +25,10 @@ _KIND = "create_custom_loss"
 
 
 class LossRegistry:
-    """Makes LossHandles for the session, each loss once.  Thread-safe."""
+    """Makes LossHandles for one session, each loss once.  Thread-safe."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         # next() on a count is atomic; a number is used up even if its request fails.
         self._numbers = itertools.count()
         # Guards _known: the graphs of the losses that were made, or are being made.
@@ -39,7 +39,7 @@ class LossRegistry:
         """Trace *fn* at once, and upload it in the background.  See `ServiceClient`."""
         require_torch("create_custom_loss")
         graph = trace_loss(fn, input_ranks)
-        self._session.ensure_open(_KIND)
+        self._runtime.ensure_open(_KIND)
         key = orjson.dumps([graph.inputs, graph.graph])
         with self._lock:
             known = key in self._known
@@ -52,23 +52,23 @@ class LossRegistry:
 
         def upload() -> LossHandle:
             try:
-                return LossHandle(fn, graph, self._session.session_id, self._upload(graph))
+                return LossHandle(fn, graph, self._runtime.session.session_id, self._upload(graph))
             except BaseException:
                 with self._lock:
                     self._known.discard(key)  # it may be tried again
                 raise
 
-        return self._session.run(_KIND, upload)
+        return self._runtime.run(_KIND, upload)
 
     def _upload(self, graph: LossGraph) -> Optional[str]:
         """Return the server's id of the loss, or None if it takes none.  Blocks."""
-        session = self._session
+        runtime = self._runtime
         if not self._is_wanted():
             return None
         try:
             accepted = api.create_custom_loss(
-                session.transport,
-                session_id=session.session_id,
+                runtime.transport,
+                session_id=runtime.session.session_id,
                 custom_loss_seq_id=next(self._numbers),
                 name=graph.name,
                 inputs=[{"name": entry.name, "rank": entry.rank} for entry in graph.inputs],
@@ -77,13 +77,13 @@ class LossRegistry:
         except RouteMissingError as error:
             logger.info("custom losses are computed here: %s", error.message)
             return None
-        created = wait_for_result(session, _KIND, accepted, CreateCustomLossResponse)
+        created = wait_for_result(runtime, _KIND, accepted, CreateCustomLossResponse)
         return created.loss_id
 
     def _is_wanted(self) -> bool:
         """Whether the server computes such losses; no, if it does not tell."""
         try:
-            return flags_for(self._session.transport, once=True).custom_loss_server_side
+            return flags_for(self._runtime.transport, once=True).custom_loss_server_side
         except APIError as error:
             logger.info("custom losses are computed here: %s", error)
             return False

@@ -67,7 +67,7 @@ def serve(
     The last line it prints before it is ready holds the URL.  Ctrl-C ends it.  Each request is
     logged on stderr: when it was answered, method, path, status and how long that took.
     """
-    from tinkex.local.admission import read_hosts
+    from tinkex.local.http.admission import read_hosts
     from tinkex.local.server import LocalServer, check_bind, check_folder, load_engine
     from tinkex.local.settings import ServerSettings
 

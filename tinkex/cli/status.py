@@ -31,7 +31,7 @@ _MAX_GAP_S = 60.0
 _STEPS = (
     "tinkex._api.archives",
     "tinkex.clients.checkpoints",
-    "tinkex.local.models",
+    "tinkex.local.engines.models",
     "tinkex._downloads",
     "tinkex._transport.transport",
 )

@@ -6,7 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 from typing import Optional
 
 from tinkex._api import admin as api
-from tinkex.clients.lookup import Instant, LookupClient
+from tinkex.clients.base import Instant, LookupClient
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.types import (

@@ -1,58 +1,58 @@
-"""ChildClient: what the clients made from a ServiceClient have in common."""
+"""What the clients have in common.  Each holds a Runtime, which only its maker need own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Optional, Protocol, TypeVar
+import warnings
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
-from tinkex._sessions.session import Session
-from tinkex.errors import ClientClosedError
+from tinkex._sessions.runtime import Runtime
+from tinkex._transport.transport import Transport
+from tinkex.config import Config, check_config
+from tinkex.errors import ClientClosedError, InvalidInputError
+from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
     from tinkex._sessions.telemetry import Reporter
 
+C = TypeVar("C", bound="BaseClient")
+T = TypeVar("T")
 
-class Owner(Protocol):
-    """What a client works in: a Session, or a Connection that has none."""
-
-    @property
-    def session_id(self) -> Optional[str]:
-        """The server's id of the session, for errors."""
-
-    def ensure_open(self, what: str) -> None:
-        """Raise ClientClosedError, naming *what* was asked, unless it is usable here."""
-
-
-C = TypeVar("C", bound="BaseClient[Any]")
-OwnerT = TypeVar("OwnerT", bound=Owner)
+#: An instant: an aware datetime, or RFC 3339; without a zone it is taken as UTC.
+Instant = Union[datetime, str]
 
 
 class WithoutCoroutines:
-    """Says what to call instead of the ``*_async`` methods of the official SDK."""
+    """Names the method to call instead of an ``*_async`` method of the official SDK."""
 
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            told = f"{type(self).__name__!r} object has no attribute {name!r}"
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
             twin = name[: -len("_async")]
             if name.endswith("_async") and hasattr(type(self), twin):
-                told += f"; there are no coroutines in tinkex: call {twin}()"
-            raise AttributeError(told)
+                message += f"; there are no coroutines in tinkex: call {twin}()"
+            raise AttributeError(message)
 
 
-class BaseClient(WithoutCoroutines, Generic[OwnerT]):
-    """A client that works in something that it need not own.
+class BaseClient(WithoutCoroutines):
+    """A client of a runtime.
 
     It is also its own result: creators block and return clients, and ``result()`` on them lets
     scripts for the official SDK's future-returning style run unchanged.
     """
 
-    def __init__(self, session: OwnerT) -> None:
-        self._session = session
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._closed = False
 
     def result(self: C, timeout: Optional[float] = None) -> C:
         """Return this client itself, at once; *timeout* has no effect."""
         return self
+
+    def get_telemetry(self) -> Optional[Reporter]:
+        """What reports failures to the server, or None if telemetry is off (the default)."""
+        return self._runtime.telemetry
 
     def close(self) -> None:
         """Refuse further work through this client.  Idempotent; does not block.
@@ -68,24 +68,93 @@ class BaseClient(WithoutCoroutines, Generic[OwnerT]):
         self.close()
 
     def _ensure_open(self, what: str) -> None:
-        """Raise ClientClosedError, naming *what* was asked, if it or its session is closed."""
-        self._session.ensure_open(what)
+        """Raise ClientClosedError, naming *what* was called, if it or its runtime is closed."""
+        self._runtime.ensure_open(what)
         if self._closed:
             raise ClientClosedError(
-                f"{what}: {self!r} was closed", session_id=self._session.session_id
+                f"{what}: {self!r} was closed", session_id=self._runtime.session_id
             )
 
 
-class ChildClient(BaseClient[Session]):
-    """A client that works in a session it does not own.
+class ChildClient(BaseClient):
+    """A client made by a ServiceClient, which works in its session.
 
     Attributes:
-        usage_tag: what the client asks for from now on is put down to it, in
-            `ServiceClient.usage`.
+        usage_tag: set it, and `ServiceClient.usage` counts what this client uses from then on
+            under that tag.
     """
 
     usage_tag: Optional[str] = None
 
-    def get_telemetry(self) -> Optional[Reporter]:
-        """What reports on the session, or None if telemetry is off (the default)."""
-        return self._session.telemetry
+
+class LookupClient(BaseClient):
+    """A client that lists, shows and manages what is on the server, and starts no work there.
+
+    Args:
+        session: the runtime of a ServiceClient, which gives it.
+        base_url, api_key: the server; else ``TINKER_BASE_URL`` and ``TINKER_API_KEY``.
+        config: all settings at once, instead of the keywords.
+        settings: any other setting of `Config`.
+
+    On its own it sends nothing before the first call, opens no session, and its threads end when
+    it is closed; use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        session: Optional[Runtime] = None,
+        *,
+        config: Optional[Config] = None,
+        **settings: Any,
+    ) -> None:
+        given = any(value is not None for value in settings.values())
+        if sum((session is not None, config is not None, given)) > 1:
+            raise InvalidInputError("give a session, or config, or single settings")
+        if session is not None and not isinstance(session, Runtime):
+            raise InvalidInputError(
+                f"the first argument of {type(self).__name__} is {session!r:.200}, not a session",
+                hint="The server's address is given by name: base_url=...",
+            )
+        self._owns_runtime = session is None
+        if session is None:
+            session = Runtime(
+                Config.resolve(**settings) if config is None else check_config(config)
+            )
+        super().__init__(session)
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self._runtime.config
+
+    @property
+    def transport(self) -> Transport:
+        """What requests go through; for the library's own modules."""
+        return self._runtime.transport
+
+    def close(self) -> None:
+        """Refuse further work; idempotent.
+
+        A client on its own also settles outstanding futures with ClientClosedError and ends its
+        threads, which takes a moment.  A session goes on, and so does work already submitted.
+        """
+        super().close()
+        if self._owns_runtime:
+            self._runtime.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed or self._runtime.closed else "open"
+        return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
+
+    def _run(self, kind: str, call: Callable[[Transport], T]) -> APIFuture[T]:
+        """Have a background thread make *call*; return its future at once."""
+        self._ensure_open(kind)
+        runtime = self._runtime  # not self: a client may be dropped before its futures are done
+        return runtime.run(kind, lambda: call(runtime.transport))
+
+
+def moved(name: str) -> None:
+    """Warn that a method of RestClient is one of AdminClient now."""
+    warnings.warn(
+        f"RestClient.{name} has moved: use AdminClient().{name}", DeprecationWarning, stacklevel=3
+    )

@@ -22,8 +22,10 @@ from tinkex._downloads.downloads import Downloader, Tell
 from tinkex._downloads.extraction import extract
 from tinkex._downloads.part_file import Source
 from tinkex._runtime.numeric import as_flag
+from tinkex._sessions.manager import default_manager
+from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Transport
-from tinkex.clients.lookup import LookupClient
+from tinkex.clients.base import LookupClient
 from tinkex.errors import (
     DownloadCancelledError,
     InvalidInputError,
@@ -200,12 +202,14 @@ class _Download:
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        from tinkex.clients.service import ServiceClient  # it imports us
+        from tinkex.clients.run_factory import RunFactory  # few downloads need it
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
-        with ServiceClient(config=self._rest.config) as service:
+        with Runtime(self._rest.config, default_manager()) as runtime:
             trainer = self._wait(
-                service.create_training_client_from_state_future(self._parsed.tinker_path)
+                RunFactory(runtime).from_checkpoint(
+                    self._parsed.tinker_path, None, None, None, with_optimizer=False
+                )
             )
             name = f"download-{uuid.uuid4().hex[:12]}"
             try:

@@ -11,8 +11,8 @@ from threading import Event
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 from tinkex._api import rest as api
+from tinkex.clients.base import LookupClient
 from tinkex.clients.checkpoints import Progress, download_checkpoint
-from tinkex.clients.lookup import LookupClient
 from tinkex.errors import ConfigError, InvalidInputError, TinkexError
 from tinkex.types.checkpoint_path import locate_checkpoint
 

@@ -15,12 +15,12 @@ from tinkex._api import (
     sessions as sessions_api,
 )
 from tinkex._runtime.numeric import as_int, is_int, to_int
-from tinkex._training.batch_checks import check_token, check_ttl
+from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
 from tinkex.clients import checkpoints, hub
 from tinkex.clients.admin import AdminClient
+from tinkex.clients.base import Instant, LookupClient, moved
 from tinkex.clients.checkpoints import Progress
-from tinkex.clients.lookup import Instant, LookupClient, moved
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -372,7 +372,7 @@ class RestClient(LookupClient):
         return self._admin().get_current_checkpoint_storage_usage(project_id)
 
     def _admin(self) -> AdminClient:
-        return AdminClient(self._session)
+        return AdminClient(self._runtime)
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:

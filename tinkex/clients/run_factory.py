@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Mapping, Optional
 
 from tinkex._api import training as api
-from tinkex._sessions.session import Session
-from tinkex._training.batch_checks import check_metadata, check_token
+from tinkex._sessions.runtime import Runtime
+from tinkex._training.checks import check_metadata, check_token
 from tinkex._training.create_run import Checkpoint, make_run, wait_for_result
 from tinkex.clients.training import TrainingClient
 from tinkex.futures import APIFuture
@@ -21,8 +21,8 @@ class RunFactory:
     A run's number is reserved by the call, so that runs are numbered in the order of the calls.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
 
     def fresh(
         self,
@@ -36,24 +36,24 @@ class RunFactory:
         lora.check()
         metadata = check_metadata(user_metadata)
         optimizer_config = optimizer_config_to_wire(optimizer)
-        session = self._session
-        session.ensure_open("create_lora_training_client")
-        number = session.next_model_number()
+        runtime = self._runtime
+        runtime.ensure_open("create_lora_training_client")
+        number = runtime.session.next_model_seq_id()
 
         def create() -> TrainingClient:
             accepted = api.create_model(
-                session.transport,
-                session_id=session.session_id,
+                runtime.transport,
+                session_id=runtime.session.session_id,
                 model_seq_id=number,
                 base_model=base_model,
                 lora_config=lora,
                 user_metadata=metadata,
                 optimizer_config=optimizer_config,
             )
-            created = wait_for_result(session, "create_model", accepted, CreateModelResponse)
-            return _ready(TrainingClient(session, created.model_id, base_model))
+            created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
+            return _ready(TrainingClient(runtime, created.model_id, base_model))
 
-        return session.run("create_lora_training_client", create)
+        return runtime.run("create_lora_training_client", create)
 
     def from_checkpoint(
         self,
@@ -71,10 +71,10 @@ class RunFactory:
         base_model = None if base_model is None else check_model_name(base_model)
         metadata = check_metadata(user_metadata)
         optimizer_config = optimizer_config_to_wire(optimizer)
-        session = self._session
-        session.ensure_open("create_training_client_from_state")
+        runtime = self._runtime
+        runtime.ensure_open("create_training_client_from_state")
         asked = Checkpoint(
-            session.next_model_number(),
+            runtime.session.next_model_seq_id(),
             path,
             with_optimizer,
             base_model,
@@ -84,11 +84,11 @@ class RunFactory:
         )
 
         def create() -> TrainingClient:
-            made = make_run(session, asked)
-            client = TrainingClient(session, made.model_id, made.base_model, made.next_seq_id)
+            made = make_run(runtime, asked)
+            client = TrainingClient(runtime, made.model_id, made.base_model, made.next_seq_id)
             return _ready(client)
 
-        return session.run("create_training_client_from_state", create)
+        return runtime.run("create_training_client_from_state", create)
 
 
 def _ready(client: TrainingClient) -> TrainingClient:

@@ -6,11 +6,11 @@ import logging
 from typing import (
     TYPE_CHECKING,
     Any,
-    Callable,
     Iterable,
     List,
     Optional,
     Tuple,
+    Type,
     TypeVar,
 )
 
@@ -18,12 +18,9 @@ from tinkex import types
 from tinkex._api import sampling as api
 from tinkex._api.rest import get_weights_info
 from tinkex._results.concurrency_gate import SampleGate
-from tinkex._results.poller import Operation
 from tinkex._runtime.numeric import as_int
-from tinkex._sampling.sample_call import SampleCall, may_be_large
-from tinkex._sampling.sample_checks import (
-    check_request,
-)
+from tinkex._sampling.pending_sample import PendingLogprobs, PendingSample, SamplingRequest
+from tinkex._sampling.sample_checks import check_request
 from tinkex._sampling.sampler import Sampler
 from tinkex._sampling.sampler_handle import (
     HandedOn,
@@ -33,14 +30,13 @@ from tinkex._sampling.sampler_handle import (
     write_handle,
 )
 from tinkex._sessions.manager import default_manager
-from tinkex._sessions.session import Session
+from tinkex._sessions.runtime import Runtime
 from tinkex._transport.server_flags import ABSENT
 from tinkex.clients.base import ChildClient
 from tinkex.clients.tokenizers import load_tokenizer
 from tinkex.errors import (
     APIStatusError,
     InvalidInputError,
-    ResponseDecodeError,
 )
 from tinkex.futures import APIFuture
 from tinkex.retry_config import RetryConfig, check_retry_config
@@ -81,7 +77,7 @@ class SamplingClient(ChildClient):
 
     def __init__(
         self,
-        session: Session,
+        runtime: Runtime,
         sampling_session_id: str,
         base_model: Optional[str] = None,
         *,
@@ -90,15 +86,16 @@ class SamplingClient(ChildClient):
         record_stability_info: bool = False,
         clone: bool = False,
     ) -> None:
-        super().__init__(session)
+        super().__init__(runtime)
         self.sampling_session_id = sampling_session_id
         self._base_model = base_model
         self._model_path = model_path
         self._record_stability_info = record_stability_info
         self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
-        self._gate = SampleGate(None if retry_config is None else retry_config.max_connections)
+        limit = None if retry_config is None else retry_config.max_connections
+        self._gate = SampleGate(limit, runtime.poller.submit)
         self._sampler = Sampler(
-            session.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
+            runtime.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
         # That of the last request; one for thousands of them.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)
@@ -106,7 +103,7 @@ class SamplingClient(ChildClient):
     @classmethod
     def create_future(
         cls,
-        session: Session,
+        runtime: Runtime,
         *,
         model_path: Optional[str] = None,
         base_model: Optional[str] = None,
@@ -127,13 +124,13 @@ class SamplingClient(ChildClient):
             model_path = check_tinker_path(model_path)
         else:
             base_model = check_model_name(base_model)
-        session.ensure_open("create_sampling_client")
-        number = session.next_sampler_number()
+        runtime.ensure_open("create_sampling_client")
+        number = runtime.session.next_sampler_seq_id()
 
         def create() -> SamplingClient:
             created = api.create_sampling_session(
-                session.transport,
-                session_id=session.session_id,
+                runtime.transport,
+                session_id=runtime.session.session_id,
                 sampling_session_seq_id=number,
                 base_model=base_model,
                 model_path=model_path,
@@ -142,10 +139,10 @@ class SamplingClient(ChildClient):
                 from tinkex._training.create_run import wait_for_result
 
                 created = wait_for_result(
-                    session, "create_sampling_session", created, types.CreateSamplingSessionResponse
+                    runtime, "create_sampling_session", created, types.CreateSamplingSessionResponse
                 )
             return cls(
-                session,
+                runtime,
                 created.sampling_session_id,
                 base_model or known_base_model,
                 model_path=model_path,
@@ -153,7 +150,7 @@ class SamplingClient(ChildClient):
                 record_stability_info=record_stability_info,
             )
 
-        return session.run("create_sampling_client", create)
+        return runtime.run("create_sampling_client", create)
 
     def sample(
         self,
@@ -200,7 +197,7 @@ class SamplingClient(ChildClient):
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             record_stability_info=self._record_stability_info,
         )
-        return self._submit("sample", request, lambda response: response)
+        return self._submit("sample", request, PendingSample)
 
     def sample_many(
         self,
@@ -243,7 +240,7 @@ class SamplingClient(ChildClient):
         from tinkex.clients.sample_stream import sample_many
 
         self._ensure_open("sample_many")
-        config = self._session.config
+        config = self._runtime.config
         if max_in_flight is None:
             max_in_flight = config.max_concurrent_samples
         max_in_flight = as_int("max_in_flight", max_in_flight, 1, text=False)
@@ -278,7 +275,7 @@ class SamplingClient(ChildClient):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             record_stability_info=self._record_stability_info,
         )
-        return self._submit("compute_logprobs", request, _prompt_logprobs)
+        return self._submit("compute_logprobs", request, PendingLogprobs)
 
     def get_base_model(self) -> str:
         """Name of the base model.  Blocks if the server must be asked; then cached."""
@@ -298,7 +295,7 @@ class SamplingClient(ChildClient):
         """What the server says of the sampler; None if it does not, and we can do without."""
         self._ensure_open(what)
         try:
-            return api.get_sampler(self._session.transport, self.sampling_session_id)
+            return api.get_sampler(self._runtime.transport, self.sampling_session_id)
         except APIStatusError as error:
             dispensable = self._base_model is not None or self._model_path is not None
             if not dispensable or error.status not in ABSENT:
@@ -306,7 +303,7 @@ class SamplingClient(ChildClient):
             return None
 
     def _ask_base_model(self) -> str:
-        return get_weights_info(self._session.transport, self._model_path or "").base_model
+        return get_weights_info(self._runtime.transport, self._model_path or "").base_model
 
     def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
         """Text from which another process can make a client of the same sampler.
@@ -317,13 +314,13 @@ class SamplingClient(ChildClient):
         uses its own key.
         """
         facts = HandedOn(
-            self._session.session_id,
+            self._runtime.session.session_id,
             self.sampling_session_id,
             self._base_model,
             self._model_path,
             self._record_stability_info,
         )
-        return write_handle(facts, self._session.config, include_api_key=include_api_key)
+        return write_handle(facts, self._runtime.config, include_api_key=include_api_key)
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: Optional[str] = None) -> SamplingClient:
@@ -352,11 +349,11 @@ class SamplingClient(ChildClient):
         if api_key is not None:
             settings["api_key"] = api_key
         config = config_of_handle(settings, trusted=trusted)
-        session = Session.attach(config, default_manager(), facts.session_id)
-        if session.config is config and not trusted:
+        runtime = Runtime.attach(config, default_manager(), facts.session_id)
+        if runtime.config is config and not trusted:
             warn_of_withheld_key(config)
         return cls(
-            session,
+            runtime,
             facts.sampling_session_id,
             facts.base_model,
             model_path=facts.model_path,
@@ -373,54 +370,32 @@ class SamplingClient(ChildClient):
         )
 
     def _submit(
-        self, kind: str, request: types.SampleRequest, pick: Callable[[SampleResponse], T]
+        self, kind: str, request: types.SampleRequest, make: Type[SamplingRequest[T]]
     ) -> APIFuture[T]:
         check_request(request)
-        session = self._session
+        runtime = self._runtime
         self._ensure_open(kind)
         reservation = self._reserve(kind, request)
         try:
-            future: APIFuture[T] = session.poller.new_future(kind, counted=True)
+            future: APIFuture[T] = runtime.poller.new_future(kind, counted=True)
         except BaseException:
             reservation.release()
             raise
         try:
             reservation.bind(future)
-            self._start(kind, request, pick, future, reservation)
-        except BaseException:  # Ctrl-C: nobody would settle it
+            owner = self._account.client
+            self._gate.enter(
+                make(future, owner, self._sampler, request, reservation, self._no_progress_s)
+            )
+        except BaseException:  # Ctrl-C: nothing else would settle it
             future.cancel()
             reservation.release()
             raise
         return future
 
-    def _start(
-        self,
-        kind: str,
-        request: types.SampleRequest,
-        pick: Callable[[SampleResponse], T],
-        future: APIFuture[T],
-        reservation: Reservation,
-    ) -> None:
-        """Have *request* sent, in its turn, and *future* settled."""
-        poller, target = self._session.poller, self._sampler.target
-        call = SampleCall(self._sampler, kind, request, pick, future, reservation)
-        operation = Operation(
-            future,
-            call.decode,
-            binary=True,
-            owner=self._account.client,
-            pause_grace_s=0.0,
-            no_progress_timeout_s=self._no_progress_s,
-            large=may_be_large(request),
-        )
-        self._gate.enter(
-            future,
-            lambda: poller.submit_sample(operation, call.send, call.resubmit_after, target),
-        )
-
     def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
         """Set aside, of the budget, the most that *request* may use."""
-        ledger = self._session.ledger
+        ledger = self._runtime.ledger
         most_each = request.sampling_params.max_tokens
         if most_each is None and ledger.budget is not None:
             raise InvalidInputError(
@@ -440,14 +415,3 @@ class SamplingClient(ChildClient):
 def _unpickle(handle: str) -> SamplingClient:
     # A pickle that is loaded can run any code: its server is trusted with this process's own key.
     return SamplingClient._from_handle(handle, trusted=True)
-
-
-#: The official SDK's name of what creators return; here they return the client itself.
-BackcompatSamplingClientFuture = SamplingClient
-
-
-def _prompt_logprobs(response: SampleResponse) -> List[Optional[float]]:
-    logprobs = response.prompt_logprobs
-    if logprobs is None:
-        raise ResponseDecodeError("compute_logprobs: the answer has no prompt logprobs")
-    return logprobs

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 from tinkex import types
 from tinkex._runtime.numeric import as_seconds
 from tinkex._sessions.manager import SessionManager, default_manager
-from tinkex._sessions.session import STATUSES, Session
+from tinkex._sessions.runtime import Runtime, outcome_of
+from tinkex._sessions.session import STATUSES
 from tinkex._transport.server_state import ServerDialect
 from tinkex.clients.base import WithoutCoroutines
 from tinkex.clients.sampling import SamplingClient
@@ -21,8 +22,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.types.checkpoint_path import check_tinker_path
-from tinkex.types.console import session_url
+from tinkex.types.checkpoint_path import check_tinker_path, session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
@@ -84,7 +84,7 @@ class ServiceClient(WithoutCoroutines):
             config = Config.resolve(**settings)
         elif any(value is not None for value in settings.values()):
             raise InvalidInputError("give either config or single settings, not both")
-        self._session = Session(check_config(config), manager or default_manager())
+        self._runtime = Runtime(check_config(config), manager or default_manager())
         self._server: Any = None
         self._server_dropper: Any = None
 
@@ -133,8 +133,8 @@ class ServiceClient(WithoutCoroutines):
             server.close()
             raise
         client._server = server
-        # With the session, which all clients made from this one hold on to.
-        client._server_dropper = weakref.finalize(client._session, server.drop)
+        # With the runtime, which all clients made from this one hold on to.
+        client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False
         return client
 
@@ -142,43 +142,43 @@ class ServiceClient(WithoutCoroutines):
     def _runs(self) -> RunFactory:
         from tinkex.clients.run_factory import RunFactory
 
-        return RunFactory(self._session)
+        return RunFactory(self._runtime)
 
     @property
     def _losses(self) -> LossRegistry:
         from tinkex._training.loss_registry import LossRegistry
 
-        fresh = LossRegistry(self._session)
+        fresh = LossRegistry(self._runtime)
         registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
         return registry
 
     @property
     def session_id(self) -> str:
         """The server's id of this session."""
-        return self._session.session_id
+        return self._runtime.session.session_id
 
     @property
     def config(self) -> Config:
         """The settings in force."""
-        return self._session.config
+        return self._runtime.config
 
     @property
     def server_dialect(self) -> ServerDialect:
         """How the server speaks, as far as it has shown by now: a snapshot, fit to be printed."""
-        return self._session.dialect.snapshot()
+        return self._runtime.dialect.snapshot()
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; ``status()`` tells of each."""
-        self._session.ensure_not_forked("inflight")
-        return self._session.poller.inflight()
+        self._runtime.ensure_not_forked("inflight")
+        return self._runtime.poller.inflight()
 
     def metrics(self) -> Metrics:
         """What this client does and has done: counters and latencies.  Does not block."""
-        self._session.ensure_not_forked("metrics")
-        counts, latencies = self._session.transport.recorder.snapshot()
-        futures = [f for f in self._session.poller.inflight() if not f.in_parts]
+        self._runtime.ensure_not_forked("metrics")
+        counts, latencies = self._runtime.transport.recorder.snapshot()
+        futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
-        tokens = self._session.ledger.snapshot().tokens
+        tokens = self._runtime.ledger.snapshot().tokens
         return Metrics(
             in_flight=sent,
             queued=len(futures) - sent,
@@ -200,12 +200,12 @@ class ServiceClient(WithoutCoroutines):
         computed here prefills and trains.  Work that the server has accepted, or that is being
         submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
         """
-        self._session.ensure_not_forked("usage")
-        return self._session.ledger.snapshot()
+        self._runtime.ensure_not_forked("usage")
+        return self._runtime.ledger.snapshot()
 
     def get_telemetry(self) -> Optional[Reporter]:
         """What reports on the session, or None if telemetry is off (the default)."""
-        return self._session.telemetry
+        return self._runtime.telemetry
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """The base models the server offers.  Blocks."""
@@ -342,7 +342,7 @@ class ServiceClient(WithoutCoroutines):
     ) -> APIFuture[SamplingClient]:
         """Like `create_sampling_client`; returns at once."""
         return SamplingClient.create_future(
-            self._session,
+            self._runtime,
             model_path=model_path,
             base_model=base_model,
             retry_config=retry_config,
@@ -384,21 +384,21 @@ class ServiceClient(WithoutCoroutines):
         The future raises RouteMissingError where the server has no such route.
         """
         from tinkex._api import rest
-        from tinkex._training.batch_checks import check_token, check_ttl
+        from tinkex._training.checks import check_token, check_ttl
 
         path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
         weights_access_token = check_token(weights_access_token)
 
         def copy() -> str:
             return rest.copy_weights(
-                self._session.transport,
+                self._runtime.transport,
                 source_path=path,
                 destination_project_id=self.config.project_id or None,
                 ttl_seconds=ttl_seconds,
                 weights_access_token=weights_access_token,
             ).tinker_path
 
-        return self._session.run("copy_weights", copy)
+        return self._runtime.run("copy_weights", copy)
 
     def get_console_url(self) -> str:
         """The session's page in the hosted service's console."""
@@ -406,10 +406,10 @@ class ServiceClient(WithoutCoroutines):
 
     def create_rest_client(self) -> RestClient:
         """Return a client for runs, checkpoints and sessions.  Does not block."""
-        self._session.ensure_open("create_rest_client")
+        self._runtime.ensure_open("create_rest_client")
         from tinkex.clients.rest import RestClient
 
-        return RestClient(self._session)
+        return RestClient(self._runtime)
 
     def close(
         self, status: str = "success", detail: Optional[str] = None, timeout_s: float = 5.0
@@ -432,7 +432,7 @@ class ServiceClient(WithoutCoroutines):
         if seconds is None:
             raise InvalidInputError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         try:
-            self._session.close(status, detail, timeout_s=seconds)
+            self._runtime.close(status, detail, timeout_s=seconds)
         finally:  # also when Ctrl-C breaks in
             server, self._server = self._server, None
             if server is not None:
@@ -443,7 +443,7 @@ class ServiceClient(WithoutCoroutines):
         return done
 
     def __enter__(self) -> ServiceClient:
-        self._session.ensure_open("with ServiceClient")
+        self._runtime.ensure_open("with ServiceClient")
         return self
 
     def __exit__(
@@ -452,15 +452,10 @@ class ServiceClient(WithoutCoroutines):
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        if exc_type is None:
-            self.close("success")
-        elif issubclass(exc_type, Exception):
-            self.close("errored", exc_type.__name__)
-        else:
-            self.close("interrupted", exc_type.__name__)
+        self.close(*outcome_of(exc_type))
 
     def __repr__(self) -> str:
-        state = "closed" if self._session.closed else "open"
+        state = "closed" if self._runtime.closed else "open"
         return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
 
 

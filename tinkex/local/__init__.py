@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinkex.local.engines.torch_engine.merging import merge_adapter
     from tinkex.local.server import LocalServer, load_engine
-    from tinkex.local.torch_engine.merging import merge_adapter
 
 __all__ = ["LocalServer", "load_engine", "merge_adapter"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "merge_adapter":
-        from tinkex.local.torch_engine import merging
+        from tinkex.local.engines.torch_engine import merging
 
         return merging.merge_adapter
     if name in __all__:

@@ -11,11 +11,11 @@ from typing import Optional
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from tinkex.local.admission import Admission, head_of
 from tinkex.local.backend import Backend
-from tinkex.local.http import MAX_BODY, answer
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import Admission, head_of
+from tinkex.local.http.messages import MAX_BODY, answer
 from tinkex.local.openai import routes as openai
-from tinkex.local.problems import Problem
 from tinkex.local.routes import (
     auth,
     checkpoints,
@@ -79,8 +79,8 @@ def _register_admission(app: Flask, admission: Admission) -> None:
 
 
 def _register_errors(app: Flask) -> None:
-    @app.errorhandler(Problem)
-    def problem(error: Problem) -> Response:
+    @app.errorhandler(HTTPError)
+    def problem(error: HTTPError) -> Response:
         response = answer({"detail": error.detail}, error.status)
         response.headers.extend(error.headers)
         if error.retry_after_s is not None:

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.custom_passes import CustomLosses
-from tinkex.local.engine import Engine, EngineInfo
-from tinkex.local.futures import FutureTable
-from tinkex.local.lanes import Job, Lane
-from tinkex.local.once import Once
-from tinkex.local.problems import Problem
-from tinkex.local.rows import CheckpointRow, RunRow
-from tinkex.local.scheduler import Scheduler
-from tinkex.local.sessions import SessionTable
+from tinkex.local.engines.engine import Engine, EngineInfo
+from tinkex.local.errors import HTTPError
+from tinkex.local.losses.custom_passes import CustomLosses
+from tinkex.local.scheduling.lanes import Job, Lane
+from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
-from tinkex.local.store import KIND_OF, Store
-from tinkex.local.telemetry import TelemetrySink
+from tinkex.local.state.futures import FutureTable
+from tinkex.local.state.idempotency import Once
+from tinkex.local.state.rows import CheckpointRow, RunRow
+from tinkex.local.state.session_table import SessionTable
+from tinkex.local.state.store import KIND_OF, Store
+from tinkex.local.state.telemetry import TelemetrySink
 from tinkex.types import ParsedCheckpointTinkerPath
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Backend:
         return session_id
 
     def heartbeat(self, session_id: str) -> None:
-        """Keep a session alive; Problem 404 or 410 if it is over."""
+        """Keep a session alive; HTTPError 404 or 410 if it is over."""
         with self._lock:
             alive = self._sessions.beat(session_id, self._clock())
         if not alive:
@@ -136,14 +136,14 @@ class Backend:
             return bool(self._sessions.ids())
 
     def check_session(self, session_id: str) -> None:
-        """Raise Problem 404 or 410 unless the session lives."""
+        """Raise HTTPError 404 or 410 unless the session lives."""
         with self._lock:
             alive = self._sessions.alive(session_id, self._clock())
         if not alive:
             raise self._over(session_id)
 
     def finish_session(self, session_id: str, reason: str, detail: Optional[str]) -> None:
-        """End a session; a second end changes nothing.  Problem 404 if it is unknown."""
+        """End a session; a second end changes nothing.  HTTPError 404 if it is unknown."""
         with self._lock:
             removed = self._sessions.remove(session_id)
         if removed:
@@ -154,20 +154,20 @@ class Backend:
         elif self.store.session(session_id) is None:
             raise self._over(session_id)
 
-    def _over(self, session_id: str) -> Problem:
+    def _over(self, session_id: str) -> HTTPError:
         row = self.store.session(session_id)
         if row is None:
-            return Problem(
+            return HTTPError(
                 404, f"session {session_id} is unknown; create one, or look at the base URL"
             )
         if row.state == "live":  # it missed its time, and the engine thread has not seen it yet
-            return Problem(
+            return HTTPError(
                 404,
                 f"session {session_id} expired: no heartbeat for {self._sessions.ttl_s:g} s; "
                 "create a new one and load the last checkpoint",
             )
         status = _STATUS_OF_STATE[row.state]
-        return Problem(
+        return HTTPError(
             status,
             f"session {session_id} is {row.state} ({row.reason}); "
             "create a new one and load the last checkpoint",
@@ -211,10 +211,10 @@ class Backend:
     # Names
 
     def check_base_model(self, name: Optional[str]) -> str:
-        """Return the engine's own name for *name*; Problem 400 if it serves another model."""
+        """Return the engine's own name for *name*; HTTPError 400 if it serves another model."""
         served = self.model_names()
         if name not in served:
-            raise Problem(
+            raise HTTPError(
                 400, f"base model {name!r} is not served here; this server has {', '.join(served)}"
             )
         return self.info.model_name
@@ -227,25 +227,25 @@ class Backend:
         """Return the checkpoint at a ``tinker://`` path.
 
         Raises:
-            Problem: 400, not such a path, or not of *kind*; 404, there is none.
+            HTTPError: 400, not such a path, or not of *kind*; 404, there is none.
         """
         try:
             parsed = ParsedCheckpointTinkerPath.from_tinker_path(str(path))
         except InvalidInputError as error:
-            raise Problem(400, str(error)) from error
+            raise HTTPError(400, str(error)) from error
         found_kind = KIND_OF[parsed.checkpoint_type]
         if kind is not None and found_kind != kind:
-            raise Problem(
+            raise HTTPError(
                 400, f"{path} is a {parsed.checkpoint_type} checkpoint; this needs .../{kind}/..."
             )
         name = parsed.checkpoint_id.partition("/")[2]
         return self.checkpoint(parsed.training_run_id, found_kind, name)
 
     def need_run(self, run_id: str) -> RunRow:
-        """Return a training run; Problem 404 if it is unknown."""
+        """Return a training run; HTTPError 404 if it is unknown."""
         row = self.store.run(run_id)
         if row is None:
-            raise Problem(
+            raise HTTPError(
                 404,
                 f"training run {run_id} is unknown; this server keeps its runs in "
                 f"{self.store.data_dir}",
@@ -253,13 +253,13 @@ class Backend:
         return row
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
-        """Return a checkpoint; Problem 404 says whether the run or the checkpoint is missing."""
+        """Return a checkpoint; HTTPError 404 says whether the run or the checkpoint is missing."""
         row = self.store.checkpoint(run_id, kind, name)
         if row is not None:
             return row
         self.need_run(run_id)
         names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
-        raise Problem(
+        raise HTTPError(
             404,
             f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
             f"it has {', '.join(names) or 'none'}",
@@ -268,23 +268,23 @@ class Backend:
     # Runs and samplers
 
     def check_model(self, model_id: str) -> None:
-        """Raise Problem 404 or 410 unless *model_id* takes requests."""
+        """Raise HTTPError 404 or 410 unless *model_id* takes requests."""
         if self.scheduler.has_model(model_id):
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
         run = self.store.run(model_id)
         if run is None:
-            raise Problem(404, f"model {model_id} is unknown; create_model returns the id")
+            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
-        raise Problem(404, f"model {model_id} was unloaded; load its last checkpoint")
+        raise HTTPError(404, f"model {model_id} was unloaded; load its last checkpoint")
 
     def create_run(self, model_id: str, digest: bytes, make: Callable[[], Job]) -> str:
         """Open the run *model_id* and queue what makes it; return the request id.
 
         *make* remembers the run and returns the job.  A repetition with the same *digest* gets
-        the first one's request id; another body is Problem 409.
+        the first one's request id; another body is HTTPError 409.
         """
         session_id = session_of(model_id)
         with self._creating:
@@ -311,7 +311,7 @@ class Backend:
         *weights* makes the folder of frozen weights, which the sampler owns from then on; None
         stands for the base model.  With *follows*, the sampler draws from the newest of such
         weights of that training run.  A repetition with the same *digest* changes nothing; another
-        body is Problem 409.
+        body is HTTPError 409.
         """
         session_id = session_of(sampler_id)
         with self._creating:
@@ -336,7 +336,7 @@ class Backend:
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, answer = self._created.get(made_id, (digest, None))
         if known_digest != digest:
-            raise Problem(
+            raise HTTPError(
                 409, f"{made_id} was created with another body; use the next number of the session"
             )
         return answer
@@ -345,23 +345,23 @@ class Backend:
         """Undo what was made while its session ended: nothing else would unload it."""
         try:
             self.check_session(session_id)
-        except Problem as problem:
+        except HTTPError as problem:
             self.scheduler.end_session(session_id, problem.detail)
             raise
 
     def sampler_ready(self, sampler_id: str) -> None:
-        """Raise Problem 404 or 410 unless *sampler_id* takes requests."""
+        """Raise HTTPError 404 or 410 unless *sampler_id* takes requests."""
         if self.scheduler.has_sampler(sampler_id):
             self.check_session(session_of(sampler_id))
             return
         row = self.store.sampler(sampler_id)
         if row is None:
-            raise Problem(
+            raise HTTPError(
                 404,
                 f"sampling session {sampler_id} is unknown; create_sampling_session returns the id",
             )
         self.check_session(row.session_id)
-        raise Problem(404, f"sampling session {sampler_id} is not loaded")
+        raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
 
 
 def session_of(model_or_sampler_id: str) -> str:

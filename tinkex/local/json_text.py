@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
 
 #: Most levels of a body.  Answers, which nest what they show a little deeper, and every recursive
 #: function of Python stay well below their own limits.
@@ -29,20 +29,20 @@ def read_json(raw: bytes) -> Any:
     """Decode *raw*.
 
     Raises:
-        Problem: 400, it is not JSON, or nested too deeply.
+        HTTPError: 400, it is not JSON, or nested too deeply.
     """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise Problem(400, f"the body is not JSON: {error}") from error
+        raise HTTPError(400, f"the body is not JSON: {error}") from error
     check_levels(raw)
     return value
 
 
 def check_levels(raw: bytes) -> None:
-    """Raise Problem 400 if *raw*, which must be JSON, is nested too deeply."""
+    """Raise HTTPError 400 if *raw*, which must be JSON, is nested too deeply."""
     if levels(raw) > MOST_LEVELS:
-        raise Problem(400, f"the body is nested too deeply; at most {MOST_LEVELS} levels")
+        raise HTTPError(400, f"the body is nested too deeply; at most {MOST_LEVELS} levels")
 
 
 def levels(raw: bytes) -> int:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple
 from tinkex._runtime import lifecycle
 from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, LocalServerError
-from tinkex.local.admission import Admission, is_loopback, read_hosts
-from tinkex.local.engine import Engine
-from tinkex.local.folder_lock import check_data_dir
-from tinkex.local.scheduler import EXIT_PATIENCE_S
+from tinkex.local.engines.engine import Engine
+from tinkex.local.http.admission import Admission, is_loopback, read_hosts
+from tinkex.local.scheduling.scheduler import EXIT_PATIENCE_S
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.folder_lock import check_data_dir
 
 if TYPE_CHECKING:
     from tinkex.local.backend import Backend
-    from tinkex.local.store import Store
+    from tinkex.local.state.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ def load_engine(
         raise InvalidInputError(f"model is {model!r}; it must be the name of a model or a folder")
     model = os.fspath(model)
     if model == "deterministic":
-        from tinkex.local.deterministic import DeterministicEngine
+        from tinkex.local.engines.deterministic import DeterministicEngine
 
         return DeterministicEngine()
     with _missing_packages_reported():
-        from tinkex.local.torch_engine import TorchEngine
+        from tinkex.local.engines.torch_engine import TorchEngine
     engine: Engine = TorchEngine.from_pretrained(model, device=device, progress=progress)
     return engine
 
@@ -227,11 +227,11 @@ class LocalServer:
         with _missing_packages_reported():
             import flask  # noqa: F401
             import waitress.server
-        from tinkex.local.http_accept import Accepting
-        from tinkex.local.http_errors import Channel
-        from tinkex.local.http_threads import HttpThreads
-        from tinkex.local.imports import import_for_requests
-        from tinkex.local.store import Store
+        from tinkex.local.http.accept import Accepting
+        from tinkex.local.http.channel import Channel
+        from tinkex.local.http.imports import import_for_requests
+        from tinkex.local.http.threads import HttpThreads
+        from tinkex.local.state.store import Store
 
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Optional, Tuple
 
-from tinkex.local.batches import SamplingLimits
-
 
 @dataclasses.dataclass(frozen=True)
 class ClientFlags:
@@ -45,6 +43,32 @@ class DynamicClientFlags:
     refresh_interval_sec: int = 300
     sample_cancel_enabled: bool = False
     sample_cancel_max_batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingLimits:
+    """How sampling shares the engine.
+
+    Args:
+        max_live_tokens: key-value cache of all live batches together, in tokens of prompt and
+            continuation.  A single request may exceed it; it then runs alone.
+        max_num_samples: most continuations of one request; beyond it submissions answer 400.
+        max_batch_sequences: most continuations in one batch.
+        max_live_batches: most batches of one sampler that advance in turn.
+        gather_s: a batch starts when no new request came for this long, ...
+        gather_most_s: ... or the first one has waited for this long.
+        max_loaded: most samplers the engine holds; the one unused longest makes room.
+        max_queued: most sample requests that wait; beyond it submissions answer 429.
+    """
+
+    max_live_tokens: int = 65_536
+    max_num_samples: int = 1024
+    max_batch_sequences: int = 64
+    max_live_batches: int = 4
+    gather_s: float = 0.008
+    gather_most_s: float = 0.05
+    max_loaded: int = 16
+    max_queued: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)

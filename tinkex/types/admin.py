@@ -6,8 +6,7 @@ import dataclasses
 from datetime import datetime
 from typing import Any, Dict, List, Optional, Union
 
-from tinkex.types._union import UnknownVariant, variant
-from tinkex.types._wire import Wire, bulk, instant
+from tinkex.types._wire import UnknownVariant, Wire, bulk, instant, variant
 
 
 @dataclasses.dataclass(frozen=True)

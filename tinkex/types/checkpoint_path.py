@@ -1,12 +1,16 @@
-"""The ``tinker://`` paths of checkpoints (docs/protocol.md, "Paths")."""
+"""The ``tinker://`` paths of checkpoints (docs/protocol.md, "Paths"), and their console pages."""
 
 from __future__ import annotations
 
 import dataclasses
+from urllib.parse import quote
 
 from tinkex.errors import InvalidInputError
 
 SCHEME = "tinker://"
+
+#: The hosted service's web console.
+CONSOLE = "https://tinker.thinkingmachines.ai"
 
 #: Path segment -> checkpoint type.
 KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -88,3 +92,25 @@ def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
         )
     kind = KINDS.get(parts[0], "unknown")
     return ParsedCheckpointTinkerPath(tinker_path, run, kind, rest)
+
+
+def session_url(session_id: str) -> str:
+    """The page of a session."""
+    return f"{CONSOLE}/sessions/{quote(session_id, safe=':')}"
+
+
+def training_run_url(model_id: str) -> str:
+    """The page of a training run."""
+    return f"{CONSOLE}/training_runs/{quote(model_id, safe=':')}"
+
+
+def checkpoint_url(tinker_path: str) -> str:
+    """The page of a checkpoint.  Other servers' paths, which may have any form, make one too."""
+    run, _, checkpoint = check_tinker_path(tinker_path)[len(SCHEME) :].partition("/")
+    return f"{CONSOLE}/checkpoints/{quote(run, safe='')}/{quote(checkpoint, safe='')}"
+
+
+def playground_url(tinker_path: str) -> str:
+    """The page that samples a checkpoint."""
+    path = quote(check_tinker_path(tinker_path), safe="")
+    return f"{CONSOLE}/playground?mode=checkpoint&checkpoint={path}"

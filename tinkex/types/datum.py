@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
+from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types.chunks import DmelChunk, EncodedTextChunk, ImageChunk
 from tinkex.types.model_input import ModelInput
-from tinkex.types.provenance import ProvenanceSpan, as_spans, check_tiling
 from tinkex.types.tensor_data import TensorData
 from tinkex.types.tokens import hint_for_model_input
 
@@ -26,7 +26,57 @@ INPUT_DTYPES: Mapping[str, str] = {
     "sequence_ratio_mask": "float32",
 }
 
+#: What a loss is given with each datum, by name.
+LossFnInputs = Dict[str, TensorData]
+
 _TOKEN_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class _Span:
+    """*length* tokens of the sequence *sequence_id*, from its token *offset* on."""
+
+    sequence_id: str
+    offset: int
+    length: int
+
+    # By keyword, because two numbers in a row are easily given in the wrong order.
+    def __init__(self, sequence_id: str, *, offset: int = 0, length: int) -> None:
+        if not isinstance(sequence_id, str) or not sequence_id:
+            raise InvalidInputError(
+                f"the sequence_id of a provenance span is {sequence_id!r}; it must be a name",
+                hint="SampledSequence.sequence_id has it; some servers send none.",
+            )
+        object.__setattr__(self, "sequence_id", sequence_id)
+        object.__setattr__(self, "offset", _count("offset", offset))
+        object.__setattr__(self, "length", _count("length", length))
+
+
+class PromptProvenanceSpan(_Span):
+    """A run of tokens of the prompt that a sequence was sampled from.
+
+    Args:
+        sequence_id: the ``SampledSequence.sequence_id`` of that sequence.
+        offset: index of the run's first token in the prompt.
+        length: number of tokens.
+    """
+
+
+class SampledProvenanceSpan(_Span):
+    """A run of sampled tokens.
+
+    Args:
+        sequence_id: the ``SampledSequence.sequence_id`` of the sequence.
+        offset: index of the run's first token in ``SampledSequence.tokens``.
+        length: number of tokens.
+    """
+
+
+ProvenanceSpan = Union[PromptProvenanceSpan, SampledProvenanceSpan]
+
+
+def _count(name: str, value: Any) -> int:
+    return as_int(f"the {name} of a provenance span", value, 0)
 
 
 def _to_tensor(name: str, value: Any) -> TensorData:
@@ -105,7 +155,7 @@ class Datum:
             ("model_input_spans", model_input_spans),
             ("loss_fn_input_spans", loss_fn_input_spans),
         ):
-            object.__setattr__(self, name, None if spans is None else as_spans(name, spans))
+            object.__setattr__(self, name, None if spans is None else _as_spans(name, spans))
 
     def _snapshot(self) -> Datum:
         """Return this datum as it is now: later changes of its parts do not reach the copy.
@@ -139,11 +189,11 @@ class Datum:
                 ``target_tokens`` of one dimension), or an image's length is not known.
         """
         datum = Datum(self.model_input, self.loss_fn_inputs, model_input, loss_fn_inputs)
-        check_tiling("model_input_spans", datum.model_input_spans or (), self.model_input.length)
+        _check_tiling("model_input_spans", datum.model_input_spans or (), self.model_input.length)
         targets = self.loss_fn_inputs.get("target_tokens")
         if targets is not None and len(targets.shape) == 1:
             spans = datum.loss_fn_input_spans or ()
-            check_tiling("loss_fn_input_spans", spans, targets.shape[0])
+            _check_tiling("loss_fn_input_spans", spans, targets.shape[0])
         return datum
 
     def __eq__(self, other: object) -> bool:
@@ -175,6 +225,28 @@ class Datum:
             else:
                 total += len(chunk.location)
         return total
+
+
+def _as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpan, ...]:
+    """Return *spans* as a tuple; InvalidInputError, naming *what*, if something else is in it."""
+    found = tuple(spans) if isinstance(spans, Iterable) else (spans,)
+    for span in found:
+        if not isinstance(span, (PromptProvenanceSpan, SampledProvenanceSpan)):
+            raise InvalidInputError(
+                f"{what} holds {a_type(span)}; it must be a list of "
+                "PromptProvenanceSpan and SampledProvenanceSpan"
+            )
+    return found
+
+
+def _check_tiling(what: str, spans: Iterable[ProvenanceSpan], tokens: int) -> None:
+    """Raise InvalidInputError unless *spans* are *tokens* long together."""
+    covered = sum(span.length for span in spans)
+    if covered != tokens:
+        raise InvalidInputError(
+            f"{what} cover {covered} of {tokens} tokens",
+            hint="Spans tile the tokens in order, each token in exactly one.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

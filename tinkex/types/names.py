@@ -7,10 +7,16 @@ from typing import Literal
 
 #: Id of a training run.
 ModelID = str
+#: Id of an accepted request.
+RequestID = str
+#: Name of a loss; servers may have others than the documented ones.
+LossFnType = str
 
 CheckpointType = Literal["training", "sampler", "external"]
 StopReason = Literal["length", "stop"]
 TensorDtype = Literal["int64", "float32"]
+SamplingClientKind = Literal["snapshot", "inflight"]
+CustomLossInputRank = Literal[0, 1, 2]
 
 
 class RequestErrorCategory(str, enum.Enum):

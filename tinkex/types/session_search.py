@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from tinkex._runtime.numeric import convert_fields
-from tinkex.types._union import UnknownVariant, variant
-from tinkex.types._wire import Wire, bulk, instant, json_strings
+from tinkex.types._wire import UnknownVariant, Wire, bulk, instant, json_strings, variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +153,34 @@ class SessionStatusFilter(Wire):
 
     type: str
     reasons: Optional[List[str]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveSessionStatusQuery(SessionStatusFilter):
+    """Active sessions; this and the three below are the official SDK's names."""
+
+    type: str = "active"
+
+
+@dataclasses.dataclass(frozen=True)
+class CancelledSessionStatusQuery(SessionStatusFilter):
+    """Cancelled sessions."""
+
+    type: str = "cancelled"
+
+
+@dataclasses.dataclass(frozen=True)
+class FailedSessionStatusQuery(SessionStatusFilter):
+    """Failed sessions."""
+
+    type: str = "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientFinishedSessionStatusQuery(SessionStatusFilter):
+    """Sessions that their client ended, optionally for one of *reasons*."""
+
+    type: str = "client_finished"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,12 @@ from typing import Any, Dict, List, Optional
 
 from tinkex._runtime.numeric import convert_fields, is_int, to_bool
 from tinkex.errors import InvalidInputError
-from tinkex.types import console
 from tinkex.types._wire import Wire, bulk, json_number_map
+from tinkex.types.checkpoint_path import checkpoint_url, playground_url
 from tinkex.types.tensor_data import TensorData
+
+#: What a loss returns for each datum, by name.
+LossFnOutput = Dict[str, TensorData]
 
 _LAYERS = ("train_mlp", "train_attn", "train_unembed")
 
@@ -100,7 +103,7 @@ class SaveWeightsResponse(Wire):
 
     def get_console_url(self) -> str:
         """The checkpoint's page in the hosted service's console."""
-        return console.checkpoint_url(self.path)
+        return checkpoint_url(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +115,11 @@ class SaveWeightsForSamplerResponse(Wire):
 
     def get_console_url(self) -> str:
         """The checkpoint's page in the hosted service's console; of named ones only."""
-        return console.checkpoint_url(self.path or "")
+        return checkpoint_url(self.path or "")
 
     def get_playground_url(self) -> str:
         """The page of the hosted service that samples the checkpoint; of named ones only."""
-        return console.playground_url(self.path or "")
+        return playground_url(self.path or "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,17 @@
-"""The two dialects of bulk values behind one interface.  Pure functions, safe from any thread.
+"""The two encodings of bulk values, JSON and protobuf, behind one interface.
 
-The dialects are json_codec and proto_codec; codecs.py picks one by content type.
+`codec_for` picks one by content type.  Pure functions, safe from any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Iterator, Protocol, Type
+import functools
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Iterator, List, Protocol, Type
 
+from tinkex._runtime.late_import import import_late
 from tinkex._runtime.lazy_numpy import np
 from tinkex.errors import ResponseDecodeError, TinkexError
 
@@ -19,13 +22,51 @@ if TYPE_CHECKING:
         ForwardBackwardRequest,
         SampleResponse,
     )
-    from tinkex.wire.parts import Parts
 
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
 
 #: What a value that is not what it should be makes Python, numpy, orjson and protobuf raise.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class Parts:
+    """A large body as bytes and arrays, joined a block at a time while it is sent.
+
+    Joining all of it first would hold a batch in memory twice, and getting that much fresh memory
+    from the system takes longer than filling it.
+
+    The arrays must not be written to before `keep` is called.
+
+    Args:
+        blocks: lists of bytes and contiguous arrays; each block is sent in one piece.
+        size: bytes of all blocks together.
+    """
+
+    def __init__(self, blocks: List[List[Any]], size: int) -> None:
+        self._blocks = blocks
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the body block by block."""
+        return map(b"".join, self._blocks)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(chain.from_iterable(self._blocks))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Parts):
+            return NotImplemented
+        return len(self) == len(other) and bytes(self) == bytes(other)
+
+    __hash__ = None  # type: ignore[assignment]  # the arrays may change
+
+    def keep(self) -> None:
+        """Copy the arrays, so that their owner may write to them again."""
+        self._blocks = [[bytes(self)]]
 
 
 class Codec(Protocol):
@@ -67,6 +108,34 @@ class Codec(Protocol):
 
     def decode_samples(self, body: bytes) -> SampleResponse:
         """Read the result of a sample request; ResponseDecodeError if it is malformed."""
+
+
+def codec_for(content_type: str) -> Codec:
+    """Return the codec of an HTTP ``Content-Type`` value: JSON for anything but protobuf."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    codec: Codec
+    # Imported here, because protobuf takes longer to import than many programs run.
+    if media_type in (PROTOBUF_CONTENT_TYPE, "application/protobuf"):
+        codec = import_late("tinkex.wire.proto_codec").PROTOBUF
+    else:
+        codec = import_late("tinkex.wire.json_codec").JSON
+    return codec
+
+
+@functools.cache
+def can_compress() -> bool:
+    """Return whether ``zstandard`` (the extra "zstd") is installed; the first call imports it."""
+    try:
+        import_late("zstandard")
+    except ImportError:
+        return False
+    return True
+
+
+def compress(body: bytes) -> bytes:
+    """Return *body* as one zstd frame; requires `can_compress`."""
+    frame: bytes = import_late("zstandard").ZstdCompressor().compress(body)
+    return frame
 
 
 @contextlib.contextmanager

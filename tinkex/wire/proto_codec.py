@@ -1,4 +1,4 @@
-"""The protobuf encoding (docs/protocol.md, "Protobuf encoding").  Get it from `codecs.codec_for`.
+"""The protobuf encoding (docs/protocol.md, "Protobuf encoding").  Get it from `codec.codec_for`.
 
 Numbers go between numpy buffers and bytes fields as a whole; Python loops run over datums,
 chunks and sequences, never over tokens.
@@ -35,8 +35,7 @@ from tinkex.types import (
 )
 from tinkex.types._numbers import from_bytes
 from tinkex.wire import tinker_public_pb2 as pb
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, translating
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Parts, translating
 from tinkex.wire.proto_writer import forward_backward_request
 
 if TYPE_CHECKING:

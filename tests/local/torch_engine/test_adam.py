@@ -8,7 +8,7 @@ import pytest
 import torch
 from local.torch_engine.reference import make_data
 
-from tinkex.local.torch_engine.adam import Adam
+from tinkex.local.engines.torch_engine.adam import Adam
 from tinkex.types import AdamParams
 
 STEPS = [

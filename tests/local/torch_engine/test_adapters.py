@@ -13,8 +13,8 @@ from local.torch_engine.reference import Reference, give_random_delta, make_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine import TorchEngine
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.types import AdamParams, LoraConfig
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.01, grad_clip_norm=5.0)

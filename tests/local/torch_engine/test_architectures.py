@@ -18,8 +18,8 @@ from local.torch_engine.reference import make_data
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tinkex.errors import LocalServerError
-from tinkex.local.torch_engine import TorchEngine, tiny
-from tinkex.local.torch_engine.adapter_config import adapts_tensors
+from tinkex.local.engines.torch_engine import TorchEngine, tiny
+from tinkex.local.engines.torch_engine.adapter_config import adapts_tensors
 from tinkex.types import AdamParams, LoraConfig, ModelInput, SampleRequest, SamplingParams
 
 COMMON = {
@@ -164,9 +164,11 @@ def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP library")
 @pytest.mark.parametrize("policy", [None, "ACTIVE"])
 def test_torch_waits_passively_unless_told_otherwise(policy: Any) -> None:
-    script = "import tinkex.local.torch_engine, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    script = (
+        "import tinkex.local.engines.torch_engine, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY",)}
-    environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[3])
+    environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[4])
     environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library tells what it has read
     if policy:
         environment["OMP_WAIT_POLICY"] = policy

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from local.torch_engine.reference import gradient_of, make_data
 
-from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine import training
-from tinkex.local.torch_engine.batching import plan_passes
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine import training
+from tinkex.local.engines.torch_engine.batching import plan_passes
 from tinkex.types import (
     AdamParams,
     Datum,

@@ -14,8 +14,8 @@ from support.tinker_routes import TinkerRoutes
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.local import LocalServer
+from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.local.settings import ClientFlags, ServerSettings
-from tinkex.local.torch_engine import TorchEngine
 
 ADAM = types.AdamParams(learning_rate=0.02, eps=1e-8)
 Loss = Tuple[torch.Tensor, Dict[str, float]]

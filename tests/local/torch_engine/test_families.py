@@ -15,13 +15,13 @@ from local.torch_engine.families import CONTEXT, all_families, small_config, sma
 from transformers import AutoTokenizer
 
 from tinkex.errors import LocalServerError
-from tinkex.local.engine import EngineInfo
-from tinkex.local.torch_engine import TorchEngine, tiny
-from tinkex.local.torch_engine.batching import Row
-from tinkex.local.torch_engine.loading import checked_network
-from tinkex.local.torch_engine.network import Network
-from tinkex.local.torch_engine.quiet import quiet
-from tinkex.local.torch_engine.training import run_batch
+from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.engines.torch_engine import TorchEngine, tiny
+from tinkex.local.engines.torch_engine.batching import Row
+from tinkex.local.engines.torch_engine.loading import checked_network
+from tinkex.local.engines.torch_engine.network import Network
+from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 
 # Chosen for what is special about each; a missing family is one this transformers does not have.

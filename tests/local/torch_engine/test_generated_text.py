@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tinkex.local.torch_engine import TorchEngine
-from tinkex.local.torch_engine.generated_text import GeneratedText
-from tinkex.local.torch_engine.sample_jobs import StopRule, Vocabulary
-from tinkex.local.torch_engine.tiny import write_tiny_random
+from tinkex.local.engines.torch_engine import TorchEngine
+from tinkex.local.engines.torch_engine.generated_text import GeneratedText
+from tinkex.local.engines.torch_engine.sample_jobs import StopRule, Vocabulary
+from tinkex.local.engines.torch_engine.tiny import write_tiny_random
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 BLANK = "\u2581"

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import pytest
 from local.torch_engine.reference import make_data
 
-from tinkex.local.engine import EngineError
+from tinkex.local.engines.engine import EngineError
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 

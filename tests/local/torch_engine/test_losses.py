@@ -17,9 +17,9 @@ from local.torch_engine.reference import (
     relative_error,
 )
 
-from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine import TorchEngine, network
-from tinkex.local.torch_engine.losses import LOSS_TABLE
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine import TorchEngine, network
+from tinkex.local.engines.torch_engine.losses import LOSS_TABLE
 from tinkex.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 
 RANK = 4

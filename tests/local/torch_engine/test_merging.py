@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local import merge_adapter
-from tinkex.local.torch_engine import TorchEngine
+from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.types import LoraConfig
 
 (DATUM,) = make_data([40])

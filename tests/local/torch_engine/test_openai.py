@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
-from tinkex.local.engine import SampledToken
+from tinkex.local.engines.engine import SampledToken
+from tinkex.local.engines.torch_engine import TorchEngine
+from tinkex.local.engines.torch_engine.tiny import SPECIAL_TOKENS
 from tinkex.local.openai.choices import Choice, read_prompt
 from tinkex.local.openai.text import TokenDecoder, TokenizerText, token_name
-from tinkex.local.store import Store
-from tinkex.local.torch_engine import TorchEngine
-from tinkex.local.torch_engine.tiny import SPECIAL_TOKENS
+from tinkex.local.state.store import Store
 
 END = "<|end|>"
 

@@ -10,13 +10,13 @@ import torch
 import transformers
 from local.torch_engine.families import CONTEXT, small_config, small_model
 
-from tinkex.local.engine import EngineInfo
-from tinkex.local.torch_engine import TorchEngine
-from tinkex.local.torch_engine.batching import Row
-from tinkex.local.torch_engine.decoding import prefill
-from tinkex.local.torch_engine.network import Network
-from tinkex.local.torch_engine.quiet import quiet
-from tinkex.local.torch_engine.training import run_batch
+from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.engines.torch_engine import TorchEngine
+from tinkex.local.engines.torch_engine.batching import Row
+from tinkex.local.engines.torch_engine.decoding import prefill
+from tinkex.local.engines.torch_engine.network import Network
+from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 
 # Before transformers 5 the settings have other names.

@@ -11,9 +11,9 @@ import torch
 from local.torch_engine.reference import Reference, give_random_delta, make_data, relative_error
 from transformers import AutoModelForCausalLM
 
-from tinkex.local.engine import EngineError
-from tinkex.local.torch_engine import decoding, sample_jobs, sampling
-from tinkex.local.torch_engine.drawing import draw
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine import decoding, sample_jobs, sampling
+from tinkex.local.engines.torch_engine.drawing import draw
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
 
 EOS = 256

@@ -19,8 +19,8 @@ from local.torch_engine.test_architectures import COMMON, write_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tinkex.local.torch_engine import TorchEngine, adapter_config, adapter_files
-from tinkex.local.torch_engine.targets import Chosen, kind_of, shorten
+from tinkex.local.engines.torch_engine import TorchEngine, adapter_config, adapter_files
+from tinkex.local.engines.torch_engine.targets import Chosen, kind_of, shorten
 from tinkex.types import AdamParams, LoraConfig, ModelInput, SampleRequest, SamplingParams
 
 RANK = 4
@@ -247,7 +247,7 @@ def test_the_run_reports_what_it_adapts(
 def test_experts_that_peft_cannot_adapt_are_left_out_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tinkex.local.torch_engine.adapters.adapts_tensors", lambda: False)
+    monkeypatch.setattr("tinkex.local.engines.torch_engine.adapters.adapts_tensors", lambda: False)
     write_family("deepseek-v3", tmp_path / "model")
     engine = TorchEngine.from_pretrained(str(tmp_path / "model"), device="cpu")
     if not engine._pool.targets.tensors:

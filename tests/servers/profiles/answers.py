@@ -13,13 +13,13 @@ from servers.profiles.profile import Profile
 from werkzeug.wrappers import Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.completions import Group
-from tinkex.local.futures import Failure, Success
-from tinkex.local.http import digest
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import digest
 from tinkex.local.json_text import write_json
-from tinkex.local.lanes import Job
-from tinkex.local.problems import Problem
-from tinkex.local.sampling_turns import failure_of
+from tinkex.local.scheduling.lanes import Job
+from tinkex.local.scheduling.sampling import failure_of
+from tinkex.local.state.completions import Group
+from tinkex.local.state.futures import Failure, Success
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 
 #: What is queued in a run or sampler; a refusal of it becomes a future that fails.
@@ -121,7 +121,7 @@ class Answers:
                 self._backend.sampler_ready(owner)
             else:
                 self._backend.check_model(owner)
-        except Problem:
+        except HTTPError:
             if self._profile.crashes_on_unknown:
                 return crash()
             if self._profile.beats_go_on and self._backend.store.run(owner) is not None:
@@ -129,14 +129,14 @@ class Answers:
             self._hide_colons(response)
             return response
         detail = orjson.loads(response.get_data())["detail"]
-        problem = Problem(response.status_code, detail)
+        problem = HTTPError(response.status_code, detail)
         request_id = self._fail_in_turn(call, owner, number, problem)
         body = write_json({"request_id": request_id, "model_id": owner})
         accepted = json_answer(self._acceptance(body), self._profile.accepted)
         self._hide_colons(accepted)
         return accepted
 
-    def _fail_in_turn(self, call: Call, owner: str, number: int, problem: Problem) -> str:
+    def _fail_in_turn(self, call: Call, owner: str, number: int, problem: HTTPError) -> str:
         """Return the id of a request that fails with *problem* when its number's turn comes."""
 
         def fail() -> object:
@@ -147,7 +147,7 @@ class Answers:
             job = Job(f"{owner}:{number}:refused", fail)
             try:
                 return self._backend.scheduler.submit(owner, number, digest(call.raw), job)
-            except Problem:
+            except HTTPError:
                 pass  # a number that can have no turn
         request_id = f"{owner}:{number}:refused:{next(self._refused)}"
         self._backend.futures.create(request_id, owner, number, group=group)

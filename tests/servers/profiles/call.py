@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator
 from servers.profiles.routes import PREFIX
 from werkzeug.wrappers import Request, Response
 
-from tinkex.local.http import decompressed
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import decompressed
 from tinkex.local.json_text import write_json
-from tinkex.local.problems import Problem
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 Environ = Dict[str, Any]
@@ -98,7 +98,7 @@ def _decompressed(raw: bytes, encoding: str, most: int) -> bytes:
         return raw
     try:
         return decompressed(raw, most)
-    except Problem as problem:
+    except HTTPError as problem:
         if problem.status == 413:
             raise Refusal(413, problem.detail) from problem
         return raw

@@ -21,14 +21,14 @@ from servers.profiles.table import settings_of
 from servers.profiles.vocabulary import lenient
 from werkzeug.wrappers import Response
 
-from tinkex.local.admission import Admission, head_of
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
-from tinkex.local.engine import Engine
+from tinkex.local.engines.engine import Engine
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import Admission, head_of
 from tinkex.local.json_text import check_levels
-from tinkex.local.problems import Problem
 from tinkex.local.settings import ServerSettings
-from tinkex.local.store import Store
+from tinkex.local.state.store import Store
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 _SAVES = ("save_weights", "save_weights_for_sampler")
@@ -133,7 +133,7 @@ class ProfileLayer:
             )
         try:
             check_levels(call.raw)
-        except Problem as problem:
+        except HTTPError as problem:
             raise Refusal(problem.status, problem.detail) from problem
         if found and self._profile.checks_bodies:
             raise Refusal(422, found)
@@ -180,7 +180,7 @@ class ProfileLayer:
         for candidate in candidates:
             try:
                 self._backend.checkpoint_at(candidate)
-            except Problem:
+            except HTTPError:
                 continue
             return candidate
         return candidates[0]

@@ -1,6 +1,7 @@
 """Queues of a training run that treat sequence numbers as other servers do.
 
-Pure like the queue they stand in for (`tinkex.local.lanes.Lane`): the scheduler's lock guards them.
+Pure like the queue they stand in for (`tinkex.local.scheduling.lanes.Lane`): the scheduler's lock
+guards them.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from typing import Dict, Optional, Type
 
 from servers.profiles.profile import Profile
 
-from tinkex.local.lanes import Job, Lane
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.scheduling.lanes import Job, Lane
 
 
 class ArrivalLane(Lane):
     """Requests run in the order in which they come; a missing number is not waited for."""
 
     def find(self, seq_id: int, digest: bytes) -> Optional[str]:
-        """Return the request id of an earlier submission; Problem 409 if its body differs."""
+        """Return the request id of an earlier submission; HTTPError 409 if its body differs."""
         return self._seen.find(seq_id, digest)
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
@@ -75,7 +76,7 @@ class StrictLane(Lane):
 
         def in_order() -> object:  # on the engine thread, which alone moves next_seq
             if seq_id != self.next_seq:
-                raise Problem(409, f"Sequence conflict: expected {self.next_seq}, got {seq_id}.")
+                raise HTTPError(409, f"Sequence conflict: expected {self.next_seq}, got {seq_id}.")
             value = run()
             self.next_seq += 1
             return value

@@ -13,8 +13,7 @@ from servers.profiles.profile import Profile
 
 from tinkex.local.json_text import write_json
 from tinkex.types import ForwardBackwardOutput, SampleResponse, TopkLogprobs
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 _SCHEME = "tinker://"
 

@@ -8,10 +8,10 @@ from servers.profiles.layer import admission_of, assemble
 from servers.profiles.table import profile_named
 
 from tinkex.local import LocalServer
-from tinkex.local.admission import Admission
 from tinkex.local.backend import Backend
-from tinkex.local.engine import Engine
-from tinkex.local.store import Store
+from tinkex.local.engines.engine import Engine
+from tinkex.local.http.admission import Admission
+from tinkex.local.state.store import Store
 
 
 class ProfiledServer(LocalServer):

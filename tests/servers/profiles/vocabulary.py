@@ -12,7 +12,7 @@ from typing import Any, Container, Dict, Iterator, List, Mapping, Sequence, Tupl
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.local.engine import Engine, EngineInfo, Finished
+from tinkex.local.engines.engine import Engine, EngineInfo, Finished
 from tinkex.types import (
     Datum,
     ForwardBackwardOutput,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import List, Optional, Sequence, Tuple
 
-from tinkex.local.engine import SampledToken
+from tinkex.local.engines.engine import SampledToken
 from tinkex.local.openai.text import Text, TokenDecoder
 
 #: The likeliest tokens at a position, with their log-probabilities.

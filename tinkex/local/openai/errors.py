@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional
 
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
 
 _TYPES = {429: "rate_limit_error", 403: "permission_error"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
-class OpenAIProblem(Problem):
+class OpenAIError(HTTPError):
     """A request that cannot be served; *param* names the parameter at fault."""
 
     def __init__(
@@ -21,7 +21,7 @@ class OpenAIProblem(Problem):
         self.code = code or None
 
 
-def error_body(problem: Problem) -> Dict[str, Any]:
+def error_body(problem: HTTPError) -> Dict[str, Any]:
     """Return the JSON of *problem*, whichever part of the server raised it."""
     kind = "server_error" if problem.status >= 500 else "invalid_request_error"
     return {

@@ -9,13 +9,13 @@ from __future__ import annotations
 import queue
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from tinkex.local.engine import SampledToken, StreamingRequest
-from tinkex.local.futures import Failure, Outcome
+from tinkex.local.engines.engine import SampledToken, StreamingRequest
+from tinkex.local.errors import HTTPError
 from tinkex.local.openai.choices import Choice, Delta, read_prompt
 from tinkex.local.openai.parameters import Call, Prompt
 from tinkex.local.openai.samplers import Sampler, Samplers
 from tinkex.local.openai.text import Text
-from tinkex.local.problems import Problem
+from tinkex.local.state.futures import Failure, Outcome
 from tinkex.types import ModelInput, SampledSequence, SampleResponse
 
 #: Something of the prompt with that index.
@@ -73,7 +73,7 @@ class Generation:
         """Yield what is new until everything is done; None after *pause_s* without anything.
 
         Raises:
-            Problem: the engine failed.
+            HTTPError: the engine failed.
         """
         if self._call.echo and self._token_by_token:
             for index, prompt in enumerate(self._call.prompts):
@@ -91,7 +91,7 @@ class Generation:
                 continue
             self._open.discard(index)
             if isinstance(event, Failure):
-                raise Problem(event.status if event.category == "user" else 500, event.message)
+                raise HTTPError(event.status if event.category == "user" else 500, event.message)
             if not self._token_by_token and isinstance(event.value, SampleResponse):
                 yield from self._read(index, event.value)
 

@@ -10,8 +10,8 @@ import dataclasses
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from tinkex.errors import InvalidInputError, a_type
-from tinkex.local.engine import EngineInfo
-from tinkex.local.openai.errors import OpenAIProblem
+from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.openai.errors import OpenAIError
 from tinkex.local.openai.text import Text
 from tinkex.types import SamplingParams
 
@@ -139,12 +139,12 @@ class _Fields:
     def _typed(self, name: str, what: str, fits: Callable[[object], bool]) -> Any:
         value = self._body.get(name)
         if value is not None and not fits(value):
-            raise OpenAIProblem(f"{name} is {value!r:.100}; it must be {what}", name)
+            raise OpenAIError(f"{name} is {value!r:.100}; it must be {what}", name)
         return value
 
 
 def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
-    """Read the body of ``completions``; OpenAIProblem if it is not valid."""
+    """Read the body of ``completions``; OpenAIError if it is not valid."""
     _check_names(body, _OF_COMPLETIONS)
     fields = _Fields(body)
     prompts = _read_prompts(fields.get("prompt"), text)
@@ -159,7 +159,7 @@ def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call
 
 
 def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
-    """Read the body of ``chat/completions``; OpenAIProblem if it is not valid."""
+    """Read the body of ``chat/completions``; OpenAIError if it is not valid."""
     _check_names(body, _OF_CHAT)
     fields = _Fields(body)
     options = dict(fields.mapping("chat_template_kwargs"))
@@ -170,13 +170,13 @@ def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
         options.setdefault("add_generation_prompt", False)
     prompt = Prompt(text.chat(_read_messages(fields.get("messages")), options))
     if not prompt.tokens:
-        raise OpenAIProblem("the messages make an empty prompt", "messages")
+        raise OpenAIError("the messages make an empty prompt", "messages")
     max_tokens = fields.integer("max_completion_tokens", 1) or fields.integer("max_tokens", 1)
     _check_context(prompt, max_tokens, info, "messages")
     top = fields.integer("top_logprobs", 0)
     if not fields.flag("logprobs"):
         if top is not None:
-            raise OpenAIProblem("top_logprobs needs logprobs to be true", "top_logprobs")
+            raise OpenAIError("top_logprobs needs logprobs to be true", "top_logprobs")
     elif top is None:
         top = 0
     return _call(fields, [prompt], max_tokens, top, chat=True, echo=False)
@@ -193,7 +193,7 @@ def _call(
 ) -> Call:
     model = fields.text("model")
     if not model:
-        raise OpenAIProblem("model is missing; GET models lists what is served", "model")
+        raise OpenAIError("model is missing; GET models lists what is served", "model")
     stops = _read_stops(fields.get("stop"))
     params = SamplingParams(
         max_tokens=max_tokens or (1 if max_tokens == 0 else None),
@@ -206,10 +206,10 @@ def _call(
     try:
         params.check()
     except InvalidInputError as error:
-        raise OpenAIProblem(error.message, error.message.partition(" ")[0]) from error
+        raise OpenAIError(error.message, error.message.partition(" ")[0]) from error
     stream, options = fields.flag("stream"), fields.mapping("stream_options")
     if options and not stream:
-        raise OpenAIProblem("stream_options needs stream to be true", "stream_options")
+        raise OpenAIError("stream_options needs stream to be true", "stream_options")
     return Call(
         chat=chat,
         model=model,
@@ -231,11 +231,11 @@ def _check_names(body: Dict[str, Any], known: Set[str]) -> None:
             continue
         if name == "best_of" and "prompt" in known:
             if value != (body.get("n") or 1):
-                raise OpenAIProblem("best_of is not supported unless it equals n", name)
+                raise OpenAIError("best_of is not supported unless it equals n", name)
         elif name not in _NEUTRAL:
-            raise OpenAIProblem(f"unknown parameter: {name!r:.100}", name[:100])
+            raise OpenAIError(f"unknown parameter: {name!r:.100}", name[:100])
         elif value not in _NEUTRAL[name]:
-            raise OpenAIProblem(f"{name} is not supported by this server; leave it out", name)
+            raise OpenAIError(f"{name} is not supported by this server; leave it out", name)
 
 
 def _top_k(fields: _Fields) -> int:
@@ -246,7 +246,7 @@ def _top_k(fields: _Fields) -> int:
 def _read_stops(value: Any) -> Tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise OpenAIProblem(
+        raise OpenAIError(
             f"stop is {value!r:.100}; it must be a string or a list of strings, none of them empty",
             "stop",
         )
@@ -256,21 +256,21 @@ def _read_stops(value: Any) -> Tuple[str, ...]:
 def _read_prompts(value: Any, text: Text) -> List[Prompt]:
     """Read a string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
-        raise OpenAIProblem("prompt is missing", "prompt")
+        raise OpenAIError("prompt is missing", "prompt")
     given: Any = [value] if isinstance(value, str) or _are_tokens(value) else value
     fits = isinstance(given, list) and bool(given)
     if not fits or not all(isinstance(one, str) or _are_tokens(one) for one in given):
-        raise OpenAIProblem(
+        raise OpenAIError(
             "prompt must be a string, a list of token ids, or a list of these, and not be empty",
             "prompt",
         )
     if len(given) > _MOST_PROMPTS:
-        raise OpenAIProblem(f"there are {len(given)} prompts; at most {_MOST_PROMPTS}", "prompt")
+        raise OpenAIError(f"there are {len(given)} prompts; at most {_MOST_PROMPTS}", "prompt")
     prompts = [
         Prompt(text.encode(one), one) if isinstance(one, str) else Prompt(one) for one in given
     ]
     if not all(prompt.tokens for prompt in prompts):
-        raise OpenAIProblem("the prompt is empty, and this model needs a first token", "prompt")
+        raise OpenAIError("the prompt is empty, and this model needs a first token", "prompt")
     return prompts
 
 
@@ -285,7 +285,7 @@ def _are_tokens(value: object) -> bool:
 def _check_context(prompt: Prompt, max_tokens: Optional[int], info: EngineInfo, param: str) -> None:
     wanted = max(1, max_tokens or 1)
     if len(prompt.tokens) + wanted > info.context_length:
-        raise OpenAIProblem(
+        raise OpenAIError(
             f"the model's context holds {info.context_length} tokens; the request needs "
             f"{len(prompt.tokens) + wanted}: {len(prompt.tokens)} of the {param}, {wanted} of the "
             "completion",
@@ -296,21 +296,21 @@ def _check_context(prompt: Prompt, max_tokens: Optional[int], info: EngineInfo, 
 
 def _read_messages(value: Any) -> List[Dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise OpenAIProblem("messages must be a list of messages, and not be empty", "messages")
+        raise OpenAIError("messages must be a list of messages, and not be empty", "messages")
     return [_read_message(message, f"messages[{place}]") for place, message in enumerate(value)]
 
 
 def _read_message(message: Any, param: str) -> Dict[str, Any]:
     if not isinstance(message, dict):
-        raise OpenAIProblem(f"{param} is {a_type(message)}; it must be an object", param)
+        raise OpenAIError(f"{param} is {a_type(message)}; it must be an object", param)
     role = message.get("role")
     if role not in _ROLES:
-        raise OpenAIProblem(
+        raise OpenAIError(
             f"{param}.role is {role!r:.100}; it must be one of {', '.join(_ROLES)}", f"{param}.role"
         )
     content = message.get("content")
     if content is None and role != "assistant":
-        raise OpenAIProblem(f"{param}.content is missing", f"{param}.content")
+        raise OpenAIError(f"{param}.content is missing", f"{param}.content")
     # Templates know the older name.
     role = "system" if role == "developer" else role
     return {**message, "role": role, "content": _read_content(content, f"{param}.content")}
@@ -320,12 +320,12 @@ def _read_content(content: Any, param: str) -> Optional[str]:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise OpenAIProblem(f"{param} is {a_type(content)}; it must be text", param)
+        raise OpenAIError(f"{param} is {a_type(content)}; it must be text", param)
     parts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
-            raise OpenAIProblem(
+            raise OpenAIError(
                 f"{param}[{place}] is not a part of type text: this server's models read text only",
                 f"{param}[{place}]",
             )

@@ -8,20 +8,20 @@ from typing import Any, Dict, Iterator, List, Optional
 from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from tinkex.local.admission import OPENAI_PREFIXES
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer, json_body
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import OPENAI_PREFIXES
+from tinkex.local.http.messages import answer, json_body
 from tinkex.local.json_text import write_json
 from tinkex.local.openai.bodies import Writer, usage_of
 from tinkex.local.openai.choices import Delta
-from tinkex.local.openai.errors import OpenAIProblem, error_body
+from tinkex.local.openai.errors import OpenAIError, error_body
 from tinkex.local.openai.generation import Generation
 from tinkex.local.openai.parameters import Call, read_chat, read_completions
 from tinkex.local.openai.samplers import Samplers
 from tinkex.local.openai.text import Text, text_of
-from tinkex.local.problems import Problem
 from tinkex.local.routes.futures import Holds
-from tinkex.local.rows import CheckpointRow
+from tinkex.local.state.rows import CheckpointRow
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class _Endpoint:
         routes.post("/completions")(self.completions)
         routes.post("/chat/completions")(self.chat_completions)
         routes.route("/<path:path>", methods=_METHODS)(self.no_such_route)
-        routes.errorhandler(Problem)(_problem)
+        routes.errorhandler(HTTPError)(_problem)
         routes.errorhandler(HTTPException)(_http_error)
         routes.errorhandler(Exception)(_unexpected)
         return routes
@@ -98,7 +98,7 @@ class _Endpoint:
 
     def no_such_route(self, path: str) -> Response:
         """Refuse what OpenAI has and this server has not."""
-        raise OpenAIProblem(f"{request.method} {request.path} is not offered", status=404)
+        raise OpenAIError(f"{request.method} {request.path} is not offered", status=404)
 
     def _text(self) -> Text:
         if self._kept_text is None:  # made twice by two threads, it is the same
@@ -151,13 +151,13 @@ def _events(generation: Generation, writer: Writer, call: Call) -> Iterator[byte
                 yield b": waiting\n\n"
             elif part.delta:
                 yield _event(writer.chunk(part.choice, part.delta))
-    except Problem as problem:
+    except HTTPError as problem:
         yield _event(error_body(problem))
         return
     except Exception as error:
         _log.exception("a stream of %s failed", call.model)
         detail = f"the server failed: {type(error).__name__}: {error}"
-        yield _event(error_body(Problem(500, detail)))
+        yield _event(error_body(HTTPError(500, detail)))
         return
     if call.include_usage:
         usage = usage_of(generation.prompt_tokens, generation.completion_tokens)
@@ -169,7 +169,7 @@ def _event(value: Dict[str, Any]) -> bytes:
     return b"data: " + write_json(value) + b"\n\n"
 
 
-def _problem(problem: Problem) -> Response:
+def _problem(problem: HTTPError) -> Response:
     response = answer(error_body(problem), problem.status)
     response.headers.extend(problem.headers)
     if problem.retry_after_s is not None:
@@ -179,9 +179,9 @@ def _problem(problem: Problem) -> Response:
 
 def _http_error(error: HTTPException) -> Response:
     detail = f"{request.method} {request.path}: {error.description}"
-    return _problem(Problem(error.code or 500, detail))
+    return _problem(HTTPError(error.code or 500, detail))
 
 
 def _unexpected(error: Exception) -> Response:
     _log.exception("%s %s failed", request.method, request.path)
-    return _problem(Problem(500, f"the server failed: {type(error).__name__}: {error}"))
+    return _problem(HTTPError(500, f"the server failed: {type(error).__name__}: {error}"))

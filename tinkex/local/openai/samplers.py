@@ -13,12 +13,12 @@ from collections import OrderedDict
 from typing import Any, Callable, Optional, Tuple
 
 from tinkex.local.backend import Backend
-from tinkex.local.checks import check_sample
-from tinkex.local.engine import StreamingRequest
-from tinkex.local.futures import Outcome
-from tinkex.local.openai.errors import OpenAIProblem
-from tinkex.local.problems import Problem
-from tinkex.local.rows import CheckpointRow
+from tinkex.local.engines.engine import StreamingRequest
+from tinkex.local.errors import HTTPError
+from tinkex.local.openai.errors import OpenAIError
+from tinkex.local.scheduling.checks import check_sample
+from tinkex.local.state.futures import Outcome
+from tinkex.local.state.rows import CheckpointRow
 
 
 class Sampler:
@@ -50,7 +50,7 @@ class Samplers:
         *model* is a base model, a ``tinker://`` path, or both with a semicolon between them.
 
         Raises:
-            OpenAIProblem: 404, there is no such model.
+            OpenAIError: 404, there is no such model.
         """
         base, separator, path = model.partition(";")
         if not separator and base.startswith("tinker://"):
@@ -59,8 +59,8 @@ class Samplers:
             if base or not path:
                 self._backend.check_base_model(base)
             return self._checkpoint_at(path) if path else None
-        except Problem as problem:
-            raise OpenAIProblem(
+        except HTTPError as problem:
+            raise OpenAIError(
                 f"there is no model {model!r:.300}: {problem.detail}",
                 "model",
                 status=404,
@@ -72,14 +72,14 @@ class Samplers:
         run = self._backend.store.run(checkpoint.run_id)
         served = self._backend.info.model_name
         if run is not None and run.base_model != served:
-            raise Problem(400, f"it was trained from {run.base_model}; this server has {served}")
+            raise HTTPError(400, f"it was trained from {run.base_model}; this server has {served}")
         return checkpoint
 
     def acquire(self, model: str) -> Sampler:
         """Return the sampler of *model*; each call is followed by one of `release`.
 
         Raises:
-            OpenAIProblem: 404, there is no such model.
+            OpenAIError: 404, there is no such model.
         """
         checkpoint = self.checkpoint(model)
         # A checkpoint that is saved again under the same name is another one.
@@ -117,7 +117,7 @@ class Samplers:
         """Queue *request* and return its id; its outcome is passed to *on_done*.
 
         Raises:
-            Problem: 400, it is not valid; 429, too much is queued.
+            HTTPError: 400, it is not valid; 429, too much is queued.
         """
         backend = self._backend
         cost = check_sample(backend.info, request, backend.settings.limits)

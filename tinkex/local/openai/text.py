@@ -10,8 +10,8 @@ import re
 import threading
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Protocol, Sequence
 
-from tinkex.local.engine import Engine
-from tinkex.local.openai.errors import OpenAIProblem
+from tinkex.local.engines.engine import Engine
+from tinkex.local.openai.errors import OpenAIError
 
 #: What decoders put in place of bytes that make no complete character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -146,7 +146,7 @@ class TokenizerText:
     def chat(self, messages: Sequence[Message], options: Mapping[str, Any]) -> List[int]:
         """See Text."""
         if not self._tokenizer.chat_template:
-            raise OpenAIProblem(
+            raise OpenAIError(
                 "the model has no chat template: use completions, or a model with a template",
                 "messages",
             )
@@ -154,7 +154,7 @@ class TokenizerText:
         try:
             prompt = self._tokenizer.apply_chat_template(list(messages), **settings)
         except Exception as error:  # a template is a program, and may refuse the messages
-            raise OpenAIProblem(
+            raise OpenAIError(
                 f"the model's chat template failed: {type(error).__name__}: {error}", "messages"
             ) from error
         return self._encode(prompt, add_special_tokens=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flask import Flask, Response
 
-from tinkex.local.http import answer
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import answer
+from tinkex.local.http.tokens import TokenMint
 from tinkex.local.settings import ServerSettings
-from tinkex.local.tokens import TokenMint
 
 
 def register(app: Flask, settings: ServerSettings, mint: TokenMint) -> None:
@@ -28,4 +28,6 @@ def register(app: Flask, settings: ServerSettings, mint: TokenMint) -> None:
 
     @app.delete("/api/v1/auth/apikey/me")
     def revoke() -> Response:
-        raise Problem(403, "this server's key is the one that it was started with; it stays valid")
+        raise HTTPError(
+            403, "this server's key is the one that it was started with; it stays valid"
+        )

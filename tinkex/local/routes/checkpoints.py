@@ -5,10 +5,11 @@ from __future__ import annotations
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.copies import copy_checkpoint
-from tinkex.local.http import answer, idempotency_key, json_body, need, optional, ttl_seconds
-from tinkex.local.problems import Problem
-from tinkex.local.rows import CheckpointRow
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import need, optional, ttl_seconds
+from tinkex.local.http.messages import answer, idempotency_key, json_body
+from tinkex.local.routes.copies import copy_checkpoint
+from tinkex.local.state.rows import CheckpointRow
 from tinkex.types import WeightsInfoResponse
 from tinkex.types.checkpoint_path import KINDS
 
@@ -77,15 +78,15 @@ def _register_changes(app: Flask, backend: Backend) -> None:
 def _set_public(backend: Backend, checkpoint: CheckpointRow, public: bool) -> Response:
     if checkpoint.public is public:
         state = "public" if public else "private"
-        raise Problem(409, f"{checkpoint.tinker_path} is {state} already")
+        raise HTTPError(409, f"{checkpoint.tinker_path} is {state} already")
     backend.store.set_public(checkpoint, public)
     return answer({})
 
 
 def need_checkpoint(backend: Backend, run_id: str, kind: str, name: str) -> CheckpointRow:
-    """Return a checkpoint; Problem 400 or 404 says what is wrong with its address."""
+    """Return a checkpoint; HTTPError 400 or 404 says what is wrong with its address."""
     if kind not in KINDS:
-        raise Problem(
+        raise HTTPError(
             400, f"{kind}/{name} is not a checkpoint id; it must begin with one of {list(KINDS)}"
         )
     return backend.checkpoint(run_id, kind, name)

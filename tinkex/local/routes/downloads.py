@@ -12,16 +12,16 @@ from typing import Callable, Dict, Optional, Tuple, TypeVar
 
 from flask import Flask, Response, request
 
-from tinkex.local.admission import SIGNED_PREFIX
 from tinkex.local.backend import Backend
-from tinkex.local.contents import Content, file_content, files_of, tar_content
-from tinkex.local.http import answer
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import SIGNED_PREFIX
+from tinkex.local.http.contents import Content, file_content, files_of, tar_content
+from tinkex.local.http.messages import answer
+from tinkex.local.http.signed_urls import Signer
 from tinkex.local.routes.checkpoints import CHECKPOINT, need_checkpoint
-from tinkex.local.rows import CheckpointRow
-from tinkex.local.session_search import instant
+from tinkex.local.routes.session_search import instant
 from tinkex.local.settings import ServerSettings
-from tinkex.local.signed_urls import Signer
+from tinkex.local.state.rows import CheckpointRow
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def _register_urls(app: Flask, backend: Backend, signer: Signer) -> None:
     @app.get(f"{CHECKPOINT}/external_weights_urls")
     def external_weights_urls(run_id: str, kind: str, name: str) -> Response:
         if kind != "external_weights":
-            raise Problem(
+            raise HTTPError(
                 400,
                 f"{kind}/{name} is no external checkpoint; save_weights_external makes one",
             )
@@ -89,7 +89,7 @@ def _register_contents(app: Flask, backend: Backend, signer: Signer) -> None:
 
 
 def _found(backend: Backend, row: CheckpointRow, look: Callable[[Path], T]) -> T:
-    """Return what *look* finds in the folder of a checkpoint; Problem 404 if it is not there."""
+    """Return what *look* finds in the folder of a checkpoint; HTTPError 404 if it is not there."""
     try:
         return look(backend.store.folder_of(row))
     except FileNotFoundError as error:

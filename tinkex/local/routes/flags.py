@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask, Response
 
-from tinkex.local.http import answer
+from tinkex.local.http.messages import answer
 from tinkex.local.settings import ServerSettings
 
 

@@ -10,14 +10,14 @@ import orjson
 from flask import Flask, Response, request
 
 from tinkex.local.backend import Backend
-from tinkex.local.completions import Group
-from tinkex.local.futures import Failure, Outcome, Waiting
-from tinkex.local.http import answer, json_body, need, need_seq_id, optional
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import need, need_seq_id, optional
+from tinkex.local.http.messages import answer, json_body
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.completions import Group
+from tinkex.local.state.futures import Failure, Outcome, Waiting
 from tinkex.types import ForwardBackwardOutput, SampleResponse
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Holds:
         self._free = threading.BoundedSemaphore(most)  # never waited for
 
     def during(self, wait: Callable[[], T]) -> T:
-        """Return what *wait* returns; Problem 429 instead if too many wait already."""
+        """Return what *wait* returns; HTTPError 429 instead if too many wait already."""
         self.acquire()
         try:
             return wait()
@@ -38,10 +38,12 @@ class Holds:
             self.release()
 
     def acquire(self) -> None:
-        """Count one that begins to wait; Problem 429 instead if too many wait already."""
+        """Count one that begins to wait; HTTPError 429 if too many wait already."""
         if not self._free.acquire(blocking=False):
             # Clients pause before they ask again after this, and not after try_again.
-            raise Problem(429, f"{self._most} polls are held already; ask again", retry_after_s=1.0)
+            raise HTTPError(
+                429, f"{self._most} polls are held already; ask again", retry_after_s=1.0
+            )
 
     def release(self) -> None:
         """Count one that does not wait any more."""
@@ -59,10 +61,10 @@ def register(app: Flask, backend: Backend, settings: ServerSettings, holds: Hold
         request_id = need(body, "request_id", str)
         outcome = backend.futures.wait(request_id, 0.0)
         if outcome is None and not backend.futures.is_gone(request_id):
-            raise Problem(404, f"request {request_id} is unknown")
+            raise HTTPError(404, f"request {request_id} is unknown")
         if isinstance(outcome, Waiting):
             if backend.store.sampler(outcome.owner) is None:
-                raise Problem(
+                raise HTTPError(
                     400,
                     f"request {request_id} cannot be cancelled: only samples can, since later "
                     "requests of a training run build on it",
@@ -101,15 +103,15 @@ def _register_retrieve_future(
         return Response(encoded, mimetype=content_type)
 
 
-def _no_result(backend: Backend, request_id: str) -> Problem:
+def _no_result(backend: Backend, request_id: str) -> HTTPError:
     if backend.futures.is_gone(request_id):
-        return Problem(
+        return HTTPError(
             410,
             f"the result of request {request_id} was dropped: results are kept until the client "
             "says that it has them, for two minutes after they were fetched, and for an hour if "
             "they were not",
         )
-    return Problem(404, f"request {request_id} is unknown")
+    return HTTPError(404, f"request {request_id} is unknown")
 
 
 def _try_again(backend: Backend, request_id: str, waiting: Waiting) -> Response:
@@ -134,7 +136,7 @@ def _register_retrieve_futures(
         timeout_s = min(_timeout_s(body, settings.retrieve_hold_s), settings.retrieve_hold_s)
         retrieved = optional(body, "retrieved_request_ids", list) or []
         if not all(isinstance(request_id, str) for request_id in retrieved):
-            raise Problem(400, "retrieved_request_ids must be a list of request ids")
+            raise HTTPError(400, "retrieved_request_ids must be a list of request ids")
         backend.futures.acknowledge(group, retrieved)
         done, upto = backend.futures.completed(group, cursor, 0.0)
         if not done and timeout_s > 0:
@@ -147,13 +149,13 @@ def _register_retrieve_futures(
 def _target(backend: Backend, target: Dict[str, Any]) -> Group:
     kind = target.get("type")
     if kind != "sampling_session":
-        raise Problem(400, f"target {kind!r} is unknown; it must be a sampling_session")
+        raise HTTPError(400, f"target {kind!r} is unknown; it must be a sampling_session")
     sampler_id = need(target, "sampling_session_id", str)
     if backend.store.sampler(sampler_id) is None:
-        raise Problem(404, f"sampling session {sampler_id} is unknown")
+        raise HTTPError(404, f"sampling session {sampler_id} is unknown")
     clone = optional(target, "cloned_sampler_id", int) or 0
     if clone < 0:
-        raise Problem(400, f"cloned_sampler_id is {clone}; the first client is 0")
+        raise HTTPError(400, f"cloned_sampler_id is {clone}; the first client is 0")
     return Group(sampler_id, clone)
 
 
@@ -163,7 +165,7 @@ def _timeout_s(body: Dict[str, Any], default: float) -> float:
         return default
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value < 0:
-        raise Problem(400, f"timeout is {value!r}; it must be a number of seconds, 0 or more")
+        raise HTTPError(400, f"timeout is {value!r}; it must be a number of seconds, 0 or more")
     return float(value)
 
 

@@ -7,12 +7,13 @@ import threading
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.futures import Success
-from tinkex.local.graph_loss import has_torch
-from tinkex.local.http import answer, digest, json_body, need, need_seq_id
-from tinkex.local.loss_graph import read_program
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import need, need_seq_id
+from tinkex.local.http.messages import answer, digest, json_body
+from tinkex.local.losses.evaluation import has_torch
+from tinkex.local.losses.program import read_program
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.futures import Success
 
 
 def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
@@ -29,7 +30,7 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
         backend.check_session(session_id)
         number = need_seq_id(body, "custom_loss_seq_id")
         if not has_torch():
-            raise Problem(501, "custom losses need torch, which is not installed on the server")
+            raise HTTPError(501, "custom losses need torch, which is not installed on the server")
         program = read_program(body)
         loss_id = f"{session_id}:loss:{number}"
         request_id = f"{loss_id}:create"

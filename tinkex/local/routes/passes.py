@@ -10,15 +10,15 @@ from flask import Flask, Response, request
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.backend import Backend, session_of
-from tinkex.local.checks import check_pass
-from tinkex.local.custom_passes import run_custom_pass
-from tinkex.local.http import as_problem, digest, json_body, need, need_seq_id, raw_body, read_wire
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import as_problem, need, need_seq_id, read_wire
+from tinkex.local.http.messages import digest, json_body, raw_body
 from tinkex.local.json_text import check_levels
-from tinkex.local.problems import Problem
+from tinkex.local.losses.custom_passes import run_custom_pass
 from tinkex.local.routes.submission import submit
+from tinkex.local.scheduling.checks import check_pass
 from tinkex.types import AdamParams, ForwardBackwardRequest
-from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
-from tinkex.wire.codecs import codec_for
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 
 def register(app: Flask, backend: Backend) -> None:
@@ -53,11 +53,11 @@ def _adam_params(body: Dict[str, Any]) -> Dict[str, Any]:
     if body.get("optimizer_params") is None:
         return need(body, "adam_params", dict)
     if body.get("adam_params") is not None:
-        raise Problem(400, "both adam_params and optimizer_params are given; send one of them")
+        raise HTTPError(400, "both adam_params and optimizer_params are given; send one of them")
     params = need(body, "optimizer_params", dict)
     family = params.get("type", "adamw")
     if family != "adamw":
-        raise Problem(
+        raise HTTPError(
             400, f"optimizer_params are of the family {family!r}; runs of this server have adamw"
         )
     return {name: value for name, value in params.items() if name != "type"}
@@ -72,7 +72,7 @@ def _submit_pass(backend: Backend, raw: bytes, *, only_forward: bool) -> Respons
     except InvalidInputError as error:
         _use_number_up(backend, raw, codec.content_type)
         raise as_problem(error) from error
-    except Problem:
+    except HTTPError:
         _use_number_up(backend, raw, codec.content_type)
         raise
     if only_forward:
@@ -91,7 +91,7 @@ def _prepare_custom(backend: Backend, asked: ForwardBackwardRequest) -> Callable
     loss_id = asked.loss_fn_config.get("loss_id")
     program = backend.losses.find(loss_id)
     if program is None or session_of(str(loss_id)) != session_of(asked.model_id):
-        raise Problem(
+        raise HTTPError(
             400,
             f"loss_id {loss_id!r:.100} is no custom loss of this session; create_custom_loss "
             "returns the id",
@@ -100,7 +100,7 @@ def _prepare_custom(backend: Backend, asked: ForwardBackwardRequest) -> Callable
     for index, datum in enumerate(asked.data):
         for name in ("target_tokens", *(name for name, _ in program.inputs[1:])):
             if name not in datum.loss_fn_inputs:
-                raise Problem(
+                raise HTTPError(
                     400, f"datum {index}: the loss {program.name!r:.100} needs the input {name!r}"
                 )
     return lambda: run_custom_pass(

@@ -8,8 +8,8 @@ from typing import Optional
 from flask import Flask, Response, request
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer, check_scope, page
-from tinkex.local.rows import CheckpointRow, RunRow
+from tinkex.local.http.messages import answer, check_scope, page
+from tinkex.local.state.rows import CheckpointRow, RunRow
 from tinkex.types import (
     Checkpoint,
     CheckpointsListResponse,

@@ -10,22 +10,14 @@ from typing import Any, Callable, Dict, Tuple
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend, session_of
-from tinkex.local.checks import check_lora, check_optimizer
-from tinkex.local.engine import EngineError
-from tinkex.local.http import (
-    answer,
-    digest,
-    json_body,
-    metadata,
-    need,
-    need_seq_id,
-    optional,
-    read_wire,
-)
-from tinkex.local.lanes import Job
-from tinkex.local.problems import Problem
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import metadata, need, need_seq_id, optional, read_wire
+from tinkex.local.http.messages import answer, digest, json_body
 from tinkex.local.routes.submission import submit
-from tinkex.local.rows import CheckpointRow
+from tinkex.local.scheduling.checks import check_lora, check_optimizer
+from tinkex.local.scheduling.lanes import Job
+from tinkex.local.state.rows import CheckpointRow
 from tinkex.types import GetInfoResponse, LoraConfig, ModelData
 
 _ADAMW = {"type": "adamw"}
@@ -97,7 +89,7 @@ def register(app: Flask, backend: Backend) -> None:
         model_id = need(body, "model_id", str)
         run = backend.store.run(model_id)
         if run is None:
-            raise Problem(404, f"model {model_id} is unknown; create_model returns the id")
+            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
         info = backend.info
         found = GetInfoResponse(
             model_id=model_id,
@@ -156,7 +148,7 @@ def _checkpoint_to_load(backend: Backend, body: Dict[str, Any]) -> Tuple[Checkpo
     checkpoint = backend.checkpoint_at(need(body, "path", str), kind=kind)
     run = backend.store.run(checkpoint.run_id)
     if run is not None and run.base_model != backend.info.model_name:
-        raise Problem(
+        raise HTTPError(
             400,
             f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
             f"{backend.info.model_name}",

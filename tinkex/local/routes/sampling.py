@@ -9,9 +9,10 @@ from flask import Flask, Response
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.backend import Backend
-from tinkex.local.checks import check_sample
-from tinkex.local.http import answer, as_problem, digest, json_body, need, need_seq_id, optional
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import as_problem, need, need_seq_id, optional
+from tinkex.local.http.messages import answer, digest, json_body
+from tinkex.local.scheduling.checks import check_sample
 from tinkex.types import GetSamplerResponse, SampleRequest
 
 
@@ -35,7 +36,7 @@ def register(app: Flask, backend: Backend) -> None:
             checkpoint = backend.checkpoint_at(model_path)
             run = backend.store.run(checkpoint.run_id)
             if run is not None and run.base_model != backend.info.model_name:
-                raise Problem(
+                raise HTTPError(
                     400,
                     f"{model_path} was trained from {run.base_model}; this server has "
                     f"{backend.info.model_name}",
@@ -59,7 +60,7 @@ def register(app: Flask, backend: Backend) -> None:
     def get_sampler(sampler_id: str) -> Response:
         row = backend.store.sampler(sampler_id)
         if row is None:
-            raise Problem(404, f"sampler {sampler_id} is unknown")
+            raise HTTPError(404, f"sampler {sampler_id} is unknown")
         sampler = GetSamplerResponse(
             sampler_id, row.base_model, row.model_path, backend.info.tokenizer_id
         )

@@ -7,19 +7,11 @@ from typing import Any, Callable, Dict
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend, session_of
-from tinkex.local.checks import check_checkpoint_name
-from tinkex.local.http import (
-    digest,
-    digest_without,
-    json_body,
-    metadata,
-    need,
-    need_seq_id,
-    optional,
-    ttl_seconds,
-)
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import metadata, need, need_seq_id, optional, ttl_seconds
+from tinkex.local.http.messages import digest, digest_without, json_body
 from tinkex.local.routes.submission import submit
+from tinkex.local.scheduling.checks import check_checkpoint_name
 
 #: Fixed weights, or those of a target that every later save of this kind updates.
 _SAMPLER_KINDS = ("snapshot", "inflight")
@@ -84,9 +76,9 @@ def _submit_named_save(
 
 def _check_named(body: Dict[str, Any]) -> None:
     if _sampler_kind(body) == "inflight":
-        raise Problem(400, "inflight weights have no name; leave out the path")
+        raise HTTPError(400, "inflight weights have no name; leave out the path")
     if body.get("age_encryption_recipients"):
-        raise Problem(
+        raise HTTPError(
             400,
             "age_encryption_recipients are not offered here: the weights stay on this machine; "
             "leave them out",
@@ -96,7 +88,7 @@ def _check_named(body: Dict[str, Any]) -> None:
 def _sampler_kind(body: Dict[str, Any]) -> str:
     kind = optional(body, "kind", str) or "snapshot"
     if kind not in _SAMPLER_KINDS:
-        raise Problem(400, f"kind is {kind!r}; it must be one of {', '.join(_SAMPLER_KINDS)}")
+        raise HTTPError(400, f"kind is {kind!r}; it must be one of {', '.join(_SAMPLER_KINDS)}")
     return kind
 
 

@@ -7,20 +7,12 @@ from typing import Any, Dict, Type
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import (
-    answer,
-    check_kept,
-    check_scope,
-    idempotency_key,
-    json_body,
-    need,
-    optional,
-    page,
-)
-from tinkex.local.problems import Problem
-from tinkex.local.rows import SessionRow
-from tinkex.local.session_search import Search, instant, project_of, status_of
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import check_kept, need, optional
+from tinkex.local.http.messages import answer, check_scope, idempotency_key, json_body, page
+from tinkex.local.routes.session_search import Search, instant, project_of, status_of
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.rows import SessionRow
 from tinkex.types import (
     GetServerCapabilitiesResponse,
     GetSessionResponse,
@@ -71,10 +63,10 @@ def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
         body, _ = json_body()
         reason = (optional(body, "reason", dict) or {}).get("type", "success")
         if reason not in _REASONS:
-            raise Problem(400, f"reason {reason!r:.100} is unknown; it must be one of {_REASONS}")
+            raise HTTPError(400, f"reason {reason!r:.100} is unknown; it must be one of {_REASONS}")
         detail = body.get("detail")
         if not isinstance(detail, (str, type(None))):
-            raise Problem(400, f"field 'detail' must be of type str, not {detail!r:.100}")
+            raise HTTPError(400, f"field 'detail' must be of type str, not {detail!r:.100}")
         # Cut, not refused: a client that ends has no use for an error.
         backend.finish_session(session_id, reason, detail and detail[:_DETAIL_CHARACTERS])
         return answer({})
@@ -114,7 +106,7 @@ def _register_lists(app: Flask, backend: Backend, settings: ServerSettings) -> N
         body, _ = json_body()
         project_id = need(body, "project_id", str)
         if not project_id:
-            raise Problem(400, "project_id is empty; name a project")
+            raise HTTPError(400, "project_id is empty; name a project")
         _need_session(backend, session_id)
         backend.store.set_project(session_id, project_id)
         return answer({})
@@ -131,7 +123,7 @@ def _register_lists(app: Flask, backend: Backend, settings: ServerSettings) -> N
 def _need_session(backend: Backend, session_id: str) -> SessionRow:
     row = backend.store.session(session_id)
     if row is None:
-        raise Problem(404, f"session {session_id} is unknown")
+        raise HTTPError(404, f"session {session_id} is unknown")
     return row
 
 

@@ -7,9 +7,9 @@ from typing import Callable
 from flask import Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer
-from tinkex.local.lanes import Job
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import answer
+from tinkex.local.scheduling.lanes import Job
 
 #: Checks a submission and returns the work to do on the engine thread.
 Prepare = Callable[[], Callable[[], object]]
@@ -24,12 +24,12 @@ def submit(
     """
     backend.check_model(model_id)
     if seq_id < 1:
-        raise Problem(400, f"seq_id is {seq_id}; the requests of a run are numbered from 1")
+        raise HTTPError(400, f"seq_id is {seq_id}; the requests of a run are numbered from 1")
     request_id = backend.scheduler.find(model_id, seq_id, body_digest)
     if request_id is None:
         try:
             work = prepare()
-        except Problem:
+        except HTTPError:
             backend.scheduler.submit(model_id, seq_id, body_digest, None)
             raise
         job = Job(f"{model_id}:{seq_id}", work)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from flask import Flask, Response
 
 from tinkex.local.backend import Backend
-from tinkex.local.http import answer, json_body
-from tinkex.local.problems import Problem
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import answer, json_body
 
 #: Events are kept in memory.
 _MOST_BYTES = 1 << 20
@@ -19,6 +19,6 @@ def register(app: Flask, backend: Backend) -> None:
     def telemetry() -> Response:
         body, raw = json_body()
         if len(raw) > _MOST_BYTES:
-            raise Problem(413, f"the body is larger than {_MOST_BYTES} bytes; send fewer events")
+            raise HTTPError(413, f"the body is larger than {_MOST_BYTES} bytes; send fewer events")
         backend.telemetry.take(body)
         return answer({"status": "accepted"})

@@ -1,0 +1,207 @@
+"""PendingRequest: one request on its way to a result, and a worker's time with it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import TracebackType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Generic,
+    Iterator,
+    NamedTuple,
+    Optional,
+    Type,
+    TypeVar,
+)
+
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import Reply, Transport
+from tinkex.errors import ResultExpiredError
+from tinkex.futures import APIFuture
+
+if TYPE_CHECKING:
+    from tinkex.types import UntypedFuture
+
+T = TypeVar("T")
+
+
+class SamplerId(NamedTuple):
+    """A sampler as ``retrieve_futures`` names it: its samples finish independently of others'."""
+
+    sampling_session_id: str
+    clone: int = 0
+
+
+class PendingRequest(Generic[T]):
+    """One request, from the call to its result: how to send it, and how to read its result.
+
+    Subclasses override `send` and `decode`, and what else they need.  Used by one thread at a
+    time: the one that sends it, then the one that polls for it.
+
+    Attributes:
+        future: settled with the result.
+        owner: what it is part of, for log lines: ``"run ..."`` or ``"sampler ..."``.
+        binary: the result may be protobuf.
+        large: the result may be so large that few of its kind should be fetched at once.
+        pause_grace_s: a pause of the owner is logged after this long.
+        no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
+        accepted: the server works on it, under the future's request id.
+        lost: why it has to be sent again: the server had accepted it, and lost the result.
+        maybe_lost: a response to a poll was lost on its way, which may have held the result.
+        losses: how often it was sent again because the result was lost.
+    """
+
+    __slots__ = (
+        "accepted",
+        "future",
+        "large",
+        "losses",
+        "lost",
+        "maybe_lost",
+        "no_progress_timeout_s",
+        "owner",
+    )
+
+    binary = False
+    pause_grace_s = 60.0
+
+    def __init__(
+        self,
+        future: APIFuture[T],
+        owner: str = "",
+        *,
+        large: bool = False,
+        no_progress_timeout_s: Optional[float] = None,
+    ) -> None:
+        self.future = future
+        self.owner = owner
+        self.large = large
+        self.no_progress_timeout_s = no_progress_timeout_s
+        self.accepted = False
+        self.lost: Optional[ResultExpiredError] = None
+        self.maybe_lost = False
+        self.losses = 0
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it, on *channel* if there is one; blocks.  Each call makes a new request of it."""
+        raise NotImplementedError
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result from the final reply.  May raise TinkexError."""
+        raise NotImplementedError
+
+    def on_failure(self, error: BaseException) -> Optional[BaseException]:
+        """Return the error to report for *error*, or None if the request goes on all the same.
+
+        Called in the thread that polls for it; must be quick and not raise.
+        """
+        return error
+
+    def retry_after_loss(self) -> Optional[float]:
+        """Seconds after which to send it again if the server lost its result; None is never."""
+        return None
+
+    def sampler_id(self) -> Optional[SamplerId]:
+        """The sampler whose request it is, once it was sent; None polls for it individually."""
+        return None
+
+    def submit(self, lease: Lease) -> None:
+        """Send it on the connection of *lease*; blocks, and raises what `send` raises."""
+        self.future.enter("submitting")
+        with lease.submitting():
+            response = self.send(lease.channel)
+        self.note_accepted(response.request_id)
+
+    def note_accepted(self, request_id: str) -> None:
+        """The server works on it, and *request_id* asks for the result."""
+        self.future.enter("waiting", request_id)
+        self.accepted, self.lost, self.maybe_lost = True, None, False
+
+    def note_lost(self, error: ResultExpiredError) -> None:
+        """The server has no result for it any more."""
+        self.accepted, self.lost = False, error
+
+
+class AcceptedRequest(PendingRequest[T]):
+    """One that the server has accepted already, read by a function."""
+
+    def __init__(
+        self, future: APIFuture[T], decode: Callable[[Reply], T], owner: str, request_id: str
+    ) -> None:
+        super().__init__(future, owner)
+        self._decode = decode
+        self.note_accepted(request_id)
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result."""
+        return self._decode(reply)
+
+
+class Lease:
+    """A worker's use of its connection for one future; it ends once the future is cancelled.
+
+    A poll is then aborted.  A submission is finished, but not retried: its response holds the id
+    under which the server can be asked to cancel.
+    """
+
+    def __init__(self, future: APIFuture[Any], channel: AnyChannel) -> None:
+        self.channel = channel
+        # Guards _over and _submitting.
+        self._lock = threading.Lock()
+        self._over = False
+        self._submitting = False
+        future.on_settled(self._settled)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        with self._lock:
+            self._over = True
+
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Do not abort the request that is sent inside."""
+        with self._lock:
+            self._submitting = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._submitting = False
+
+    def _settled(self, future: Any) -> None:
+        """In the thread that settles the future: release the worker if it was cancelled."""
+        with self._lock:
+            if self._over or not future.cancelled():
+                return
+            self.channel.stopped.set()  # the worker's next lease takes another channel
+            submitting = self._submitting
+        if not submitting:
+            self.channel.abort()
+
+
+class ThreadLocalConnections:
+    """A connection for each thread that asks for one."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._thread_local = threading.local()
+
+    def get(self) -> AnyChannel:
+        """The calling thread's own; replaced once it was stopped."""
+        channel: Optional[AnyChannel] = getattr(self._thread_local, "channel", None)
+        if channel is not None and channel.stopped.is_set():
+            channel.abort()
+            channel = None
+        if channel is None:
+            channel = self._thread_local.channel = self._transport.open_connection()
+        return channel

@@ -1,0 +1,361 @@
+"""Runtime: what all clients of one server share, with a live session or without.
+
+A ServiceClient opens a runtime with a session, and so does a sampling client that another process
+sent here; RestClient and AdminClient made on their own open one without, and then nothing is
+created on the server.  Every client holds its runtime; whatever starts a thread is owned by it.
+
+Threads: those of the poller and of the session manager, ``tinkex-create-i`` (or ``tinkex-rest-i``
+without a session) for calls that block, ``tinkex-submit-<run>`` for each training run with work,
+and ``tinkex-telemetry``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar
+
+from tinkex._api.encoding_choice import Dialect
+from tinkex._results.poller import Poller
+from tinkex._runtime import lifecycle
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._sessions.manager import SessionManager
+from tinkex._sessions.session import Session
+from tinkex._transport.server_flags import flags_for
+from tinkex._transport.transport import Transport
+from tinkex.config import Config
+from tinkex.errors import ClientClosedError, TinkexError
+from tinkex.futures import APIFuture
+from tinkex.usage import Ledger
+
+if TYPE_CHECKING:
+    from tinkex._sessions.telemetry import Reporter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The runtimes with a session of this process, by (process id, session id): the child of a fork
+# must not find its parent's.  Guarded by lifecycle.module_lock().
+_by_session: weakref.WeakValueDictionary[Tuple[int, str], Runtime] = weakref.WeakValueDictionary()
+
+#: Calls that run in the background at the same time; more wait.
+_BACKGROUND_THREADS = 8
+
+#: close spends at most this long, in seconds, on telemetry that was not sent yet.
+TELEMETRY_S = 1.0
+
+
+class Runtime:
+    """The transport, threads and counters that the clients of one server share.  Thread-safe.
+
+    Args:
+        config: settings of the clients.
+        manager: opens the session and keeps it alive; None for a runtime without a session.
+        session_id: a session that another process opened, to be kept alive but not ended here.
+
+    With a *manager*, constructing it blocks until the server has created the session, unless
+    *session_id* is given.  Without one it sends nothing, and until the server has responded once,
+    calls ride out an outage for ``startup_timeout_s`` only, so that a wrong address is reported
+    soon; from then on it is ``max_outage_s``.
+
+    Raises:
+        APIError: the session could not be created; nothing is left behind.
+
+    Attributes:
+        config: as given.
+        transport: sends every request but heartbeats and telemetry, which have their own.
+        poller: owns all outstanding futures.
+        dialect: which encodings the server takes.
+        ledger: what the clients have used, and their budget.
+        telemetry: reports failures to the server, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manager: Optional[SessionManager] = None,
+        session_id: Optional[str] = None,
+    ) -> None:
+        self.config = config
+        self._opened_at = _callers_line()
+        self._pid = os.getpid()
+        self._closing = threading.Event()
+        self._closed = threading.Event()
+        # Guards _closer (the thread that closes, so that only one does) and _lanes.
+        self._lock = threading.Lock()
+        self._closer: Optional[threading.Thread] = None
+        self._lanes: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+        self.dialect = Dialect(config)
+        self.ledger = Ledger(config.budget, config.prices)
+        if manager is None:
+            outage_s = min(config.startup_timeout_s, config.max_outage_s)
+            at_first = dataclasses.replace(config, max_outage_s=outage_s)
+        else:  # its session shows that the server is there
+            at_first = config
+        self.transport = Transport(at_first, closing=self._closing)
+        self.transport.billing.find_limit_s = _billing_limit(self.transport)
+        self._session: Optional[Session] = None
+        if manager is not None:
+            self._session = Session(config, manager, self.transport, session_id)
+        try:
+            self._set_up(config)
+        except BaseException:  # Ctrl-C too
+            if self._session is not None:
+                self._session.stop("interrupted", None, timeout_s=2.0)
+            raise
+
+    def _set_up(self, config: Config) -> None:
+        session = self._session
+        self.telemetry: Optional[Reporter] = None
+        if config.telemetry:
+            from tinkex._sessions.telemetry import open_reporter  # most programs want none
+
+            reported_id = f"sessionless-{uuid.uuid4()}" if session is None else session.session_id
+            self.telemetry = open_reporter(config, reported_id)
+        report = None if self.telemetry is None else self.telemetry.operation_failed
+        # explain is a method of ours: a future that waits keeps the runtime, so that a program may
+        # drop its clients and keep their futures.
+        self.poller = Poller(self.transport, self.explain, report)
+        if session is None:
+            self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
+        else:
+            self._background = WorkerPool("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
+        hooks = [*self.poller.stoppers, self._background.finalizer_hook]
+        if self.telemetry is not None:
+            hooks.append(self.telemetry.finalizer_hook)
+            if session is not None and session.owned:
+                self.telemetry.session_started()
+        self._finalizer = weakref.finalize(self, _run_all, hooks)
+        self._finalizer.atexit = False  # close_at_exit does that
+        lifecycle.track(self)
+        if session is not None:
+            with lifecycle.module_lock():
+                _by_session[os.getpid(), session.session_id] = self
+
+    @classmethod
+    def attach(cls, config: Config, manager: SessionManager, session_id: str) -> Runtime:
+        """Return this process's runtime of that session, or open one that keeps it alive here."""
+        with lifecycle.module_lock():
+            found = _by_session.get((os.getpid(), session_id))
+        if found is not None and not found.closed:
+            return found
+        return cls(config, manager, session_id)
+
+    @property
+    def session(self) -> Session:
+        """The live session.
+
+        Raises:
+            RuntimeError: there is none; clients that need one are made by a ServiceClient only.
+        """
+        if self._session is None:
+            raise RuntimeError("this client has no session")
+        return self._session
+
+    @property
+    def session_id(self) -> Optional[str]:
+        """The server's id of the session, for errors; None if there is no session."""
+        return None if self._session is None else self._session.session_id
+
+    @property
+    def closed(self) -> bool:
+        """True once close has begun."""
+        return self._closing.is_set()
+
+    @property
+    def forked(self) -> bool:
+        """True in the child of a fork, where the runtime must not be used.
+
+        Locks may be dead there, and sockets are the parent's too: touch neither.
+        """
+        return self._pid != os.getpid()
+
+    def ensure_open(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was called, unless the runtime is usable here."""
+        self.ensure_not_forked(what)
+        if not self._closing.is_set():
+            return
+        if self._session is None:
+            raise ClientClosedError(f"{what}: the client was closed", hint="Create a new one.")
+        raise ClientClosedError(
+            f"{what}: the ServiceClient of session {self.session_id} was closed",
+            session_id=self.session_id,
+            hint="Create a new ServiceClient, or do the work inside its `with` block.",
+        )
+
+    def ensure_not_forked(self, what: str) -> None:
+        """Raise ClientClosedError, naming *what* was called, in the child of a fork."""
+        if self.forked:
+            kind = "client" if self._session is None else "ServiceClient"
+            raise ClientClosedError(
+                f"{what}: this client belongs to the parent process of a fork",
+                session_id=self.session_id,
+                hint=f"Create a {kind} in the child process.",
+            )
+
+    def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
+        """Run *work* on a background thread; return its future at once."""
+        self.ensure_open(kind)
+        future: APIFuture[T] = self.poller.new_future(kind)
+        future.enter("submitting")
+        self._background.submit(lambda: self._run_now(future, work))
+        return future
+
+    def _run_now(self, future: APIFuture[T], work: Callable[[], T]) -> None:
+        if future.done():  # cancelled while it waited for a thread
+            return
+        try:
+            value = work()
+            self.transport.config = self.config  # the server is there: full patience from now on
+            future.settle(value)
+        except Exception as error:
+            self.poller.fail(future, error)
+
+    def explain(self, error: TinkexError) -> TinkexError:
+        """Return the error to show for failed work; see `Session.explain`."""
+        return error if self._session is None else self._session.explain(error)
+
+    def new_lane(self, name: str) -> WorkerPool:
+        """Make a serial lane with a thread of that *name*; it is stopped with the runtime."""
+        lane = WorkerPool(name, 1)
+        with self._lock:
+            self._lanes.add(lane)
+        return lane
+
+    def close(
+        self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
+    ) -> None:
+        """End everything; takes at most about *timeout_s*.  Idempotent, safe from several threads.
+
+        The order: refuse new work, so that nothing is added; settle outstanding futures, so that
+        every waiter wakes; stop the threads; stop the heartbeats and finish the session; send the
+        telemetry that is left, within a second; close connections last, since these need some.
+        """
+        if self.forked:
+            return
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            mine = self._closer is None
+            if mine:
+                self._closer = threading.current_thread()
+        if not mine:
+            # A callback on one of our threads must not wait for the close that joins its thread.
+            if not threading.current_thread().name.startswith("tinkex-"):
+                self._closed.wait(max(0.0, deadline - time.monotonic()))
+            return
+        try:
+            pools = self._stop_work()
+            self.poller.say_goodbye(deadline)
+            if self._session is not None:
+                self._session.stop(status, detail, timeout_s=_half_of_rest(deadline))
+            if self.telemetry is not None:
+                self._close_telemetry(min(_half_of_rest(deadline), TELEMETRY_S))
+            self._join(pools, deadline)
+        except BaseException:
+            with self._lock:
+                self._closer = None  # Ctrl-C: the next close, at exit at the latest, goes on
+            raise
+        self._finalizer.detach()
+        lifecycle.untrack(self)
+        self._closed.set()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, exc_type: Optional[Type[BaseException]], *exc: object) -> None:
+        self.close(*outcome_of(exc_type))
+
+    def close_at_exit(self, status: str, timeout_s: float) -> None:
+        """See lifecycle.Tracked.  The manager, which is closed after us, finishes the session."""
+        pools = self._stop_work()
+        self.poller.say_goodbye(time.monotonic() + min(timeout_s / 2, 0.25))
+        self._join(pools, time.monotonic() + min(timeout_s / 2, 0.5))
+        if self.telemetry is not None:
+            self._close_telemetry(min(timeout_s / 2, 0.5))
+        self._finalizer.detach()
+        self._closed.set()
+
+    def _stop_work(self) -> List[WorkerPool]:
+        """Refuse new work, wake every waiter, and have the threads end."""
+        self._closing.set()
+        self.poller.close(
+            ClientClosedError(
+                "the client was closed before this was done", session_id=self.session_id
+            )
+        )
+        with self._lock:
+            pools = [*self._lanes, self._background]
+        for pool in pools:
+            pool.close()
+        self.transport.abort()
+        return pools
+
+    def _close_telemetry(self, timeout_s: float) -> None:
+        assert self.telemetry is not None
+        session_ends = self._session is not None and self._session.owned
+        self.telemetry.close(timeout_s, ended=session_ends)
+
+    def _join(self, pools: List[WorkerPool], deadline: float) -> None:
+        stayed = self.poller.join(deadline)
+        stayed += [name for pool in pools for name in pool.join(deadline)]
+        if stayed:
+            logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
+
+    def forget_after_fork(self) -> None:
+        """See lifecycle.Tracked: the child must neither use nor end the parent's session."""
+        self._finalizer.detach()
+
+    def __del__(self) -> None:
+        # The finalizer does not show whether close was called: the garbage collector runs it
+        # before this.
+        session = getattr(self, "_session", None)
+        if session is None or not session.owned or not hasattr(self, "_finalizer"):
+            return
+        if self._closer is None and not self._closed.is_set() and not self.forked:
+            warnings.warn(
+                f"unclosed ServiceClient of session {session.session_id}, opened at "
+                f"{self._opened_at}; use `with ServiceClient(...)` or close()",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+
+def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[str]]:
+    """Status and detail of a session whose ``with`` block was left by *exc_type*, or normally."""
+    if exc_type is None:
+        return "success", None
+    failed = issubclass(exc_type, Exception)  # Ctrl-C and SystemExit are no failure
+    return "errored" if failed else "interrupted", exc_type.__name__
+
+
+def _billing_limit(transport: Transport) -> Callable[[], float]:
+    return lambda: flags_for(transport).billing_exception_max_pause_duration_sec
+
+
+def _half_of_rest(deadline: float) -> float:
+    """Half of the time that is left, so that what comes after it gets some, too."""
+    return max(0.2, (deadline - time.monotonic()) / 2)
+
+
+def _run_all(hooks: List[Callable[[], None]]) -> None:
+    """Runs in a finalizer, at any time in any thread: nothing here may lock or wait."""
+    for hook in hooks:
+        hook()
+
+
+def _callers_line() -> str:
+    """``file:line`` of the first caller outside this package."""
+    frame: Any = sys._getframe(1)
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

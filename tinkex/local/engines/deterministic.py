@@ -1,0 +1,496 @@
+"""An engine without any machine learning, for tests: numpy only.
+
+Everything it answers is a pure function of the input and of the optimizer steps taken.  Before
+the first step it is a proper language model: after token p at position i, eight candidate tokens
+(chosen by a hash of p and i) share 95 % of the probability, all tokens the rest.  Each step
+shrinks every log-probability by the same rule, so any loss on any data falls.
+
+Its text is one character per token: token t reads ``chr(t)``.  Token 0 ends a sequence.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+from pathlib import Path
+from typing import (
+    Any,
+    Container,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    TypedDict,
+    Union,
+)
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.errors import InvalidInputError
+from tinkex.local.engines.engine import (
+    LOSSES,
+    EngineError,
+    EngineInfo,
+    Finished,
+    SampledToken,
+    StreamingRequest,
+)
+from tinkex.local.engines.hash_model import (
+    END_OF_SEQUENCE,
+    F32,
+    HashModel,
+    Inputs,
+    digest,
+    loss,
+    mix,
+    shares,
+)
+from tinkex.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    PromptAltTokens,
+    SampledSequence,
+    SampleRequest,
+    SampleResponse,
+    TensorData,
+    TopkLogprobs,
+)
+from tinkex.types.sampling import TOPK_SENTINEL
+
+_SLICE = 8  # tokens per sequence and slice
+_STATE_FILE = "deterministic.json"
+
+
+@dataclasses.dataclass
+class _Adapter:
+    """What stands for an adapter and its optimizer."""
+
+    lora: LoraConfig
+    steps: int = 0  # weights: optimizer steps taken
+    optimizer_steps: int = 0  # Adam's own count; a fresh optimizer starts again
+    gradient: bool = False
+
+
+class DeterministicEngine:
+    """An Engine whose answers can be predicted.  See the module's description.
+
+    Args:
+        model_name: the name clients ask for.
+        vocab_size: token ids lie below this.
+        context_length: most tokens of prompt and continuation together.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "deterministic",
+        *,
+        vocab_size: int = 200_000,
+        context_length: int = 32_768,
+        tokenizer_id: Optional[str] = None,
+    ) -> None:
+        self._info = EngineInfo(
+            model_name=model_name,
+            arch="deterministic",
+            context_length=context_length,
+            vocab_size=vocab_size,
+            tokenizer_id=tokenizer_id,
+            eos_tokens=(END_OF_SEQUENCE,),
+        )
+        self._model = HashModel(vocab_size)
+        self._adapters: Dict[str, _Adapter] = {}
+        self._samplers: Dict[str, int] = {}
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine serves."""
+        return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """None: token t reads ``chr(t)``."""
+        return None
+
+    # Training
+
+    def adapted(self, lora: LoraConfig) -> Dict[str, int]:
+        """Return nothing: there are no layers.  Safe from any thread."""
+        return {}
+
+    def create(self, model_id: str, lora: LoraConfig) -> None:
+        """Make a fresh adapter."""
+        try:
+            lora.check()
+        except InvalidInputError as error:
+            raise EngineError(str(error)) from error
+        self._adapters[model_id] = _Adapter(lora)
+
+    def unload(self, model_id: str) -> None:
+        """Forget an adapter."""
+        self._adapters.pop(model_id, None)
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Union[float, str]],
+        *,
+        forward_only: bool = False,
+    ) -> ForwardBackwardOutput:
+        """Compute loss and logprobs of each datum."""
+        adapter = self._adapter(model_id)
+        if loss_fn not in LOSSES:
+            raise EngineError(f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
+        if not data:
+            raise EngineError("the batch is empty")
+        checked = [self._check(index, datum, loss_fn) for index, datum in enumerate(data)]
+        total = 0.0
+        outputs: List[Dict[str, TensorData]] = []
+        for index, inputs in enumerate(checked):
+            tokens, targets = inputs["tokens"], inputs["target_tokens"]
+            positions = np.arange(tokens.size, dtype=np.int64)
+            if targets.ndim == 2:
+                tokens, positions = tokens[:, None], positions[:, None]
+            logprobs = self._model.logprobs(tokens, positions, targets, adapter.steps)
+            own = loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
+            if not np.isfinite(own):
+                raise EngineError(
+                    f"datum {index}: the loss is not finite; its logprobs may belong to another "
+                    "model or to other tokens"
+                )
+            total += own
+            outputs.append({"logprobs": TensorData.from_numpy(logprobs)})
+        if not forward_only:
+            adapter.gradient = True
+        return ForwardBackwardOutput(
+            outputs, {"loss:sum": total}, loss_fn_output_type="TorchLossReturn"
+        )
+
+    def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
+        """Count a step, if there is a gradient to take it with."""
+        adapter = self._adapter(model_id)
+        try:
+            params.check()
+        except InvalidInputError as error:
+            raise EngineError(str(error)) from error
+        norm = 1.0 / (1 + adapter.steps) if adapter.gradient else 0.0
+        adapter.steps += adapter.gradient
+        adapter.optimizer_steps += adapter.gradient
+        adapter.gradient = False
+        return {"grad_norm:mean": norm, "optimizer_steps:max": float(adapter.optimizer_steps)}
+
+    def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
+        """Write the adapter's state into *folder*."""
+        adapter = self._adapter(model_id)
+        state = {
+            "lora": adapter.lora.to_wire(),
+            "steps": adapter.steps,
+            "optimizer_steps": adapter.optimizer_steps if with_optimizer else None,
+        }
+        (folder / _STATE_FILE).write_text(json.dumps(state))
+
+    def export(self, model_id: str, folder: Path) -> None:
+        """Write the adapter's state into *folder*."""
+        self.save(model_id, folder, with_optimizer=False)
+
+    def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
+        """Take over a saved state."""
+        adapter, state = self._adapter(model_id), _read_state(folder)
+        optimizer_steps = state["optimizer_steps"] if with_optimizer else 0
+        if optimizer_steps is None:
+            raise EngineError("the checkpoint holds no optimizer state; load it without")
+        adapter.steps, adapter.optimizer_steps = state["steps"], optimizer_steps
+        adapter.gradient = False
+
+    def lora_config(self, folder: Path) -> LoraConfig:
+        """Return the configuration of a saved adapter."""
+        return LoraConfig.from_wire(_read_state(folder)["lora"])
+
+    # Sampling
+
+    def create_sampler(self, sampler_id: str, folder: Optional[Path]) -> None:
+        """Make a sampler of a saved adapter, or of the base model."""
+        self._samplers[sampler_id] = 0 if folder is None else int(_read_state(folder)["steps"])
+
+    def unload_sampler(self, sampler_id: str) -> None:
+        """Forget a sampler."""
+        self._samplers.pop(sampler_id, None)
+
+    def sample(
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
+    ) -> Iterator[List[Finished]]:
+        """Run *requests* as one batch, eight tokens of each sequence per slice."""
+        if sampler_id not in self._samplers:
+            raise EngineError(f"sampler {sampler_id} is unknown", "server")
+        return self._slices(self._samplers[sampler_id], requests, dropped)
+
+    def interrupt(self) -> None:
+        """Do nothing: no call takes long."""
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._adapters.clear()
+        self._samplers.clear()
+
+    def _slices(
+        self, steps: int, requests: Sequence[SampleRequest], dropped: Container[int]
+    ) -> Iterator[List[Finished]]:
+        running: Dict[int, List[_Draw]] = {}
+        finished: List[Finished] = []
+        for index, request in enumerate(requests):
+            try:
+                running[index] = self._draws(request, steps)
+            except (EngineError, InvalidInputError) as error:
+                finished.append((index, EngineError(str(error))))
+        while running:
+            running = {index: draws for index, draws in running.items() if index not in dropped}
+            for _ in range(_SLICE):
+                self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
+            for index, draws in list(running.items()):
+                if all(draw.stop_reason for draw in draws):
+                    del running[index]
+                    finished.append((index, self._response(requests[index], draws, steps)))
+            yield finished
+            finished = []
+        if finished:
+            yield finished
+
+    def _draws(self, request: SampleRequest, steps: int) -> List[_Draw]:
+        request.sampling_params.check()
+        prompt = request.prompt.to_numpy()
+        if request.num_samples < 1:
+            raise EngineError(f"num_samples is {request.num_samples}; it must be at least 1")
+        self._check_tokens(prompt, "the prompt")
+        room = self._info.context_length - prompt.size
+        wanted = request.sampling_params.max_tokens
+        if room < 1:
+            raise EngineError(
+                f"the prompt has {prompt.size} tokens; the context of "
+                f"{self._info.context_length} leaves no room for a continuation"
+            )
+        most = room if wanted is None else min(wanted, room)
+        seed = request.sampling_params.seed
+        origin = digest(prompt) if seed is None else seed
+        chances = shares(request.sampling_params, steps)
+        last = int(prompt.size) - 1
+        return [
+            _Draw(request, i, int(prompt[-1]), last, most, origin + 7919 * i, steps, chances)
+            for i in range(request.num_samples)
+        ]
+
+    def _draw_tokens(self, draws: Sequence[_Draw]) -> None:
+        """Append one token to each of *draws* (of one sampler), and note why some end."""
+        if not draws:
+            return
+        previous = np.array([draw.previous for draw in draws])
+        positions = np.array([draw.position for draw in draws])
+        candidates, _ = self._model.candidates(previous, positions, -1)
+        seeds = np.array([draw.seed & 0xFFFFFFFF for draw in draws], dtype=np.uint64)
+        dice = mix(seeds << np.uint64(32) | positions.astype(np.uint64)) / 2.0**64
+        rank = [
+            min(bisect.bisect_right(draw.shares, throw * draw.shares[-1]), len(draw.shares) - 1)
+            for draw, throw in zip(draws, dice.tolist())
+        ]
+        chosen = candidates[np.arange(len(draws)), rank]
+        logprobs = self._model.logprobs(previous, positions, chosen, draws[0].steps)
+        for draw, token, logprob in zip(draws, chosen.tolist(), logprobs.tolist()):
+            draw.append(token, logprob)
+            if isinstance(draw.request, StreamingRequest) and draw.request.on_token is not None:
+                draw.request.on_token(self._sampled(draw))
+
+    def _sampled(self, draw: _Draw) -> SampledToken:
+        """Return the newest token of *draw*."""
+        k = draw.request.topk_sample_logprobs
+        top = []
+        if k:
+            before = (
+                draw.tokens[-2] if len(draw.tokens) > 1 else int(draw.request.prompt.to_numpy()[-1])
+            )
+            table = self._model.topk(np.array([before], np.int64), draw.position - 1, k, draw.steps)
+            top = table.rows()[0] or []
+        return SampledToken(draw.number, draw.tokens[-1], draw.logprobs[-1], top, draw.stop_reason)
+
+    def _response(
+        self, request: SampleRequest, draws: Sequence[_Draw], steps: int
+    ) -> SampleResponse:
+        prompt = request.prompt.to_numpy()
+        return SampleResponse(
+            sequences=[
+                SampledSequence(
+                    str(draw.stop_reason),
+                    np.array(draw.tokens, dtype=np.int32),
+                    np.array(draw.logprobs, dtype=np.float32),
+                    topk_logprobs_np=self._sampled_topk(request, draw),
+                )
+                for draw in draws
+            ],
+            **self._prompt_facts(request, prompt, steps),
+        )
+
+    def _prompt_facts(
+        self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
+    ) -> _PromptFacts:
+        before = prompt[:-1].astype(np.int64)
+        positions = np.arange(before.size, dtype=np.int64)
+        facts: _PromptFacts = {}
+        if request.prompt_logprobs:
+            known = self._model.logprobs(before, positions, prompt[1:].astype(np.int64), steps)
+            if request.prompt_logprobs_last_n is not None:
+                known[: max(0, known.size - request.prompt_logprobs_last_n)] = np.nan
+            facts["prompt_logprobs_np"] = np.concatenate(([np.nan], known)).astype(np.float32)
+        if request.topk_prompt_logprobs:
+            k = request.topk_prompt_logprobs
+            table = self._model.topk(before, 0, k, steps)
+            # Nothing precedes the first token: its row is empty.
+            facts["topk_prompt_logprobs_np"] = TopkLogprobs(
+                np.concatenate((np.zeros((1, k), np.int32), table.token_ids)),
+                np.concatenate((np.full((1, k), TOPK_SENTINEL, np.float32), table.logprobs)),
+            )
+        if request.target_prompt_logprobs is not None:
+            asked = request.target_prompt_logprobs
+            rows = asked.to_numpy(pad_value=-1)
+            if rows.ndim != 2 or rows.shape[0] != before.size:
+                raise EngineError(
+                    f"target_prompt_logprobs has shape {asked.shape}; it needs {before.size} rows, "
+                    "one per prompt token except the first"
+                )
+            values = self._model.logprobs(before[:, None], positions[:, None], rows, steps)
+            values[rows < 0] = 0.0
+            facts["target_prompt_logprobs"] = TensorData.from_numpy(values)
+        if request.prompt_alt_tokens_k:
+            tokens, _ = self._model.candidates(before, positions, request.prompt_alt_tokens_k)
+            values = self._model.logprobs(before[:, None], positions[:, None], tokens, steps)
+            facts["prompt_alt_tokens"] = PromptAltTokens(
+                TensorData.from_numpy(tokens), TensorData.from_numpy(values)
+            )
+        return facts
+
+    def _sampled_topk(self, request: SampleRequest, draw: _Draw) -> Optional[TopkLogprobs]:
+        if not request.topk_sample_logprobs:
+            return None
+        prompt = request.prompt.to_numpy()
+        previous = np.array([int(prompt[-1]), *draw.tokens[:-1]], dtype=np.int64)
+        last = int(prompt.size) - 1
+        return self._model.topk(previous, last, request.topk_sample_logprobs, draw.steps)
+
+    def _adapter(self, model_id: str) -> _Adapter:
+        if model_id not in self._adapters:
+            raise EngineError(f"model {model_id} is not loaded", "server")
+        return self._adapters[model_id]
+
+    def _check_tokens(self, tokens: npt.NDArray[np.int32], what: str) -> None:
+        if not tokens.size:
+            raise EngineError(f"{what} is empty")
+        if tokens.size > self._info.context_length:
+            raise EngineError(
+                f"{what} has {tokens.size} tokens; the context is {self._info.context_length}"
+            )
+        if int(tokens.max()) >= self._info.vocab_size or int(tokens.min()) < 0:
+            raise EngineError(
+                f"{what} holds token {int(tokens.max())}; "
+                f"the vocabulary ends at {self._info.vocab_size - 1}"
+            )
+
+    def _check(self, index: int, datum: Datum, loss_fn: str) -> Inputs:
+        """Return the datum's arrays, or say what is wrong with it."""
+        try:
+            tokens = datum.model_input.to_numpy()
+        except InvalidInputError as error:
+            raise EngineError(f"datum {index}: {error}") from error
+        self._check_tokens(tokens, f"datum {index}")
+        inputs = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
+        needed = (
+            ["target_tokens"]
+            if loss_fn == "cross_entropy"
+            else ["target_tokens", "logprobs", "advantages"]
+        )
+        for name in needed:
+            if name not in inputs:
+                raise EngineError(f"datum {index}: loss {loss_fn} needs the input {name!r}")
+        targets = inputs["target_tokens"]
+        if targets.shape[:1] != tokens.shape:
+            raise EngineError(
+                f"datum {index}: target_tokens has {targets.shape[0] if targets.ndim else 0} rows "
+                f"for {tokens.size} input tokens; they must be equally long"
+            )
+        for name, values in inputs.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise EngineError(f"datum {index}: loss input {name!r} holds NaN or infinity")
+            if values.shape != targets.shape:
+                raise EngineError(
+                    f"datum {index}: loss input {name!r} has shape {values.shape}, "
+                    f"target_tokens {targets.shape}"
+                )
+        self._check_tokens(targets.reshape(-1), f"datum {index}: target_tokens")
+        return {**inputs, "tokens": tokens.astype(np.int64)}
+
+
+class _PromptFacts(TypedDict, total=False):
+    """What was asked about the prompt, under the names of SampleResponse."""
+
+    prompt_logprobs_np: F32
+    topk_prompt_logprobs_np: TopkLogprobs
+    target_prompt_logprobs: TensorData
+    prompt_alt_tokens: PromptAltTokens
+
+
+@dataclasses.dataclass
+class _Draw:
+    """One continuation in the making."""
+
+    request: SampleRequest
+    number: int
+    previous: int  # the last token so far ...
+    position: int  # ... and where it stands
+    most: int
+    seed: int
+    steps: int
+    shares: List[float]
+    tokens: List[int] = dataclasses.field(default_factory=list)
+    logprobs: List[float] = dataclasses.field(default_factory=list)
+    stop_reason: Optional[str] = None
+
+    def append(self, token: int, logprob: float) -> None:
+        """Take in the token that was drawn, and note why the sequence ends, if it does."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.previous, self.position = token, self.position + 1
+        request = self.request
+        at_eos = isinstance(request, StreamingRequest) and request.stop_at_eos
+        if _stops(self.tokens, request.sampling_params.stop) or (
+            at_eos and token == END_OF_SEQUENCE
+        ):
+            self.stop_reason = "stop"
+        elif len(self.tokens) >= self.most:
+            self.stop_reason = "length"
+
+
+def _stops(tokens: List[int], stop: Union[str, Sequence[str], Sequence[int], None]) -> bool:
+    if stop is None:
+        return tokens[-1] == END_OF_SEQUENCE
+    for end in [stop] if isinstance(stop, str) else stop:
+        if isinstance(end, str):
+            if "".join(map(chr, tokens[-len(end) :])) == end:
+                return True
+        elif end == tokens[-1]:
+            return True
+    return False
+
+
+def _read_state(folder: Path) -> Dict[str, Any]:
+    try:
+        state: Dict[str, Any] = json.loads((folder / _STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{folder.name} is not a checkpoint of the deterministic engine: {error}"
+        ) from error
+    return state

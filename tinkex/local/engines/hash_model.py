@@ -1,0 +1,143 @@
+"""The arithmetic behind the deterministic engine: a language model made of a hash.  numpy only.
+
+Pure functions of their arguments; safe from any thread.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, List, Mapping, Tuple, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.local.engines.engine import EngineError
+from tinkex.types import SamplingParams, TopkLogprobs
+from tinkex.types.sampling import TOPK_SENTINEL
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Inputs = Dict[str, npt.NDArray[Any]]
+
+END_OF_SEQUENCE = 0
+_WEIGHTS = np.array([32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 0.5])
+_WEIGHTS = 0.95 * _WEIGHTS / _WEIGHTS.sum()
+_SPREAD = 0.05  # shared by the whole vocabulary
+
+
+def mix(values: U64) -> U64:
+    """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def digest(tokens: npt.NDArray[np.int32]) -> int:
+    """A number that depends on every token and its place."""
+    places = np.arange(tokens.size, dtype=np.uint64) << np.uint64(32)
+    return int(np.bitwise_xor.reduce(mix(tokens.astype(np.uint64) | places)))
+
+
+class HashModel:
+    """What follows each token, by a hash of the token and its position."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def candidates(self, previous: I64, positions: I64, top_k: int) -> Tuple[I64, F32]:
+        """Return the candidate tokens after each token, likeliest first, and their weights."""
+        count = len(_WEIGHTS) if top_k < 1 else min(top_k, len(_WEIGHTS))
+        seeds = mix(previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64))
+        rank = np.arange(count, dtype=np.uint64)
+        hashes = mix(seeds[:, None] + rank[None, :] * np.uint64(0x9E3779B97F4A7C15))
+        # Never the end token, but for the last and least likely candidate.
+        tokens = 1 + (hashes % np.uint64(self.vocab_size - 1)).astype(np.int64)
+        if count == len(_WEIGHTS):
+            tokens[:, -1] = END_OF_SEQUENCE
+        weights = np.broadcast_to(_WEIGHTS[:count], tokens.shape).astype(np.float32)
+        return tokens, weights
+
+    def logprobs(self, previous: I64, positions: I64, targets: I64, steps: int) -> F32:
+        """Log-probability of *targets*; the arguments broadcast against each other."""
+        previous, positions, targets = np.broadcast_arrays(previous, positions, targets)
+        tokens, weights = self.candidates(previous.reshape(-1), positions.reshape(-1), -1)
+        hit = tokens == targets.reshape(-1, 1)
+        probability = (weights * hit).sum(axis=1) + _SPREAD / self.vocab_size
+        shrunk = np.log(probability) / (1.0 + 0.1 * steps)
+        result: F32 = shrunk.reshape(targets.shape).astype(np.float32)
+        return result
+
+    def topk(self, previous: I64, first_position: int, k: int, steps: int) -> TopkLogprobs:
+        """The k likeliest tokens after each of *previous*, which stand side by side."""
+        positions = first_position + np.arange(previous.size, dtype=np.int64)
+        tokens, _ = self.candidates(previous, positions, k)
+        logprobs = self.logprobs(previous[:, None], positions[:, None], tokens, steps)
+        ids = np.zeros((previous.size, k), dtype=np.int32)
+        values = np.full((previous.size, k), TOPK_SENTINEL, dtype=np.float32)
+        ids[:, : tokens.shape[1]] = tokens
+        values[:, : tokens.shape[1]] = logprobs
+        return TopkLogprobs(ids, values)
+
+
+def shares(params: SamplingParams, steps: int) -> List[float]:
+    """Cumulative chances of the candidates, likeliest first, under *params*."""
+    count = len(_WEIGHTS) if params.top_k < 1 else min(params.top_k, len(_WEIGHTS))
+    if params.temperature == 0:
+        return [1.0]
+    # In log space; steps sharpen the choice as they raise the log-probabilities.
+    scores = np.log(_WEIGHTS[:count]) * (1.0 + 0.1 * steps) / params.temperature
+    chances = np.exp(scores - scores.max())
+    chances /= chances.sum()
+    kept = np.cumsum(chances) - chances < params.top_p
+    cumulative: List[float] = np.cumsum(chances[kept]).tolist()
+    return cumulative
+
+
+def loss(
+    name: str,
+    logprobs: npt.NDArray[np.float64],
+    inputs: Inputs,
+    config: Mapping[str, Union[float, str]],
+) -> float:
+    """Sum a loss over the tokens of a datum (docs/protocol.md, "Losses").
+
+    Infinite where float64 cannot hold the sum.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _loss(name, logprobs, inputs, config)
+
+
+def _loss(
+    name: str,
+    logprobs: npt.NDArray[np.float64],
+    inputs: Inputs,
+    config: Mapping[str, Union[float, str]],
+) -> float:
+    if name == "cross_entropy":
+        return float(-(logprobs * inputs.get("weights", np.ones_like(logprobs))).sum())
+    old, advantages = inputs["logprobs"], inputs["advantages"]
+    weights = inputs.get("weights", np.ones_like(logprobs))
+    difference = logprobs - old.astype(np.float64)
+    # A token of advantage 0 adds nothing, and 0 times an infinite ratio would be NaN.
+    ratio = np.exp(np.where(advantages == 0, 0.0, difference))
+    low = inputs.get("clip_low_threshold", _setting(config, "clip_low_threshold", 0.8))
+    high = inputs.get("clip_high_threshold", _setting(config, "clip_high_threshold", 1.2))
+    if name == "importance_sampling":
+        per_token = -ratio * advantages
+    elif name == "ppo":
+        per_token = -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
+    elif name == "cispo":
+        per_token = -np.clip(ratio, low, high) * advantages * logprobs
+    else:  # dro
+        beta = _setting(config, "beta", 0.05)
+        per_token = -(logprobs * advantages - 0.5 * beta * difference**2)
+    return float((per_token * weights).sum())
+
+
+def _setting(config: Mapping[str, Union[float, str]], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, str) or not math.isfinite(value):
+        raise EngineError(f"loss_fn_config: {name} is {value!r}; it must be a finite number")
+    return float(value)

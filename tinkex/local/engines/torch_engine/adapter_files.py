@@ -1,0 +1,191 @@
+"""Adapters on disk, in PEFT's format: written, read, and checked to fit before they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterable, Mapping, Optional, TypeVar
+
+import torch
+
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine.adapter_config import kinds_in
+from tinkex.local.engines.torch_engine.adapters import Adapter
+from tinkex.local.engines.torch_engine.targets import Targets
+from tinkex.local.engines.torch_engine.tied import NOTE_FILE, merging_note
+from tinkex.types import LoraConfig
+
+T = TypeVar("T")
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RUN_FILE = "tinkex_lora.json"
+
+_PREFIX = "base_model.model."
+
+#: What the weights of an adapter on the output layer are called in an export.
+EXPORTED_OUTPUT = f"{_PREFIX}model.unembed_tokens."
+
+
+def write_adapter(
+    adapter: Adapter, lora: LoraConfig, folder: Path, *, for_export: bool = False
+) -> None:
+    """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`.
+
+    There is a note with it if merging it takes care.  *for_export* names the weights of a tied
+    output layer as the hosted service does, so that merging tools of the field know it by name.
+    """
+    from safetensors.torch import save_file
+
+    renamed = for_export and adapter.on_tied_output
+    own = f"{_PREFIX}{adapter.output}."
+    tensors = {}
+    for name, value in adapter.parameters.items():
+        if renamed and name.startswith(own):
+            name = EXPORTED_OUTPUT + name[len(own) :]
+        tensors[name] = value.detach().cpu().contiguous()
+    save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
+    config = dataclasses.replace(adapter.config, inference_mode=True)
+    config.save_pretrained(str(folder))
+    (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
+    if adapter.on_tied_output:
+        note = merging_note(config.base_model_name_or_path, exported=renamed)
+        (folder / NOTE_FILE).write_text(note, encoding="utf-8")
+
+
+def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
+    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
+
+    *output* is the name of the output layer in the model.
+    """
+    return {
+        f"{_PREFIX}{output}.{name[len(EXPORTED_OUTPUT) :]}"
+        if name.startswith(EXPORTED_OUTPUT)
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def read_config(folder: Path) -> Any:
+    """Return peft's configuration of the adapter saved in *folder*; EngineError if it has none."""
+    import peft
+
+    if not (folder / CONFIG_FILE).is_file():  # peft would ask the model hub
+        raise EngineError(f"{folder} holds no adapter (no {CONFIG_FILE})")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
+    config.inference_mode = False
+    return config
+
+
+def read_lora(folder: Path, targets: Targets) -> LoraConfig:
+    """Return the LoraConfig of the adapter saved in *folder*, whoever wrote it."""
+    file = folder / RUN_FILE
+    if file.is_file():
+        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        saved = json.loads(file.read_text())
+        return LoraConfig(**{name: value for name, value in saved.items() if name in known})
+    config = read_config(folder)
+    kinds = kinds_in(config, targets)
+    return LoraConfig(
+        rank=config.r,
+        train_unembed="unembed" in kinds,
+        train_mlp="mlp" in kinds,
+        train_attn="attn" in kinds,
+    )
+
+
+def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
+    """True if *folder* has an adapter made for the same *lora* whose tensors are others.
+
+    An earlier version of tinkex, peft or transformers chose other layers, or held them otherwise.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / RUN_FILE).is_file():
+        return False
+    saved = json.loads((folder / RUN_FILE).read_text())
+    asked = dataclasses.asdict(lora)
+    if any(saved.get(name) != asked[name] for name in asked if name != "seed"):
+        return False
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if adapter.output is not None:
+            shapes = rename_exported(shapes, adapter.output)
+    except (OSError, SafetensorError):
+        return False  # read_into describes what is wrong
+    return shapes != {name: tuple(value.shape) for name, value in adapter.parameters.items()}
+
+
+def load_tensors(file: Path) -> Dict[str, torch.Tensor]:
+    """Return what the safetensors *file* holds; EngineError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved: Dict[str, torch.Tensor] = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{file} cannot be read: {error}") from error
+    return saved
+
+
+def read_tensors(
+    folder: Path, file: str, wanted: Dict[str, torch.Tensor], *, output: Optional[str] = None
+) -> Dict[str, torch.Tensor]:
+    """Return the tensors saved in *folder*/*file*: of the names and shapes of *wanted*.
+
+    *output* is the name of the output layer, for files that were exported.
+
+    Raises:
+        EngineError: the file is missing or damaged, or holds something else.
+    """
+    saved = load_tensors(folder / file)
+    if output is not None:
+        saved = rename_exported(saved, output)
+    if saved.keys() != wanted.keys():
+        raise EngineError(
+            f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "
+            f"adapter, and lacks {sample_of(wanted.keys() - saved.keys())}; "
+            "load it into a model with the same train_mlp, train_attn and train_unembed"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != wanted[name].shape:
+            raise EngineError(
+                f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's adapter "
+                f"{tuple(wanted[name].shape)}; load it into a model with the same rank"
+            )
+    return saved
+
+
+def read_into(adapter: Adapter, folder: Path) -> Dict[str, torch.Tensor]:
+    """Return the weights saved in *folder*, checked to fit *adapter*; nothing is changed yet."""
+    saved = read_config(folder)
+    mine = adapter.config
+    for name in ("r", "lora_alpha"):
+        if getattr(saved, name) != getattr(mine, name):
+            raise EngineError(
+                f"the checkpoint has LoRA {name} {getattr(saved, name)}, this model "
+                f"{getattr(mine, name)}; load it into a model with the same rank"
+            )
+    wanted: Dict[str, torch.Tensor] = dict(adapter.parameters)
+    return read_tensors(folder, WEIGHTS_FILE, wanted, output=adapter.output)
+
+
+def assign(parameters: Dict[str, torch.nn.Parameter], values: Dict[str, torch.Tensor]) -> None:
+    """Copy *values* into *parameters*, by name."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def sample_of(names: Iterable[str]) -> str:
+    """Name some of *names*, for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "") if ordered else "nothing"

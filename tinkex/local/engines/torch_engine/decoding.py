@@ -1,0 +1,225 @@
+"""Prompts in, one token per row and step out: prefill and decode with a KV cache.
+
+Prefill runs prompts of like length together, padded on the right, where causal attention keeps
+padding out of every real position, so it needs no mask.  The keys and values are then copied into
+a decode cache whose rows all *end* in the same column (padding on the left), so that each step
+writes one column.  A prompt's n samples share its prefill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from tinkex.local.engines.torch_engine.batching import plan_passes
+from tinkex.local.engines.torch_engine.network import Network
+
+Tokens = npt.NDArray[np.int32]
+
+#: Tokens of prompt (with padding) in one slice of prefill; also the longest piece of a prompt.
+PREFILL_TOKENS = 1024
+
+# Columns a decode cache has to spare when it is made or grown.
+_SPARE_COLUMNS = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefillPiece:
+    """A piece of some prompts, just computed.
+
+    Attributes:
+        prompts: indices of the prompts, one per row.
+        start: position of the first column; column c is position start + c.
+        features: the network's features, shape (rows, columns, d); padding is garbage.
+        cache: keys and values of these prompts so far.
+    """
+
+    prompts: List[int]
+    start: int
+    features: torch.Tensor
+    cache: Any
+
+    def end_of(self, row: int, prompt_length: int) -> Optional[torch.Tensor]:
+        """Return a copy of the features (d,) of the prompt's last token, if it is in this piece."""
+        column = prompt_length - 1 - self.start
+        if not 0 <= column < self.features.shape[1]:
+            return None
+        return self.features[row, column].clone()  # a view would keep the entire piece
+
+
+def prefill(
+    network: Network,
+    prompts: Sequence[Tokens],
+    *,
+    more_tokens: int = 0,
+    piece_tokens: int = PREFILL_TOKENS,
+) -> Iterator[PrefillPiece]:
+    """Run *prompts* through the network, piece by piece; pieces of a group share one cache.
+
+    The prompts are computed as the beginnings of sequences with *more_tokens* more.  The caller
+    drops each piece before it asks for the next one, so that one is in memory at a time.
+    """
+    for group in plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS):
+        lengths = [prompts[index].size + more_tokens for index in group]
+        longest = max(prompts[index].size for index in group)
+        padded = np.zeros((len(group), longest), dtype=np.int64)
+        for row, index in enumerate(group):
+            padded[row, : prompts[index].size] = prompts[index]
+        tokens = torch.from_numpy(padded).to(network.device)
+        cache = DynamicCache()
+        for start in range(0, longest, piece_tokens):
+            piece = tokens[:, start : start + piece_tokens]
+            positions = torch.arange(start, start + piece.shape[1], device=network.device)
+            yield PrefillPiece(
+                group,
+                start,
+                network.features(
+                    piece,
+                    lengths=lengths,
+                    cache=cache,
+                    positions=positions.repeat(len(group), 1),  # XGLM writes into it
+                ),
+                cache,
+            )
+
+
+class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to mypy
+    """One layer's keys and values in a buffer with room to grow, so that a step copies nothing."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._keys, self._values, self._filled = keys, values, filled
+        self._show()
+
+    def _show(self) -> None:
+        self.keys = self._keys[:, :, : self._filled]
+        self.values = self._values[:, :, : self._filled]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        end = self._filled + key_states.shape[-2]
+        if end > self._keys.shape[2]:
+            self._keys, self._values = _widened(self._keys, end), _widened(self._values, end)
+        self._keys[:, :, self._filled : end] = key_states
+        self._values[:, :, self._filled : end] = value_states
+        self._filled = end
+        self._show()
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self._filled
+
+    def put(self, row: int, first_column: int, layer: Any, source: int) -> None:
+        """Take over the keys and values that *layer* holds in its row *source*."""
+        length = self._filled - first_column
+        self.keys[row, :, first_column:] = layer.keys[source, :, :length]
+        self.values[row, :, first_column:] = layer.values[source, :, :length]
+
+    def keep(self, rows: torch.Tensor, first_column: int) -> None:
+        self._keys = self._keys[rows, :, first_column:]
+        self._values = self._values[rows, :, first_column:]
+        self._filled -= first_column
+        self._show()
+
+
+def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
+    rows, heads, old, size = buffer.shape
+    wide = buffer.new_empty((rows, heads, columns + columns // 2 + _SPARE_COLUMNS, size))
+    wide[:, :, :old] = buffer
+    return wide
+
+
+class DecodeBatch:
+    """Rows that are continued one token at a time.
+
+    *sources* says for each row which (cache, row of it, prompt length) it starts from.  A row may
+    go on after it has ended, beyond *context_length* even; its logits mean nothing then.
+    """
+
+    def __init__(
+        self, network: Network, sources: Sequence[Tuple[Any, int, int]], context_length: int
+    ) -> None:
+        self._network = network
+        self._context_length = context_length
+        width = max(length for _, _, length in sources)
+        self._filled = width
+        # First real column of each row; what is left of it is padding.
+        self._starts = [width - length for _, _, length in sources]
+        layers = range(len(sources[0][0].layers))
+        self._cache = Cache(layers=[self._gather(layer, sources, width) for layer in layers])
+
+    def _gather(
+        self, layer: int, sources: Sequence[Tuple[Any, int, int]], width: int
+    ) -> DynamicLayer:
+        if sources[0][0].layers[layer].keys is None:  # a layer of the model without attention
+            return DynamicLayer()
+        halves = []
+        for name in ("keys", "values"):
+            some = getattr(sources[0][0].layers[layer], name)
+            shape = (len(sources), some.shape[1], width + _SPARE_COLUMNS, some.shape[3])
+            # Zeros, because what is masked out is still multiplied by zero, and 0 * NaN is NaN.
+            buffer = some.new_zeros(shape)
+            for row, (cache, source, length) in enumerate(sources):
+                held = getattr(cache.layers[layer], name)
+                buffer[row, :, width - length : width] = held[source, :, :length]
+            halves.append(buffer)
+        return _Columns(halves[0], halves[1], width)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._starts)
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append one token to each row; return float32 logits (rows, vocabulary) of the next."""
+        device = self._network.device
+        lengths = [min(self._filled - start + 1, self._context_length) for start in self._starts]
+        mask: Optional[torch.Tensor] = None
+        if any(self._starts):
+            columns = torch.arange(self._filled + 1, device=device)
+            starts = torch.tensor(self._starts, device=device)
+            mask = (columns >= starts[:, None]).to(torch.long)
+        features = self._network.features(
+            torch.tensor(tokens, device=device)[:, None],
+            lengths=lengths,
+            cache=self._cache,
+            attention_mask=mask,
+            positions=torch.tensor(lengths, device=device)[:, None] - 1,
+        )
+        self._filled += 1
+        return self._network.logits(features[:, -1])
+
+    def outdated(self) -> List[int]:
+        """Return the rows whose keys do not fit their length after the next step.
+
+        That is where the network's rotary frequencies depend on the length: such a row is computed
+        again, and handed to `replace`, before the step.
+        """
+        thresholds = self._network.rope.thresholds
+        return [
+            row for row, start in enumerate(self._starts) if self._filled - start + 1 in thresholds
+        ]
+
+    def replace(self, row: int, cache: Any, source: int) -> None:
+        """Take the keys and values of *row* from row *source* of *cache*, a prefill's."""
+        for own, other in zip(self._cache.layers, cache.layers):
+            if isinstance(own, _Columns):
+                own.put(row, self._starts[row], other, source)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, and the columns that only the dropped ones used."""
+        self._starts = [self._starts[row] for row in rows]
+        first = min(self._starts)
+        self._starts = [start - first for start in self._starts]
+        self._filled -= first
+        chosen = torch.tensor(rows, device=self._network.device)
+        for layer in self._cache.layers:
+            if isinstance(layer, _Columns):
+                layer.keep(chosen, first)

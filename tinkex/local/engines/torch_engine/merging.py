@@ -1,0 +1,125 @@
+"""Merging an adapter into its base model, for programs that do not load adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+import torch
+
+from tinkex.errors import InvalidInputError, LocalServerError
+from tinkex.local.engines import models
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine.adapter_files import (
+    WEIGHTS_FILE,
+    load_tensors,
+    read_config,
+    rename_exported,
+    sample_of,
+)
+from tinkex.local.engines.torch_engine.adapters import output_name
+from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.tied import is_tied, untie
+
+_ADAPTER = "It must be a folder that RestClient.download_checkpoint or PEFT's save_pretrained made."
+
+
+def merge_adapter(
+    adapter: Union[str, Path],
+    dest: Union[str, Path],
+    *,
+    base_model: Optional[str] = None,
+    dtype: Union[str, torch.dtype] = "auto",
+) -> Path:
+    """Merge a downloaded adapter into its base model; write the result to the folder *dest*.
+
+    An output layer that shares its weights with the embedding gets weights of its own if the
+    adapter changes it, so that the merged model computes what was trained.  The tokenizer is
+    written beside it.  Runs on the CPU; blocks, as long as it takes to read and write the model.
+
+    Args:
+        adapter: a folder in PEFT's format, as `RestClient.download_checkpoint` makes it.
+        dest: is made, with its parents; it must not exist or be empty.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
+            what the adapter names.
+        dtype: of the merged weights; ``"auto"`` is that of the base model.
+
+    Returns:
+        The path of *dest*.
+
+    Raises:
+        InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged; it does not fit
+            the base model; *dest* is taken; or *dtype* is not a float type.
+        LocalServerError: the base model cannot be had.
+        OSError: *dest* cannot be written.
+    """
+    source, target = Path(adapter).expanduser(), Path(dest).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidInputError(f"{target} exists already", hint="Choose another folder.")
+    chosen = _as_dtype(dtype)
+    try:
+        config = read_config(source)
+        tensors = load_tensors(source / WEIGHTS_FILE)
+    except EngineError as error:
+        raise InvalidInputError(str(error), hint=_ADAPTER) from error
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise InvalidInputError(f"{source} does not name its base model", hint="Give base_model.")
+    where = models.resolve(os.fspath(name)).source
+    with quiet():
+        model, tokenizer = _load(where, chosen)
+        merged = _merge(model, tensors, config, f"the adapter in {source} does not fit {name}")
+        merged.save_pretrained(str(target))
+        tokenizer.save_pretrained(str(target))
+    return target
+
+
+def _as_dtype(dtype: object) -> Union[str, torch.dtype]:
+    found = dtype if dtype == "auto" else getattr(torch, str(dtype).rpartition(".")[2], None)
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise InvalidInputError(
+        f"dtype is {dtype!r}; it must be 'auto' or a float type of torch, such as 'bfloat16'"
+    )
+
+
+def _load(source: str, dtype: Union[str, torch.dtype]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise LocalServerError(f"cannot load the base model {source}: {error}") from error
+
+
+def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: str) -> Any:
+    import peft
+
+    output = output_name(model)
+    if output is not None:
+        tensors = rename_exported(tensors, output)
+    if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
+        untie(model)
+    try:
+        wrapped = peft.PeftModel(model, config)
+        loaded = peft.set_peft_model_state_dict(wrapped, tensors)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidInputError(f"{misfit}: {_in_short(error)}") from error
+    lacking = [key for key in loaded.missing_keys if "lora_" in key]
+    strange = list(loaded.unexpected_keys)
+    if lacking or strange:
+        raise InvalidInputError(
+            f"{misfit}: it adapts {sample_of(strange)} beyond the layers it names, and lacks "
+            f"weights for {sample_of(lacking)}"
+        )
+    return wrapped.merge_and_unload()
+
+
+def _in_short(error: Exception) -> str:
+    """Return the first of the weights that *error* lists; torch writes one on each line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if len(lines) < 2:
+        return str(error)
+    return lines[1] if len(lines) == 2 else f"{lines[1]} ({len(lines) - 2} more like this)"

@@ -1,0 +1,203 @@
+"""The causal language model as two halves: tokens -> features, and features -> logits.
+
+Logits are by far the largest tensor of a pass (49,152 floats per token for SmolLM2), so callers
+ask for them in chunks, and only where they need them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple
+
+import torch
+
+from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.torch_engine.rope import RopeLengths
+
+#: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
+LOGITS_ROWS = 256
+
+
+class Interruption:
+    """Stops a computation from another thread: each layer looks here, on the way back too."""
+
+    def __init__(self) -> None:
+        self.requested = False  # written by any thread, once; read by the engine's
+
+    def check(self) -> None:
+        """Raise EngineError once it is requested."""
+        if self.requested:
+            raise EngineError("the engine was interrupted, since the server is closing", "server")
+
+    def watch(self, model: Any) -> None:
+        """Look after each layer of *model*, and when a gradient comes back to it."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.ModuleList):
+                for layer in module:
+                    layer.register_forward_hook(self._after_layer)
+
+    def _after_layer(self, layer: Any, arguments: Any, output: Any) -> None:
+        self.check()
+        features = output[0] if isinstance(output, tuple) else output
+        if isinstance(features, torch.Tensor) and features.requires_grad:
+            features.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: torch.Tensor) -> None:
+        self.check()
+
+
+class Network:
+    """A transformers model, split where its decoder ends.
+
+    What follows the decoder is the output layer, and in some architectures something more (soft
+    capping, scaling).  A model that cannot be split has its logits for "features": everything
+    works, with more memory.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        text_config = model.config.get_text_config(decoder=True)
+        self.vocab_size = int(text_config.vocab_size)
+        self.device: torch.device = next(model.parameters()).device
+        self.interruption = Interruption()
+        self.interruption.watch(model)
+        self.rope = RopeLengths(model, getattr(text_config, "max_position_embeddings", None) or 2)
+        self._decoder = _decoder_of(model)
+        self._output_type: Any = None
+        with torch.no_grad():
+            self._head: Optional[Callable[[torch.Tensor], torch.Tensor]] = self._find_head()
+        parameters = _parameters(self._decoder, model) if self.is_split else _parameters(model)
+        # Chosen by the signature: transformers 5.24 calls it "cache", earlier releases (and custom
+        # models) "past_key_values", which warns from 5.24 on and is gone from 5.40 on.
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
+
+    @property
+    def is_split(self) -> bool:
+        """Whether features are the decoder's output (else they are logits)."""
+        return self._head is not None
+
+    def _find_head(self) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+        """Return what turns the decoder's output into logits, found by trying; None if nothing."""
+        if self._decoder is self.model:
+            return None
+        probe = torch.tensor([[0, 1, 2]], device=self.device)
+        output = self._decoder(input_ids=probe, use_cache=False)
+        features = getattr(output, "last_hidden_state", None)
+        if features is None:
+            return None
+        self._output_type = type(output)
+        expected = self.model(input_ids=probe, use_cache=False).logits
+        heads = [self._after_decoder]
+        if self.model.get_output_embeddings() is not None:
+            heads.insert(0, self._output_layer)
+        for head in heads:
+            if torch.equal(head(features), expected):
+                return head
+        return None
+
+    def _output_layer(self, features: torch.Tensor) -> torch.Tensor:
+        # Looked up at each call, since an adapter may wrap it.
+        logits: torch.Tensor = self.model.get_output_embeddings()(features)
+        return logits
+
+    def _after_decoder(self, features: torch.Tensor) -> torch.Tensor:
+        """Run the model's own code with *features* in place of what its decoder computes."""
+        rows = features.reshape(1, -1, features.shape[-1])
+        output = self._output_type(last_hidden_state=rows)
+        tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        own_forward = self._decoder.forward
+        self._decoder.forward = lambda *args, **kwargs: output
+        try:
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._decoder.forward = own_forward
+        return logits.reshape(*features.shape[:-1], logits.shape[-1])
+
+    def features(
+        self,
+        tokens: torch.Tensor,
+        *,
+        lengths: Sequence[int],
+        cache: Optional[Any] = None,
+        positions: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Run int64 *tokens* of shape (b, t); return (b, t, d).
+
+        *lengths* are those of the b sequences that the rows are pieces of, without padding.
+        *cache* is a transformers ``Cache``, which this call reads and extends.  *positions*, of
+        shape (b, t), are 0 to t - 1 by default; they are dropped where the architecture takes
+        none.
+        """
+        arguments: Dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments[self._cache_argument] = cache
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        if positions is not None and self._takes_positions:
+            arguments["position_ids"] = positions
+        with self.rope.rows(lengths):
+            if self.is_split:
+                output = self._decoder(input_ids=tokens, **arguments)
+                features: torch.Tensor = output.last_hidden_state
+                return features
+            logits: torch.Tensor = self.model(input_ids=tokens, **arguments).logits
+            return logits
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits (..., vocabulary) of *features* (..., d)."""
+        self.interruption.check()
+        if self._head is not None:
+            features = self._head(features)
+        return features.float()
+
+
+def _decoder_of(model: Any) -> Any:
+    """Return the part of *model* before its output layer; *model* itself if there is none."""
+    candidates = [model.base_model, getattr(model, "model", None)]
+    return next((part for part in candidates if part is not None and part is not model), model)
+
+
+def _parameters(*modules: Any) -> Set[str]:
+    """Return the names that the first module's forward takes.
+
+    Where it takes any name and passes it on, those that the next module's takes count as well.
+    """
+    names: Set[str] = set()
+    for module in modules:
+        parameters = inspect.signature(module.forward).parameters
+        names.update(parameters)
+        if not any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values()):
+            break
+    return names
+
+
+class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        ctx.logprobs, ctx.targets = logprobs, targets
+        return logprobs.gather(-1, targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
+        (grad,) = grads
+        gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, ctx.targets, grad)
+        ctx.logprobs = ctx.targets = None
+        return gradient, None
+
+
+def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (n, k) of int64 *targets* (n, k) under *logits* (n, v).
+
+    Differentiable once: the backward pass uses up the buffer it keeps.
+    """
+    if not torch.is_grad_enabled():
+        return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
+    result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
+    return result

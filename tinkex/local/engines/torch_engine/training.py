@@ -1,0 +1,161 @@
+"""One forward (and backward) pass over a checked batch, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Dict, List, Mapping, Sequence, Tuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tinkex.local.engines.torch_engine.batching import Row, plan_passes
+from tinkex.local.engines.torch_engine.losses import CLIP_HIGH, CLIP_LOW, LOSS_TABLE, Loss
+from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, target_logprobs
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """What a pass found: per row logprobs and per-token losses, float32 (n, k), in input order."""
+
+    logprobs: List[FloatArray]
+    losses: List[FloatArray]
+
+
+def run_batch(
+    network: Network,
+    rows: Sequence[Row],
+    loss_fn: str,
+    config: Mapping[str, float],
+    *,
+    backward: bool,
+) -> BatchResult:
+    """Compute logprobs and losses of *rows*; with *backward*, add the gradient of their sum.
+
+    The gradient lands in ``.grad`` of whatever parameters of the network require one.
+    """
+    loss = LOSS_TABLE[loss_fn]
+    result = BatchResult([_NOTHING] * len(rows), [_NOTHING] * len(rows))
+    for indices in plan_passes([row.tokens.size for row in rows]):
+        chosen = [rows[index] for index in indices]
+        logprobs, losses = _run_pass(network, chosen, loss, config, backward=backward)
+        start = 0
+        for index, row in zip(indices, chosen):
+            end = start + row.tokens.size
+            # Rows of a pass may differ in k; the pass is as wide as the widest.
+            width = row.targets.shape[1]
+            result.logprobs[index] = logprobs[start:end, :width]
+            result.losses[index] = losses[start:end, :width]
+            start = end
+    return result
+
+
+_NOTHING: FloatArray = np.empty((0, 1), dtype=np.float32)
+
+
+def _run_pass(
+    network: Network,
+    rows: Sequence[Row],
+    loss: Loss,
+    config: Mapping[str, float],
+    *,
+    backward: bool,
+) -> Tuple[FloatArray, FloatArray]:
+    device = network.device
+    positions = _flat_positions(rows).to(device)
+    targets = torch.from_numpy(_join([row.targets for row in rows])).to(device)
+    inputs = {
+        name: torch.from_numpy(_join([row.inputs[name] for row in rows])).to(device)
+        for name in loss.inputs
+    }
+    live = torch.ones(len(targets), dtype=torch.bool, device=device)
+    if loss.gate is not None:
+        live = (inputs[loss.gate] != 0).any(-1)
+    backward = backward and bool(live.any())
+    with torch.set_grad_enabled(backward):
+        # Padding is on the right, where causal attention keeps it out of every real position:
+        # no mask is needed, so the fast attention kernels apply.
+        lengths = [row.tokens.size for row in rows]
+        features = network.features(_padded_tokens(rows).to(device), lengths=lengths)
+        flat = features.reshape(-1, features.shape[-1]).index_select(0, positions)
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
+    losses = torch.empty_like(logprobs)
+    gradient = torch.zeros_like(flat) if backward else None
+    # Each chunk of logits is carried back to the features at once and then freed; tokens that
+    # have no part in the gradient (weight 0) skip the way back through the output layer.
+    for wanted, part in ((True, live), (False, ~live)):
+        with torch.set_grad_enabled(backward and wanted):
+            for chunk in part.nonzero().squeeze(-1).split(LOGITS_ROWS):
+                leaf = flat.detach()[chunk].requires_grad_(backward and wanted)
+                lp = target_logprobs(network.logits(leaf), targets[chunk])
+                chunk_inputs = {name: values[chunk] for name, values in inputs.items()}
+                token_losses = loss.of(lp, chunk_inputs, config)
+                if gradient is not None and wanted:
+                    torch.autograd.backward(token_losses.sum())
+                    gradient[chunk] = leaf.grad
+                logprobs[chunk] = lp.detach()
+                losses[chunk] = token_losses.detach()
+    # Where only the output layer is trained, nothing before it takes part.
+    if gradient is not None and flat.requires_grad:
+        torch.autograd.backward(flat, gradient)
+    return logprobs.cpu().numpy(), losses.cpu().numpy()
+
+
+def _padded_tokens(rows: Sequence[Row]) -> torch.Tensor:
+    padded = np.zeros((len(rows), max(row.tokens.size for row in rows)), dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : row.tokens.size] = row.tokens
+    return torch.from_numpy(padded)
+
+
+def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
+    """Indices of the real tokens in the flattened (rows, longest) grid."""
+    longest = max(row.tokens.size for row in rows)
+    parts = [np.arange(row.tokens.size) + i * longest for i, row in enumerate(rows)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+    """Stack (n_i, k_i) arrays to (sum of n, largest k); zeros fill up narrow ones."""
+    widest = max(part.shape[1] for part in parts)
+    joined = np.zeros((sum(len(part) for part in parts), widest), dtype=parts[0].dtype)
+    start = 0
+    for part in parts:
+        joined[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return joined
+
+
+def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[str, float]:
+    """Sums over the batch, named with the reduction that joins them over several batches.
+
+    ``loss:sum``; ``tokens:sum``, the target tokens; for cross_entropy ``weights:sum`` (so that
+    loss:sum / weights:sum is the mean loss per token); for the others, over tokens with a nonzero
+    advantage: ``active_tokens:sum``, ``ratio:sum|min|max`` (new over old probability),
+    ``sampler_kl:sum`` (sum of q - lp), and for ppo and cispo ``clipped_tokens:sum``.
+    """
+    metrics = {
+        "loss:sum": float(sum(losses.sum(dtype=np.float64) for losses in result.losses)),
+        "tokens:sum": float(sum(row.targets.size for row in rows)),
+    }
+    if loss_fn == "cross_entropy":
+        weights = (row.inputs["weights"].sum(dtype=np.float64) for row in rows)
+        metrics["weights:sum"] = float(sum(weights))
+        return metrics
+    active = np.concatenate([row.inputs["advantages"].ravel() for row in rows]) != 0
+    metrics["active_tokens:sum"] = float(active.sum())
+    if not active.any():
+        return metrics
+    new = np.concatenate([values.ravel() for values in result.logprobs])[active].astype(np.float64)
+    old = np.concatenate([row.inputs["logprobs"].ravel() for row in rows])[active]
+    ratio = np.exp(np.clip(new - old, -80, 80))  # kept finite: metrics travel as JSON
+    metrics["ratio:sum"] = float(ratio.sum())
+    metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
+    metrics["sampler_kl:sum"] = float((old - new).sum())
+    if CLIP_LOW in rows[0].inputs:
+        low = np.concatenate([row.inputs[CLIP_LOW].ravel() for row in rows])[active]
+        high = np.concatenate([row.inputs[CLIP_HIGH].ravel() for row in rows])[active]
+        metrics["clipped_tokens:sum"] = float(((ratio < low) | (ratio > high)).sum())
+    return metrics

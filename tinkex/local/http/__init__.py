@@ -1,0 +1,1 @@
+"""Connections, requests and responses: everything about HTTP but the routes."""

@@ -1,0 +1,136 @@
+"""Reading requests and writing answers: the small change of the HTTP routes.
+
+Everything here runs in an HTTP thread, within one request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Dict, Optional, Tuple
+
+from flask import Response, current_app, request
+
+from tinkex.errors import a_type
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import check_size
+from tinkex.local.json_text import read_json, write_json
+
+#: Key of the application's config: most bytes of a body, as sent and decompressed.
+MAX_BODY = "TINKEX_MAX_BODY"
+
+# A zstd block of 128 KiB can be written in four bytes, so that this much input makes 32 MiB.
+_ZSTD_STEP = 1024
+
+#: Longest idempotency key.
+_MOST_KEY_CHARACTERS = 256
+
+#: Python refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 100
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    """Return *value* as a JSON answer; numpy arrays are written as lists."""
+    return Response(write_json(value), status, mimetype="application/json")
+
+
+def raw_body() -> bytes:
+    """Return the request's body, decompressed.
+
+    Raises:
+        HTTPError: 413, it is too large; 415, the encoding is unknown or zstandard is not
+            installed; 400, it is broken.
+    """
+    most = int(current_app.config[MAX_BODY])
+    check_size(request.content_length or 0, most)
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    body = request.get_data(cache=False)
+    check_size(len(body), most)
+    if encoding in ("", "identity"):
+        return body
+    if encoding != "zstd":
+        raise HTTPError(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
+    return decompressed(body, most)
+
+
+def decompressed(body: bytes, most: int) -> bytes:
+    """Undo zstd in small steps, since a few bytes may stand for gigabytes.
+
+    Raises:
+        HTTPError: 413, it makes more than *most* bytes; 400, it is broken; 415, zstandard is not
+            installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise HTTPError(
+            415, "zstandard is not installed on the server; send the body uncompressed"
+        ) from error
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    parts, size = [], 0
+    try:
+        for start in range(0, len(body), _ZSTD_STEP):
+            if decompressor.eof:
+                raise HTTPError(400, "the zstd body has more than one frame")
+            part = decompressor.decompress(body[start : start + _ZSTD_STEP])
+            parts.append(part)
+            size += len(part)
+            check_size(size, most)
+    except zstandard.ZstdError as error:
+        raise HTTPError(400, f"the zstd body is broken: {error}") from error
+    if not decompressor.eof:
+        raise HTTPError(400, "the zstd body is cut short")
+    if decompressor.unused_data:
+        raise HTTPError(400, "the zstd body has more than one frame")
+    return b"".join(parts)
+
+
+def json_body() -> Tuple[Dict[str, Any], bytes]:
+    """Return the request's JSON object and the bytes it was read from; HTTPError 400 if none."""
+    raw = raw_body()
+    value = read_json(raw) if raw else {}
+    if not isinstance(value, dict):
+        raise HTTPError(400, f"the body must be a JSON object, not {a_type(value)}")
+    return value, raw
+
+
+def page(default_limit: int) -> Tuple[int, int]:
+    """Return limit and offset of the query string; HTTPError 400 if they are no numbers."""
+    numbers = []
+    for name, default in (("limit", default_limit), ("offset", 0)):
+        text = request.args.get(name, str(default))
+        if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
+            raise HTTPError(400, f"{name} is {text!r:.100}; it must be a number, 0 or more")
+        numbers.append(min(int(text), 1 << 31))
+    return numbers[0], numbers[1]
+
+
+def check_scope() -> None:
+    """Raise HTTPError 400 unless the query's access_scope is one there is; there is one user."""
+    scope = request.args.get("access_scope", "owned")
+    if scope not in ("owned", "accessible"):
+        raise HTTPError(400, f"access_scope is {scope!r:.100}; it must be owned or accessible")
+
+
+def idempotency_key() -> Optional[str]:
+    """What tells that a request is the same as before, if the client says so.
+
+    HTTPError 400 if it is too long to be remembered.
+    """
+    key = request.headers.get("X-Idempotency-Key")
+    if key is not None and len(key) > _MOST_KEY_CHARACTERS:
+        raise HTTPError(
+            400,
+            f"X-Idempotency-Key has {len(key)} characters; at most {_MOST_KEY_CHARACTERS}",
+        )
+    return key
+
+
+def digest(raw: bytes) -> bytes:
+    """Tell bodies apart: repeats of one seq_id must carry the same."""
+    return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def digest_without(body: Dict[str, Any], *names: str) -> bytes:
+    """The digest of a JSON object but for the fields *names*, which may change in a retry."""
+    kept = {name: value for name, value in body.items() if name not in names}
+    return digest(write_json(kept, sort_keys=True))

@@ -1,0 +1,1 @@
+"""Custom losses that clients bring: reading, evaluating and training on them."""

@@ -1,0 +1,167 @@
+"""Finding sessions by what is known of them (docs/protocol.md, "Session search").
+
+Pure: rows in, rows out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime, timezone
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import need, optional
+from tinkex.local.state.rows import SessionRow
+
+#: Project of a session that was given none.
+DEFAULT_PROJECT = "default"
+
+_REASONS = ("success", "errored", "interrupted")
+_STATUSES = ("active", "cancelled", "failed", "client_finished")
+
+#: State of a row -> status; a session that expired, or that a restart ended, was cancelled.
+_STATUS_OF = {
+    "live": "active",
+    "finished": "client_finished",
+    "expired": "cancelled",
+    "lost": "cancelled",
+}
+
+
+def project_of(row: SessionRow) -> str:
+    """The project a session belongs to."""
+    return row.project_id or DEFAULT_PROJECT
+
+
+def status_of(row: SessionRow) -> Dict[str, Any]:
+    """The status of a session as the protocol has it."""
+    status: Dict[str, Any] = {"type": _STATUS_OF[row.state]}
+    if row.state == "finished":
+        status.update(reason={"type": row.end_reason or "success"}, detail=row.end_detail)
+    elif row.state != "live":
+        status.update(detail=row.reason)
+    return status
+
+
+def instant(seconds: float) -> str:
+    """RFC 3339 in UTC, with microseconds; later instants sort later."""
+    text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
+    return text.replace("+00:00", "Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What is looked for; None is anything."""
+
+    limit: int
+    after: Optional[Tuple[str, str]]  # created_at and session_id of the last one of a page
+    session_id: Optional[str]
+    project_ids: Optional[FrozenSet[str]]
+    user_metadata: Mapping[str, Any]
+    display_name: Optional[str]
+    owner_urns: Optional[FrozenSet[str]]
+    statuses: Optional[FrozenSet[Tuple[str, Optional[str]]]]  # type; reason, if it must be that
+
+    @classmethod
+    def read(cls, body: Dict[str, Any]) -> Search:
+        """Read a request body; HTTPError 400 says what is wrong with it."""
+        limit = optional(body, "limit", int)
+        if limit is not None and not 1 <= limit <= 200:
+            raise HTTPError(400, f"limit is {limit}; it must lie between 1 and 200")
+        display_name = body.get("display_name")
+        if display_name == "":
+            raise HTTPError(400, "display_name is empty; leave it out")
+        project_ids = optional(body, "project_ids", list)
+        return cls(
+            limit=50 if limit is None else limit,
+            after=_cursor(optional(body, "cursor", dict)),
+            session_id=optional(body, "session_id", str),
+            project_ids=None if project_ids is None else frozenset(map(str, project_ids)),
+            user_metadata=optional(body, "user_metadata", dict) or {},
+            display_name=optional(body, "display_name", str),
+            owner_urns=_owner(optional(body, "owner", dict)),
+            statuses=_statuses(optional(body, "statuses", list)),
+        )
+
+    def page(
+        self, rows: Sequence[SessionRow], owner_urn: str
+    ) -> Tuple[List[SessionRow], Optional[Dict[str, str]]]:
+        """Return the next of *rows* that fit, newest first, and the cursor if there are more."""
+        if self.owner_urns is not None and owner_urn not in self.owner_urns:
+            return [], None
+        keyed = {(instant(row.created_at), row.session_id): row for row in rows}
+        found: List[SessionRow] = []
+        for key, row in sorted(keyed.items(), reverse=True):
+            if (self.after is not None and key >= self.after) or not self._fits(row):
+                continue
+            if len(found) == self.limit:
+                last = found[-1]
+                return found, {
+                    "last_created_at": instant(last.created_at),
+                    "last_session_id": last.session_id,
+                }
+            found.append(row)
+        return found, None
+
+    def _fits(self, row: SessionRow) -> bool:
+        metadata = row.facts.get("user_metadata") or {}
+        status = _STATUS_OF[row.state]
+        return (
+            self.session_id in (None, row.session_id)
+            and (self.project_ids is None or project_of(row) in self.project_ids)
+            and all(metadata.get(name) == value for name, value in self.user_metadata.items())
+            and self.display_name in (None, row.facts.get("display_name"))
+            and (
+                self.statuses is None
+                or (status, None) in self.statuses
+                or (status, row.end_reason) in self.statuses
+            )
+        )
+
+
+def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
+    if cursor is None:
+        return None
+    created_at = need(cursor, "last_created_at", str)
+    try:
+        moment = datetime.fromisoformat(created_at.replace("Z", "+00:00"))
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        last = instant(moment.timestamp())  # it may lie before the year 1 or after 9999 in UTC
+    except (ValueError, OverflowError, OSError) as error:
+        raise HTTPError(400, f"last_created_at {created_at!r:.80} is not an instant") from error
+    return last, need(cursor, "last_session_id", str)
+
+
+def _owner(owner: Optional[Dict[str, Any]]) -> Optional[FrozenSet[str]]:
+    kind = "own" if owner is None else owner.get("type")
+    if kind in ("own", "accessible") or owner is None:
+        return None  # there is one user
+    if kind != "user":
+        raise HTTPError(400, f"owner {kind!r:.80} is unknown; it must be own, accessible or user")
+    urns = need(owner, "owner_urns", list)
+    if not 1 <= len(urns) <= 10:
+        raise HTTPError(400, f"there are {len(urns)} owner_urns; there must be 1 to 10")
+    return frozenset(map(str, urns))
+
+
+def _statuses(
+    statuses: Optional[List[Any]],
+) -> Optional[FrozenSet[Tuple[str, Optional[str]]]]:
+    if statuses is None:
+        return None
+    wanted: List[Tuple[str, Optional[str]]] = []
+    for status in statuses:
+        kind = status.get("type") if isinstance(status, dict) else None
+        if kind not in _STATUSES:
+            raise HTTPError(
+                400, f"status {kind!r:.80} is unknown; there are {', '.join(_STATUSES)}"
+            )
+        reasons = status.get("reasons") if kind == "client_finished" else None
+        if reasons is None:
+            wanted.append((kind, None))
+            continue
+        if not isinstance(reasons, list) or not all(reason in _REASONS for reason in reasons):
+            raise HTTPError(400, f"reasons must be a list of {', '.join(_REASONS)}")
+        wanted += [(kind, reason) for reason in reasons]
+    return frozenset(wanted)

@@ -1,0 +1,1 @@
+"""Queues of work, and the thread that has the engine do it."""

@@ -1,0 +1,171 @@
+"""What a submission must satisfy before it is queued: cheap checks, in the HTTP thread.
+
+Each raises HTTPError (400) naming what is wrong.  The engine checks the rest: shapes, input names,
+and whatever only it knows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Dict, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tinkex.errors import InvalidInputError
+from tinkex.local.engines.engine import LOSSES, EngineInfo
+from tinkex.local.errors import HTTPError
+from tinkex.local.settings import SamplingLimits
+from tinkex.types import Datum, LoraConfig, SampleRequest
+
+#: Most numbers that one request may ask for, or that its tensors may hold once they are dense:
+#: half a gigabyte.
+_MOST_CELLS = 1 << 26
+
+_MOST_STOPS = 1024
+_MOST_RANK = 4096
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
+
+
+def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
+    """Check the batch and the loss of a forward or forward_backward."""
+    if loss_fn not in LOSSES:
+        raise HTTPError(400, f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
+    if not data:
+        raise HTTPError(400, "the batch is empty; send at least one datum")
+    cells = 0
+    for index, datum in enumerate(data):
+        cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
+        if cells > _MOST_CELLS:
+            raise HTTPError(
+                400,
+                f"datum {index}: its loss inputs, and those before it, have more than "
+                f"{_MOST_CELLS} cells as dense tensors; send smaller batches",
+            )
+        try:
+            tokens = datum.model_input.to_numpy()
+        except InvalidInputError as error:
+            raise HTTPError(
+                400, f"datum {index}: {error}; this server's models read text only"
+            ) from error
+        check_tokens(info, tokens, f"datum {index}")
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if targets is not None and targets.values.size:
+            _check_vocabulary(info, targets.values, f"datum {index}: target_tokens")
+
+
+def check_tokens(info: EngineInfo, tokens: npt.NDArray[np.int32], what: str) -> None:
+    """Check that *tokens* are some, fit into the context and lie in the vocabulary."""
+    if not tokens.size:
+        raise HTTPError(400, f"{what} is empty; it needs at least one token")
+    if tokens.size > info.context_length:
+        raise HTTPError(
+            400,
+            f"{what} has {tokens.size} tokens; {info.model_name} reads at most "
+            f"{info.context_length}: cut it",
+        )
+    _check_vocabulary(info, tokens, what)
+
+
+def _check_vocabulary(info: EngineInfo, tokens: npt.NDArray[np.generic], what: str) -> None:
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= info.vocab_size:
+        raise HTTPError(
+            400,
+            f"{what} holds token {lowest if lowest < 0 else highest}; the vocabulary of "
+            f"{info.model_name} runs from 0 to {info.vocab_size - 1}: use its own tokenizer",
+        )
+
+
+def check_sample(
+    info: EngineInfo, request: SampleRequest, limits: Optional[SamplingLimits] = None
+) -> int:
+    """Check a sample request and return its size: tokens of prompt and continuations."""
+    limits = limits or SamplingLimits()
+    _check_counts(info, request, limits)
+    try:
+        tokens = request.prompt.to_numpy()
+    except InvalidInputError as error:
+        raise HTTPError(400, str(error)) from error
+    check_tokens(info, tokens, "the prompt")
+    room = info.context_length - tokens.size
+    if room < 1:
+        raise HTTPError(
+            400,
+            f"the prompt has {tokens.size} tokens; the context of {info.context_length} leaves no "
+            "room for a continuation: cut it",
+        )
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and last_n > tokens.size - 1:
+        raise HTTPError(
+            400,
+            f"prompt_logprobs_last_n is {last_n}; the prompt has {tokens.size} tokens, and nothing "
+            "precedes the first",
+        )
+    continuation = min(request.sampling_params.max_tokens or room, room)
+    sampled = request.num_samples * continuation
+    _check_cells(request, int(tokens.size), sampled)
+    return request.num_samples * int(tokens.size) + sampled
+
+
+def _check_counts(info: EngineInfo, request: SampleRequest, limits: SamplingLimits) -> None:
+    if request.num_samples > limits.max_num_samples:
+        raise HTTPError(
+            400,
+            f"num_samples is {request.num_samples}; it must be at most {limits.max_num_samples}: "
+            "send several requests",
+        )
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        if getattr(request, name) > info.vocab_size:
+            raise HTTPError(
+                400,
+                f"{name} is {getattr(request, name)}; the vocabulary of {info.model_name} has "
+                f"{info.vocab_size} tokens",
+            )
+    stop = request.sampling_params.stop
+    if stop is not None and not isinstance(stop, str) and len(stop) > _MOST_STOPS:
+        raise HTTPError(400, f"stop has {len(stop)} entries; it must have at most {_MOST_STOPS}")
+
+
+def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
+    """Check how much the answer, or what it is made from, would hold."""
+    cells = prompt * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
+    cells += sampled * request.topk_sample_logprobs
+    if request.target_prompt_logprobs is not None:
+        cells += math.prod(request.target_prompt_logprobs.shape)
+    if cells > _MOST_CELLS:
+        raise HTTPError(
+            400,
+            f"the request asks for {cells} log-probabilities; it must be at most {_MOST_CELLS}: "
+            "ask for fewer of each position, or of fewer tokens",
+        )
+
+
+def check_checkpoint_name(name: str) -> str:
+    """Return *name* if a checkpoint can be called so."""
+    if not _NAME.fullmatch(name):
+        raise HTTPError(
+            400,
+            f"{name!r:.150} is not a checkpoint name; use 1 to 128 letters, digits and "
+            "_ . = + @ , -, beginning with a letter, digit or _ (a name, not a tinker:// path)",
+        )
+    return name
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Check the adapter of a new run."""
+    try:
+        lora.check()
+    except InvalidInputError as error:
+        raise HTTPError(400, str(error)) from error
+    if lora.rank > _MOST_RANK:
+        raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MOST_RANK}")
+
+
+def check_optimizer(config: Optional[Dict[str, Any]]) -> None:
+    """Check the optimizer a run is created with."""
+    kind = (config or {}).get("type", "adamw")
+    if kind != "adamw":
+        raise HTTPError(400, f"optimizer {kind!r} is not offered here; this server has adamw")

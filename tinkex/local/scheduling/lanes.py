@@ -1,0 +1,131 @@
+"""Puts the requests of one training run into the order of their seq_ids.
+
+Pure: no thread, no lock (the scheduler's lock guards it), no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, deque
+from typing import Callable, Deque, Dict, List, Optional, Tuple
+
+from tinkex.local.errors import HTTPError
+
+#: So many answered seq_ids are remembered per run; older ones cannot be repeated.
+REMEMBERED = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One unit of engine work: *run* is called on the engine thread, its value is the result.
+
+    If it *creates* the model and fails, nothing after it can work.
+    """
+
+    request_id: str
+    run: Callable[[], object]
+    creates: bool = False
+
+
+class SeenIds:
+    """The seq_ids that were used, each with a digest of its body and its request id."""
+
+    def __init__(self, owner: str, limit: int = REMEMBERED) -> None:
+        self._owner = owner
+        self._limit = limit
+        self._seen: OrderedDict[int, Tuple[bytes, Optional[str]]] = OrderedDict()
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._seen
+
+    def add(self, seq_id: int, digest: bytes, request_id: Optional[str]) -> None:
+        """Remember *seq_id*; *request_id* is None if the request was rejected."""
+        self._seen[seq_id] = (digest, request_id)
+        if len(self._seen) > self._limit:
+            self._seen.popitem(last=False)
+
+    def find(self, seq_id: int, digest: bytes) -> Optional[str]:
+        """Return the request id of an earlier submission of the same body, or None.
+
+        Raises:
+            HTTPError: 409, the number was used for another body.
+        """
+        if seq_id not in self._seen:
+            return None
+        known_digest, request_id = self._seen[seq_id]
+        if known_digest != digest:
+            what = "a rejected request" if request_id is None else "another request"
+            raise HTTPError(
+                409,
+                f"seq_id {seq_id} of {self._owner} was used for {what}; "
+                "a repeated seq_id must repeat the same body",
+            )
+        return request_id
+
+
+class Lane:
+    """The queue of one training run: requests become ready strictly in seq_id order."""
+
+    def __init__(self, model_id: str, session_id: str) -> None:
+        self.model_id = model_id
+        self.session_id = session_id
+        self.next_seq = 1  # 0 is the request that made the model
+        self.ready: Deque[Job] = deque()
+        self.closed: Optional[str] = None  # why nothing is accepted any more
+        self.broken: Optional[str] = None  # why the model does not exist
+        self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected number
+        self._seen = SeenIds(model_id)
+
+    def find(self, seq_id: int, digest: bytes) -> Optional[str]:
+        """Return the request id of an earlier submission of the same body, or None.
+
+        Raises:
+            HTTPError: 409, the number was used for another body, or so long ago that it is
+                forgotten.
+        """
+        request_id = self._seen.find(seq_id, digest)
+        if request_id is None and seq_id < self.next_seq and seq_id not in self._seen:
+            raise HTTPError(
+                409,
+                f"seq_id {seq_id} of {self.model_id} was used long ago; the next new one is "
+                f"{self.next_seq}",
+            )
+        return request_id
+
+    def named(self, job: Job) -> Job:
+        """Return *job* under the request id it is to have; a number comes once here."""
+        return job
+
+    def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
+        """Take in a new request, or None for a number that a rejected request used up."""
+        self._seen.add(seq_id, digest, None if job is None else job.request_id)
+        if seq_id < self.next_seq:
+            if job is not None:  # rejected before, repeated, and valid now: its turn has passed
+                self.ready.append(job)
+            return
+        self._early[seq_id] = job
+        while self.next_seq in self._early:
+            arrived = self._early.pop(self.next_seq)
+            if arrived is not None:
+                self.ready.append(arrived)
+            self.next_seq += 1
+
+    def waits_beyond_a_gap(self, seq_id: int) -> int:
+        """How many requests wait already, if *seq_id* would wait for a missing one too; else 0."""
+        return len(self._early) if seq_id > self.next_seq else 0
+
+    def take_all(self) -> List[Job]:
+        """Remove and return everything that has not begun."""
+        jobs = [*self.ready, *(job for _, job in sorted(self._early.items()) if job is not None)]
+        self.ready.clear()
+        self._early.clear()
+        return jobs
+
+    def why_waiting(self, seq_id: int) -> str:
+        """Say in a sentence why the request *seq_id* is not done yet."""
+        if seq_id > self.next_seq and seq_id in self._early:
+            return f"waits for seq_id {self.next_seq} of {self.model_id}, which has not arrived"
+        ahead = max(0, len(self.ready) - (self.next_seq - seq_id))
+        if ahead:
+            return f"queued behind {ahead} earlier request(s) of {self.model_id}"
+        return "running, or next in turn"

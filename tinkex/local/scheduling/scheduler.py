@@ -1,0 +1,459 @@
+"""Runs all engine work on one thread, "tinkex-engine", and decides what is next.
+
+Owned by the backend; started and closed by it.  HTTP threads submit, the engine thread works:
+training runs and samplers take turns, one request or one slice of sampling at a time.  Between
+turns, and when it is idle, the thread does the backend's housekeeping (there is no janitor
+thread).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Callable, Deque, Dict, List, Optional, Type, Union
+
+from tinkex.local.engines.engine import Engine
+from tinkex.local.errors import HTTPError
+from tinkex.local.scheduling.batches import SampleJob, SamplerLane, SamplerWeights
+from tinkex.local.scheduling.lanes import Job, Lane
+from tinkex.local.scheduling.sampling import SamplingTurns, failure_of, guarded
+from tinkex.local.settings import SamplingLimits
+from tinkex.local.state.completions import Group
+from tinkex.local.state.futures import Failure, FutureTable, Outcome, Success
+from tinkex.types import SampleRequest
+
+_log = logging.getLogger(__name__)
+
+#: The process waits at most this long at its end for an interrupted turn, in seconds.
+EXIT_PATIENCE_S = 20.0
+
+AnyLane = Union[Lane, SamplerLane]
+
+#: Does what has become due and returns the instant (monotonic) at which to call again.
+Housekeeping = Callable[[float], float]
+
+
+class Scheduler:
+    """The queues of all training runs and samplers, and the thread that works them off.
+
+    Thread-safe.  Submitting never blocks on the engine.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        futures: FutureTable,
+        housekeeping: Housekeeping,
+        *,
+        limits: Optional[SamplingLimits] = None,
+        max_waiting: int = 1024,
+        lane_type: Type[Lane] = Lane,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._lane_type = lane_type
+        self._futures = futures
+        self._housekeeping = housekeeping
+        self._limits = limits or SamplingLimits()
+        self._max_waiting = max_waiting
+        self._clock = clock
+        # Guards the queues and the flags below; never held while the engine works.
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._models: Dict[str, Lane] = {}
+        self._samplers: Dict[str, SamplerLane] = {}
+        self._turns: Deque[AnyLane] = deque()  # lanes with something to do
+        self._running: Optional[AnyLane] = None  # whose turn it is; not in _turns meanwhile
+        self._queued_samples = 0
+        self._poked = False
+        self._closing = False
+        self._retired: List[SamplerWeights] = []  # followed by newer ones
+        # Engine thread only.
+        self._sampling = SamplingTurns(
+            engine, futures, self._limits, self._lock, self._left_queue_locked, clock
+        )
+        self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Fail what is queued, interrupt the engine, end the thread, and close the engine.
+
+        Waits at most *timeout_s*; a turn that takes longer ends in the background.
+        """
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._engine.interrupt()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                _log.info("the engine is still busy; thread tinkex-engine ends after its turn")
+                # Python kills a daemon thread that computes in C++ by aborting the process.
+                atexit.register(self._thread.join, EXIT_PATIENCE_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, but no longer than *timeout_s*."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def poke(self) -> None:
+        """Have the engine thread do its housekeeping soon."""
+        with self._wake:
+            self._poked = True
+            self._wake.notify()
+
+    # Training runs
+
+    def add_model(self, model_id: str, session_id: str, job: Job) -> None:
+        """Open the queue of a new training run; *job* makes the model."""
+        with self._wake:
+            lane = self._models[model_id] = self._lane_type(model_id, session_id)
+            self._futures.create(job.request_id, model_id, 0)
+            lane.ready.append(job)
+            self._enqueue_locked(lane)
+
+    def has_model(self, model_id: str) -> bool:
+        """True if the run takes requests."""
+        with self._lock:
+            lane = self._models.get(model_id)
+            return lane is not None and lane.closed is None
+
+    def find(self, model_id: str, seq_id: int, digest: bytes) -> Optional[str]:
+        """Return the request id of an earlier submission of the same body, or None.
+
+        Raises:
+            HTTPError: 409 if the number was used for another body; 404 if the run is closed.
+        """
+        with self._lock:
+            return self._open_lane_locked(model_id).find(seq_id, digest)
+
+    def submit(self, model_id: str, seq_id: int, digest: bytes, job: Optional[Job]) -> str:
+        """Queue *job* at *seq_id*; None uses the number up without any work.
+
+        Returns the request id: of an earlier submission if the body is the same.
+        """
+        with self._wake:
+            lane = self._open_lane_locked(model_id)
+            known = lane.find(seq_id, digest)
+            if known is not None:
+                return known
+            if lane.waits_beyond_a_gap(seq_id) >= self._max_waiting:
+                raise HTTPError(
+                    429,
+                    f"{self._max_waiting} requests of {model_id} wait for seq_id {lane.next_seq} "
+                    "already; send that one",
+                    retry_after_s=1.0,
+                )
+            if job is not None:
+                job = lane.named(job)
+                self._futures.create(job.request_id, model_id, seq_id)
+            lane.add(seq_id, digest, job)
+            if lane.ready:
+                self._enqueue_locked(lane)
+            return "" if job is None else job.request_id
+
+    def unload_model(self, model_id: str, request_id: str) -> None:
+        """Queue the end of a run behind what is ready; *request_id* completes then.
+
+        Nothing happens if that was queued before.
+        """
+
+        def unload() -> Dict[str, str]:
+            self.close_model(model_id, f"model {model_id} was unloaded")
+            return {"model_id": model_id, "type": "unload_model"}
+
+        with self._wake:
+            if self._futures.wait(request_id, 0.0) is not None:
+                return
+            lane = self._open_lane_locked(model_id)
+            self._futures.create(request_id, model_id, lane.next_seq)
+            lane.ready.append(Job(request_id, unload))
+            self._enqueue_locked(lane)
+
+    def close_model(self, model_id: str, why: str) -> None:
+        """Refuse further requests of a run, fail the queued ones, and unload it soon."""
+        with self._wake:
+            lane = self._models.get(model_id)
+            if lane is None or lane.closed is not None:
+                return
+            failed = self._close_lane_locked(lane, why)
+        self._fail(failed, why)
+
+    # Samplers
+
+    def add_sampler(self, sampler_id: str, session_id: str, folder: Optional[Path]) -> None:
+        """Open the queue of a sampler; the engine loads it soon.
+
+        *folder* holds its weights (None: the base model) and is removed when the sampler ends.
+        """
+        with self._wake:
+            weights = SamplerWeights(sampler_id, folder)
+            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights))
+
+    def add_inflight_sampler(
+        self, sampler_id: str, session_id: str, model_id: str, folder: Path
+    ) -> None:
+        """Open the queue of a sampler that follows the weights of a training run.
+
+        The weights in *folder* are the newest: every sampler that follows *model_id* draws from
+        them from its next batch on.
+        """
+        with self._wake:
+            weights = SamplerWeights(f"{sampler_id}:inflight", folder)
+            for lane in self._samplers.values():
+                if lane.follows == model_id and lane.closed is None:
+                    lane.weights.samplers -= 1
+                    self._retired.append(lane.weights)
+                    weights.samplers += 1
+                    lane.weights = weights
+            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights, model_id))
+
+    def _open_sampler_locked(self, lane: SamplerLane) -> None:
+        lane.weights.samplers += 1
+        self._samplers[lane.sampler_id] = lane
+        self._enqueue_locked(lane)
+
+    def join_sampler(self, sampler_id: str) -> int:
+        """Count one more client of a sampler and return its number; the first client is 0."""
+        with self._lock:
+            lane = self._open_sampler_lane_locked(sampler_id)
+            lane.clones += 1
+            return lane.clones
+
+    def has_sampler(self, sampler_id: str) -> bool:
+        """True if the sampler takes requests."""
+        with self._lock:
+            return sampler_id in self._samplers and self._samplers[sampler_id].closed is None
+
+    def submit_sample(
+        self,
+        sampler_id: str,
+        seq_id: int,
+        digest: bytes,
+        request: SampleRequest,
+        cost: int,
+        *,
+        on_done: Optional[Callable[[Outcome], None]] = None,
+    ) -> str:
+        """Queue a sample request and return its request id; *cost* is its cache in tokens.
+
+        With *on_done* nobody polls for the outcome: it is passed on (see `FutureTable.create`).
+        """
+        with self._wake:
+            lane = self._open_sampler_lane_locked(sampler_id)
+            known = lane.seen.find(seq_id, digest)
+            if known is not None:
+                return known
+            if self._queued_samples >= self._limits.max_queued:
+                raise HTTPError(
+                    429, f"{self._queued_samples} sample requests are queued", retry_after_s=1.0
+                )
+            request_id = f"{sampler_id}:{seq_id}"
+            group = Group.of(sampler_id, seq_id)
+            self._futures.create(
+                request_id,
+                sampler_id,
+                seq_id,
+                group=group if on_done is None else None,
+                on_done=on_done,
+            )
+            lane.seen.add(seq_id, digest, request_id)
+            lane.queued.append(SampleJob(request_id, seq_id, request, cost, self._clock()))
+            self._queued_samples += 1
+            self._enqueue_locked(lane)
+            return request_id
+
+    def cancel_sample(self, sampler_id: str, request_id: str) -> None:
+        """Drop a sample request from the queue, or from the batch it is in, and fail it.
+
+        Nothing happens if it is done.
+        """
+        with self._wake:
+            lane = self._samplers.get(sampler_id)
+            if lane is not None:
+                queued = [job for job in lane.queued if job.request_id == request_id]
+                if queued:
+                    lane.queued.remove(queued[0])
+                    self._left_queue_locked(1)
+                else:
+                    lane.cancelled.add(request_id)
+                self._wake.notify()
+        self._fail([request_id], "the client cancelled the request")
+
+    # All
+
+    def end_session(self, session_id: str, why: str) -> None:
+        """Fail all queued work of a session and unload its models and samplers soon."""
+        failed: List[str] = []
+        with self._wake:
+            for lane in self._lanes_locked():
+                if lane.session_id == session_id and lane.closed is None:
+                    failed += self._close_lane_locked(lane, why)
+        self._fail(failed, why)
+
+    def why_waiting(self, owner: str, seq_id: int) -> str:
+        """Say in a sentence why the request *seq_id* of a run or sampler is not done yet."""
+        with self._lock:
+            if owner in self._models:
+                return self._models[owner].why_waiting(seq_id)
+            sampler = self._samplers.get(owner)
+            if sampler is None:
+                return "ending"
+            for ahead, job in enumerate(sampler.queued):
+                if job.seq_id == seq_id:
+                    return f"queued for the next batch, behind {ahead} other(s)"
+            return "being sampled"
+
+    # Under the lock
+
+    def _lanes_locked(self) -> List[AnyLane]:
+        return [*self._models.values(), *self._samplers.values()]
+
+    def _open_lane_locked(self, model_id: str) -> Lane:
+        lane = self._models.get(model_id)
+        if lane is None or lane.closed is not None or self._closing:
+            raise HTTPError(
+                404, lane.closed if lane and lane.closed else f"{model_id} is not loaded"
+            )
+        return lane
+
+    def _open_sampler_lane_locked(self, sampler_id: str) -> SamplerLane:
+        lane = self._samplers.get(sampler_id)
+        if lane is None or lane.closed is not None or self._closing:
+            raise HTTPError(404, f"sampler {sampler_id} is not loaded")
+        return lane
+
+    def _enqueue_locked(self, lane: AnyLane) -> None:
+        if lane is not self._running and lane not in self._turns:
+            self._turns.append(lane)
+        self._wake.notify()
+
+    def _close_lane_locked(self, lane: AnyLane, why: str) -> List[str]:
+        lane.closed = why
+        self._enqueue_locked(lane)
+        if isinstance(lane, Lane):
+            return [job.request_id for job in lane.take_all()]
+        failed = [job.request_id for job in lane.queued]
+        self._left_queue_locked(len(failed))
+        lane.queued.clear()
+        return failed
+
+    def _left_queue_locked(self, samples: int) -> None:
+        self._queued_samples -= samples
+
+    def _fail(self, request_ids: List[str], why: str, category: str = "user") -> None:
+        for request_id in request_ids:
+            self._futures.complete(request_id, Failure(why, category))
+
+    # The engine thread
+
+    def _work(self) -> None:
+        chores_due = self._clock()
+        while True:
+            with self._lock:
+                poked, self._poked = self._poked, False
+            if poked or self._clock() >= chores_due:
+                chores_due = self._do_chores()
+            with self._wake:
+                if self._closing:
+                    break
+                lane = self._next_turn_locked(chores_due)
+                self._running = lane
+            if isinstance(lane, Lane):
+                self._training_turn(lane)
+            elif lane is not None:
+                self._sampling_turn(lane)
+            with self._lock:
+                self._running = None
+                retired, self._retired = self._retired, []
+                if lane is not None and self._has_work_locked(lane):
+                    self._turns.append(lane)  # behind those that came meanwhile
+            for weights in retired:
+                self._sampling.release(weights)
+        self._shut_down()
+
+    def _has_work_locked(self, lane: AnyLane) -> bool:
+        if isinstance(lane, Lane):
+            ended = lane.closed is not None and lane.model_id in self._models
+            return bool(lane.ready) or ended
+        ended = lane.closed is not None and lane.sampler_id in self._samplers
+        return bool(lane.live or lane.queued) or ended
+
+    def _do_chores(self) -> float:
+        now = self._clock()
+        try:
+            return self._housekeeping(now)
+        except Exception:
+            _log.exception("housekeeping failed; it runs again in a minute")
+            return now + 60.0
+
+    def _next_turn_locked(self, chores_due: float) -> Optional[AnyLane]:
+        """Take the lane whose turn it is; None after waiting in vain (chores may be due)."""
+        now = self._clock()
+        wait_until = chores_due
+        for _ in range(len(self._turns)):
+            lane = self._turns.popleft()
+            if isinstance(lane, Lane) or self._sampling.runnable(lane, now):
+                return lane
+            self._turns.append(lane)
+            if lane.queued:
+                starts_at = lane.starts_at(self._limits)
+                if starts_at > now:  # else it waits for another batch to end, not for the time
+                    wait_until = min(wait_until, starts_at)
+        if not self._poked:
+            self._wake.wait(max(0.0, wait_until - now))
+        return None
+
+    def _training_turn(self, lane: Lane) -> None:
+        with self._lock:
+            job = lane.ready.popleft() if lane.ready else None
+        if job is not None:
+            self._run(lane, job)
+        with self._lock:
+            unload = lane.closed is not None and not lane.ready
+            if unload:
+                self._models.pop(lane.model_id, None)
+        if unload:
+            guarded(lambda: self._engine.unload(lane.model_id), f"unload {lane.model_id}")
+
+    def _run(self, lane: Lane, job: Job) -> None:
+        if lane.broken is not None:
+            self._fail([job.request_id], lane.broken)
+            return
+        try:
+            value = job.run()
+        except Exception as error:
+            failure = failure_of(error, job.request_id)
+            if job.creates:
+                lane.broken = f"model {lane.model_id} was not created: {failure.message}"
+            self._futures.complete(job.request_id, failure)
+        else:
+            self._futures.complete(job.request_id, Success(value))
+
+    def _sampling_turn(self, lane: SamplerLane) -> None:
+        if lane.closed is None:
+            self._sampling.turn(lane)
+            return
+        self._sampling.end(lane, lane.closed)
+        with self._lock:
+            self._samplers.pop(lane.sampler_id, None)
+
+    def _shut_down(self) -> None:
+        why = "the server was closed"
+        with self._lock:
+            lanes = self._lanes_locked()
+            failed: List[str] = []
+            for lane in lanes:
+                failed += self._close_lane_locked(lane, why)
+        self._fail(failed, why, "server")
+        for lane in lanes:
+            if isinstance(lane, SamplerLane):
+                self._sampling.end(lane, why)
+        guarded(self._engine.close, "close")

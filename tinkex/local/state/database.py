@@ -1,0 +1,130 @@
+"""The SQLite database of the embedded server: its tables, and how it is opened, read and changed.
+
+No thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any, Sequence
+
+from tinkex.local.state.reserve import Reserve
+
+_log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (
+    session_id TEXT PRIMARY KEY, created_at REAL NOT NULL, state TEXT NOT NULL,
+    facts TEXT NOT NULL, ended_at REAL, reason TEXT, project_id TEXT, end_reason TEXT,
+    end_detail TEXT);
+CREATE TABLE IF NOT EXISTS runs (
+    run_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, created_at REAL NOT NULL,
+    last_request_at REAL NOT NULL, base_model TEXT NOT NULL, lora TEXT NOT NULL,
+    optimizer TEXT NOT NULL, user_metadata TEXT, project_id TEXT);
+CREATE TABLE IF NOT EXISTS checkpoints (
+    run_id TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, created_at REAL NOT NULL,
+    folder TEXT NOT NULL, size_bytes INTEGER NOT NULL, public INTEGER NOT NULL DEFAULT 0,
+    expires_at REAL, user_metadata TEXT, PRIMARY KEY (run_id, kind, name));
+CREATE TABLE IF NOT EXISTS samplers (
+    sampler_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, created_at REAL NOT NULL,
+    base_model TEXT NOT NULL, model_path TEXT);
+CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
+CREATE INDEX IF NOT EXISTS samplers_by_session ON samplers (session_id);
+"""
+
+#: Columns that the first version did not have.
+_ADDED = (
+    ("sessions", "project_id"),
+    ("sessions", "end_reason"),
+    ("sessions", "end_detail"),
+    ("runs", "project_id"),
+)
+
+
+class Database:
+    """The database in *folder*, made or brought up to date as needed.  Thread-safe.
+
+    It is changed on a full disk, too, while its reserve lasts.
+
+    Args:
+        folder: exists.
+        in_memory: keep everything in memory, and nothing in *folder*.
+
+    Raises:
+        sqlite3.Error: it cannot be opened; from other methods, read or changed.
+    """
+
+    def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
+        self._folder = folder
+        # Guards the connection.
+        self._lock = threading.Lock()
+        self._reserve = None if in_memory else Reserve(folder / "reserve")
+        path = ":memory:" if in_memory else str(folder / "tinkex.sqlite3")
+        try:
+            self._connection = _connect(path)
+        except sqlite3.OperationalError:  # as of a full disk
+            if not self._release_reserve():
+                raise
+            self._connection = _connect(path)
+        self.restore_reserve()
+
+    def close(self) -> None:
+        """Close it, and give back the reserve."""
+        with self._lock:
+            self._connection.close()
+        self._release_reserve()
+
+    def execute(self, sql: str, *values: Any) -> None:
+        """Change something."""
+        with self._lock:
+            try:
+                self._connection.execute(sql, values)
+                return
+            except sqlite3.OperationalError:  # as of a full disk
+                if not self._release_reserve():
+                    raise
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # empties the log
+            self._connection.execute(sql, values)
+        _log.warning("%s is on a full disk; the reserve for its database is in use", self._folder)
+
+    def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
+        """Return what a query finds."""
+        with self._lock:
+            return self._connection.execute(sql, values).fetchall()
+
+    def restore_reserve(self) -> None:
+        """Keep room on the disk for changes again, if some was used and there is any."""
+        if self._reserve is not None:
+            self._reserve.fill()
+
+    def _release_reserve(self) -> bool:
+        return self._reserve is not None and self._reserve.release()
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        connection.row_factory = sqlite3.Row
+        # NORMAL with WAL: a power cut may lose the last facts, never the database; no fsync
+        # per commit.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(_SCHEMA)
+        _add_columns(connection)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _add_columns(connection: sqlite3.Connection) -> None:
+    """Bring a database of an older version up to date."""
+    for table, column in _ADDED:
+        known = {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}
+        if column not in known:
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")

@@ -1,0 +1,263 @@
+"""The server's futures: request id -> pending, a result, or a failure.
+
+The scheduler completes them, HTTP threads wait for them.  No thread of its own.  Each pending
+future that somebody waits for has its own Event, so that a completion wakes only its waiters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from typing import Callable, Dict, Iterable, List, Optional, Tuple, Union
+
+from tinkex.local.state.completions import Completions, Group
+
+
+@dataclasses.dataclass(frozen=True)
+class Success:
+    """The work was done; *value* is a ForwardBackwardOutput, a SampleResponse or a JSON object."""
+
+    value: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The work failed; *category* is ``"user"`` or ``"server"``.
+
+    *status* is the HTTP status it would have as an answer of its own.
+    """
+
+    message: str
+    category: str
+    status: int = 422
+
+
+Outcome = Union[Success, Failure]
+
+
+@dataclasses.dataclass
+class _Entry:
+    owner: str  # the model or sampler whose queue it is in
+    seq_id: int
+    outcome: Optional[Outcome] = None
+    done: Optional[threading.Event] = None
+    finished_at: float = 0.0
+    fetched_at: Optional[float] = None
+    fetched_bytes: int = 0
+    group: Optional[Group] = None  # who is told of its completion
+    number: int = 0  # among the completions of its group
+    on_done: Optional[Callable[[Outcome], None]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A future that is still pending: it stands at *seq_id* in the queue of *owner*."""
+
+    owner: str
+    seq_id: int
+
+
+class FutureTable:
+    """All futures of the server.  Thread-safe.
+
+    Args:
+        keep_fetched_s: a result may be fetched again for this long (a lost answer is asked for
+            again within seconds).
+        keep_unfetched_s: a result nobody asks for is dropped after this long.
+        max_finished: at most this many results that were not fetched are kept, and as many that
+            were, the oldest dropped first; neither kind ever displaces the other.
+        max_fetched_bytes: at most this many encoded bytes of fetched results are kept.
+        max_gone: so many ids of dropped results are remembered.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        keep_fetched_s: float = 120.0,
+        keep_unfetched_s: float = 3600.0,
+        max_finished: int = 20_000,
+        max_fetched_bytes: int = 256 << 20,
+        max_gone: int = 100_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keep_fetched_s = keep_fetched_s
+        self._keep_unfetched_s = keep_unfetched_s
+        self._max_finished = max_finished
+        self._max_fetched_bytes = max_fetched_bytes
+        self._max_gone = max_gone
+        self._clock = clock
+        # Guards everything below.  Nothing is called and nobody waits while it is held.
+        self._lock = threading.Lock()
+        self._pending: Dict[str, _Entry] = {}
+        self._unfetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of completion
+        self._fetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of first fetch
+        self._fetched_bytes = 0
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._completions = Completions()
+        self._listeners: Dict[Group, List[threading.Event]] = {}
+        self._closing = False
+
+    def create(
+        self,
+        request_id: str,
+        owner: str,
+        seq_id: int,
+        *,
+        group: Optional[Group] = None,
+        on_done: Optional[Callable[[Outcome], None]] = None,
+    ) -> None:
+        """Add a pending future; *group* is told when it is done.
+
+        With *on_done* the outcome is not kept but passed to it, on the engine's thread or, at the
+        end of the server, on another one; it must not block or raise.
+        """
+        with self._lock:
+            self._pending[request_id] = _Entry(owner, seq_id, group=group, on_done=on_done)
+            self._gone.pop(request_id, None)
+
+    def complete(self, request_id: str, outcome: Outcome) -> None:
+        """Settle a future and wake its waiters; nothing happens if it was settled before."""
+        with self._lock:
+            entry = self._pending.pop(request_id, None)
+            if entry is None:
+                return
+            entry.outcome = outcome
+            entry.finished_at = self._clock()
+            if entry.on_done is None:
+                self._unfetched[request_id] = entry
+            events = [] if entry.done is None else [entry.done]
+            if entry.group is not None:
+                entry.number = self._completions.add(entry.group, request_id)
+                events += self._listeners.pop(entry.group, [])
+            while len(self._unfetched) > self._max_finished:
+                self._drop_locked(next(iter(self._unfetched)))
+        for event in events:
+            event.set()
+        if entry.on_done is not None:
+            entry.on_done(outcome)
+
+    def wait(self, request_id: str, timeout_s: float) -> Union[Waiting, Outcome, None]:
+        """Return the outcome, blocking for at most *timeout_s* (or until close).
+
+        Returns Waiting if it is still pending then, and None if there is no such future.
+        """
+        with self._lock:
+            entry = self._pending.get(request_id)
+            if entry is None:
+                finished = self._finished_locked(request_id)
+                return None if finished is None else finished.outcome
+            if timeout_s <= 0 or self._closing:
+                return Waiting(entry.owner, entry.seq_id)
+            if entry.done is None:
+                entry.done = threading.Event()
+            done = entry.done
+        done.wait(timeout_s)
+        # Written before the Event is set, and never changed again.
+        return entry.outcome or Waiting(entry.owner, entry.seq_id)
+
+    def completed(
+        self, group: Group, cursor: int, timeout_s: float
+    ) -> Tuple[List[Tuple[str, Outcome]], int]:
+        """Return what *group* had done after *cursor*, with outcomes, and the next cursor.
+
+        If it is nothing yet, blocks for at most *timeout_s*, or until close.
+        """
+        with self._lock:
+            done, upto = self._completions.after(group, cursor)
+            if done or timeout_s <= 0 or self._closing:
+                return self._outcomes_locked(done), upto
+            event = threading.Event()
+            self._listeners.setdefault(group, []).append(event)
+        event.wait(timeout_s)
+        with self._lock:
+            listeners = self._listeners.get(group, [])
+            if event in listeners:  # nothing was done
+                listeners.remove(event)
+                if not listeners:
+                    del self._listeners[group]
+            done, upto = self._completions.after(group, cursor)
+            return self._outcomes_locked(done), upto
+
+    def _outcomes_locked(self, request_ids: List[str]) -> List[Tuple[str, Outcome]]:
+        found = []
+        for request_id in request_ids:
+            entry = self._finished_locked(request_id)
+            if entry is not None and entry.outcome is not None:
+                found.append((request_id, entry.outcome))
+        return found
+
+    def _finished_locked(self, request_id: str) -> Optional[_Entry]:
+        return self._unfetched.get(request_id) or self._fetched.get(request_id)
+
+    def acknowledge(self, group: Group, request_ids: Iterable[str]) -> None:
+        """Drop the results of *group* that its client has; others are left alone."""
+        with self._lock:
+            for request_id in request_ids:
+                entry = self._finished_locked(request_id)
+                if entry is not None and entry.group == group:
+                    self._drop_locked(request_id)
+
+    def is_gone(self, request_id: str) -> bool:
+        """True if there was such a result, and it was dropped (not too long ago)."""
+        with self._lock:
+            return request_id in self._gone
+
+    def fetched(self, request_id: str, size: int) -> None:
+        """Note that the result was handed out in *size* bytes."""
+        with self._lock:
+            entry = self._unfetched.pop(request_id, None)
+            if entry is None:  # gone, or fetched before
+                return
+            entry.fetched_at = self._clock()
+            entry.fetched_bytes = size
+            self._fetched[request_id] = entry
+            self._fetched_bytes += size
+            # The newest stays whatever its size: its answer may still get lost.
+            while len(self._fetched) > 1 and (
+                self._fetched_bytes > self._max_fetched_bytes
+                or len(self._fetched) > self._max_finished
+            ):
+                self._drop_locked(next(iter(self._fetched)))
+
+    def sweep(self, now: float) -> None:
+        """Drop results that have been kept long enough."""
+        with self._lock:
+            for request_id, entry in list(self._fetched.items()):
+                if entry.fetched_at is None or now < entry.fetched_at + self._keep_fetched_s:
+                    break
+                self._drop_locked(request_id)
+            for request_id, entry in list(self._unfetched.items()):
+                if now < entry.finished_at + self._keep_unfetched_s:
+                    break
+                self._drop_locked(request_id)
+
+    def close(self) -> None:
+        """Release every waiter; from now on nobody is made to wait."""
+        with self._lock:
+            self._closing = True
+            events = [entry.done for entry in self._pending.values() if entry.done is not None]
+            for listeners in self._listeners.values():
+                events += listeners
+            waited_for = [
+                request_id
+                for request_id, entry in self._pending.items()
+                if entry.on_done is not None
+            ]
+        for event in events:
+            event.set()
+        for request_id in waited_for:
+            self.complete(request_id, Failure("the server was closed", "server", 503))
+
+    def _drop_locked(self, request_id: str) -> None:
+        entry = self._unfetched.pop(request_id, None) or self._fetched.pop(request_id, None)
+        if entry is None:
+            return
+        self._fetched_bytes -= entry.fetched_bytes
+        if entry.group is not None:
+            self._completions.discard(entry.group, entry.number)
+        self._gone[request_id] = None
+        if len(self._gone) > self._max_gone:
+            self._gone.popitem(last=False)

@@ -1,0 +1,435 @@
+"""What the embedded server remembers: SQLite for the facts, folders for the weights.
+
+::
+
+    <data_dir>/tinkex.sqlite3                        sessions, runs, checkpoints, samplers
+    <data_dir>/checkpoints/<run>/<kind>/<name>/      one saved adapter
+    <data_dir>/samplers/<n>/                         frozen weights of living samplers
+    <data_dir>/reserve                               disk space for changes on a full disk
+
+A checkpoint is written into a temporary sibling, renamed, and exists once its row is committed;
+what a crash leaves behind without a row is removed at the next start.  No thread of its own;
+thread-safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from tinkex.local.errors import HTTPError
+from tinkex.local.state.database import Database
+from tinkex.local.state.folder_lock import FolderLock, folder_errors
+from tinkex.local.state.rows import (
+    CheckpointRow,
+    RunRow,
+    SamplerRow,
+    SessionRow,
+    checkpoint_row,
+    dumps,
+    run_row,
+    session_row,
+)
+from tinkex.types import LoraConfig
+from tinkex.types.checkpoint_path import KINDS
+
+#: Checkpoint type -> path segment.
+KIND_OF = {checkpoint_type: kind for kind, checkpoint_type in KINDS.items()}
+
+_SAMPLER_FOLDER = re.compile("[0-9a-f]{32}")  # uuid4().hex
+
+_UNEXPIRED = "(checkpoints.expires_at IS NULL OR checkpoints.expires_at > ?)"
+_NEWEST_FIRST = "ORDER BY checkpoints.created_at DESC, checkpoints.rowid DESC"
+
+
+class Store:
+    """The server's memory under *data_dir*, which is created if it is missing.
+
+    Args:
+        data_dir: folder of the database and the weights.
+        in_memory: keep the facts in memory; the weights still need the folder.
+        wall: seconds since the epoch.
+
+    Raises:
+        LocalServerError: the folder cannot be written, or another server uses it.
+    """
+
+    def __init__(
+        self, data_dir: Path, *, in_memory: bool = False, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.data_dir = data_dir
+        self.wall = wall
+        self._touched: Dict[str, float] = {}
+        # Guards _touched.
+        self._lock = threading.Lock()
+        self.folder_lock = FolderLock(data_dir)
+        with folder_errors(data_dir), contextlib.ExitStack() as opened:
+            opened.callback(self.folder_lock.release)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self.folder_lock.acquire()
+            self._db = Database(data_dir, in_memory=in_memory)
+            opened.callback(self._db.close)
+            self._tidy(remove_orphans=not in_memory)
+            opened.pop_all()
+
+    def close(self) -> None:
+        """Close the database and give the folder free."""
+        self._db.close()
+        self.folder_lock.release()
+
+    # Sessions
+
+    def add_session(self, session_id: str, facts: Dict[str, Any]) -> None:
+        """Remember a new session; *facts* is what the client said about it."""
+        self._db.execute(
+            "INSERT INTO sessions (session_id, created_at, state, facts, project_id) "
+            "VALUES (?, ?, 'live', ?, ?)",
+            session_id, self.wall(), json.dumps(facts), facts.get("project_id"),
+        )  # fmt: skip
+
+    def end_session(
+        self,
+        session_id: str,
+        state: str,
+        reason: str,
+        end_reason: Optional[str] = None,
+        end_detail: Optional[str] = None,
+    ) -> None:
+        """Note that a session ended; only the first end counts."""
+        self._db.execute(
+            "UPDATE sessions SET state = ?, ended_at = ?, reason = ?, end_reason = ?, "
+            "end_detail = ? WHERE session_id = ? AND state = 'live'",
+            state, self.wall(), reason, end_reason, end_detail, session_id,
+        )  # fmt: skip
+
+    def set_project(self, session_id: str, project_id: str) -> None:
+        """Move a session, and the runs in it, to another project."""
+        sql = "UPDATE sessions SET project_id = ? WHERE session_id = ?"
+        self._db.execute(sql, project_id, session_id)
+
+    def session(self, session_id: str) -> Optional[SessionRow]:
+        """Return a session, or None."""
+        rows = self._db.rows("SELECT * FROM sessions WHERE session_id = ?", session_id)
+        return session_row(rows[0]) if rows else None
+
+    def sessions(self, limit: int, offset: int) -> List[SessionRow]:
+        """Return sessions, newest first."""
+        sql = "SELECT * FROM sessions ORDER BY created_at DESC, rowid DESC LIMIT ? OFFSET ?"
+        return [session_row(row) for row in self._db.rows(sql, limit, offset)]
+
+    def all_sessions(self) -> List[SessionRow]:
+        """Return every session."""
+        return [session_row(row) for row in self._db.rows("SELECT * FROM sessions")]
+
+    def checkpoint_totals(self, session_id: str) -> Tuple[int, int]:
+        """Return how many checkpoints the runs of a session have, and their bytes."""
+        sql = (
+            "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM checkpoints JOIN runs "
+            f"USING (run_id) WHERE session_id = ? AND {_UNEXPIRED}"
+        )
+        count, size = self._db.rows(sql, session_id, self.wall())[0]
+        return int(count), int(size)
+
+    # Runs
+
+    def add_run(
+        self,
+        run_id: str,
+        session_id: str,
+        base_model: str,
+        lora: LoraConfig,
+        optimizer: Dict[str, Any],
+        user_metadata: Optional[Dict[str, Any]],
+        project_id: Optional[str] = None,
+    ) -> None:
+        """Remember a new training run; without a project of its own it is in its session's."""
+        now = self.wall()
+        self._db.execute(
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            run_id, session_id, now, now, base_model, json.dumps(lora.to_wire()),
+            json.dumps(optimizer), dumps(user_metadata), project_id,
+        )  # fmt: skip
+
+    def drop_run(self, run_id: str) -> None:
+        """Forget a run that could not be created."""
+        self._db.execute("DELETE FROM runs WHERE run_id = ?", run_id)
+
+    def run(self, run_id: str) -> Optional[RunRow]:
+        """Return a run, or None."""
+        rows = self._db.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
+        return run_row(rows[0]) if rows else None
+
+    def runs(
+        self, limit: int, offset: int, project_id: Optional[str] = None
+    ) -> Tuple[List[RunRow], int]:
+        """Return a page of runs (of one project), last used first, and how many there are."""
+        found = (
+            "FROM runs LEFT JOIN sessions USING (session_id) "
+            "WHERE ? IS NULL OR COALESCE(runs.project_id, sessions.project_id) = ?"
+        )
+        total = self._db.rows(f"SELECT COUNT(*) {found}", project_id, project_id)[0][0]
+        sql = (
+            f"SELECT runs.* {found} ORDER BY last_request_at DESC, runs.rowid DESC LIMIT ? OFFSET ?"
+        )
+        rows = self._db.rows(sql, project_id, project_id, limit, offset)
+        return [run_row(row) for row in rows], total
+
+    def runs_of(self, session_id: str) -> List[str]:
+        """Return the ids of a session's runs, oldest first."""
+        sql = "SELECT run_id FROM runs WHERE session_id = ? ORDER BY rowid"
+        return [row[0] for row in self._db.rows(sql, session_id)]
+
+    def touch_run(self, run_id: str) -> None:
+        """Note that a run is in use, at most once a second."""
+        now = self.wall()
+        with self._lock:
+            if now - self._touched.get(run_id, 0.0) < 1.0:
+                return
+            self._touched[run_id] = now
+        self._db.execute("UPDATE runs SET last_request_at = ? WHERE run_id = ?", now, run_id)
+
+    # Samplers
+
+    def add_sampler(
+        self, sampler_id: str, session_id: str, base_model: str, model_path: Optional[str]
+    ) -> None:
+        """Remember a new sampling session."""
+        self._db.execute(
+            "INSERT INTO samplers VALUES (?, ?, ?, ?, ?)",
+            sampler_id, session_id, self.wall(), base_model, model_path,
+        )  # fmt: skip
+
+    def sampler(self, sampler_id: str) -> Optional[SamplerRow]:
+        """Return a sampling session, or None."""
+        rows = self._db.rows("SELECT * FROM samplers WHERE sampler_id = ?", sampler_id)
+        return SamplerRow(*rows[0]) if rows else None
+
+    def samplers_of(self, session_id: str) -> List[str]:
+        """Return the ids of a session's samplers, oldest first."""
+        sql = "SELECT sampler_id FROM samplers WHERE session_id = ? ORDER BY rowid"
+        return [row[0] for row in self._db.rows(sql, session_id)]
+
+    def freeze(self, checkpoint: CheckpointRow) -> Path:
+        """Give a sampler its own copy of a checkpoint, which outlives the checkpoint.
+
+        HTTPError 404 if the checkpoint is deleted at the same time.
+        """
+        target = self.new_sampler_folder()
+        try:
+            self.copy_files(checkpoint, target)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        return target
+
+    def copy_files(self, checkpoint: CheckpointRow, target: Path) -> None:
+        """Put the files of a checkpoint into the folder *target*.
+
+        They are hard links where the file system has them: no saved file is ever changed.
+        HTTPError 404 if the checkpoint is deleted at the same time.
+        """
+        source = self.folder_of(checkpoint)
+        try:
+            shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+        except OSError as error:
+            if source.exists():
+                raise
+            raise self.missing_files(checkpoint) from error
+
+    def new_sampler_folder(self) -> Path:
+        """Make an empty folder for the weights of a sampler."""
+        folder = self.data_dir / "samplers" / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        return folder
+
+    # Checkpoints
+
+    @contextlib.contextmanager
+    def saving(
+        self,
+        run_id: str,
+        kind: str,
+        name: str,
+        *,
+        overwrite: bool,
+        ttl_s: Optional[float],
+        user_metadata: Optional[Dict[str, Any]],
+    ) -> Iterator[Path]:
+        """Save a checkpoint: yield an empty folder; its content is the checkpoint afterwards.
+
+        Nothing is left behind if the body raises.  Raises HTTPError (409) if the name is taken and
+        *overwrite* is not set.
+        """
+        self.check_name_free(run_id, kind, name, overwrite)
+        parent = self._run_folder(run_id) / kind
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.mkdir()
+        try:
+            yield temporary
+            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+            final = _free_sibling(parent, name)
+            os.replace(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        now = self.wall()
+        sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
+        replaced = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
+        self._db.execute(
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+            run_id, kind, name, now, str(final.relative_to(self.data_dir)), size,
+            None if ttl_s is None else now + ttl_s, dumps(user_metadata),
+        )  # fmt: skip
+        for old in replaced:
+            shutil.rmtree(self.folder_of(old), ignore_errors=True)
+
+    def check_name_free(self, run_id: str, kind: str, name: str, overwrite: bool) -> None:
+        """Raise HTTPError (409) if the checkpoint exists and must not be overwritten."""
+        if not overwrite and self.checkpoint(run_id, kind, name) is not None:
+            raise HTTPError(
+                409,
+                f"checkpoint {kind}/{name} of {run_id} exists; choose another name, delete it, "
+                "or save with overwrite=true",
+            )
+
+    def checkpoint(self, run_id: str, kind: str, name: str) -> Optional[CheckpointRow]:
+        """Return a checkpoint, or None; an expired one counts as gone."""
+        sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
+        found = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
+        if found and found[0].expires_at is not None and found[0].expires_at <= self.wall():
+            return None
+        return found[0] if found else None
+
+    def checkpoints_of(self, run_id: str) -> List[CheckpointRow]:
+        """Return a run's checkpoints, newest first."""
+        sql = f"SELECT * FROM checkpoints WHERE run_id = ? AND {_UNEXPIRED} {_NEWEST_FIRST}"
+        return [checkpoint_row(row) for row in self._db.rows(sql, run_id, self.wall())]
+
+    def last_checkpoint(self, run_id: str, kind: str) -> Optional[CheckpointRow]:
+        """Return a run's newest checkpoint of *kind*, or None."""
+        sql = (
+            f"SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND {_UNEXPIRED} "
+            f"{_NEWEST_FIRST} LIMIT 1"
+        )
+        rows = self._db.rows(sql, run_id, kind, self.wall())
+        return checkpoint_row(rows[0]) if rows else None
+
+    def checkpoints(self, limit: int, offset: int) -> Tuple[List[CheckpointRow], int]:
+        """Return a page of all checkpoints, newest first, and how many there are."""
+        now = self.wall()
+        total = self._db.rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
+        sql = f"SELECT * FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+        return [checkpoint_row(row) for row in self._db.rows(sql, now, limit, offset)], total
+
+    def folder_of(self, checkpoint: CheckpointRow) -> Path:
+        """Return the folder that holds a checkpoint's files."""
+        return self.data_dir / checkpoint.folder
+
+    def missing_files(self, checkpoint: CheckpointRow) -> HTTPError:
+        """Make the error for a checkpoint whose folder is not there."""
+        current = self.checkpoint(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        if current is None or current.folder != checkpoint.folder:
+            return HTTPError(404, f"{checkpoint.tinker_path} was deleted just now")
+        return HTTPError(
+            404,
+            f"the files of {checkpoint.tinker_path} are missing: there is no folder "
+            f"{self.folder_of(checkpoint)}",
+        )
+
+    def delete_checkpoint(self, checkpoint: CheckpointRow) -> None:
+        """Forget a checkpoint and remove its files.  Works on a full disk, too."""
+        try:
+            self._forget_checkpoint(checkpoint)
+        except sqlite3.OperationalError:
+            # The disk is full and the reserve used up: the files go first, to make room. Otherwise
+            # they go last, since without its row a folder is removed at the next start.
+            shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+            self._forget_checkpoint(checkpoint)
+        shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+
+    def _forget_checkpoint(self, checkpoint: CheckpointRow) -> None:
+        self._db.execute(
+            "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ? AND folder = ?",
+            checkpoint.run_id, checkpoint.kind, checkpoint.name, checkpoint.folder,
+        )  # fmt: skip
+
+    def set_public(self, checkpoint: CheckpointRow, public: bool) -> None:
+        """Mark a checkpoint as published or not."""
+        self._db.execute(
+            "UPDATE checkpoints SET public = ? WHERE run_id = ? AND kind = ? AND name = ?",
+            int(public), checkpoint.run_id, checkpoint.kind, checkpoint.name,
+        )  # fmt: skip
+
+    def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
+        """Have a checkpoint expire *ttl_s* from now; None keeps it."""
+        self._db.execute(
+            "UPDATE checkpoints SET expires_at = ? WHERE run_id = ? AND kind = ? AND name = ?",
+            None if ttl_s is None else self.wall() + ttl_s,
+            checkpoint.run_id, checkpoint.kind, checkpoint.name,
+        )  # fmt: skip
+
+    def drop_expired_checkpoints(self) -> None:
+        """Delete the checkpoints whose time has come."""
+        sql = "SELECT * FROM checkpoints WHERE expires_at <= ?"
+        for row in self._db.rows(sql, self.wall()):
+            self.delete_checkpoint(checkpoint_row(row))
+
+    def restore_reserve(self) -> None:
+        """Keep room on the disk for changes again, after some was used on a full disk."""
+        self._db.restore_reserve()
+
+    # Below
+
+    def _tidy(self, *, remove_orphans: bool) -> None:
+        """After a restart: no session lives, and no weights are kept without their row.
+
+        Only folders that a store has named are removed: the data directory may be one in which the
+        user keeps a folder "samplers" or "checkpoints", too.
+        """
+        for folder in (self.data_dir / "samplers").glob("*"):
+            if _SAMPLER_FOLDER.fullmatch(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+        if remove_orphans:
+            known = {row["folder"] for row in self._db.rows("SELECT folder FROM checkpoints")}
+            for run in self._db.rows("SELECT run_id FROM runs"):
+                for folder in self._run_folder(run["run_id"]).glob("*/*"):
+                    if str(folder.relative_to(self.data_dir)) not in known:
+                        shutil.rmtree(folder, ignore_errors=True)
+        self._db.execute(
+            "UPDATE sessions SET state = 'lost', ended_at = ?, "
+            "reason = 'the server was restarted' WHERE state = 'live'",
+            self.wall(),
+        )
+
+    def _run_folder(self, run_id: str) -> Path:
+        return self.data_dir / "checkpoints" / _folder_name(run_id)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _folder_name(run_id: str) -> str:
+    return run_id.replace(":", "_")  # Windows takes no colons
+
+
+def _free_sibling(parent: Path, name: str) -> Path:
+    """Return *name*, or *name~2* and so on while an older version stands there."""
+    candidate, version = parent / name, 1
+    while candidate.exists():
+        version += 1
+        candidate = parent / f"{name}~{version}"
+    return candidate
