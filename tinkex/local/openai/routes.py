@@ -11,7 +11,7 @@ from werkzeug.exceptions import HTTPException
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import OPENAI_PREFIXES
-from tinkex.local.http.messages import answer, json_body
+from tinkex.local.http.messages import json_body, json_response
 from tinkex.local.json_text import write_json
 from tinkex.local.openai.bodies import Writer, usage_of
 from tinkex.local.openai.choices import Delta
@@ -20,7 +20,8 @@ from tinkex.local.openai.generation import Generation
 from tinkex.local.openai.parameters import Call, read_chat, read_completions
 from tinkex.local.openai.samplers import Samplers
 from tinkex.local.openai.text import Text, text_of
-from tinkex.local.routes.futures import Holds
+from tinkex.local.routes.futures import HeldPolls
+from tinkex.local.settings import ServerSettings
 from tinkex.local.state.rows import CheckpointRow
 
 _log = logging.getLogger(__name__)
@@ -34,12 +35,9 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _MOST_LISTED = 1000
 
 
-def register(app: Flask, backend: Backend, holds: Holds) -> None:
-    """Add the routes to *app*.
-
-    *holds* counts the requests that wait, which occupy threads as polls do.
-    """
-    endpoint = _Endpoint(backend, holds)
+def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
+    """Add the routes to *app*."""
+    endpoint = _Endpoint(backend, settings)
     for prefix in OPENAI_PREFIXES:
         prefix = prefix.rstrip("/")
         name = "openai" + prefix.replace("/", "_")
@@ -49,9 +47,10 @@ def register(app: Flask, backend: Backend, holds: Holds) -> None:
 class _Endpoint:
     """The views.  Thread-safe."""
 
-    def __init__(self, backend: Backend, holds: Holds) -> None:
+    def __init__(self, backend: Backend, settings: ServerSettings) -> None:
         self._backend = backend
-        self._holds = holds
+        # Each of them occupies an HTTP thread, as a held poll does.
+        self._held = HeldPolls(settings.max_held_polls)
         self._samplers = Samplers(backend)
         self._started_at = int(backend.wall())
         self._kept_text: Optional[Text] = None  # made with the first request
@@ -76,11 +75,11 @@ class _Endpoint:
         for row in rows:
             if row.kind == "sampler_weights":
                 listed.append(self._listed(row.tinker_path, row))
-        return answer({"object": "list", "data": listed})
+        return json_response({"object": "list", "data": listed})
 
     def model(self, model: str) -> Response:
         """Show one model."""
-        return answer(self._listed(model, self._samplers.checkpoint(model)))
+        return json_response(self._listed(model, self._samplers.checkpoint(model)))
 
     def _listed(self, model: str, checkpoint: Optional[CheckpointRow]) -> Dict[str, Any]:
         created = self._started_at if checkpoint is None else int(checkpoint.created_at)
@@ -106,19 +105,19 @@ class _Endpoint:
         return self._kept_text
 
     def _respond(self, call: Call) -> Response:
-        self._holds.acquire()
+        self._held.acquire()
         try:
             generation = Generation(self._samplers, self._text(), call)
         except BaseException:
-            self._holds.release()
+            self._held.release()
             raise
         writer = Writer(call, self._text())
         if not call.stream:
             try:
-                return answer(_whole(generation, writer, len(call.prompts) * call.n))
+                return json_response(_whole(generation, writer, len(call.prompts) * call.n))
             finally:
                 generation.close()
-                self._holds.release()
+                self._held.release()
         response = Response(_events(generation, writer, call), mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # nginx would collect the tokens
@@ -127,7 +126,7 @@ class _Endpoint:
         @response.call_on_close
         def done() -> None:
             generation.close()
-            self._holds.release()
+            self._held.release()
 
         return response
 
@@ -170,7 +169,7 @@ def _event(value: Dict[str, Any]) -> bytes:
 
 
 def _problem(problem: HTTPError) -> Response:
-    response = answer(error_body(problem), problem.status)
+    response = json_response(error_body(problem), problem.status)
     response.headers.extend(problem.headers)
     if problem.retry_after_s is not None:
         response.headers["Retry-After"] = f"{problem.retry_after_s:g}"
