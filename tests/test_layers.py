@@ -54,6 +54,7 @@ LOCAL_LAYERS = [
     "backend",
     "http",
     "routes",
+    "openai",
     "app",
     "server",
 ]
