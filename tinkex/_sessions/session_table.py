@@ -80,6 +80,15 @@ class Verdict:
         """True if the session is off the table."""
         return self.kind in ("gone", "refused", "limit")
 
+    @property
+    def reason(self) -> str:
+        """Why the session was removed, in words."""
+        if self.kind == "gone":
+            return "the server ended it or let it expire"
+        if self.kind == "refused":
+            return f"the server refused its heartbeat ({self.error})"
+        return f"no heartbeat succeeded for {self.silent_s:.0f} s ({self.error})"
+
 
 @dataclasses.dataclass
 class _Entry:
