@@ -18,7 +18,6 @@ MODULES = (
     "session_record.py",
     "session_table.py",
     "beat_queue.py",
-    "link.py",
 )
 LEVELS = {"info", "warning", "error", "log"}
 

@@ -20,8 +20,8 @@ from support.threads import race, wait_until
 from tinkex import errors
 from tinkex._sessions import manager as session_manager
 from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
-from tinkex._sessions.link import HTTPLink
 from tinkex._sessions.manager import SessionManager
+from tinkex._sessions.session_record import HTTPLink
 from tinkex._transport.transport import Request, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config

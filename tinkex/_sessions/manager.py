@@ -20,9 +20,15 @@ from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.heartbeat import HeartbeatThread, RemovalCallback
-from tinkex._sessions.link import HTTPLink, LinkFactory, SessionLink
 from tinkex._sessions.registry import SessionRegistry, closed_error
-from tinkex._sessions.session_record import FINISH_S, ManagerDropped, SessionRecord
+from tinkex._sessions.session_record import (
+    FINISH_S,
+    HTTPLink,
+    LinkFactory,
+    ManagerDropped,
+    SessionLink,
+    SessionRecord,
+)
 from tinkex._sessions.session_table import HeartbeatPolicy, SessionSnapshot
 from tinkex.config import Config
 from tinkex.errors import APITimeoutError

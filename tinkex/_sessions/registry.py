@@ -179,14 +179,14 @@ class SessionRegistry:
                 record = self._records.get(session_id)
                 if record is not None:
                     return Beat(record, now)
-                self._beats.done(host, now, now, answered=True)  # it was stopped meanwhile
+                self._beats.done(host, now, now, responded=True)  # it was stopped meanwhile
                 self._forget_host_locked(host)
 
     def beat_ended(self, beat: Beat, *, responded: bool) -> None:
         """Note that a beat is no longer in flight."""
         with self._lock:
             host, now = beat.record.host, self._clock.monotonic()
-            self._beats.done(host, beat.sent_at, now, answered=responded)
+            self._beats.done(host, beat.sent_at, now, responded=responded)
             if beat.record.session_id not in self._records:
                 self._forget_host_locked(host)
 

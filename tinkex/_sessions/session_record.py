@@ -1,21 +1,44 @@
-"""SessionRecord: what a manager keeps for one live session, and how sessions end.  No threads."""
+"""SessionRecord: one live session: the connection that keeps it alive, its owners, and its end.
+
+Every session has connections of its own for this, so that no training or sampling load can delay
+a heartbeat.  No threads.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Set, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Set,
+    Union,
+)
 
+from tinkex._api.sessions import (
+    HEARTBEAT_TIMEOUT_S,
+    create_session,
+    finish_session,
+    session_heartbeat,
+)
 from tinkex._runtime.clock import Clock
 from tinkex._sessions.beat_queue import BeatQueue
-from tinkex._sessions.link import SessionLink
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.server_state import state_of
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 
 if TYPE_CHECKING:
     import queue
+
+    from tinkex.types import CreateSessionResponse
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +71,69 @@ Message = Union[Wake, OwnerCollected, ManagerDropped]
 
 if TYPE_CHECKING:
     Inbox = queue.SimpleQueue[Message]
+
+
+class SessionLink(Protocol):
+    """What the session manager needs of a server; tests put their own in its place.
+
+    Each method blocks.  `abort` may be called by another thread and ends the others at once.
+    """
+
+    def create(self) -> CreateSessionResponse:
+        """Create a session; retried for ``startup_timeout_s``.  Raises TinkexError."""
+
+    def give_up(self) -> None:
+        """Let `create` begin no further attempt; the one in flight may still succeed."""
+
+    def beat(self, session_id: str) -> int:
+        """Send one heartbeat, once, and return the status.  Raises TinkexError."""
+
+    def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
+        """Report the end of the session, once; return the status."""
+
+    def drop_idle(self) -> None:
+        """Close idle connections: after a long sleep they are dead."""
+
+    def abort(self) -> None:
+        """Close, and interrupt every request in flight."""
+
+
+LinkFactory = Callable[[Config], SessionLink]
+
+
+class HTTPLink:
+    """The real SessionLink."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._transport = Transport(config, closing=threading.Event())
+        # Shorter than the interval: the next beat is the retry.
+        self._beat_timeout_s = min(HEARTBEAT_TIMEOUT_S, config.heartbeat_interval_s)
+
+    def create(self) -> CreateSessionResponse:
+        """See SessionLink."""
+        return create_session(self._transport, self._config)
+
+    def give_up(self) -> None:
+        """See SessionLink."""
+        self._transport.closing.set()
+
+    def beat(self, session_id: str) -> int:
+        """See SessionLink."""
+        return session_heartbeat(self._transport, session_id, timeout_s=self._beat_timeout_s).status
+
+    def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
+        """See SessionLink."""
+        return finish_session(self._transport, session_id, status, detail, timeout_s).status
+
+    def drop_idle(self) -> None:
+        """See SessionLink."""
+        self._transport.drop_idle()
+
+    def abort(self) -> None:
+        """See SessionLink."""
+        self._transport.closing.set()
+        self._transport.abort()
 
 
 class SessionRecord:
@@ -167,7 +253,7 @@ class FinishRound:
                 self._status, self._detail, min(FINISH_S, left_s / 2)
             )
             with self._changed:
-                self._queue.done(host, began, self._clock.monotonic(), answered=responded)
+                self._queue.done(host, began, self._clock.monotonic(), responded=responded)
                 if not responded:
                     self._silent_hosts.add(host)
                 self._under_way -= 1
