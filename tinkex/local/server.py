@@ -235,7 +235,9 @@ class LocalServer:
         self._store = Store(self._temporary or self._data_dir or Path())
         self._backend, app, admission = self._assemble(self._engine, self._store)
         _import_for_requests()
-        self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
+        # Polls, and requests of the OpenAI endpoint.
+        held = 2 * self.settings.max_held_polls
+        self._threads = HttpThreads(held + _SPARE_THREADS)
         self._http = HttpServer(
             app, listener, self._threads, self.settings, admission, self._access_log
         )

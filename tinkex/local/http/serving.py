@@ -76,7 +76,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         adjustments = Adjustments(
             ident="tinkex",
             log_socket_errors=False,  # a client that went away is no error of the server
-            connection_limit=settings.max_held_polls + 1024,
+            connection_limit=2 * settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
             # Bodies of a few MB are read in few system calls, and never put on disk.
