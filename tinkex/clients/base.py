@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
@@ -13,7 +14,11 @@ from tinkex.errors import ClientClosedError, InvalidInputError
 from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
+
     from tinkex._sessions.telemetry import Reporter
+
+    P = ParamSpec("P")
 
 C = TypeVar("C", bound="BaseClient")
 T = TypeVar("T")
@@ -47,7 +52,7 @@ class BaseClient(WithoutCoroutines):
         self._closed = False
 
     def result(self: C, timeout: Optional[float] = None) -> C:
-        """Return this client itself, at once; *timeout* has no effect."""
+        """Return this client itself without blocking; *timeout* has no effect."""
         return self
 
     def get_telemetry(self) -> Optional[Reporter]:
@@ -146,11 +151,17 @@ class LookupClient(BaseClient):
         state = "closed" if self._closed or self._runtime.closed else "open"
         return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
 
-    def _run(self, kind: str, call: Callable[[Transport], T]) -> APIFuture[T]:
-        """Have a background thread make *call*; return its future at once."""
+    def _run(
+        self, call: Callable[Concatenate[Transport, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> APIFuture[T]:
+        """Have a background thread make *call*; return its future without blocking.
+
+        It must not refer to this client, which may be dropped before its futures are done.
+        """
+        kind = call.__name__
         self._ensure_open(kind)
-        runtime = self._runtime  # not self: a client may be dropped before its futures are done
-        return runtime.run(kind, lambda: call(runtime.transport))
+        bound = functools.partial(call, self._runtime.transport, *args, **kwargs)
+        return self._runtime.run(kind, bound)
 
 
 def moved(name: str) -> None:
