@@ -14,11 +14,7 @@ from tinkex.errors import ClientClosedError, InvalidInputError
 from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
-    from typing_extensions import Concatenate, ParamSpec
-
     from tinkex._sessions.telemetry import Reporter
-
-    P = ParamSpec("P")
 
 C = TypeVar("C", bound="BaseClient")
 T = TypeVar("T")
@@ -151,12 +147,11 @@ class LookupClient(BaseClient):
         state = "closed" if self._closed or self._runtime.closed else "open"
         return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
 
-    def _run(
-        self, call: Callable[Concatenate[Transport, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> APIFuture[T]:
-        """Have a background thread make *call*; return its future without blocking.
+    def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> APIFuture[T]:
+        """Have a background thread make *call*, with the transport before the arguments given.
 
-        It must not refer to this client, which may be dropped before its futures are done.
+        Returns its future without blocking.  *call* must not refer to this client, which may be
+        dropped before its futures are done.
         """
         kind = call.__name__
         self._ensure_open(kind)
