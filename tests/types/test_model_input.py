@@ -357,5 +357,6 @@ def test_the_hint_fits_what_was_given(tokens, hint):
 
 def test_chunks_are_a_list_that_can_be_extended() -> None:
     given = ModelInput.from_ints([1])
-    assert ModelInput(given.chunks + [EncodedTextChunk([2])]).to_ints() == [1, 2]
+    chunks = given.chunks + [EncodedTextChunk([2])]  # noqa: RUF005  # as programs do it
+    assert ModelInput(chunks).to_ints() == [1, 2]
     assert given.to_ints() == [1]
