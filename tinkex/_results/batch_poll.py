@@ -14,6 +14,7 @@ from tinkex._results.backoff import Backoff
 from tinkex._results.completion_tracker import NextPoll
 from tinkex._results.sampler_polls import Ready, SamplerPolls
 from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.errors import APIConnectionError, APIStatusError, TinkexError
@@ -35,7 +36,7 @@ class BatchPoll:
     """Polls for the samples of *watch*, and hands on what is done.
 
     Args:
-        transport: everything goes through it; its ``closing`` event ends every wait.
+        resources: everything goes through its transport, whose ``closing`` event ends every wait.
         channel: what it is asked on.
         fetch: is given what is to be fetched, and tells how long the next news are not needed, in
             seconds.
@@ -44,20 +45,20 @@ class BatchPoll:
 
     def __init__(
         self,
-        transport: Transport,
+        resources: ClientResources,
         watch: SamplerPolls,
         channel: AnyChannel,
         fetch: Callable[[List[Ready]], float],
         fail: Callable[..., None],
     ) -> None:
-        self._transport = transport
-        self._config = transport.config
-        self._server = transport.server
+        self._transport = resources.transport
+        self._config = self._transport.config
+        self._server = self._transport.server
         self._watch = watch
         self._channel = channel
         self._fetch = fetch
         self._fail = fail
-        self._backoff = Backoff(transport, _POLL)
+        self._backoff = Backoff(resources, _POLL)
 
     def run(self) -> None:
         """Poll until nothing is waited for and the server knows what was fetched.

@@ -71,10 +71,10 @@ class SamplingRequest(PendingRequest[T]):
         """Send it under a new seq_id; blocks while too many bytes are being submitted."""
         sampler, request = self._sampler, self._request
         assert channel is not None
-        pressure = sampler.transport.pressure
-        nbytes = pressure.sample_bytes(request.prompt.length)
+        limits = sampler.limits
+        nbytes = limits.sample_bytes(request.prompt.length)
         try:
-            with pressure.samples.holding(nbytes, channel.stopped.is_set, self.future):
+            with limits.samples.holding(nbytes, channel.stopped.is_set, self.future):
                 accepted = api.asample(
                     sampler.transport,
                     sampling_session_id=sampler.sampling_session_id,

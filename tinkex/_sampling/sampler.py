@@ -9,8 +9,8 @@ from typing import Iterator, Optional
 from tinkex._api import sampling as api
 from tinkex._results.pending import SamplerId
 from tinkex._runtime.single_flight import SingleFlight
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ABSENT, flags_for
-from tinkex._transport.transport import Transport
 from tinkex.errors import APIStatusError, ResponseDecodeError
 from tinkex.retry_config import RetryConfig
 
@@ -30,9 +30,15 @@ class Sampler:
     """
 
     def __init__(
-        self, transport: Transport, sampling_session_id: str, retries: RetryConfig, *, clone: bool
+        self,
+        resources: ClientResources,
+        sampling_session_id: str,
+        retries: RetryConfig,
+        *,
+        clone: bool,
     ) -> None:
-        self.transport = transport
+        self.transport = resources.transport
+        self.limits = resources.limits
         self.sampling_session_id = sampling_session_id
         self.retries = retries
         self.warned_of_nan = False

@@ -63,12 +63,12 @@ class Quota:
         self._used = 0
         self._queue: Deque[_Turn] = collections.deque()
 
-    def take(
+    def acquire(
         self, amount: int, stopped: Callable[[], bool], waiter: Optional[Waits] = None
     ) -> None:
         """Take *amount*; blocks until there is something left, and all before have theirs.
 
-        *waiter* shows the wait in its status.  Give the amount back with `give`.
+        *waiter* shows the wait in its status.  Give it back with `release`.
 
         Raises:
             ClientClosedError: *stopped*, which is looked at once a second and at `wake`.
@@ -79,7 +79,7 @@ class Quota:
                 return
         self._wait_for_quota(amount, stopped, waiter)
 
-    def give(self, amount: int) -> None:
+    def release(self, amount: int) -> None:
         """Give back what was taken.  Does not block."""
         with self._lock:
             self._used -= amount
@@ -90,12 +90,12 @@ class Quota:
     def holding(
         self, amount: int, stopped: Callable[[], bool], waiter: Optional[Waits] = None
     ) -> Iterator[None]:
-        """Hold *amount* inside; see `take`."""
-        self.take(amount, stopped, waiter)
+        """Hold *amount* inside; see `acquire`."""
+        self.acquire(amount, stopped, waiter)
         try:
             yield
         finally:
-            self.give(amount)
+            self.release(amount)
 
     def wake(self) -> None:
         """Have everybody who waits look at once whether to stop."""
@@ -161,7 +161,7 @@ class Unread:
     cannot be known, since any thread may come to read: the log tells of the danger.
 
     Args:
-        most: at this many, `enter` waits, or raises; None counts nothing.
+        most: at this many, `acquire` waits, or raises; None counts nothing.
         raises: it raises.
         closing: ends waiting.
         notice_after_s: waiting is told in the log after so long.
@@ -186,7 +186,7 @@ class Unread:
         """False if there is no bound."""
         return self._most is not None
 
-    def enter(self, what: str) -> None:
+    def acquire(self, what: str) -> None:
         """Take a place for the future of *what*; blocks while there is none.
 
         Raises:
@@ -207,7 +207,7 @@ class Unread:
             raise BackpressureError(f"{what} was not submitted: {self._full()}", hint=_READ_THEM)
         self._wait_for_reads(what)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give a place back.  Safe in finalizers: takes no lock."""
         self._left.put(None)
 

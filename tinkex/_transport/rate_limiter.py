@@ -51,14 +51,14 @@ class RateLimiter:
         """
         while True:
             pause(self.wait_s())
-            self._few.take(1, stopped)
+            self._few.acquire(1, stopped)
             if self.wait_s() <= 0:
                 return
-            self._few.give(1)  # there was another 429 meanwhile
+            self._few.release(1)  # there was another 429 meanwhile
 
     def release(self) -> None:
         """Give the place back.  Does not block."""
-        self._few.give(1)
+        self._few.release(1)
 
     def wake(self) -> None:
         """Have those who wait for a place look whether they are stopped."""

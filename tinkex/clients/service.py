@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
+from tinkex._api.encoding_choice import server_dialect
 from tinkex._runtime.numeric import as_seconds
 from tinkex._sessions.manager import SessionManager, default_manager
 from tinkex._sessions.runtime import Runtime, outcome_of
@@ -165,7 +166,7 @@ class ServiceClient(WithoutCoroutines):
     @property
     def server_dialect(self) -> ServerDialect:
         """How the server speaks, as far as it has shown by now: a snapshot, fit to be printed."""
-        return self._runtime.dialect.snapshot()
+        return server_dialect(self._runtime.transport)
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; ``status()`` tells of each."""
@@ -175,7 +176,7 @@ class ServiceClient(WithoutCoroutines):
     def metrics(self) -> Metrics:
         """What this client does and has done: counters and latencies.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
-        counts, latencies = self._runtime.transport.recorder.snapshot()
+        counts, latencies = self._runtime.resources.recorder.snapshot()
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens
