@@ -110,7 +110,7 @@ _BATCH = types.ForwardBackwardRequest(
 #: An argument for each parameter of the endpoint functions that is not a string.
 ARGUMENTS: Dict[str, Any] = {
     "age_encryption_recipients": ["age1x"],
-    "at_once": True,
+    "immediate": True,
     "binary": True,
     "clone": 0,
     "codec": JSON,

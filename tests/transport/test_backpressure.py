@@ -18,9 +18,8 @@ from support.tinker_routes import TinkerRoutes
 from support.transports import open_resources, quick_config
 
 from tinkex import ServiceClient, types
-from tinkex._transport import backpressure
-from tinkex._transport.backpressure import Quota, Unread, megabytes
-from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport import limits
+from tinkex._transport.limits import Quota, RateLimiter, UnreadLimit, megabytes
 from tinkex._transport.resources import ByteLimits
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.server_state import state_of
@@ -200,11 +199,13 @@ def test_settings_are_checked(server: ScriptedServer, setting: Any) -> None:
         quick_config(server, **setting)
 
 
-# Unread futures
+# UnreadLimit futures
 
 
-def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> Unread:
-    return Unread(most, raises=raises, closing=threading.Event(), notice_after_s=notice_after_s)
+def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> UnreadLimit:
+    return UnreadLimit(
+        most, raises=raises, closing=threading.Event(), notice_after_s=notice_after_s
+    )
 
 
 def test_beyond_the_bound_a_call_waits_until_something_is_read() -> None:
@@ -235,7 +236,7 @@ def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -
     limit = unread(1, notice_after_s=0.002)
     limit.acquire("sample")
     with (
-        caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"),
+        caplog.at_level(logging.WARNING, "tinkex._transport.limits"),
         ThreadPoolExecutor(1) as pool,
     ):
         second = pool.submit(limit.acquire, "sample")
@@ -253,7 +254,7 @@ def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureF
         limit.acquire("sample")
         limit.acquire("sample")
 
-    with caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"):
+    with caplog.at_level(logging.WARNING, "tinkex._transport.limits"):
         alone = threading.Thread(target=submit_two, name="alone", daemon=True)
         alone.start()
         wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
@@ -369,7 +370,7 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
         limiter.acquire(lambda delay_s: None, never)
     with ThreadPoolExecutor(1) as pool:
         eleventh = pool.submit(limiter.acquire, lambda delay_s: None, never)
-        wait_until(lambda: waiting(limiter._few) == 1, "the eleventh waits")
+        wait_until(lambda: waiting(limiter._quota) == 1, "the eleventh waits")
         limiter.release()
         eleventh.result(PATIENCE_S)
     clock.advance(10.0)
@@ -531,7 +532,7 @@ def test_large_results_are_fetched_one_after_the_other(
 def test_close_ends_a_wait_for_the_quota_at_once(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backpressure, "_LOOK_S", 3600.0)  # nobody looks without being woken
+    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # nobody looks without being woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
         quota = service._runtime.resources.limits.samples

@@ -29,7 +29,7 @@ from tinkex.wire.codec import (
 if TYPE_CHECKING:
     from tinkex.types import ForwardBackwardRequest, UntypedFuture
 
-#: What servers that cannot read a body answer: 415 or 422, 400 about decoding, or a plain 500.
+#: Statuses of servers that cannot read a body: 415 or 422, 400 about decoding, or a plain 500.
 _UNREADABLE = (400, 415, 422, 500)
 
 
@@ -115,7 +115,7 @@ class _FirstBatch:
             return
         try:
             self._accepted = self._find_encoding()
-        except ClientClosedError:  # decides nothing for those who wait
+        except ClientClosedError:  # decides nothing for the callers that wait
             raise
         except Exception as error:  # about this batch; the others have their own
             self._error = error
@@ -184,6 +184,6 @@ def _with_other(reported: APIStatusError, other: APIStatusError) -> APIStatusErr
         return reported  # it is about the seq_id, which the first body has used up
     if other.body != reported.body or other.status != reported.status:
         reported.hint = reported.hint or (
-            f"Sent in the other encoding, the answer was: {other.message}"
+            f"Sent in the other encoding, the response was: {other.message}"
         )
     return reported

@@ -135,7 +135,7 @@ def ask(
         clone=watch.sampler_id.clone,
         cursor=asked.cursor,
         retrieved=asked.retrieved,
-        at_once=not asked.waiting,
+        immediate=not asked.waiting,
         read_timeout_s=read_timeout_s,
         channel=channel,
     )

@@ -10,8 +10,8 @@ import threading
 from typing import Optional
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
-from tinkex._transport.backpressure import Quota, Unread, megabytes
 from tinkex._transport.billing import BillingPause
+from tinkex._transport.limits import Quota, UnreadLimit, megabytes
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex._transport.server_state import ServerState
 from tinkex._transport.transport import Transport
@@ -94,7 +94,7 @@ class ClientResources:
 
     transport: Transport
     limits: ByteLimits
-    unread: Unread
+    unread: UnreadLimit
     recorder: Recorder
     billing: BillingPause
 
@@ -112,7 +112,7 @@ class ClientResources:
             config, closing=closing, clock=clock, recorder=recorder, billing=billing
         )
         billing.find_limit_s = lambda: flags_for(transport).billing_exception_max_pause_duration_sec
-        unread = Unread(
+        unread = UnreadLimit(
             config.max_unread,
             raises=config.on_backpressure == "raise",
             closing=closing,

@@ -1,8 +1,8 @@
 """ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
 
-Asked when they are first needed, once per server and credential, by one thread for all; every
-transport of the process shares the answer.  A server without the route has the default flags.
-No threads of its own: flags that change are asked for again by whoever needs them next.
+Requested when they are first needed, once per server and credential, by one thread for all; every
+transport of the process shares the response.  A server without the route has the default flags.
+No threads of its own: flags that change are requested again when they are next needed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tinkex.retry import RetryPolicy, server_error_behind
 
 logger = logging.getLogger(__name__)
 
-#: What a server answers that lacks a route.
+#: Statuses of a server that does not have the route.
 ABSENT = (404, 405, 501)
 
 #: One request for flags may take this long, in seconds.
 TIMEOUT_S = 10.0
 
-#: Flags that change are asked for no more often, in seconds, whatever the server says.
+#: Flags that change are requested no more often than this, in seconds, whatever the server asks.
 LEAST_REFRESH_S = 10.0
 
 # Servers choose flags by the version a client claims: the generation that we speak, and the only
@@ -75,7 +75,7 @@ F = TypeVar("F", ServerFlags, DynamicFlags)
 class FlagCache:
     """The flags of one server under one credential, as far as they are known.
 
-    The attributes are replaced whole, by the leader of a flight, and read without a lock.
+    The attributes are replaced, never changed, by the leader of a flight, and read without a lock.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     the server lacks the route.
 
     Raises:
-        APIError: the server cannot be reached, refuses the credential, or answers nonsense.
+        APIError: the server cannot be reached, refuses the credential, or sends nonsense.
         ClientClosedError: the transport was closed meanwhile.
     """
     known = transport.server.flags
@@ -105,7 +105,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     def ask() -> ServerFlags:
         if known.static is None:  # the flight before ours may have landed just now
             # Never a token: whether there are tokens is what is being asked.
-            request = _request("client/config", bare=True)
+            request = _request("client/config", raw_credential=True)
             known.static = _ask(transport, request, ServerFlags, known if once else None)
         return known.static
 
@@ -149,19 +149,19 @@ def _refresh(transport: Sender, known: FlagCache, old: Optional[DynamicFlags]) -
         return old
 
 
-def _request(route: str, *, bare: bool = False) -> Request:
+def _request(route: str, *, raw_credential: bool = False) -> Request:
     return Request(
         "POST",
         f"/api/v1/{route}",
         _BODY,
         traffic="control",
         read_timeout_s=TIMEOUT_S,
-        bare=bare,
+        raw_credential=raw_credential,
     )
 
 
 def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
-    """Ask for flags, with retries; or *once*, which counts the answers of gateways."""
+    """Request flags, with retries; or *once*, which counts the responses of gateways."""
     try:
         if once is not None:
             reply = _ask_once(transport, request, once)
@@ -176,7 +176,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[Flag
     payload = reply.json()
     if not isinstance(payload, dict):
         raise ResponseDecodeError(
-            f"{request.name}: the answer is {a_type(payload)}, not an object of flags"
+            f"{request.name}: the response is {a_type(payload)}, not an object of flags"
         )
     return read_flags(kind, payload)
 
@@ -200,10 +200,10 @@ def _route_of(request: Request) -> str:
 
 
 def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
-    """Read flags from a decoded answer: unknown and null ones are ignored.
+    """Read flags from a decoded response: unknown and null ones are ignored.
 
-    One of the wrong type, or a size that is not positive, is told in the log and takes its default:
-    a client should not stop for a flag that it may never need.
+    A flag of the wrong type, or a size that is not positive, is logged and takes its default: a
+    client should not stop for a flag that it may never need.
     """
     given: Dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -221,8 +221,8 @@ def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
 
 
 def _is_number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 _READERS: Mapping[type, Callable[[Any], bool]] = {

@@ -104,8 +104,8 @@ class Transport:
     ) -> Reply:
         """Send until there is a 2xx response or *policy* gives up.
 
-        *waits* tells whether it waits while the server asks to be left alone (429); by default
-        the settings tell, except for requests that are no work.
+        *waits*: whether to wait while the server asks to be left alone (429).  By default that is
+        a setting for work, and True for all other requests.
 
         Raises:
             APIStatusError, ResponseDecodeError: the server's last response.
@@ -114,7 +114,7 @@ class Transport:
             ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
         if waits is None:
-            is_work = request.traffic == "work" and not request.bare
+            is_work = request.traffic == "work" and not request.raw_credential
             waits = not is_work or self.config.on_backpressure == "wait"
         return RequestAttempts(self, request, policy, channel, waits=waits).run()
 
