@@ -305,7 +305,7 @@ def test_two_hundred_threads_never_exceed_the_bound() -> None:
     assert race(*[work] * 200) == [True] * 200
     assert most <= 7
     with limit._lock:
-        limit._sweep_locked()
+        limit._count_released_locked()
     assert limit._count == 0
 
 
