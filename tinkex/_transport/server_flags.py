@@ -30,7 +30,7 @@ ABSENT = (404, 405, 501)
 TIMEOUT_S = 10.0
 
 #: Flags that change are requested no more often than this, in seconds, whatever the server asks.
-LEAST_REFRESH_S = 10.0
+MIN_REFRESH_S = 10.0
 
 # Servers choose flags by the version a client claims: the generation that we speak, and the only
 # one whose flags are known (docs/protocol.md, "Server flags").
@@ -39,22 +39,22 @@ _BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
 
 @dataclasses.dataclass(frozen=True)
 class ServerFlags:
-    """``client/config``; every flag is optional, unknown ones are ignored.  Sizes are bytes."""
+    """``client/config``: the flags that have an effect here.  Sizes are bytes.
+
+    Every flag is optional, and others are ignored.
+    """
 
     pjwt_auth_enabled: bool = False
     credential_default_source: str = "api_key"
     sample_dispatch_bytes_semaphore_size: int = 10_485_760
     inflight_response_bytes_semaphore_size: int = 52_428_800
     fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
-    parallel_fwdbwd_chunks: bool = True
     proto_compress_fwdbwd: bool = False
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
     billing_exception_max_pause_duration_sec: float = 3600.0
     sample_no_retries: bool = False
-    sample_enable_stuck_detection: bool = True
     sample_max_concurrent_requests: int = 2000
-    use_pyqwest_transport: bool = True
     sample_use_retrieve_futures: bool = False
     custom_loss_server_side: bool = False
     sample_join_sampling_session: bool = False
@@ -131,7 +131,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
         if flags is None:
             old = known.dynamic
             flags = _refresh(transport, known, None if old is None else old[0])
-            interval_s = max(flags.refresh_interval_sec, LEAST_REFRESH_S)
+            interval_s = max(flags.refresh_interval_sec, MIN_REFRESH_S)
             known.dynamic = flags, transport.clock.monotonic() + interval_s
         return flags
 
