@@ -187,7 +187,7 @@ class ServiceClient(WithoutCoroutines):
     def usage(self) -> Usage:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
-        A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
+        The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a custom loss that is
         computed here prefills and trains.  Work that the server has accepted, or that is being
         submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
         """
