@@ -37,6 +37,8 @@ LAYERS = [
     "_training",
     "_downloads",
     "clients",
+    "lib",
+    "as_tinker",
     "local",
     "cli",
     "__main__",
