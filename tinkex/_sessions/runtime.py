@@ -12,6 +12,7 @@ and ``tinkex-telemetry``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -74,6 +75,7 @@ class Runtime:
             have their own.
         poller: owns all outstanding futures.
         ledger: what the clients have used, and their budget.
+        recorder: counts requests, for `ServiceClient.metrics`.
         telemetry: reports failures to the server, or None.
     """
 
@@ -100,6 +102,7 @@ class Runtime:
             at_first = config
         self.resources = ClientResources.open(at_first, self._closing)
         self.transport = self.resources.transport
+        self.recorder = self.resources.recorder
         self._session: Optional[Session] = None
         if manager is not None:
             self._session = Session(config, manager, self.transport, session_id)
@@ -200,11 +203,11 @@ class Runtime:
             )
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
-        """Run *work* on a background thread; return its future at once."""
+        """Run *work* on a background thread; return its future without blocking."""
         self.ensure_open(kind)
         future: APIFuture[T] = self.poller.new_future(kind)
         future.enter("submitting")
-        self._background.submit(lambda: self._run_now(future, work))
+        self._background.submit(functools.partial(self._run_now, future, work))
         return future
 
     def _run_now(self, future: APIFuture[T], work: Callable[[], T]) -> None:
