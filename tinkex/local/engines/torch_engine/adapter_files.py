@@ -84,7 +84,7 @@ def read_config(folder: Path) -> Any:
 
 
 def read_lora(folder: Path, targets: Targets) -> LoraConfig:
-    """Return the LoraConfig of the adapter saved in *folder*, whoever wrote it."""
+    """Return the LoraConfig of the adapter saved in *folder* by this or another program."""
     file = folder / RUN_FILE
     if file.is_file():
         known = {field.name for field in dataclasses.fields(LoraConfig)}

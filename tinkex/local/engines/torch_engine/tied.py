@@ -16,7 +16,7 @@ NOTE_FILE = "MERGING.md"
 
 
 def is_tied(model: Any) -> bool:
-    """Tell whether the output layer of *model* shares its weights with the embedding."""
+    """Return whether the output layer of *model* shares its weights with the embedding."""
     try:
         output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     except NotImplementedError:  # transformers does not know them in this model, and ties none
