@@ -30,11 +30,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if importlib.util.find_spec("hypothesis") is not None:  # it is not with the JSON-era client
     from hypothesis import HealthCheck, settings
+    from support.properties import several
 
-    # The same examples every time, and no opinion of how fast the machine is.
-    settings.register_profile(
-        "steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-    )
+    settings.register_profile("steady", several(100), suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("steady")
 
 # A background job of a shell ignores Ctrl-C, and its children would inherit that; ours are sent it.
