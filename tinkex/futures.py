@@ -19,6 +19,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Generator,
     Generic,
     List,
     Optional,
@@ -27,6 +28,7 @@ from typing import (
     TypeVar,
 )
 
+from tinkex._runtime.awaiting import outcome_of
 from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
 
@@ -206,6 +208,22 @@ class APIFuture(Future[T], Generic[T]):
     def future(self) -> Future[T]:
         """Return this future itself (the official SDK's accessor)."""
         return self
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """In a coroutine, ``await future`` is its result.  See `result_async`."""
+        return outcome_of(self).__await__()
+
+    async def result_async(self, timeout: Optional[float] = None) -> T:
+        """Like `result`, in a running event loop, which goes on meanwhile.
+
+        Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
+        `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
+        """
+        return await outcome_of(self, as_seconds("timeout", timeout))
+
+    async def coroutine(self) -> T:
+        """The same as awaiting the future, for ``asyncio.gather`` and ``create_task``."""
+        return await outcome_of(self)
 
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Generator, Optional, TypeVar, Union
 
 from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Transport
@@ -47,6 +47,18 @@ class BaseClient(WithoutCoroutines):
         self._closed = False
 
     def result(self: C, timeout: Optional[float] = None) -> C:
+        """Return this client itself, at once; *timeout* has no effect."""
+        return self
+
+    def __await__(self: C) -> Generator[Any, None, C]:
+        """Return this client itself: ``await service.create_...(...)`` works as in the official SDK."""
+        return self.coroutine().__await__()
+
+    async def coroutine(self: C) -> C:
+        """Return this client itself."""
+        return self
+
+    async def result_async(self: C, timeout: Optional[float] = None) -> C:
         """Return this client itself, at once; *timeout* has no effect."""
         return self
 
