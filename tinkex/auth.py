@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Optional
 
-from tinkex._transport.gateways import as_the_servers_own
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
 from tinkex.errors import APIConnectionError, CredentialError, ResponseDecodeError
+from tinkex.retry import server_error_behind
 from tinkex.types import ApiKeyInfo, GetServerCapabilitiesResponse, WhoamiResponse
 
 _KEY_PATH = "/api/v1/auth/apikey/me"
@@ -72,7 +72,7 @@ def _ask_once(config: Config, request: Request) -> Reply:
             raise transport.status_error(request, reply)
         return reply
     except APIConnectionError as error:
-        own = as_the_servers_own(error)  # asked once, so take it for what it looks like
+        own = server_error_behind(error)  # asked once, so take it for what it looks like
         if own is None:
             raise
         raise own from None

@@ -1,11 +1,17 @@
-"""RetryPolicy: when a failed request is sent again, and how long after.  Pure arithmetic."""
+"""When a failed request is sent again, and how long after.  Pure arithmetic: no I/O, no clock.
+
+`RetryPolicy` is what is allowed, `RetryState` what the failures of one request add up to, and
+`RetryDecision` what follows from the latest: wait and send again, or raise.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import email.utils
 import math
-from typing import Mapping, Optional
+from typing import Callable, Mapping, NamedTuple, Optional
+
+from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
 
 #: Pauses a server asks for are obeyed up to this long, in seconds.
 MAX_HINT_S = 60.0
@@ -19,11 +25,14 @@ class RetryPolicy:
         base_s: the first delay is drawn from 0.5 .. 1 times this.
         cap_s: no delay is longer (a server's own hint may be, up to 60 s).
         max_elapsed_s: no new attempt begins later than this after the first one.
-        max_server_errors: a plain 500 is believed after so many attempts: it rarely goes
+        max_server_errors: a plain 500 is believed after this many attempts: it rarely goes
             away, unlike 502, 503 and 504.
-        max_gateway_answers: an answer that looks like a gateway's is taken for the server's own
-            after so many attempts, e.g. for a missing route of an unusual web framework; None
-            never takes it for that, where a wrong guess would lose a request's number.
+        max_gateway_answers: a response that looks like a gateway's is taken for the server's own
+            after this many attempts, e.g. for a missing route of an unusual web framework; None
+            never takes it for that, where a wrong guess would lose a request's seq_id.
+        for_result: the request asks for the result of accepted work, which is lost if we give up:
+            429s are waited out however long they last, every failure to connect may pass, and only
+            500s that repeat word for word count for *max_server_errors*.
     """
 
     base_s: float = 0.5
@@ -31,6 +40,7 @@ class RetryPolicy:
     max_elapsed_s: float = 300.0
     max_server_errors: int = 4
     max_gateway_answers: Optional[int] = 4
+    for_result: bool = False
 
     def delay_s(
         self, attempt: int, elapsed_s: float, hint_s: Optional[float], rand: float
@@ -38,9 +48,9 @@ class RetryPolicy:
         """Seconds to wait before the next attempt, or None to give up.
 
         *attempt* counts the attempts made (from 1), *elapsed_s* is the time since the first began,
-        *hint_s* the server's own wish, *rand* is uniform in [0, 1).
+        *hint_s* the pause that the server asks for, *rand* is uniform in [0, 1).
         """
-        if hint_s:  # "at once" is no wish we can grant: it would be a busy loop
+        if hint_s:  # a pause of 0 is not granted: it would be a busy loop
             delay = min(hint_s, MAX_HINT_S)
         else:
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
@@ -48,11 +58,11 @@ class RetryPolicy:
         return delay if elapsed_s + delay <= self.max_elapsed_s else None
 
     def retries_gateway(self, attempt: int) -> bool:
-        """Tell whether an answer that looks like a gateway's is worth another attempt."""
+        """True if a response that looks like a gateway's is worth another attempt."""
         return self.max_gateway_answers is None or attempt < self.max_gateway_answers
 
     def retries_status(self, status: int, attempt: int, headers: Mapping[str, str]) -> bool:
-        """Tell whether an answer with *status* is worth another attempt.
+        """True if a response with *status* is worth another attempt.
 
         408, 429 and 5xx are; 409 is not (the conflict will not go away), nor 501 (no such thing).
         The server's ``x-should-retry`` header decides before all that.
@@ -65,20 +75,130 @@ class RetryPolicy:
         return status in (408, 429) or (status > 500 and status != 501)
 
 
-def leaves_outcome_open(status: int) -> bool:
-    """Tell whether a server that answered *status* may have done the work all the same.
+class RetryDecision(NamedTuple):
+    """What to do after a failed attempt.
 
-    Any 5xx does, except 501 (no such thing): a gateway answers so when it loses the server's
-    answer, and a server when it fails after it accepted the work.
+    Attributes:
+        delay_s: send again after this many seconds; None: raise *error*.
+        error: the failure.
+    """
+
+    delay_s: Optional[float]
+    error: APIError
+
+
+class RetryState:
+    """What the failures of one request, or of the polls for one result, add up to.
+
+    For one thread.
+
+    Args:
+        policy: what is allowed.
+        now: when the first attempt begins (monotonic).
+        pause_for_billing: called after a 402; returns the seconds to wait, or None to give up.
+            Without it, a 402 is an error like any other.
+
+    Attributes:
+        attempts: failures in a row.
+        repeats: how often in a row the latest error has come, word for word.
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        now: float,
+        pause_for_billing: Optional[Callable[[], Optional[float]]] = None,
+    ) -> None:
+        self.policy = policy
+        self.attempts = 0
+        self.repeats = 0
+        self._last_message: Optional[str] = None
+        self._pause_for_billing = pause_for_billing
+        self._last_contact = now
+        self._failing_since: Optional[float] = now
+
+    def succeeded(self, now: float) -> None:
+        """Note that the server responded as it should: what fails next is a new outage."""
+        self.attempts = self.repeats = 0
+        self._last_contact, self._failing_since = now, None
+
+    def decide(
+        self,
+        error: APIError,
+        now: float,
+        rand: float,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> RetryDecision:
+        """Decide after a failed attempt.
+
+        *headers* are those of the server's response; None if there was no response, or one that
+        looks like a gateway's.  *rand* is uniform in [0, 1).
+        """
+        self.attempts += 1
+        self.repeats = self.repeats + 1 if error.message == self._last_message else 1
+        self._last_message = error.message
+        own = server_error_behind(error) if headers is None else None
+        if error.status == 402 and self._pause_for_billing is not None:
+            delay_s = self._pause_for_billing()
+        elif self._is_worth_retrying(error, own, headers):
+            hint_s = getattr(own or error, "retry_after_s", None)
+            elapsed_s = self._elapsed_s(error, now, responded=headers is not None)
+            delay_s = self.policy.delay_s(self.attempts, elapsed_s, hint_s, rand)
+        else:
+            delay_s = None
+        if delay_s is None and own is not None and self.policy.max_gateway_answers is not None:
+            error = own
+        return RetryDecision(delay_s, error)
+
+    def _is_worth_retrying(
+        self, error: APIError, own: Optional[APIError], headers: Optional[Mapping[str, str]]
+    ) -> bool:
+        policy = self.policy
+        if headers is not None:
+            attempt = self.repeats if policy.for_result else self.attempts
+            return policy.retries_status(error.status or 0, attempt, headers)
+        if own is not None and not policy.retries_gateway(self.attempts):
+            return False
+        return error.retryable or policy.for_result
+
+    def _elapsed_s(self, error: APIError, now: float, *, responded: bool) -> float:
+        """How long it has failed."""
+        if error.status == 429 and self.policy.for_result:
+            return 0.0  # the server is well, and asks for patience
+        if self._failing_since is None:
+            # A poll may be held for longer than an outage may last: one that is answered in the
+            # end does not tell that anything was wrong before.
+            self._failing_since = now if responded else self._last_contact
+        return now - self._failing_since
+
+
+def server_error_behind(error: Exception) -> Optional[APIError]:
+    """The server's own error, if a response that looked like a gateway's is the server's after all.
+
+    None if *error* is not about such a response.
+    """
+    cause = error.__cause__
+    if isinstance(error, APIConnectionError) and isinstance(
+        cause, (APIStatusError, ResponseDecodeError)
+    ):
+        return None if cause.retryable else cause
+    return None
+
+
+def leaves_outcome_open(status: int) -> bool:
+    """True if a server that responded with *status* may have done the work all the same.
+
+    Any 5xx does, except 501 (no such thing): a gateway responds so when it loses the server's
+    response, and a server when it fails after it accepted the work.
     """
     return status >= 500 and status != 501
 
 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
-    """Read the server's wish for a pause from ``retry-after-ms`` or ``retry-after``.
+    """Read the pause that the server asks for from ``retry-after-ms`` or ``retry-after``.
 
     The latter may be seconds (also fractions) or an HTTP date, compared with *wall* (seconds
-    since the epoch).  None if there is no wish, or no sense in it.
+    since the epoch).  None if it asks for none, or makes no sense.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:

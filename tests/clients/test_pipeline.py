@@ -494,7 +494,7 @@ def test_what_cannot_be_queued_is_not_in_flight(
     def interrupted(task: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run._run._lane._lane, "submit", interrupted)
+    monkeypatch.setattr(run._run._queue._lane, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train_step(batch(0), "cross_entropy", ADAM)
     assert scripted.inflight() == []

@@ -9,7 +9,7 @@ import pytest
 from support.scripted_server import PATIENCE_S
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._training.likely_mistakes import MistakeWatch
+from tinkex._training.checks import MistakeWatch
 from tinkex.types import Datum, ImageChunk, ModelInput, TensorData
 
 TOKENS = [5, 6, 7, 8]

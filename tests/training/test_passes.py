@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import API, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._training.batch import cross_entropy, cut, importance_sampling
+from tinkex._training.batch import Chunk, cross_entropy, cut, importance_sampling
 from tinkex._transport.server_flags import ServerFlags
 from tinkex.errors import ResponseDecodeError
 from tinkex.types import PromptProvenanceSpan, TensorData
@@ -48,9 +48,11 @@ def logprobs(*values: Optional[float]) -> Dict[str, Any]:
 # Cutting
 
 
-def sizes(chunks: List[Tuple[List[types.Datum], int]]) -> List[int]:
-    assert all(nbytes == sum(d.nbytes for d in chunk) for chunk, nbytes in chunks)
-    return [len(chunk) for chunk, _ in chunks]
+def sizes(chunks: List[Chunk]) -> List[int]:
+    for chunk in chunks:
+        assert chunk.nbytes == sum(datum.nbytes for datum in chunk.data)
+    assert [chunk.first for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
+    return [len(chunk.data) for chunk in chunks]
 
 
 def test_a_batch_is_cut_by_what_the_server_takes() -> None:
@@ -74,8 +76,8 @@ def test_bodies_keep_to_the_limit_in_either_encoding(length: int) -> None:
     for codec in (JSON, PROTOBUF):
         chunks = cut(data, flags, codec)
         assert sum(sizes(chunks)) == 10
-        for chunk, _ in chunks:
-            request = types.ForwardBackwardRequest("m" * 50, 1, chunk, "cross_entropy")
+        for chunk in chunks:
+            request = types.ForwardBackwardRequest("m" * 50, 1, chunk.data, "cross_entropy")
             envelope = types.ForwardBackwardRequest("m" * 50, 1, [], "cross_entropy")
             body = codec.encode_forward_backward(request)
             assert len(body) - len(codec.encode_forward_backward(envelope)) <= limit

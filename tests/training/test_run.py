@@ -1,4 +1,4 @@
-"""TrainingRun and its NumberedLane: what a number means to each kind of server."""
+"""TrainingRun and its RunQueue: what a sequence number means to each kind of server."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex._api import _call
+from tinkex._training.batch import Loss
+from tinkex._training.requests import EndpointRequest
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -194,7 +196,7 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
     future = run.queue(
         "waiting task",
         lambda waiting: waiting.settle(
-            run.run_pass("forward_backward", [datum()], "cross_entropy", {})
+            run.run_pass("forward_backward", [datum()], Loss("cross_entropy"))
         ),
     )
     assert len(future.result(PATIENCE_S).loss_fn_outputs) == 1
@@ -363,7 +365,7 @@ def test_a_request_that_breaks_the_server_does_not_block_the_run(
     assert filler.forward_only
     assert filler.seq_id == 1
     assert routes.submitted("save_weights")[0]["seq_id"] == 2
-    assert "number 1, each time. It is given up" in caplog.text
+    assert "seq_id 1, each time. It is given up" in caplog.text
 
 
 def test_a_number_that_cannot_be_filled_holds_the_run_up(
@@ -372,7 +374,7 @@ def test_a_number_that_cannot_be_filled_holds_the_run_up(
     for route in ("optim_step", "forward_backward", "forward"):
         routes.serve(route, Answer(500, {"detail": "out of order"}))
     trainer.optim_step(ADAM).exception(PATIENCE_S)
-    with pytest.raises(InternalServerError, match=r"optim_step, number 1 .* answer was lost"):
+    with pytest.raises(InternalServerError, match=r"optim_step, seq_id 1 .* response was lost"):
         trainer.save_state("a").result(PATIENCE_S)
     assert routes.submitted("save_weights") == []
     routes.serve("optim_step", routes.accept)
@@ -386,7 +388,7 @@ def test_nothing_overtakes_a_request_that_may_have_been_taken(
     lose_answers(trainer, routes)
     error = trainer.save_state("a").exception(PATIENCE_S)
     assert isinstance(error, APIConnectionError)
-    assert "POST /api/v1/optim_step, number 1" in str(error)
+    assert "POST /api/v1/optim_step, seq_id 1" in str(error)
     assert routes.submitted("save_weights") == []
     routes.serve("optim_step", routes.accept)
     trainer.save_state("a").result(PATIENCE_S)
@@ -442,10 +444,11 @@ def test_a_number_is_used_up_by_what_the_server_has_read(
 
 
 def test_what_cannot_be_sent_uses_no_number(trainer: TrainingClient, routes: TinkerRoutes) -> None:
-    def send(seq_id: int) -> types.UntypedFuture:
-        raise CredentialError("the credential command failed")
+    class Unsendable(EndpointRequest[Any]):
+        def send(self, channel: Any = None) -> types.UntypedFuture:
+            raise CredentialError("the credential command failed")
 
-    future = trainer._run.submit("optim_step", send, lambda reply: None)
+    future = trainer._run.submit("optim_step", Unsendable, {})
     assert isinstance(future.exception(PATIENCE_S), CredentialError)
     trainer.save_state("a").result(PATIENCE_S)
     assert routes.seq_ids() == [1]

@@ -13,7 +13,7 @@ from support.threads import wait_until
 from support.tinker_routes import MODEL, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._training.split_batch import in_indices_of_batch
+from tinkex._training.batch import in_indices_of_batch
 from tinkex.errors import (
     APIConnectionError,
     BadRequestError,

@@ -366,11 +366,11 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
     clock.advance(5.0)
     assert limiter.describe() == "after a 429, 10 requests at a time"
     for _ in range(10):
-        limiter.enter(lambda delay_s: None, never)
+        limiter.acquire(lambda delay_s: None, never)
     with ThreadPoolExecutor(1) as pool:
-        eleventh = pool.submit(limiter.enter, lambda delay_s: None, never)
+        eleventh = pool.submit(limiter.acquire, lambda delay_s: None, never)
         wait_until(lambda: waiting(limiter._few) == 1, "the eleventh waits")
-        limiter.leave()
+        limiter.release()
         eleventh.result(PATIENCE_S)
     clock.advance(10.0)
     assert not limiter.throttled
@@ -388,7 +388,7 @@ def test_a_429_during_the_wait_for_a_place_is_waited_for_too() -> None:
         if len(pauses) == 1:
             limiter.back_off(3.0)
 
-    limiter.enter(pause, never)
+    limiter.acquire(pause, never)
     assert pauses == [2.0, 3.0]
 
 

@@ -84,17 +84,17 @@ def test_who_gives_up_in_the_pause_takes_no_place() -> None:
 
     for _ in range(100):
         with pytest.raises(ClientClosedError):
-            limiter.enter(closed, lambda: True)
+            limiter.acquire(closed, lambda: True)
     clock.advance(1.0)
     for _ in range(10):  # all places are there
-        limiter.enter(lambda delay_s: None, lambda: True)
+        limiter.acquire(lambda delay_s: None, lambda: True)
 
 
 def test_who_is_stopped_in_the_queue_for_a_place_ends() -> None:
     limiter = RateLimiter(ManualClock())
     for _ in range(10):
-        limiter.enter(lambda delay_s: None, lambda: False)
+        limiter.acquire(lambda delay_s: None, lambda: False)
     with pytest.raises(ClientClosedError, match="requests after a 429"):
-        limiter.enter(lambda delay_s: None, lambda: True)
-    limiter.leave()
-    limiter.enter(lambda delay_s: None, lambda: True)
+        limiter.acquire(lambda delay_s: None, lambda: True)
+    limiter.release()
+    limiter.acquire(lambda delay_s: None, lambda: True)

@@ -25,7 +25,9 @@ from support.transports import open_transport, quick_config
 
 from tinkex import errors
 from tinkex._transport import billing, channel as channel_module, content_encoding
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.attempts import RequestAttempts
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Reply, Request, ThreadTransport, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -55,11 +57,11 @@ def pauses(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> List[float]
     """The waits between attempts, which do not take their time."""
     waited: List[float] = []
 
-    def wait(delay_s: float, request: Request, channel: Any) -> None:
+    def wait(attempts: RequestAttempts, delay_s: float) -> None:
         if delay_s > 0:
             waited.append(delay_s)
 
-    monkeypatch.setattr(transport, "_wait", wait)
+    monkeypatch.setattr(RequestAttempts, "_pause", wait)
     return waited
 
 
@@ -151,16 +153,17 @@ def test_a_retry_sends_what_was_sent_whoever_writes_to_its_arrays(
     array = np.arange(100_000)
     body = Parts([[b"head", array], [b"tail"]], 8 + array.nbytes)
     sent_first = bytes(body)
+    sender: Sender = transport
     if own_connection:
-        transport = transport.watched(lambda request: request)
+        sender = ThreadTransport(transport, lambda request: request)
 
-    def write(delay_s: float, *ignored: Any) -> None:
+    def write(attempts: RequestAttempts, delay_s: float) -> None:
         if delay_s > 0:
             array[:] = -1
 
-    monkeypatch.setattr(transport, "_wait", write)
+    monkeypatch.setattr(RequestAttempts, "_pause", write)
     server.on(route(), Answer(503), Answer(drop=True), Answer())
-    transport.send(dataclasses.replace(SUBMIT, body=body), QUICK)
+    sender.send(dataclasses.replace(SUBMIT, body=body), QUICK)
     assert [received.body for received in sent(server)] == [sent_first] * 3
     assert array[0] == -1
 
@@ -275,7 +278,9 @@ def test_a_429_holds_back_every_submitter_of_the_same_server_and_key(
     with open_transport(server, api_key=KEY) as other, ThreadPoolExecutor(1) as pool:
         first = pool.submit(transport.send, SUBMIT, QUICK)
         limited = server.wait_for(route())[0]
-        wait_until(lambda: transport._limiter.wait_s() > 0 or first.done(), "the answer was read")
+        wait_until(
+            lambda: transport.server.limiter.wait_s() > 0 or first.done(), "the answer was read"
+        )
         other.send(SUBMIT, QUICK)
         assert first.result(PATIENCE_S).status == 200
     for attempt in sent(server)[1:]:
@@ -283,11 +288,11 @@ def test_a_429_holds_back_every_submitter_of_the_same_server_and_key(
 
 
 def test_another_key_is_not_held_back(transport: Transport, server: ScriptedServer) -> None:
-    transport._limiter.back_off(60.0)
+    transport.server.limiter.back_off(60.0)
     server.on(route(), Answer())
     with open_transport(server, api_key="another") as other:
         assert other.send(SUBMIT, QUICK).status == 200
-    transport._limiter._not_before = 0.0
+    transport.server.limiter._not_before = 0.0
 
 
 def test_a_429_that_stays_is_a_rate_limit_error(
@@ -467,7 +472,7 @@ def test_closing_wakes_a_retry_that_waits(transport: Transport, server: Scripted
 
 
 def test_closing_wakes_who_waits_for_the_limiter(transport: Transport) -> None:
-    transport._limiter.back_off(50.0)
+    transport.server.limiter.back_off(50.0)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
         transport.closing.set()
@@ -614,7 +619,7 @@ def test_retries_are_told_in_the_log(
     transport: Transport, server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.on(route(), Answer(503, {"detail": "starting"}), Answer())
-    with caplog.at_level(logging.INFO, "tinkex._transport.transport"):
+    with caplog.at_level(logging.INFO, "tinkex._transport.attempts"):
         transport.send(SUBMIT, QUICK)
     assert "starting; attempt 1, next in" in caplog.text
 

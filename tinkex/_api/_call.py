@@ -10,7 +10,8 @@ from urllib.parse import quote, urlencode
 import orjson
 
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Reply, Request
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
@@ -35,7 +36,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def call(
-    transport: Transport,
+    transport: Sender,
     method: str,
     path: str,
     body: Optional[Mapping[str, Any]] = None,
@@ -53,8 +54,7 @@ def call(
     """
     began = time.perf_counter()
     encoded = None if body is None else encode(body)
-    if encoded is not None and traffic == "work":
-        transport.recorder.took("encode", time.perf_counter() - began)
+    encode_s = time.perf_counter() - began if encoded is not None and traffic == "work" else None
     token = (body or {}).get("weights_access_token")
     request = Request(
         method,
@@ -64,6 +64,7 @@ def call(
         headers=headers or {},
         secrets=(token,) if isinstance(token, str) else (),
         empty_answer_ok=not answer_read,
+        encode_s=encode_s,
     )
     if policy is None:
         policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
@@ -82,9 +83,7 @@ def read(answer: Type[W], reply: Reply, name: str) -> W:
         ) from error
 
 
-def post(
-    transport: Transport, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any
-) -> W:
+def post(transport: Sender, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:
     """POST *body* and read the answer; *how* as for `call`."""
     return read(answer, call(transport, "POST", path, body, **how), f"POST {path}")
 
@@ -102,7 +101,7 @@ def segment(what: str, value: str) -> str:
 
 
 def get(
-    transport: Transport, path: str, answer: Type[W], query: Optional[Mapping[str, Any]] = None
+    transport: Sender, path: str, answer: Type[W], query: Optional[Mapping[str, Any]] = None
 ) -> W:
     """GET *path* and read the answer; empty query values are left out."""
     pairs = {key: value for key, value in (query or {}).items() if value not in (None, "")}

@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
-from tinkex._transport.transport import Transport
+from tinkex._transport.sender import Sender
 from tinkex.errors import APIStatusError, RouteMissingError
 
 #: How web frameworks answer for a route they do not have; texts about a thing that is missing
@@ -49,7 +49,7 @@ def _is_generic(body: Any) -> bool:
 
 @contextmanager
 def optional_route(
-    transport: Transport, route: str, *, names_nothing: bool = False, ask_once: bool = False
+    transport: Sender, route: str, *, names_nothing: bool = False, ask_once: bool = False
 ) -> Iterator[None]:
     """Turn the answer of a server that lacks *route* into RouteMissingError.
 
@@ -74,7 +74,7 @@ def optional_route(
 
 
 def _missing(
-    transport: Transport, route: str, status: Optional[int], body: Any = None
+    transport: Sender, route: str, status: Optional[int], body: Any = None
 ) -> RouteMissingError:
     return RouteMissingError(
         f"{transport.config.host_and_port} does not have {route} (status {status})",

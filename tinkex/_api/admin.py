@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional, Type, TypeVar
 from tinkex import types
 from tinkex._api._call import get
 from tinkex._api._optional import optional_route
-from tinkex._transport.transport import Transport
+from tinkex._transport.sender import Sender
 
 if TYPE_CHECKING:
     from tinkex.types._wire import Wire
@@ -20,7 +20,7 @@ W = TypeVar("W", bound="Wire")
 
 
 def get_audit_log(
-    transport: Transport, *, event_type: str = "all", day: Optional[date] = None
+    transport: Sender, *, event_type: str = "all", day: Optional[date] = None
 ) -> types.AuditLogResponse:
     """``GET audit``; may be answered by another host, which gets no credentials."""
     query = {"event_type": event_type, "day": None if day is None else day.isoformat()}
@@ -28,7 +28,7 @@ def get_audit_log(
 
 
 def get_billing_usage(
-    transport: Transport, *, starting_on: datetime, ending_before: datetime
+    transport: Sender, *, starting_on: datetime, ending_before: datetime
 ) -> types.BillingUsageResponse:
     """``GET billing/usage/events``; the times are whole hours."""
     query = {"starting_on": _rfc3339(starting_on), "ending_before": _rfc3339(ending_before)}
@@ -36,7 +36,7 @@ def get_billing_usage(
 
 
 def get_current_checkpoint_storage_usage(
-    transport: Transport, *, project_id: Optional[str] = None
+    transport: Sender, *, project_id: Optional[str] = None
 ) -> types.CurrentCheckpointStorageUsageResponse:
     """``GET billing/usage/checkpoints/current``."""
     route = "billing/usage/checkpoints/current"
@@ -44,7 +44,7 @@ def get_current_checkpoint_storage_usage(
     return _get(transport, route, types.CurrentCheckpointStorageUsageResponse, query)
 
 
-def _get(transport: Transport, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+def _get(transport: Sender, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
     with optional_route(transport, f"GET {route}", names_nothing=True):
         return get(transport, f"/api/v1/{route}", answer, query)
 

@@ -17,10 +17,9 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.rest import archive_request
 from tinkex._transport.channel import Channel
-from tinkex._transport.gateways import as_the_servers_own
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
-from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.retry import RetryPolicy, RetryState
 from tinkex.types._wire import parse_datetime
 
 logger = logging.getLogger(__name__)
@@ -58,38 +57,31 @@ def get_checkpoint_archive_url(
     policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
     clock = transport.clock
     started = clock.monotonic()
-    attempt = building = 0
+    retries = RetryState(policy, started)
+    building = 0
     while True:
-        attempt += 1
         sent = clock.monotonic()
         error: APIError
-        hint_s: Optional[float] = None
+        headers: Optional[Mapping[str, str]] = None
         try:
             reply = transport.send_once(request, channel=channel)
             if reply.status < 400:
                 return _read(transport, request, reply)
-            error = transport.status_error(request, reply)
-            hint_s = retry_after_s(reply.headers, clock.wall())
-            busy = reply.status == 503
-            again = policy.retries_status(reply.status, attempt, reply.headers)
+            error, headers = transport.status_error(request, reply), reply.headers
         except APIConnectionError as silence:
-            own = as_the_servers_own(silence)
-            believed = own is not None and not policy.retries_gateway(attempt)
-            error = own if own is not None and believed else silence
-            again = silence.retryable and not believed
-            del own
-            # It builds while we wait, and something in between has lost patience.
-            busy = again and clock.monotonic() - sent >= BUILDING_PAUSE_S
-        delay_s: Optional[float] = None
-        if busy:
+            error = silence
+        now = clock.monotonic()
+        delay_s, error = retries.decide(error, now, random.random(), headers)
+        # Without a 503, it builds while we wait, and something in between has lost patience.
+        timed_out = headers is None and delay_s is not None and now - sent >= BUILDING_PAUSE_S
+        if timed_out or (headers is not None and error.status == 503):
             building += 1
-            if building < BUILDING_TRIES:
-                delay_s = min(BUILDING_PAUSE_S if hint_s is None else hint_s, LONGEST_PAUSE_S)
-        elif again:
-            elapsed_s = clock.monotonic() - started
-            delay_s = policy.delay_s(attempt, elapsed_s, hint_s, random.random())
+            hint_s = getattr(error, "retry_after_s", None)
+            delay_s = min(BUILDING_PAUSE_S if hint_s is None else hint_s, LONGEST_PAUSE_S)
+            if building >= BUILDING_TRIES:
+                delay_s = None
         if delay_s is None:
-            error.attempts, error.elapsed_s = attempt, clock.monotonic() - started
+            error.attempts, error.elapsed_s = retries.attempts, now - started
             try:
                 with optional_route(transport, ROUTE):
                     raise error

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Callable, Mapping, Optional
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.training import forward_backward
+from tinkex._transport.sender import Sender
 from tinkex._transport.server_state import ServerDialect as ServerDialect, state_of
-from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
 from tinkex.retry import RetryPolicy
@@ -65,7 +65,7 @@ class Dialect:
         return self._server.dialect(self._forced)
 
     def submit(
-        self, transport: Transport, request: ForwardBackwardRequest, *, compress: bool = False
+        self, transport: Sender, request: ForwardBackwardRequest, *, compress: bool = False
     ) -> UntypedFuture:
         """Submit a batch in the right encoding.  Blocks until the server has accepted it.
 
@@ -85,7 +85,7 @@ class Dialect:
                 return first.outcome()
 
     def _submit_as(
-        self, codec: Codec, transport: Transport, request: ForwardBackwardRequest, compress: bool
+        self, codec: Codec, transport: Sender, request: ForwardBackwardRequest, compress: bool
     ) -> UntypedFuture:
         outage_s = transport.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
@@ -95,7 +95,7 @@ class Dialect:
         return forward_backward(transport, codec, request, policy)
 
     def _submit_compressed(
-        self, transport: Transport, request: ForwardBackwardRequest, policy: RetryPolicy
+        self, transport: Sender, request: ForwardBackwardRequest, policy: RetryPolicy
     ) -> UntypedFuture:
         try:
             accepted = forward_backward(transport, _protobuf(), request, policy, compressed=True)
@@ -107,7 +107,7 @@ class Dialect:
         self._server.note_compression("zstd")
         return accepted
 
-    def _find_out(self, transport: Transport, request: ForwardBackwardRequest) -> UntypedFuture:
+    def _find_out(self, transport: Sender, request: ForwardBackwardRequest) -> UntypedFuture:
         """Submit the first batch of a server, and note how it was done."""
         # A plain 500 may mean "unreadable": look at the first one.
         outage_s = transport.config.max_outage_s
@@ -122,7 +122,7 @@ class Dialect:
         return accepted
 
     def _try_json(
-        self, transport: Transport, request: ForwardBackwardRequest, first: APIStatusError
+        self, transport: Sender, request: ForwardBackwardRequest, first: APIStatusError
     ) -> UntypedFuture:
         """Submit what got the answer *first* as JSON; raise the answer that is about the batch."""
         try:
@@ -147,7 +147,7 @@ class _FirstBatch:
     """One caller's attempt to be the first to submit a batch to a server."""
 
     def __init__(
-        self, dialect: Dialect, transport: Transport, request: ForwardBackwardRequest
+        self, dialect: Dialect, transport: Sender, request: ForwardBackwardRequest
     ) -> None:
         self._dialect = dialect
         self._transport = transport

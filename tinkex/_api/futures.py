@@ -7,7 +7,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from tinkex._api._call import encode
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import JSON_TYPE, Reply, Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import JSON_TYPE, Reply, Request
 from tinkex.errors import ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
@@ -18,7 +19,7 @@ BINARY_FIRST = "application/x-protobuf, application/json"
 
 
 def retrieve_future(
-    transport: Transport,
+    transport: Sender,
     request_id: str,
     *,
     binary: bool,
@@ -48,7 +49,7 @@ def retrieve_future(
 
 
 def retrieve_futures(
-    transport: Transport,
+    transport: Sender,
     *,
     sampling_session_id: str,
     clone: int,
@@ -113,7 +114,7 @@ def read_completions(reply: Reply) -> Completions:
         ) from error
 
 
-def cancel_future(transport: Transport, request_id: str) -> None:
+def cancel_future(transport: Sender, request_id: str) -> None:
     """``POST cancel_future``: the result is not wanted; the answer is ignored."""
     request = Request(
         "POST",

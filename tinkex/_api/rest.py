@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, Typ
 from tinkex import types
 from tinkex._api._call import call, encode, get, post, read, segment
 from tinkex._api._optional import optional_route, was_done_before
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Request
 from tinkex.errors import APIStatusError, InvalidInputError
 from tinkex.retry import RetryPolicy
 
@@ -43,13 +44,13 @@ def _session(session_id: str) -> str:
     return f"{_API}sessions/{segment('the session id', session_id)}"
 
 
-def _list(transport: Transport, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+def _list(transport: Sender, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
     with optional_route(transport, f"GET {route}", names_nothing=True):
         return get(transport, f"{_API}{route}", answer, query)
 
 
 def _change(
-    transport: Transport,
+    transport: Sender,
     method: str,
     path: str,
     route: str,
@@ -68,7 +69,7 @@ def _change(
 
 
 def list_training_runs(
-    transport: Transport, *, limit: int, offset: int, access_scope: str, project_id: Optional[str]
+    transport: Sender, *, limit: int, offset: int, access_scope: str, project_id: Optional[str]
 ) -> types.TrainingRunsResponse:
     """``GET training_runs``."""
     query = {
@@ -80,46 +81,46 @@ def list_training_runs(
     return _list(transport, "training_runs", types.TrainingRunsResponse, query)
 
 
-def get_training_run(transport: Transport, run_id: str, *, access_scope: str) -> types.TrainingRun:
+def get_training_run(transport: Sender, run_id: str, *, access_scope: str) -> types.TrainingRun:
     """``GET training_runs/{id}``."""
     with optional_route(transport, "GET training_runs/{id}"):
         return get(transport, _run(run_id), types.TrainingRun, {"access_scope": access_scope})
 
 
-def list_checkpoints(transport: Transport, run_id: str) -> types.CheckpointsListResponse:
+def list_checkpoints(transport: Sender, run_id: str) -> types.CheckpointsListResponse:
     """``GET training_runs/{id}/checkpoints``."""
     with optional_route(transport, "GET training_runs/{id}/checkpoints"):
         return get(transport, f"{_run(run_id)}/checkpoints", types.CheckpointsListResponse)
 
 
 def list_user_checkpoints(
-    transport: Transport, *, limit: int, offset: int
+    transport: Sender, *, limit: int, offset: int
 ) -> types.CheckpointsListResponse:
     """``GET checkpoints``."""
     query = {"limit": limit, "offset": offset}
     return _list(transport, "checkpoints", types.CheckpointsListResponse, query)
 
 
-def delete_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+def delete_checkpoint(transport: Sender, run_id: str, checkpoint_id: str) -> None:
     """``DELETE training_runs/{id}/checkpoints/{checkpoint}``."""
     path = checkpoint_route(run_id, checkpoint_id)
     _change(transport, "DELETE", path, _CHECKPOINT, done=(404, 410))
 
 
-def publish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+def publish_checkpoint(transport: Sender, run_id: str, checkpoint_id: str) -> None:
     """``POST .../publish``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
     _change(transport, "POST", path, f"{_CHECKPOINT}/publish", done=(409,))
 
 
-def unpublish_checkpoint(transport: Transport, run_id: str, checkpoint_id: str) -> None:
+def unpublish_checkpoint(transport: Sender, run_id: str, checkpoint_id: str) -> None:
     """``DELETE .../publish``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/publish"
     _change(transport, "DELETE", path, f"{_CHECKPOINT}/publish", done=(409,))
 
 
 def set_checkpoint_ttl(
-    transport: Transport, run_id: str, checkpoint_id: str, ttl_seconds: Optional[int]
+    transport: Sender, run_id: str, checkpoint_id: str, ttl_seconds: Optional[int]
 ) -> None:
     """``PUT .../ttl``; None removes the limit."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/ttl"
@@ -127,7 +128,7 @@ def set_checkpoint_ttl(
 
 
 def get_external_weights_urls(
-    transport: Transport, run_id: str, checkpoint_id: str
+    transport: Sender, run_id: str, checkpoint_id: str
 ) -> types.ExternalWeightsUrlsResponse:
     """``GET .../external_weights_urls``; only for ``external_weights/<name>``."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/external_weights_urls"
@@ -135,7 +136,7 @@ def get_external_weights_urls(
         return get(transport, path, types.ExternalWeightsUrlsResponse)
 
 
-def get_weights_info(transport: Transport, tinker_path: str) -> types.WeightsInfoResponse:
+def get_weights_info(transport: Sender, tinker_path: str) -> types.WeightsInfoResponse:
     """``POST weights_info``."""
     body = {"tinker_path": tinker_path}
     with optional_route(transport, "POST weights_info"):
@@ -143,7 +144,7 @@ def get_weights_info(transport: Transport, tinker_path: str) -> types.WeightsInf
 
 
 def copy_weights(
-    transport: Transport,
+    transport: Sender,
     *,
     source_path: str,
     destination_project_id: Optional[str] = None,
@@ -171,7 +172,7 @@ def copy_weights(
 
 
 def list_sessions(
-    transport: Transport, *, limit: int, offset: int, access_scope: str
+    transport: Sender, *, limit: int, offset: int, access_scope: str
 ) -> types.ListSessionsResponse:
     """``GET sessions``."""
     query = {"limit": limit, "offset": offset, "access_scope": access_scope}
@@ -179,7 +180,7 @@ def list_sessions(
 
 
 def get_session(
-    transport: Transport, session_id: str, *, access_scope: str
+    transport: Sender, session_id: str, *, access_scope: str
 ) -> types.GetSessionResponse:
     """``GET sessions/{id}``."""
     with optional_route(transport, "GET sessions/{id}"):
@@ -187,20 +188,20 @@ def get_session(
         return get(transport, _session(session_id), types.GetSessionResponse, query)
 
 
-def assign_session_project(transport: Transport, session_id: str, project_id: str) -> None:
+def assign_session_project(transport: Sender, session_id: str, project_id: str) -> None:
     """``PUT sessions/{id}/project``."""
     path = f"{_session(session_id)}/project"
     _change(transport, "PUT", path, "sessions/{id}/project", {"project_id": project_id})
 
 
-def get_trace_export(transport: Transport, session_id: str) -> types.SessionTraceExport:
+def get_trace_export(transport: Sender, session_id: str) -> types.SessionTraceExport:
     """``GET sessions/{id}/trace_export``: starts the export, then tells how it stands."""
     with optional_route(transport, "GET sessions/{id}/trace_export"):
         return get(transport, f"{_session(session_id)}/trace_export", types.SessionTraceExport)
 
 
 def search_sessions(
-    transport: Transport, request: types.SessionSearchRequest
+    transport: Sender, request: types.SessionSearchRequest
 ) -> types.SessionSearchResponse:
     """``POST sessions/search``."""
     body: Dict[str, Any] = {

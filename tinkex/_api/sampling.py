@@ -8,11 +8,11 @@ from tinkex import types
 from tinkex._api._call import call, get, post, read, segment
 from tinkex._api._optional import optional_route
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Transport
+from tinkex._transport.sender import Sender
 
 
 def create_sampling_session(
-    transport: Transport,
+    transport: Sender,
     *,
     session_id: str,
     sampling_session_seq_id: int,
@@ -38,7 +38,7 @@ def create_sampling_session(
 
 
 def join_sampling_session(
-    transport: Transport, sampling_session_id: str
+    transport: Sender, sampling_session_id: str
 ) -> types.JoinSamplingSessionResponse:
     """``POST join_sampling_session``: another client of the same sampler makes itself known."""
     body = {"sampling_session_id": sampling_session_id, "type": "join_sampling_session"}
@@ -52,7 +52,7 @@ def join_sampling_session(
 
 
 def asample(
-    transport: Transport,
+    transport: Sender,
     *,
     sampling_session_id: str,
     seq_id: int,
@@ -74,7 +74,7 @@ def asample(
     )
 
 
-def get_sampler(transport: Transport, sampler_id: str) -> types.GetSamplerResponse:
+def get_sampler(transport: Sender, sampler_id: str) -> types.GetSamplerResponse:
     """``GET samplers/{id}``.  Raises RouteMissingError where the server does not have it."""
     path = f"/api/v1/samplers/{segment('the sampler id', sampler_id)}"
     with optional_route(transport, "GET samplers/{id}", ask_once=True):

@@ -6,7 +6,8 @@ from typing import Any, Dict, Optional
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Reply, Request
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import NotFoundError, ResponseDecodeError
@@ -18,7 +19,7 @@ HEARTBEAT_TIMEOUT_S = 10.0
 HEARTBEAT_PATH = "/api/v1/session_heartbeat"
 
 
-def create_session(transport: Transport, config: Config) -> types.CreateSessionResponse:
+def create_session(transport: Sender, config: Config) -> types.CreateSessionResponse:
     """``POST create_session``: gives up after ``startup_timeout_s``."""
     body: Dict[str, Any] = {
         "tags": list(config.tags),
@@ -53,7 +54,7 @@ def create_session(transport: Transport, config: Config) -> types.CreateSessionR
 
 
 def session_heartbeat(
-    transport: Transport, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
+    transport: Sender, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
 ) -> Reply:
     """``POST session_heartbeat``, once; returns the answer whatever its status."""
     body = encode({"session_id": session_id, "type": "session_heartbeat"})
@@ -63,7 +64,7 @@ def session_heartbeat(
 
 
 def finish_session(
-    transport: Transport, session_id: str, status: str, detail: Optional[str], timeout_s: float
+    transport: Sender, session_id: str, status: str, detail: Optional[str], timeout_s: float
 ) -> Reply:
     """``POST sessions/{id}/finish``, once; returns the answer whatever its status."""
     body = encode({"reason": {"type": status}, "detail": detail})
@@ -80,11 +81,11 @@ def finish_session(
     )
 
 
-def get_server_capabilities(transport: Transport) -> types.GetServerCapabilitiesResponse:
+def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesResponse:
     """``GET get_server_capabilities``."""
     return get(transport, "/api/v1/get_server_capabilities", types.GetServerCapabilitiesResponse)
 
 
-def healthz(transport: Transport) -> None:
+def healthz(transport: Sender) -> None:
     """``GET healthz``: raises if the server is not well."""
     call(transport, "GET", "/api/v1/healthz", answer_read=False)

@@ -7,7 +7,8 @@ from typing import Any, Mapping, Sequence
 
 from tinkex._api._call import encode
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Reply, Request
 from tinkex._version import PROTOCOL_VERSION
 
 #: One report may take this long, in seconds.
@@ -15,7 +16,7 @@ TIMEOUT_S = 5.0
 
 
 def send_telemetry(
-    transport: Transport,
+    transport: Sender,
     events: Sequence[Mapping[str, Any]],
     *,
     session_id: str,

@@ -9,7 +9,8 @@ from tinkex import types
 from tinkex._api._call import post, read
 from tinkex._api._optional import optional_route, was_done_before
 from tinkex._transport.request import Body
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Request
 from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import Codec, compress
@@ -21,7 +22,7 @@ def _given(**fields: Any) -> Dict[str, Any]:
 
 
 def create_model(
-    transport: Transport,
+    transport: Sender,
     *,
     session_id: str,
     model_seq_id: int,
@@ -44,7 +45,7 @@ def create_model(
 
 
 def create_model_from_weights(
-    transport: Transport,
+    transport: Sender,
     *,
     session_id: str,
     model_seq_id: int,
@@ -71,7 +72,7 @@ def create_model_from_weights(
 
 
 def load_weights(
-    transport: Transport,
+    transport: Sender,
     *,
     model_id: str,
     seq_id: int,
@@ -91,14 +92,14 @@ def load_weights(
     return post(transport, "/api/v1/load_weights", body, types.UntypedFuture)
 
 
-def get_info(transport: Transport, model_id: str) -> types.GetInfoResponse:
+def get_info(transport: Sender, model_id: str) -> types.GetInfoResponse:
     """``POST get_info``."""
     body = {"model_id": model_id, "type": "get_info"}
     return post(transport, "/api/v1/get_info", body, types.GetInfoResponse)
 
 
 def forward_backward(
-    transport: Transport,
+    transport: Sender,
     codec: Codec,
     request: types.ForwardBackwardRequest,
     policy: RetryPolicy,
@@ -113,19 +114,19 @@ def forward_backward(
     began = time.perf_counter()
     parts = codec.forward_backward_parts(request)
     body: Body = compress(bytes(parts)) if compressed else parts
-    transport.recorder.took("encode", time.perf_counter() - began)
     http = Request(
         "POST",
         f"/api/v1/{route}",
         body,
         content_type=codec.content_type,
         headers={"Content-Encoding": "zstd"} if compressed else {},
+        encode_s=time.perf_counter() - began,
     )
     return read(types.UntypedFuture, transport.send(http, policy), http.name)
 
 
 def optim_step(
-    transport: Transport, *, model_id: str, seq_id: int, params: Mapping[str, Any]
+    transport: Sender, *, model_id: str, seq_id: int, params: Mapping[str, Any]
 ) -> types.UntypedFuture:
     """``POST optim_step`` -> future of OptimStepResponse.
 
@@ -136,7 +137,7 @@ def optim_step(
 
 
 def save_weights(
-    transport: Transport,
+    transport: Sender,
     *,
     model_id: str,
     seq_id: int,
@@ -159,7 +160,7 @@ def save_weights(
 
 
 def save_weights_for_sampler(
-    transport: Transport,
+    transport: Sender,
     *,
     model_id: str,
     seq_id: int,
@@ -184,7 +185,7 @@ def save_weights_for_sampler(
 
 
 def save_weights_external(
-    transport: Transport,
+    transport: Sender,
     *,
     model_id: str,
     seq_id: int,
@@ -210,7 +211,7 @@ def save_weights_external(
 
 
 def unload_model(
-    transport: Transport, model_id: str
+    transport: Sender, model_id: str
 ) -> Union[types.UntypedFuture, types.UnloadModelResponse]:
     """``POST unload_model`` -> future of UnloadModelResponse.
 
@@ -228,7 +229,7 @@ def unload_model(
 
 
 def create_custom_loss(
-    transport: Transport,
+    transport: Sender,
     *,
     session_id: str,
     custom_loss_seq_id: int,

@@ -5,13 +5,34 @@ Servers report differently; what a caller sees here looks the same everywhere.  
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
-from typing import TYPE_CHECKING, Iterator, List, Mapping, Optional, Sequence, Tuple
+import re
+from typing import (
+    TYPE_CHECKING,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.transport import Reply
-from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.errors import (
+    ClientClosedError,
+    InvalidInputError,
+    ResponseDecodeError,
+    SequenceLostError,
+    SessionLostError,
+    TinkexError,
+)
 from tinkex.types import Datum, ForwardBackwardOutput, ForwardBackwardRequest, TensorData
 from tinkex.types.tensor_data import first_where
 from tinkex.wire.chunking import split
@@ -23,17 +44,50 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: JSON takes at most so many bytes for one of a buffer, and so many more for a datum's names.
+E = TypeVar("E", bound=BaseException)
+
+#: With these the run itself is lost, and neither its gradient nor its batches matter any more.
+RUN_LOST = (ClientClosedError, SequenceLostError, SessionLostError)
+
+#: JSON takes at most this many bytes for one of a buffer, and this many more for a datum's names.
 _JSON_GROWTH = 4
 _JSON_OVERHEAD = 2000
 
 
-#: The datums of one request, and the sum of their ``nbytes``.
-Chunk = Tuple[List[Datum], int]
+#: How servers name an example of a batch: in a sentence, or as the location of a bad field.
+_INDEX = re.compile(r'(\bdatum |\bdata\[|\bdata\.|"data", ?)(\d+)')
 
 
-def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> List[Chunk]:
-    """Cut a batch into requests as large as the server takes them, in order.
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss that the server computes, and its settings."""
+
+    name: str
+    config: Mapping[str, Union[float, str]] = dataclasses.field(default_factory=dict)
+
+
+class Chunk(NamedTuple):
+    """The datums of one request.
+
+    Attributes:
+        nbytes: the sum of theirs.
+        first: index of the first one in the caller's batch.
+    """
+
+    data: List[Datum]
+    nbytes: int
+    first: int
+
+    @property
+    def stop(self) -> int:
+        """Index, in the caller's batch, after the last one."""
+        return self.first + len(self.data)
+
+
+def cut(
+    data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec], first: int = 0
+) -> List[Chunk]:
+    """Cut a batch, or its datums from index *first* on, into requests as large as possible.
 
     A limit in bytes is one of the bodies, so they are measured in the encoding that they will
     have; while *codec* is not known (None), in the larger of the two.
@@ -43,8 +97,8 @@ def cut(data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec]) -> Li
     json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
     if (codec is None or codec.name == JSON.name) and json_at_most > limit:
         sizes = [_json_size(datum) for datum in data]
-    runs = split(sizes, flags.fwdbwd_max_chunk_len, limit)
-    return [(list(data[run]), sum(nbytes[run])) for run in runs]
+    parts = split(sizes, flags.fwdbwd_max_chunk_len, limit)
+    return [Chunk(list(data[part]), sum(nbytes[part]), first + part.start) for part in parts]
 
 
 def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
@@ -54,20 +108,16 @@ def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
     be.  *codec* is None while the server's encoding is not known; protobuf is tried first then.
     """
     codec = codec or codec_for(PROTOBUF_CONTENT_TYPE)
-    first = 0
-    for data, _ in chunks:
+    for chunk in chunks:
         try:
-            codec.forward_backward_parts(ForwardBackwardRequest("", 1, data, ""))
+            codec.forward_backward_parts(ForwardBackwardRequest("", 1, chunk.data, ""))
         except InvalidInputError as error:
-            raise _with_index(error, data, first, codec) from error
-        first += len(data)
+            raise _with_index(error, chunk, codec) from error
 
 
-def _with_index(
-    error: InvalidInputError, data: Sequence[Datum], first: int, codec: Codec
-) -> InvalidInputError:
-    """*error* of encoding *data*, with the index of the datum that it is about."""
-    for index, datum in enumerate(data, first):
+def _with_index(error: InvalidInputError, chunk: Chunk, codec: Codec) -> InvalidInputError:
+    """*error* of encoding *chunk*, with the index of the datum that it is about."""
+    for index, datum in enumerate(chunk.data, chunk.first):
         try:
             codec.forward_backward_parts(ForwardBackwardRequest("", 1, [datum], ""))
         except InvalidInputError as found:
@@ -80,6 +130,26 @@ def _json_size(datum: Datum) -> int:
         return max(JSON.size_of(datum), datum.nbytes)
     except InvalidInputError:  # it has no JSON form, so it will not be sent as JSON
         return datum.nbytes
+
+
+def in_indices_of_batch(error: E, first: int, stop: int) -> E:
+    """Return *error*, which is about ``data[first:stop]`` of a batch, in the caller's terms.
+
+    An index that the server counted from the beginning of its request is counted from the
+    beginning of the batch.
+    """
+    if not isinstance(error, TinkexError) or isinstance(error, RUN_LOST) or first == 0:
+        return error
+
+    def moved(found: re.Match[str]) -> str:
+        return f"{found.group(1)}{int(found.group(2)) + first}"
+
+    translated = copy.copy(error)
+    message, count = _INDEX.subn(moved, error.message)
+    translated.message = message if count else f"{message} (in data[{first}:{stop}] of the batch)"
+    translated.args = (translated.message,)
+    translated.__cause__ = error.__cause__
+    return translated
 
 
 class NaNWatch:
@@ -112,18 +182,17 @@ class PassReader:
     def __init__(self, model_id: str) -> None:
         self._nans = NaNWatch(f"run {model_id}")
 
-    def read(
-        self, reply: Reply, data: Sequence[Datum], loss_fn: str, first: int = 0
-    ) -> ForwardBackwardOutput:
-        """Decode the result of a pass over *data*, which begins at *first* in the caller's batch.
+    def read(self, reply: Reply, chunk: Chunk, loss: Loss) -> ForwardBackwardOutput:
+        """Decode the result of a pass over *chunk*.
 
-        Where the server does not tell ``loss:sum``, it is computed from the logprobs, for the two
+        Where the server does not report ``loss:sum``, it is computed from the logprobs, for the two
         losses that need no more: see `cross_entropy` and `importance_sampling`.
         Logprobs that are NaN or null stay NaN, with one warning.
 
         Raises:
             ResponseDecodeError: it is malformed, or has not one output for each datum.
         """
+        data = chunk.data
         output = codec_for(reply.content_type).decode_output(reply.body)
         if len(output.loss_fn_outputs) != len(data):
             raise ResponseDecodeError(
@@ -136,11 +205,11 @@ class PassReader:
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
         found = first_where(np.isnan, logprobs)
         if found is not None:
-            self._nans.look_at(logprobs[found], f"data[{first + with_logprobs[found]}]")
-        if loss_fn in _LOSSES and "loss:sum" not in output.metrics:
-            loss = _LOSSES[loss_fn](data, output.loss_fn_outputs)
-            if loss is not None:
-                output.metrics["loss:sum"] = loss
+            self._nans.look_at(logprobs[found], f"data[{chunk.first + with_logprobs[found]}]")
+        if loss.name in _LOSSES and "loss:sum" not in output.metrics:
+            loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
+            if loss_sum is not None:
+                output.metrics["loss:sum"] = loss_sum
         return output
 
 

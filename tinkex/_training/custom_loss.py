@@ -8,16 +8,22 @@ torch is imported when a loss is computed.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex._runtime.lazy_numpy import np
+from tinkex._training.batch import Loss
 from tinkex._training.loss_tracing import LossGraph
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
+from tinkex.futures import APIFuture
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
+from tinkex.wire.chunking import combine
 
 if TYPE_CHECKING:
     import torch
+
+    from tinkex._training.run import TrainingRun
 
 #: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape
 #: of data[i]'s target_tokens.
@@ -202,10 +208,36 @@ def gradient_data(
     return weighted, numbers
 
 
-def merge_metrics(
-    output: ForwardBackwardOutput, metrics: Mapping[str, float]
+def run_custom_pass(
+    future: APIFuture[ForwardBackwardOutput],
+    run: TrainingRun,
+    data: List[Datum],
+    loss_fn: CustomLoss,
+) -> None:
+    """Compute *loss_fn* of *data*, and settle *future*; a task for the queue of *run*.
+
+    Forward for the logprobs; the loss and its gradient; backward with the gradient as weights.  All
+    on the queue's thread, so that no other request of the run comes between.  A failure, or a
+    cancel, before the backward pass leaves the run as it was.  The backward pass is like that of
+    any batch: see `TrainingRun.send_gradient`.
+    """
+    if not future.begin():
+        return
+    run.ensure_trainable()
+    future.enter("submitting")
+    surrogate = Loss("cross_entropy")
+    output = run.run_pass("forward", forward_data(data), surrogate)
+    weighted, metrics = gradient_data(data, output, loss_fn)
+    if future.done():
+        return  # cancelled: the gradient must not be added
+    run.send_gradient(future, weighted, surrogate, functools.partial(_join, metrics))
+
+
+def _join(
+    metrics: Mapping[str, float], outputs: List[ForwardBackwardOutput]
 ) -> ForwardBackwardOutput:
-    """The server's output with the user's metrics; the server's loss becomes surrogate_loss."""
+    """The server's outputs with the user's metrics; the server's loss becomes surrogate_loss."""
+    output = combine(outputs)
     merged: Dict[str, Any] = dict(output.metrics)
     if "loss:sum" in merged:
         merged["surrogate_loss:sum"] = merged.pop("loss:sum")

@@ -1,23 +1,47 @@
-"""Gradient: which batches in several requests a run's gradient holds, and which of them in part."""
+"""Gradient: which batches in several requests a run's gradient holds, and which of them in part.
+
+Either all requests of a batch are done, or the run must know: an optimizer step would train on a
+part of the batch, and one after the same call again on that part twice, without an error.  The same
+call again therefore sends only what is missing.
+"""
 
 from __future__ import annotations
 
-from typing import List, Mapping, Optional, Sequence, Tuple, Union
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
-from tinkex._training.run_queue import NumberedLane
-from tinkex._training.split_batch import Piece, SplitBatch
-from tinkex.errors import IncompleteGradientError
-from tinkex.types import Datum
+from tinkex._training.batch import RUN_LOST, Loss
+from tinkex.errors import (
+    APIStatusError,
+    IncompleteGradientError,
+    InvalidInputError,
+    RequestFailedError,
+    TinkexError,
+)
+from tinkex.futures import APIFuture
+from tinkex.types import Datum, ForwardBackwardOutput
+
+if TYPE_CHECKING:
+    from tinkex._training.run_queue import RunQueue
+
+Output = ForwardBackwardOutput
+Part = APIFuture[Output]
+
+_HOW_TO_DROP = (
+    "save_state still saves weights and optimizer state as they were; load that checkpoint with "
+    "load_state_with_optimizer(path), or into a new run with "
+    "create_training_client_from_state_with_optimizer(path)."
+)
 
 
 class Gradient:
     """The state of one run's gradient, as far as its next request depends on it.
 
-    Used by the lane's thread alone.  Batches in one request are added or not; they need no entry.
+    Used by the queue's thread alone.  Batches in one request are added or not; they need no entry.
     """
 
-    def __init__(self, lane: NumberedLane) -> None:
-        self._lane = lane
+    def __init__(self, queue: RunQueue) -> None:
+        self._queue = queue
         self._split: List[SplitBatch] = []  # may not be settled yet
         self._incomplete: List[SplitBatch] = []
 
@@ -52,9 +76,7 @@ class Gradient:
             if error is not None:
                 raise error
 
-    def plan(
-        self, data: List[Datum], loss_fn: str, config: Mapping[str, Union[float, str]]
-    ) -> Tuple[Optional[SplitBatch], List[Piece]]:
+    def plan(self, data: List[Datum], loss: Loss) -> Tuple[Optional[SplitBatch], List[Piece]]:
         """Return how to send *data*, and the batch that is completed by it, if any.
 
         Raises IncompleteGradientError if a batch was added in part, and *data* is not its rest.
@@ -63,17 +85,191 @@ class Gradient:
             self.ensure_complete()
         except IncompleteGradientError:
             for batch in self._incomplete:
-                pieces = batch.completed_by(data, loss_fn, config)
+                pieces = batch.completed_by(data, loss)
                 if pieces is not None:
                     return batch, pieces
             raise
-        return None, [Piece(data, None)]
+        return None, [Piece(data, 0, None)]
 
     def _settle(self, awaited: Sequence[SplitBatch]) -> None:
         """Wait for the batches *awaited*, and settle all that are done."""
         for batch in awaited:
-            self._lane.wait_for(batch.parts)
+            self._queue.wait_for(batch.parts)
         for batch in [batch for batch in self._split if batch.done]:
             self._split.remove(batch)
             if batch.settle() is not None:
                 self._incomplete.append(batch)
+
+
+class Piece(NamedTuple):
+    """Consecutive datums of a batch, from index *first* on.
+
+    *part* is the request that has added them already, if any.
+    """
+
+    data: List[Datum]
+    first: int
+    part: Optional[Part]
+
+
+class Contents(NamedTuple):
+    """What a batch consists of: the datums of each request, and the loss."""
+
+    chunks: Sequence[List[Datum]]
+    loss: Loss
+
+
+class SplitBatch:
+    """Settles the future of a batch once all its requests are settled.  Thread-safe.
+
+    Cancelling *future* does not cancel the requests: the batch is added as a unit.
+
+    Args:
+        future: of the batch.
+        parts: the futures of its requests, in order.
+        join: makes the result of the batch from theirs.
+        may_repeat: tells whether a part whose answer was lost is done only once when the same
+            request is made again.
+        contents: what the requests send; None if the same call again would not send the same.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        future: APIFuture[Output],
+        parts: Sequence[Part],
+        join: Callable[[List[Output]], Output],
+        may_repeat: Callable[[Part], bool],
+        contents: Optional[Contents] = None,
+    ) -> None:
+        self.parts = parts
+        self._may_repeat = may_repeat
+        self._contents = contents
+        self._model_id = model_id
+        self._future = future
+        self._join = join
+        future.stand_for(parts, cancel=False)
+        for part in parts:
+            part.on_settled(self._part_settled)
+
+    @property
+    def done(self) -> bool:
+        """Whether all requests are settled."""
+        return all(part.done() for part in self.parts)
+
+    @property
+    def failing(self) -> bool:
+        """Whether a request has failed, or was cancelled."""
+        return any(part.failed() for part in self.parts)
+
+    def settle(self) -> Optional[IncompleteGradientError]:
+        """Settle the future; return the error if only a part of the batch was added.
+
+        All requests must be settled.  More than one call does no harm.
+        """
+        failures = self._failures()
+        errors = [failure for failure in failures if failure is not None]
+        if not errors:
+            self._succeed()
+            return None
+        # Requests are cancelled because an earlier one has failed.
+        error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
+        if not isinstance(error, RUN_LOST) and not all(map(_left_out, self.parts, failures)):
+            error = self._incomplete(failures, error)
+        self._future.settle_error(error)
+        return error if isinstance(error, IncompleteGradientError) else None
+
+    def completed_by(self, data: List[Datum], loss: Loss) -> Optional[List[Piece]]:
+        """Return how *data* would complete this batch, of which a part is missing.
+
+        *data* is cut where this batch was: cut anew, examples that were replaced, or an encoding
+        that is known by now, would move the cuts.  Pieces without a part are to be sent, in order.
+
+        Returns None if the gradient would not be that of *data*, or might not be.
+        """
+        own, failures = self._contents, self._failures()
+        if own is None or own.loss != loss or not self._may_be_completed(failures):
+            return None
+        pieces: List[Piece] = []
+        start = 0
+        for part, failure, chunk in zip(self.parts, failures, own.chunks):
+            piece = data[start : start + len(chunk)]
+            if not _left_out(part, failure) and piece != chunk:
+                return None
+            pieces.append(Piece(piece, start, part if failure is None else None))
+            start += len(chunk)
+        pieces.append(Piece(data[start:], start, None))
+        return [piece for piece in pieces if piece.data]
+
+    def _may_be_completed(self, failures: Sequence[Optional[BaseException]]) -> bool:
+        """Whether the same call again adds what is missing, and nothing twice.
+
+        A part whose answer was lost must then be the first request: any other one would have it
+        sent again before, and it would be added once more when it is due.
+        """
+        missing = False
+        for part, failure in zip(self.parts, failures):
+            if _left_out(part, failure):
+                missing = True
+            elif failure is not None and (missing or not self._may_repeat(part)):
+                return False
+        return self._contents is not None
+
+    def _failures(self) -> List[Optional[BaseException]]:
+        return [_failure(part) for part in self.parts]
+
+    def _part_settled(self, part: Any) -> None:
+        if self.done:
+            self.settle()
+
+    def _succeed(self) -> None:
+        self._contents = None  # a batch takes much memory
+        if self._future.done():
+            return
+        try:
+            self._future.settle(self._join([part.result() for part in self.parts]))
+        except Exception as error:
+            self._future.settle_error(error)
+
+    def _incomplete(
+        self, failures: Sequence[Optional[BaseException]], cause: BaseException
+    ) -> IncompleteGradientError:
+        reason = cause.message if isinstance(cause, TinkexError) else repr(cause)
+        hint = ""
+        if self._may_be_completed(failures):
+            hint = (
+                "Call forward_backward with the batch again: only what is missing is sent, and an "
+                "example that was refused may be another one. Or drop the gradient: "
+            )
+        error = IncompleteGradientError(
+            f"{failures.count(None)} of {len(self.parts)} parts of a batch were added to the "
+            f"gradient of run {self._model_id}; the rest was not, or may not have been: {reason}",
+            status=getattr(cause, "status", None),
+            request_id=getattr(cause, "request_id", None),
+            hint="The run takes no optimizer step now. " + hint + _HOW_TO_DROP,
+        )
+        error.__cause__ = cause
+        return error
+
+
+def _failure(part: Part) -> Optional[BaseException]:
+    """Return the failure of *part*, which is settled, or None."""
+    try:
+        return part.exception()
+    except CancelledError as error:
+        return error
+
+
+def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
+    """Whether the server has added nothing of *part*, which is settled, for certain."""
+    if isinstance(failure, CancelledError):
+        return not part.was_sent
+    if part.was_accepted:  # any other error is one of asking for the result
+        return isinstance(failure, RequestFailedError)
+    if isinstance(failure, (InvalidInputError, RequestFailedError)):
+        return True
+    if not isinstance(failure, APIStatusError) or failure.status is None:
+        return False
+    if failure.status in (400, 404, 410, 422):  # read, and refused
+        return True
+    return 400 <= failure.status < 500 and failure.status != 408 and not failure.maybe_taken

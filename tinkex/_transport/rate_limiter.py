@@ -41,11 +41,11 @@ class RateLimiter:
 
     @property
     def throttled(self) -> bool:
-        """True during a back-off and shortly after it: then use `enter`.  Does not block."""
+        """True during a back-off and shortly after it: then use `acquire`.  Does not block."""
         return self._clock.monotonic() < self._not_before + RECENT_S
 
-    def enter(self, pause: Callable[[float], None], stopped: Callable[[], bool]) -> None:
-        """Wait for the end of the back-off and then, in turn, for one of few places; see `leave`.
+    def acquire(self, pause: Callable[[float], None], stopped: Callable[[], bool]) -> None:
+        """Wait for the end of the back-off and then, in turn, for one of few places; see `release`.
 
         *pause* waits so many seconds and raises if *stopped*, which is looked at now and then.
         """
@@ -56,7 +56,7 @@ class RateLimiter:
                 return
             self._few.give(1)  # there was another 429 meanwhile
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give the place back.  Does not block."""
         self._few.give(1)
 

@@ -1,62 +1,69 @@
-"""Keeping secrets out of what people read: answers that echo them, errors, logs."""
+"""Keeping secrets out of what people read: responses that echo them, errors, logs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Iterable, List, Optional
+from typing import List, Optional
 from urllib.parse import urlsplit
 
-from tinkex._transport.request import Reply
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.tokens import TokenSource
 from tinkex.config import Config
 
 #: Shorter ones are no secrets, and would garble every text that they happen to occur in.
-_LEAST = 4
+_MIN_LENGTH = 4
 
-#: In an answer that is not an error, only what cannot be there by chance is replaced.
-_LEAST_IN_RESULT = 12
+#: In a response that is not an error, only what cannot be there by chance is replaced.
+_MIN_LENGTH_IN_RESULT = 12
 
 _SENSITIVE = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 
-def secrets_of(config: Config) -> List[str]:
-    """The secrets among the settings, but for the key."""
-    found = list(config.access_headers.values())
-    found += [text for name, text in config.extra_headers.items() if _SENSITIVE.search(name)]
-    if config.proxy:
-        password = urlsplit(config.proxy).password
-        found += [password] if password else []
-    return found
+class Redactor:
+    """Takes the secrets of one client out of texts and responses.  Thread-safe.
 
-
-def redact(text: str, key: Optional[str], secrets: Iterable[str]) -> str:
-    """Return *text* without the key and without the other *secrets*."""
-    for secret in _ordered(key, secrets, _LEAST):
-        text = text.replace(secret, _stand_in(secret, key))
-    return text
-
-
-def redact_reply(reply: Reply, key: Optional[str], secrets: Iterable[str]) -> Reply:
-    """Return *reply* without secrets that its text echoes, before it gets into an error or a log.
-
-    Binary answers are left alone: they are not shown.
+    The secrets are the key and the tokens made from it, what the settings hold, and what a request
+    brings along.
     """
-    if "protobuf" in reply.content_type:
-        return reply
-    body = reply.body
-    least = _LEAST if reply.status >= 300 else _LEAST_IN_RESULT
-    for secret in _ordered(key, secrets, least):
-        raw = secret.encode("latin-1", "replace")
-        if raw in body:
-            body = body.replace(raw, _stand_in(secret, key).encode())
-    return reply if body is reply.body else dataclasses.replace(reply, body=body)
 
+    def __init__(self, config: Config, tokens: TokenSource) -> None:
+        self._key = config.api_key
+        self._tokens = tokens
+        self._settings = [*config.access_headers.values()]
+        self._settings += [
+            text for name, text in config.extra_headers.items() if _SENSITIVE.search(name)
+        ]
+        password = urlsplit(config.proxy).password if config.proxy else None
+        if password:
+            self._settings.append(password)
 
-def _ordered(key: Optional[str], secrets: Iterable[str], least: int) -> List[str]:
-    """Those that are long enough; longer ones first, as they may hold shorter ones."""
-    every = {*secrets, *([key] if key else [])}
-    return sorted((s for s in every if len(s) >= least), key=len, reverse=True)
+    def text(self, text: str, request: Optional[Request] = None) -> str:
+        """Return *text* without secrets, those of *request* among them."""
+        for secret in self._secrets(request, _MIN_LENGTH):
+            text = text.replace(secret, self._stand_in(secret))
+        return text
 
+    def reply(self, reply: Reply, request: Request) -> Reply:
+        """Return *reply* without secrets that its body echoes, before they get into an error.
 
-def _stand_in(secret: str, key: Optional[str]) -> str:
-    return "<api key>" if secret == key else "<secret>"
+        Binary responses are left alone: they are not shown.
+        """
+        if "protobuf" in reply.content_type:
+            return reply
+        body = reply.body
+        min_length = _MIN_LENGTH if reply.status >= 300 else _MIN_LENGTH_IN_RESULT
+        for secret in self._secrets(request, min_length):
+            raw = secret.encode("latin-1", "replace")
+            if raw in body:
+                body = body.replace(raw, self._stand_in(secret).encode())
+        return reply if body is reply.body else dataclasses.replace(reply, body=body)
+
+    def _secrets(self, request: Optional[Request], min_length: int) -> List[str]:
+        """Those that are long enough; longer ones first, as they may hold shorter ones."""
+        own = () if request is None else request.secrets
+        found = {*self._settings, *self._tokens.secrets, *own}
+        return sorted((s for s in found if len(s) >= min_length), key=len, reverse=True)
+
+    def _stand_in(self, secret: str) -> str:
+        return "<api key>" if secret == self._key else "<secret>"

@@ -32,6 +32,8 @@ class Request:
         follow_redirects: a GET goes on to where the server points, without credentials if that is
             another origin; False returns the 3xx answer itself.
         empty_answer_ok: a success may have no body, since it is not read.
+        encode_s: the seconds that making the body took, for `ServiceClient.metrics`; None is not
+            counted.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Request:
     secret_reply: bool = False
     follow_redirects: bool = True
     empty_answer_ok: bool = False
+    encode_s: Optional[float] = dataclasses.field(default=None, repr=False, compare=False)
 
     def keep_body(self) -> None:
         """Have it send the same again even if somebody writes to the arrays that it sends."""

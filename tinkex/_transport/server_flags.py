@@ -10,33 +10,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import threading
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Mapping,
-    Optional,
-    Protocol,
-    Tuple,
-    Type,
-    TypeVar,
-)
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar
 
 import orjson
 
-from tinkex._runtime.clock import Clock
 from tinkex._runtime.single_flight import SingleFlight
-from tinkex._transport.gateways import as_the_servers_own
 from tinkex._transport.request import Reply, Request
+from tinkex._transport.sender import Sender
 from tinkex._version import PROTOCOL_VERSION
-from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
-from tinkex.retry import RetryPolicy
-
-if TYPE_CHECKING:
-    from tinkex._transport.server_state import ServerState
+from tinkex.retry import RetryPolicy, server_error_behind
 
 logger = logging.getLogger(__name__)
 
@@ -84,35 +67,6 @@ class DynamicFlags:
     refresh_interval_sec: float = 300.0
     sample_cancel_enabled: bool = False
     sample_cancel_max_batch_size: int = 64
-
-
-class Sender(Protocol):
-    """What asking for flags needs of a transport."""
-
-    @property
-    def config(self) -> Config:
-        """Settings; they name the server."""
-
-    @property
-    def server(self) -> ServerState:
-        """What is known of the server."""
-
-    @property
-    def closing(self) -> threading.Event:
-        """Set when its client closes."""
-
-    @property
-    def clock(self) -> Clock:
-        """What its waits go by."""
-
-    def send(self, request: Request, policy: RetryPolicy) -> Reply:
-        """See Transport.send."""
-
-    def send_once(self, request: Request) -> Reply:
-        """See Transport.send_once."""
-
-    def status_error(self, request: Request, reply: Reply) -> APIError:
-        """See Transport.status_error."""
 
 
 F = TypeVar("F", ServerFlags, DynamicFlags)
@@ -231,7 +185,7 @@ def _ask_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
     try:
         reply = transport.send_once(request)
     except APIConnectionError as error:
-        own = as_the_servers_own(error)
+        own = server_error_behind(error)
         known.gateway_answers += own is not None
         if own is None or RetryPolicy().retries_gateway(known.gateway_answers):
             raise

@@ -18,7 +18,8 @@ import orjson
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.credential_command import COMMAND, run_command
 from tinkex._transport.request import Request
-from tinkex._transport.server_flags import ABSENT, Sender, ServerFlags, flags_for
+from tinkex._transport.sender import Sender
+from tinkex._transport.server_flags import ABSENT, ServerFlags, flags_for
 from tinkex.config import Config, check_header
 from tinkex.credentials import is_jwt, read_claims
 from tinkex.errors import (

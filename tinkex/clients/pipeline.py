@@ -1,15 +1,15 @@
 """Pipeline: training steps, the next of which are submitted before one is waited for.
 
-Used by one thread.  It has none of its own: the run's lane sends.
+Used by one thread.  It has none of its own: the run's queue sends.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import logging
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     ClassVar,
@@ -25,7 +25,6 @@ from typing import (
 )
 
 from tinkex._runtime.numeric import as_int
-from tinkex.clients.run_checkpoints import RunCheckpoints
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -37,12 +36,16 @@ from tinkex.types import (
     SaveWeightsResponse,
 )
 
+if TYPE_CHECKING:
+    from tinkex._training.custom_loss import CustomLoss, LossHandle
+    from tinkex.clients.training import TrainingClient
+
 logger = logging.getLogger(__name__)
 
 Batch = Iterable[Datum]
 #: Parameters of the optimizer: the same for every step, or a function of the step's index.
 Schedule = Union[OptimParams, Callable[[int], OptimParams]]
-#: Steps to be saved: every so many, or those for whose index a function returns True.
+#: Steps to be saved: every n-th, or those for whose index a function returns True.
 SaveAfter = Union[None, int, Callable[[int], bool]]
 
 
@@ -52,7 +55,7 @@ class PipelineStep:
 
     Attributes:
         index: of the step, from 0.
-        forward_backward, optim: what its two requests were answered.
+        forward_backward, optim: the results of its two requests.
     """
 
     index: int
@@ -83,8 +86,8 @@ class PipelineStep:
                 otherwise since, so that the checkpoint would hold that, too.  See *save_after* of
                 `TrainingClient.pipeline`.
         """
-        run = self._run_after_this("save_state")
-        return run.save_state(name, ttl_seconds, overwrite, user_metadata)
+        trainer = self._trainer_after_this("save_state")
+        return trainer.save_state(name, ttl_seconds, overwrite, user_metadata)
 
     def save_weights_for_sampler(
         self,
@@ -93,95 +96,73 @@ class PipelineStep:
         user_metadata: Optional[Mapping[str, str]] = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Like `save_state`, but for sampling: see `TrainingClient.save_weights_for_sampler`."""
-        run = self._run_after_this("save_weights_for_sampler")
-        return run.save_weights_for_sampler(name, ttl_seconds, user_metadata)
+        trainer = self._trainer_after_this("save_weights_for_sampler")
+        return trainer.save_weights_for_sampler(name, ttl_seconds, user_metadata)
 
-    def _run_after_this(self, what: str) -> RunCheckpoints:
+    def _trainer_after_this(self, what: str) -> TrainingClient:
         if self._pipeline is None:
             raise InvalidInputError(
                 f"{what}: this copy of step {self.index} does not belong to a pipeline any more"
             )
-        return self._pipeline.run_after(self.index, what)
+        return self._pipeline.trainer_after(self.index, what)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class Step(NamedTuple):
-    """A pass, and the optimizer step after it, that were handed to the run's lane."""
+    """A pass, and the optimizer step after it, that were handed to the run's queue."""
 
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
 
     def cancel_if_unsent(self) -> None:
-        """Cancel both, unless the lane has begun the pass: then it needs its optimizer step."""
+        """Cancel both, unless the queue has begun the pass: then it needs its optimizer step."""
         if self.forward_backward.cancel_if_queued():
             self.optim.cancel()
-
-
-def submit_step(
-    forward_backward: Callable[[], APIFuture[ForwardBackwardOutput]],
-    optim_step: Callable[[APIFuture[ForwardBackwardOutput]], APIFuture[OptimStepResponse]],
-) -> Step:
-    """Submit a pass and its optimizer step, or neither; *optim_step* is given the pass."""
-    passed = forward_backward()
-    try:
-        passed.uncount()
-        return Step(passed, optim_step(passed))
-    except BaseException:
-        passed.cancel()
-        raise
 
 
 class _Sent(NamedTuple):
     """A step under way."""
 
-    number: int
+    step_index: int
     step: Step
 
 
 class Pipeline(Iterator[PipelineStep]):
     """The iterator that `TrainingClient.pipeline` returns.  For one thread.
 
-    Args:
-        forward_backward: submits the pass over a batch.
-        optim_step: submits the step with these parameters, after that pass.
-        batches: taken as they are needed.
-        schedule: returns the parameters of a step; raises if they are wrong.
-        depth: steps under way at once.
-        run: what saves the run that is trained.
-        last_update: returns what identifies the last change of the run's weights that was queued.
-        save_after: after these steps nothing is submitted until the next step is asked for.
+    Args: as for `TrainingClient.pipeline`, of *trainer*.
     """
 
     def __init__(
         self,
-        forward_backward: Callable[[Any], APIFuture[ForwardBackwardOutput]],
-        optim_step: Callable[
-            [OptimParams, APIFuture[ForwardBackwardOutput]], APIFuture[OptimStepResponse]
-        ],
+        trainer: TrainingClient,
         batches: Iterable[Batch],
-        schedule: Callable[[int], OptimParams],
+        loss_fn: Union[str, CustomLoss, LossHandle],
+        loss_fn_config: Optional[Mapping[str, Union[float, str]]],
+        adam_params: Schedule,
         depth: int,
-        run: RunCheckpoints,
-        last_update: Callable[[], object],
-        save_after: SaveAfter = None,
+        save_after: SaveAfter,
     ) -> None:
+        if loss_fn_config is not None and not isinstance(loss_fn, str):
+            raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
         if not isinstance(batches, Iterable):
             raise InvalidInputError(
                 f"batches is of type {type(batches).__name__}; it must be an iterable of batches"
             )
-        self._forward_backward = forward_backward
-        self._optim_step = optim_step
+        self._trainer = trainer
         self._batches = enumerate(iter(batches))
-        self._schedule = schedule
+        self._loss_fn = loss_fn
+        self._loss_fn_config = loss_fn_config
+        self._adam_params = adam_params
         self._depth = as_int("depth", depth, 1, text=False)
-        self._run = run
-        self._is_saved_after = _as_test(save_after)
+        self._save_after = save_after
+        if save_after is not None and not callable(save_after):
+            self._save_after = as_int("save_after", save_after, 1, text=False)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
-        self._last_update = last_update
-        self._newest_update = last_update()  # that of the newest step
+        self._newest_update = trainer._run.last_update  # that of the newest step
         self._more = True
         self._ended = False
 
@@ -231,8 +212,8 @@ class Pipeline(Iterator[PipelineStep]):
             logger.warning("the pipeline was closed: %s", self._describe_sent())
         self._sent.clear()
 
-    def run_after(self, index: int, what: str) -> RunCheckpoints:
-        """Return the run for *what*; InvalidInputError if more was submitted after step *index*."""
+    def trainer_after(self, index: int, what: str) -> TrainingClient:
+        """Return the trainer for *what*; InvalidInputError if step *index* is not the last one."""
         if self._newest > index:
             later = (
                 f"step {index + 1} was"
@@ -245,13 +226,13 @@ class Pipeline(Iterator[PipelineStep]):
                 hint="Say in advance which steps are saved: pipeline(..., save_after=100) for "
                 "every hundredth, or save_after=lambda index: ...; or use depth=1.",
             )
-        if self._last_update() is not self._newest_update:
+        if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
                 f"{what}: the run was trained or loaded outside of the pipeline after step "
                 f"{index}, so the checkpoint would not be that of the step",
                 hint=f"To save the run as it is now, call {what} of the training client.",
             )
-        return self._run
+        return self._trainer
 
     def __enter__(self) -> Pipeline:
         return self
@@ -269,26 +250,42 @@ class Pipeline(Iterator[PipelineStep]):
                 self._more = False
                 return
             try:
-                params = self._schedule(index)  # before the pass is sent
-                step = submit_step(
-                    functools.partial(self._forward_backward, batch),
-                    functools.partial(self._optim_step, params),
-                )
+                step = self._submit(index, batch)
             except TinkexError as error:
-                _tell_step(error, index)
+                _add_step_to_hint(error, index)
                 raise
             self._sent.append(_Sent(index, step))
-            self._newest, self._newest_update = index, self._last_update()
+            self._newest, self._newest_update = index, self._trainer._run.last_update
+
+    def _submit(self, index: int, batch: Batch) -> Step:
+        params: Any = self._adam_params
+        if callable(params):
+            params = params(index)
+        if isinstance(self._loss_fn, str):
+            return self._trainer._submit_step(
+                params, self._trainer.forward_backward, batch, self._loss_fn, self._loss_fn_config
+            )
+        return self._trainer._submit_step(
+            params, self._trainer.forward_backward_custom, batch, self._loss_fn
+        )
+
+    def _is_saved_after(self, index: int) -> bool:
+        """Whether the caller has announced to save the step *index*."""
+        if self._save_after is None:
+            return False
+        if callable(self._save_after):
+            return self._save_after(index)
+        return (index + 1) % self._save_after == 0
 
     def _finish_oldest(self) -> PipelineStep:
-        number, (forward_backward, optim) = self._sent[0]
+        index, (forward_backward, optim) = self._sent[0]
         try:
-            step = PipelineStep(number, forward_backward.result(), optim.result())
+            step = PipelineStep(index, forward_backward.result(), optim.result())
             object.__setattr__(step, "_pipeline", self)
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
             if isinstance(error, TinkexError):
-                _tell_step(error, number)
+                _add_step_to_hint(error, index)
             raise
         self._sent.popleft()
         return step
@@ -300,7 +297,7 @@ class Pipeline(Iterator[PipelineStep]):
         logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
 
     def _cancel_unsent(self) -> None:
-        """Cancel, from the last backward, the steps that the lane has not begun; forget them."""
+        """Cancel, from the last backward, the steps that the queue has not begun; forget them."""
         kept: Deque[_Sent] = collections.deque()
         for sent in reversed(self._sent):
             sent.step.cancel_if_unsent()
@@ -311,19 +308,10 @@ class Pipeline(Iterator[PipelineStep]):
     def _describe_sent(self) -> str:
         if not self._sent:
             return "nothing else was sent"
-        names = ", ".join(str(sent.number) for sent in self._sent)
+        names = ", ".join(str(sent.step_index) for sent in self._sent)
         return f"sent before, and done by the server unless it fails: step {names}"
 
 
-def _as_test(save_after: SaveAfter) -> Callable[[int], bool]:
-    if save_after is None:
-        return lambda index: False
-    if callable(save_after):
-        return save_after
-    every = as_int("save_after", save_after, 1, text=False)
-    return lambda index: (index + 1) % every == 0
-
-
-def _tell_step(error: TinkexError, index: int) -> None:
-    told = f"It was step {index} of the pipeline."
-    error.hint = f"{error.hint} {told}" if error.hint else told
+def _add_step_to_hint(error: TinkexError, index: int) -> None:
+    step = f"It was step {index} of the pipeline."
+    error.hint = f"{error.hint} {step}" if error.hint else step

@@ -15,7 +15,7 @@ from tinkex._api import (
     sessions as sessions_api,
 )
 from tinkex._runtime.numeric import as_int, is_int, to_int
-from tinkex._training.batch_checks import check_token, check_ttl
+from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
 from tinkex.clients import checkpoints, hub
 from tinkex.clients.admin import AdminClient

@@ -6,7 +6,7 @@ from typing import Mapping, Optional
 
 from tinkex._api import training as api
 from tinkex._sessions.runtime import Runtime
-from tinkex._training.batch_checks import check_metadata, check_token
+from tinkex._training.checks import check_metadata, check_token
 from tinkex._training.create_run import Checkpoint, make_run, wait_for_result
 from tinkex.clients.training import TrainingClient
 from tinkex.futures import APIFuture

@@ -384,7 +384,7 @@ class ServiceClient(WithoutCoroutines):
         The future raises RouteMissingError where the server has no such route.
         """
         from tinkex._api import rest
-        from tinkex._training.batch_checks import check_token, check_ttl
+        from tinkex._training.checks import check_token, check_ttl
 
         path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
         weights_access_token = check_token(weights_access_token)

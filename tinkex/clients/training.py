@@ -1,37 +1,70 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
 Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
-sends them.  Those that save and load weights are in `tinkex.clients.run_checkpoints`.
+sends them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar, Union, cast
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, TypeVar, Union
 
 from tinkex._api import training as api
+from tinkex._api._call import read
+from tinkex._runtime.numeric import as_flag
 from tinkex._sessions.runtime import Runtime
-from tinkex._training.batch_checks import as_loss_config, check_batch
-from tinkex._training.custom_loss import CustomLoss, LossHandle, check_custom_batch
-from tinkex._training.custom_pass import CustomPass
-from tinkex._training.likely_mistakes import MistakeWatch
-from tinkex.clients.pipeline import Pipeline, SaveAfter, Schedule, submit_step
-from tinkex.clients.run_checkpoints import RunCheckpoints, reader
+from tinkex._training.batch import Loss
+from tinkex._training.checks import (
+    MistakeWatch,
+    as_loss_config,
+    check_batch,
+    check_metadata,
+    check_name,
+    check_recipients,
+    check_token,
+    check_ttl,
+)
+from tinkex._training.custom_loss import (
+    CustomLoss,
+    LossHandle,
+    check_custom_batch,
+    run_custom_pass,
+)
+from tinkex._training.requests import (
+    EndpointRequest,
+    Load,
+    OptimStep,
+    SaveExternal,
+    SaveForSampler,
+    SaveState,
+)
+from tinkex._training.run import TrainingRun
+from tinkex._training.run_queue import RunQueue
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import Reply
+from tinkex.clients.base import ChildClient
+from tinkex.clients.pipeline import Pipeline, SaveAfter, Schedule, Step
+from tinkex.clients.sampling import SamplingClient
 from tinkex.clients.tokenizers import load_tokenizer
-from tinkex.errors import InvalidInputError
+from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.futures import APIFuture
+from tinkex.retry_config import RetryConfig, check_retry_config
 from tinkex.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
+    LoadWeightsResponse,
     OptimParams,
     OptimStepResponse,
+    SaveWeightsExternalResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
     UnloadModelResponse,
     UntypedFuture,
 )
-from tinkex.types.checkpoint_path import training_run_url
+from tinkex.types.checkpoint_path import check_tinker_path, training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
 
@@ -48,7 +81,7 @@ class TrainStep:
     optim: OptimStepResponse
 
 
-class TrainingClient(RunCheckpoints):
+class TrainingClient(ChildClient):
     """Trains one adapter.  Thread-safe: calls run on the server in call order.
 
     Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
@@ -66,7 +99,10 @@ class TrainingClient(RunCheckpoints):
         base_model: Optional[str] = None,
         first_seq_id: int = 1,
     ) -> None:
-        super().__init__(runtime, model_id, base_model, first_seq_id)
+        super().__init__(runtime)
+        self.model_id = model_id
+        self._base_model = base_model
+        self._run = TrainingRun(runtime, model_id, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
         self._mistakes = MistakeWatch(f"run {model_id}")
 
@@ -133,32 +169,36 @@ class TrainingClient(RunCheckpoints):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        handle = loss_fn if isinstance(loss_fn, LossHandle) else None
-        if handle is not None and handle.is_at_server(self._runtime.session.session_id):
-            batch = check_batch(data, "custom")
-            self._mistakes.look_at_targets(batch)
-            handle.check(batch)
-            self._ensure_open("forward_backward_custom")
-            config = {"loss_id": str(handle.loss_id)}
-            most = Tokens(trained=_length(batch))
-            return self._metered(
-                "forward_backward",
-                most,
-                lambda: self._run.submit_pass("forward_backward", batch, "custom", config),
-            )
+        if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(
+            self._runtime.session.session_id
+        ):
+            return self._pass_of_handle(data, loss_fn)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
         self._mistakes.look_at_targets(batch)
         self._ensure_open("forward_backward_custom")
-
-        def task(future: APIFuture[ForwardBackwardOutput]) -> None:
-            CustomPass(self._run, future, batch, loss_fn)()
-
-        def submit() -> APIFuture[ForwardBackwardOutput]:
-            return self._run.queue("forward_backward_custom", task)
-
         length = _length(batch)
-        return self._metered("forward_backward_custom", Tokens(length, prefilled=length), submit)
+        return self._metered(
+            Tokens(length, prefilled=length),
+            self._run.queue,
+            "forward_backward_custom",
+            run_custom_pass,
+            self._run,
+            batch,
+            loss_fn,
+        )
+
+    def _pass_of_handle(
+        self, data: Sequence[Datum], handle: LossHandle
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """A pass with a custom loss that the server computes."""
+        batch = check_batch(data, "custom")
+        self._mistakes.look_at_targets(batch)
+        handle.check(batch)
+        self._ensure_open("forward_backward_custom")
+        loss = Loss("custom", {"loss_id": str(handle.loss_id)})
+        most = Tokens(trained=_length(batch))
+        return self._metered(most, self._run.submit_pass, "forward_backward", batch, loss)
 
     def optim_step(
         self,
@@ -181,15 +221,9 @@ class TrainingClient(RunCheckpoints):
         self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
     ) -> APIFuture[OptimStepResponse]:
         """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
-        params = optim_params_to_wire(optim_params)
-
-        def send(seq_id: int) -> UntypedFuture:
-            return api.optim_step(
-                self._run.transport, model_id=self.model_id, seq_id=seq_id, params=params
-            )
-
+        fields = {"params": optim_params_to_wire(optim_params)}
         self._ensure_open("optim_step")
-        return self._run.submit("optim_step", send, reader(OptimStepResponse), after=after)
+        return self._run.submit("optim_step", OptimStep, fields, after=after)
 
     def train_step(
         self,
@@ -204,11 +238,7 @@ class TrainingClient(RunCheckpoints):
         submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; what
         was is done by the server.
         """
-        optim_params_to_wire(adam_params)  # before the pass is sent
-        step = submit_step(
-            lambda: self.forward_backward(data, loss_fn, loss_fn_config),
-            lambda passed: self._optim_step(adam_params, passed),
-        )
+        step = self._submit_step(adam_params, self.forward_backward, data, loss_fn, loss_fn_config)
         try:
             return TrainStep(step.forward_backward.result(), step.optim.result())
         except BaseException:
@@ -260,27 +290,170 @@ class TrainingClient(RunCheckpoints):
         """
         self._ensure_open("pipeline")
 
-        def forward_backward(batch: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
-            if isinstance(loss_fn, str):
-                return self.forward_backward(batch, loss_fn, loss_fn_config)
-            return self.forward_backward_custom(batch, loss_fn)
+        return Pipeline(self, batches, loss_fn, loss_fn_config, adam_params, depth, save_after)
 
-        def schedule(index: int) -> OptimParams:
-            params: Any = adam_params(index) if callable(adam_params) else adam_params
-            optim_params_to_wire(params)
-            return cast(OptimParams, params)
+    def _submit_step(
+        self,
+        optim_params: OptimParams,
+        submit_pass: Callable[..., APIFuture[ForwardBackwardOutput]],
+        *args: Any,
+    ) -> Step:
+        """Submit a pass, ``submit_pass(*args)``, and an optimizer step after it, or neither."""
+        optim_params_to_wire(optim_params)  # raises, if it does, before the pass is sent
+        passed = submit_pass(*args)
+        try:
+            passed.uncount()
+            return Step(passed, self._optim_step(optim_params, passed))
+        except BaseException:
+            passed.cancel()
+            raise
 
-        if loss_fn_config is not None and not isinstance(loss_fn, str):
-            raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
-        return Pipeline(
-            forward_backward,
-            self._optim_step,
-            batches,
-            schedule,
-            depth,
-            self,
-            lambda: self._run.last_update,
-            save_after,
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        overwrite: bool = False,
+        user_metadata: Optional[Mapping[str, str]] = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Queue saving weights and optimizer state under *name*; the result has the ``path``.
+
+        Args:
+            name: a bare name, unique in the run unless *overwrite*.
+            ttl_seconds: how long the server keeps it; None is for ever.
+            overwrite: replace a checkpoint of that name, and its metadata.
+            user_metadata: to be kept with it.
+        """
+        fields = {
+            "path": check_name(name),
+            "ttl_seconds": check_ttl(ttl_seconds),
+            "overwrite": as_flag("overwrite", overwrite),
+            "user_metadata": check_metadata(user_metadata),
+        }
+        return self._submit("save_state", SaveState, fields)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        user_metadata: Optional[Mapping[str, str]] = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Queue saving weights for sampling under *name*; the result has the ``path``.
+
+        Arguments as for `save_state`.
+        """
+        fields = {
+            "path": check_name(name),
+            "ttl_seconds": check_ttl(ttl_seconds),
+            "user_metadata": check_metadata(user_metadata),
+        }
+        return self._submit("save_weights_for_sampler", SaveForSampler, fields)
+
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: Optional[int] = None,
+        age_encryption_recipients: Optional[Sequence[str]] = None,
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        """Queue saving weights for download under *name*; the result has the ``path``.
+
+        Args:
+            name, ttl_seconds: as for `save_state`.
+            age_encryption_recipients: public keys of age; the files are encrypted for them.
+
+        The future raises RouteMissingError where the server has no such route.
+        """
+        fields = {
+            "path": check_name(name),
+            "ttl_seconds": check_ttl(ttl_seconds),
+            "age_encryption_recipients": check_recipients(age_encryption_recipients),
+        }
+        return self._submit("save_weights_external", SaveExternal, fields)
+
+    def load_state(
+        self, path: str, weights_access_token: Optional[str] = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Queue loading the weights at *path* into this run, with a fresh optimizer."""
+        return self._load("load_state", path, weights_access_token, optimizer=False)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: Optional[str] = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Queue loading weights and optimizer state at *path* into this run."""
+        return self._load("load_state_with_optimizer", path, weights_access_token, optimizer=True)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
+    ) -> SamplingClient:
+        """Save the present weights for this session only, and return a client that samples them.
+
+        Blocks.
+
+        Args:
+            name: has no effect; it is there for scripts of the official SDK.
+            retry_config: limits and retries of the new client.
+            record_stability_info: have the server record, with each sample, what later training
+                may refer to by its sequence_id.
+            kind: ``"snapshot"``: the client samples these weights for ever.  ``"inflight"``:
+                it samples the newest weights saved so, never older ones than these; generations
+                may span an update.
+        """
+        return self.save_weights_and_get_sampling_client_future(
+            name, retry_config, record_stability_info, kind
+        ).result()
+
+    def save_weights_and_get_sampling_client_future(
+        self,
+        name: Optional[str] = None,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+        kind: str = "snapshot",
+    ) -> APIFuture[SamplingClient]:
+        """Like `save_weights_and_get_sampling_client`; returns at once."""
+        if kind not in ("snapshot", "inflight"):
+            raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
+        check_retry_config(retry_config)
+        return self._submit(
+            "save_weights_and_get_sampling_client",
+            _SaveAndSample,
+            {"kind": kind},
+            self._base_model,
+            retry_config,
+            record_stability_info,
+        )
+
+    def create_sampling_client(
+        self,
+        model_path: str,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Return a client that samples the checkpoint at *model_path*.  Blocks.
+
+        Further arguments as for `save_weights_and_get_sampling_client`.
+        """
+        return self.create_sampling_client_future(
+            model_path, retry_config, record_stability_info
+        ).result()
+
+    def create_sampling_client_future(
+        self,
+        model_path: str,
+        retry_config: Optional[RetryConfig] = None,
+        record_stability_info: bool = False,
+    ) -> APIFuture[SamplingClient]:
+        """Like `create_sampling_client`; returns at once."""
+        self._ensure_open("create_sampling_client")
+        own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
+        return SamplingClient.create_future(
+            self._runtime,
+            model_path=model_path,
+            known_base_model=self._base_model if own else None,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
@@ -292,10 +465,7 @@ class TrainingClient(RunCheckpoints):
         """
         self._ensure_open("unload")
 
-        def send() -> Union[UntypedFuture, UnloadModelResponse]:
-            return api.unload_model(self._runtime.transport, self.model_id)
-
-        unloaded = self._run.submit_unnumbered("unload", send, reader(UnloadModelResponse))
+        unloaded = self._run.unload()
         self.close()
         return unloaded
 
@@ -332,16 +502,33 @@ class TrainingClient(RunCheckpoints):
         self._mistakes.look_at_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
             self._mistakes.look_at_weights(batch)
-        config = as_loss_config(loss_fn_config)
+        loss = Loss(loss_fn, as_loss_config(loss_fn_config))
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
-        return self._metered(
-            kind, most, lambda: self._run.submit_pass(kind, batch, loss_fn, config)
-        )
+        return self._metered(most, self._run.submit_pass, kind, batch, loss)
 
-    def _metered(self, kind: str, most: Tokens, submit: Callable[[], APIFuture[T]]) -> APIFuture[T]:
-        """Set aside, of the budget, what *submit* may use, and call it."""
+    def _load(
+        self, kind: str, path: str, token: Optional[str], *, optimizer: bool
+    ) -> APIFuture[LoadWeightsResponse]:
+        fields = {
+            "path": check_tinker_path(path),
+            "optimizer": optimizer,
+            "weights_access_token": check_token(token),
+        }
+        return self._submit(kind, Load, fields)
+
+    def _submit(
+        self, kind: str, request_type: Type[EndpointRequest[T]], *args: Any
+    ) -> APIFuture[T]:
+        """Queue one request."""
+        self._ensure_open(kind)
+        return self._run.submit(kind, request_type, *args)
+
+    def _metered(
+        self, most: Tokens, submit: Callable[..., APIFuture[T]], kind: str, *args: Any
+    ) -> APIFuture[T]:
+        """Reserve *most* of the budget, and call ``submit(kind, *args)``."""
         ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
             self.get_info()
@@ -349,7 +536,7 @@ class TrainingClient(RunCheckpoints):
         reservation = ledger.reserve(kind, account, most)
         future: Optional[APIFuture[T]] = None
         try:
-            future = submit()
+            future = submit(kind, *args)
             reservation.bind(future)
         except BaseException:  # Ctrl-C too
             if future is not None:
@@ -357,6 +544,48 @@ class TrainingClient(RunCheckpoints):
             reservation.release()
             raise
         return future
+
+
+class _SaveAndSample(EndpointRequest[SamplingClient]):
+    """Saves weights for this session only; the result is a client that samples them."""
+
+    endpoint = staticmethod(api.save_weights_for_sampler)
+    response_type = SaveWeightsForSamplerResponse
+
+    def __init__(
+        self,
+        queue: RunQueue,
+        future: APIFuture[SamplingClient],
+        fields: Mapping[str, Any],
+        base_model: Optional[str],
+        retry_config: Optional[RetryConfig],
+        record_stability_info: bool,
+    ) -> None:
+        super().__init__(queue, future, fields)
+        self._base_model = base_model
+        self._retry_config = retry_config
+        self._record_stability_info = record_stability_info
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it with a number of its own, each time."""
+        number = self.queue.runtime.session.next_sampler_seq_id()
+        self._fields = {**self._fields, "sampling_session_seq_id": number}
+        return super().send(channel)
+
+    def decode(self, reply: Reply) -> SamplingClient:
+        """Read the id of the sampler, and make its client."""
+        saved = read(SaveWeightsForSamplerResponse, reply, self.future.kind)
+        if not saved.sampling_session_id:
+            raise ResponseDecodeError(
+                f"{self.future.kind}: the response has no sampling_session_id"
+            )
+        return SamplingClient(
+            self.queue.runtime,
+            saved.sampling_session_id,
+            self._base_model,
+            retry_config=self._retry_config,
+            record_stability_info=self._record_stability_info,
+        )
 
 
 def _length(data: Sequence[Datum]) -> int:

@@ -1,0 +1,168 @@
+"""The requests of a training run: one class for each kind, with how it is sent and read.
+
+A request is made and sent on the thread of the run's queue, and its result is read on a thread of
+the poller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, ClassVar, Mapping, Optional, Type, TypeVar
+
+from tinkex._api import training as api
+from tinkex._api._call import read
+from tinkex._training.batch import Chunk, Loss, PassReader, in_indices_of_batch
+from tinkex._training.run_queue import RunQueue, RunRequest
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.transport import Reply
+from tinkex.errors import ResponseDecodeError
+from tinkex.futures import APIFuture
+from tinkex.types import (
+    ForwardBackwardOutput,
+    ForwardBackwardRequest,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsExternalResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    UntypedFuture,
+)
+
+T = TypeVar("T")
+
+
+class EndpointRequest(RunRequest[T]):
+    """A request that is one call of a function of `tinkex._api.training`.
+
+    Args:
+        fields: arguments of the function, besides transport, ``model_id`` and ``seq_id``.
+    """
+
+    #: Sends the request.
+    endpoint: ClassVar[Callable[..., UntypedFuture]]
+    #: What the response is read as.
+    response_type: ClassVar[Type[Any]]
+    #: All parts of the batches before it must be settled first.
+    waits_for_batches: ClassVar[bool] = False
+    #: It must not be sent if only a part of a batch was added to the gradient.
+    needs_gradient: ClassVar[bool] = False
+    #: Once it is done, the run's gradient is empty.
+    drops_gradient: ClassVar[bool] = False
+
+    def __init__(self, queue: RunQueue, future: APIFuture[T], fields: Mapping[str, Any]) -> None:
+        super().__init__(queue, future)
+        self._fields = fields
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it under its ``seq_id``."""
+        queue = self.queue
+        return type(self).endpoint(
+            queue.transport, model_id=queue.model_id, seq_id=self.seq_id, **self._fields
+        )
+
+    def decode(self, reply: Reply) -> T:
+        """Read the result."""
+        result: T = read(self.response_type, reply, self.future.kind)
+        return result
+
+
+class OptimStep(EndpointRequest[OptimStepResponse]):
+    """See `TrainingClient.optim_step`."""
+
+    endpoint = staticmethod(api.optim_step)
+    response_type = OptimStepResponse
+    waits_for_batches = needs_gradient = True
+
+
+class SaveState(EndpointRequest[SaveWeightsResponse]):
+    """See `TrainingClient.save_state`."""
+
+    endpoint = staticmethod(api.save_weights)
+    response_type = SaveWeightsResponse
+
+    def decode(self, reply: Reply) -> SaveWeightsResponse:
+        """Read the result, and remember the path to resume from."""
+        saved = super().decode(reply)
+        self.queue.runtime.session.last_checkpoint = saved.path
+        return saved
+
+
+class SaveForSampler(EndpointRequest[SaveWeightsForSamplerResponse]):
+    """See `TrainingClient.save_weights_for_sampler`."""
+
+    endpoint = staticmethod(api.save_weights_for_sampler)
+    response_type = SaveWeightsForSamplerResponse
+
+    def decode(self, reply: Reply) -> SaveWeightsForSamplerResponse:
+        """Read the result, which must have a path."""
+        saved = super().decode(reply)
+        if not saved.path:
+            raise ResponseDecodeError(f"{self.future.kind}: the response has no path")
+        return saved
+
+
+class SaveExternal(EndpointRequest[SaveWeightsExternalResponse]):
+    """See `TrainingClient.save_weights_external`."""
+
+    endpoint = staticmethod(api.save_weights_external)
+    response_type = SaveWeightsExternalResponse
+
+
+class Load(EndpointRequest[LoadWeightsResponse]):
+    """See `TrainingClient.load_state`."""
+
+    endpoint = staticmethod(api.load_weights)
+    response_type = LoadWeightsResponse
+    waits_for_batches = drops_gradient = True
+
+
+class Pass(RunRequest[ForwardBackwardOutput]):
+    """A forward or backward pass over a batch, or over a part of one; the future's kind is which.
+
+    Args:
+        chunk: what it is over.
+        results: reads the outputs.
+        compress: use zstd, where the encoding allows it.
+    """
+
+    binary = True
+
+    def __init__(
+        self,
+        queue: RunQueue,
+        future: APIFuture[ForwardBackwardOutput],
+        chunk: Chunk,
+        loss: Loss,
+        results: PassReader,
+        compress: bool,
+    ) -> None:
+        super().__init__(queue, future)
+        self._chunk = chunk
+        self._loss = loss
+        self._results = results
+        self._compress = compress
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it under its ``seq_id``, once the bytes in flight allow."""
+        queue, chunk = self.queue, self._chunk
+        request = ForwardBackwardRequest(
+            queue.model_id,
+            self.seq_id,
+            chunk.data,
+            self._loss.name,
+            self._loss.config,
+            forward_only=self.future.kind == "forward",
+        )
+        batches = queue.transport.pressure.batches
+        with batches.holding(chunk.nbytes, self._is_over, self.future):
+            return queue.runtime.dialect.submit(queue.transport, request, compress=self._compress)
+
+    def decode(self, reply: Reply) -> ForwardBackwardOutput:
+        """Read the outputs."""
+        return self._results.read(reply, self._chunk, self._loss)
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return *error* with the indices of the caller's batch."""
+        return in_indices_of_batch(error, self._chunk.first, self._chunk.stop)
+
+    def _is_over(self) -> bool:
+        return self.future.done() or self.queue.runtime.closed

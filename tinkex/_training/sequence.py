@@ -1,0 +1,299 @@
+"""SequenceRules: which ``seq_id`` each request of a training run gets, as a pure state machine.
+
+Servers differ in what a ``seq_id`` means; these rules fit all known ones (docs/protocol.md,
+"Sequence numbers"):
+
+1. A ``seq_id`` is assigned when a request is sent, one after the other, because some servers wait
+   for a missing one.  Input that the client itself rejects uses none.
+2. A request that the server has read has used its ``seq_id``, also if it was refused then (400,
+   404, 409, 410, 422).
+3. A request that was turned away unread (no connection, 401, 429 and the like) leaves its
+   ``seq_id`` to the next one.  If the next one gets 409, the ``seq_id`` was used after all, and it
+   is sent under the one after.
+4. A request that may have been executed although no response says so (the connection broke, or any
+   5xx but 501) keeps its ``seq_id``: some servers look at the ``seq_id`` alone, and would return
+   the first result for another body.  The same call made again has the same body, and is executed
+   once; any other call first resends the lost request.  If the server responds to that with 500
+   once more, the lost request is given up, and its ``seq_id`` filled by a forward pass over one
+   token, which has no effect whichever of the two the server executes.
+5. Some servers do not count a request that failed, and refuse those after it: "expected 20, got
+   21".  What is refused in this way was not executed.  Once everything in flight is settled, it is
+   resent, in the same order, starting at the ``seq_id`` that the server expects.
+6. "expected 22, got 21" means that an earlier attempt at 21 was executed and its response lost: the
+   work is done, and only its result is gone.
+7. If the server expects a ``seq_id`` whose work is known to be done, it has lost the state of the
+   run, and nothing is resent.
+
+Events are method calls, and what to do about them is what the methods return.  No threads, no I/O:
+`tinkex._training.run_queue` sends, and holds its lock around each call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from typing import Any, Dict, Generic, List, NamedTuple, Optional, Protocol, TypeVar
+
+from tinkex.errors import (
+    APIConnectionError,
+    APIStatusError,
+    ConflictError,
+    RequestFailedError,
+    ResponseDecodeError,
+    RouteMissingError,
+)
+
+#: Statuses of a server that has read a request, so that its seq_id is used.  409 is one, too.
+_READ = (400, 404, 410, 422)
+
+#: Statuses of a request that was turned away unread.  Like 5xx, they do not tell what became of an
+#: earlier attempt whose response was lost.
+_UNREAD = (401, 402, 403, 408, 429)
+
+_CONFLICT = re.compile(r"expected (\d+), got (\d+)")
+
+
+class Outcome(enum.Enum):
+    """What a failure to send a request says about the ``seq_id`` that it was sent under."""
+
+    NOT_SENT = "nothing was sent, or there is no such route to read it"
+    REFUSED = "the server has read the request, and refused it"
+    CONFLICT = "the server knows the seq_id already"
+    UNREAD = "this attempt was not read, but an earlier one may have been"
+    NOT_ACCEPTED = "no attempt was accepted, and none will be"
+    UNKNOWN = "it may have been executed"
+    CRASHED = "like UNKNOWN, with a plain 500"
+    UNREADABLE = "it was accepted, with a response that cannot be read"
+
+
+class Action(enum.Enum):
+    """What to do about a failed request."""
+
+    REPORT = "fail it with its own error"
+    SEND_AGAIN = "send it under the next seq_id, now"
+    RESEND_LATER = "it is kept for take_resends"
+    REPORT_DONE = "fail it: an earlier attempt was executed, and the result is gone"
+    REPORT_LOST_RUN = "fail it: the server has lost the state of the run"
+
+
+class LostAction(enum.Enum):
+    """What to do if the lost request could not be resent."""
+
+    CONTINUE = "go on with the request that had to wait: what became of the lost one is known"
+    FILL = "use its seq_id for something that has no effect"
+    REPORT = "fail the request that had to wait"
+
+
+class Message(Protocol):
+    """What goes over the wire."""
+
+    @property
+    def path(self) -> str:
+        """The route."""
+
+    @property
+    def body(self) -> Any:
+        """The body, compared by ``==``."""
+
+
+R = TypeVar("R")
+M = TypeVar("M", bound=Message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost(Generic[R, M]):
+    """A request that may have been executed although no response says so (rule 4)."""
+
+    request: R
+    message: M
+    seq_id: int
+
+
+class _Refused(NamedTuple):
+    """A request that was refused for its seq_id, and the one that the server expects (rule 5)."""
+
+    request: Any
+    seq_id: int
+    expected: int
+
+
+class SequenceRules(Generic[R, M]):
+    """The state of one run's sequence numbers.  Not thread-safe; requests must be hashable.
+
+    Attributes:
+        next_seq_id: what the next request is sent under.
+        lost: the request whose outcome is unknown, if there is one; it keeps its ``seq_id``.
+    """
+
+    def __init__(self, first_seq_id: int = 1) -> None:
+        self.next_seq_id = first_seq_id
+        self.lost: Optional[Lost[R, M]] = None
+        self._sent: Optional[M] = None  # by the request that is being sent
+        self._last_rejected = False  # the last attempt at next_seq_id, before it was read: rule 3
+        self._in_flight: Dict[R, int] = {}  # accepted and not settled, with their seq_ids
+        self._refused: List[_Refused] = []
+        self._done_seq_id = first_seq_id - 1  # the highest one that is known to be done
+        self._expected_seq_id = 0  # reported by the server, not taken over yet; 0 if none
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a request is accepted and not settled."""
+        return bool(self._in_flight)
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether requests are to be resent once nothing is in flight."""
+        return bool(self._refused)
+
+    # Sending, one request after the other
+
+    def begin(self) -> int:
+        """A request is about to be sent: return its ``seq_id``."""
+        self._sent = None
+        return self.next_seq_id
+
+    def before_send(self, message: M) -> Optional[M]:
+        """Return what to send for *message*, of the request begun last.
+
+        That is the lost message if it has the same body, with what identifies that one.  None means
+        that the lost request must be resent first: its ``seq_id`` must not get another body.
+        """
+        lost = self.lost
+        if lost is None:
+            self._sent = message
+        elif (message.path, message.body) == (lost.message.path, lost.message.body):
+            self._sent = lost.message
+        else:
+            return None
+        return self._sent
+
+    def accepted(self, request: R, seq_id: int) -> None:
+        """The server has accepted *request*, sent under *seq_id*."""
+        self._use(seq_id)
+        self._in_flight[request] = seq_id
+
+    def send_failed(self, request: R, seq_id: int, outcome: Outcome) -> Action:
+        """*request*, sent under *seq_id*, was not accepted, or not readably."""
+        if outcome is Outcome.NOT_SENT:
+            return Action.REPORT
+        if outcome in (Outcome.REFUSED, Outcome.UNREADABLE):  # rule 2
+            self._use(seq_id)
+            return Action.REPORT
+        if outcome is Outcome.CONFLICT:
+            was_lost, was_rejected = self.lost is not None, self._last_rejected
+            self._use(seq_id)
+            if was_lost:  # the same body was sent, so it is this request that used the seq_id
+                return Action.REPORT_DONE
+            return Action.SEND_AGAIN if was_rejected else Action.REPORT  # rule 3
+        self._last_rejected = True
+        if outcome in (Outcome.UNKNOWN, Outcome.CRASHED):  # rule 4
+            if self._sent is not None:
+                self.lost = Lost(request, self._sent, seq_id)
+        elif outcome is Outcome.NOT_ACCEPTED:
+            self.lost = None
+        return Action.REPORT
+
+    def lost_accepted(self) -> None:
+        """The server has accepted the lost request, or what was sent in its place."""
+        assert self.lost is not None
+        self._use(self.lost.seq_id)
+
+    def lost_failed(self, outcome: Outcome, expected: Optional[int] = None) -> LostAction:
+        """Resending the lost request, or sending something in its place, has failed.
+
+        *expected* is the ``seq_id`` that the server expects, if its response names one.
+        """
+        assert self.lost is not None
+        if expected is not None:
+            if expected > self.lost.seq_id:  # rule 6
+                self._use(expected - 1)
+            self.lost = None  # else it was not executed, and is not going to be
+            return LostAction.CONTINUE
+        if outcome in (Outcome.REFUSED, Outcome.CONFLICT, Outcome.UNREADABLE):
+            self._use(self.lost.seq_id)
+            return LostAction.CONTINUE
+        if outcome is Outcome.NOT_ACCEPTED:
+            self.lost = None
+            return LostAction.CONTINUE
+        return LostAction.FILL if outcome is Outcome.CRASHED else LostAction.REPORT
+
+    # Later responses, in any order
+
+    def out_of_order(self, request: R, seq_id: int, expected: int) -> Action:
+        """The server refused *request*, sent under *seq_id*, because it expects *expected*."""
+        if expected > seq_id:  # rule 6
+            self._expected_seq_id = max(self._expected_seq_id, expected)
+            if self.lost is not None and self.lost.seq_id == seq_id:
+                self.lost = None  # it had the same body
+            return Action.REPORT_DONE
+        if expected <= self._done_seq_id:  # rule 7
+            return Action.REPORT_LOST_RUN
+        self._in_flight.pop(request, None)
+        self._refused.append(_Refused(request, seq_id, expected))
+        return Action.RESEND_LATER
+
+    def settled(self, request: R, *, done: bool) -> None:
+        """*request* has its outcome, or was cancelled; *done* if it has a result."""
+        seq_id = self._in_flight.pop(request, 0)
+        if done:
+            self._done_seq_id = max(self._done_seq_id, seq_id)
+
+    # Resending
+
+    def take_resends(self) -> List[R]:
+        """Return the requests to resend, in order, before another one is begun (rule 5).
+
+        Call it when nothing is in flight, or nothing will be settled any more.
+        """
+        self.next_seq_id = max(self.next_seq_id, self._expected_seq_id)
+        self._expected_seq_id = 0
+        refused, self._refused = self._refused, []
+        if refused:
+            self.next_seq_id = refused[-1].expected
+        return [entry.request for entry in sorted(refused, key=_seq_id_of)]
+
+    def withdraw(self, request: R) -> None:
+        """*request* will not be resent."""
+        self._refused = [entry for entry in self._refused if entry.request is not request]
+
+    def _use(self, seq_id: int) -> None:
+        """Count *seq_id* as used."""
+        self.next_seq_id = max(self.next_seq_id, seq_id + 1)
+        self._last_rejected = False
+        self.lost = None
+
+
+def _seq_id_of(entry: _Refused) -> int:
+    return entry.seq_id
+
+
+def classify(error: BaseException) -> Outcome:
+    """Return what *error*, of sending a request, says about its ``seq_id``."""
+    if isinstance(error, ResponseDecodeError):
+        return Outcome.UNREADABLE
+    if isinstance(error, RouteMissingError):
+        return Outcome.NOT_SENT
+    if isinstance(error, APIConnectionError):
+        return Outcome.UNKNOWN if error.maybe_taken else Outcome.UNREAD
+    if not isinstance(error, APIStatusError):
+        return Outcome.NOT_SENT
+    if error.status == 409:
+        return Outcome.CONFLICT
+    if error.status in _READ:
+        return Outcome.REFUSED
+    if error.maybe_taken:
+        return Outcome.CRASHED if error.status == 500 else Outcome.UNKNOWN
+    return Outcome.UNREAD if error.status in _UNREAD else Outcome.NOT_ACCEPTED
+
+
+def expected_seq_id(error: BaseException, seq_id: int) -> Optional[int]:
+    """Return the ``seq_id`` that the server expects instead of *seq_id*, if *error* names one."""
+    if not isinstance(error, (RequestFailedError, ConflictError)):
+        return None
+    if error.status != 409 and "equence conflict" not in error.message:
+        return None
+    found = _CONFLICT.search(error.message)
+    if found is None or int(found.group(2)) != seq_id or int(found.group(1)) == seq_id:
+        return None
+    return int(found.group(1))

@@ -1,0 +1,99 @@
+"""Connections: the open connections of one transport, shared and private.
+
+Each traffic class has a pool of its own, so that neither long polls nor bulk data can delay a
+submission.  A busy thread may have a connection to itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from typing import Mapping, Union
+
+from tinkex._runtime.clock import Clock
+from tinkex._runtime.descriptors import advice
+from tinkex._transport.channel import Channel
+from tinkex._transport.fast_connection import PrivateChannel
+from tinkex.config import Config
+
+logger = logging.getLogger(__name__)
+
+#: Connections kept per traffic class.
+POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
+
+#: A lack of file descriptors is logged no more often than this, in seconds.
+_SHORTAGE_INTERVAL_S = 60.0
+
+#: What a request can be sent on.
+AnyChannel = Union[Channel, PrivateChannel]
+
+
+class Connections:
+    """The connections of one transport.  Thread-safe."""
+
+    def __init__(self, config: Config, closing: threading.Event, clock: Clock) -> None:
+        self._config = config
+        self._closing = closing
+        self._clock = clock
+        self._shared = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
+        # Guards what follows.  Never held while a channel is closed.
+        self._lock = threading.Lock()
+        # Weak: a private channel closes its socket when its thread has ended and dropped it.
+        self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
+        self._next_shortage_log = -math.inf
+
+    def shared(self, traffic: str) -> Channel:
+        """The pool of a traffic class."""
+        return self._shared[traffic]
+
+    def open_channel(self) -> Channel:
+        """A private channel for one busy thread; closed with the transport at the latest."""
+        channel = Channel(self._config, pool_size=1)
+        self._add(channel)
+        return channel
+
+    def open_connection(self) -> AnyChannel:
+        """Like `open_channel`, for a thread that sends many short requests and nothing else."""
+        if self._config.proxy:
+            return self.open_channel()
+        connection = PrivateChannel(self._config)
+        self._add(connection)
+        return connection
+
+    def _add(self, channel: AnyChannel) -> None:
+        with self._lock:
+            self._private.add(channel)
+        if self._closing.is_set():  # `abort` may have missed it
+            channel.abort()
+
+    def drop_idle(self) -> None:
+        """Close the idle connections of the shared channels; those in use are kept."""
+        for channel in self._shared.values():
+            channel.close()
+
+    def free_descriptors(self) -> None:
+        """Close every idle connection, and log the shortage of file descriptors now and then."""
+        self.drop_idle()
+        now = self._clock.monotonic()
+        with self._lock:
+            private = list(self._private)
+            is_due = now >= self._next_shortage_log
+            if is_due:
+                self._next_shortage_log = now + _SHORTAGE_INTERVAL_S
+        for channel in private:
+            channel.close_if_idle()
+        if is_due:
+            logger.warning(
+                "no file descriptor is free for a connection to %s; waiting for one. %s",
+                self._config.host_and_port,
+                advice(),
+            )
+
+    def abort(self) -> None:
+        """Break off everything in flight."""
+        with self._lock:
+            channels = [*self._shared.values(), *self._private]
+        for channel in channels:
+            channel.abort()
