@@ -19,6 +19,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Coroutine,
     Generator,
     Generic,
     List,
@@ -213,17 +214,17 @@ class APIFuture(Future[T], Generic[T]):
         """In a coroutine, ``await future`` is its result.  See `result_async`."""
         return outcome_of(self).__await__()
 
-    async def result_async(self, timeout: Optional[float] = None) -> T:
+    def result_async(self, timeout: Optional[float] = None) -> Coroutine[Any, Any, T]:
         """Like `result`, in a running event loop, which goes on meanwhile.
 
         Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
         `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
         """
-        return await outcome_of(self, as_seconds("timeout", timeout))
+        return outcome_of(self, as_seconds("timeout", timeout))
 
-    async def coroutine(self) -> T:
-        """The same as awaiting the future, for ``asyncio.gather`` and ``create_task``."""
-        return await outcome_of(self)
+    def coroutine(self) -> Coroutine[Any, Any, T]:
+        """What awaits the future, for ``asyncio.create_task`` and the like."""
+        return outcome_of(self)
 
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 

@@ -39,6 +39,11 @@ async def outcome_of(future: Future[T], timeout: Optional[float] = None) -> T:
     return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
 
+async def itself(value: T) -> T:
+    """Return *value*: what is there already can be awaited, too."""
+    return value
+
+
 def future_of(method: Callable[P, FutureT]) -> Callable[P, Coroutine[Any, Any, FutureT]]:
     """Make the ``*_async`` name of a *method* that queues work: awaiting it gives the future.
 
@@ -53,7 +58,7 @@ def future_of(method: Callable[P, FutureT]) -> Callable[P, Coroutine[Any, Any, F
 
 
 def result_of(method: Callable[P, Future[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make the ``*_async`` name of a *method* that returns a future: awaiting it gives the result."""
+    """Make the ``*_async`` name of a *method* that returns a future: awaiting gives its result."""
 
     async def wait(*args: P.args, **kwargs: P.kwargs) -> T:
         return await outcome_of(method(*args, **kwargs))
