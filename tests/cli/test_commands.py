@@ -9,14 +9,14 @@ import json
 import os
 import re
 import threading
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from support.hub import FakeHub
 from support.programs import Server, environment, interrupt, run, started, tinkex
-from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.scripted_server import Answer, ScriptedServer
+from support.threads import wait_until
 
 import tinkex as library
 from tinkex import types
@@ -141,7 +141,7 @@ def test_a_wrong_server_is_named_and_what_is_wrong_with_it(scripted, monkeypatch
     for route in ("POST /api/v1/client/config", "GET /api/v1/get_server_capabilities"):
         scripted.on(route, WRONG_SERVERS[kind])
     arguments = [*command.split(), "--base-url", scripted.url]
-    with mock.patch("examples.programs.environment", return_value=ENVIRONMENT):
+    with mock.patch("support.programs.environment", return_value=ENVIRONMENT):
         done = tinkex(*arguments)
     said = done.stdout + done.stderr
     assert done.returncode == 1
@@ -651,9 +651,7 @@ def test_ctrl_c_in_a_download_keeps_what_has_come(scripted: ScriptedServer, tmp_
     kept = tmp_path / ".run-1_weights_final.part" / "archive"
     with started(command, base_url=scripted.url) as process:
         scripted.wait_for("GET /a.tar")
-        deadline = time.monotonic() + PATIENCE_S
-        while not (kept.exists() and kept.stat().st_size) and time.monotonic() < deadline:
-            never.wait(0.01)
+        wait_until(lambda: kept.exists() and kept.stat().st_size > 0, "a part is written")
         ended = interrupt(process)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\nInterrupted.\n")
     assert os.listdir(tmp_path) == [".run-1_weights_final.part"]

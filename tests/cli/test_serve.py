@@ -16,6 +16,7 @@ from typing import Tuple
 import pytest
 import requests
 from click.testing import CliRunner
+from support.threads import wait_until
 
 from tinkex import ServiceClient
 from tinkex.cli.serve import default_data_dir, serve
@@ -89,8 +90,12 @@ def test_the_first_signal_decides_and_further_ones_disturb_nothing(
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
     with process:
         process.send_signal(first)
-        while listens(address):  # until it has seen the first
+
+        def seen() -> bool:
             process.send_signal(first)
+            return not listens(address)
+
+        wait_until(seen, "it has seen the first signal")
         for _ in range(3):
             process.send_signal(second)
         out, err = process.communicate(timeout=20)

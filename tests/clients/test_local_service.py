@@ -11,6 +11,7 @@ from typing import Any, Callable, List
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.threads import wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
@@ -243,9 +244,8 @@ def test_a_session_that_the_server_ended_is_reported_with_the_way_on(
         path = trainer.save_state("a").result(PATIENCE_S).path
         routes.serve("session_heartbeat", Answer(410))
         routes.serve("optim_step", Answer(404, {"detail": "unknown model"}))
-        deadline = threading.Event()
-        while service._runtime.session.manager.lost_reason(service.session_id) is None:
-            assert not deadline.wait(0.01)
+        manager = service._runtime.session.manager
+        wait_until(lambda: manager.lost_reason(service.session_id) is not None, "it is lost")
         with pytest.raises(TinkexError) as caught:
             trainer.optim_step(ADAM).result(PATIENCE_S)
     assert type(caught.value).__name__ == "SessionLostError"

@@ -213,12 +213,14 @@ class Api:
 
     def result(self, request_id: Any) -> Any:
         """Wait for a future and return what it holds: the result, or its failure."""
+        deadline = time.monotonic() + WAIT_S
         while True:
             answer = self.poll(request_id)
             assert answer.status_code == 200, answer.text
             value = answer.get_json()
             if value.get("type") != "try_again":
                 return value
+            assert time.monotonic() < deadline, f"no result within {WAIT_S:g} s"
 
     def save(self, model_id: str, seq_id: int, name: str, route: str = "save_weights") -> str:
         made = self.post(route, model_id=model_id, seq_id=seq_id, path=name)

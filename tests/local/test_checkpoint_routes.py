@@ -8,6 +8,7 @@ from typing import Any, List
 
 import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
+from support.threads import wait_until
 
 from tinkex.local.state.store import Store
 
@@ -71,8 +72,7 @@ def test_the_weights_of_inflight_samplers_go_with_the_last_user(tmp_path: Path) 
         assert len(list((tmp_path / "samplers").iterdir())) == 1
         api.post(f"sessions/{session}/finish")
         api.model()  # the engine thread has done what came before
-        while list((tmp_path / "samplers").iterdir()):
-            assert not engine.holding.wait(0.01)
+        wait_until(lambda: not list((tmp_path / "samplers").iterdir()), "the files are deleted")
         assert not engine._samplers
 
 

@@ -368,7 +368,7 @@ def test_a_missing_input_is_named(losses: Api) -> None:
 
 
 def test_without_torch_the_server_says_so(losses: Api, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tinkex.local.routes.losses.has_torch", lambda: False)
+    monkeypatch.setattr("tinkex.local.routes.training.has_torch", lambda: False)
     body = {"session_id": losses.session(), "custom_loss_seq_id": 0, **GRAPH}
     assert "torch" in losses.post("create_custom_loss", 501, **body)["detail"]
 

@@ -17,7 +17,7 @@ from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.contents import file_content, tar_content
-from tinkex.local.http.signed_urls import Signer
+from tinkex.local.http.signatures import Signer
 from tinkex.local.state.store import Store
 
 
@@ -71,7 +71,7 @@ def test_an_archive_has_the_same_bytes_every_time_and_in_every_part(folder: Path
 
 
 def test_a_file_that_shrinks_meanwhile_is_an_error_and_no_short_answer(folder: Path) -> None:
-    content = file_content(folder / "b.bin")
+    content = file_content(folder, "b.bin")
     (folder / "b.bin").write_bytes(b"x")
     with pytest.raises(OSError, match="shorter"):
         everything(content)

@@ -8,10 +8,10 @@ from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
+from support.threads import wait_until
 
 from tinkex.local.engines.engine import Finished
-from tinkex.local.state.completions import CLONE_BLOCK, Completions, Group
-from tinkex.local.state.futures import FutureTable, Success
+from tinkex.local.state.futures import CLONE_BLOCK, Completions, FutureTable, Group, Success
 from tinkex.types import SampleRequest
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -189,8 +189,7 @@ def test_too_many_held_polls_are_told_to_come_back(tmp_path: Path) -> None:
         other = Api(api.client.application.test_client())
         held = threading.Thread(target=lambda: found.append(news(other, sampler)))
         held.start()
-        while not api.backend.futures._listeners:  # type: ignore[attr-defined]
-            assert held.is_alive()
+        wait_until(lambda: bool(api.backend.futures._listeners), "the first poll is held")
         assert "held already" in news(api, sampler, expect=429)["detail"]
         api.submit_sample(sampler, 0)
         held.join(WAIT_S)

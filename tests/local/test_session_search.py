@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Optional
 import pytest
 from local.harness import Api, ManualClock, serving
 
-from tinkex.local.routes.session_search import Search, instant, status_of
-from tinkex.local.state.rows import SessionRow
+from tinkex.local.routes.session_search import Search, status_of
+from tinkex.local.state.rows import SessionRow, timestamp
 
 OWNER = "tml:user:local"
 
@@ -114,7 +114,7 @@ def test_a_status_says_how_the_session_ended() -> None:
 
 
 def test_an_instant_has_microseconds_and_a_zone() -> None:
-    assert instant(1.5) == "1970-01-01T00:00:01.500000Z"
+    assert timestamp(1.5) == "1970-01-01T00:00:01.500000Z"
 
 
 # Over the routes

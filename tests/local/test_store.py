@@ -12,7 +12,7 @@ from local.harness import Api, serving
 from tinkex.errors import LocalServerError
 from tinkex.local.errors import HTTPError
 from tinkex.local.state import database
-from tinkex.local.state.reserve import Reserve
+from tinkex.local.state.database import Reserve
 from tinkex.local.state.store import CheckpointRow, Store
 from tinkex.types import LoraConfig
 

@@ -1,4 +1,4 @@
-"""Crew: how many threads there are for short requests, and what becomes of what waits."""
+"""AdaptivePool: how many threads there are for short requests, and what becomes of what waits."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, Iterator, List, Optional
 import pytest
 from support.threads import PATIENCE_S, race, wait_until
 
-from tinkex._runtime import adaptive_pool as crew
-from tinkex._runtime.adaptive_pool import Crew
+from tinkex._runtime import adaptive_pool
+from tinkex._runtime.adaptive_pool import AdaptivePool
 from tinkex.errors import ClientClosedError
 
-crews: List[Crew[Any]] = []
+pools: List[AdaptivePool[Any]] = []
 
 
 @pytest.fixture(autouse=True)
 def join_them() -> Iterator[None]:
     yield
-    while crews:
-        made = crews.pop()
+    while pools:
+        made = pools.pop()
         made.close()
         assert made.pool.join(time.monotonic() + PATIENCE_S) == []
 
 
-def make(run: Any) -> Crew[Any]:
-    crews.append(Crew("tinkex-crew", run))
-    return crews[-1]
+def make(run: Any) -> AdaptivePool[Any]:
+    pools.append(AdaptivePool("tinkex-adaptive", run))
+    return pools[-1]
 
 
 def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> None:
@@ -35,19 +35,23 @@ def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> N
 
     def after(request_s: float, cpu_s: float) -> Optional[int]:
         """What is wanted after a few requests, which took so long and so much CPU together."""
-        ended = made._few_began + 2 * crew.RECENT_S  # what was before is forgotten
+        ended = made._counted_from + 2 * adaptive_pool.RECENT_S  # what was before is forgotten
         made._fastest_s = made._fastest_before_s = 1e9
         notes = [
-            made._note(ended - request_s, ended, cpu_s / crew.FEW * 2 * crew.RECENT_S)
-            for _ in range(crew.FEW)
+            made._note(
+                ended - request_s,
+                ended,
+                cpu_s / adaptive_pool.DECIDE_EVERY * 2 * adaptive_pool.RECENT_S,
+            )
+            for _ in range(adaptive_pool.DECIDE_EVERY)
         ]
-        assert notes[:-1] == [None] * (crew.FEW - 1)
+        assert notes[:-1] == [None] * (adaptive_pool.DECIDE_EVERY - 1)
         return notes[-1]
 
-    assert after(0.0005, cpu_s=0.01) == crew.FEWEST
+    assert after(0.0005, cpu_s=0.01) == adaptive_pool.MIN_THREADS
     assert after(0.0305, cpu_s=0.01) == 30
-    assert after(0.5, cpu_s=0.01) == crew.MOST
-    assert after(0.0305, cpu_s=0.9) == crew.FEWEST
+    assert after(0.5, cpu_s=0.01) == adaptive_pool.MAX_THREADS
+    assert after(0.0305, cpu_s=0.9) == adaptive_pool.MIN_THREADS
 
 
 def test_one_quick_request_of_late_tells_how_far_the_server_is() -> None:
@@ -59,7 +63,7 @@ def test_one_quick_request_of_late_tells_how_far_the_server_is() -> None:
 
     assert note(1.0, 0.0005) is None
     slow = [note(1.0 + number, 0.05) for number in range(15)]  # they wait for the interpreter
-    assert slow[-1] == crew.FEWEST
+    assert slow[-1] == adaptive_pool.MIN_THREADS
     later = [note(26.0 + number, 0.0505) for number in range(16)]  # it is further away now
     assert later[-1] == 50
 
@@ -82,7 +86,7 @@ def test_it_grows_while_requests_wait_for_the_server() -> None:
     made = make(run)
     made.put(range(200))
     wait_until(lambda: len(ran) == 200, "all ran")
-    assert crew.FEWEST < most <= made.pool.cap
+    assert adaptive_pool.MIN_THREADS < most <= made.pool.cap
 
 
 def test_it_shrinks_while_it_has_work_to_do() -> None:
@@ -100,10 +104,10 @@ def test_it_shrinks_while_it_has_work_to_do() -> None:
     made.pool.cap = 8
     made.put(range(8))
     full.wait(PATIENCE_S)
-    made.put(range(8, 8 + crew.FEW // 2))
+    made.put(range(8, 8 + adaptive_pool.DECIDE_EVERY // 2))
     made.pool.cap = 3
     go.set()
-    wait_until(lambda: len(ran) == crew.FEW // 2, "all ran")
+    wait_until(lambda: len(ran) == adaptive_pool.DECIDE_EVERY // 2, "all ran")
     assert set(ran) <= {1, 2, 3}
 
 
@@ -117,8 +121,8 @@ def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch)
     race(put("a"), put("b"), lambda: [made.run_waiting() for _ in range(300)])
     wait_until(lambda: len(ran) == 600, "all ran")
     assert sorted(ran) == [(name, number) for name in ("a", "b") for number in range(300)]
-    monkeypatch.setattr(crew, "FEWEST", 1)
-    monkeypatch.setattr(crew, "MOST", 1)  # or the second thread could be quicker
+    monkeypatch.setattr(adaptive_pool, "MIN_THREADS", 1)
+    monkeypatch.setattr(adaptive_pool, "MAX_THREADS", 1)  # or the second thread could be quicker
     one = make(ran.append)
     ran.clear()
     one.put(range(1000))
@@ -135,10 +139,10 @@ def test_what_waits_at_close_is_dropped() -> None:
 
     made = make(run)
     made.put(range(10))
-    wait_until(lambda: len(ran) == crew.FEWEST, "all threads are busy")
+    wait_until(lambda: len(ran) == adaptive_pool.MIN_THREADS, "all threads are busy")
     made.close()
     go.set()
     assert made.pool.join(time.monotonic() + PATIENCE_S) == []
-    assert (len(ran), made.waiting) == (crew.FEWEST, 0)
+    assert (len(ran), made.waiting) == (adaptive_pool.MIN_THREADS, 0)
     with pytest.raises(ClientClosedError):
         made.put([1])

@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from support.clocks import ManualClock
 
-from tinkex._sessions.heartbeat import ClockWatch, turn
 from tinkex._sessions.manager import SessionManager
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
@@ -100,20 +99,24 @@ class HandTurned:
         self.manager = SessionManager(
             clock=self.clock, rand=lambda: 0.0, open_link=self.network.open, **how
         )
-        self.core = self.manager._core
-        self.core.thread = threading.current_thread()  # so that none is started
-        self.watch = ClockWatch(self.clock)
+        self.heartbeat = self.manager._heartbeat
+        self.registry = self.manager._registry
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Be the heartbeat thread, so that none is started."""
+        self.heartbeat._thread = threading.current_thread()
 
     def start(self, base_url: str = "http://a.test", **settings: Any) -> str:
         return self.manager.start_session(Config(base_url, **settings))
 
-    def turn(self, advance_s: float = 0.0) -> bool:
-        """Let time pass, then take one turn."""
+    def iterate(self, advance_s: float = 0.0) -> bool:
+        """Let time pass, then do one iteration of the heartbeat thread."""
         self.clock.advance(advance_s)
-        while not self.core.inbox.empty():
-            self.core.inbox.get()
-        self.core.wake()
-        return turn(self.core, self.watch)
+        while not self.heartbeat.inbox.empty():
+            self.heartbeat.inbox.get()
+        self.heartbeat.wake()
+        return self.heartbeat.run_once()
 
     def snapshot(self) -> Any:
         (snapshot,) = self.manager.snapshot()

@@ -14,10 +14,10 @@ MODULES = (
     "runtime.py",
     "manager.py",
     "heartbeat.py",
-    "heartbeat_state.py",
+    "registry.py",
+    "session_record.py",
     "session_table.py",
     "beat_queue.py",
-    "link.py",
 )
 LEVELS = {"info", "warning", "error", "log"}
 

@@ -217,11 +217,11 @@ def test_a_host_that_did_not_answer_gets_one_worker() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     sent(queue, 0.0)
-    queue.done("a", 0.0, 0.9, answered=False)
+    queue.done("a", 0.0, 0.9, responded=False)
     for number in range(5):
         queue.put("a", f"a{number}")
     assert sent(queue, 1.0) == ["a0"]
-    queue.done("a", 1.0, 1.9, answered=True)
+    queue.done("a", 1.0, 1.9, responded=True)
     assert len(sent(queue, 2.0)) == 4
 
 
@@ -231,13 +231,13 @@ def test_hosts_that_do_not_answer_get_half_of_the_workers_together() -> None:
     for host in hosts:
         queue.put(host, host)
         assert queue.take(0.0) == (host, host)
-        queue.done(host, 0.0, 0.9, answered=False)
+        queue.done(host, 0.0, 0.9, responded=False)
     for host in [*hosts, "alive"]:
         queue.put(host, host)
     taken = sent(queue, 1.0)
     assert "alive" in taken
     assert len(taken) == 5
-    queue.done(taken[0], 1.0, 1.9, answered=False)  # and the next of them has its turn
+    queue.done(taken[0], 1.0, 1.9, responded=False)  # and the next of them has its turn
     assert len(sent(queue, 2.0)) == 1
 
 
@@ -246,7 +246,7 @@ def test_a_host_that_begins_to_hang_leaves_workers_to_the_others() -> None:
     for host in ("a", "b"):
         queue.put(host, host)
         queue.take(0.0)
-        queue.done(host, 0.0, 0.05, answered=True)
+        queue.done(host, 0.0, 0.05, responded=True)
     for number in range(20):
         queue.put("a", f"a{number}")
     assert len(sent(queue, 1.0)) == 6
@@ -259,7 +259,7 @@ def test_a_host_whose_answer_is_overdue_gets_no_further_worker() -> None:
     for host in ("a", "b"):
         queue.put(host, host)
         queue.take(0.0)
-        queue.done(host, 0.0, 0.05, answered=True)
+        queue.done(host, 0.0, 0.05, responded=True)
     queue.put("a", "a0")
     assert sent(queue, 1.0) == ["a0"]
     queue.put("a", "a1")
@@ -275,7 +275,7 @@ def test_a_host_that_is_always_slow_is_not_overdue() -> None:
     for host in ("far", "near"):
         queue.put(host, host)
         queue.take(0.0)
-        queue.done(host, 0.0, 0.4 if host == "far" else 0.05, answered=True)
+        queue.done(host, 0.0, 0.4 if host == "far" else 0.05, responded=True)
     queue.put("far", "a0")
     assert sent(queue, 1.0) == ["a0"]
     for number in range(1, 20):
@@ -288,7 +288,7 @@ def test_a_forgotten_host_leaves_nothing_behind() -> None:
     queue.put("a", "a0")
     queue.take(0.0)
     queue.forget("a")  # not while its beat is under way ...
-    queue.done("a", 0.0, 0.9, answered=False)
+    queue.done("a", 0.0, 0.9, responded=False)
     queue.forget("a")  # ... but then
     queue.put("a", "a1")
     queue.put("a", "a2")

@@ -19,9 +19,9 @@ from support.threads import race, wait_until
 
 from tinkex import errors
 from tinkex._sessions import manager as session_manager
-from tinkex._sessions.heartbeat import LATE_S, turn
-from tinkex._sessions.link import HTTPLink
+from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
 from tinkex._sessions.manager import SessionManager
+from tinkex._sessions.session_record import HTTPLink
 from tinkex._transport.transport import Request, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
@@ -248,7 +248,7 @@ def test_a_creation_whose_caller_gave_up_is_not_begun(
     monkeypatch.setattr(session_manager, "_GRACE_S", 0.0)
     with managed() as (manager, network):
         queued: List[Callable[[], None]] = []
-        monkeypatch.setattr(manager._core.errands, "submit", queued.append)  # all are busy
+        monkeypatch.setattr(manager._session_workers, "submit", queued.append)  # all are busy
         with pytest.raises(APITimeoutError):
             manager.start_session(Config("http://a.test", startup_timeout_s=0.01))
         queued[0]()
@@ -301,23 +301,21 @@ def test_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
 def test_a_thread_that_was_interrupted_before_its_start_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = session_manager.new_thread_locked
-
     class Unstartable(threading.Thread):
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
-    def no_thread(core: Any) -> threading.Thread:
-        core.thread = Unstartable(name="tinkex-heartbeat")
-        return core.thread
+    def unstartable(heartbeat: HeartbeatThread) -> threading.Thread:
+        return Unstartable(name="tinkex-heartbeat")
 
     with managed() as (manager, network):
-        monkeypatch.setattr(session_manager, "new_thread_locked", no_thread)
+        real = HeartbeatThread._new_thread
+        monkeypatch.setattr(HeartbeatThread, "_new_thread", unstartable)
         with pytest.raises(ClientClosedError, match="can't start new thread"):
             manager.start_session(A)
         assert manager.snapshot() == []
         assert network.finished == [("s0", "interrupted", None)]
-        monkeypatch.setattr(session_manager, "new_thread_locked", real)
+        monkeypatch.setattr(HeartbeatThread, "_new_thread", real)
         manager.start_session(A)
         assert network.wait_for_beat() == "s1"
 
@@ -372,10 +370,10 @@ def test_beats_have_connections_of_their_own(
 
 def test_each_session_has_its_own_interval(bench: HandTurned) -> None:
     bench.start(heartbeat_interval_s=10)
-    assert bench.core.table.next_due() == bench.clock.monotonic()  # rand() is 0 here
+    assert bench.registry._table.next_due() == bench.clock.monotonic()  # rand() is 0 here
     sent = []
     for _ in range(30):
-        bench.turn(1)
+        bench.iterate(1)
         sent.append(len(bench.network.sent))
     assert sent[0] == 1
     assert sent[-1] == 4
@@ -421,7 +419,7 @@ def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> N
         first.join(10)
         assert not first.is_alive()
         (second,) = heartbeat_threads()
-        assert manager._core.thread is second
+        assert manager._heartbeat._thread is second
 
 
 def test_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
@@ -446,7 +444,7 @@ def test_without_workers_the_thread_sends_itself(monkeypatch: pytest.MonkeyPatch
         def refuse(task: Any) -> None:
             raise ClientClosedError("can't start new thread")
 
-        monkeypatch.setattr(manager._core.workers, "submit", refuse)
+        monkeypatch.setattr(manager._heartbeat.workers, "submit", refuse)
         for config in (A, B):
             manager.start_session(config)
         for session_id in ("s0", "s1"):
@@ -463,17 +461,17 @@ def test_a_session_that_is_gone_is_forgotten_without_a_warning(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     session_id = bench.start(quiet=quiet)
-    bench.turn()
+    bench.iterate()
     bench.network.on_beat = answering({session_id: status})
     caplog.clear()
-    bench.turn(10)
+    bench.iterate(10)
     (record,) = caplog.records
     assert record.levelname == level
     assert record.getMessage() == (
         f"session {session_id} is gone: the server ended it or let it expire"
     )
     assert bench.manager.snapshot() == []
-    assert bench.turn(10) is False  # the last session: the thread ends
+    assert bench.iterate(10) is False  # the last session: the thread ends
     assert len(bench.network.sent) == 2
     assert bench.network.links[0].aborted.is_set()
 
@@ -483,7 +481,7 @@ def test_not_found_on_the_very_first_beat_gives_one_hint(
 ) -> None:
     bench.network.on_beat = answering({"s0": 404})
     bench.start()
-    bench.turn()
+    bench.iterate()
     (text,) = messages(caplog)
     assert "the very first heartbeat of session s0 got 'not found' from a.test:80" in text
     assert "is base_url right" in text
@@ -495,10 +493,10 @@ def test_no_hint_where_the_path_is_right(
     caplog.set_level(logging.INFO)
     bench.network.on_beat = answering({"s0": 410, "elsewhere": 404})
     bench.start()
-    bench.turn()  # 410: the server knew the session
-    bench.core.thread = threading.current_thread()
+    bench.iterate()  # 410: the server knew the session
+    bench.take_over()
     bench.manager.adopt_session(Config("http://a.test"), "elsewhere")
-    bench.turn()  # 404: the process that opened it has ended it
+    bench.iterate()  # 404: the process that opened it has ended it
     assert len(messages(caplog)) == 2
     assert messages(caplog, logging.WARNING) == []
 
@@ -510,10 +508,10 @@ def test_a_refused_session_is_removed_with_one_warning(
     caplog.set_level(logging.INFO)
     bench.network.on_beat = answering({"s0": status})
     bench.start()
-    bench.turn()
+    bench.iterate()
     assert messages(caplog) == []
-    bench.turn(2)
-    bench.turn(10)
+    bench.iterate(2)
+    bench.iterate(10)
     key = "check the API key and " if status in (401, 403) else ""
     assert messages(caplog) == [
         f"session s0 is given up: the server refused its heartbeat (status {status}). "
@@ -541,7 +539,7 @@ def test_transient_trouble_is_logged_at_debug_and_the_next_beat_is_sent(
     bench.network.on_beat = trouble
     bench.start()
     for _ in range(5):
-        assert bench.turn(10)
+        assert bench.iterate(10)
     assert len(bench.network.sent) == 5
     assert bench.snapshot().consecutive_failures == 5
     assert messages(caplog) == []
@@ -579,14 +577,16 @@ def test_an_iteration_that_fails_does_not_end_the_thread(
     with managed() as (manager, network):
         manager.start_session(A)
         network.wait_for_beat()
-        real = manager._core.table.take_due
+        real = manager._registry._table.take_due
 
         def once(now: float) -> List[str]:
-            monkeypatch.setattr(manager._core.table, "take_due", real)
+            monkeypatch.setattr(manager._registry._table, "take_due", real)
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(manager._core.table, "take_due", once)
-        wait_until(lambda: "a turn of the heartbeat thread failed" in caplog.text, "it is logged")
+        monkeypatch.setattr(manager._registry._table, "take_due", once)
+        wait_until(
+            lambda: "an iteration of the heartbeat thread failed" in caplog.text, "it is logged"
+        )
         before = len(network.sent)
         wait_until(lambda: len(network.sent) > before, "it beats again")
 
@@ -599,10 +599,10 @@ def test_a_long_silence_is_reported_once_a_minute_and_its_end_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     bench.start()
-    bench.turn()
+    bench.iterate()
     bench.network.on_beat = raising(APIConnectionError("connection refused"))
     for _ in range(19):  # 190 seconds
-        bench.turn(10)
+        bench.iterate(10)
     assert messages(caplog) == [
         f"no heartbeat of session s0 has succeeded at a.test:80 for {seconds} s "
         "(connection refused); still trying"
@@ -611,8 +611,8 @@ def test_a_long_silence_is_reported_once_a_minute_and_its_end_once(
     assert all(r.levelname == "WARNING" for r in caplog.records)
     caplog.clear()
     bench.network.on_beat = answering({})
-    bench.turn(10)
-    bench.turn(10)
+    bench.iterate(10)
+    bench.iterate(10)
     assert messages(caplog) == ["heartbeats of session s0 succeed again, after 200 s"]
     assert caplog.records[0].levelname == "INFO"
 
@@ -625,10 +625,10 @@ def test_reaching_a_limit_removes_the_session_with_a_warning(
 ) -> None:
     caplog.set_level(logging.INFO)
     bench.start(**limit)
-    bench.turn()
+    bench.iterate()
     bench.network.on_beat = answering({"s0": 503})
     for _ in range(3):
-        bench.turn(10)
+        bench.iterate(10)
     assert messages(caplog) == [
         "session s0 is given up: no heartbeat succeeded for 30 s (status 503). "
         "Work that needs it will fail; create a new client"
@@ -640,7 +640,7 @@ def test_without_limits_heartbeats_are_sent_forever(bench: HandTurned) -> None:
     bench.network.on_beat = answering({"s0": 503})
     bench.start()
     for _ in range(500):
-        bench.turn(10)
+        bench.iterate(10)
     assert bench.snapshot().consecutive_failures == 500
 
 
@@ -663,7 +663,7 @@ def test_a_beat_in_flight_neither_revives_nor_logs(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     lost: List[str] = []
-    bench.core.on_removed = lambda session_id, reason: lost.append(session_id)
+    bench.heartbeat.on_removed = lambda session_id, reason: lost.append(session_id)
 
     def beat(session_id: str) -> int:
         bench.manager.stop_session(session_id)
@@ -672,7 +672,7 @@ def test_a_beat_in_flight_neither_revives_nor_logs(
     bench.network.on_beat = beat
     bench.start()
     caplog.clear()
-    bench.turn()
+    bench.iterate()
     assert bench.manager.snapshot() == []
     assert bench.manager.lost_reason("s0") is None
     assert messages(caplog, logging.DEBUG) == []
@@ -689,8 +689,8 @@ def test_a_beat_in_flight_does_not_affect_the_next_session_of_that_id(
 
     bench.network.on_beat = beat
     bench.manager.adopt_session(Config("http://a.test"), "theirs")
-    bench.core.thread = threading.current_thread()
-    bench.turn()
+    bench.take_over()
+    bench.iterate()
     assert bench.snapshot().session_id == "theirs"
 
 
@@ -731,15 +731,17 @@ def test_after_a_suspend_heartbeats_go_out_immediately_on_fresh_connections(
 ) -> None:
     caplog.set_level(logging.INFO)
     bench.start(heartbeat_interval_s=10)
-    bench.turn()
-    bench.turn(1)
+    bench.iterate()
+    bench.iterate(1)
     assert len(bench.network.sent) == 1
     bench.clock._wall += 3600  # asleep: the monotonic clock stood still
-    bench.turn(1)
+    bench.iterate(1)
     assert len(bench.network.sent) == 2
     assert bench.network.links[0].dropped == 1
-    assert messages(caplog) == ["the clock jumped by 3600 s (the machine slept?): beating at once"]
-    bench.turn(1)
+    assert messages(caplog) == [
+        "the clock jumped by 3600 s (the machine slept?): sending heartbeats now"
+    ]
+    bench.iterate(1)
     assert len(bench.network.sent) == 2  # once
 
 
@@ -747,10 +749,10 @@ def test_a_very_long_interval_is_waited_for_in_short_sleeps(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.start(heartbeat_interval_s=1e15)
-    bench.turn()
-    bench.core.inbox = Oversleeping(bench, 0.0)  # type: ignore[assignment] # a fake
+    bench.iterate()
+    bench.heartbeat.inbox = Oversleeping(bench, 0.0)  # type: ignore[assignment] # a fake
     began = bench.clock.monotonic()
-    assert turn(bench.core, bench.watch)
+    assert bench.heartbeat.run_once()
     assert bench.clock.monotonic() - began == 60
     assert len(bench.network.sent) == 1
     assert messages(caplog) == []
@@ -775,10 +777,10 @@ def test_a_thread_woken_much_too_late_warns_once(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.start(heartbeat_interval_s=10)
-    bench.turn()
-    bench.core.inbox = Oversleeping(bench, 7.5)  # type: ignore[assignment] # a fake
+    bench.iterate()
+    bench.heartbeat.inbox = Oversleeping(bench, 7.5)  # type: ignore[assignment] # a fake
     for _ in range(3):
-        turn(bench.core, bench.watch)
+        bench.heartbeat.run_once()
     assert messages(caplog) == [
         "heartbeats ran 7.5 s late: something kept this process from running (a long computation "
         "that holds the GIL?). If that lasts, the server will end the session"
@@ -790,9 +792,9 @@ def test_a_thread_woken_much_too_late_warns_once(
 
 def test_a_little_late_is_not_reported(bench: HandTurned, caplog: pytest.LogCaptureFixture) -> None:
     bench.start()
-    bench.core.inbox = Oversleeping(bench, LATE_S / 2)  # type: ignore[assignment] # a fake
+    bench.heartbeat.inbox = Oversleeping(bench, LATE_S / 2)  # type: ignore[assignment] # a fake
     for _ in range(3):
-        turn(bench.core, bench.watch)
+        bench.heartbeat.run_once()
     assert messages(caplog) == []
 
 
@@ -802,10 +804,10 @@ def test_a_little_late_is_not_reported(bench: HandTurned, caplog: pytest.LogCapt
 def test_the_snapshot_has_every_fact_and_no_secret() -> None:
     with hand_turned() as bench:
         bench.start(api_key="tml-secret", extra_headers={"x-token": "hush"})
-        bench.turn()
+        bench.iterate()
         bench.network.on_beat = raising(APIConnectionError("refused"))
         began = bench.clock.monotonic()
-        bench.turn(10)
+        bench.iterate(10)
         snapshot = bench.snapshot()
         assert snapshot.session_id == "s0"
         assert snapshot.created == snapshot.last_success == began
@@ -825,8 +827,8 @@ def test_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
     with hand_turned(on_removed=on_removed) as bench:
         bench.network.on_beat = answering({"s0": 401})
         bench.start()
-        bench.turn()
-        bench.turn(2)
+        bench.iterate()
+        bench.iterate(2)
         bench.manager.stop_session(bench.start())
         assert lost == [("s0", "the server refused its heartbeat (status 401)", [])]
 
@@ -834,20 +836,20 @@ def test_the_callback_is_called_with_the_reason_outside_every_lock() -> None:
 def test_lost_sessions_are_not_remembered_forever(
     bench: HandTurned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex._sessions.heartbeat_state.LOST_KEPT", 2)
+    monkeypatch.setattr("tinkex._sessions.registry.MAX_LOST", 2)
     bench.network.on_beat = lambda session_id: 410
     lost = []
     for _ in range(4):
-        bench.core.thread = threading.current_thread()
+        bench.take_over()
         lost.append(bench.start())
-        bench.turn()
+        bench.iterate()
     known = [bench.manager.lost_reason(session_id) is not None for session_id in lost]
     assert known == [False, False, True, True]
 
 
 def test_it_runs_on_an_injected_clock_and_sender(bench: HandTurned) -> None:
     bench.start()
-    assert bench.turn()
+    assert bench.iterate()
     assert bench.network.sent == ["s0"]
     assert bench.snapshot().last_success == bench.clock.monotonic()
 
@@ -909,8 +911,8 @@ def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
     with managed() as (manager, network):
         for _ in range(2):
             manager.start_session(Config("http://a.test", heartbeat_interval_s=3600))
-        manager._core.workers.submit(int)
-        wait_until(lambda: manager._core.workers._state.idle == 1, "an idle worker")
+        manager._heartbeat.workers.submit(int)
+        wait_until(lambda: manager._heartbeat.workers._state.idle == 1, "an idle worker")
         posting, ours_done, done = threading.Event(), threading.Event(), threading.Event()
 
         def finish(session_id: str) -> int:

@@ -443,7 +443,7 @@ def test_events_are_sent_after_a_while_or_when_triggered(
 def test_what_is_too_much_is_dropped_and_counted(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "MOST_WAITING", 5)
+    monkeypatch.setattr(telemetry, "MAX_WAITING", 5)
     release = threading.Event()
     routes.serve("telemetry", Answer(body={}, hold=release), ACCEPTED)
     with ServiceClient(base_url=server.url, telemetry=True) as client:
@@ -605,7 +605,7 @@ reporter = service.get_telemetry()
 parents = process_uuid()
 pid = os.fork()
 if not pid:
-    reporter._state._lock.acquire()  # as if another thread had held it
+    reporter._lock.acquire()  # as if another thread had held it
     told = reporter.log("from the child")
     reporter.trigger_flush()
     reporter.close(5)

@@ -32,7 +32,7 @@ from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, SamplerId, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
 from tinkex._results.sampler_polls import Ready, SamplerPolls, Submissions
-from tinkex._runtime.adaptive_pool import Crew
+from tinkex._runtime.adaptive_pool import AdaptivePool
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.channel import Channel
 from tinkex._transport.server_flags import ServerFlags
@@ -88,8 +88,8 @@ class BatchPoller:
         self._server = transport.server
         self._channels = ThreadLocalConnections(transport)
         self._gate = SampleGate(transport.config.max_unanswered_samples, self._enqueue)
-        self._submits = Crew("tinkex-submit", self._submit)
-        self._fetches = Crew("tinkex-fetch", self._fetch)
+        self._submits = AdaptivePool("tinkex-submit", self._submit)
+        self._fetches = AdaptivePool("tinkex-fetch", self._fetch)
         self._polls = WorkerPool("tinkex-batch", POLL_CAP, _IDLE_S)
         self._polled = threading.BoundedSemaphore(POLL_CAP)  # samplers
         self._submissions = Submissions()

@@ -1,4 +1,4 @@
-"""Crew: threads that do short requests, as many as the way to the server is long."""
+"""AdaptivePool: threads for short requests; the farther away the server is, the more of them."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from tinkex.errors import ClientClosedError
 T = TypeVar("T")
 
 #: Threads: at least, and at most.
-FEWEST, MOST = 2, 64
-#: So many requests decide how many there are for the next ones.
-FEW = 16
-#: The fastest request of this long tells how far the server is, in seconds; it takes one that did
-#: not have to wait for the interpreter, and while a program is busy there are few of them.
+MIN_THREADS, MAX_THREADS = 2, 64
+#: The number of threads is decided anew after this many requests.
+DECIDE_EVERY = 16
+#: The fastest request of this period, in seconds, shows how far away the server is: one that did
+#: not have to wait for the interpreter, and while a program is busy there are few of those.
 RECENT_S = 10.0
-#: A crew whose threads take so much of one processor together is busy.
+#: A pool whose threads together use this share of one processor is busy.
 _BUSY = 0.4
 _IDLE_S = 5.0
 
 
-class Crew(Generic[T]):
-    """Runs *run* with each item it is given, in their order, on a few threads of its own.
+class AdaptivePool(Generic[T]):
+    """Calls *run* with each item, in the order given, on a few threads of its own.
 
-    One thread for each millisecond that a request takes at least, so that a thousand can be made
-    in a second.  Unless the threads are busy themselves: more would only wait for the interpreter.
-    Thread-safe.  *run* handles its own exceptions.
+    One thread for each millisecond that the fastest request takes, so that a thousand can be made
+    in a second; but few threads while they are busy, since more would only wait for the
+    interpreter.  Thread-safe.  *run* handles its own exceptions.
 
     Attributes:
         pool: the threads.
     """
 
     def __init__(self, name: str, run: Callable[[T], None]) -> None:
-        self.pool = WorkerPool(name, FEWEST, _IDLE_S)
+        self.pool = WorkerPool(name, MIN_THREADS, _IDLE_S)
         self._run = run
         # Guards what follows.  Never held while something runs.
         self._lock = threading.Lock()
-        self._waiting: Deque[T] = collections.deque()  # what nobody has begun
-        self._at_work = 0  # threads of the crew
+        self._waiting: Deque[T] = collections.deque()  # items not begun yet
+        self._at_work = 0  # threads of the pool
         self._fastest_s = self._fastest_before_s = math.inf  # in this period, and the one before
-        self._period_began = self._few_began = time.monotonic()
-        self._number = 0  # of the few requests since the last decision
-        self._cpu_s = 0.0  # which they took
+        self._period_began = self._counted_from = time.monotonic()
+        self._count = 0  # of requests since the last decision
+        self._cpu_s = 0.0  # that they took
 
     @property
     def waiting(self) -> int:
-        """How many items nobody has begun."""
+        """How many items were not begun yet."""
         return len(self._waiting)
 
     def put(self, items: Sequence[T]) -> None:
-        """Have *items* run; returns at once.
+        """Queue *items*; does not block.
 
         Raises:
-            ClientClosedError: they may not be run.
+            ClientClosedError: the pool was closed; some may not be run.
         """
         with self._lock:
             self._waiting.extend(items)
         self._call(len(items))
 
     def run_waiting(self) -> None:
-        """Run what waits until nothing does.  For threads that are not of the crew: they help."""
+        """Run queued items until there are none.  For a thread outside the pool that helps out."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -74,16 +74,16 @@ class Crew(Generic[T]):
             self._run_one(item)
 
     def _call(self, most: int) -> None:
-        """Wake, or start, threads; whoever comes runs all that wait, so there need be few calls."""
+        """Wake or start threads; each runs items until there are none, so few calls are needed."""
         for _ in range(min(most, self.pool.cap)):
             self.pool.submit(self._work)
 
     def _work(self) -> None:
-        """Run what waits, until nothing does, or this is one thread too many."""
+        """Run queued items until there are none, or this is one thread too many."""
         with self._lock:
             self._at_work += 1
         while True:
-            with self._lock:  # decided at once: whoever is called after that finds us gone
+            with self._lock:  # in one step: a call after this starts another thread
                 if not self._waiting or self._at_work > self.pool.cap:
                     self._at_work -= 1
                     return
@@ -101,7 +101,7 @@ class Crew(Generic[T]):
                 self._call(min(wanted - before, len(self._waiting)))
 
     def close(self) -> None:
-        """Let the threads end; what waits is dropped.  Returns at once."""
+        """Let the threads end; queued items are dropped.  Does not block."""
         self.pool.close()
         with self._lock:
             self._waiting.clear()
@@ -114,10 +114,10 @@ class Crew(Generic[T]):
                 self._period_began = now
             self._fastest_s = min(self._fastest_s, now - began)
             self._cpu_s += cpu_s
-            self._number += 1
-            if self._number < FEW:
+            self._count += 1
+            if self._count < DECIDE_EVERY:
                 return None
-            busy = self._cpu_s > _BUSY * (now - self._few_began)
-            self._number, self._cpu_s, self._few_began = 0, 0.0, now
+            busy = self._cpu_s > _BUSY * (now - self._counted_from)
+            self._count, self._cpu_s, self._counted_from = 0, 0.0, now
             away_s = min(self._fastest_s, self._fastest_before_s)
-            return FEWEST if busy else min(MOST, max(FEWEST, int(1e3 * away_s)))
+            return MIN_THREADS if busy else min(MAX_THREADS, max(MIN_THREADS, int(1e3 * away_s)))

@@ -41,7 +41,7 @@ def normal_base_url(url: object) -> str:
         shown = "(not shown: it may hold a password)" if "@" in str(url) else repr(url)
         raise ConfigError(
             f"base_url {shown} is not an http(s) URL",
-            hint=_meant(text),
+            hint=_suggestion(text),
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
@@ -58,7 +58,7 @@ def normal_base_url(url: object) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
-def _meant(text: str) -> str:
+def _suggestion(text: str) -> str:
     """What to write instead of *text*, which is no http(s) URL."""
     if "://" not in text and "@" not in text and _split(f"http://{text}") is not None:
         return f"Begin it with the scheme: http://{text} or https://{text}."

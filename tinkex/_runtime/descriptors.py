@@ -43,7 +43,9 @@ def connection_cap() -> int:
 
 
 def advice() -> str:
-    """What a person can do about it."""
+    """What the user can do about it."""
     allowed = limit()
-    told = f"The limit of this process is {allowed}" if allowed is not None else "There is a limit"
-    return f"{told}; raise it with `ulimit -n 4096` before the program starts."
+    limit_is = (
+        f"The limit of this process is {allowed}" if allowed is not None else "There is a limit"
+    )
+    return f"{limit_is}; raise it with `ulimit -n 4096` before the program starts."

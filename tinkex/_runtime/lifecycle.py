@@ -24,7 +24,7 @@ EXIT_BUDGET_S = 2.0
 
 
 class Tracked(Protocol):
-    """Something open that must be told of exit and fork."""
+    """Something open that has to know of exit and fork."""
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """Close within *timeout_s*; *status* is success, errored or interrupted."""
@@ -50,7 +50,7 @@ def module_lock() -> threading.Lock:
 
 
 def track(thing: Tracked) -> None:
-    """Have *thing* closed at exit and told of forks, for as long as it lives."""
+    """Have *thing* closed at exit, and notified of forks, for as long as it lives."""
     global _installed, _hooked_pid
     with _lock:
         _tracked[thing] = None
@@ -74,7 +74,7 @@ def untrack(thing: Tracked) -> None:
 
 
 def exit_status() -> str:
-    """Say how the process is ending: success, errored or interrupted.
+    """How the process is ending: success, errored or interrupted.
 
     The interpreter leaves an uncaught exception's type in ``sys.last_type``; a child of
     multiprocessing is still handling it.
@@ -97,11 +97,11 @@ def _at_exit() -> None:
         things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
-    for number, thing in enumerate(things, 1):
+    for count, thing in enumerate(things, 1):
         # Half of what is left: one that hangs must not use up the time of all, and an equal share
         # would be too short for a busy machine when there are many.  The last one gets the rest.
         left_s = deadline - time.monotonic()
-        share_s = max(0.05, left_s if number == len(things) else left_s / 2)
+        share_s = max(0.05, left_s if count == len(things) else left_s / 2)
         try:
             thing.close_at_exit(status, share_s)
         except Exception:

@@ -1,4 +1,4 @@
-"""SingleFlight: many threads want the same thing; one gets it, the others wait for its outcome."""
+"""SingleFlight: many threads need the same result; one works for it and the others wait."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tinkex.errors import ClientClosedError
 
 T = TypeVar("T")
 
-# Who waits looks this often, in seconds, whether its own client was closed: one cannot wait for
-# two Events, and the leader may belong to another client.
-_LOOK_S = 0.1
+# A waiting thread checks this often, in seconds, whether its own client was closed: one cannot wait
+# for two Events, and the leader may belong to another client.
+_CHECK_EVERY_S = 0.1
 
 
 class _Flight(Generic[T]):
@@ -28,8 +28,8 @@ class _Flight(Generic[T]):
 class SingleFlight(Generic[T]):
     """Lets at most one thread at a time do a piece of work.  Thread-safe.
 
-    Those who come meanwhile get the leader's value, or a copy of its error.  A leader that was
-    interrupted, or whose own client was closed, decides nothing for the others: one of them leads.
+    Threads that call meanwhile get the leader's value, or a copy of its error.  If the leader was
+    interrupted, or its own client was closed, one of the others leads instead.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class SingleFlight(Generic[T]):
                 if flight is None or flight.landed.is_set():
                     mine = self._flight = _Flight()
                     break
-            while not flight.landed.wait(_LOOK_S):
+            while not flight.landed.wait(_CHECK_EVERY_S):
                 if closing.is_set():
                     raise ClientClosedError("the client was closed while it waited for the server")
             if flight.error is not None:

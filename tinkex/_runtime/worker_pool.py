@@ -66,7 +66,7 @@ class WorkerPool:
         self._serial = cap == 1
 
     def submit(self, task: Task) -> None:
-        """Queue *task*; return at once.
+        """Queue *task*; does not block.
 
         Raises:
             ClientClosedError: the pool was closed, or has no thread and none can be started.
@@ -83,7 +83,7 @@ class WorkerPool:
             state.backlog += 1
             state.queue.put(task)
         if trouble is not None:
-            logger.debug("%s makes do with the threads it has: %s", state.name, trouble)
+            logger.debug("could not start another %s thread: %s", state.name, trouble)
 
     def submit_to_idle(self, task: Task, most: int) -> None:
         """Have threads that are idle now run *task*, *most* at most; starts none, never raises."""
@@ -110,7 +110,7 @@ class WorkerPool:
             else:
                 trouble = None
         if trouble is not None:
-            logger.debug("%s makes do with the threads it has: %s", state.name, trouble)
+            logger.debug("could not start another %s thread: %s", state.name, trouble)
 
     def _start_thread_locked(self) -> Optional[RuntimeError]:
         """Start a thread; return why not, if there are others to do the work."""
@@ -125,7 +125,7 @@ class WorkerPool:
             if not state.threads:
                 raise ClientClosedError(f"cannot start thread {name}: {error}") from error
             return error
-        except BaseException:  # Ctrl-C: whether it runs or not, it is none of ours; see _work
+        except BaseException:  # Ctrl-C: the thread may run or not, but it is not used; see _work
             state.threads.remove(thread)
             raise
         state.started += 1
@@ -134,14 +134,14 @@ class WorkerPool:
     def close(self) -> None:
         """Refuse new tasks and let the threads end; queued tasks that did not begin are dropped.
 
-        Returns at once; see `join`.
+        Does not block; see `join`.
         """
         with self._state.lock:
             self._state.closed = True
         self._state.queue.put(None)  # each thread that sees it puts it back for the next
 
     def drain(self) -> None:
-        """Refuse new tasks and let the threads end after the queued ones.  Returns at once."""
+        """Refuse new tasks and let the threads end after the queued ones.  Does not block."""
         with self._state.lock:
             self._state.draining = True
         self._state.queue.put(None)

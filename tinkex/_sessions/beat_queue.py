@@ -18,8 +18,8 @@ OVERDUE_S = 0.1
 class _Host:
     waiting: Deque[str] = dataclasses.field(default_factory=collections.deque)
     sent: List[float] = dataclasses.field(default_factory=list)  # when, for each in flight
-    answers: Optional[bool] = None  # the last beat was answered; None before the first
-    usual_s: float = 0.0  # a moving average of what an answer takes
+    responds: Optional[bool] = None  # to the last beat; None before the first
+    usual_s: float = 0.0  # a moving average of the time that a response takes
 
     def overdue(self, now: float) -> bool:
         """True if a beat takes much longer than usual."""
@@ -48,21 +48,21 @@ class BeatQueue:
         """
         for name, host in list(self._hosts.items()):
             if host.waiting and len(host.sent) < self._allowed(host, now):
-                self._hosts[name] = self._hosts.pop(name)  # to the end of the turn
+                self._hosts[name] = self._hosts.pop(name)  # to the end of the line
                 host.sent.append(now)
                 return name, host.waiting.popleft()
         return None
 
-    def done(self, host: str, sent: float, now: float, *, answered: bool) -> None:
+    def done(self, host: str, sent: float, now: float, *, responded: bool) -> None:
         """Note the end, at *now*, of a beat taken at *sent*."""
         entry = self._hosts.get(host)
         if entry is not None:
             entry.sent.remove(sent)
-            if answered:
+            if responded:
                 took_s = now - sent
-                weight = 0.2 if entry.answers is not None else 1.0
+                weight = 0.2 if entry.responds is not None else 1.0
                 entry.usual_s += weight * (took_s - entry.usual_s)
-            entry.answers = answered
+            entry.responds = responded
 
     def forget(self, host: str) -> None:
         """Forget a host that no session uses any more, unless a beat to it is in flight."""
@@ -71,14 +71,14 @@ class BeatQueue:
             del self._hosts[host]
 
     def _allowed(self, host: _Host, now: float) -> int:
-        """How many beats to *host* may be in flight at once."""
-        if host.answers is False:
-            # Hosts that did not answer last time get half of the workers at most, all together.
-            troubled = sum(len(h.sent) for h in self._hosts.values() if h.answers is False)
+        """How many beats to *host* may be in flight at the same time."""
+        if host.responds is False:
+            # Hosts that did not respond last time get half of the workers at most, all together.
+            troubled = sum(len(h.sent) for h in self._hosts.values() if h.responds is False)
             return 1 if troubled < self._workers // 2 else 0
         if len(self._hosts) == 1:
             return self._workers
-        if host.answers is None:
+        if host.responds is None:
             return max(2, self._workers // len(self._hosts))
         # It may begin to hang at this very moment: some workers stay free for the others.
         return 1 if host.overdue(now) else self._workers - self._workers // 4

@@ -1,245 +1,319 @@
-"""The heartbeat thread of a SessionManager.
+"""HeartbeatThread: sends the heartbeats of the sessions in a registry.
 
 ``tinkex-heartbeat`` decides whose beat is due, and sends it itself while there is only one
-session.  With several, at most eight ``tinkex-heartbeat-worker-i`` send.
+session.  With several, at most eight ``tinkex-heartbeat-worker-i`` send.  It runs from the first
+session to the last, and others talk to it through the inbox of the registry.  It knows the
+registry, never the manager, so that a forgotten manager can be collected.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
 import time
-from typing import List, Optional
+from typing import Callable, Optional
 
 from tinkex._runtime.clock import Clock
-from tinkex._sessions.heartbeat_state import FINISH_S, Core, Live, abandon, finish_all, new_workers
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._sessions.registry import SessionRegistry
+from tinkex._sessions.session_record import (
+    FINISH_S,
+    MAX_WORKERS,
+    FinishRound,
+    ManagerDropped,
+    OwnerCollected,
+    SessionRecord,
+    Wake,
+)
 from tinkex._sessions.session_table import Verdict
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import report_lost
 
 logger = logging.getLogger(__name__)
 
-#: Wall and monotonic clock drifting apart by this much between two turns: the machine slept.
+#: Wall and monotonic clock drifting apart by this much between two iterations: the machine slept.
 #: Connections idle for so long without our doing may be dead.
 SLEEP_JUMP_S = 5.0
 #: A thread woken later than this is worth a warning: something held the interpreter.
 LATE_S = 2.0
 #: The longest sleep: a sleeping machine is noticed between two, and waits have an upper limit.
-NAP_S = 60.0
+MAX_SLEEP_S = 60.0
+
+#: Called as ``on_removed(session_id, reason)``, outside every lock, when a session is lost.
+RemovalCallback = Callable[[str, str], object]
 
 
-class ClockWatch:
-    """Notices that the machine slept.  Used by one thread."""
+class HeartbeatThread:
+    """Keeps the sessions of a registry alive.  Thread-safe.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._offset = clock.wall() - clock.monotonic()
-        self.told_late = False
+    Args:
+        registry: the sessions.
+        session_workers: finish the sessions whose owners were collected.
+        clock: what everything waits by.
+        on_removed: called when a session is lost.
 
-    def jump_s(self) -> float:
-        """Seconds the wall clock has gained on the monotonic one since the last call."""
-        jump = self._clock.wall() - self._clock.monotonic() - self._offset
-        self._offset += jump
-        return jump
-
-
-def new_thread_locked(core: Core) -> threading.Thread:
-    """Make the heartbeat thread of *core*, in place of any other; start it outside the lock."""
-    core.sending_inline = False
-    core.thread = threading.Thread(target=run, args=(core,), name="tinkex-heartbeat", daemon=True)
-    return core.thread
-
-
-def run(core: Core) -> None:
-    """Take turns until the last session has ended, or another thread has taken over."""
-    watch = ClockWatch(core.clock)
-    while True:
-        try:
-            if not turn(core, watch):
-                return
-        except Exception:
-            with contextlib.suppress(Exception):  # a user's log handler may be what failed
-                logger.exception("a turn of the heartbeat thread failed; it goes on")
-            time.sleep(0.1)  # whatever it was, not in a hot loop
-
-
-def turn(core: Core, watch: ClockWatch) -> bool:
-    """Sleep until a beat is due or a message comes; see to both.  False if this was the last."""
-    with core.lock:
-        # Replaced while it was sending?  Then this must not even look into the inbox.
-        if core.thread is not threading.current_thread():
-            return False
-        wanted = core.table.next_due()
-    late_s = _sleep(core, wanted)
-    jump_s = watch.jump_s()
-    slept = abs(jump_s) > SLEEP_JUMP_S
-    now = core.clock.monotonic()
-    with core.lock:
-        idle = None
-        if not len(core.table):
-            core.thread = None
-            idle, core.workers = core.workers, new_workers()
-        if slept:
-            core.table.beat_all_at(now)
-        due = core.table.take_due(now)
-        alone = len(core.table) == 1
-        core.sending_inline = alone and bool(due)
-        stale = slept or late_s > SLEEP_JUMP_S
-        links = [live.link for live in core.live.values()] if stale else []
-    if idle is not None:
-        idle.drain()  # they may be finishing sessions
-        return False
-    if slept:
-        logger.info("the clock jumped by %.0f s (the machine slept?): beating at once", jump_s)
-    elif late_s > LATE_S and not watch.told_late:
-        watch.told_late = True
-        logger.warning(
-            "heartbeats ran %.1f s late: something kept this process from running (a long "
-            "computation that holds the GIL?). If that lasts, the server will end the session",
-            late_s,
-        )
-    for link in links:
-        link.drop_idle()
-    report_lost()
-    _send(core, due, inline=alone)
-    with core.lock:
-        if core.thread is threading.current_thread():
-            core.sending_inline = False
-    return True
-
-
-def _sleep(core: Core, wanted: Optional[float]) -> float:
-    """Wait until *wanted* or for a message, and see to the message.
-
-    Returns how much later than wanted the thread was woken, in seconds.
+    Attributes:
+        workers: send beats when there are several sessions.
     """
-    began = core.clock.monotonic()
-    nap_s = NAP_S if wanted is None else min(NAP_S, max(0.0, wanted - began))
-    try:
-        message = core.inbox.get(timeout=nap_s)
-    except queue.Empty:
-        return core.clock.monotonic() - max(began, wanted or 0.0)
-    if message[0] == "abandon":
-        abandon(core, message[1], message[2])
-    elif message[0] == "close":
-        finish_all(core, "success", "the session manager was dropped", FINISH_S)
-    return 0.0
 
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        session_workers: WorkerPool,
+        clock: Clock,
+        on_removed: Optional[RemovalCallback],
+    ) -> None:
+        self.inbox = registry.inbox
+        self.on_removed = on_removed
+        self._registry = registry
+        self._session_workers = session_workers
+        self._clock = clock
+        self._warned_late = False
+        # How far the wall clock is ahead of the monotonic one, which stands still while the
+        # machine sleeps.
+        self._wall_lead_s = clock.wall() - clock.monotonic()
+        # Guards what follows.  Taken before the registry's own lock; never held during I/O.
+        self._lock = threading.Lock()
+        self.workers = _new_workers()
+        self._thread: Optional[threading.Thread] = None
+        self._sending_inline = False
 
-def _send(core: Core, due: List[str], *, inline: bool) -> None:
-    """Have the beats that are *due* sent: by this thread, or by the workers."""
-    with core.lock:
-        ready = [(core.live[s].host, s) for s in due if s in core.live]
-        for host, session_id in ready:
-            core.beats.put(host, session_id)
-    if inline:
-        _beat_all(core)
-        return
-    for _ in ready:
+    def wake(self) -> None:
+        """Have the thread look at the registry again."""
+        self.inbox.put(Wake())
+
+    def ensure_running(self) -> None:
+        """Start the thread unless it runs; to be called after a session was added.
+
+        Raises:
+            ClientClosedError: no thread can be started.
+        """
+        with self._lock:
+            thread = None
+            # A thread that is not alive was interrupted before it could start.  One that is
+            # sending for the only session so far may hang in that, so another takes over.
+            if self._thread is None or not self._thread.is_alive() or self._sending_inline:
+                self._sending_inline = False
+                thread = self._thread = self._new_thread()
+        if thread is not None:
+            try:
+                thread.start()
+            except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
+                raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
+        self.wake()
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="tinkex-heartbeat", daemon=True)
+
+    def finish_all(self, status: str, detail: Optional[str], timeout_s: float) -> None:
+        """End every session, within about *timeout_s*; starts no thread.
+
+        This thread and the workers that are idle send the requests.
+        """
+        records = self._registry.remove_all()
+        with self._lock:
+            workers = self.workers
+        finishing = FinishRound(records, status, detail, self._clock, timeout_s)
+        # Before the heartbeat thread wakes, finds nothing left to do and lets the workers go.
+        workers.submit_to_idle(finishing.run, len(records) - 1)
+        self.wake()
+        finishing.run()
+        finishing.wait_for_others()
+
+    def close(self) -> None:
+        """Let the workers end.  The thread ends when there is no session left."""
+        with self._lock:
+            workers = self.workers
+        workers.close()
+
+    def join(self, deadline: float) -> None:
+        """Wait until *deadline* (monotonic) for the thread and the workers."""
+        with self._lock:
+            thread, workers = self._thread, self.workers
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        workers.join(deadline)
+
+    def _run(self) -> None:
+        """Iterate until the last session has ended, or another thread has taken over."""
+        while True:
+            try:
+                if not self.run_once():
+                    return
+            except Exception:
+                with contextlib.suppress(Exception):  # a user's log handler may be what failed
+                    logger.exception("an iteration of the heartbeat thread failed; it continues")
+                time.sleep(0.1)  # whatever it was, not in a hot loop
+
+    def run_once(self) -> bool:
+        """Sleep until a beat is due or a message comes, and handle it.  False after the last."""
+        with self._lock:
+            # Replaced while it was sending?  Then this must not even look into the inbox.
+            if self._thread is not threading.current_thread():
+                return False
+        late_s = self._sleep()
+        jump_s = self._clock_jump()
+        slept = abs(jump_s) > SLEEP_JUMP_S
+        if self._leave_if_idle():
+            return False
+        self._report_delay(jump_s if slept else 0.0, late_s)
+        if slept or late_s > SLEEP_JUMP_S:
+            for record in self._registry.records():
+                record.link.drop_idle()
+        report_lost()
+        with self._lock:
+            # In one step with the decision which thread sends: a session that is added after this
+            # gets another thread, since this one may hang.
+            now = self._clock.monotonic()
+            due, alone = self._registry.queue_due_beats(now, all_sessions=slept)
+            self._sending_inline = alone and due > 0
+        self._send(due, inline=alone)
+        with self._lock:
+            if self._thread is threading.current_thread():
+                self._sending_inline = False
+        return True
+
+    def _leave_if_idle(self) -> bool:
+        """True if there is no session left, and this thread is no longer in charge."""
+        with self._lock:
+            if len(self._registry):
+                return False
+            self._thread = None
+            workers, self.workers = self.workers, _new_workers()
+        workers.drain()  # they may be finishing sessions
+        return True
+
+    def _sleep(self) -> float:
+        """Wait until a beat is due or for a message, and handle the message.
+
+        Returns how much later than wanted the thread was woken, in seconds.
+        """
+        due = self._registry.next_due()
+        began = self._clock.monotonic()
+        sleep_s = MAX_SLEEP_S if due is None else min(MAX_SLEEP_S, max(0.0, due - began))
         try:
-            core.workers.submit(lambda: _beat_all(core))
-        except ClientClosedError as error:  # no thread is to be had: better late than never
-            logger.debug("heartbeats are sent one after the other: %s", error)
-            _beat_all(core)
+            message = self.inbox.get(timeout=sleep_s)
+        except queue.Empty:
+            return self._clock.monotonic() - max(began, due or 0.0)
+        if isinstance(message, OwnerCollected):
+            self._finish_unowned(message)
+        elif isinstance(message, ManagerDropped):
+            self.finish_all("success", "the session manager was dropped", FINISH_S)
+        return 0.0
 
+    def _finish_unowned(self, message: OwnerCollected) -> None:
+        """End a session if the owner that was collected was its last."""
+        record = self._registry.remove_owner(message.session_id, message.token)
+        if record is not None:
+            self._session_workers.submit(
+                functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
+            )
 
-def _beat_all(core: Core) -> None:
-    """Send beats while there are any that may be sent."""
-    while _beat_next(core):
-        pass
+    def _clock_jump(self) -> float:
+        """Seconds the wall clock has gained on the monotonic one since the last call."""
+        jump_s = self._clock.wall() - self._clock.monotonic() - self._wall_lead_s
+        self._wall_lead_s += jump_s
+        return jump_s
 
+    def _report_delay(self, jump_s: float, late_s: float) -> None:
+        if jump_s:
+            logger.info(
+                "the clock jumped by %.0f s (the machine slept?): sending heartbeats now", jump_s
+            )
+        elif late_s > LATE_S and not self._warned_late:
+            self._warned_late = True
+            logger.warning(
+                "heartbeats ran %.1f s late: something kept this process from running (a long "
+                "computation that holds the GIL?). If that lasts, the server will end the session",
+                late_s,
+            )
 
-def _beat_next(core: Core) -> bool:
-    """Send the next beat and act on the answer.  Survives everything; False if there is none."""
-    sent = core.clock.monotonic()
-    with core.lock:
-        item = core.beats.take(sent)
-        live = core.live.get(item[1]) if item is not None else None
-    if item is None:
-        return False
-    host, session_id = item
-    status: Optional[int] = None
-    error: Optional[str] = None
-    if live is not None:
-        try:
-            status = live.link.beat(session_id)
-        except TinkexError as failure:
-            error = failure.message
-        except Exception as failure:
-            error = repr(failure)
-            logger.debug("heartbeat of session %s failed", session_id, exc_info=True)
-    now = core.clock.monotonic()
-    with core.lock:
-        core.beats.done(host, sent, now, answered=status is not None or live is None)
-        if core.live.get(session_id) is None and all(o.host != host for o in core.live.values()):
-            core.beats.forget(host)
-    if live is not None:
-        take_in(core, session_id, live, status, error, now)
-    return True
+    def _send(self, due: int, *, inline: bool) -> None:
+        """Have the *due* queued beats sent, by this thread or by the workers."""
+        if inline:
+            self._send_queued()
+            return
+        for _ in range(due):
+            try:
+                self.workers.submit(self._send_queued)
+            except ClientClosedError as error:  # no thread can be started: better late than never
+                logger.debug("heartbeats are sent one after the other: %s", error)
+                self._send_queued()
 
+    def _send_queued(self) -> None:
+        """Send queued beats while there are any that may be sent.  Survives everything."""
+        while True:
+            beat = self._registry.next_beat()
+            if beat is None:
+                return
+            record = beat.record
+            status: Optional[int] = None
+            error: Optional[str] = None
+            try:
+                status = record.link.beat(record.session_id)
+            except TinkexError as failure:
+                error = failure.message
+            except Exception as failure:
+                error = repr(failure)
+                logger.debug("heartbeat of session %s failed", record.session_id, exc_info=True)
+            self._registry.beat_ended(beat, responded=status is not None)
+            self.record_heartbeat_reply(record, status, error)
 
-def take_in(
-    core: Core, session_id: str, live: Live, status: Optional[int], error: Optional[str], now: float
-) -> None:
-    """Act on the answer to a heartbeat: its HTTP *status*, or None and an *error*."""
-    with core.lock:
-        verdict = None
-        if core.live.get(session_id) is live:  # else it was stopped meanwhile
-            verdict = core.table.record(session_id, status=status, error=error, now=now)
-            if verdict is not None and verdict.removed:
-                core.note_lost_locked(session_id, _reason(verdict))
-    if verdict is not None:
-        _report(session_id, live, verdict)
+    def record_heartbeat_reply(
+        self, record: SessionRecord, status: Optional[int], error: Optional[str] = None
+    ) -> None:
+        """Act on the response to a heartbeat: its HTTP *status*, or None and an *error*."""
+        verdict = self._registry.record_heartbeat_reply(record, status, error)
+        if verdict is None:
+            return
+        _log_verdict(record, verdict)
         if verdict.removed:
-            _removed(core, session_id, live, _reason(verdict))
+            self._removed(record, verdict.reason)
         elif verdict.confirm:
-            core.wake()  # the heartbeat thread may be asleep until a later time
+            self.wake()  # the next beat is due earlier than it was
+
+    def _removed(self, record: SessionRecord, reason: str) -> None:
+        record.link.abort()
+        self.wake()
+        if self.on_removed is not None:
+            try:
+                self.on_removed(record.session_id, reason)
+            except BaseException:  # SystemExit too would end the thread that beats for the others
+                logger.exception("the removal callback of session %s failed", record.session_id)
 
 
-def _removed(core: Core, session_id: str, live: Live, reason: str) -> None:
-    live.link.abort()
-    core.wake()
-    if core.on_removed is not None:
-        try:
-            core.on_removed(session_id, reason)
-        except BaseException:  # SystemExit too would end the thread that beats for the others
-            logger.exception("the removal callback of session %s failed", session_id)
+def _new_workers() -> WorkerPool:
+    return WorkerPool("tinkex-heartbeat-worker", MAX_WORKERS)
 
 
-def _reason(verdict: Verdict) -> str:
-    if verdict.kind == "gone":
-        return "the server ended it or let it expire"
-    if verdict.kind == "refused":
-        return f"the server refused its heartbeat ({verdict.error})"
-    return f"no heartbeat succeeded for {verdict.silent_s:.0f} s ({verdict.error})"
-
-
-def _report(session_id: str, live: Live, verdict: Verdict) -> None:
+def _log_verdict(record: SessionRecord, verdict: Verdict) -> None:
     """Log what a verdict means for the user; silence is the normal case."""
-    if verdict.kind == "gone" and verdict.first_beat and verdict.status == 404 and live.owned:
+    session_id = record.session_id
+    if verdict.kind == "gone" and verdict.first_beat and verdict.status == 404 and record.owned:
         logger.warning(
             "the very first heartbeat of session %s got 'not found' from %s: is base_url right, "
             "path prefix and all? Without heartbeats the server will end the session",
             session_id,
-            live.host,
+            record.host,
         )
     elif verdict.kind == "gone":
-        level = logging.DEBUG if live.quiet else logging.INFO
-        logger.log(level, "session %s is gone: %s", session_id, _reason(verdict))
+        level = logging.DEBUG if record.quiet else logging.INFO
+        logger.log(level, "session %s is gone: %s", session_id, verdict.reason)
     elif verdict.removed:
         logger.warning(
             "session %s is given up: %s. Work that needs it will fail; %screate a new client",
             session_id,
-            _reason(verdict),
+            verdict.reason,
             "check the API key and " if verdict.status in (401, 403) else "",
         )
     elif verdict.kind == "warn":
         logger.warning(
             "no heartbeat of session %s has succeeded at %s for %.0f s (%s); still trying",
             session_id,
-            live.host,
+            record.host,
             verdict.silent_s,
             verdict.error,
         )

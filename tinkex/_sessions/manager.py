@@ -1,15 +1,16 @@
 """SessionManager: creates server sessions, keeps them alive, and ends them.
 
+It is a SessionRegistry and a HeartbeatThread, and the sessions' beginning and end.
+
 Threads, all daemons: ``tinkex-heartbeat`` and its workers (see heartbeat.py), from the first
-session to the last; ``tinkex-session-i`` create sessions, so that a caller can give up at once and
-a session that arrives late is ended, and end forgotten ones.
+session to the last; ``tinkex-session-i`` create sessions, so that a caller can give up at any time
+and a session that arrives late is ended, and end forgotten ones.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 import weakref
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
@@ -17,33 +18,30 @@ from typing import TYPE_CHECKING, Callable, List, Optional, Type
 
 from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
-from tinkex._sessions.heartbeat import new_thread_locked, take_in
-from tinkex._sessions.heartbeat_state import (
+from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._sessions.heartbeat import HeartbeatThread, RemovalCallback
+from tinkex._sessions.registry import SessionRegistry, closed_error
+from tinkex._sessions.session_record import (
     FINISH_S,
-    Core,
-    Live,
-    RemovalCallback,
-    finish,
-    finish_all,
-    stop_session,
+    HTTPLink,
+    LinkFactory,
+    ManagerDropped,
+    SessionLink,
+    SessionRecord,
 )
-from tinkex._sessions.link import HTTPLink, LinkFactory
 from tinkex._sessions.session_table import HeartbeatPolicy, SessionSnapshot
-from tinkex._transport.server_state import state_of
 from tinkex.config import Config
-from tinkex.errors import APITimeoutError, ClientClosedError, InvalidInputError
+from tinkex.errors import APITimeoutError
 
 if TYPE_CHECKING:
     from tinkex.types import CreateSessionResponse
-
-    _Arrival = Future[CreateSessionResponse]
 
 logger = logging.getLogger(__name__)
 
 #: Beyond startup_timeout_s, for the last attempt's own connection time.
 _GRACE_S = 3.0
 
-#: close waits this long for threads once everything is broken off, in seconds.
+#: close waits this long for threads once all connections are closed, in seconds.
 _LINGER_S = 1.0
 
 
@@ -64,7 +62,9 @@ class SessionManager:
         rand: Callable[[], float] = random.random,
         open_link: LinkFactory = HTTPLink,
     ) -> None:
-        self._settings = (clock, rand, on_removed)
+        self._clock = clock
+        self._rand = rand
+        self._on_removed = on_removed
         self._open_link = open_link
         self._start_over()
         lifecycle.track(self)
@@ -72,8 +72,9 @@ class SessionManager:
     def start_session(self, config: Config, *, owner: Optional[object] = None) -> str:
         """Create a session on the server of *config*, keep it alive, and return its id.
 
-        Blocks until the server answers, for at most ``startup_timeout_s`` and a little.  Whoever is
-        interrupted or gives up leaves nothing behind: a session that arrives late is ended.
+        Blocks until the server responds, for at most ``startup_timeout_s`` and a little.  A call
+        that is interrupted or times out leaves nothing behind: a session that arrives late is
+        ended.
 
         Args:
             config: the server, and the session's labels.
@@ -83,33 +84,23 @@ class SessionManager:
             APIError: the server refused or cannot be reached; the message names it.
             ClientClosedError: the manager was closed.
         """
-        core = self._core
-        if core.closed:
-            raise _closed()
-        arrival: _Arrival = Future()
-        live = _live(config, self._open_link)
+        if self._registry.closed:
+            raise closed_error()
+        creation = _Creation(config, self._open_link(config))
         try:
-            core.errands.submit(lambda: _create(core, live, arrival))
-            created = arrival.result(config.startup_timeout_s + _GRACE_S)
-        except BaseException as error:
-            if arrival.done() and not arrival.cancelled() and arrival.exception() is error:
-                raise
-            _give_up(core, live, arrival)
-            if isinstance(error, FutureTimeoutError):
-                raise _too_slow(config) from None
+            self._session_workers.submit(creation.run)
+            created = creation.wait()
+        except BaseException:  # Ctrl-C too
+            creation.give_up()
             raise
-        try:
-            self._register(created.session_id, config, live, owner)
-        except BaseException:
-            _undo(core, created.session_id, live)
-            raise
+        self._register(creation.record(created), config, owner)
         for level, text in (
             (logging.INFO, created.info_message),
             (logging.WARNING, created.warning_message),
             (logging.ERROR, created.error_message),
         ):
             if text:
-                logger.log(level, "%s says: %s", config.host_and_port, text)
+                logger.log(level, "message from %s: %s", config.host_and_port, text)
         return created.session_id
 
     def adopt_session(
@@ -122,13 +113,8 @@ class SessionManager:
         Raises:
             ClientClosedError: the manager was closed.
         """
-        live = _live(config, self._open_link)
-        live.owned = False
-        try:
-            self._register(session_id, config, live, owner)
-        except BaseException:
-            _undo(self._core, session_id, live)
-            raise
+        link = self._open_link(config)
+        self._register(SessionRecord(session_id, link, config, owned=False), config, owner)
 
     def stop_session(
         self,
@@ -143,50 +129,47 @@ class SessionManager:
         Idempotent; never raises; takes at most about *timeout_s*.  A beat in flight can
         neither revive the session nor log anything more.
         """
-        stop_session(self._core, session_id, status, detail, timeout_s)
+        record = self._registry.remove(session_id)
+        self._heartbeat.wake()
+        if record is not None:
+            record.finish(status, detail, timeout_s)
 
     def snapshot(self) -> List[SessionSnapshot]:
         """What is known of each live session; holds no secret."""
-        with self._core.lock:
-            return self._core.table.snapshots()
+        return self._registry.snapshots()
 
     def mark_lost(self, session_id: str, status: int) -> None:
-        """Take in that the server has answered a heartbeat of somebody else with 404 or 410."""
-        core = self._core
-        with core.lock:
-            live = core.live.get(session_id)
-        if live is not None:
-            take_in(core, session_id, live, status, None, core.clock.monotonic())
+        """Note that the server responded with *status* (404 or 410) to a heartbeat sent by others.
+
+        Does nothing for a session that is not kept alive any more.
+        """
+        record = self._registry.get(session_id)
+        if record is not None:
+            self._heartbeat.record_heartbeat_reply(record, status)
 
     def lost_reason(self, session_id: str) -> Optional[str]:
         """Why a session of this manager was lost, in words; None if it was not."""
-        with self._core.lock:
-            return self._core.lost.get(session_id)
+        return self._registry.lost_reason(session_id)
 
     def close(
         self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
     ) -> None:
         """Stop every session and every thread.  Idempotent; never raises; starts no thread.
 
-        Takes at most about *timeout_s*.  Sessions of a host that does not answer are left to
+        Takes at most about *timeout_s*.  Sessions of a host that does not respond are left to
         expire, so a hung host costs one wait of two seconds.
         """
-        core = self._core
         deadline = time.monotonic() + timeout_s
-        with core.lock:
-            core.closed = True
-            thread = core.thread
-        finish_all(core, status, detail, timeout_s)
-        core.workers.close()
-        core.errands.close()
-        # All connections are broken off.  What does not end at once is connecting, or creating a
-        # session that nobody waits for any more and that is ended when it arrives.
+        self._registry.close()
+        self._heartbeat.finish_all(status, detail, timeout_s)
+        self._heartbeat.close()
+        self._session_workers.close()
+        # All connections are closed.  What does not end right away is connecting, or creating a
+        # session that no caller waits for any more and that is ended when it arrives.
         now = time.monotonic()
         deadline = min(max(deadline, now + 0.2), now + _LINGER_S)
-        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join(deadline - now)
-        core.workers.join(deadline)
-        core.errands.join(deadline)
+        self._heartbeat.join(deadline)
+        self._session_workers.join(deadline)
         lifecycle.untrack(self)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
@@ -206,43 +189,93 @@ class SessionManager:
         self.close("success" if exc_type is None else "errored")
 
     def _start_over(self) -> None:
-        self._core = Core(*self._settings)
-        self._finalizer = weakref.finalize(self, self._core.inbox.put, ("close",))
-        self._finalizer.atexit = False
+        """Begin without sessions and threads."""
+        self._registry = SessionRegistry(self._clock)
+        # Its threads leave as soon as they are idle: programs create few sessions.
+        self._session_workers = WorkerPool("tinkex-session", 64, idle_s=0.05)
+        self._heartbeat = HeartbeatThread(
+            self._registry, self._session_workers, self._clock, self._on_removed
+        )
+        self._finalizer = weakref.finalize(self, self._registry.inbox.put, ManagerDropped())
+        self._finalizer.atexit = False  # close_at_exit does that
 
-    def _register(
-        self, session_id: str, config: Config, live: Live, owner: Optional[object]
-    ) -> None:
-        """Put a session on the table and make sure that somebody beats it."""
-        core = self._core
-        now = core.clock.monotonic()
-        thread: Optional[threading.Thread] = None
-        with core.lock:
-            if core.closed:
-                raise _closed()
-            known = core.live.get(session_id)
-            if known is None:
-                core.live[session_id] = live
-                core.table.add(session_id, HeartbeatPolicy.of(config), now=now, phase=core.rand())
-            elif known.owned or not known.owners:
-                raise InvalidInputError(
-                    f"session {session_id} is kept alive by this manager already",
-                    hint="Two servers that use the same ids need a SessionManager each.",
-                )
-            if owner is not None:
-                core.add_owner_locked(session_id, owner)
-            # One that never started was interrupted before it could.  One that is sending for
-            # the only session so far may hang in it.
-            if core.thread is None or not core.thread.is_alive() or core.sending_inline:
-                thread = new_thread_locked(core)
-        if thread is not None:
+    def _register(self, record: SessionRecord, config: Config, owner: Optional[object]) -> None:
+        """Add a session, and make sure that a thread beats it; end it if that fails."""
+        try:
+            used = self._registry.add(record, HeartbeatPolicy.of(config), self._rand(), owner)
+            self._heartbeat.ensure_running()
+        except BaseException:  # Ctrl-C too
+            if self._registry.remove_record(record):
+                record.finish("interrupted", None, FINISH_S)
+            else:  # the id of another session: that one goes on
+                record.link.abort()
+            raise
+        if used is not record:
+            record.link.abort()  # the one in use serves for both
+
+
+class _Creation:
+    """A session that a background thread creates for a caller that may give up."""
+
+    def __init__(self, config: Config, link: SessionLink) -> None:
+        self._config = config
+        self._link = link
+        # Decides between a session that arrives and a caller that gives up: whichever is first
+        # sets the future or cancels it.
+        self._arrival: Future[CreateSessionResponse] = Future()
+
+    def record(self, created: CreateSessionResponse) -> SessionRecord:
+        """What the manager keeps for the session that was created."""
+        return SessionRecord(created.session_id, self._link, self._config)
+
+    def run(self) -> None:
+        """Create the session; end it if the caller has given up.  Blocks."""
+        if self._arrival.cancelled():
+            self._link.abort()
+            return
+        try:
+            created = self._link.create()
+        except BaseException as error:
+            self._link.abort()
             try:
-                thread.start()
-            except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
-                raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
-        core.wake()
-        if known is not None:
-            live.link.abort()  # the one in use serves for both
+                self._arrival.set_exception(error)
+            except InvalidStateError:
+                logger.debug("creating a session failed after its caller gave up: %s", error)
+            return
+        try:
+            self._arrival.set_result(created)
+        except InvalidStateError:
+            logger.info(
+                "session %s arrived after its caller gave up; ending it", created.session_id
+            )
+            self.record(created).finish("interrupted", None, FINISH_S)
+
+    def wait(self) -> CreateSessionResponse:
+        """Wait for the session, for at most ``startup_timeout_s`` and a little.
+
+        Raises:
+            APITimeoutError: it has not arrived.
+            APIError: it could not be created.
+        """
+        config = self._config
+        try:
+            return self._arrival.result(config.startup_timeout_s + _GRACE_S)
+        except FutureTimeoutError as error:
+            if self._arrival.done() and self._arrival.exception() is error:
+                raise  # a timeout of the attempt, not of this wait
+            raise APITimeoutError(
+                f"{config.host_and_port} did not create a session within "
+                f"{config.startup_timeout_s:g} s",
+                hint=f"Is the server at {config.base_url} overloaded, or something other than "
+                "Tinker?",
+            ) from None
+
+    def give_up(self) -> None:
+        """Stop waiting; a session that has arrived already is ended now."""
+        self._link.give_up()
+        if self._arrival.cancel() or self._arrival.exception() is not None:
+            return
+        self.record(self._arrival.result()).finish("interrupted", None, FINISH_S)
 
 
 # Guarded by lifecycle.module_lock().
@@ -259,59 +292,3 @@ def default_manager() -> SessionManager:
         with lifecycle.module_lock():
             manager = _default = _default or manager
     return manager
-
-
-def _live(config: Config, open_link: LinkFactory) -> Live:
-    return Live(open_link(config), state_of(config), config.host_and_port, config.quiet)
-
-
-def _create(core: Core, live: Live, arrival: _Arrival) -> None:
-    """Create a session and hand it over; end it if nobody waits any more."""
-    if arrival.cancelled():
-        live.link.abort()
-        return
-    try:
-        created = live.link.create()
-    except BaseException as error:
-        live.link.abort()
-        try:
-            arrival.set_exception(error)
-        except InvalidStateError:
-            logger.debug("creating a session failed after its caller gave up: %s", error)
-        return
-    try:
-        arrival.set_result(created)
-    except InvalidStateError:
-        logger.info("session %s arrived after its caller gave up; ending it", created.session_id)
-        finish(core, created.session_id, live, "interrupted", None, FINISH_S)
-
-
-def _give_up(core: Core, live: Live, arrival: _Arrival) -> None:
-    """The caller waits no longer; a session that is there already is ended now."""
-    live.link.give_up()
-    if arrival.cancel() or arrival.exception() is not None:
-        return
-    finish(core, arrival.result().session_id, live, "interrupted", None, FINISH_S)
-
-
-def _undo(core: Core, session_id: str, live: Live) -> None:
-    """End a session whose registration failed or was interrupted."""
-    with core.lock:
-        known = core.live.get(session_id)
-        if known is live:
-            core.take_off_locked(session_id)
-    if known is None or known is live:
-        finish(core, session_id, live, "interrupted", None, FINISH_S)
-    else:  # the id of another session: that one goes on
-        live.link.abort()
-
-
-def _closed() -> ClientClosedError:
-    return ClientClosedError("the session manager was closed", hint="Make a new SessionManager.")
-
-
-def _too_slow(config: Config) -> APITimeoutError:
-    return APITimeoutError(
-        f"{config.host_and_port} did not create a session within {config.startup_timeout_s:g} s",
-        hint=f"Is the server at {config.base_url} overloaded, or something else than Tinker?",
-    )

@@ -26,7 +26,6 @@ from tinkex._api.encoding_choice import Dialect
 from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
 from tinkex._runtime.worker_pool import WorkerPool
-from tinkex._sessions.manager import SessionManager
 from tinkex._sessions.session import Session
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.transport import Transport
@@ -36,6 +35,7 @@ from tinkex.futures import APIFuture
 from tinkex.usage import Ledger
 
 if TYPE_CHECKING:
+    from tinkex._sessions.manager import SessionManager
     from tinkex._sessions.telemetry import Reporter
 
 logger = logging.getLogger(__name__)

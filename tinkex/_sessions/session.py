@@ -10,11 +10,10 @@ import contextlib
 import itertools
 import logging
 import time
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from tinkex._api.sessions import session_heartbeat
 from tinkex._runtime.single_flight import SingleFlight
-from tinkex._sessions.manager import SessionManager
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import (
@@ -24,6 +23,9 @@ from tinkex.errors import (
     SessionLostError,
     TinkexError,
 )
+
+if TYPE_CHECKING:
+    from tinkex._sessions.manager import SessionManager
 
 logger = logging.getLogger(__name__)
 

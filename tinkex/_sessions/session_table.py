@@ -1,7 +1,7 @@
-"""SessionTable: which sessions live, whose heartbeat is due, and what an answer means.
+"""SessionTable: which sessions live, whose heartbeat is due, and what a response means.
 
 A pure core: it takes ``now`` (monotonic seconds) and knows no thread, lock or network.  Its owner
-is the SessionManager, which guards it with a lock.
+is the SessionRegistry, which guards it with a lock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex.config import Config
 #: After the first warning about a session without heartbeats, at most one a minute.
 WARN_EVERY_S = 60.0
 #: A beat that was refused is sent again after this long (or the interval, if that is shorter): one
-#: stray answer, e.g. of a gateway during a deployment, must not cost a session.
+#: stray response, e.g. of a gateway during a deployment, must not cost a session.
 CONFIRM_AFTER_S = 2.0
 
 
@@ -48,22 +48,22 @@ class SessionSnapshot:
     last_success: float
     consecutive_failures: int
     last_error: Optional[str]
-    state: str  # "alive", or "failing" while heartbeats go unanswered
+    state: str  # "alive", or "failing" while heartbeats get no response
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a heartbeat's answer means.
+    """What the response to a heartbeat means.
 
     Attributes:
-        kind: ``"fine"``, ``"failing"`` (say nothing), ``"warn"``, ``"recovered"``, or, with the
+        kind: ``"fine"``, ``"failing"`` (not reported), ``"warn"``, ``"recovered"``, or, with the
             session removed: ``"gone"`` (404, 410), ``"refused"`` (another 4xx, twice in a row),
             ``"limit"``.
         silent_s: seconds since the last success (or the start).
         failures: failures in a row, this one included.
-        first_beat: it is the answer to the session's very first heartbeat.
-        error: the answer, in words.
-        status: the answer's HTTP status, if it was not a success.
+        first_beat: it is the response to the session's very first heartbeat.
+        error: the failure, in words.
+        status: the HTTP status of the response, if it was not a success.
         confirm: it was refused for the first time, and the next beat is due soon.
     """
 
@@ -79,6 +79,15 @@ class Verdict:
     def removed(self) -> bool:
         """True if the session is off the table."""
         return self.kind in ("gone", "refused", "limit")
+
+    @property
+    def reason(self) -> str:
+        """Why the session was removed, in words."""
+        if self.kind == "gone":
+            return "the server ended it or let it expire"
+        if self.kind == "refused":
+            return f"the server refused its heartbeat ({self.error})"
+        return f"no heartbeat succeeded for {self.silent_s:.0f} s ({self.error})"
 
 
 @dataclasses.dataclass
@@ -163,7 +172,7 @@ class SessionTable:
     def record(
         self, session_id: str, *, status: Optional[int], error: Optional[str], now: float
     ) -> Optional[Verdict]:
-        """Take in the answer to a beat: its HTTP *status*, or None and an *error*.
+        """Judge the response to a beat: its HTTP *status*, or None and an *error*.
 
         Returns None for a session that is not on the table any more.
         """
@@ -237,6 +246,6 @@ class SessionTable:
 
 
 def _refuses(status: Optional[int]) -> bool:
-    """Tell whether an HTTP status means that the beat is wrong, and will be the next time."""
+    """Whether an HTTP status means that the beat is wrong, as the next one will be."""
     passing_or_gone = (404, 408, 410, 429)
     return status is not None and 400 <= status < 500 and status not in passing_or_gone

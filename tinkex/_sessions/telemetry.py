@@ -1,4 +1,4 @@
-"""Reporter: tells the server how a session fares, if the user has asked for that.
+"""Reporter: reports to the server how a session fares, if the user has asked for that.
 
 Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)``.  Reported are the session's
 start and end, and the failures of its operations, as `telemetry_events` puts them: without keys,
@@ -10,7 +10,6 @@ One thread, ``tinkex-telemetry``, from the first event to the end of the session
 
 from __future__ import annotations
 
-import collections
 import datetime
 import logging
 import os
@@ -18,13 +17,15 @@ import queue
 import threading
 import time
 import uuid
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from tinkex._api._call import encode
 from tinkex._api.telemetry import send_telemetry
 from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._sessions.telemetry_events import failed_request, is_user_error, unhandled, user_error
+from tinkex._transport.channel import Channel
+from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.server_state import state_of
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -35,17 +36,20 @@ logger = logging.getLogger(__name__)
 
 ROUTE = "POST telemetry"
 
-#: Events wait for others to go with for so long, in seconds.
+#: An event waits at most this long, in seconds, for others to be sent with.
 FLUSH_S = 10.0
-#: Most events in one request, and most that wait; what comes beyond is dropped.
+#: Most events in one request, and most that wait; further ones are dropped.
 BATCH = 100
-MOST_WAITING = 10_000
+MAX_WAITING = 10_000
 #: The data of one event is not larger than this, in bytes.
-_LARGEST = 65_536
+_MAX_DATA_BYTES = 65_536
 
-_EVENT, _FLUSH, _STOP = "event", "flush", "stop"
+# Requests to the thread, in the queue of events: send what waits; send it and end.
+_FLUSH, _STOP = "flush", "stop"
 
-# Guarded by lifecycle.module_lock(): the process, and how it is called in reports.
+Event = Dict[str, Any]
+
+# Guarded by lifecycle.module_lock(): the id of a process, and its name in reports.
 _process: Tuple[int, str] = (0, "")
 
 
@@ -68,8 +72,11 @@ def open_reporter(config: Config, session_id: str) -> Optional[Reporter]:
 class Reporter:
     """Reports on one session.  Thread-safe; in the child of a fork it does nothing.
 
+    Its thread refers to it, so it must not refer to the client that owns it.
+
     Attributes:
         session_id: what it reports on.
+        dropped: how many events were not sent: too many waited, or the server did not take them.
     """
 
     def __init__(self, config: Config, session_id: str, *, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -77,12 +84,16 @@ class Reporter:
         self._pid = os.getpid()
         self._clock = clock
         self._began = clock.monotonic()
-        self._state = _State(config, session_id)
-
-    @property
-    def dropped(self) -> int:
-        """How many events were not sent: too many at once, or the server did not take them."""
-        return self._state.dropped
+        # Of its own: the session's transport is closed before the last report is sent.
+        self._transport = Transport(config, closing=threading.Event())
+        # A SimpleQueue, because finalizers post to it (bpo-32576).
+        self._queue: queue.SimpleQueue[Union[Event, str]] = queue.SimpleQueue()
+        # Guards what follows, and the order of events.  Never held during I/O.
+        self._lock = threading.Lock()
+        self._next_index = 0
+        self._thread: Optional[threading.Thread] = None
+        self._closed = False  # no further event is taken
+        self.dropped = 0
 
     def log(
         self,
@@ -96,7 +107,7 @@ class Reporter:
         """
         data = dict(event_data or {})
         try:
-            fits = len(encode(data)) <= _LARGEST
+            fits = len(encode(data)) <= _MAX_DATA_BYTES
         except InvalidInputError as error:
             logger.debug("event %s is not reported: %s", event_name, error)
             fits = False
@@ -109,9 +120,9 @@ class Reporter:
         return self._add("UNHANDLED_EXCEPTION", severity, unhandled(error))
 
     def trigger_flush(self) -> None:
-        """Have what waits sent now.  Returns at once."""
+        """Have what waits sent now; does not block."""
         if self._pid == os.getpid():
-            self._state.wake.put(_FLUSH)
+            self._queue.put(_FLUSH)
 
     def session_started(self) -> None:
         """Report that the session lives."""
@@ -122,7 +133,7 @@ class Reporter:
         if isinstance(error, ClientClosedError):
             return
         if getattr(error, "request_id", None) not in (None, future.request_id):
-            return  # that of a part, which was reported for the part
+            return  # it was reported for the part of the work that failed
         try:
             if future.request_id is not None:
                 found = failed_request(
@@ -149,18 +160,27 @@ class Reporter:
         if ended:
             lasted = datetime.timedelta(seconds=self._clock.monotonic() - self._began)
             self._add("SESSION_END", "INFO", {"duration": str(lasted)})
-        self._state.stop(timeout_s)
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        self._queue.put(_STOP)
+        if thread is None or thread is threading.current_thread():
+            return
+        deadline = time.monotonic() + timeout_s
+        thread.join(timeout_s)
+        if thread.is_alive():
+            self._close_transport()
+            thread.join(max(0.1, deadline - time.monotonic()))
 
-    @property
-    def finalizer_hook(self) -> Callable[[], None]:
-        """A function that stops the thread from a finalizer; what waits is still sent."""
-        wake = self._state.wake
-        return lambda: wake.put(_STOP)
+    def finalizer_hook(self) -> None:
+        """Stop the thread from a finalizer; what waits is still sent."""
+        self._queue.put(_STOP)
 
     def _generic(self, name: str, data: Mapping[str, Any], severity: str) -> bool:
         return self._add("GENERIC_EVENT", severity, {"event_name": name, "event_data": data})
 
     def _add(self, kind: str, severity: str, fields: Mapping[str, Any]) -> bool:
+        """Queue an event, and make sure that there is a thread; False if it is dropped."""
         if self._pid != os.getpid():  # its lock may be dead here
             return False
         at = datetime.datetime.fromtimestamp(self._clock.wall(), datetime.timezone.utc)
@@ -171,47 +191,19 @@ class Reporter:
             "timestamp": at.isoformat(timespec="microseconds").replace("+00:00", "Z"),
             **fields,
         }
-        return self._state.add(event)
-
-
-class _State:
-    """What a reporter shares with its thread, which must not keep the reporter's owner alive."""
-
-    def __init__(self, config: Config, session_id: str) -> None:
-        # Of its own: the session's transport is closed before the last report is sent.
-        self.transport = Transport(config, closing=threading.Event())
-        self.session_id = session_id
-        # A SimpleQueue, because finalizers post to it (bpo-32576).
-        self.wake: queue.SimpleQueue[str] = queue.SimpleQueue()
-        # Guards the rest.  Never held during I/O.
-        self._lock = threading.Lock()
-        self._waiting: Deque[Dict[str, Any]] = collections.deque()
-        self._index = 0
-        self._thread: Optional[threading.Thread] = None
-        self.over = False  # nothing more is sent
-        self.dropped = 0
-
-    def add(self, event: Dict[str, Any]) -> bool:
-        """Queue *event* and see that there is a thread; False if it is dropped."""
         with self._lock:
-            event["event_session_index"] = self._index
-            self._index += 1
-            if self.over or len(self._waiting) >= MOST_WAITING or not self._has_thread_locked():
+            event["event_session_index"] = self._next_index
+            self._next_index += 1
+            full = self._queue.qsize() >= MAX_WAITING
+            if self._closed or full or not self._has_thread_locked():
                 self.dropped += 1
                 return False
-            self._waiting.append(event)
-            count = len(self._waiting)
-        if count == 1:
-            self.wake.put(_EVENT)
-        elif count == BATCH:
-            self.wake.put(_FLUSH)
-        return True
+            self._queue.put(event)
+            return True
 
     def _has_thread_locked(self) -> bool:
         if self._thread is None:
-            thread = threading.Thread(
-                target=_report, args=(self,), name="tinkex-telemetry", daemon=True
-            )
+            thread = threading.Thread(target=self._run, name="tinkex-telemetry", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
@@ -220,92 +212,74 @@ class _State:
             self._thread = thread
         return True
 
-    def stop(self, timeout_s: float) -> None:
-        """Let the thread send what waits and end; break it off after *timeout_s*."""
-        with self._lock:
-            self.over = True
-            thread = self._thread
-        self.wake.put(_STOP)
-        if thread is None or thread is threading.current_thread():
-            return
-        deadline = time.monotonic() + timeout_s
-        thread.join(timeout_s)
-        if thread.is_alive():
-            self.transport.closing.set()
-            self.transport.abort()
-            thread.join(max(0.1, deadline - time.monotonic()))
-
-    def take(self) -> List[Dict[str, Any]]:
-        """The events of the next request; empty if none wait."""
-        with self._lock:
-            count = min(BATCH, len(self._waiting))
-            return [self._waiting.popleft() for _ in range(count)]
-
-    def drop(self, events: int, *, over: bool) -> None:
-        """Count *events* as lost; with *over* nothing more is to be sent."""
-        with self._lock:
-            self.dropped += events
-            if over:
-                self.over = True
-                self.dropped += len(self._waiting)
-                self._waiting.clear()
-
-
-def _report(state: _State) -> None:
-    channel = state.transport.open_channel()
-    try:
-        while True:
-            word = state.wake.get()
-            if word == _EVENT:
-                word = _wait_for_more(state)
-            events = state.take()
-            while events:
-                _send(state, events, channel)
-                events = state.take()
-            if word == _STOP or state.over:
-                return
-    finally:
-        state.drop(0, over=True)
-        state.transport.closing.set()
-        state.transport.abort()
-
-
-def _wait_for_more(state: _State) -> str:
-    """Give further events the time to come; return the word that cut it short, if one did."""
-    deadline = time.monotonic() + FLUSH_S
-    word = _EVENT
-    while word == _EVENT:
+    def _run(self) -> None:
+        """Send events in batches until _STOP, or until the server turns out not to take any."""
+        channel = self._transport.open_channel()
+        wait_s = FLUSH_S
         try:
-            word = state.wake.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            return _FLUSH
-    return word
+            while True:
+                events, request = self._next_batch(wait_s)
+                if events and not self._send(events, channel):
+                    return
+                if request == _STOP:
+                    return
+                # After a full batch, what is waiting already goes without delay.
+                wait_s = 0.0 if len(events) == BATCH else FLUSH_S
+        finally:
+            with self._lock:
+                self._closed = True
+                while not self._queue.empty():
+                    self.dropped += isinstance(self._queue.get(), dict)
+            self._close_transport()
 
+    def _next_batch(self, wait_s: float) -> Tuple[List[Event], Optional[str]]:
+        """Return the events of the next request, and what ended the wait for more: _FLUSH or _STOP.
 
-def _send(state: _State, events: List[Dict[str, Any]], channel: Any) -> None:
-    transport = state.transport
-    try:
-        reply = send_telemetry(
-            transport,
-            events,
-            session_id=state.session_id,
-            process_uuid=process_uuid(),
-            channel=channel,
-        )
-    except ClientClosedError:
-        state.drop(len(events), over=True)
-    except TinkexError as error:
-        logger.debug("%d events were not reported: %s", len(events), error)
-        state.drop(len(events), over=False)
-    except Exception:
-        logger.exception("%d events were not reported", len(events))
-        state.drop(len(events), over=False)
-    else:
-        if 200 <= reply.status < 300:
-            transport.server.note_present(ROUTE)
-            return
-        missing = reply.status in (404, 405, 501)
-        if missing:
-            transport.server.note_missing(ROUTE, reply.status)
-        logger.debug("%d events were not reported: status %d", len(events), reply.status)
-        state.drop(len(events), over=missing)
+        Waits for the first event, and then *wait_s* for others; does not wait at all if that is 0.
+        """
+        events: List[Event] = []
+        deadline = time.monotonic() + wait_s
+        while len(events) < BATCH:
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                item = self._queue.get(timeout=left_s if events or not wait_s else None)
+            except queue.Empty:
+                break
+            if isinstance(item, str):
+                return events, item
+            if not events:
+                deadline = time.monotonic() + wait_s
+            events.append(item)
+        return events, None
+
+    def _send(self, events: List[Event], channel: Channel) -> bool:
+        """Send *events*, or drop them; False if there is no point in sending more."""
+        go_on = True
+        try:
+            reply = send_telemetry(
+                self._transport,
+                events,
+                session_id=self.session_id,
+                process_uuid=process_uuid(),
+                channel=channel,
+            )
+            if 200 <= reply.status < 300:
+                self._transport.server.note_present(ROUTE)
+                return True
+            logger.debug("%d events were not reported: status %d", len(events), reply.status)
+            if reply.status in ABSENT:
+                self._transport.server.note_missing(ROUTE, reply.status)
+                go_on = False
+        except ClientClosedError:
+            go_on = False
+        except TinkexError as error:
+            logger.debug("%d events were not reported: %s", len(events), error)
+        except Exception:
+            logger.exception("%d events were not reported", len(events))
+        with self._lock:
+            self.dropped += len(events)
+        return go_on
+
+    def _close_transport(self) -> None:
+        self._transport.closing.set()
+        self._transport.abort()

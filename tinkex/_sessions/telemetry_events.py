@@ -1,8 +1,9 @@
 """The events of telemetry, and the errors in them (docs/protocol.md, "Telemetry").  Pure.
 
-Nothing that a user gave us is reported: no keys and tokens, prompts, names of the user's files or
-contents of files.  Of errors there are the type, the status, and what we said ourselves before we
-quoted somebody; of tracebacks the places in code, with paths inside of packages only.
+Nothing that a user gave us is reported: no keys, tokens or prompts, and neither names nor contents
+of the user's files.  Of an error, its type and status are reported, and the part of our own message
+before it quotes a server or a library; of a traceback, the places in code, with paths inside
+packages only.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from tinkex.errors import (
     SessionLostError,
 )
 
-#: No text of an event is longer than this.
-_LONGEST = 500
-_FRAMES = 40
+#: No text of an event is longer than this, in characters.
+_MAX_TEXT = 500
+_MAX_FRAMES = 40
 
 #: Folders that packages lie in: what comes after the last of them says which package it is.
 _PACKAGE_ROOT = re.compile(r"site-packages|dist-packages|python3\.\d+")
 
-#: Our own messages of these hold no value that a user gave, before they quote somebody.
-_TOLD = (
+#: Errors whose messages hold no value that a user gave, up to the first ": ".
+_OUR_MESSAGES = (
     APIError,
     RequestFailedError,
     ResultExpiredError,
@@ -46,7 +47,7 @@ Facts = Dict[str, Any]
 
 
 def is_user_error(error: BaseException) -> bool:
-    """True if the user caused it: the server says so, or answered 4xx (but 408) on the way."""
+    """True if the user caused it: the server reports so, or a response was 4xx (but not 408)."""
     return any(_is_user_error(found) for found in _chain(error))
 
 
@@ -92,13 +93,13 @@ def unhandled(error: BaseException) -> Facts:
 def failed_request(
     error: BaseException, *, request_id: str, request_type: str, iteration: int, elapsed_s: float
 ) -> Optional[Tuple[str, Facts]]:
-    """Name and data of the event of accepted work that failed; None if there is none for it."""
+    """Name and data of the event for accepted work that failed; None if it has no event."""
     facts: Facts = {"request_id": request_id, "request_type": request_type}
     where: Facts = {"iteration": iteration, "elapsed_time": elapsed_s}
     user = {"is_user_error": is_user_error(error)}
     if isinstance(error, RequestFailedError) and error.status is None:
-        said = {"error": safe_message(error), "error_category": error.category or "unknown"}
-        return "APIFuture.result_async.application_error", {**facts, **said, **user, **where}
+        reported = {"error": safe_message(error), "error_category": error.category or "unknown"}
+        return "APIFuture.result_async.application_error", {**facts, **reported, **user, **where}
     if isinstance(error, OperationTimeoutError):
         return "APIFuture.result_async.timeout", {**facts, **where}
     if isinstance(error, ResponseDecodeError):
@@ -121,14 +122,14 @@ def failed_request(
 
 
 def safe_message(error: BaseException) -> str:
-    """What we ourselves say of *error*, up to where somebody else is quoted; else nothing.
+    """Our own part of the message of *error*; empty if it may hold a value of the user's.
 
-    Our messages put what servers and libraries said behind ``": "``.  Those about bad input or
-    settings quote the user's own values, and the messages of others may hold anything.
+    Our messages quote servers and libraries after ``": "``.  Those about bad input or settings
+    quote the user's own values, and the messages of other errors may hold anything.
     """
-    if not isinstance(error, _TOLD):
+    if not isinstance(error, _OUR_MESSAGES):
         return ""
-    return error.message.partition(": ")[0][:_LONGEST]
+    return error.message.partition(": ")[0][:_MAX_TEXT]
 
 
 def safe_traceback(trace: Optional[TracebackType]) -> str:
@@ -138,14 +139,14 @@ def safe_traceback(trace: Optional[TracebackType]) -> str:
         f'File "{package_path(frame.f_code.co_filename)}", line {line}, in {frame.f_code.co_name}'
         for frame, line in traceback.walk_tb(trace)
     ]
-    return "\n".join(places[-_FRAMES:])
+    return "\n".join(places[-_MAX_FRAMES:])
 
 
 def package_path(path: str) -> str:
-    """Return *path* from its package on; of files that are in no package only the name."""
-    whole = os.path.abspath(path)
-    if whole.startswith(_OURS + os.sep):
-        return os.path.relpath(whole, os.path.dirname(_OURS)).replace("\\", "/")
+    """Return *path* from its package on; only the file name if it is in no package."""
+    absolute = os.path.abspath(path)
+    if absolute.startswith(_PACKAGE + os.sep):
+        return os.path.relpath(absolute, os.path.dirname(_PACKAGE)).replace("\\", "/")
     parts = path.replace("\\", "/").split("/")
     for index in range(len(parts) - 1, 0, -1):
         if _PACKAGE_ROOT.fullmatch(parts[index - 1]):
@@ -154,7 +155,7 @@ def package_path(path: str) -> str:
 
 
 #: The folder of this package.
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def _type(error: BaseException) -> str:

@@ -1,10 +1,11 @@
-"""The embedded server's WSGI application: routes, authentication, errors as JSON.
+"""The embedded server's WSGI application: routes, admission, errors as JSON.
 
 Made by LocalServer, or by a test that drives it with Flask's test client.  No threads of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Optional
 
@@ -14,25 +15,30 @@ from werkzeug.exceptions import HTTPException
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import Admission, head_of
-from tinkex.local.http.messages import MAX_BODY, answer
-from tinkex.local.routes import (
-    auth,
-    checkpoints,
-    downloads,
-    flags,
-    futures,
-    losses,
-    passes,
-    rest,
-    runs,
-    sampling,
-    saves,
-    sessions,
-    telemetry,
-)
+from tinkex.local.http.messages import MAX_BODY, json_response
+from tinkex.local.routes.checkpoints import CheckpointRoutes
+from tinkex.local.routes.downloads import DownloadRoutes
+from tinkex.local.routes.futures import FutureRoutes
+from tinkex.local.routes.runs import RunRoutes
+from tinkex.local.routes.sampling import SamplingRoutes
+from tinkex.local.routes.saves import SaveRoutes
+from tinkex.local.routes.service import ServiceRoutes
+from tinkex.local.routes.sessions import SessionRoutes
+from tinkex.local.routes.training import TrainingRoutes
 from tinkex.local.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
+
+_TOPICS = (
+    SessionRoutes,
+    RunRoutes,
+    TrainingRoutes,
+    SaveRoutes,
+    SamplingRoutes,
+    FutureRoutes,
+    CheckpointRoutes,
+    DownloadRoutes,
+)
 
 
 def create_app(
@@ -45,57 +51,44 @@ def create_app(
     Args:
         backend: does the work; started and closed by the caller.
         settings: how it behaves; the defaults if None.
-        admission: which requests are let in; by default, as *settings* say.
+        admission: which requests are let in; by default, what *settings* allow.
     """
     settings = settings or ServerSettings()
     admission = admission or Admission(settings)
     app = Flask(__name__, static_folder=None)
     app.config[MAX_BODY] = settings.max_body_bytes
-    _register_admission(app, admission)
-    auth.register(app, settings, admission.mint)
-    flags.register(app, settings)
-    sessions.register(app, backend, settings)
-    runs.register(app, backend)
-    passes.register(app, backend)
-    losses.register(app, backend, settings)
-    saves.register(app, backend)
-    sampling.register(app, backend)
-    futures.register(app, backend, settings)
-    rest.register(app, backend)
-    checkpoints.register(app, backend)
-    downloads.register(app, backend, settings)
-    telemetry.register(app, backend)
-    _register_errors(app)
+    app.before_request(functools.partial(_admit, admission))
+    topics = [topic(backend, settings) for topic in _TOPICS]
+    for topic in (ServiceRoutes(backend, settings, admission.mint), *topics):
+        for method, path, view in topic.rules():
+            rule = path if path.startswith("/") else f"/api/v1/{path}"
+            app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
+    app.register_error_handler(HTTPError, _rejected)
+    app.register_error_handler(HTTPException, _not_routed)
+    app.register_error_handler(Exception, _failed)
     return app
 
 
-def _register_admission(app: Flask, admission: Admission) -> None:
-    @app.before_request
-    def check() -> None:
-        admission.check(head_of(request.environ))
+def _admit(admission: Admission) -> None:
+    admission.check(head_of(request.environ))
 
 
-def _register_errors(app: Flask) -> None:
-    @app.errorhandler(HTTPError)
-    def problem(error: HTTPError) -> Response:
-        response = answer({"detail": error.detail}, error.status)
-        response.headers.extend(error.headers)
-        if error.retry_after_s is not None:
-            response.headers["Retry-After"] = f"{error.retry_after_s:g}"
-        return response
+def _rejected(error: HTTPError) -> Response:
+    response = json_response({"detail": error.detail}, error.status)
+    response.headers.extend(error.headers)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = f"{error.retry_after_s:g}"
+    return response
 
-    @app.errorhandler(HTTPException)
-    def no_such_route(error: HTTPException) -> Response:
-        response = answer(
-            {"detail": f"{request.method} {request.path}: {error.description}"}, error.code or 500
-        )
-        if error.code == 405 and error.get_headers():
-            response.headers.extend(
-                (name, value) for name, value in error.get_headers() if name == "Allow"
-            )
-        return response
 
-    @app.errorhandler(Exception)
-    def unexpected(error: Exception) -> Response:
-        _log.exception("%s %s failed", request.method, request.path)
-        return answer({"detail": f"the server failed: {type(error).__name__}: {error}"}, 500)
+def _not_routed(error: HTTPException) -> Response:
+    detail = f"{request.method} {request.path}: {error.description}"
+    response = json_response({"detail": detail}, error.code or 500)
+    if error.code == 405:
+        response.headers.extend((name, v) for name, v in error.get_headers() if name == "Allow")
+    return response
+
+
+def _failed(error: Exception) -> Response:
+    _log.exception("%s %s failed", request.method, request.path)
+    return json_response({"detail": f"the server failed: {type(error).__name__}: {error}"}, 500)

@@ -23,7 +23,7 @@ from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import FutureTable
-from tinkex.local.state.idempotency import Once
+from tinkex.local.state.idempotency import IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow, RunRow
 from tinkex.local.state.session_table import SessionTable
 from tinkex.local.state.store import KIND_OF, Store
@@ -85,7 +85,7 @@ class Backend:
         # Guards _created: id -> digest of the body, and the answer's id.
         self._creating = threading.Lock()
         self._created: Dict[str, Tuple[bytes, str]] = {}
-        self.once = Once()
+        self.idempotency = IdempotencyCache()
         self.losses = CustomLosses()
         self.telemetry = TelemetrySink(settings.telemetry_kept)
 
@@ -113,7 +113,7 @@ class Backend:
 
         The same *idempotency_key* again stands for the same session: the answer was lost.
         """
-        return self.once.get(idempotency_key, lambda: self._create_session(facts))
+        return self.idempotency.get(idempotency_key, lambda: self._create_session(facts))
 
     def _create_session(self, facts: Dict[str, Any]) -> str:
         session_id = str(uuid.uuid4())
@@ -241,7 +241,7 @@ class Backend:
         name = parsed.checkpoint_id.partition("/")[2]
         return self.checkpoint(parsed.training_run_id, found_kind, name)
 
-    def need_run(self, run_id: str) -> RunRow:
+    def get_run(self, run_id: str) -> RunRow:
         """Return a training run; HTTPError 404 if it is unknown."""
         row = self.store.run(run_id)
         if row is None:
@@ -257,13 +257,23 @@ class Backend:
         row = self.store.checkpoint(run_id, kind, name)
         if row is not None:
             return row
-        self.need_run(run_id)
+        self.get_run(run_id)
         names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
         raise HTTPError(
             404,
             f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
             f"it has {', '.join(names) or 'none'}",
         )
+
+    def check_trained_here(self, checkpoint: CheckpointRow) -> None:
+        """Raise HTTPError 400 if a checkpoint was trained from another base model."""
+        run = self.store.run(checkpoint.run_id)
+        if run is not None and run.base_model != self.info.model_name:
+            raise HTTPError(
+                400,
+                f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
+                f"{self.info.model_name}",
+            )
 
     # Runs and samplers
 
@@ -280,18 +290,20 @@ class Backend:
             self.check_session(run.session_id)
         raise HTTPError(404, f"model {model_id} was unloaded; load its last checkpoint")
 
-    def create_run(self, model_id: str, digest: bytes, make: Callable[[], Job]) -> str:
-        """Open the run *model_id* and queue what makes it; return the request id.
+    def create_run(
+        self, model_id: str, digest: bytes, job: Job, add_run: Callable[[], None]
+    ) -> str:
+        """Open the run *model_id* and queue the job that creates it; return the request id.
 
-        *make* remembers the run and returns the job.  A repetition with the same *digest* gets
-        the first one's request id; another body is HTTPError 409.
+        *add_run* puts the run into the store.  A repetition with the same *digest* gets the first
+        one's request id; another body is HTTPError 409.
         """
         session_id = session_of(model_id)
         with self._creating:
             known = self._known(model_id, digest)
             if known is not None:
                 return known
-            job = make()
+            add_run()
             self._created[model_id] = (digest, job.request_id)
             self.scheduler.add_model(model_id, session_id, job)
         self._end_if_over(session_id)
@@ -349,7 +361,7 @@ class Backend:
             self.scheduler.end_session(session_id, problem.detail)
             raise
 
-    def sampler_ready(self, sampler_id: str) -> None:
+    def check_sampler(self, sampler_id: str) -> None:
         """Raise HTTPError 404 or 410 unless *sampler_id* takes requests."""
         if self.scheduler.has_sampler(sampler_id):
             self.check_session(session_of(sampler_id))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any, Dict, Optional, Type, TypeVar
+from typing import Any, Dict, Iterator, Optional, Type, TypeVar
 
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.local.errors import HTTPError
@@ -13,12 +14,12 @@ from tinkex.types._wire import Wire
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
 
-#: Most of what a client may have the server keep: of a text, of metadata.
-_MOST_CHARACTERS = 10_000
-_MOST_KEPT_BYTES = 64 << 10
+#: The most that a client may have the server keep: of a text, of metadata.
+_MAX_CHARACTERS = 10_000
+_MAX_KEPT_BYTES = 64 << 10
 
 
-def need(body: Dict[str, Any], name: str, kind: Type[T]) -> T:
+def required(body: Dict[str, Any], name: str, kind: Type[T]) -> T:
     """Return a field of the body; HTTPError 400 if it is missing or of another type."""
     value = optional(body, name, kind)
     if value is None:
@@ -33,10 +34,18 @@ def optional(body: Dict[str, Any], name: str, kind: Type[T]) -> Optional[T]:
         return None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise HTTPError(400, f"field {name!r} must be of type {kind.__name__}, not {value!r:.100}")
-    if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+    if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
         raise HTTPError(
-            400, f"field {name!r} has {len(value)} characters; at most {_MOST_CHARACTERS}"
+            400, f"field {name!r} has {len(value)} characters; at most {_MAX_CHARACTERS}"
         )
+    return value
+
+
+def required_seq_id(body: Dict[str, Any], name: str = "seq_id") -> int:
+    """Return a sequence number of the body; HTTPError 400 if it is missing or negative."""
+    value = required(body, name, int)
+    if value < 0:
+        raise HTTPError(400, f"{name} is {value}; it starts at 0")
     return value
 
 
@@ -53,16 +62,24 @@ def metadata(body: Dict[str, Any], name: str = "user_metadata") -> Optional[Dict
 def check_kept(name: str, value: object) -> None:
     """Raise HTTPError 400 if *value*, which is to be kept, takes more than 64 KiB as JSON."""
     size = len(write_json(value))
-    if size > _MOST_KEPT_BYTES:
-        raise HTTPError(400, f"{name} takes {size} bytes as JSON; at most {_MOST_KEPT_BYTES}")
+    if size > _MAX_KEPT_BYTES:
+        raise HTTPError(400, f"{name} takes {size} bytes as JSON; at most {_MAX_KEPT_BYTES}")
 
 
-def need_seq_id(body: Dict[str, Any], name: str = "seq_id", least: int = 0) -> int:
-    """Return a sequence number of the body; HTTPError 400 if it is missing or too small."""
-    value = need(body, name, int)
-    if value < least:
-        raise HTTPError(400, f"{name} is {value}; it starts at {least}")
-    return value
+def is_number(value: object) -> bool:
+    """True for a finite number; a bool is none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
+    """Return the lifetime of a checkpoint, None for ever; HTTPError 400 out of its range."""
+    value = body.get("ttl_seconds")
+    if value is None:
+        return None
+    if not is_number(value) or not 3600 <= value <= 10 * 366 * 86400:
+        raise HTTPError(400, f"ttl_seconds is {value!r}; it must lie between 3600 and ten years")
+    return float(value)
 
 
 def read_wire(kind: Type[W], payload: Any, name: str) -> W:
@@ -73,17 +90,10 @@ def read_wire(kind: Type[W], payload: Any, name: str) -> W:
         raise HTTPError(400, f"{name}: {error}") from error
 
 
-def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
-    """Return the lifetime of a checkpoint, None for ever; HTTPError 400 out of its range."""
-    value = body.get("ttl_seconds")
-    if value is None:
-        return None
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not 3600 <= value <= 10 * 366 * 86400:
-        raise HTTPError(400, f"ttl_seconds is {value!r}; it must lie between 3600 and ten years")
-    return float(value)
-
-
-def as_problem(error: InvalidInputError) -> HTTPError:
-    """The answer to a value that is not valid."""
-    return HTTPError(400, str(error))
+@contextlib.contextmanager
+def invalid_input_rejected(prefix: str = "", suffix: str = "") -> Iterator[None]:
+    """Make an HTTPError 400 of an InvalidInputError: the value came with the request."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise HTTPError(400, f"{prefix}{error}{suffix}") from error

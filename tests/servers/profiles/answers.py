@@ -18,8 +18,7 @@ from tinkex.local.http.messages import digest
 from tinkex.local.json_text import write_json
 from tinkex.local.scheduling.lanes import Job
 from tinkex.local.scheduling.sampling import failure_of
-from tinkex.local.state.completions import Group
-from tinkex.local.state.futures import Failure, Success
+from tinkex.local.state.futures import Failure, Group, Success
 from tinkex.wire.codec import JSON_CONTENT_TYPE
 
 #: What is queued in a run or sampler; a refusal of it becomes a future that fails.
@@ -118,7 +117,7 @@ class Answers:
         owner, number = _addressed(call)
         try:
             if call.route == "asample":
-                self._backend.sampler_ready(owner)
+                self._backend.check_sampler(owner)
             else:
                 self._backend.check_model(owner)
         except HTTPError:

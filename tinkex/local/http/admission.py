@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tinkex.errors import LocalServerError
 from tinkex.local.errors import HTTPError
-from tinkex.local.http.tokens import TokenMint
+from tinkex.local.http.signatures import TokenMint
 from tinkex.local.settings import ServerSettings
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 

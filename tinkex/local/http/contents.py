@@ -51,10 +51,10 @@ class Content:
         return size
 
 
-def file_content(file: Path) -> Content:
-    """Open one file; OSError if it is not there."""
+def file_content(folder: Path, relative: str) -> Content:
+    """Open one file in *folder*; OSError if it is not there."""
     content = Content()
-    content._add(file.open("rb"))
+    content._add((folder / relative).open("rb"))
     return content
 
 

@@ -1,4 +1,4 @@
-"""Reading requests and writing answers: the small change of the HTTP routes.
+"""Reading requests and writing responses, for the views of the routes.
 
 Everything here runs in an HTTP thread, within one request.
 """
@@ -28,8 +28,8 @@ _MOST_KEY_CHARACTERS = 256
 _MOST_DIGITS = 100
 
 
-def answer(value: Any, status: int = 200) -> Response:
-    """Return *value* as a JSON answer; numpy arrays are written as lists."""
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return *value* as a JSON response; numpy arrays are written as lists."""
     return Response(write_json(value), status, mimetype="application/json")
 
 

@@ -12,7 +12,7 @@ import re
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
 
 from tinkex.local.errors import HTTPError
-from tinkex.local.fields import need
+from tinkex.local.fields import required
 
 _MAX_INPUTS = 16
 _MAX_NODES = 1000
@@ -123,13 +123,13 @@ class LossProgram:
 
 def read_program(body: Dict[str, Any]) -> LossProgram:
     """Read the body of ``create_custom_loss``; HTTPError 400 says what is wrong with it."""
-    inputs = _read_inputs(need(body, "inputs", list))
-    graph = need(body, "graph", dict)
+    inputs = _read_inputs(required(body, "inputs", list))
+    graph = required(body, "graph", dict)
     if graph.get("format") != 1:
         raise HTTPError(
             400, f"graph format {graph.get('format')!r} is unknown; this server reads 1"
         )
-    listed = need(graph, "nodes", list)
+    listed = required(graph, "nodes", list)
     if not 1 <= len(listed) <= _MAX_NODES:
         raise HTTPError(400, f"the graph has {len(listed)} nodes; it may have 1 to {_MAX_NODES}")
     known: Set[str] = set()
@@ -139,7 +139,7 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
     for raw in listed:
         if not isinstance(raw, dict) or output is not None:
             raise HTTPError(400, "the graph's nodes must be objects, and its output the last one")
-        name, op, target = (need(raw, field, str) for field in ("name", "op", "target"))
+        name, op, target = (required(raw, field, str) for field in ("name", "op", "target"))
         args, kwargs = _arguments(raw)
         _check_value(args, known)
         _check_value(list(kwargs.values()), known)
@@ -156,7 +156,7 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
     if len(parameters) != len(inputs):
         raise HTTPError(400, f"the graph has {len(parameters)} parameters for {len(inputs)} inputs")
     loss, metrics = _read_output(output)
-    name = need(body, "name", str)
+    name = required(body, "name", str)
     return LossProgram(name, inputs, tuple(parameters), tuple(nodes), loss, metrics)
 
 

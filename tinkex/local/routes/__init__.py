@@ -1,1 +1,1 @@
-"""The HTTP routes, one module per topic; each has ``register(app, backend)``."""
+"""The HTTP routes: a class of views per topic, each with a table of its rules."""

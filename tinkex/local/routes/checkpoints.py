@@ -1,92 +1,188 @@
-"""Checkpoints: what is in them, copy, delete, publish, expire (docs/protocol.md, "Checkpoints")."""
+"""Runs and checkpoints: list, describe, copy, delete, publish, expire (docs/protocol.md)."""
 
 from __future__ import annotations
 
-from flask import Flask, Response
+import functools
+import uuid
+from datetime import datetime, timezone
+from typing import Optional, Sequence
 
-from tinkex.local.backend import Backend
+from flask import Response, request
+
 from tinkex.local.errors import HTTPError
-from tinkex.local.fields import need, optional, ttl_seconds
-from tinkex.local.http.messages import answer, idempotency_key, json_body
-from tinkex.local.routes.copies import copy_checkpoint
-from tinkex.local.state.rows import CheckpointRow
-from tinkex.types import WeightsInfoResponse
+from tinkex.local.fields import optional, required, ttl_seconds
+from tinkex.local.http.messages import (
+    check_scope,
+    idempotency_key,
+    json_body,
+    json_response,
+    page,
+)
+from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.state.rows import CheckpointRow, RunRow
+from tinkex.types import (
+    Checkpoint,
+    CheckpointsListResponse,
+    Cursor,
+    TrainingRun,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
 from tinkex.types.checkpoint_path import KINDS
 
-CHECKPOINT = "/api/v1/training_runs/<run_id>/checkpoints/<kind>/<name>"
+#: Path of a checkpoint.
+CHECKPOINT = "training_runs/<run_id>/checkpoints/<kind>/<name>"
 
 
-def register(app: Flask, backend: Backend) -> None:
-    """Add the routes to *app*."""
-    _register_contents(app, backend)
-    _register_changes(app, backend)
+class CheckpointRoutes(Routes):
+    """Views of what was trained and saved."""
 
+    def rules(self) -> Sequence[Rule]:
+        """See Routes."""
+        return [
+            ("GET", "training_runs", self.list_runs),
+            ("GET", "training_runs/<run_id>", self.describe_run),
+            ("GET", "training_runs/<run_id>/checkpoints", self.list_checkpoints_of),
+            ("GET", "checkpoints", self.list_checkpoints),
+            ("POST", "weights_info", self.weights_info),
+            ("POST", "copy_weights", self.copy),
+            ("DELETE", CHECKPOINT, self.delete),
+            ("POST", f"{CHECKPOINT}/publish", functools.partial(self.set_public, True)),
+            ("DELETE", f"{CHECKPOINT}/publish", functools.partial(self.set_public, False)),
+            ("PUT", f"{CHECKPOINT}/ttl", self.set_ttl),
+        ]
 
-def _register_contents(app: Flask, backend: Backend) -> None:
-    @app.post("/api/v1/weights_info")
-    def weights_info() -> Response:
+    # Lists
+
+    def list_runs(self) -> Response:
+        """A page of the runs, last used first."""
+        check_scope()
+        limit, offset = page(20)
+        project_id = request.args.get("project_id") or None
+        rows, total = self._backend.store.runs(limit, offset, project_id)
+        runs = [self._run(row) for row in rows]
+        return json_response(TrainingRunsResponse(runs, Cursor(offset, limit, total)).to_wire())
+
+    def describe_run(self, run_id: str) -> Response:
+        """One run."""
+        check_scope()
+        return json_response(self._run(self._backend.get_run(run_id)).to_wire())
+
+    def list_checkpoints_of(self, run_id: str) -> Response:
+        """Every checkpoint of a run, newest first."""
+        self._backend.get_run(run_id)
+        found = [_as_checkpoint(row) for row in self._backend.store.checkpoints_of(run_id)]
+        return json_response(CheckpointsListResponse(found).to_wire())
+
+    def list_checkpoints(self) -> Response:
+        """A page of all checkpoints, newest first."""
+        limit, offset = page(100)
+        rows, total = self._backend.store.checkpoints(limit, offset)
+        found = [_as_checkpoint(row) for row in rows]
+        cursor = Cursor(offset, limit, total)
+        return json_response(CheckpointsListResponse(found, cursor).to_wire())
+
+    # One checkpoint
+
+    def weights_info(self) -> Response:
+        """What a checkpoint was trained from, and how."""
         body, _ = json_body()
-        checkpoint = backend.checkpoint_at(need(body, "tinker_path", str))
-        run = backend.need_run(checkpoint.run_id)
-        lora = run.lora
+        checkpoint = self._backend.checkpoint_at(required(body, "tinker_path", str))
+        run = self._backend.get_run(checkpoint.run_id)
         found = WeightsInfoResponse(
             base_model=run.base_model,
             is_lora=True,
-            lora_rank=lora.rank,
-            train_unembed=lora.train_unembed,
-            train_mlp=lora.train_mlp,
-            train_attn=lora.train_attn,
+            lora_rank=run.lora.rank,
+            train_unembed=run.lora.train_unembed,
+            train_mlp=run.lora.train_mlp,
+            train_attn=run.lora.train_attn,
             optimizer_config=run.optimizer,
         )
-        return answer(found.to_wire())
+        return json_response(found.to_wire())
 
-    @app.post("/api/v1/copy_weights")
-    def copy_weights() -> Response:
+    def copy(self) -> Response:
+        """Copy a checkpoint into a run of its own; the same idempotency key, the same copy."""
         body, _ = json_body()
-        path = copy_checkpoint(
-            backend,
-            backend.checkpoint_at(need(body, "source_path", str)),
-            project_id=optional(body, "destination_project_id", str),
-            ttl_s=ttl_seconds(body),
-            idempotency_key=idempotency_key(),
+        copy = functools.partial(
+            self._copy,
+            self._backend.checkpoint_at(required(body, "source_path", str)),
+            optional(body, "destination_project_id", str),
+            ttl_seconds(body),
         )
-        return answer({"tinker_path": path})
+        return json_response(
+            {"tinker_path": self._backend.idempotency.get(idempotency_key(), copy)}
+        )
 
+    def _copy(
+        self, source: CheckpointRow, project_id: Optional[str], ttl_s: Optional[float]
+    ) -> str:
+        store, run = self._backend.store, self._backend.get_run(source.run_id)
+        copy_id = f"copy-{uuid.uuid4()}"
+        store.add_run(
+            copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
+        )
+        try:
+            with store.saving(
+                copy_id, source.kind, source.name,
+                overwrite=False, ttl_s=ttl_s, user_metadata=source.user_metadata,
+            ) as folder:  # fmt: skip
+                store.copy_files(source, folder)
+        except BaseException:
+            store.drop_run(copy_id)
+            raise
+        return f"tinker://{copy_id}/{source.kind}/{source.name}"
 
-def _register_changes(app: Flask, backend: Backend) -> None:
-    @app.delete(CHECKPOINT)
-    def delete_checkpoint(run_id: str, kind: str, name: str) -> Response:
-        backend.store.delete_checkpoint(need_checkpoint(backend, run_id, kind, name))
-        return answer({})
+    def delete(self, run_id: str, kind: str, name: str) -> Response:
+        """Delete a checkpoint."""
+        self._backend.store.delete_checkpoint(self._checkpoint(run_id, kind, name))
+        return json_response({})
 
-    @app.post(f"{CHECKPOINT}/publish")
-    def publish(run_id: str, kind: str, name: str) -> Response:
-        return _set_public(backend, need_checkpoint(backend, run_id, kind, name), True)
+    def set_public(self, public: bool, run_id: str, kind: str, name: str) -> Response:
+        """Mark a checkpoint as published, or as private."""
+        row = self._checkpoint(run_id, kind, name)
+        if row.public is public:
+            state = "public" if public else "private"
+            raise HTTPError(409, f"{row.tinker_path} is {state} already")
+        self._backend.store.set_public(row, public)
+        return json_response({})
 
-    @app.delete(f"{CHECKPOINT}/publish")
-    def unpublish(run_id: str, kind: str, name: str) -> Response:
-        return _set_public(backend, need_checkpoint(backend, run_id, kind, name), False)
-
-    @app.put(f"{CHECKPOINT}/ttl")
-    def set_ttl(run_id: str, kind: str, name: str) -> Response:
+    def set_ttl(self, run_id: str, kind: str, name: str) -> Response:
+        """Have a checkpoint expire, or not."""
         body, _ = json_body()
         ttl_s = ttl_seconds(body)
-        backend.store.set_ttl(need_checkpoint(backend, run_id, kind, name), ttl_s)
-        return answer({})
+        self._backend.store.set_ttl(self._checkpoint(run_id, kind, name), ttl_s)
+        return json_response({})
 
-
-def _set_public(backend: Backend, checkpoint: CheckpointRow, public: bool) -> Response:
-    if checkpoint.public is public:
-        state = "public" if public else "private"
-        raise HTTPError(409, f"{checkpoint.tinker_path} is {state} already")
-    backend.store.set_public(checkpoint, public)
-    return answer({})
-
-
-def need_checkpoint(backend: Backend, run_id: str, kind: str, name: str) -> CheckpointRow:
-    """Return a checkpoint; HTTPError 400 or 404 says what is wrong with its address."""
-    if kind not in KINDS:
-        raise HTTPError(
-            400, f"{kind}/{name} is not a checkpoint id; it must begin with one of {list(KINDS)}"
+    def _run(self, row: RunRow) -> TrainingRun:
+        return TrainingRun(
+            training_run_id=row.run_id,
+            base_model=row.base_model,
+            model_owner=self._backend.settings.owner_urn,
+            is_lora=True,
+            last_request_time=_instant(row.last_request_at),
+            lora_rank=row.lora.rank,
+            last_checkpoint=self._last(row.run_id, "weights"),
+            last_sampler_checkpoint=self._last(row.run_id, "sampler_weights"),
+            user_metadata=row.user_metadata,
         )
-    return backend.checkpoint(run_id, kind, name)
+
+    def _last(self, run_id: str, kind: str) -> Optional[Checkpoint]:
+        found = self._backend.store.last_checkpoint(run_id, kind)
+        return None if found is None else _as_checkpoint(found)
+
+
+def _instant(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def _as_checkpoint(row: CheckpointRow) -> Checkpoint:
+    return Checkpoint(
+        checkpoint_id=f"{row.kind}/{row.name}",
+        checkpoint_type=KINDS[row.kind],
+        time=_instant(row.created_at),
+        tinker_path=row.tinker_path,
+        size_bytes=row.size_bytes,
+        public=row.public,
+        user_metadata=row.user_metadata,
+        expires_at=None if row.expires_at is None else _instant(row.expires_at),
+    )

@@ -2,76 +2,141 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
 
-from flask import Flask, Response
+from flask import Response
 
-from tinkex.local.backend import Backend, session_of
+from tinkex.local.backend import session_of
 from tinkex.local.errors import HTTPError
-from tinkex.local.fields import metadata, need, need_seq_id, optional, ttl_seconds
+from tinkex.local.fields import metadata, optional, required, required_seq_id, ttl_seconds
 from tinkex.local.http.messages import digest, digest_without, json_body
-from tinkex.local.routes.submission import submit
+from tinkex.local.routes.base import Routes, Rule
 from tinkex.local.scheduling.checks import check_checkpoint_name
+from tinkex.local.scheduling.lanes import Work
 
 #: Fixed weights, or those of a target that every later save of this kind updates.
 _SAMPLER_KINDS = ("snapshot", "inflight")
 
+#: Route -> kind of the checkpoint that it saves.
+_KINDS = {
+    "save_weights": "weights",
+    "save_weights_for_sampler": "sampler_weights",
+    "save_weights_external": "external_weights",
+}
 
-def register(app: Flask, backend: Backend) -> None:
-    """Add the routes to *app*."""
 
-    @app.post("/api/v1/save_weights")
-    def save_weights() -> Response:
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """One checkpoint that is to be saved, by the route *route*."""
+
+    route: str
+    model_id: str
+    name: str
+    overwrite: bool
+    ttl_s: Optional[float]
+    user_metadata: Optional[Dict[str, Any]]
+
+    @property
+    def kind(self) -> str:
+        return _KINDS[self.route]
+
+
+class SaveRoutes(Routes):
+    """Views of what saves the weights of a run."""
+
+    def rules(self) -> Sequence[Rule]:
+        """See Routes."""
+        return [
+            ("POST", "save_weights", self.save),
+            ("POST", "save_weights_for_sampler", self.save_for_sampler),
+            ("POST", "save_weights_external", self.export),
+        ]
+
+    def save(self) -> Response:
+        """Queue the saving of a training checkpoint."""
+        return self._submit_save("save_weights", *json_body())
+
+    def export(self) -> Response:
+        """Queue the export of an adapter for other programs."""
+        return self._submit_save("save_weights_external", *json_body())
+
+    def save_for_sampler(self) -> Response:
+        """Queue the saving of a sampler checkpoint; without a name, the making of a sampler."""
         body, raw = json_body()
-        return _submit_named_save(backend, body, digest(raw), "weights", "save_weights")
-
-    @app.post("/api/v1/save_weights_for_sampler")
-    def save_weights_for_sampler() -> Response:
-        body, raw = json_body()
-        if body.get("path") is None:
-            return _submit_ephemeral_save(backend, body)
-        return _submit_named_save(
-            backend, body, digest(raw), "sampler_weights", "save_weights_for_sampler"
+        if body.get("path") is not None:
+            return self._submit_save("save_weights_for_sampler", body, raw)
+        # The official client takes a new sampler number for every retry of the same seq_id.
+        return self._submit(
+            body, digest_without(body, "sampling_session_seq_id"), self._prepare_sampler
         )
 
-    @app.post("/api/v1/save_weights_external")
-    def save_weights_external() -> Response:
-        body, raw = json_body()
-        return _submit_named_save(
-            backend, body, digest(raw), "external_weights", "save_weights_external"
-        )
+    def _submit_save(self, route: str, body: Dict[str, Any], raw: bytes) -> Response:
+        return self._submit(body, digest(raw), functools.partial(self._prepare_save, route))
 
-
-def _submit_named_save(
-    backend: Backend, body: Dict[str, Any], body_digest: bytes, kind: str, route: str
-) -> Response:
-    model_id = need(body, "model_id", str)
-
-    def prepare() -> Callable[[], object]:
+    def _prepare_save(self, route: str, model_id: str, body: Dict[str, Any]) -> Work:
         _check_named(body)
-        name = check_checkpoint_name(need(body, "path", str))
-        overwrite = bool(optional(body, "overwrite", bool))
-        ttl_s = ttl_seconds(body)
-        user_metadata = metadata(body)
-        backend.store.check_name_free(model_id, kind, name, overwrite)
+        save = _Save(
+            route,
+            model_id,
+            check_checkpoint_name(required(body, "path", str)),
+            bool(optional(body, "overwrite", bool)),
+            ttl_seconds(body),
+            metadata(body),
+        )
+        self._backend.store.check_name_free(model_id, save.kind, save.name, save.overwrite)
+        return functools.partial(self._save, save)
 
-        def save() -> object:
-            saving = backend.store.saving(
-                model_id, kind, name, overwrite=overwrite, ttl_s=ttl_s, user_metadata=user_metadata
-            )
-            with saving as folder:
-                if kind == "external_weights":
-                    backend.engine.export(model_id, folder)
-                else:
-                    backend.engine.save(model_id, folder, with_optimizer=kind == "weights")
-            saved: Dict[str, Any] = {"path": f"tinker://{model_id}/{kind}/{name}", "type": route}
-            if kind == "external_weights":
-                saved["size_bytes"] = backend.checkpoint(model_id, kind, name).size_bytes
-            return saved
+    def _save(self, save: _Save) -> object:
+        backend, engine, model_id = self._backend, self._backend.engine, save.model_id
+        with backend.store.saving(
+            model_id,
+            save.kind,
+            save.name,
+            overwrite=save.overwrite,
+            ttl_s=save.ttl_s,
+            user_metadata=save.user_metadata,
+        ) as folder:
+            if save.kind == "external_weights":
+                engine.export(model_id, folder)
+            else:
+                engine.save(model_id, folder, with_optimizer=save.kind == "weights")
+        path = f"tinker://{model_id}/{save.kind}/{save.name}"
+        saved: Dict[str, Any] = {"path": path, "type": save.route}
+        if save.kind == "external_weights":
+            saved["size_bytes"] = backend.checkpoint(model_id, save.kind, save.name).size_bytes
+        return saved
 
-        return save
+    def _prepare_sampler(self, model_id: str, body: Dict[str, Any]) -> Work:
+        """Make a sampler of the weights as they are, without a checkpoint.
 
-    return submit(backend, model_id, need_seq_id(body), body_digest, prepare)
+        An inflight one follows the run: every later inflight save updates it too.
+        """
+        follows = model_id if _sampler_kind(body) == "inflight" else None
+        seq_id = required_seq_id(body, "sampling_session_seq_id")
+        return functools.partial(
+            self._save_sampler,
+            model_id,
+            f"{session_of(model_id)}:sample:{seq_id}",
+            digest_without(body, "sampling_session_seq_id"),
+            follows,
+        )
+
+    def _save_sampler(
+        self, model_id: str, sampler_id: str, digest: bytes, follows: Optional[str]
+    ) -> object:
+        self._backend.create_sampler(
+            sampler_id, digest, None, functools.partial(self._current, model_id), follows=follows
+        )
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+
+    def _current(self, model_id: str) -> Path:
+        """Write the weights of a run as they are now, and return their folder."""
+        folder = self._backend.store.new_sampler_folder()
+        self._backend.engine.save(model_id, folder, with_optimizer=False)
+        return folder
 
 
 def _check_named(body: Dict[str, Any]) -> None:
@@ -90,31 +155,3 @@ def _sampler_kind(body: Dict[str, Any]) -> str:
     if kind not in _SAMPLER_KINDS:
         raise HTTPError(400, f"kind is {kind!r}; it must be one of {', '.join(_SAMPLER_KINDS)}")
     return kind
-
-
-def _submit_ephemeral_save(backend: Backend, body: Dict[str, Any]) -> Response:
-    """Make a sampler of the weights as they are, without a checkpoint.
-
-    An inflight one follows the run: every later inflight save updates it too.
-    """
-    model_id = need(body, "model_id", str)
-    # The official client takes a new sampler number for every retry of the same seq_id.
-    body_digest = digest_without(body, "sampling_session_seq_id")
-
-    def prepare() -> Callable[[], object]:
-        follows = model_id if _sampler_kind(body) == "inflight" else None
-        number = need_seq_id(body, "sampling_session_seq_id")
-        sampler_id = f"{session_of(model_id)}:sample:{number}"
-
-        def save() -> object:
-            def weights() -> Any:
-                folder = backend.store.new_sampler_folder()
-                backend.engine.save(model_id, folder, with_optimizer=False)
-                return folder
-
-            backend.create_sampler(sampler_id, body_digest, None, weights, follows=follows)
-            return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
-
-        return save
-
-    return submit(backend, model_id, need_seq_id(body), body_digest, prepare)

@@ -1,4 +1,4 @@
-"""Finding sessions by what is known of them (docs/protocol.md, "Session search").
+"""Finding sessions by their attributes (docs/protocol.md, "Session search").
 
 Pure: rows in, rows out.
 """
@@ -10,13 +10,14 @@ from datetime import datetime, timezone
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex.local.errors import HTTPError
-from tinkex.local.fields import need, optional
-from tinkex.local.state.rows import SessionRow
+from tinkex.local.fields import optional, required
+from tinkex.local.state.rows import SessionRow, timestamp
 
 #: Project of a session that was given none.
 DEFAULT_PROJECT = "default"
 
-_REASONS = ("success", "errored", "interrupted")
+#: Why a client may say that it ended a session.
+REASONS = ("success", "errored", "interrupted")
 _STATUSES = ("active", "cancelled", "failed", "client_finished")
 
 #: State of a row -> status; a session that expired, or that a restart ended, was cancelled.
@@ -41,12 +42,6 @@ def status_of(row: SessionRow) -> Dict[str, Any]:
     elif row.state != "live":
         status.update(detail=row.reason)
     return status
-
-
-def instant(seconds: float) -> str:
-    """RFC 3339 in UTC, with microseconds; later instants sort later."""
-    text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
-    return text.replace("+00:00", "Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Search:
         """Return the next of *rows* that fit, newest first, and the cursor if there are more."""
         if self.owner_urns is not None and owner_urn not in self.owner_urns:
             return [], None
-        keyed = {(instant(row.created_at), row.session_id): row for row in rows}
+        keyed = {(timestamp(row.created_at), row.session_id): row for row in rows}
         found: List[SessionRow] = []
         for key, row in sorted(keyed.items(), reverse=True):
             if (self.after is not None and key >= self.after) or not self._fits(row):
@@ -97,7 +92,7 @@ class Search:
             if len(found) == self.limit:
                 last = found[-1]
                 return found, {
-                    "last_created_at": instant(last.created_at),
+                    "last_created_at": timestamp(last.created_at),
                     "last_session_id": last.session_id,
                 }
             found.append(row)
@@ -122,15 +117,15 @@ class Search:
 def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
     if cursor is None:
         return None
-    created_at = need(cursor, "last_created_at", str)
+    created_at = required(cursor, "last_created_at", str)
     try:
         moment = datetime.fromisoformat(created_at.replace("Z", "+00:00"))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
-        last = instant(moment.timestamp())  # it may lie before the year 1 or after 9999 in UTC
+        last = timestamp(moment.timestamp())  # it may lie before the year 1 or after 9999 in UTC
     except (ValueError, OverflowError, OSError) as error:
         raise HTTPError(400, f"last_created_at {created_at!r:.80} is not an instant") from error
-    return last, need(cursor, "last_session_id", str)
+    return last, required(cursor, "last_session_id", str)
 
 
 def _owner(owner: Optional[Dict[str, Any]]) -> Optional[FrozenSet[str]]:
@@ -139,7 +134,7 @@ def _owner(owner: Optional[Dict[str, Any]]) -> Optional[FrozenSet[str]]:
         return None  # there is one user
     if kind != "user":
         raise HTTPError(400, f"owner {kind!r:.80} is unknown; it must be own, accessible or user")
-    urns = need(owner, "owner_urns", list)
+    urns = required(owner, "owner_urns", list)
     if not 1 <= len(urns) <= 10:
         raise HTTPError(400, f"there are {len(urns)} owner_urns; there must be 1 to 10")
     return frozenset(map(str, urns))
@@ -161,7 +156,7 @@ def _statuses(
         if reasons is None:
             wanted.append((kind, None))
             continue
-        if not isinstance(reasons, list) or not all(reason in _REASONS for reason in reasons):
-            raise HTTPError(400, f"reasons must be a list of {', '.join(_REASONS)}")
+        if not isinstance(reasons, list) or not all(reason in REASONS for reason in reasons):
+            raise HTTPError(400, f"reasons must be a list of {', '.join(REASONS)}")
         wanted += [(kind, reason) for reason in reasons]
     return frozenset(wanted)

@@ -15,15 +15,19 @@ from tinkex.local.errors import HTTPError
 REMEMBERED = 4096
 
 
+#: Engine work: called on the engine thread, its value is the result.
+Work = Callable[[], object]
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One unit of engine work: *run* is called on the engine thread, its value is the result.
+    """One unit of engine work under its request id.
 
     If it *creates* the model and fails, nothing after it can work.
     """
 
     request_id: str
-    run: Callable[[], object]
+    run: Work
     creates: bool = False
 
 

@@ -22,8 +22,7 @@ from tinkex.local.scheduling.batches import SampleJob, SamplerLane, SamplerWeigh
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.sampling import SamplingTurns, failure_of, guarded
 from tinkex.local.settings import SamplingLimits
-from tinkex.local.state.completions import Group
-from tinkex.local.state.futures import Failure, FutureTable, Outcome, Success
+from tinkex.local.state.futures import Failure, FutureTable, Group, Outcome, Success
 from tinkex.types import SampleRequest
 
 _log = logging.getLogger(__name__)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from pathlib import Path
 from typing import Any, Sequence
-
-from tinkex.local.state.reserve import Reserve
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +42,41 @@ _ADDED = (
     ("sessions", "end_detail"),
     ("runs", "project_id"),
 )
+
+
+#: Room for some hundred changes.
+RESERVE_BYTES = 1 << 20
+
+
+class Reserve:
+    """A file at *path* that is deleted when its room is needed."""
+
+    def __init__(self, path: Path, size: int = RESERVE_BYTES) -> None:
+        self._path = path
+        self._size = size
+        # Guards the file.
+        self._lock = threading.Lock()
+
+    def fill(self) -> None:
+        """Make the file if it is not there and there is room for it."""
+        with self._lock:
+            if self._path.exists():
+                return
+            try:
+                # Random, since a file system may not store zeros.
+                self._path.write_bytes(os.urandom(self._size))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+
+    def release(self) -> bool:
+        """Delete the file; tell whether there was one."""
+        with self._lock:
+            try:
+                self._path.unlink()
+            except OSError:
+                return False
+            return True
 
 
 class Database:

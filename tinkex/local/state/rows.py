@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
+from datetime import datetime, timezone
 from typing import Any, Dict, Optional
 
 from tinkex.local.json_text import MOST_LEVELS, levels
@@ -77,6 +78,12 @@ class SamplerRow:
     created_at: float
     base_model: str
     model_path: Optional[str]
+
+
+def timestamp(seconds: float) -> str:
+    """RFC 3339 in UTC, with microseconds; later times sort later."""
+    text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
+    return text.replace("+00:00", "Z")
 
 
 def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:

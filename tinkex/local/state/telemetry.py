@@ -36,7 +36,7 @@ class TelemetrySink:
         self._lock = threading.Lock()  # guards _events
         self._events: Deque[Dict[str, Any]] = deque(maxlen=kept)
 
-    def take(self, batch: Dict[str, Any]) -> None:
+    def add(self, batch: Dict[str, Any]) -> None:
         """Keep the events of a request body; HTTPError 400 if one is malformed, and then none."""
         for name in ("platform", "sdk_version", "session_id", "process_uuid"):
             if not isinstance(batch.get(name), str):

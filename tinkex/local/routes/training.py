@@ -1,0 +1,194 @@
+"""Passes over batches, custom losses and optimizer steps (docs/protocol.md, "Passes")."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from typing import Any, Dict, Sequence, Tuple
+
+import orjson
+from flask import Response, request
+
+from tinkex.local.backend import Backend, session_of
+from tinkex.local.errors import HTTPError
+from tinkex.local.fields import (
+    invalid_input_rejected,
+    read_wire,
+    required,
+    required_seq_id,
+)
+from tinkex.local.http.messages import digest, json_body, json_response, raw_body
+from tinkex.local.json_text import check_levels
+from tinkex.local.losses.custom_passes import run_custom_pass
+from tinkex.local.losses.evaluation import has_torch
+from tinkex.local.losses.program import read_program
+from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.scheduling.checks import check_pass
+from tinkex.local.scheduling.lanes import Work
+from tinkex.local.settings import ServerSettings
+from tinkex.local.state.futures import Success
+from tinkex.types import AdamParams, ForwardBackwardRequest
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
+
+
+class TrainingRoutes(Routes):
+    """Views of what computes gradients and uses them."""
+
+    def __init__(self, backend: Backend, settings: ServerSettings) -> None:
+        super().__init__(backend, settings)
+        # A repetition must not get its response before there is a future to poll for.
+        self._creating_loss = threading.Lock()
+
+    def rules(self) -> Sequence[Rule]:
+        """See Routes."""
+        rules: Sequence[Rule] = [
+            ("POST", "forward_backward", self.forward_backward),
+            ("POST", "forward", self.forward),
+            ("POST", "optim_step", self.optim_step),
+        ]
+        if self._settings.flags.custom_loss_server_side:
+            return [*rules, ("POST", "create_custom_loss", self.create_custom_loss)]
+        return rules
+
+    def forward_backward(self) -> Response:
+        """Queue a pass."""
+        return self._submit_pass(forward_only=False)
+
+    def forward(self) -> Response:
+        """Queue a pass without a gradient."""
+        return self._submit_pass(forward_only=True)
+
+    def optim_step(self) -> Response:
+        """Queue a step of the optimizer."""
+        body, raw = json_body()
+        return self._submit(body, digest(raw), self._prepare_step)
+
+    def create_custom_loss(self) -> Response:
+        """Keep a loss for the session."""
+        body, raw = json_body()
+        session_id = required(body, "session_id", str)
+        self._backend.check_session(session_id)
+        seq_id = required_seq_id(body, "custom_loss_seq_id")
+        if not has_torch():
+            raise HTTPError(501, "custom losses need torch, which is not installed on the server")
+        program = read_program(body)
+        loss_id = f"{session_id}:loss:{seq_id}"
+        request_id = f"{loss_id}:create"
+        with self._creating_loss:
+            if self._backend.losses.add(loss_id, digest(raw), program):
+                created = Success({"loss_id": loss_id, "type": "create_custom_loss"})
+                self._backend.futures.create(request_id, loss_id, 0)
+                self._backend.futures.complete(request_id, created)
+        return json_response({"request_id": request_id})
+
+    # Steps
+
+    def _prepare_step(self, model_id: str, body: Dict[str, Any]) -> Work:
+        params = read_wire(AdamParams, _adam_params(body), "adam_params")
+        with invalid_input_rejected():
+            params.check()
+        return functools.partial(self._step, model_id, params)
+
+    def _step(self, model_id: str, params: AdamParams) -> object:
+        return {"metrics": self._backend.engine.optim_step(model_id, params)}
+
+    # Passes
+
+    def _submit_pass(self, *, forward_only: bool) -> Response:
+        raw = raw_body()
+        codec = codec_for(request.content_type or "")
+        try:
+            with invalid_input_rejected():
+                if codec.content_type == JSON_CONTENT_TYPE:
+                    check_levels(raw)
+                asked = codec.decode_forward_backward(raw)
+        except HTTPError:
+            self._consume_seq_id(raw, codec.content_type)
+            raise
+        if forward_only:
+            asked = dataclasses.replace(asked, forward_only=True)
+        return self._submit_at(
+            asked.model_id, asked.seq_id, digest(raw), functools.partial(self._prepare_pass, asked)
+        )
+
+    def _prepare_pass(self, asked: ForwardBackwardRequest) -> Work:
+        if asked.loss_fn == "custom" and self._backend.settings.flags.custom_loss_server_side:
+            return self._prepare_custom(asked)
+        check_pass(self._backend.info, asked.loss_fn, asked.data)
+        return functools.partial(
+            self._backend.engine.forward_backward,
+            asked.model_id,
+            asked.data,
+            asked.loss_fn,
+            asked.loss_fn_config,
+            forward_only=asked.forward_only,
+        )
+
+    def _prepare_custom(self, asked: ForwardBackwardRequest) -> Work:
+        loss_id = asked.loss_fn_config.get("loss_id")
+        program = self._backend.losses.find(loss_id)
+        if program is None or session_of(str(loss_id)) != session_of(asked.model_id):
+            raise HTTPError(
+                400,
+                f"loss_id {loss_id!r:.100} is no custom loss of this session; create_custom_loss "
+                "returns the id",
+            )
+        check_pass(self._backend.info, "cross_entropy", asked.data)
+        for index, datum in enumerate(asked.data):
+            for name in ("target_tokens", *(name for name, _ in program.inputs[1:])):
+                if name not in datum.loss_fn_inputs:
+                    raise HTTPError(
+                        400,
+                        f"datum {index}: the loss {program.name!r:.100} needs the input {name!r}",
+                    )
+        return functools.partial(
+            run_custom_pass,
+            self._backend.engine,
+            asked.model_id,
+            asked.data,
+            program,
+            forward_only=asked.forward_only,
+        )
+
+    def _consume_seq_id(self, raw: bytes, content_type: str) -> None:
+        """Find out which run an unreadable body was meant for, and let it go on without it."""
+        model_id, seq_id = _addressee(raw, content_type)
+        if isinstance(model_id, str) and isinstance(seq_id, int) and seq_id > 0:
+            self._backend.check_model(model_id)
+            self._backend.scheduler.submit(model_id, seq_id, digest(raw), None)
+
+
+def _adam_params(body: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the parameters of the step: under their old name, or as those of a family."""
+    if body.get("optimizer_params") is None:
+        return required(body, "adam_params", dict)
+    if body.get("adam_params") is not None:
+        raise HTTPError(400, "both adam_params and optimizer_params are given; send one of them")
+    params = required(body, "optimizer_params", dict)
+    family = params.get("type", "adamw")
+    if family != "adamw":
+        raise HTTPError(
+            400, f"optimizer_params are of the family {family!r}; runs of this server have adamw"
+        )
+    return {name: value for name, value in params.items() if name != "type"}
+
+
+def _addressee(raw: bytes, content_type: str) -> Tuple[Any, Any]:
+    """Return ``model_id`` and ``seq_id`` of a body, as far as they can be read."""
+    if content_type == PROTOBUF_CONTENT_TYPE:
+        from google.protobuf.message import DecodeError
+
+        from tinkex.wire import tinker_public_pb2 as pb
+
+        message = pb.ForwardBackwardRequest()
+        try:
+            message.ParseFromString(raw)
+        except DecodeError:
+            return None, None
+        return message.model_id, message.seq_id
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None, None
+    return (body.get("model_id"), body.get("seq_id")) if isinstance(body, dict) else (None, None)
