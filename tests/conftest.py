@@ -66,9 +66,9 @@ def no_thread_is_left() -> Iterator[None]:
         server_state.forget_servers()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)
-    futures = sys.modules.get("tinkex.futures")
-    if futures is not None:  # failed ones that the test did not read are not the next one's
-        futures.report_lost()
+    deferred = sys.modules.get("tinkex._runtime.deferred")
+    if deferred is not None:  # failed futures that the test did not read are not the next one's
+        deferred.run_deferred()
 
 
 @pytest.fixture

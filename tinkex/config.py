@@ -1,4 +1,4 @@
-"""Config: every setting of a client, resolved once, when it is made."""
+"""Config: all settings of a client, resolved once, when it is created."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 
-#: What a site behind Cloudflare Access lets a program in by.
+#: Header -> variable, for servers behind Cloudflare Access.
 _ACCESS_VARIABLES = {
     "CF-Access-Client-Id": "CLOUDFLARE_ACCESS_CLIENT_ID",
     "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
 }
 
-#: What switches a variable on.
+#: Values of a variable that switch something on.
 _YES = ("1", "true", "yes", "on")
 
 _CHOICES = {
@@ -51,52 +51,53 @@ _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of one client.  Make it with `Config.resolve`; nothing reads the environment later.
+    """Settings of one client.  Create it with `Config.resolve`; the environment is not read later.
 
     Times are seconds.
 
     Attributes:
-        base_url: the server, without a trailing slash; may hold a path prefix.  It is kept as
-            requests are sent: scheme and host in lower case, the path escaped.
-        api_key: sent as ``X-API-Key``, or exchanged for a token where the server wants that; None
-            for servers that ask for none.
+        base_url: the server, without a trailing slash; may hold a path prefix.  It is normalized:
+            scheme and host in lower case, the path escaped.
+        api_key: sent as ``X-API-Key``, or exchanged for a token if the server requires that; None
+            for servers that need none.
         credential_cmd: a shell command that prints a key or a token, run whenever one is needed;
-            used if there is no api_key, or if the server says so.
-        project_id, tags, user_metadata, display_name: what a new session is labelled with.
+            used if there is no api_key, or if the server requires it.
+        project_id, tags, user_metadata, display_name: labels of new sessions.
         wire: how training batches are sent: ``"auto"``, ``"protobuf"`` or ``"json"``.
-        extra_headers: sent with every request to base_url; they win over our own.
-        access_headers: likewise, but those of the environment, for what stands before the server.
-        connect_timeout_s, read_timeout_s: of one HTTP attempt.
+        extra_headers: sent with every request to base_url; they override headers of the library.
+        access_headers: like extra_headers, but from the environment, for a proxy in front of the
+            server.
+        connect_timeout_s, read_timeout_s: timeouts of one HTTP attempt.
         poll_timeout_s: read timeout of a long poll; must exceed the server's longest hold.
         startup_timeout_s: a server that cannot be reached is reported after this long.
-        max_outage_s: once a session lives, calls ride out an outage for this long.
-        operation_timeout_s: a future fails after this long; None is off.
-        no_progress_timeout_s: a future fails after this long without contact; None is off.
-        notice_after_s: a wait is explained in the log after this long, then at growing intervals.
-        heartbeat_interval_s: between two heartbeats of a session.
+        max_outage_s: once a session exists, calls are retried through an outage for this long.
+        operation_timeout_s: a future fails after this long; None disables it.
+        no_progress_timeout_s: a future fails after this long without contact; None disables it.
+        notice_after_s: the reason for a wait is logged after this long, then at growing intervals.
+        heartbeat_interval_s: interval between heartbeats of a session.
         heartbeat_warn_after_s: warn when no heartbeat has succeeded for this long.
-        max_heartbeat_failures, max_heartbeat_failure_s: give a session up after so many failures
-            in a row, or so long without success; None is never.
+        max_heartbeat_failures, max_heartbeat_failure_s: give up a session after this many
+            consecutive failures, or this long without a success; None means never.
         quiet: log the server-side end of a session at DEBUG instead of INFO.
-        on_billing: ``"raise"`` a 402 at once, or ``"wait"`` until the account is topped up.
+        on_billing: ``"raise"`` a 402 immediately, or ``"wait"`` until the account is topped up.
         proxy: URL of the HTTP proxy to use for this base URL, or None.
         ca_bundle: path of a CA bundle to trust instead of the built-in one, or None; ``~`` is the
             home folder.
-        max_concurrent_samples: sampling requests in flight at once, where each takes a thread;
-            more wait their turn.  The server may lower it.
-        max_unanswered_samples: likewise, where one poll waits for all samples of a sampler and
-            they take none.
-        max_sample_bytes, max_batch_bytes, max_result_bytes: of sampling requests being submitted,
-            training batches being submitted, and large results being fetched at once; more wait
-            their turn.  None, or more than the server's own limit, is that limit.
-        max_unread: futures given out and not read yet; None is unbounded.  A future is read by
-            its result, its exception or a callback, or when it is dropped.
+        max_concurrent_samples: sampling requests in flight, where each takes a thread; others are
+            queued.  The server may lower it.
+        max_unanswered_samples: the same where one poll waits for all samples of a sampler, so that
+            they take no thread each.
+        max_sample_bytes, max_batch_bytes, max_result_bytes: limits on sampling requests being
+            submitted, training batches being submitted, and large results being fetched, each
+            in total; others are queued.  The server's limit applies if it is lower, or for None.
+        max_unread: the most futures that are not read yet; None is unlimited.  A future is read
+            by its result, its exception or a callback, or when it is garbage-collected.
         on_backpressure: what happens to a call beyond *max_unread*, and to a request that the
-            server turns away with 429 (of a training run: always ``"wait"``): ``"wait"``, or
-            ``"raise"`` BackpressureError or RateLimitError at once.
+            server rejects with 429 (in a training run always ``"wait"``): ``"wait"``, or
+            ``"raise"`` BackpressureError or RateLimitError immediately.
         telemetry: report sessions and failures to the server; see `tinkex._sessions.telemetry`.
-        budget: what would exceed it is refused, by `BudgetExceededError`, before it is sent.
-        prices: `Price` by name of base model; ``"*"`` stands for all others.
+        budget: requests that might exceed it raise `BudgetExceededError` before they are sent.
+        prices: `Price` by name of base model; ``"*"`` matches all others.
     """
 
     base_url: str
@@ -142,7 +143,7 @@ class Config:
         set_field(self, "proxy", normal_proxy(self.proxy) if self.proxy else None)
         if self.ca_bundle is not None:
             set_field(self, "ca_bundle", _expanded("ca_bundle", self.ca_bundle))
-        # Copies, because the caller's own may change later.
+        # Copied, because the caller may change them later.
         for name in ("user_metadata", "extra_headers", "access_headers"):
             set_field(self, name, _string_map(name, getattr(self, name)))
         set_field(self, "tags", _strings("tags", self.tags))
@@ -153,7 +154,7 @@ class Config:
             check_header("the API key", self.api_key)
         for name, text in {**self.access_headers, **self.extra_headers}.items():
             if not _HEADER_NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} is not the name of a header")
+                raise ConfigError(f"{name!r} is not a valid header name")
             check_header(f"the header {name!r}", text)
         if not isinstance(self.budget, (Budget, type(None))):
             raise ConfigError(f"budget is {self.budget!r}; it must be a Budget")
@@ -170,7 +171,7 @@ class Config:
         ):
             raise ConfigError(
                 f"the CA bundle {self.ca_bundle!r} does not exist",
-                hint=f"It comes from one of {', '.join(_CA_VARIABLES)} (or ca_bundle=).",
+                hint=f"It was set by ca_bundle= or one of {', '.join(_CA_VARIABLES)}.",
             )
 
     def _take_numbers(self) -> None:
@@ -199,23 +200,23 @@ class Config:
         own_credentials: bool = True,
         **settings: Any,
     ) -> Config:
-        """Make a Config from keywords, then the environment, then defaults.
+        """Create a Config from keywords, then the environment, then defaults.
 
-        A keyword that is None counts as not given.  Variables read: ``TINKER_BASE_URL``,
+        A keyword that is None counts as missing.  Variables read: ``TINKER_BASE_URL``,
         ``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``TINKER_PROJECT_ID``, ``TINKER_TAGS``
         (comma-separated), ``CLOUDFLARE_ACCESS_CLIENT_ID`` and ``_SECRET``,
         ``TINKER_TELEMETRY`` (1, true, yes or on), and, through the standard library, the usual
-        proxy and CA variables.  Without a key and a command, the default key of
-        ``~/.tinker/credentials.json`` is taken, if there is one.
+        proxy and CA variables.  Without a key or a command, the default key of
+        ``~/.tinker/credentials.json`` is used, if there is one.
 
-        With *own_credentials* False, the key, the command and the access headers of this process
-        are left out: they are not meant for the server that the keywords name.
+        If *own_credentials* is False, the key, the command and the access headers of this process
+        are not used: they are not meant for the server that the keywords name.
 
-        Programs on this machine (localhost, 127.x.x.x) are reached without a proxy.
+        Servers on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
         Raises:
-            ConfigError: an unknown setting, or a value out of its range.
-            CredentialError: the credentials file is needed, and broken.
+            ConfigError: an unknown setting, or a value out of range.
+            CredentialError: the credentials file is needed but cannot be read.
         """
         env = os.environ if environ is None else environ
         known = {field.name for field in dataclasses.fields(cls)}
@@ -223,7 +224,7 @@ class Config:
         if unknown:
             raise ConfigError(
                 f"unknown setting: {', '.join(unknown)}",
-                hint=f"Known are: {', '.join(sorted(known))}.",
+                hint=f"Known settings: {', '.join(sorted(known))}.",
             )
         given: Dict[str, Any] = {
             name: value for name, value in settings.items() if value is not None
@@ -251,7 +252,7 @@ class Config:
 
     @property
     def key_digest(self) -> str:
-        """A short digest of the key: tells two accounts apart without revealing either."""
+        """A short digest of the key, to distinguish accounts without revealing keys."""
         source = self.api_key or ""
         if self.credential_cmd:
             source += f"\0{self.credential_cmd}"
@@ -264,7 +265,7 @@ class Config:
         return self
 
     def __reduce__(self) -> Tuple[Callable[..., Config], Tuple[Any, ...]]:
-        # Without anything that authenticates: who unpickles it uses its own.
+        # Without credentials: the process that unpickles it uses its own.
         fields = (field.name for field in dataclasses.fields(self))
         kept = {name: getattr(self, name) for name in fields if name not in _SECRET}
         return _resolve, (kept,)
@@ -275,7 +276,7 @@ def check_config(config: object) -> Config:
     if not isinstance(config, Config):
         raise InvalidInputError(
             f"config is of type {type(config).__name__}, not a Config",
-            hint="Make one with Config.resolve(base_url=...), or give the settings by name.",
+            hint="Create one with Config.resolve(base_url=...), or pass the settings by name.",
         )
     return config
 
@@ -289,7 +290,7 @@ def _resolve(settings: Mapping[str, Any]) -> Config:
 
 
 def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
-    """The server that a client of this process connects to unless it is given another.
+    """Return the server that clients of this process connect to by default.
 
     Raises:
         ConfigError: ``TINKER_BASE_URL`` is not the http(s) URL of a server.
@@ -301,7 +302,7 @@ def own_base_url(environ: Optional[Mapping[str, str]] = None) -> str:
 def _add_own_credentials(
     given: Dict[str, Any], env: Mapping[str, str], environ: Optional[Mapping[str, str]]
 ) -> None:
-    """Add the key, the command and the access headers of this process where none are given."""
+    """Add the key, the command and the access headers of this process if none are given."""
     given["credential_cmd"] = given["credential_cmd"] or _stripped(env.get(COMMAND_VARIABLE))
     given["api_key"] = given["api_key"] or _stripped(env.get(KEY_VARIABLE))
     if given["api_key"] is None and given["credential_cmd"] is None:
@@ -311,7 +312,7 @@ def _add_own_credentials(
 
 
 def _stripped(text: Any) -> Any:
-    """None if there is nothing in *text*; keys read from files end with a newline."""
+    """Return *text* without surrounding whitespace, as keys read from files have; None if empty."""
     return text.strip() or None if isinstance(text, str) else text
 
 
@@ -344,7 +345,7 @@ def _string_map(name: str, given: Any) -> Dict[str, str]:
         is_url = isinstance(given, str) and "://" in given
         raise ConfigError(
             f"{name} is of type {type(given).__name__}; it must be a dict",
-            hint=f"The server's address is given by name: base_url={given!r}." if is_url else None,
+            hint=f"Pass the server's address by name: base_url={given!r}." if is_url else None,
         )
     for key, value in given.items():
         if not (isinstance(key, str) and isinstance(value, str)):
@@ -356,7 +357,7 @@ def _string_map(name: str, given: Any) -> Dict[str, str]:
 
 
 def check_header(what: str, text: str) -> None:
-    """Raise unless *text* can be sent as a header; the message does not hold it."""
+    """Raise ConfigError unless *text* can be sent as a header; the message does not contain it."""
     if not isinstance(text, str):
         raise ConfigError(f"{what} is {a_type(text)}, not a string")
     if (
@@ -369,6 +370,6 @@ def check_header(what: str, text: str) -> None:
         )
 
 
-@functools.lru_cache(64)  # it is asked for with each request
+@functools.lru_cache(64)  # computed for every request
 def _digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -6,17 +6,17 @@
       ConfigError                     a setting is wrong or missing; nothing was sent
         CredentialError               there is no usable key or token
       InvalidInputError (ValueError)  an argument is wrong; nothing was sent
-      BudgetExceededError             it might cost more than the budget; nothing was sent
+      BudgetExceededError             it might exceed the budget; nothing was sent
       BackpressureError               too many results are unread; nothing was sent
       ClientClosedError               the client was closed, or crossed a fork
-      DownloadCancelledError          a download was cancelled; what came is kept
+      DownloadCancelledError          a download was cancelled; the partial files are kept
       LocalServerError                the embedded server could not start or load its model
       APIError                        the server, or the way to it, failed
-        APIConnectionError            no answer: DNS, refused, reset, TLS
-          APITimeoutError             no answer in time
-        ResponseDecodeError           an answer that is not what the protocol promises
-        UnsupportedError              an answer without what was asked for: an older server
-        APIStatusError                an answer with an error status
+        APIConnectionError            no response: DNS, refused, reset, TLS
+          APITimeoutError             no response in time
+        ResponseDecodeError           a response that violates the protocol
+        UnsupportedError              a response without what was requested: an older server
+        APIStatusError                a response with an error status
           BadRequestError 400, AuthenticationError 401, BillingError 402,
           PermissionDeniedError 403, NotFoundError 404, ConflictError 409,
           UnprocessableEntityError 422, RateLimitError 429, InternalServerError 5xx
@@ -24,14 +24,14 @@
       RequestFailedError              the server accepted the work, and the work failed
       ResultExpiredError              the work may be done, but its result is gone
       SessionLostError                work failed because the session had ended
-      SequenceLostError               the server counts a run's requests differently from us
+      SequenceLostError               client and server disagree on a run's seq_ids
       IncompleteGradientError         part of a batch was added to the run's gradient, part was not
       OperationTimeoutError           operation_timeout_s passed
         NoProgressError               no contact with the server for no_progress_timeout_s
 
-Facts are attributes, never only text: ``status``, ``request_id``, ``session_id``, ``category``,
+Details are attributes, not only text: ``status``, ``request_id``, ``session_id``, ``category``,
 ``attempts``, ``elapsed_s``, ``retryable``, ``hint`` (None where unknown).  All errors pickle.
-None carries a key.
+None contains an API key.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TinkexError(Exception):
     """Root of the tree.
 
     Attributes:
-        message: what happened, to what; without the hint.
-        status: HTTP status of the answer, if there was one.
+        message: what happened, without the hint.
+        status: HTTP status of the response, if there was one.
         request_id: id of the server-side work, if it was accepted.
         session_id: the session the work belonged to.
         category: ``"user"``, ``"server"`` or ``"unknown"`` as the server classed the failure.
@@ -93,7 +93,7 @@ class TinkexError(Exception):
         return f"{text}\n  {self.hint}" if self.hint else text
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        # Exceptions pickle through their args by default, which would lose the keywords.
+        # By default exceptions pickle only their args, which would lose the keywords.
         return _rebuild, (type(self), self.message), self.__dict__
 
 
@@ -108,21 +108,21 @@ class ConfigError(TinkexError):
 
 
 class CredentialError(ConfigError):
-    """There is no usable key or token: none found, expired, or what should tell it failed."""
+    """There is no usable key or token: none found, expired, or the credential command failed."""
 
 
 class InvalidInputError(TinkexError, ValueError):
-    """An argument is wrong.  Nothing was sent and no counter moved."""
+    """An argument is wrong.  Nothing was sent, and no seq_id was used."""
 
 
 class BudgetExceededError(TinkexError):
     """The request might exceed the client's ``budget``.  Nothing was sent.
 
     Attributes:
-        unit: ``"USD"`` or ``"tokens"``, of the numbers that follow.
-        used: what finished work has cost.
-        reserved: what work under way may cost at most; less, as its results arrive.
-        adds: what the request may cost at most.
+        unit: ``"USD"`` or ``"tokens"``, of the amounts below.
+        used: cost of finished requests.
+        reserved: the most that requests in progress may cost; shrinks as their results arrive.
+        adds: the most that this request may cost.
         limit: the budget.
     """
 
@@ -147,7 +147,7 @@ class ClientClosedError(TinkexError):
 
 
 class DownloadCancelledError(TinkexError):
-    """A download was cancelled by its caller; the same call goes on where it stopped."""
+    """A download was cancelled by its caller; repeating the call resumes it."""
 
 
 class LocalServerError(TinkexError):
@@ -158,36 +158,36 @@ class APIError(TinkexError):
     """The server, or the way to it, failed.
 
     Attributes:
-        maybe_taken: True if the server may have taken the request, though no answer says so.
+        maybe_taken: True if the server may have accepted the request although no response arrived.
     """
 
     maybe_taken: bool = False
 
 
 class APIConnectionError(APIError):
-    """No answer from the server.  ``__cause__`` holds the transport's own error."""
+    """No response from the server.  ``__cause__`` holds the transport's own error."""
 
     retryable = True
 
 
 class APITimeoutError(APIConnectionError):
-    """No answer from the server in time."""
+    """No response from the server in time."""
 
 
 class ResponseDecodeError(APIError):
-    """The server's answer is not what the protocol promises."""
+    """The server's response violates the protocol."""
 
 
 class UnsupportedError(APIError):
-    """The server ignored a part of the request that it is too old to know."""
+    """The server is too old for a part of the request, and ignored it."""
 
 
 class APIStatusError(APIError):
-    """The server answered with an error status.
+    """The server responded with an error status.
 
     Attributes:
-        body: the decoded answer (JSON value or text, at most 500 characters of it), or None.
-        retry_after_s: the server's own wish for a pause, in seconds, if it gave one.
+        body: the decoded response (JSON value, or text of at most 500 characters), or None.
+        retry_after_s: seconds to wait before a retry, if the server requested it.
     """
 
     def __init__(
@@ -204,35 +204,35 @@ class APIStatusError(APIError):
 
 
 class BadRequestError(APIStatusError):
-    """400: the server cannot make sense of the request."""
+    """400: the request is malformed."""
 
 
 class AuthenticationError(APIStatusError):
-    """401: no key, or one the server does not know."""
+    """401: no key, or one that is not valid on this server."""
 
 
 class BillingError(APIStatusError):
-    """402: the account cannot pay for this."""
+    """402: the account has insufficient funds."""
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the key may not do this."""
+    """403: the key has no permission for this."""
 
 
 class NotFoundError(APIStatusError):
-    """404: no such thing, or no such route."""
+    """404: no such object, or no such route."""
 
 
 class ConflictError(APIStatusError):
-    """409: it contradicts what the server already has."""
+    """409: the request conflicts with the server's state."""
 
 
 class UnprocessableEntityError(APIStatusError):
-    """422: the request is well-formed, its content is not valid."""
+    """422: the request is well-formed, but its content is not valid."""
 
 
 class RateLimitError(APIStatusError):
-    """429: too much at once."""
+    """429: too many requests."""
 
     retryable = True
 
@@ -244,11 +244,11 @@ class InternalServerError(APIStatusError):
 
 
 class RouteMissingError(APIStatusError):
-    """The server does not have the route: 404, 405 or 501.  It was not about a thing's absence."""
+    """The server does not have the route (404, 405 or 501); not raised for a missing object."""
 
 
 class RequestFailedError(TinkexError):
-    """The server accepted the work, and the work failed.  ``category`` says whose fault it was."""
+    """The server accepted the work, and the work failed.  ``category`` is the cause."""
 
 
 class ResultExpiredError(TinkexError):
@@ -256,22 +256,22 @@ class ResultExpiredError(TinkexError):
 
 
 class SessionLostError(TinkexError):
-    """Work failed because its session had ended.  ``hint`` says how to resume."""
+    """Work failed because its session had ended.  ``hint`` explains how to resume."""
 
 
 class IncompleteGradientError(TinkexError):
     """Part of a batch was added to the run's gradient, or may have been; the rest was not.
 
-    Weights and optimizer state are as they were, and can be saved.  The run takes no optimizer step
-    until the same call again has added the rest, or a checkpoint is loaded, which drops the
+    Weights and optimizer state are unchanged and can be saved.  The run takes no optimizer step
+    until the same call, repeated, has added the rest, or a checkpoint is loaded, which discards the
     gradient: see `TrainingClient.forward_backward`.
     """
 
 
 class SequenceLostError(TinkexError):
-    """The server expects a number that this run has used up: the two have lost each other.
+    """Client and server disagree on a run's seq_ids: the server expects one already used.
 
-    ``hint`` says how to continue from the last checkpoint.
+    ``hint`` explains how to continue from the last checkpoint.
     """
 
 
@@ -284,7 +284,7 @@ class NoProgressError(OperationTimeoutError):
 
 
 class ExperimentalWarning(FutureWarning):
-    """The official SDK warns so of calls that may change; here it exists for filters only."""
+    """The official SDK's warning about calls that may change; here only for warning filters."""
 
 
 _BY_STATUS: Dict[int, Type[APIStatusError]] = {
@@ -308,7 +308,7 @@ def a_type(value: object) -> str:
 
 
 def status_error_type(status: int) -> Type[APIStatusError]:
-    """Return the class that stands for the HTTP *status* (400 or above)."""
+    """Return the error class for the HTTP *status* (400 or above)."""
     if status >= 500:
         return InternalServerError
     return _BY_STATUS.get(status, APIStatusError)

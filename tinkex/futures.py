@@ -1,18 +1,16 @@
 """APIFuture: a concurrent.futures.Future for work that a server does.
 
-It stays PENDING until it is settled, so `cancel` works at any time.  Whoever settles one uses
-`settle` or `settle_error`, which tell whether they were first: a result that arrives after a
-cancel is normal, not an error.
+It stays PENDING until it is settled, so `cancel` works at any time.  What settles one uses
+`try_set_result` or `try_set_exception`, which return whether they were first: a result that arrives
+after a cancel is normal, not an error.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import logging
 import os
-import queue
-import sys
+import threading
 import time
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
 from typing import (
@@ -25,11 +23,12 @@ from typing import (
     List,
     Optional,
     Sequence,
-    Tuple,
     TypeVar,
 )
 
 from tinkex._runtime.awaiting import outcome_of
+from tinkex._runtime.deferred import defer
+from tinkex._runtime.long_wait import LongWait
 from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
 
@@ -38,23 +37,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 U = TypeVar("U")
 
-#: On Windows a wait for a lock cannot be interrupted before Python 3.14; wait in slices there.
-_SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
+#: Runs a function in another thread.
+RunLater = Callable[[Callable[[], object]], None]
 
 _CALL = "future.result()"
 
-#: The longest pause between two notices about one wait, in seconds.
-LONGEST_NOTICE_S = 300.0
 #: A wait for this long while polls fail is worth a warning, in seconds.
 _TROUBLE_S = 30.0
-
-# The failures that nobody asked for, of futures that were collected.  A finalizer may run anywhere,
-# even inside a lock of logging, so it only puts them here; see `report_lost`.
-_lost: queue.SimpleQueue[Tuple[str, Optional[str], BaseException]] = queue.SimpleQueue()
-_reports_at_exit = False
-
-# Futures that a finalizer gave up, likewise; see `abandon`.
-_abandoned: queue.SimpleQueue[Sequence[APIFuture[Any]]] = queue.SimpleQueue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +58,8 @@ class FutureStatus:
         queue_state, queue_state_reason: what the server reports about a pause, or about what the
             work waits for, if anything.
         attempts: polls sent so far.
-        last_error: the last passing trouble, in words, or None.
-        held_back: why it is not submitted yet, in words: what it waits for, and how much is left.
+        last_error: the message of the last error that was retried, or None.
+        blocked_on: why it is not submitted yet: what it waits for, and how much of that is in use.
     """
 
     kind: str
@@ -81,7 +70,12 @@ class FutureStatus:
     queue_state_reason: Optional[str] = None
     attempts: int = 0
     last_error: Optional[str] = None
-    held_back: Optional[str] = None
+    blocked_on: Optional[str] = None
+
+    @property
+    def held_back(self) -> Optional[str]:
+        """The earlier name of ``blocked_on``."""
+        return self.blocked_on
 
     def __str__(self) -> str:
         parts = [f"{self.kind}: {self.state} for {self.since_s:.0f} s"]
@@ -91,8 +85,8 @@ class FutureStatus:
             parts.append(f"{self.queue_state} ({self.queue_state_reason or 'no reason given'})")
         elif self.queue_state_reason:
             parts.append(f"the server reports: {self.queue_state_reason}")
-        if self.held_back:
-            parts.append(self.held_back)
+        if self.blocked_on:
+            parts.append(self.blocked_on)
         if self.last_error:
             parts.append(f"last error: {self.last_error}")
         return ", ".join(parts)
@@ -105,42 +99,48 @@ class APIFuture(Future[T], Generic[T]):
     bounds only the caller's wait: the operation goes on.  `cancel` settles the future and stops
     asking for the result; the server may still do the work.  Thread-safe.
 
-    An error is never lost: if the future of failed work is dropped although nobody asked for its
-    `result` or `exception` and it has no callback, the error is logged, once.  That is done by the
-    next call of any client, by the heartbeats or at exit, whatever comes first.
+    An error is never lost: if the future of failed work is dropped although its `result` or
+    `exception` was never asked for and it has no callback, the error is logged, once: by the next
+    call of any client, by the heartbeats or at exit, whichever comes first.
 
     Args:
         kind: the operation's name, for messages.
         notice_after_s: a wait is explained in the log after this long: at INFO, or at WARNING once
             there has been trouble and it has taken half a minute.
         run_callback: how user callbacks are run; None runs them in the settling thread.
-        why_held_back: tells, in words, why nothing is submitted just now, or None.
+        throttle_reason: returns, in words, why nothing is submitted just now, or None.
     """
 
-    _heard = _read = True  # so of one that was never made whole
-    _cancel_was_seen = False
-    _begun = _withdrawn = False  # at most one of them; see `begin`
+    # The finalizer also sees instances whose __init__ did not finish.
+    _retrieved = True
+    _on_read: Optional[Callable[[], None]] = None
 
     def __init__(
         self,
         kind: str,
         *,
         notice_after_s: float = 10.0,
-        run_callback: Optional[Callable[[Callable[[], object]], None]] = None,
-        why_held_back: Optional[Callable[[], Optional[str]]] = None,
+        run_callback: Optional[RunLater] = None,
+        throttle_reason: Optional[Callable[[], Optional[str]]] = None,
     ) -> None:
         super().__init__()
-        # There may be thousands, few of them waited for: the deque in its place takes 600 bytes.
-        self._condition._waiters = []  # type: ignore[attr-defined]
         self.kind = kind
         self._notice_after_s = notice_after_s
         self._run_callback = run_callback
-        self._why_held_back = why_held_back
+        self._throttle_reason = throttle_reason
         self._pid = os.getpid()
-        # Has somebody asked for the outcome, or will be told; has somebody got it.
-        self._heard = self._read = False
-        # Called once, when it is read or collected; may be called by a finalizer.
-        self._on_read: Optional[Callable[[], None]] = None
+        # Guards the callbacks (None once they were called), and what was decided once: whether
+        # the work has begun or was cancelled before that, whether waiters know of a cancel, and
+        # whether the outcome was read.  Reentrant, as a finalizer may run inside.
+        self._lock = threading.RLock()
+        self._callbacks: Optional[List[Callable[[Any], object]]] = []
+        self._begun = self._withdrawn = False
+        self._cancel_was_seen = False
+        self._retrieved = False
+        # Plain values for finalizers and for the child of a fork, where no lock may be taken.
+        self._has_callback = False
+        self._outcome: Optional[str] = None
+        self._failure: Optional[BaseException] = None
         self._children: Sequence[APIFuture[Any]] = ()
         self._cancels_children = True
         # Written by one thread at a time (lane, then poller); read anywhere as plain values.
@@ -151,8 +151,9 @@ class APIFuture(Future[T], Generic[T]):
         self.queue_state_reason: Optional[str] = None
         self.attempts = 0
         self.last_error: Optional[str] = None
-        #: Set while it waits for something: tells for what, in words.
+        #: Set while it waits for something: describes that.
         self.waiting_for: Optional[Callable[[], str]] = None
+        super().add_done_callback(_run_callbacks)
 
     def result(self, timeout: Optional[float] = None) -> T:
         """Wait for the result and return it.
@@ -161,7 +162,7 @@ class APIFuture(Future[T], Generic[T]):
             timeout: seconds to wait; None waits as long as it takes.
 
         Raises:
-            InvalidInputError: *timeout* is no number.
+            InvalidInputError: *timeout* is not a number.
             concurrent.futures.TimeoutError: *timeout* passed; the operation goes on.
             concurrent.futures.CancelledError: it was cancelled.
             TinkexError: the operation failed.
@@ -179,7 +180,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def failed(self) -> bool:
         """Whether it is settled, and not with a result.  Does not block, nor count as reading."""
-        return self.done() and (self.cancelled() or self._exception is not None)
+        return self.done() and (self.cancelled() or super().exception(0) is not None)
 
     @property
     def entered(self) -> float:
@@ -212,7 +213,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         """In a coroutine, ``await future`` is its result.  See `result_async`."""
-        return outcome_of(self).__await__()
+        return self.result_async().__await__()
 
     def result_async(self, timeout: Optional[float] = None) -> Coroutine[Any, Any, T]:
         """Like `result`, in a running event loop, which goes on meanwhile.
@@ -220,20 +221,20 @@ class APIFuture(Future[T], Generic[T]):
         Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
         `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
         """
-        return outcome_of(self, as_seconds("timeout", timeout))
+        return outcome_of(self, self._long_wait(timeout), self._explain)
 
     def coroutine(self) -> Coroutine[Any, Any, T]:
         """What awaits the future, for ``asyncio.create_task`` and the like."""
-        return outcome_of(self)
+        return self.result_async()
 
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            told = f"{type(self).__name__!r} object has no attribute {name!r}"
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
             if not name.startswith("_"):
-                kind = vars(self).get("kind", "an operation")  # not there if it was never made
-                told += f"; it is the future of {kind}: call .result(), as in {_CALL}.{name}"
-            raise AttributeError(told)
+                kind = vars(self).get("kind", "an operation")  # __init__ may not have run
+                message += f"; it is the future of {kind}: call .result(), as in {_CALL}.{name}"
+            raise AttributeError(message)
 
         def __getitem__(self, key: object) -> Any:  # iterating it comes here, too
             raise TypeError(
@@ -242,7 +243,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def __repr__(self) -> str:
         # Plain values only: in the child of a fork the lock may be dead.
-        state = self._state_name if self._state == "PENDING" else self._state.lower()
+        state = self._outcome or self._state_name
         request = f", request {self._request_id}" if self._request_id else ""
         return f"<APIFuture {self.kind}: {state}{request}>"
 
@@ -260,26 +261,27 @@ class APIFuture(Future[T], Generic[T]):
             queue_state_reason=self.queue_state_reason,
             attempts=self.attempts,
             last_error=self.last_error,
-            held_back=self._held_back(),
+            blocked_on=self._blocked_on(),
         )
 
-    def _held_back(self) -> Optional[str]:
-        waiting_for, why = self.waiting_for, self._why_held_back
+    def _blocked_on(self) -> Optional[str]:
+        waiting_for, throttle_reason = self.waiting_for, self._throttle_reason
         if self.done():
             return None
         if waiting_for is not None:
             return waiting_for()
         unsent = self._state_name in ("queued", "submitting")
-        return why() if unsent and why is not None else None
+        return throttle_reason() if unsent and throttle_reason is not None else None
 
     def cancel(self) -> bool:
         """Settle the future as cancelled; False if it was settled already.
 
-        A sample's place is free at once, and the server is told where it takes that; other work
-        that it has accepted runs to its end.  What was not sent yet is not sent.  Waiters get
-        CancelledError, callbacks are called; a result that still comes is thrown away.  Cancelling
-        a batch in several requests cancels these, but not those that add to a gradient once one of
-        them was sent.  In the child of a fork it does nothing, and returns False.
+        The place of a sample is free immediately, and the server is asked to cancel it if it
+        supports that; other work that it has accepted runs to its end.  What was not sent yet is
+        not sent.  Waiters get CancelledError, callbacks are called; a result that still comes is
+        thrown away.  Cancelling a batch in several requests cancels these, but not those that add
+        to a gradient once one of them was sent.  In the child of a fork it does nothing, and
+        returns False.
         """
         if self._pid != os.getpid():
             return False  # what waits for it, and its connection, are the parent's
@@ -287,7 +289,7 @@ class APIFuture(Future[T], Generic[T]):
         # as_completed() notice a cancel only once it is notified, which must happen just once.
         if not super().cancel():
             return False
-        with self._condition:
+        with self._lock:
             first, self._cancel_was_seen = not self._cancel_was_seen, True
         if not first:
             return False
@@ -299,20 +301,26 @@ class APIFuture(Future[T], Generic[T]):
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
-        settled already, at once in this thread.  Its exceptions are logged.
+        settled already, immediately in this thread.  Its exceptions are logged.
         """
-        self._heard = True
-        run = self._run_callback
-        if run is None or self.done():
-            super().add_done_callback(lambda future: _read_by(fn, future))
-        else:
-            super().add_done_callback(lambda future: _hand_over(run, fn, future))
+        self._has_callback = True
+        if not self._add_callback(_UserCallback(fn, self._run_callback)):
+            self._note_read()
+            _call(fn, self)
 
-    def on_settled(self, fn: Callable[[Future[T]], object]) -> None:
+    def on_settled(self, fn: Callable[[Any], object]) -> None:
         """Like `add_done_callback`, in the settling thread; for our own quick bookkeeping."""
-        super().add_done_callback(fn)
+        if not self._add_callback(fn):
+            _call(fn, self)
 
-    def settle(self, value: T) -> bool:
+    def _add_callback(self, fn: Callable[[Any], object]) -> bool:
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(fn)
+            return True
+
+    def try_set_result(self, value: T) -> bool:
         """Set the result; False if the future was settled already."""
         try:
             self.set_result(value)
@@ -320,32 +328,27 @@ class APIFuture(Future[T], Generic[T]):
             return False
         return True
 
-    def settle_error(self, error: BaseException) -> bool:
+    def try_set_exception(self, error: BaseException) -> bool:
         """Set the error; False if the future was settled already."""
         try:
             self.set_exception(error)
         except InvalidStateError:
             return False
-        _report_at_exit()
+        self._failure = error
         return True
-
-    def _invoke_callbacks(self) -> None:
-        super()._invoke_callbacks()  # type: ignore[misc]
-        # A caller who keeps the future must not keep everything that they refer to.
-        self._done_callbacks.clear()  # type: ignore[attr-defined]
 
     def begin(self) -> bool:
         """Note that its work is about to be done; False if it was settled or cancelled before.
 
         From here on `cancel_if_queued` leaves it alone.
         """
-        with self._condition:
+        with self._lock:
             self._begun = not (self._withdrawn or self.done())
             return self._begun
 
     def cancel_if_queued(self) -> bool:
         """Cancel it, unless `begin` has succeeded; return whether it was cancelled."""
-        with self._condition:
+        with self._lock:
             if self._begun or self.was_sent:
                 return False
             self._withdrawn = True  # decided under the lock; callbacks are called outside of it
@@ -359,9 +362,9 @@ class APIFuture(Future[T], Generic[T]):
             self._request_id = request_id
 
     def on_read(self, fn: Callable[[], None]) -> None:
-        """Have *fn* called once: by whoever reads the outcome first, or by the finalizer.
+        """Have *fn* called once: by the first reader of the outcome, or by the finalizer.
 
-        It must be safe in finalizers: no lock, no logging.  For whoever makes the future.
+        It must be safe in finalizers: no lock, no logging.  There is one *fn* at most.
         """
         self._on_read = fn
 
@@ -373,141 +376,121 @@ class APIFuture(Future[T], Generic[T]):
                 child.cancel()
 
     def uncount(self) -> None:
-        """Free its place among ``max_unread``: whoever asks for it keeps few, and reads them."""
-        self._call_on_read()
+        """Free its place among ``max_unread``: for callers that keep few futures, and read them."""
+        with self._lock:
+            on_read, self._on_read = self._on_read, None
+        if on_read is not None:
+            on_read()
 
     def _note_read(self) -> None:
-        if not self._read:
-            self._read = self._heard = True
-            self._call_on_read()
-
-    def _call_on_read(self) -> None:
-        fn = self.__dict__.pop("_on_read", None)  # atomic: one of several readers gets it
-        if fn is not None:
-            fn()
+        if not self._retrieved:
+            self._retrieved = True
+            self.uncount()
 
     def __del__(self) -> None:
         # Anywhere, at any time, even inside a lock of ours or of logging: nothing here may lock.
-        if self._read:
+        if self._retrieved:
             return
-        self._call_on_read()
-        error = self._exception
-        if self._heard or error is None or isinstance(error, ClientClosedError):
+        if self._on_read is not None:
+            self._on_read()
+        error = self._failure
+        if self._has_callback or error is None or isinstance(error, ClientClosedError):
             return
         if self._pid == os.getpid():
-            _lost.put((self.kind, self._request_id, error))
+            defer(_log_unretrieved, self.kind, self._request_id, error)
 
     def _await(self, timeout: Optional[float]) -> None:
-        """Wait until settled, saying now and then in the log what is waited for."""
+        """Wait until settled; long waits are explained in the log."""
+        wait = self._long_wait(timeout)
+        while not self.done():
+            try:
+                super().exception(wait.slice_s())
+            except FutureTimeoutError:
+                if wait.is_over:
+                    message = f"no result within {timeout:g} s: {self.status()}"
+                    raise FutureTimeoutError(message) from None
+                self._explain(wait)
+
+    def _long_wait(self, timeout: Optional[float]) -> LongWait:
+        """Begin a wait; ClientClosedError in the child of a fork, where nothing settles it."""
         timeout = as_seconds("timeout", timeout)
-        began = now = time.monotonic()
-        deadline = float("inf") if timeout is None else now + timeout
-        pause = self._notice_after_s
-        notice_at = now + pause
-        # In the child of a fork the future's own lock may be dead: do not touch it.
-        if self._pid != os.getpid() and self._state == "PENDING":
+        # The future's own lock may be dead there: do not touch it.
+        if self._pid != os.getpid() and self._outcome is None:
             raise ClientClosedError(
                 f"{self.kind} was started before a fork; this process cannot wait for it",
                 hint="Create the client in the child process.",
             )
-        while not self.done():
+        return LongWait(self._notice_after_s, timeout)
+
+    def _explain(self, wait: LongWait) -> None:
+        """Log what is waited for, if *wait* has taken so long that a notice is due."""
+        if wait.notice_is_due():
+            trouble = self.last_error is not None and wait.elapsed_s >= _TROUBLE_S
+            level = logging.WARNING if trouble else logging.INFO
+            logger.log(level, "still waiting: %s", self.status())
+
+
+class _UserCallback:
+    """A callback of the user: runs on the callback thread, and counts as reading the outcome."""
+
+    __slots__ = ("_fn", "_future", "_run")
+
+    def __init__(self, fn: Callable[[Any], object], run: Optional[RunLater]) -> None:
+        self._fn = fn
+        self._run = run
+        self._future: Optional[APIFuture[Any]] = None
+
+    def __call__(self, future: APIFuture[Any]) -> None:
+        self._future = future
+        if self._run is not None:
             try:
-                super().exception(min(deadline - now, notice_at - now, _SLICE_S))
-            except FutureTimeoutError:
-                now = time.monotonic()
-                if now >= deadline:
-                    raise FutureTimeoutError(
-                        f"no result within {timeout:g} s: {self.status()}"
-                    ) from None
-                if now >= notice_at:
-                    trouble = self.last_error is not None and now - began >= _TROUBLE_S
-                    level = logging.WARNING if trouble else logging.INFO
-                    logger.log(level, "still waiting: %s", self.status())
-                    pause = min(pause * 2, LONGEST_NOTICE_S)
-                    notice_at = now + pause
+                self._run(self._call)
+                return
+            except ClientClosedError:  # no callback thread any more, e.g. at interpreter exit
+                pass
+        self._call()
 
-
-def give_up(futures: Sequence[APIFuture[Any]]) -> None:
-    """Cancel *futures*, which nobody wants any more; what they failed with counts as read."""
-    for future in futures:
-        if not future.cancel() and future.done() and not future.cancelled():
-            future.exception()
-
-
-def abandon(futures: Sequence[APIFuture[Any]]) -> None:
-    """Like `give_up`, from a finalizer.
-
-    It may run at any time, and so while the thread holds a lock of ours: then they are only put
-    aside, for the next call of any client, the heartbeats or the exit.
-    """
-    if _inside_tinkex():
-        _abandoned.put(futures)
-        _report_at_exit()
-    else:
-        give_up(futures)
-
-
-def _inside_tinkex() -> bool:
-    """Whether whoever called our caller's caller, or any before, is code of ours."""
-    frame = sys._getframe(2).f_back
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("tinkex."):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def report_lost() -> None:
-    """Log the errors that nobody asked for, of futures that were collected.  Thread-safe.
-
-    Cancel those that were abandoned, too.
-    """
-    while not _abandoned.empty():
+    def _call(self) -> None:
+        future = self._future
+        assert future is not None
         try:
-            give_up(_abandoned.get_nowait())
-        except queue.Empty:  # another thread was faster
-            break
-    while not _lost.empty():
-        try:
-            kind, request_id, error = _lost.get_nowait()
-        except queue.Empty:  # another thread was faster
-            return
-        known = request_id is None or request_id in str(error)
-        logger.error(
-            "%s%s failed, and nobody asked for its outcome: %s: %s",
-            kind,
-            "" if known else f" (request {request_id})",
-            type(error).__name__,
-            error,
-        )
+            future._note_read()
+            self._fn(future)
+        except BaseException:  # SystemExit too would end the callback thread
+            logger.exception("a callback of %s failed", future.kind)
 
 
-def _report_at_exit() -> None:
-    global _reports_at_exit
-    if not _reports_at_exit:  # twice, if two threads race, does no harm
-        _reports_at_exit = True
-        atexit.register(report_lost)
+def _run_callbacks(future: Any) -> None:
+    """In the thread that settles *future*: run its callbacks, and let go of them.
 
-
-def _hand_over(
-    run: Callable[[Callable[[], object]], None], fn: Callable[[Any], object], future: Any
-) -> None:
-    try:
-        run(lambda: _call(fn, future))
-    except ClientClosedError:  # no callback thread any more, e.g. while the interpreter exits
+    A caller who keeps the future must not keep everything that they refer to.
+    """
+    future._outcome = "cancelled" if future.cancelled() else "finished"
+    with future._lock:
+        callbacks, future._callbacks = future._callbacks, None
+    for fn in callbacks:
         _call(fn, future)
 
 
-def _read_by(fn: Callable[[Any], object], future: Any) -> None:
-    future._note_read()
-    fn(future)
-
-
-def _call(fn: Callable[[Any], object], future: Any) -> None:
+def _call(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
     try:
-        _read_by(fn, future)
-    except BaseException:  # SystemExit too would end the callback thread
+        fn(future)
+    except Exception:
         logger.exception("a callback of %s failed", future.kind)
+
+
+def _log_unretrieved(kind: str, request_id: Optional[str], error: BaseException) -> None:
+    """Log the failure of a future that was collected although nobody had asked for its outcome."""
+    known = request_id is None or request_id in str(error)
+    request = "" if known else f" (request {request_id})"
+    logger.error("unretrieved failure in %s%s: %s: %s", kind, request, type(error).__name__, error)
+
+
+def discard(futures: Sequence[APIFuture[Any]]) -> None:
+    """Cancel *futures*, whose results are not wanted any more; their failures count as read."""
+    for future in futures:
+        if not future.cancel() and future.done() and not future.cancelled():
+            future.exception()
 
 
 def gather(
@@ -519,23 +502,36 @@ def gather(
     parent.  *join* runs in the thread that settles the last child.
     """
     parent.stand_for(children)
+    joint = _Gathered(parent, children, join)
+    for child in children:
+        child.on_settled(joint.child_settled)
+    return parent
 
-    def child_settled(child: Future[T]) -> None:
+
+class _Gathered(Generic[T, U]):
+    """A future that stands for others, and what makes its result of theirs."""
+
+    def __init__(
+        self, parent: APIFuture[U], children: Sequence[APIFuture[T]], join: Callable[[List[T]], U]
+    ) -> None:
+        self._parent = parent
+        self._children = children
+        self._join = join
+
+    def child_settled(self, child: APIFuture[T]) -> None:
+        """In the thread that settles *child*."""
+        parent, children = self._parent, self._children
         if child.cancelled():
             parent.cancel()
             return
         error = child.exception()
         if error is not None:
-            if parent.settle_error(error):
+            if parent.try_set_exception(error):
                 for other in children:
                     other.cancel()
             return
         if all(other.done() for other in children) and not parent.done():
             try:
-                parent.settle(join([other.result() for other in children]))
+                parent.try_set_result(self._join([other.result() for other in children]))
             except Exception as failure:
-                parent.settle_error(failure)
-
-    for child in children:
-        child.on_settled(child_settled)
-    return parent
+                parent.try_set_exception(failure)

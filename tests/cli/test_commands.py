@@ -108,7 +108,7 @@ def test_without_a_server_it_says_how_to_name_one(no_server_here, tmp_path, monk
     done = tinkex("sample", "hello")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("Error: no server to talk to\n")
+    assert done.stderr.startswith("Error: no server was given\n")
     for remedy in ("--base-url", "TINKER_BASE_URL", "TINKER_API_KEY", "--local", "tinkex serve"):
         assert remedy in done.stderr
 

@@ -184,12 +184,12 @@ def test_the_end_of_the_input_at_a_prompt_is_an_error_and_no_interruption(
     monkeypatch.setenv("HOME", str(tmp_path))
     login = run(["-m", "tinkex", "auth", "login"], server.url)
     assert login.returncode == 1
-    assert login.stderr == "Error: no API key was given: type it, or send it through a pipe\n"
+    assert login.stderr == "Error: no API key was given: type it, or pipe it to stdin\n"
     path = "tinker://run/weights/a"
     deletion = run(["-m", "tinkex", "checkpoint", "delete", path], server.url)
     assert deletion.returncode == 1
     assert deletion.stderr.splitlines()[-1] == (
-        "Error: the input ended before an answer; nothing was deleted (-y deletes without asking)"
+        "Error: the input ended before a reply; nothing was deleted (-y deletes without asking)"
     )
 
 

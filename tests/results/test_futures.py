@@ -21,6 +21,7 @@ from support.threads import PATIENCE_S, race, wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, futures, types
+from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import (
     BackpressureError,
@@ -28,7 +29,7 @@ from tinkex.errors import (
     ClientClosedError,
     RequestFailedError,
 )
-from tinkex.futures import APIFuture, FutureStatus, gather, report_lost
+from tinkex.futures import APIFuture, FutureStatus, gather
 
 
 def new(kind: str = "sample", **how: Any) -> APIFuture[Any]:
@@ -47,7 +48,7 @@ def test_a_result_is_returned_to_every_waiter() -> None:
     future = new()
     with ThreadPoolExecutor(4) as pool:
         waiters = [pool.submit(future.result, PATIENCE_S) for _ in range(4)]
-        assert future.settle("value")
+        assert future.try_set_result("value")
         assert [w.result(PATIENCE_S) for w in waiters] == ["value"] * 4
     assert future.result(0) == "value"
     assert future.exception() is None
@@ -57,7 +58,7 @@ def test_a_result_is_returned_to_every_waiter() -> None:
 def test_an_error_is_raised_by_result_and_returned_by_exception() -> None:
     future = new()
     error = RequestFailedError("no", request_id="r", category="user")
-    assert future.settle_error(error)
+    assert future.try_set_exception(error)
     assert future.exception() is error
     with pytest.raises(RequestFailedError):
         future.result()
@@ -65,7 +66,7 @@ def test_an_error_is_raised_by_result_and_returned_by_exception() -> None:
 
 def test_a_result_may_be_an_exception_type_that_waiting_itself_raises() -> None:
     future = new()
-    future.settle_error(concurrent.futures.TimeoutError("the operation's own"))
+    future.try_set_exception(concurrent.futures.TimeoutError("the operation's own"))
     with pytest.raises(concurrent.futures.TimeoutError, match="the operation's own"):
         future.result(5)
 
@@ -85,17 +86,17 @@ def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: fl
         assert "forward_backward: waiting" in str(caught.value)
         assert "r-17" in str(caught.value)
     assert not future.done()
-    assert future.settle(1)
+    assert future.try_set_result(1)
     assert future.result(0) == 1
 
 
 def test_it_works_with_wait_and_as_completed() -> None:
     futures = [new() for _ in range(3)]
-    futures[1].settle("b")
+    futures[1].try_set_result("b")
     done, pending = concurrent.futures.wait(futures, 5, FIRST_COMPLETED)
     assert done == {futures[1]}
     assert pending == {futures[0], futures[2]}
-    futures[0].settle_error(ValueError("a"))
+    futures[0].try_set_exception(ValueError("a"))
     futures[2].cancel()
     assert set(concurrent.futures.as_completed(futures, 5)) == set(futures)
 
@@ -117,8 +118,8 @@ def test_cancel_settles_and_a_late_result_is_no_error() -> None:
     future = new()
     assert future.cancel()
     assert future.cancelled()
-    assert not future.settle("late")
-    assert not future.settle_error(ValueError("late"))
+    assert not future.try_set_result("late")
+    assert not future.try_set_exception(ValueError("late"))
     with pytest.raises(CancelledError):
         future.result()
     with pytest.raises(CancelledError):
@@ -127,7 +128,7 @@ def test_cancel_settles_and_a_late_result_is_no_error() -> None:
 
 def test_cancel_after_the_result_does_nothing() -> None:
     future = new()
-    future.settle(1)
+    future.try_set_result(1)
     assert not future.cancel()
     assert future.result() == 1
 
@@ -143,7 +144,7 @@ def test_a_settled_future_keeps_no_callback_alive(how: str) -> None:
     future.on_settled(callback)
     del callback
     assert called() is not None
-    assert future.cancel() if how == "cancel" else future.settle(1)
+    assert future.cancel() if how == "cancel" else future.try_set_result(1)
     assert called() is None
 
 
@@ -164,8 +165,8 @@ def test_exactly_one_of_many_settles_it() -> None:
         outcomes = race(
             future.cancel,
             future.cancel,
-            lambda: future.settle(1),
-            lambda: future.settle_error(ValueError("x")),
+            lambda: future.try_set_result(1),
+            lambda: future.try_set_exception(ValueError("x")),
         )
         assert sorted(outcomes) == [False, False, False, True]
         assert called == [future]
@@ -217,7 +218,7 @@ def test_a_long_wait_in_trouble_is_a_warning(
 
 def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     future = new()
-    threading.Timer(0.01, future.settle, ["v"]).start()
+    threading.Timer(0.01, future.try_set_result, ["v"]).start()
     with caplog.at_level(logging.DEBUG):
         assert future.result() == "v"
     assert caplog.text == ""
@@ -231,7 +232,7 @@ def test_a_future_tells_what_it_is() -> None:
     assert repr(future) == "<APIFuture sample: queued>"
     future.enter("waiting", "r-1")
     assert repr(future) == "<APIFuture sample: waiting, request r-1>"
-    future.settle("v")
+    future.try_set_result("v")
     assert repr(future) == "<APIFuture sample: finished, request r-1>"
 
 
@@ -245,7 +246,7 @@ def test_status_follows_the_operation() -> None:
     status = future.status()
     assert (status.state, status.request_id, status.attempts) == ("waiting", "r-9", 3)
     assert future.request_id == "r-9"
-    future.settle(None)
+    future.try_set_result(None)
     assert future.status().state == "done"
 
 
@@ -265,9 +266,9 @@ def test_the_status_of_a_whole_is_that_of_its_first_open_part() -> None:
     parts[1].enter("waiting", "r-1")
     assert whole.request_id == "r-0"
     assert whole.status().request_id == "r-0"
-    parts[0].settle(1)
+    parts[0].try_set_result(1)
     assert whole.status().request_id == "r-1"
-    parts[1].settle(2)
+    parts[1].try_set_result(2)
     assert whole.status().state == "done"
 
 
@@ -285,14 +286,14 @@ def test_callbacks_run_on_their_own_thread(callbacks: WorkerPool) -> None:
         ran.set()
 
     future.add_done_callback(callback)
-    future.settle(1)
+    future.try_set_result(1)
     assert ran.wait(PATIENCE_S)
     assert names == ["tinkex-callbacks"]
 
 
 def test_a_callback_of_a_settled_future_runs_at_once_here(callbacks: WorkerPool) -> None:
     future = new(run_callback=callbacks.submit)
-    future.settle(1)
+    future.try_set_result(1)
     names: List[str] = []
     future.add_done_callback(lambda _: names.append(threading.current_thread().name))
     assert names == [threading.current_thread().name]
@@ -311,8 +312,8 @@ def test_a_callback_that_raises_stops_neither_the_others_nor_the_thread(
     first.add_done_callback(fail)
     second.add_done_callback(lambda _: ran.set())
     with caplog.at_level(logging.ERROR, "tinkex.futures"):
-        assert first.settle(1)
-        assert second.settle(2)
+        assert first.try_set_result(1)
+        assert second.try_set_result(2)
         assert ran.wait(PATIENCE_S)
     assert "a callback of sample failed" in caplog.text
 
@@ -324,9 +325,9 @@ def test_a_callback_that_waits_for_another_future_holds_up_no_result(
     seen: List[Any] = []
     done = threading.Event()
     first.add_done_callback(lambda _: (seen.append(second.result(PATIENCE_S)), done.set()))
-    assert first.settle("a")
+    assert first.try_set_result("a")
     assert first.result(PATIENCE_S) == "a"
-    assert second.settle("b")
+    assert second.try_set_result("b")
     assert done.wait(PATIENCE_S)
     assert seen == ["b"]
 
@@ -337,7 +338,7 @@ def test_a_callback_still_runs_when_its_thread_is_gone() -> None:
     called: List[Any] = []
     future.add_done_callback(called.append)
     callbacks.close()
-    future.settle(1)
+    future.try_set_result(1)
     assert called == [future]
 
 
@@ -346,7 +347,7 @@ def test_every_callback_runs_once_whenever_it_was_added(callbacks: WorkerPool) -
         future = new(run_callback=callbacks.submit)
         ran: List[int] = []
         race(
-            lambda: future.settle(1),
+            lambda: future.try_set_result(1),
             lambda: future.add_done_callback(lambda _: ran.append(1)),
             lambda: future.add_done_callback(lambda _: ran.append(2)),
         )
@@ -362,7 +363,7 @@ def test_gather_joins_results_in_the_order_of_the_parts() -> None:
     whole = gather(new(), parts, list)
     for index in (2, 0, 1):
         assert not whole.done()
-        parts[index].settle(index)
+        parts[index].try_set_result(index)
     assert whole.result(0) == [0, 1, 2]
 
 
@@ -370,7 +371,7 @@ def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
     parts = [new() for _ in range(3)]
     whole = gather(new(), parts, list)
     error = ValueError("second part")
-    parts[1].settle_error(error)
+    parts[1].try_set_exception(error)
     assert whole.exception(0) is error
     assert parts[0].cancelled()
     assert parts[2].cancelled()
@@ -379,7 +380,7 @@ def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
 def test_cancelling_the_whole_cancels_its_parts() -> None:
     parts = [new() for _ in range(3)]
     whole = gather(new(), parts, list)
-    parts[0].settle(0)
+    parts[0].try_set_result(0)
     assert whole.cancel()
     assert [p.cancelled() for p in parts] == [False, True, True]
 
@@ -406,7 +407,7 @@ def test_an_error_while_joining_is_the_wholes() -> None:
 
     part = new()
     whole = gather(new(), [part], fail)
-    part.settle(1)
+    part.try_set_result(1)
     with pytest.raises(ValueError, match="cannot be joined"):
         whole.result(0)
 
@@ -417,7 +418,7 @@ def test_parts_that_settle_at_once_settle_the_whole_once() -> None:
         whole = gather(new(), parts, list)
         joined: List[Any] = []
         whole.add_done_callback(joined.append)
-        race(*[lambda i=i: parts[i].settle(i) for i in range(3)])
+        race(*[lambda i=i: parts[i].try_set_result(i) for i in range(3)])
         assert whole.result(0) == [0, 1, 2]
         assert joined == [whole]
 
@@ -426,7 +427,7 @@ def test_cancel_races_failure_and_every_part_ends() -> None:
     for _ in range(300):
         parts = [new() for _ in range(3)]
         whole = gather(new(), parts, list)
-        race(whole.cancel, lambda: parts[0].settle_error(ValueError("x")))
+        race(whole.cancel, lambda: parts[0].try_set_exception(ValueError("x")))
         assert whole.done()
         assert all(p.done() for p in parts)
 
@@ -455,7 +456,7 @@ def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.Monkey
         assert not part.cancel()
         assert not whole.cancel()
     assert settled == []
-    part.settle(1)
+    part.try_set_result(1)
     assert whole.result(PATIENCE_S) == [1]
 
 
@@ -466,12 +467,12 @@ def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.Monkey
 def lost(caplog: pytest.LogCaptureFixture) -> Callable[[], List[str]]:
     """What is logged, by now, of failures that nobody asked for."""
     gc.collect()
-    report_lost()  # those of other tests
+    run_deferred()  # those of other tests
     caplog.clear()
 
     def told() -> List[str]:
         gc.collect()
-        report_lost()
+        run_deferred()
         assert {record.levelno for record in caplog.records} <= {logging.ERROR}
         return [record.getMessage() for record in caplog.records]
 
@@ -481,7 +482,7 @@ def lost(caplog: pytest.LogCaptureFixture) -> Callable[[], List[str]]:
 def failed(error: BaseException, kind: str = "optim_step") -> APIFuture[Any]:
     future = new(kind)
     future.enter("waiting", "r-5")
-    future.settle_error(error)
+    future.try_set_exception(error)
     return future
 
 
@@ -491,10 +492,7 @@ def test_a_failure_that_nobody_asked_for_is_told_once_when_collected(
     future = failed(RequestFailedError("out of memory", category="server"))
     assert lost() == []
     del future
-    said = (
-        "optim_step (request r-5) failed, and nobody asked for its outcome: "
-        "RequestFailedError: out of memory"
-    )
+    said = "unretrieved failure in optim_step (request r-5): RequestFailedError: out of memory"
     assert lost() == [said]
     assert lost() == [said]
 
@@ -519,7 +517,7 @@ def test_a_wait_that_timed_out_has_read_nothing(lost: Callable[[], List[str]]) -
     future = new()
     with pytest.raises(concurrent.futures.TimeoutError):
         future.result(0)
-    future.settle_error(ValueError("later"))
+    future.try_set_exception(ValueError("later"))
     future.status()
     assert future.failed()
     del future
@@ -531,7 +529,7 @@ def test_neither_a_cancel_nor_a_close_nor_a_result_is_told(
 ) -> None:
     new().cancel()
     failed(ClientClosedError("closed"))
-    new().settle(1)
+    new().try_set_result(1)
     new()
     assert lost() == []
 
@@ -543,7 +541,7 @@ def test_a_failed_batch_is_told_once_and_not_if_it_was_read(
         parts = [new("forward") for _ in range(3)]
         whole = gather(new("forward"), parts, list)
         for part in parts:
-            part.settle_error(ValueError("too long"))
+            part.try_set_exception(ValueError("too long"))
         if read:
             assert whole.exception() is not None
         del part, parts, whole
@@ -588,28 +586,28 @@ def test_the_next_call_of_a_client_tells_it(
         return "no such token" in caplog.text
 
     wait_until(told, "the failure is in the log")
-    assert caplog.text.count("nobody asked") == 1
+    assert caplog.text.count("unretrieved failure") == 1
 
 
 def test_a_script_that_never_asked_is_told_at_exit() -> None:
     script = (
         "from tinkex.futures import APIFuture\n"
         "future = APIFuture('save_state')\n"
-        "future.settle_error(ValueError('disk full'))\n"
+        "future.try_set_exception(ValueError('disk full'))\n"
         "del future\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
-    assert "save_state failed, and nobody asked for its outcome: ValueError: disk full" in (
-        ended.stderr
-    )
+    assert "unretrieved failure in save_state: ValueError: disk full" in (ended.stderr)
 
 
 # What is kept
 
 
-@pytest.mark.parametrize("settle", [lambda f: f.settle(1), lambda f: f.settle_error(ValueError())])
+@pytest.mark.parametrize(
+    "settle", [lambda f: f.try_set_result(1), lambda f: f.try_set_exception(ValueError())]
+)
 def test_a_settled_future_lets_go_of_what_was_told(settle: Callable[[Any], bool]) -> None:
     class Listener:
         told = 0

@@ -35,7 +35,7 @@ def test_a_failed_pass_that_nobody_waits_for_is_told_by_the_next_call(
     trainer.optim_step(ADAM).result(PATIENCE_S)
     with caplog.at_level(logging.ERROR, "tinkex"):
         trainer.optim_step(ADAM).result(PATIENCE_S)
-    assert "forward_backward failed, and nobody asked for its outcome" in caplog.text
+    assert "unretrieved failure in forward_backward" in caplog.text
     assert "target_tokens" in caplog.text
 
 

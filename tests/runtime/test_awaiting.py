@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from concurrent.futures import CancelledError as FutureCancelledError
 from typing import Any, Awaitable, Callable, Iterator, List
@@ -187,6 +188,37 @@ def test_a_timeout_of_an_await_cancels_the_future(
         assert future.cancelled()
 
     run(main)
+
+
+def test_a_long_await_is_explained_in_the_log(
+    server: ScriptedServer,
+    routes: TinkerRoutes,
+    released: threading.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    explained = asyncio.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("still waiting: optim_step: "):
+                explained.set()
+
+    handler = Handler()
+    logging.getLogger("tinkex").addHandler(handler)
+    caplog.set_level(logging.INFO, "tinkex")
+    try:
+        with ServiceClient(base_url=server.url, api_key="tml-key", notice_after_s=0.01) as service:
+
+            async def main() -> None:
+                future = service.create_lora_training_client("base").optim_step(ADAM)
+                waiting = asyncio.ensure_future(future.coroutine())
+                await explained.wait()
+                released.set()
+                await waiting
+
+            run(main)
+    finally:
+        logging.getLogger("tinkex").removeHandler(handler)
 
 
 def test_a_cancelled_future_cancels_what_awaits_it(

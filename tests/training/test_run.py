@@ -195,7 +195,7 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
     bad = trainer.forward_backward([datum()], "bad")
     future = run.queue(
         "waiting task",
-        lambda waiting: waiting.settle(
+        lambda waiting: waiting.try_set_result(
             run.run_pass("forward_backward", [datum()], Loss("cross_entropy"))
         ),
     )

@@ -323,9 +323,9 @@ def test_a_tensor_with_a_gradient_is_refused():
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ([1, 2], "Token ids make one"),
-        (np.int64([1, 2]), "Token ids make one"),
-        ({"input_ids": [1, 2]}, "Token ids make one"),
+        ([1, 2], "Make one from token ids"),
+        (np.int64([1, 2]), "Make one from token ids"),
+        ({"input_ids": [1, 2]}, "Make one from token ids"),
         ("text", "Encode text first"),
         ([{"role": "user", "content": "text"}], "Encode text first"),
         (None, "Encode text first"),

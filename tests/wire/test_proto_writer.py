@@ -150,12 +150,12 @@ def test_arrays_of_the_other_byte_order(monkeypatch: pytest.MonkeyPatch) -> None
     assert bytes(forward_backward_request(request)) == native
 
 
-def test_more_than_protobuf_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_over_the_limit_of_protobuf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     datum = Datum(ModelInput.from_ints([1, 2]), {})
     request = ForwardBackwardRequest("m", 1, [datum] * 9, "x", {})
     size = len(forward_backward_request(request))
     monkeypatch.setattr(proto_writer, "_MAX_BODY", size)
     assert len(forward_backward_request(request)) == size
     monkeypatch.setattr(proto_writer, "_MAX_BODY", size - 1)
-    with pytest.raises(InvalidInputError, match=f"{size} bytes is more than"):
+    with pytest.raises(InvalidInputError, match=f"{size} bytes exceeds the limit"):
         forward_backward_request(request)

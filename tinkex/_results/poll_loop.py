@@ -164,7 +164,7 @@ class PollLoop:
         waited_s = self._last_contact - self._started
         queue_s = max(0.0, waited_s - reply.read_s)
         self._transport.recorder.result(queue_s, reply.read_s, decode_s)
-        self._future.settle(result)
+        self._future.try_set_result(result)
 
     def _note_queue(self, state: Optional[str], reason: Optional[str]) -> None:
         self._future.queue_state, self._future.queue_state_reason = state, reason

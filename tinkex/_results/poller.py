@@ -29,6 +29,7 @@ from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
+from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.descriptors import connection_cap
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.connection_errors import forget_frames
@@ -36,7 +37,7 @@ from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex._transport.transport import Transport
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
-from tinkex.futures import APIFuture, report_lost
+from tinkex.futures import APIFuture
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Poller:
         )
         self._channels = ThreadLocalConnections(transport)
         # One bound method each for all futures.
-        self._run_callback, self._why_held_back = self._callbacks.submit, transport.pressure.why
+        self._run_callback, self._throttle_reason = self._callbacks.submit, transport.pressure.why
         self._forget_it = self._forget
         # Guards _outstanding, _lanes and _closed.  Never held during I/O or while a
         # future is settled.
@@ -95,7 +96,7 @@ class Poller:
             BackpressureError: there is none, and on_backpressure is ``"raise"``.
             ClientClosedError: the poller was closed.
         """
-        report_lost()
+        run_deferred()
         pressure = self._transport.pressure
         counted = counted and pressure.unread.counts
         if counted:
@@ -104,7 +105,7 @@ class Poller:
             kind,
             notice_after_s=self._config.notice_after_s,
             run_callback=self._run_callback,
-            why_held_back=self._why_held_back,
+            throttle_reason=self._throttle_reason,
         )
         if counted:
             future.on_read(pressure.unread.leave)
@@ -237,7 +238,7 @@ class Poller:
         if isinstance(error, TinkexError):
             logger.debug("%s failed", future.kind, exc_info=error)
             forget_frames(error)
-        future.settle_error(error)
+        future.try_set_exception(error)
 
     def close(self, error: TinkexError) -> None:
         """Settle everything outstanding with *error* and stop the threads.  Returns at once.
@@ -252,7 +253,7 @@ class Poller:
         for pool in (self._polls, self._samples, self._asking):
             pool.close()
         for future in outstanding:
-            future.settle_error(error)
+            future.try_set_exception(error)
         self._callbacks.drain()  # after the callbacks that settling has just queued
 
     def join(self, deadline: float) -> List[str]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, TypeVar
+
+from tinkex._runtime.long_wait import LongWait
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -23,20 +25,33 @@ T = TypeVar("T")
 FutureT = TypeVar("FutureT", bound="Future[Any]")
 
 
-async def outcome_of(future: Future[T], timeout: Optional[float] = None) -> T:
+async def outcome_of(
+    future: Future[T], wait: LongWait, explain: Callable[[LongWait], None]
+) -> T:
     """Wait for *future* without blocking the loop, and return its result.
 
-    Cancelling the task that awaits cancels the future, and so does the end of *timeout* seconds:
-    that is asyncio's rule, and the official SDK's behavior.
+    *explain* logs what the wait is for, when it has become long.  Cancelling the task that awaits
+    cancels the future, and so does the end of *wait*: that is asyncio's rule, and the official
+    SDK's behavior.
 
     Raises:
-        asyncio.TimeoutError: *timeout* passed.
+        asyncio.TimeoutError: *wait* is over.
         asyncio.CancelledError: the task or the future was cancelled.
         TinkexError: the operation failed.
     """
     import asyncio
 
-    return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+    waiting = asyncio.wrap_future(future)
+    try:
+        while not waiting.done():
+            # Unlike asyncio.wait_for, this leaves the future alone at the end of each slice.
+            await asyncio.wait({waiting}, timeout=wait.slice_s())
+            if wait.is_over and not waiting.done():
+                raise asyncio.TimeoutError(f"no result within {wait.elapsed_s:.3g} s: {future!r}")
+            explain(wait)
+        return waiting.result()
+    finally:
+        waiting.cancel()  # which the future sees, too, unless it is settled
 
 
 async def itself(value: T) -> T:
@@ -57,11 +72,11 @@ def future_of(method: Callable[P, FutureT]) -> Callable[P, Coroutine[Any, Any, F
     return _named(queue, method, "queues work; this returns the future")
 
 
-def result_of(method: Callable[P, Future[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def result_of(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Make the ``*_async`` name of a *method* that returns a future: awaiting gives its result."""
 
     async def wait(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await outcome_of(method(*args, **kwargs))
+        return await method(*args, **kwargs)
 
     return _named(wait, method, "returns a future; this returns its result")
 

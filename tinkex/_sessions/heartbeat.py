@@ -17,6 +17,7 @@ import time
 from typing import Callable, Optional
 
 from tinkex._runtime.clock import Clock
+from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.registry import SessionRegistry
 from tinkex._sessions.session_record import (
@@ -30,7 +31,6 @@ from tinkex._sessions.session_record import (
 )
 from tinkex._sessions.session_table import Verdict
 from tinkex.errors import ClientClosedError, TinkexError
-from tinkex.futures import report_lost
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class HeartbeatThread:
         if slept or late_s > SLEEP_JUMP_S:
             for record in self._registry.records():
                 record.link.drop_idle()
-        report_lost()
+        run_deferred()
         with self._lock:
             # In one step with the decision which thread sends: a session that is added after this
             # gets another thread, since this one may hang.

@@ -215,7 +215,7 @@ class Runtime:
         try:
             value = work()
             self.transport.config = self.config  # the server is there: full patience from now on
-            future.settle(value)
+            future.try_set_result(value)
         except Exception as error:
             self.poller.fail(future, error)
 

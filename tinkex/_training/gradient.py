@@ -176,7 +176,7 @@ class SplitBatch:
         error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
         if not isinstance(error, RUN_LOST) and not all(map(_left_out, self.parts, failures)):
             error = self._incomplete(failures, error)
-        self._future.settle_error(error)
+        self._future.try_set_exception(error)
         return error if isinstance(error, IncompleteGradientError) else None
 
     def completed_by(self, data: List[Datum], loss: Loss) -> Optional[List[Piece]]:
@@ -227,9 +227,9 @@ class SplitBatch:
         if self._future.done():
             return
         try:
-            self._future.settle(self._join([part.result() for part in self.parts]))
+            self._future.try_set_result(self._join([part.result() for part in self.parts]))
         except Exception as error:
-            self._future.settle_error(error)
+            self._future.try_set_exception(error)
 
     def _incomplete(
         self, failures: Sequence[Optional[BaseException]], cause: BaseException

@@ -177,7 +177,7 @@ class TrainingRun:
         future.enter("submitting")
         accepted = api.unload_model(self._runtime.transport, self.model_id)
         if not isinstance(accepted, UntypedFuture):
-            future.settle(accepted)
+            future.try_set_result(accepted)
             return
         owner = f"run {self.model_id}"
         request = AcceptedRequest(future, _read_unloaded, owner, accepted.request_id)

@@ -11,23 +11,16 @@ import collections
 import contextlib
 import logging
 import queue
-import sys
 import threading
-import time
 from typing import Callable, Deque, Iterator, Optional, Protocol, Set
 
+from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import BackpressureError, ClientClosedError
 
 logger = logging.getLogger(__name__)
 
 #: A waiter looks so often whether it is still wanted, in seconds; closing wakes it at once.
 _LOOK_S = 1.0
-
-#: Waits of the calling thread are sliced on Windows, where Ctrl-C does not end them.
-_SLICE_S = 0.25 if sys.platform == "win32" else _LOOK_S
-
-#: The longest pause between two notices about one wait, in seconds.
-_LONGEST_NOTICE_S = 300.0
 
 #: Places given back are counted when there are so many of them.
 _SWEEP = 256
@@ -231,12 +224,10 @@ class Unread:
             pass
 
     def _wait_for_reads(self, what: str) -> None:
-        began = time.monotonic()
-        pause = self._notice_after_s
-        notice_at = began + pause
+        wait = LongWait(self._notice_after_s)
         while True:
             try:
-                self._left.get(timeout=max(0.0, min(_SLICE_S, notice_at - time.monotonic())))
+                self._left.get(timeout=min(wait.slice_s(), _LOOK_S))
             except queue.Empty:
                 pass
             else:
@@ -245,18 +236,15 @@ class Unread:
                 self._left.put(None)  # for the next who waits
             if self._closing.is_set():
                 raise ClientClosedError(f"{what}: the client was closed during a wait")
-            now = time.monotonic()
-            if now >= notice_at:
+            if wait.notice_is_due():
                 logger.warning(
                     "%s has waited for %.0f s: %s. %s%s",
                     what,
-                    now - began,
+                    wait.elapsed_s,
                     self._full(),
                     self._for_ever(),
                     _READ_THEM,
                 )
-                pause = min(pause * 2, _LONGEST_NOTICE_S)
-                notice_at = now + pause
 
     def _for_ever(self) -> str:
         if len(self._submitters) > 1:

@@ -1,4 +1,4 @@
-"""``tinkex auth``: the key on this machine, and who it belongs to."""
+"""``tinkex auth``: the key on this machine, and its owner."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from tinkex.cli import status as status_line
 from tinkex.cli.commands import Group, in_flags
 from tinkex.cli.connect import advice, base_url_option, explained
 from tinkex.cli.output import format_option, print_facts, print_json, wants_json
-from tinkex.cli.prompts import ask_secret
-from tinkex.cli.terminal import echo, echo_error
+from tinkex.cli.terminal import ask_secret, echo, echo_error
 from tinkex.config import Config
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
 from tinkex.errors import APIError, CredentialError, NotFoundError, TinkexError
@@ -23,15 +22,15 @@ from tinkex.errors import APIError, CredentialError, NotFoundError, TinkexError
 
 @click.group(cls=Group)
 def auth() -> None:
-    """Store a key, remove it, and see whether it works."""
+    """Store a key, remove it, and check whether it works."""
 
 
 @auth.command()
 @base_url_option
 def login(base_url: Optional[str]) -> None:
-    """Ask for a key, or read it from a pipe; try it, and store it for this user.
+    """Ask for a key, or read it from a pipe; check it, and store it for this user.
 
-    It is kept in ~/.tinker/credentials.json, which only its owner can read.
+    It is stored in ~/.tinker/credentials.json, which only its owner can read.
     """
     file = CredentialsFile()
     stored = file.default()
@@ -52,10 +51,10 @@ def login(base_url: Optional[str]) -> None:
 
 
 def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
-    """Return the id and the entry of a key that the server takes; APIError if it does not."""
+    """Return the id and the entry of a key if the server accepts it; else raise APIError."""
     try:
         found = access.about_key(config)
-    except NotFoundError:  # a server that does not tell about keys
+    except NotFoundError:  # a server without information about keys
         access.check_access(config)
         return hashlib.sha256(typed.encode()).hexdigest()[:8], StoredKey(typed)
     return str(found.key_id), StoredKey(typed, found.name, "manual", found.note, found.details)
@@ -85,7 +84,7 @@ def logout(base_url: Optional[str]) -> None:
 @base_url_option
 @click.pass_context
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
-    """Say where the key comes from, and whether the server takes it: exit code 1 if not."""
+    """Show where the key comes from, and whether the server accepts it: exit code 1 if not."""
     echo(f"Credential: {_source() or 'none'}")
     config = Config.resolve(base_url=base_url)
     status_line.waiting_for(f"waiting for {config.host_and_port}")
@@ -103,7 +102,7 @@ def status(ctx: click.Context, base_url: Optional[str]) -> None:
 @base_url_option
 @format_option
 def whoami(base_url: Optional[str]) -> None:
-    """Say who the key belongs to."""
+    """Show the owner of the key."""
     config = Config.resolve(base_url=base_url)
     status_line.waiting_for(f"waiting for {config.host_and_port}")
     transport = Transport(config)
@@ -112,7 +111,7 @@ def whoami(base_url: Optional[str]) -> None:
             try:
                 found = access.whoami(transport)
             except CredentialError:
-                access.check_access(config)  # if there is no such server, that is the reason
+                access.check_access(config)  # raises a better error if the server is the problem
                 raise
     finally:
         transport.abort()
@@ -124,7 +123,7 @@ def whoami(base_url: Optional[str]) -> None:
 
 
 def _source() -> Optional[str]:
-    """Where the credential comes from, in words; None if there is none."""
+    """Return where the credential comes from, as text; None if there is none."""
     if os.environ.get(KEY_VARIABLE, "").strip():
         return f"the environment (${KEY_VARIABLE})"
     if os.environ.get(COMMAND_VARIABLE, "").strip():

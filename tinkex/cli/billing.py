@@ -1,4 +1,4 @@
-"""``tinkex billing``: what was used, and what is kept."""
+"""``tinkex billing``: usage, and stored checkpoints."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def usage(
         ]
         print_csv(sessions_csv, ["session_id", "user_metadata"], sessions)
     if "-" in (csv_path, sessions_csv):
-        return  # a table would spoil it
+        return  # stdout holds the CSV
     if wants_json():
         print_json({"data": [], "sessions": {}, "cost_data_through": None, **found.to_wire()})
     else:
@@ -123,13 +123,13 @@ def checkpoint_storage(
 
 
 def _facts(event: BillingUsageEvent) -> Dict[str, Any]:
-    """An entry as one flat row."""
+    """Return an entry as one flat row."""
     facts = event.to_wire()
     info = facts.pop("event_info")
     return {**_NO_USAGE, **facts, **info}
 
 
-#: The columns of an entry, whatever it is about.
+#: The columns common to all kinds of entries.
 _NO_USAGE: Dict[str, Any] = {
     **{f.name: None for f in dataclasses.fields(BillingUsageEvent) if f.name != "event_info"},
     "type": None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 import click
 
 import tinkex
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import base_url_option, check_path, open_rest
+from tinkex.cli.connect import base_url_option, check_path, fetch_pages, open_rest
 from tinkex.cli.deletions import delete
 from tinkex.cli.output import (
     count,
@@ -24,12 +24,11 @@ from tinkex.cli.output import (
 from tinkex.cli.terminal import echo
 from tinkex.cli.transfers import download, push_to_hub
 from tinkex.errors import NotFoundError, RouteMissingError
-from tinkex.types import Checkpoint
 
 
 @click.group(cls=Group)
 def checkpoint() -> None:
-    """List, change and fetch checkpoints."""
+    """List, change and download checkpoints."""
 
 
 @checkpoint.command("list")
@@ -38,13 +37,17 @@ def checkpoint() -> None:
 @base_url_option
 @format_option
 def list_checkpoints(run_id: Optional[str], limit: int, base_url: Optional[str]) -> None:
-    """List checkpoints, the newest first."""
+    """List checkpoints, newest first."""
     with open_rest(base_url) as rest:
         if run_id:
             of_run = rest.list_checkpoints(run_id).result().checkpoints
             found = of_run[:limit] if limit else of_run
         else:
-            found = _of_user(rest, limit)
+            found = fetch_pages(
+                lambda size, offset: rest.list_user_checkpoints(size, offset).result().checkpoints,
+                limit,
+                1000,
+            )
     if wants_json():
         listed = {"checkpoints": [item.to_wire() for item in found]}
         print_json({"run_id": run_id, **listed} if run_id else listed)
@@ -65,17 +68,6 @@ def list_checkpoints(run_id: Optional[str], limit: int, base_url: Optional[str])
             for item in found
         ],
     )
-
-
-def _of_user(rest: tinkex.RestClient, limit: int) -> List[Checkpoint]:
-    found: List[Checkpoint] = []
-    while limit == 0 or len(found) < limit:
-        page_size = min(1000, limit - len(found)) if limit else 1000
-        page = rest.list_user_checkpoints(limit=page_size, offset=len(found)).result().checkpoints
-        found += page
-        if len(page) < page_size:
-            break
-    return found
 
 
 @checkpoint.command("info")
@@ -113,7 +105,7 @@ def show_checkpoint(path: str, base_url: Optional[str]) -> None:
 
 
 def _weights_info(rest: tinkex.RestClient, path: str) -> Dict[str, Any]:
-    """What a checkpoint was trained from; empty if the server does not tell."""
+    """Return how a checkpoint was trained; empty if the server does not report it."""
     try:
         return rest.get_weights_info_by_tinker_path(path).result().to_wire()
     except RouteMissingError:
@@ -138,7 +130,7 @@ def publish(path: str, base_url: Optional[str]) -> None:
     check_path(path)
     with open_rest(base_url) as rest:
         rest.publish_checkpoint_from_tinker_path(path).result()
-    _say(f"{path} is public.")
+    _echo_unless_json(f"{path} is public.")
 
 
 @checkpoint.command("unpublish")
@@ -150,13 +142,13 @@ def unpublish(path: str, base_url: Optional[str]) -> None:
     check_path(path)
     with open_rest(base_url) as rest:
         rest.unpublish_checkpoint_from_tinker_path(path).result()
-    _say(f"{path} is private.")
+    _echo_unless_json(f"{path} is private.")
 
 
 @checkpoint.command("set-ttl")
 @click.argument("path")
 @click.option("--ttl", type=int, metavar="SECONDS", help="Delete it after this long.")
-@click.option("--remove", is_flag=True, help="Keep it until it is deleted.")
+@click.option("--remove", is_flag=True, help="Keep it until it is deleted by hand.")
 @base_url_option
 @format_option
 def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]) -> None:
@@ -166,10 +158,12 @@ def set_ttl(path: str, ttl: Optional[int], remove: bool, base_url: Optional[str]
     check_path(path)
     with open_rest(base_url) as rest:
         rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
-    _say(f"{path} is kept for ever." if remove else f"{path} is deleted in {ttl} seconds.")
+    _echo_unless_json(
+        f"{path} is kept until it is deleted." if remove else f"{path} is deleted in {ttl} seconds."
+    )
 
 
-def _say(text: str) -> None:
+def _echo_unless_json(text: str) -> None:
     if not wants_json():
         echo(text)
 

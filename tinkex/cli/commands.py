@@ -1,7 +1,7 @@
-"""What all commands and groups of ``tinkex`` have in common.  No threads of its own.
+"""The base of all commands and groups of ``tinkex``.  No threads of its own.
 
-A command shows what it waits for and reports the library's errors in terms of its own options; a
-group suggests what a misspelt command may stand for.
+A command shows what it is waiting for and reports the library's errors in terms of its options; a
+group suggests corrections for misspelt commands.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from tinkex.cli import status
 from tinkex.errors import TinkexError
 
-#: Settings of the library -> the parameter of commands that sets them under another name.
+#: Setting of the library -> the parameter of commands with another name.
 _OTHER_NAMES = {"overwrite": "force"}
 
 _SETTING = re.compile(
@@ -27,37 +27,37 @@ _SETTING = re.compile(
 )
 _ASIDE = re.compile(r"\s*\((?:or )?(?P<name>[a-z][a-z_]*)=[^()]*\)")
 
-#: What is left of "--port, port=..." and "--port or port=...".
+#: Repetitions that remain of "--port, port=..." and "--port or port=...".
 _TWICE = re.compile(r"(--[\w-]+)(?:,| or) \1\b")
 
 
 class Failed(click.ClickException):
-    """A command failed: an error of the library, in terms of the command line."""
+    """An error of the library, in terms of the command line."""
 
 
 class Command(click.Command):
-    """A command that is never silent for long, and names its own options in errors."""
+    """A command with a status line, whose errors name its own options."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command."""
         try:
             with status.shown(f"{ctx.command_path}: working") as ctx.obj:
                 return super().invoke(ctx)
         except TinkexError as error:
             raise Failed(in_flags(str(error), ctx)) from error
-        except UnicodeError as error:  # of an argument, or of what stdin holds
+        except UnicodeError as error:  # in an argument or in stdin
             raise Failed(f"the input is not valid text: {error}") from error
 
 
 class Group(click.Group):
-    """A group that knows what a misspelt command may stand for."""
+    """A group that suggests corrections for misspelt commands."""
 
     command_class = Command
 
     def resolve_command(
         self, ctx: click.Context, args: List[str]
     ) -> Tuple[Optional[str], Optional[click.Command], List[str]]:
-        """Find the command that ``args[0]`` names; wrong usage, with suggestions, if none."""
+        """Find the command ``args[0]``; UsageError, with suggestions, if there is none."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             raise click.UsageError(f"No such command {name!r}. {self._suggestion(ctx, name)}", ctx)
@@ -72,7 +72,7 @@ class Group(click.Group):
         return f"Commands: {', '.join(self.list_commands(ctx))}."
 
     def _elsewhere(self, root: click.Context, name: str) -> List[str]:
-        """Commands of that name, or nearly, in all groups."""
+        """Return commands of that name, or a similar one, in all groups."""
         top = root.command
         assert isinstance(top, click.Group)
         groups = [(path, top.get_command(root, path)) for path in top.list_commands(root)]
@@ -86,10 +86,10 @@ class Group(click.Group):
 
 
 def in_flags(text: str, ctx: click.Context) -> str:
-    """Return *text* with settings named as on the command line.
+    """Return *text* with the names of settings replaced by command-line options.
 
-    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.  A setting that the
-    command lacks is left out where it stands in parentheses.
+    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.  A setting in
+    parentheses that the command lacks is removed.
     """
     flags = _flags(ctx)
 
@@ -98,7 +98,7 @@ def in_flags(text: str, ctx: click.Context) -> str:
 
     def flag(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"] or ""
-        if name not in flags or not (value or "_" in name):  # else it is a plain word
+        if name not in flags or not (value or "_" in name):  # otherwise an ordinary word
             return found.group()
         takes_value = flags[name].startswith("--") and value not in ("", "=", "=...", "=True")
         return f"{flags[name]} {value[1:].strip(_QUOTES)}" if takes_value else flags[name]
@@ -110,7 +110,7 @@ _QUOTES = "\"'"
 
 
 def _flags(ctx: click.Context) -> Dict[str, str]:
-    """Setting -> the option of the command that sets it, or the variable that has set it."""
+    """Map settings to the command's option for it, or the variable that it came from."""
     flags = {
         option.name: max(option.opts, key=len)
         for option in ctx.command.params

@@ -1,11 +1,11 @@
-"""The one place where commands find their server, and open and close clients."""
+"""Finds the server of a command, and opens and closes clients."""
 
 from __future__ import annotations
 
 import http.client
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterator, List, Optional, TypeVar
 
 import click
 
@@ -26,27 +26,28 @@ from tinkex.errors import (
 from tinkex.types.checkpoint_path import ParsedCheckpointTinkerPath, locate_checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 base_url_option = click.option(
     "--base-url",
     metavar="URL",
-    help="The server to talk to (default: TINKER_BASE_URL, else the hosted service).",
+    help="URL of the server (default: TINKER_BASE_URL, or else the hosted service).",
 )
 
 _NO_TINKER_SERVER = (
     "This does not look like a Tinker server: check base_url, its port and its path. "
-    "`tinkex serve` prints the URL of its own."
+    "`tinkex serve` prints its URL."
 )
 
 
 def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
     """Return the settings for the server that the options and the environment name.
 
-    Where they name none, and there is no key for the hosted service, a `tinkex serve` on its usual
+    If they name none and there is no key for the hosted service, a `tinkex serve` on its default
     port is used.
 
     Raises:
-        ConfigError: there is none either; or a setting is wrong.
+        ConfigError: no server was found, or a setting is wrong.
     """
     if (
         not base_url
@@ -55,7 +56,7 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
     ):
         if not _is_served_here(serve.DEFAULT_PORT):
             raise ConfigError(
-                "no server to talk to",
+                "no server was given",
                 hint="Give --base-url or set TINKER_BASE_URL (`tinkex serve` starts a server "
                 "here), or set TINKER_API_KEY (or run `tinkex auth login`) for the hosted "
                 f"service{otherwise}.",
@@ -68,7 +69,7 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
 
 
 def _is_served_here(port: int) -> bool:
-    """Tell whether the embedded server listens on *port* of this machine."""
+    """Return whether an embedded server listens on *port* of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
         connection.request("GET", "/api/v1/healthz")
@@ -84,12 +85,12 @@ def _is_served_here(port: int) -> bool:
 def open_service(
     base_url: Optional[str], *, local_model: Optional[str] = None, data_dir: Optional[str] = None
 ) -> Iterator[tinkex.ServiceClient]:
-    """Open a session; it ends with the block, as interrupted after Ctrl-C.
+    """Open a session; it ends with the block, marked as interrupted after Ctrl-C.
 
     Args:
         base_url: the server, or None for the environment's.
         local_model: start the embedded server with this model instead.
-        data_dir: where the embedded server keeps checkpoints; None keeps none.
+        data_dir: folder for checkpoints of the embedded server; None keeps none.
     """
     if local_model is not None:
         status.waiting_for(f"loading {local_model}")
@@ -103,7 +104,7 @@ def open_service(
 
 @contextmanager
 def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
-    """Open a client for lists and records, without a session; it closes with the block."""
+    """Open a client without a session for lists and records; it closes with the block."""
     config = find_server(base_url)
     with explained(config), tinkex.RestClient(base_url=config.base_url) as rest:
         yield rest
@@ -111,7 +112,7 @@ def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
 
 @contextmanager
 def open_admin(base_url: Optional[str]) -> Iterator[tinkex.AdminClient]:
-    """The same, for audit and billing."""
+    """Open a client for audit and billing; it closes with the block."""
     config = find_server(base_url)
     with explained(config), tinkex.AdminClient(base_url=config.base_url) as admin:
         yield admin
@@ -119,41 +120,41 @@ def open_admin(base_url: Optional[str]) -> Iterator[tinkex.AdminClient]:
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Have errors of the block name the server, and say what to do."""
+    """Add the server and advice to errors of the block."""
     try:
         yield
     except APIError as error:
         explain(error, config)
         raise
-    except SessionLostError as error:  # of the command's own session
+    except SessionLostError as error:  # the session that this command opened
         error.hint = "Run the command again."
         raise
 
 
 def explain(error: APIError, config: Config) -> None:
-    """Have *error* name the server of *config*, and say what to do."""
+    """Add the server of *config* and advice to *error*."""
     if config.host_and_port not in error.message:
         error.message = f"{config.host_and_port}: {error.message}"
     error.hint = advice(error)
 
 
 def advice(error: APIError) -> Optional[str]:
-    """What to do about *error*: its own hint, or what its kind suggests."""
+    """Return advice about *error*: its own hint, or one by its type."""
     if error.hint is not None:
         return error.hint
     if error.status is not None and error.status >= 500:
-        return "The server, or a proxy before it, fails: look at its log, or try again later."
+        return "The server, or a proxy in front of it, failed: check its log, or try again later."
     if isinstance(error, ResponseDecodeError):
         return _NO_TINKER_SERVER
     if isinstance(error, APIConnectionError):
-        return "Is this the address of a Tinker server, and does it run? Check base_url."
+        return "Is this the address of a Tinker server, and is it running? Check base_url."
     if isinstance(error, APIStatusError) and is_missing_route(error):
         return _NO_TINKER_SERVER
     return None
 
 
 def check_path(path: str) -> ParsedCheckpointTinkerPath:
-    """Return the parts of a ``tinker://`` path; InvalidInputError says where to find one."""
+    """Parse a ``tinker://`` path; the InvalidInputError explains where to find one."""
     try:
         return locate_checkpoint(path)
     except InvalidInputError as error:
@@ -161,3 +162,20 @@ def check_path(path: str) -> ParsedCheckpointTinkerPath:
             "A path looks like tinker://<run>/weights/<name>; `tinkex checkpoint list` lists them."
         )
         raise
+
+
+def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int) -> List[T]:
+    """Return *limit* items of a list, or all if it is 0, fetched page by page.
+
+    Args:
+        fetch: returns the items of one page, given its size and its offset.
+        page_size: the size of the largest page.
+    """
+    found: List[T] = []
+    while limit == 0 or len(found) < limit:
+        wanted = min(page_size, limit - len(found)) if limit else page_size
+        page = fetch(wanted, len(found))
+        found += page
+        if len(page) < wanted:
+            break
+    return found

@@ -1,4 +1,4 @@
-"""``tinkex checkpoint delete``: some checkpoints, or those of a run that fit a filter."""
+"""``tinkex checkpoint delete``: given checkpoints, or those of a run that match a filter."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tinkex.cli import status
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import base_url_option, check_path, explain, open_rest
 from tinkex.cli.output import count, format_option, print_json, wants_json
-from tinkex.cli.prompts import confirm
-from tinkex.cli.terminal import echo, echo_error
+from tinkex.cli.terminal import confirm, echo, echo_error
 from tinkex.errors import APIError
 from tinkex.types.checkpoint_path import KINDS
 
 
 def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) -> Optional[datetime]:
-    """Read ISO 8601; what names no zone is UTC."""
+    """Parse ISO 8601; times without a zone are UTC."""
     if value is None:
         return None
-    text = f"{value[:-1]}+00:00" if value[-1:] in "Zz" else value  # as Python before 3.11 wants it
+    # Python before 3.11 does not parse Z.
+    text = f"{value[:-1]}+00:00" if value[-1:] in "Zz" else value
     try:
         found = datetime.fromisoformat(text)
     except ValueError as error:
@@ -47,7 +47,7 @@ def _instant(_: click.Context, option: click.Parameter, value: Optional[str]) ->
 @click.option(
     "--after", metavar="TIME", callback=_instant, help="With --run-id: created after this."
 )
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 @base_url_option
 @format_option
 @click.pass_context
@@ -61,9 +61,9 @@ def delete(
     yes: bool,
     base_url: Optional[str],
 ) -> None:
-    """Delete the checkpoints at PATH... (tinker://...), for good.
+    """Delete the checkpoints at PATH... (tinker://...) permanently.
 
-    With --run-id, those of a training run; --type, --before and --after narrow them down.
+    With --run-id, delete those of a training run, filtered by --type, --before and --after.
     """
     if bool(paths) == bool(run_id):
         raise click.UsageError("give paths, or --run-id")
@@ -77,7 +77,7 @@ def delete(
             chosen = _of_run(rest, run_id, KINDS.get(kind or "", kind), before, after)
         if chosen and not yes:
             echo_error("\n".join(chosen))
-            question = f"Delete {count(len(chosen), 'checkpoint')} for good?"
+            question = f"Delete {count(len(chosen), 'checkpoint')} permanently?"
             if not confirm(question, "nothing was deleted (-y deletes without asking)"):
                 ctx.exit(1)
         failed = _delete(rest, chosen)
@@ -100,7 +100,7 @@ def _of_run(
     before: Optional[datetime],
     after: Optional[datetime],
 ) -> List[str]:
-    """Paths of those checkpoints of a run that fit."""
+    """Return the paths of the checkpoints of a run that match."""
     return [
         item.tinker_path
         for item in rest.list_checkpoints(run_id).result().checkpoints
@@ -111,14 +111,14 @@ def _of_run(
 
 
 def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
-    """Delete several at a time; return those that could not be, and why."""
+    """Delete *paths* concurrently; return those that failed, with the error."""
     failed = []
     status.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
             future.result()
-        except APIError as error:  # the others may still be there
+        except APIError as error:  # go on with the others
             explain(error, rest.config)
             failed.append((path, error))
     return failed

@@ -1,7 +1,7 @@
-"""The command group, and what an error means for the shell.
+"""The command group, and the exit codes.
 
-Exit codes: 0 done, 1 an error (``Error: <message>`` and what to do, on stderr), 2 wrong usage,
-130 Ctrl-C.  Output that cannot be written, and a question without an answer, are errors.
+Exit codes: 0 success, 1 an error (``Error: <message>`` and advice on stderr), 2 wrong usage, 130
+Ctrl-C.  Output that cannot be written, and a question without a reply, are errors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tinkex.cli.commands import Command, Group
 from tinkex.cli.output import format_option
 from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interrupts
 
-#: Command -> where it is, and what it does; imported only when it is run.
+#: Command -> its location and its summary; imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
-    "auth": ("tinkex.cli.auth:auth", "Store a key, and see whether it works."),
+    "auth": ("tinkex.cli.auth:auth", "Store a key, and check whether it works."),
     "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
-    "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and fetch checkpoints."),
+    "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and download checkpoints."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
@@ -33,10 +33,10 @@ COMMANDS: Dict[str, Sequence[str]] = {
 
 
 class LazyGroup(Group):
-    """A group that knows its commands' names, and imports each only when it is run."""
+    """A group that imports each command only when it is run."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Read the command line; print the help if it asks for that."""
+        """Parse the command line; print the help if it was requested."""
         with terminal.write_errors():
             return super().make_context(*args, **extra)
 
@@ -48,11 +48,11 @@ class LazyGroup(Group):
         return result
 
     def list_commands(self, ctx: click.Context) -> List[str]:
-        """Return the names, in order."""
+        """Return the names in alphabetical order."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
-        """Import and return the command, or None if there is none of that name."""
+        """Import and return a command; None if there is no such command."""
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
@@ -83,7 +83,7 @@ def version() -> None:
 
 
 def run_command(args: Optional[Sequence[str]] = None) -> int:
-    """Run the command line *args* (those of the process if None) and return its exit code."""
+    """Run the command line *args* (by default the process's own) and return its exit code."""
     try:
         result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
     except click.UsageError as error:
@@ -92,7 +92,7 @@ def run_command(args: Optional[Sequence[str]] = None) -> int:
     except click.ClickException as error:
         terminal.echo_error(f"Error: {error.format_message()}")
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
+    except (click.Abort, KeyboardInterrupt):  # click converts KeyboardInterrupt to Abort
         terminal.echo_error("Interrupted.")
         return INTERRUPTED
     # --help and the like return an exit code, commands nothing.
@@ -115,6 +115,6 @@ def main() -> NoReturn:
     try:
         code = run_command()
         exit_at_interrupt()
-    except KeyboardInterrupt:  # one more, while the first was being reported
+    except KeyboardInterrupt:  # a second Ctrl-C while the first is reported
         code = INTERRUPTED
     sys.exit(code)

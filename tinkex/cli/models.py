@@ -51,13 +51,13 @@ def list_models(substring: str, base_url: Optional[str]) -> None:
             [
                 item.model_name or "-",
                 "-" if item.max_context_length is None else str(item.max_context_length),
-                _said(item.trainable),
-                _said(item.sampleable),
+                _yes_or_no(item.trainable),
+                _yes_or_no(item.sampleable),
             ]
             for item in found
         ],
     )
 
 
-def _said(value: Optional[bool]) -> str:
+def _yes_or_no(value: Optional[bool]) -> str:
     return "-" if value is None else "yes" if value else "no"

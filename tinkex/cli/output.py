@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, both on stdout."""
+"""The output of commands on stdout: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _remember(ctx: click.Context, _: click.Parameter, value: Optional[str]) -> N
 
 
 def format_option(command: F) -> F:
-    """Give a command ``-f table|json``; it may stand before or after the command's name."""
+    """Add ``-f table|json`` to a command; it may come before or after the command's name."""
     decorate = click.option(
         "-f",
         "--format",
         type=click.Choice(["table", "json"]),
         callback=_remember,
         expose_value=False,
-        help="How to print results (default: table).",
+        help="Output format (default: table).",
     )
     return decorate(command)
 
@@ -44,17 +44,17 @@ limit_option = click.option(
     default=20,
     show_default=True,
     type=click.IntRange(min=0),
-    help="At most this many; 0 lists all.",
+    help="Maximum number of results; 0 lists all.",
 )
 
 
 def wants_json() -> bool:
-    """Tell whether JSON was asked for."""
+    """Return whether JSON was requested."""
     return bool(click.get_current_context().meta.get(_FORMAT) == "json")
 
 
 def print_json(value: Any) -> None:
-    """Print *value* as indented JSON; in ASCII, if the encoding of stdout lacks a character."""
+    """Print *value* as indented JSON, in ASCII if the encoding of stdout lacks a character."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -64,9 +64,9 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table.  No value is shortened or broken into lines, so that it can be copied.
+    """Print a table.  Values are never shortened or wrapped, so that they can be copied.
 
-    On a terminal that is too narrow for the table, each row is printed as a list of facts.
+    On a terminal too narrow for the table, each row is printed as a list of names and values.
     """
     lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *lines)]
@@ -79,7 +79,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_facts(title: str, rows: Iterable[Sequence[str]]) -> None:
-    """Print pairs of a name and a value, one a line; no value is broken into lines."""
+    """Print pairs of a name and a value, one per line, without wrapping."""
     pairs = [(name, visible(value, one_line=True)) for name, value in rows]
     echo("\n".join([title, "", _facts(pairs)]))
 
@@ -96,7 +96,7 @@ def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _width(text: str) -> int:
-    """The columns that *text* takes on a terminal."""
+    """Return the width of *text* on a terminal, in columns."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
@@ -104,7 +104,7 @@ def _width(text: str) -> int:
 
 
 def _columns() -> float:
-    """The width of the terminal; unbounded where stdout is none."""
+    """Return the width of the terminal; infinite if stdout is not one."""
     if sys.stdout is None or not sys.stdout.isatty():
         return math.inf
     return shutil.get_terminal_size().columns
@@ -123,8 +123,8 @@ def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
-    """Show bytes as they arrive, on stderr; yield what is to be called with them."""
-    line = status.current()  # asked for here: bytes are reported from other threads
+    """Show progress in bytes on stderr; yield a function to report it with (done, total)."""
+    line = status.current()  # looked up here, because other threads report the progress
     if line is None or not line.live:
 
         def in_words(done: int, total: Optional[int]) -> None:
@@ -147,7 +147,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
 
 
 def size(n_bytes: Optional[int]) -> str:
-    """Return a number of bytes for people, in steps of 1024."""
+    """Return a size in bytes as text, in units of 1024."""
     if n_bytes is None:
         return "-"
     value = float(n_bytes)
@@ -158,13 +158,13 @@ def size(n_bytes: Optional[int]) -> str:
     return f"{value:.1f} TiB"
 
 
-def count(number: int, noun: str, plural: Optional[str] = None) -> str:
-    """Return ``"1 model"`` or ``"2 models"``; *plural* is for nouns that take no -s."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+def count(n: int, noun: str, plural: Optional[str] = None) -> str:
+    """Return ``"1 model"`` or ``"2 models"``; *plural* is for irregular nouns."""
+    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
 
 
 def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
-    """Return an instant for people: how long ago, or its date if that is over 30 days."""
+    """Return a time as text: how long ago, or the date if that is over 30 days."""
     if instant is None:
         return "-"
     seconds = ((now or datetime.now(timezone.utc)) - instant).total_seconds()

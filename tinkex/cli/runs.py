@@ -1,4 +1,4 @@
-"""``tinkex run``: training runs, living or not."""
+"""``tinkex run``: training runs, active or not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import click
 
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.connect import base_url_option, fetch_pages, open_rest
 from tinkex.cli.output import (
     count,
     format_option,
@@ -26,7 +26,7 @@ def run() -> None:
     """List and show training runs."""
 
 
-#: Column -> its title, and what it shows of a run.
+#: Column -> title, and the value for a run.
 COLUMNS: Dict[str, Tuple[str, Callable[[TrainingRun], str]]] = {
     "id": ("Run ID", lambda run: run.training_run_id),
     "model": ("Base Model", lambda run: run.base_model),
@@ -61,17 +61,17 @@ def _columns(_: click.Context, option: click.Parameter, value: str) -> List[str]
 @base_url_option
 @format_option
 def list_runs(limit: int, columns: List[str], base_url: Optional[str]) -> None:
-    """List training runs, the most recently used first."""
-    found: List[TrainingRun] = []
+    """List training runs, most recently used first."""
     total: Optional[int] = None
     with open_rest(base_url) as rest:
-        while limit == 0 or len(found) < limit:
-            page_size = min(100, limit - len(found)) if limit else 100
-            page = rest.list_training_runs(limit=page_size, offset=len(found)).result()
-            found += page.training_runs
+
+        def fetch(page_size: int, offset: int) -> List[TrainingRun]:
+            nonlocal total
+            page = rest.list_training_runs(limit=page_size, offset=offset).result()
             total = page.cursor.total_count if page.cursor else None
-            if len(page.training_runs) < page_size:
-                break
+            return page.training_runs
+
+        found = fetch_pages(fetch, limit, 100)
     if wants_json():
         print_json({"runs": [item.to_wire() for item in found]})
         return

@@ -13,8 +13,7 @@ from tinkex.cli import status
 from tinkex.cli.commands import Command, in_flags
 from tinkex.cli.connect import base_url_option, check_path, open_service
 from tinkex.cli.output import format_option, print_json, wants_json
-from tinkex.cli.prompts import read_input
-from tinkex.cli.terminal import echo, visible
+from tinkex.cli.terminal import echo, read_input, visible
 from tinkex.errors import ConfigError, InvalidInputError
 
 DEFAULT_LOCAL_MODEL = "smollm2-135m"
@@ -26,9 +25,9 @@ DEFAULT_LOCAL_MODEL = "smollm2-135m"
 @click.option("--base-model", metavar="NAME", help="Sample from this base model.")
 @base_url_option
 @click.option("--local", is_flag=True, help="Run the model here, on the embedded server.")
-@click.option("--data-dir", metavar="DIR", help="With --local: the folder that holds checkpoints.")
-@click.option("--chat", is_flag=True, help="Send PROMPT as a chat message, not as bare text.")
-@click.option("--max-tokens", default=128, show_default=True, help="At most this many new tokens.")
+@click.option("--data-dir", metavar="DIR", help="With --local: the folder for checkpoints.")
+@click.option("--chat", is_flag=True, help="Send PROMPT as a chat message instead of raw text.")
+@click.option("--max-tokens", default=128, show_default=True, help="Maximum number of new tokens.")
 @click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--top-p",
@@ -87,7 +86,7 @@ def sample(
     except InvalidInputError as error:
         raise click.UsageError(in_flags(str(error), ctx)) from error
     text = read_input() if prompt == "-" else prompt
-    text.encode()  # raises for what is not valid text, before anything is opened
+    text.encode()  # raises UnicodeError for invalid text before anything is opened
     local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
     with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
         if model_path:
@@ -99,15 +98,15 @@ def sample(
         tokenizer = sampler.get_tokenizer()
         tokens = types.ModelInput.from_ints(_encode(tokenizer, text, chat))
         status.waiting_for(f"waiting for {service.config.host_and_port} to sample")
-        answer = sampler.sample(
+        response = sampler.sample(
             prompt=tokens, num_samples=num_samples, sampling_params=params
         ).result()
-    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in answer.sequences]
-    _print(texts, answer)
+    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in response.sequences]
+    _print(texts, response)
 
 
 def _only_model(service: tinkex.ServiceClient) -> str:
-    """Return the server's base model if it offers just one."""
+    """Return the server's base model if it offers exactly one."""
     capabilities = service.get_server_capabilities()
     names = [m.model_name for m in capabilities.supported_models if m.model_name is not None]
     if len(names) != 1:
@@ -121,7 +120,7 @@ def _only_model(service: tinkex.ServiceClient) -> str:
 def _encode(tokenizer: Any, text: str, chat: bool) -> List[int]:
     if chat:
         if not tokenizer.chat_template:
-            raise InvalidInputError("the model has no chat template", hint="Leave out --chat.")
+            raise InvalidInputError("the model has no chat template", hint="Omit --chat.")
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
@@ -131,13 +130,13 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> List[int]:
     return tokens
 
 
-def _print(texts: List[str], answer: types.SampleResponse) -> None:
+def _print(texts: List[str], response: types.SampleResponse) -> None:
     if wants_json():
         print_json(
             {
                 "sequences": [
                     {"text": text, "tokens": list(s.tokens), "stop_reason": s.stop_reason}
-                    for text, s in zip(texts, answer.sequences)
+                    for text, s in zip(texts, response.sequences)
                 ]
             }
         )

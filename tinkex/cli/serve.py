@@ -15,12 +15,12 @@ from tinkex.cli.signals import Ended, EndSignals
 from tinkex.cli.terminal import echo, echo_error
 from tinkex.errors import LocalServerError
 
-#: Away from 8000 and 8080, where other servers of a developer's machine tend to live.
+#: Not 8000 or 8080, which other servers on a developer's machine often use.
 DEFAULT_PORT = 8642
 
 
 def default_data_dir() -> Path:
-    """Where runs and checkpoints are kept: ``$XDG_DATA_HOME/tinkex``, or its usual default."""
+    """Return the default folder for runs and checkpoints, in ``$XDG_DATA_HOME`` or its default."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "tinkex" / "server"
 
@@ -30,11 +30,11 @@ def default_data_dir() -> Path:
               help="smollm2-135m, tiny-random, a Hugging Face name, or a folder; "
               "'deterministic' needs no ML library.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True,
-              help="Interface to bind; anything but loopback needs --api-key.")  # fmt: skip
+              help="Interface to bind; any but loopback requires --api-key.")  # fmt: skip
 @click.option("--port", default=DEFAULT_PORT, show_default=True, type=click.IntRange(0, 65535),
-              help="Port to bind; 0 takes a free one.")  # fmt: skip
+              help="Port to bind; 0 picks a free one.")  # fmt: skip
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), default=None,
-              help="Keeps runs and checkpoints; by default tinkex/server in the user's data "
+              help="Folder for runs and checkpoints; by default tinkex/server in the user's data "
               "folder.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
               show_default=True, help="Where the model runs.")  # fmt: skip
@@ -42,13 +42,13 @@ def default_data_dir() -> Path:
               help="Key that clients must send; $TINKEX_SERVER_API_KEY keeps it out of the "
               "process list.")  # fmt: skip
 @click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME",
-              help="Also answer requests for this host, such as the name of a reverse proxy; may "
-              "be repeated.  A server without a key answers to localhost only, so that no web "
-              "page can use it.")  # fmt: skip
+              help="Also accept requests for this host, such as the name of a reverse proxy; may "
+              "be repeated.  A server without a key accepts only localhost, so that no web page "
+              "can use it.")  # fmt: skip
 @click.option("--session-ttl", "session_ttl_s", default=60.0, show_default=True, metavar="SECONDS",
               type=click.FloatRange(min=1), help="A session without a heartbeat for this long "
               "expires.")  # fmt: skip
-@click.option("--quiet", is_flag=True, help="Write no access log.")
+@click.option("--quiet", is_flag=True, help="Do not write an access log.")
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -64,8 +64,8 @@ def serve(
 ) -> None:
     """Serve the Tinker API on this machine, with one base model.
 
-    The last line it prints before it is ready holds the URL.  Ctrl-C ends it.  Each request is
-    logged on stderr: when it was answered, method, path, status and how long that took.
+    The URL is printed once the server is ready.  Ctrl-C stops it.  Each request is logged on
+    stderr: time, method, path, status and duration.
     """
     from tinkex.local.http.admission import read_hosts
     from tinkex.local.server import LocalServer, check_bind, check_folder, load_engine
@@ -75,7 +75,7 @@ def serve(
     try:
         with signals.installed():
             read_hosts(allowed_hosts)
-            # Before the model is loaded, which takes long:
+            # Checked before the model is loaded, which takes long.
             check_bind(host, port, api_key)
             folder = data_dir or default_data_dir()
             check_folder(folder)
@@ -95,7 +95,7 @@ def serve(
             with server, status.hidden():
                 echo(
                     f"tinkex is ready: {model} at {server.url}   "
-                    f"(export TINKER_BASE_URL={server.url}; Ctrl-C ends it)"
+                    f"(export TINKER_BASE_URL={server.url}; Ctrl-C stops it)"
                 )
                 code = signals.wait()
     except Ended as ended:
@@ -103,14 +103,14 @@ def serve(
     except LocalServerError:
         if signals.code is None:
             raise
-        code = signals.code  # libraries make an error of their own of an interrupted import
+        code = signals.code  # some libraries replace the interrupt by an error of their own
     if code:
         echo_error("stopped")
     ctx.exit(code)
 
 
 def _log_request(line: str) -> None:
-    """Write a line of the access log; called by the threads that answer requests."""
+    """Write a line of the access log; called by the threads that handle requests."""
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

@@ -1,16 +1,16 @@
-"""``tinkex session``: sessions, living or not, and their traces."""
+"""``tinkex session``: sessions, active or not, and their traces."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 import click
 
 from tinkex._downloads.downloads import Downloader, fetch_file
 from tinkex._downloads.part_file import Source
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import base_url_option, open_rest
+from tinkex.cli.connect import base_url_option, fetch_pages, open_rest
 from tinkex.cli.output import (
     count,
     format_option,
@@ -35,15 +35,13 @@ def session() -> None:
 @base_url_option
 @format_option
 def list_sessions(limit: int, base_url: Optional[str]) -> None:
-    """List session ids, the newest first."""
-    found: List[str] = []
+    """List session ids, newest first."""
     with open_rest(base_url) as rest:
-        while limit == 0 or len(found) < limit:
-            page_size = min(100, limit - len(found)) if limit else 100
-            page = rest.list_sessions(limit=page_size, offset=len(found)).result().sessions
-            found += page
-            if len(page) < page_size:
-                break
+        found = fetch_pages(
+            lambda size, offset: rest.list_sessions(limit=size, offset=offset).result().sessions,
+            limit,
+            100,
+        )
     if wants_json():
         print_json({"sessions": found})
         return
@@ -93,11 +91,11 @@ def export_trace(
             return Source(rest.export_session_trace(session_id).result() if again else url)
 
         with (
-            progress_bar("Downloading") as tell,
+            progress_bar("Downloading") as report,
             Downloader(rest.config, closing=rest.transport.closing) as downloader,
         ):
             n_bytes = fetch_file(
-                downloader, f"the trace of {session_id}", target, sign, tell, overwrite=force
+                downloader, f"the trace of {session_id}", target, sign, report, overwrite=force
             )
     if wants_json():
         facts = {"destination": str(target), "file_size_bytes": n_bytes}

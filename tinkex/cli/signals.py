@@ -1,6 +1,6 @@
-"""What SIGINT and SIGTERM do to a command.
+"""Handling of SIGINT and SIGTERM.
 
-Main thread only, where Python runs signal handlers.
+Main thread only, because Python runs signal handlers there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Iterator, Optional
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
 
+#: Delay before a lost interrupt is raised again.
 _LATER_S = 0.01
 
 #: Exit code of ``tinkex serve`` for each signal.
@@ -25,7 +26,7 @@ _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: 0}
 
 
 class Ended(KeyboardInterrupt):
-    """A signal has come; *code* is the exit code that goes with it."""
+    """A signal arrived; *code* is the exit code for it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -33,65 +34,62 @@ class Ended(KeyboardInterrupt):
 
 
 class EndSignals:
-    """How ``tinkex serve`` ends: the first SIGINT or SIGTERM counts, whatever comes after it.
+    """How ``tinkex serve`` ends: the first SIGINT or SIGTERM decides, later ones are ignored.
 
-    They raise Ended, and after `hold`, they only end `wait`: a server that is being closed must not
-    be disturbed by an exception from a second signal.
+    Signals raise Ended; after `hold` they only end `wait`, so that a second signal cannot interrupt
+    the server while it closes.
     """
 
     def __init__(self) -> None:
         self.code: Optional[int] = None
         self._holding = False
-        # A byte per signal: on Windows, nothing but input interrupts a wait.
+        # Receives a byte per signal: on Windows only input interrupts a wait.
         self._read, self._written = socket.socketpair()
         self._written.setblocking(False)
 
     def hold(self) -> None:
-        """Raise nothing from now on."""
+        """Stop raising Ended."""
         self._holding = True
 
     def wait(self) -> int:
-        """Block until a signal has come; return the exit code."""
+        """Block until a signal arrives; return the exit code."""
         while self.code is None:
             self._read.recv(64)
         return self.code
 
-    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
+    def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
         if self.code is None:
-            self.code = _CODES[signal.Signals(number)]
+            self.code = _CODES[signal.Signals(signum)]
         if not self._holding:
             raise Ended(self.code)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals.
-
-        If one has come, the process is ending: they are ignored from then on.
-        """
-        before = {number: signal.signal(number, self._handle) for number in _CODES}
+        """Handle the signals in the block; once one has arrived, ignore them afterwards."""
+        before = {signum: signal.signal(signum, self._handle) for signum in _CODES}
         wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                # Not our handler: the interpreter takes that away before it ends.
-                signal.signal(number, handler if self.code is None else signal.SIG_IGN)
+            for signum, handler in before.items():
+                # SIG_IGN, because the interpreter removes Python handlers before it exits.
+                signal.signal(signum, handler if self.code is None else signal.SIG_IGN)
             signal.set_wakeup_fd(wakeup)
             self._read.close()
             self._written.close()
 
 
 def exit_at_interrupt() -> None:
-    """Have Ctrl-C end the process without a traceback: all that is left is to exit."""
+    """Make Ctrl-C end the process without a traceback while it exits."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+        signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
 
 
 def raise_lost_interrupts() -> None:
-    """Raise a KeyboardInterrupt again if it is lost.
+    """Raise a KeyboardInterrupt again if Python ignored it.
 
-    Python ignores exceptions in a ``__del__`` or a callback of the garbage collector, and much of
-    importing torch or transformers is spent in such; the command would just go on.
+    Python ignores exceptions in ``__del__`` and in callbacks of the garbage collector, where
+    imports of torch or transformers spend much of their time; the command would not stop.
     """
     report = sys.unraisablehook
 
@@ -99,7 +97,7 @@ def raise_lost_interrupts() -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             report(unraisable)
             return
-        # A little later: raised in here, it would be lost again.
+        # Raised after a delay, because in this hook it would be lost again.
         again = threading.Timer(_LATER_S, _thread.interrupt_main)
         again.daemon = True
         again.name = "tinkex-interrupt"

@@ -1,11 +1,11 @@
-"""What a command is waiting for, on stderr: no command is silent for long.
+"""The status line: what a command is waiting for, on stderr.
 
-On a terminal it is a line that is redrawn each second and erased before anything else is printed;
-otherwise plain lines, each after twice the time of the one before, up to one a minute.  The
-environment variable ``TINKEX_NO_STATUS`` turns both off.
+On a terminal it is redrawn every second and erased before anything else is printed; otherwise it is
+a series of lines at doubling intervals, up to a minute.  The environment variable
+``TINKEX_NO_STATUS`` disables both.
 
 Each command owns a StatusLine, which owns the daemon thread "tinkex-status" while it is shown.
-While that thread runs, nothing else writes to stderr: log records are handed over to it.
+While that thread runs, only it writes to stderr; log records are passed to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIRST_S = 1.5
 _REDRAW_S = 1.0
 _MAX_GAP_S = 60.0
 
-#: Loggers whose records say what is being waited for.
+#: Loggers whose records describe slow steps.
 _STEPS = (
     "tinkex._api.archives",
     "tinkex.clients.checkpoints",
@@ -38,10 +38,10 @@ _STEPS = (
 
 
 class StatusLine:
-    """One line about what a command waits for.
+    """One line about what a command is waiting for.
 
     Args:
-        doing: what that is; may be assigned from any thread.
+        doing: the text; may be assigned from any thread.
         first_s: seconds without output before the first line.
     """
 
@@ -52,22 +52,22 @@ class StatusLine:
         #: Whether the line is redrawn in place, on a terminal.
         self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._began = time.monotonic()
-        self._drawn = 0  # columns on the terminal; the thread's own
+        self._drawn = 0  # columns drawn on the terminal; used by the thread only
         # Lines to print; None ends the thread.
         self._inbox: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
         self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:
-        """Show the line from now on."""
+        """Start showing the line."""
         if not self._enabled:
             return
         thread = threading.Thread(target=self._run, name="tinkex-status", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: then without a status
+        with contextlib.suppress(RuntimeError):  # no more threads: do without a status line
             thread.start()
             self._thread = thread
 
     def stop(self) -> None:
-        """Erase the line; what is printed afterwards starts on a clean line."""
+        """Erase the line, so that the next output starts on a clean line."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._inbox.put(None)
@@ -77,7 +77,7 @@ class StatusLine:
     def print(self, line: str) -> None:
         """Print *line* above the status line.  Safe from any thread."""
         self._inbox.put(line)
-        if self._thread is None:  # else the thread prints it, or stop, which comes after
+        if self._thread is None:  # otherwise the thread, or `stop`, prints it
             self._print_rest()
 
     def _print_rest(self) -> None:
@@ -120,7 +120,7 @@ class StatusLine:
             self._drawn = 0
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed or full
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -145,7 +145,7 @@ class _LogToStatus(logging.Handler):
 
 @contextlib.contextmanager
 def shown(doing: str) -> Iterator[StatusLine]:
-    """Show what the block waits for, and the library's log records."""
+    """Show a status line and the library's log records during the block."""
     line = StatusLine(doing, FIRST_S)
     handler = _LogToStatus(line)
     logger = logging.getLogger("tinkex")
@@ -165,13 +165,13 @@ def shown(doing: str) -> Iterator[StatusLine]:
 
 
 def current() -> Optional[StatusLine]:
-    """The status line of the running command; None outside of one, and in other threads."""
+    """Return the status line of the running command; None outside one, and in other threads."""
     ctx = click.get_current_context(silent=True)
     return None if ctx is None else ctx.find_object(StatusLine)
 
 
 def waiting_for(doing: str) -> None:
-    """Say what the running command waits for from now on."""
+    """Set the text of the running command's status line."""
     line = current()
     if line is not None:
         line.doing = doing
@@ -179,7 +179,7 @@ def waiting_for(doing: str) -> None:
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """Hide the status line for the block, which prints something itself or asks a question."""
+    """Hide the status line during the block, which prints something or asks a question."""
     line = current()
     if line is None or line._thread is None:
         yield

@@ -1,7 +1,7 @@
-"""Writing to the terminal, or to the file or pipe in its place.  No threads.
+"""Reading from and writing to the terminal, or the file or pipe in its place.  No threads.
 
 Output never fails because of a character that the encoding lacks; a full disk or a closed pipe is
-one error, `WriteError`.
+one error, `WriteError`.  Reading blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 
 from tinkex.cli import status
 
-#: What writing to a file, a pipe or a terminal fails with.
+#: Errors of writing to a file, a pipe or a terminal.
 _WRITING = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -28,11 +28,15 @@ class WriteError(click.ClickException):
     """The output could not be written."""
 
 
+class NoInputError(click.ClickException):
+    """The input ended before a reply."""
+
+
 def escape_unencodable() -> None:
     """Write characters that the encoding of stdout or stderr lacks as backslash escapes.
 
-    By default Python raises UnicodeEncodeError; on Windows, a redirected stdout takes a few hundred
-    characters only.
+    By default Python raises UnicodeEncodeError; on Windows, the encoding of a redirected stdout has
+    only a few hundred characters.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
@@ -42,7 +46,7 @@ def escape_unencodable() -> None:
 def visible(text: str, *, one_line: bool = False) -> str:
     """Return *text* with control characters escaped: a server must not control the terminal.
 
-    Tabs and newlines stay, unless it is to be *one_line*.
+    Tabs and newlines are kept unless *one_line* is true.
     """
     pattern = _CONTROL if one_line else _CONTROL_IN_TEXT
     return pattern.sub(lambda found: repr(found.group())[1:-1], text)
@@ -54,7 +58,7 @@ def echo(text: str) -> None:
 
 
 def echo_error(text: str) -> None:
-    """Write *text* and a newline to stderr; if that fails, there is nowhere left to report it."""
+    """Write *text* and a newline to stderr; if that fails, there is nowhere to report it."""
     try:
         _write(sys.stderr, visible(text))
     except OSError:
@@ -70,13 +74,13 @@ def _write(stream: Optional[TextIO], text: str) -> None:
 
 
 def flush_output() -> None:
-    """Write what is still in the buffer of stdout.  Raises OSError."""
+    """Flush stdout.  Raises OSError."""
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()
 
 
 def discard(stream: Optional[TextIO]) -> None:
-    """Drop what *stream* could not write; the interpreter would try again, and fail, at exit."""
+    """Discard the buffer of *stream*, which the interpreter would fail to write again at exit."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not a file, or closed
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -87,7 +91,7 @@ def discard(stream: Optional[TextIO]) -> None:
 
 @contextlib.contextmanager
 def write_errors() -> Iterator[None]:
-    """Turn an OSError of the block into a WriteError, in one line."""
+    """Convert an OSError in the block to a WriteError of one line."""
     try:
         yield
     except OSError as error:
@@ -98,3 +102,53 @@ def write_errors() -> Iterator[None]:
             raise WriteError(reason) from error
         discard(sys.stdout)
         raise WriteError(f"cannot write the output: {reason}") from error
+
+
+def read_input() -> str:
+    """Return all of stdin; empty if the process was started without it."""
+    with status.hidden():
+        return "" if sys.stdin is None else sys.stdin.read()
+
+
+def ask_secret(label: str) -> str:
+    """Ask for a secret without showing it; from a pipe or a file, read one line.
+
+    Raises:
+        NoInputError: nothing was entered.
+    """
+    with status.hidden():
+        if sys.stdin is not None and not sys.stdin.isatty():
+            secret = sys.stdin.readline().strip()
+        else:
+            from getpass import getpass
+
+            try:
+                secret = getpass(f"{label}: ").strip()
+            except EOFError:
+                sys.stderr.write("\n")
+                secret = ""
+    if not secret:
+        raise NoInputError(f"no {label} was given: type it, or pipe it to stdin")
+    return secret
+
+
+def confirm(question: str, otherwise: str) -> bool:
+    """Ask a yes-or-no question on stderr; an empty reply means no.
+
+    Raises:
+        NoInputError: the input ended before a reply; *otherwise* explains the consequence.
+    """
+    with status.hidden():
+        while True:
+            sys.stderr.write(f"{question} [y/N]: ")
+            sys.stderr.flush()
+            line = sys.stdin.readline() if sys.stdin is not None else ""
+            if not line:
+                sys.stderr.write("\n")
+                raise NoInputError(f"the input ended before a reply; {otherwise}")
+            reply = line.strip().lower()
+            if reply in ("y", "yes"):
+                return True
+            if reply in ("", "n", "no"):
+                return False
+            sys.stderr.write("Answer y or n.\n")

@@ -1,4 +1,4 @@
-"""``tinkex checkpoint download`` and ``push-hf``: checkpoints on their way elsewhere."""
+"""``tinkex checkpoint download`` and ``push-hf``: copies of checkpoints elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.types.checkpoint_path import SCHEME
 
 @click.command("download", cls=Command)
 @click.argument("path")
-@click.option("-o", "--output", default=".", metavar="DIR", help="Folder to create it in.")
+@click.option("-o", "--output", default=".", metavar="DIR", help="Folder in which to create it.")
 @click.option(
     "--force",
     is_flag=True,
@@ -34,8 +34,8 @@ def download(path: str, output: str, force: bool, base_url: Optional[str]) -> No
     """
     check_path(path)
     dest = Path(output) / _folder_name(path)
-    with open_rest(base_url) as rest, progress_bar("Downloading") as tell:
-        dest = rest.download_checkpoint(path, dest, progress=tell, overwrite=force)
+    with open_rest(base_url) as rest, progress_bar("Downloading") as report:
+        dest = rest.download_checkpoint(path, dest, progress=report, overwrite=force)
     n_bytes = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
     if wants_json():
         facts = {"destination": str(dest), "file_size_bytes": n_bytes}
@@ -54,14 +54,14 @@ def _folder_name(path: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Report what huggingface_hub raises, errors of several libraries, as one line."""
+    """Report errors of huggingface_hub, which come from several libraries, as one line."""
     try:
         yield
     except (TinkexError, click.ClickException):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise click.ClickException(f"the hub did not take {repo_id}: {reason}") from error
+        raise click.ClickException(f"cannot push to {repo_id}: {reason}") from error
 
 
 @click.command("push-hf", cls=Command)
@@ -104,7 +104,7 @@ def push_to_hub(
 ) -> None:
     """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
     check_path(path)
-    with open_rest(base_url) as rest, progress_bar("Downloading") as tell, _hub_errors(repo_id):
+    with open_rest(base_url) as rest, progress_bar("Downloading") as report, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,
             repo_id,
@@ -115,7 +115,7 @@ def push_to_hub(
             allow_patterns=allow_pattern or None,
             ignore_patterns=ignore_pattern or None,
             add_model_card=not no_model_card,
-            progress=tell,
+            progress=report,
         )
     if wants_json():
         facts = {"repo_id": repo_id, "revision": revision, "public": public, "url": url}

@@ -1,24 +1,22 @@
-"""sample_many: samples any number of prompts, so many at a time, as an iterator.
+"""sample_many: samples any number of prompts, a bounded number at a time, as an iterator.
 
-Prompts are taken, and results handed out, in the thread that iterates; there is no other.  Futures
-tell by a put into a queue that they are settled.
+Prompts are taken, and results handed out, in the thread that iterates; there is no other.  Settled
+futures put their index into a queue.
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import logging
 import operator
 import os
 import queue
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError
 from typing import (
     Any,
     Callable,
-    Deque,
     Dict,
     Generator,
     Iterable,
@@ -29,6 +27,8 @@ from typing import (
     Union,
 )
 
+from tinkex._runtime.deferred import call_from_finalizer
+from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import (
     BackpressureError,
     BudgetExceededError,
@@ -37,7 +37,7 @@ from tinkex.errors import (
     TinkexError,
     a_type,
 )
-from tinkex.futures import LONGEST_NOTICE_S, APIFuture, abandon, give_up
+from tinkex.futures import APIFuture, discard
 from tinkex.types import ModelInput, SampleResponse
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,8 @@ logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[int, int, Optional[int]], object]
 Progress = Union[bool, ProgressCallback]
 
-#: In input order, so many times max_in_flight results are begun ahead of the one that is due.
+#: In input order, up to this many times max_in_flight prompts are begun ahead of the one due.
 WINDOW = 4
-
-#: On Windows a wait for a queue cannot be interrupted; wait in slices there.
-_SLICE_S = 0.25 if sys.platform == "win32" else float("inf")
 
 
 class Sampled(NamedTuple):
@@ -76,7 +73,7 @@ class SampleStream(Iterator[Sampled]):
     def __init__(self, run: _Run) -> None:
         self._run = run
         # Guards the next two: one thread at a time takes prompts and waits.
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         self._running = False
         self._results = run.results()
         self._pid = os.getpid()
@@ -85,9 +82,9 @@ class SampleStream(Iterator[Sampled]):
         return self
 
     def __next__(self) -> Sampled:
-        if self._pid != os.getpid():  # locks may be dead, and nobody would wake us
+        if self._pid != os.getpid():  # locks may be dead, and nothing would wake us
             raise ClientClosedError("sample_many: this belongs to the parent process of a fork")
-        with self._turn:
+        with self._lock:
             self._running = True
             try:
                 return next(self._results)
@@ -103,8 +100,8 @@ class SampleStream(Iterator[Sampled]):
         if self._pid != os.getpid():
             return
         self._run.stop()
-        with self._turn:
-            if not self._running:  # else the prompts, or progress, call us
+        with self._lock:
+            if not self._running:  # else the prompts, or the progress function, called this
                 self._results.close()
 
     def __enter__(self) -> SampleStream:
@@ -130,8 +127,8 @@ class _Run:
     ) -> None:
         self._sample = sample
         self._total = operator.length_hint(prompts, -1)
-        self._prompts = enumerate(iter(prompts))
-        self._most = max_in_flight
+        self._prompts: Iterator[Tuple[int, ModelInput]] = enumerate(iter(prompts))
+        self._max_in_flight = max_in_flight
         self._window = WINDOW * max_in_flight if in_order else None
         self._on_error = on_error
         self._progress = progress
@@ -142,9 +139,8 @@ class _Run:
         # Finished, in input order not yet due; by index.
         self._ready: Dict[int, Sampled] = {}
         self._due = 0
-        # A prompt that there was no room for when it was taken.
-        self._held: Deque[Tuple[int, ModelInput]] = collections.deque()
-        self._more = True
+        # A prompt that was taken and could not be begun yet.
+        self._next: Optional[Tuple[int, ModelInput]] = None
 
     def stop(self) -> None:
         """End the run; wakes the thread that waits.  From any thread."""
@@ -170,7 +166,7 @@ class _Run:
                     failed += 1
                     first = first or sampled
                     if self._on_error == "raise":
-                        _tell_index(sampled.error, sampled.index)
+                        _add_index(sampled.error, sampled.index)
                         raise sampled.error
                 report(done, failed)
                 self._ready[sampled.index] = sampled
@@ -191,56 +187,53 @@ class _Run:
             self._stopped = True
             futures = [future for _, future in self._in_flight.values()]
             if collected:
-                abandon(futures)
+                call_from_finalizer(discard, futures)
             else:
-                give_up(futures)
+                discard(futures)
             self._in_flight.clear()
             report.close()
 
     def _fill(self) -> None:
         """Begin as many prompts as there is room for."""
-        while len(self._in_flight) < self._most and not self._stopped:
-            if not self._held:
-                if not self._more:
+        while len(self._in_flight) < self._max_in_flight and not self._stopped:
+            if self._next is None:
+                self._next = next(self._prompts, None)
+                if self._next is None:
+                    self._prompts = iter(())  # do not ask an iterator again that has ended
                     return
-                try:
-                    self._held.append(next(self._prompts))
-                except StopIteration:
-                    self._more = False
-                    return
-                continue  # they may have closed us
-            index, prompt = self._held[0]
+                continue  # the iterable of prompts may have closed the stream
+            index, prompt = self._next
             if self._window is not None and index >= self._due + self._window:
                 return
             try:
                 future = self._sample(prompt)
             except (BudgetExceededError, BackpressureError) as error:
                 if not self._in_flight:
-                    _tell_index(error, index)
+                    _add_index(error, index)
                     raise
                 return  # there may be room once some of ours are done
             except InvalidInputError as error:
                 future = APIFuture("sample")
-                future.settle_error(error)
+                future.try_set_exception(error)
             self._in_flight[index] = (prompt, future)  # first: Ctrl-C may come at any call
-            self._held.popleft()
-            future.on_settled(_teller(self._settled, index))
+            self._next = None
+            future.on_settled(functools.partial(self._note_settled, index))
+
+    def _note_settled(self, index: int, future: Any) -> None:
+        """In the thread that settles the future."""
+        self._settled.put(index)
 
     def _wait(self) -> Optional[Sampled]:
         """Wait until one of those in flight is settled; None if the run is stopped."""
         index: Optional[int] = None
-        now = time.monotonic()
-        pause_s, notice_at = self._notice_after_s, now + self._notice_after_s
+        wait = LongWait(self._notice_after_s)
         while not self._stopped:
             try:
-                index = self._settled.get(timeout=max(0.0, min(_SLICE_S, notice_at - now)))
+                index = self._settled.get(timeout=wait.slice_s())
                 break
             except queue.Empty:
-                now = time.monotonic()
-                if now >= notice_at:
-                    self._tell_of_wait()
-                    pause_s = min(2 * pause_s, LONGEST_NOTICE_S)
-                    notice_at = now + pause_s
+                if wait.notice_is_due():
+                    self._explain_wait()
         if index is None:
             return None
         prompt, future = self._in_flight.pop(index)
@@ -253,7 +246,7 @@ class _Run:
             return Sampled(index, prompt, None, error)
         return Sampled(index, prompt, future.result())
 
-    def _tell_of_wait(self) -> None:
+    def _explain_wait(self) -> None:
         _, oldest = next(iter(self._in_flight.values()))
         logger.info(
             "sample_many: still waiting for %d samples; the oldest is %s",
@@ -307,24 +300,20 @@ def sample_many(
     return SampleStream(run)
 
 
-def _teller(settled: queue.SimpleQueue[Optional[int]], index: int) -> Callable[[Any], None]:
-    return lambda future: settled.put(index)
-
-
-def _tell_index(error: BaseException, index: int) -> None:
+def _add_index(error: BaseException, index: int) -> None:
     if isinstance(error, TinkexError):
-        told = f"It was prompt {index} of sample_many."
-        error.hint = f"{error.hint} {told}" if error.hint else told
+        note = f"It was prompt {index} of sample_many."
+        error.hint = f"{error.hint} {note}" if error.hint else note
 
 
 class _Reporter:
-    """Tells nobody."""
+    """Reports no progress."""
 
     def __call__(self, done: int, failed: int) -> None:
-        """So many are finished, of which so many failed."""
+        """*done* prompts are finished, *failed* of them without a result."""
 
     def close(self) -> None:
-        """Nothing more is to come."""
+        """The stream has ended."""
 
 
 class _Caller(_Reporter):

@@ -1,8 +1,8 @@
-"""Flat runs of numbers that are numpy arrays only once somebody asks for one.
+"""Flat sequences of numbers that become numpy arrays on first use.
 
-Importing numpy takes more time and memory than all else that a program needs to sample short texts.
-So short lists, and what servers send, are kept in an ``array.array``, which numpy can share later.
-Both kinds have a length, ``tolist`` and ``tobytes``.
+Importing numpy takes more time and memory than everything else a program needs to sample short
+texts.  So short lists, and results, are kept as an ``array.array``, whose memory numpy can share
+later.  Both kinds have a length, ``tolist`` and ``tobytes``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tinkex._runtime.lazy_numpy import np
 
 C = TypeVar("C")
 
-#: So many numbers are dealt with one by one; for more, numpy is worth its import.
+#: Up to this length a loop in Python is cheaper than importing numpy.
 SHORT = 2000
 
 _DTYPES = {"i": "int32", "f": "float32"}
 
 
 class _Field:
-    """A field of a dataclass: an array.array that it was set to is read as a numpy array."""
+    """A dataclass field that may be set to an array.array and reads as a numpy array."""
 
     def __init__(self, name: str) -> None:
         self._kept = f"_{name}"
@@ -53,14 +53,14 @@ def numpy_on_demand(*names: str) -> Callable[[Type[C]], Type[C]]:
 
 
 def as_kept(instance: Any, name: str) -> Any:
-    """Such a field as it is kept: an array of either kind, or None."""
+    """Return the value of such a field without converting it: an array of either kind, or None."""
     return getattr(instance, f"_{name}")
 
 
 def from_bytes(typecode: str, raw: bytes) -> Any:
     """Read the little-endian *raw* as an array of int32, ``"i"``, or float32, ``"f"``.
 
-    ValueError if it is no whole number of them.
+    ValueError if its length is not a multiple of four.
     """
     values = array.array(typecode, raw)
     if sys.byteorder == "big":
@@ -69,7 +69,7 @@ def from_bytes(typecode: str, raw: bytes) -> Any:
 
 
 def holds_nan(values: Any) -> bool:
-    """Whether one of *values*, an array of either kind, is NaN."""
+    """Return whether *values*, an array of either kind, contains NaN."""
     if isinstance(values, array.array) and len(values) <= SHORT:
         return any(map(math.isnan, values))
     return bool(np.any(np.isnan(values)))

@@ -1,10 +1,10 @@
-"""The base of JSON control messages: dataclasses-json, with its rough edges covered.
+"""The base of JSON control messages, built on dataclasses-json.
 
 Measured on dataclasses-json 0.6.7: it walks every element of a list (360 ms for 32k tokens),
-writes None fields, reports a missing key as a bare KeyError, and puts a null into a field that
-must not be None with no more than a warning.  Hence `bulk`, which makes it pass a value through
-untouched, and `Wire`, which drops None both ways and raises typed errors.  It is also slow, so
-that `_exact` reads and writes what is as it should be.
+writes None fields, reports a missing key as a bare KeyError, and only warns about a null in a field
+that must not be None.  Hence `bulk`, which passes a value through untouched, and `Wire`, which
+drops None both ways and raises typed errors.  Because dataclasses-json is slow, too, messages of
+exactly the declared types are converted by `_exact`.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ def _identity(value: Any) -> Any:
 
 def _as_it_is(value: Any) -> Any:
     if type(value) not in (dict, list):
-        raise Unusual  # to be made one of these
+        raise Unusual  # dataclasses-json converts other mappings and sequences
     return value
 
 
 def json_object(value: Any) -> Any:
-    """Return *value*, which must be an object or nothing, as it is; else ValueError."""
+    """Return *value* if it is an object or None; else raise ValueError."""
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{excerpt(value, 80)} is not an object")
     return value
 
 
 def json_strings(value: Any) -> Any:
-    """Return *value*, which must be a list of strings or nothing, as it is; else ValueError."""
+    """Return *value* if it is a list of strings or None; else raise ValueError."""
     if value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
         return value
     raise ValueError(f"{excerpt(value, 80)} is not a list of strings")
 
 
 def json_string_map(value: Any) -> Any:
-    """Return *value*, which must map names to strings, as it is; else ValueError."""
+    """Return *value* if it maps names to strings; else raise ValueError."""
     if any(not isinstance(one, str) for one in json_object(value).values()):
-        raise ValueError(f"{excerpt(value, 80)} holds more than strings")
+        raise ValueError(f"{excerpt(value, 80)} holds values that are not strings")
     return value
 
 
 def json_number_map(value: Any) -> Dict[str, float]:
-    """Return *value*, which must map names to numbers or null, with floats, and NaN for null.
+    """Return *value*, a map from names to numbers or null, with floats, and NaN for null.
 
-    Servers that meet NaN write null, as JSON has no word for it.  ValueError if it is no such map.
+    JSON has no NaN, so servers write null.  ValueError if it is not such a map.
     """
     items = json_object(value).values()
     if any(one is not None and type(one) not in (int, float) for one in items):
-        raise ValueError(f"{excerpt(value, 80)} holds more than numbers")
+        raise ValueError(f"{excerpt(value, 80)} holds values that are not numbers")
     return {name: math.nan if one is None else float(one) for name, one in value.items()}
 
 
 def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = json_object) -> Any:
-    """A dataclass field that dataclasses-json hands to *read*, without walking it."""
+    """A dataclass field whose value dataclasses-json passes to *read* without walking it."""
     metadata = {**config(encoder=_identity, decoder=read), CODERS: (_as_it_is, read)}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -85,14 +85,14 @@ def bulk(default: Any = dataclasses.MISSING, *, read: Callable[[Any], Any] = jso
 def parse_datetime(value: Any) -> Optional[datetime]:
     """Read an RFC 3339 time (docs/protocol.md, "Bodies"); naive times are taken as UTC.
 
-    Digits past the microseconds are cut off.  ValueError if it is no such time.
+    Digits past the microseconds are dropped.  ValueError if it is not such a time.
     """
     if value is None or isinstance(value, datetime):
         return value
     match = _RFC3339.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{excerpt(value, 80)} is not an RFC 3339 time")
-    # Spelt out, because fromisoformat before Python 3.11 takes only 3 or 6 digits, and no Z.
+    # Parsed by hand, because fromisoformat before Python 3.11 takes only 3 or 6 digits, and no Z.
     fraction = (match["fraction"] or "")[:6].ljust(6, "0")
     zone = (match["zone"] or "Z").upper().replace(":", "").replace("Z", "+0000")
     text = f"{match['date']}T{match['time']}.{fraction}{zone[:3]}:{zone[3:]}"
@@ -115,10 +115,10 @@ def instant(default: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Wire(DataClassJsonMixin):
-    """A control message: a frozen dataclass that knows its JSON form."""
+    """A control message: a frozen dataclass with a JSON form."""
 
     def to_wire(self) -> Dict[str, Any]:
-        """Return the JSON form; fields that are None are left out, of nested messages too."""
+        """Return the JSON form, without the fields that are None, in nested messages too."""
         write = writer_of(type(self))
         if write is not None:
             try:
@@ -155,20 +155,20 @@ class Wire(DataClassJsonMixin):
             ) from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ResponseDecodeError(
-                f"{cls.__name__}: {error}; the answer was {excerpt(payload)}"
+                f"{cls.__name__}: {error}; the response was {excerpt(payload)}"
             ) from error
 
 
 @functools.cache
 def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
-    """Fields of *cls* that hold a message, a list or a map of them: its class, and if a map."""
+    """Map fields of *cls* that hold messages to their class, and whether it is a map of them."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         mapped = False
         while typing.get_args(hint):  # Optional[X], List[X] and Dict[str, X]
             mapped = mapped or typing.get_origin(hint) is dict
             inner = [one for one in typing.get_args(hint) if one not in (type(None), str)]
-            hint = inner[0] if len(inner) == 1 else None  # unions read themselves
+            hint = inner[0] if len(inner) == 1 else None  # unions have their own decoder
         if isinstance(hint, type) and issubclass(hint, Wire):
             found[name] = (hint, mapped)
     return found
@@ -177,8 +177,8 @@ def _message_fields(cls: Type[Wire]) -> Mapping[str, Tuple[Type[Wire], bool]]:
 def _without_nulls(cls: Type[Wire], payload: Any) -> Any:
     """Return *payload* without the nulls in fields of *cls* and the messages inside it.
 
-    Done beforehand and not by turning dataclasses-json's warning into an error, because
-    `warnings.catch_warnings` changes the state of all threads.  Other values stay as they are.
+    Dropped here, because turning dataclasses-json's warning into an error would take
+    `warnings.catch_warnings`, which affects all threads.  Other values are unchanged.
     """
     if isinstance(payload, list):
         return [_without_nulls(cls, item) for item in payload if item is not None]
@@ -204,7 +204,7 @@ def excerpt(value: Any, limit: int = 300) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class UnknownVariant(Wire):
-    """An object whose ``type`` this version does not know; ``fields`` is all of it, as sent."""
+    """An object of a ``type`` unknown to this version; ``fields`` holds all of it, as sent."""
 
     type: Optional[str] = None
     fields: Dict[str, Any] = bulk({})
@@ -215,7 +215,7 @@ class UnknownVariant(Wire):
 
 
 def reader(*members: Type[Wire]) -> Callable[[Any], Wire]:
-    """Return what reads an object of one of *members*, whose ``type`` has a default value."""
+    """Return a decoder for objects of *members*, chosen by the default value of ``type``."""
     known: Mapping[str, Type[Wire]] = {
         field.default: member
         for member in members

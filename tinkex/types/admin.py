@@ -11,7 +11,7 @@ from tinkex.types._wire import UnknownVariant, Wire, bulk, instant, variant
 
 @dataclasses.dataclass(frozen=True)
 class AuditLogEntry(Wire):
-    """Something that somebody did."""
+    """One event in the audit log."""
 
     timestamp: datetime = instant(dataclasses.MISSING)
     event: str = ""
@@ -23,14 +23,14 @@ class AuditLogEntry(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class AuditLogResponse(Wire):
-    """What was done on one day."""
+    """The audit log of one day."""
 
     entries: List[AuditLogEntry]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingUsage(Wire):
-    """Tokens that were trained on."""
+    """Tokens trained on."""
 
     token_count: int
     type: str = "training"
@@ -38,7 +38,7 @@ class TrainingUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPrefillUsage(Wire):
-    """Prompt tokens that were read; *cached* ones were known already."""
+    """Prompt tokens processed; *cached* if they were in the prompt cache."""
 
     token_count: int
     cached: bool = False
@@ -47,7 +47,7 @@ class SamplingPrefillUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSampleUsage(Wire):
-    """Tokens that were sampled."""
+    """Tokens sampled."""
 
     token_count: int
     type: str = "sampling_sample"
@@ -55,7 +55,7 @@ class SamplingSampleUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointUsage(Wire):
-    """Checkpoints that were written."""
+    """Checkpoints written."""
 
     count: int
     type: str = "checkpoint"
@@ -63,7 +63,7 @@ class CheckpointUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class StorageUsage(Wire):
-    """Checkpoints that were kept."""
+    """Checkpoints stored."""
 
     gigabyte_hours: float
     free: bool = False
@@ -82,7 +82,7 @@ BillingEventInfo = Union[
 
 @dataclasses.dataclass(frozen=True)
 class BillingUsageEvent(Wire):
-    """Usage of one kind within one bucket of time."""
+    """Usage of one kind within one time bucket."""
 
     bucket_start: datetime = instant(dataclasses.MISSING)
     bucket_end: datetime = instant(dataclasses.MISSING)
@@ -101,14 +101,14 @@ class BillingUsageEvent(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class BillingSession(Wire):
-    """What a session that usage belongs to was labelled with."""
+    """A session that usage belongs to."""
 
     user_metadata: Optional[Dict[str, Any]] = bulk(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class BillingUsageResponse(Wire):
-    """Usage within a time; ``sessions`` is by session id."""
+    """Usage within a period; ``sessions`` maps session ids."""
 
     data: List[BillingUsageEvent]
     sessions: Dict[str, BillingSession] = dataclasses.field(default_factory=dict)
@@ -117,7 +117,7 @@ class BillingUsageResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointStorageUsage(Wire):
-    """What one user's checkpoints in one project take and cost."""
+    """Size and cost of one user's checkpoints in one project."""
 
     checkpoint_count: int
     size_bytes: int
@@ -131,7 +131,7 @@ class CheckpointStorageUsage(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class CurrentCheckpointStorageUsageResponse(Wire):
-    """What the checkpoints of now take and cost."""
+    """Size and cost of the checkpoints stored now."""
 
     data: List[CheckpointStorageUsage]
     effective_rate_usd_per_gigabyte_month: Optional[float] = None

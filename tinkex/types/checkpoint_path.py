@@ -17,12 +17,12 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 
 
 def check_tinker_path(path: object) -> str:
-    """Return a ``tinker://`` path, without whitespace around it; servers differ in what follows.
+    """Return a ``tinker://`` path without surrounding whitespace; the rest depends on the server.
 
-    A path that was read from a file or the environment often ends with a line break.
+    A path read from a file or the environment often ends with a line break.
 
     Raises:
-        InvalidInputError: *path* is none.
+        InvalidInputError: *path* is not such a path.
     """
     found = path.strip() if isinstance(path, str) else ""
     if not found.startswith(SCHEME) or len(found) == len(SCHEME) or not found.isprintable():
@@ -35,10 +35,10 @@ def check_tinker_path(path: object) -> str:
 
 
 def check_model_name(base_model: object) -> str:
-    """Return the name of a base model, without whitespace around it.
+    """Return the name of a base model without surrounding whitespace.
 
     Raises:
-        InvalidInputError: *base_model* is no name.
+        InvalidInputError: *base_model* is not a name.
     """
     name = base_model.strip() if isinstance(base_model, str) else ""
     if not name:
@@ -48,7 +48,7 @@ def check_model_name(base_model: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCheckpointTinkerPath:
-    """A three-segment path, taken apart: ``tinker://<training_run_id>/<kind>/<name>``.
+    """The parts of a path of three segments: ``tinker://<training_run_id>/<kind>/<name>``.
 
     ``checkpoint_type`` is training, sampler or external; ``checkpoint_id`` is ``<kind>/<name>``.
     """
@@ -60,7 +60,7 @@ class ParsedCheckpointTinkerPath:
 
     @classmethod
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
-        """Take *tinker_path* apart; InvalidInputError if it has another form."""
+        """Parse *tinker_path*; InvalidInputError if it has another form."""
         tinker_path = check_tinker_path(tinker_path)
         parts = tinker_path[len(SCHEME) :].split("/")
         if len(parts) != 3 or not all(parts) or parts[1] not in KINDS:
@@ -73,13 +73,13 @@ class ParsedCheckpointTinkerPath:
 
 
 def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
-    """Take any path apart that names a run and something of it, as servers hand them out.
+    """Parse any path that names a run and something in it, as known servers use them.
 
-    Some make ``tinker://<run>/<name>``, or kinds of their own (docs/servers.md): the type is
-    ``unknown`` then, and the id is all that follows the run.
+    Some use ``tinker://<run>/<name>``, or kinds of their own (docs/servers.md): then the type is
+    ``unknown``, and the id is everything after the run.
 
     Raises:
-        InvalidInputError: it names no more than a run, or not even that.
+        InvalidInputError: it names only a run, or nothing.
     """
     tinker_path = check_tinker_path(tinker_path)
     run, _, rest = tinker_path[len(SCHEME) :].partition("/")
@@ -95,22 +95,22 @@ def locate_checkpoint(tinker_path: str) -> ParsedCheckpointTinkerPath:
 
 
 def session_url(session_id: str) -> str:
-    """The page of a session."""
+    """Return the URL of a session's page."""
     return f"{CONSOLE}/sessions/{quote(session_id, safe=':')}"
 
 
 def training_run_url(model_id: str) -> str:
-    """The page of a training run."""
+    """Return the URL of a training run's page."""
     return f"{CONSOLE}/training_runs/{quote(model_id, safe=':')}"
 
 
 def checkpoint_url(tinker_path: str) -> str:
-    """The page of a checkpoint.  Other servers' paths, which may have any form, make one too."""
+    """Return the URL of a checkpoint's page; *tinker_path* may have any server's form."""
     run, _, checkpoint = check_tinker_path(tinker_path)[len(SCHEME) :].partition("/")
     return f"{CONSOLE}/checkpoints/{quote(run, safe='')}/{quote(checkpoint, safe='')}"
 
 
 def playground_url(tinker_path: str) -> str:
-    """The page that samples a checkpoint."""
+    """Return the URL of the page to sample from a checkpoint."""
     path = quote(check_tinker_path(tinker_path), safe="")
     return f"{CONSOLE}/playground?mode=checkpoint&checkpoint={path}"

@@ -1,4 +1,4 @@
-"""The chunks of a model input: text, images and audio (protocol reference, section 4.1)."""
+"""The chunks of a model input: text, images and audio (docs/protocol.md, "Model input")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 
 
 def _check_type(given: object, chunk_type: str) -> None:
-    """Raise InvalidInputError unless the argument ``type`` of a chunk is what its class says."""
+    """Raise InvalidInputError unless the argument ``type`` of a chunk fits its class."""
     if given != chunk_type:
         raise InvalidInputError(f"the type of this chunk is {chunk_type!r}, not {given!r}")
 
@@ -31,7 +31,7 @@ def _check_type(given: object, chunk_type: str) -> None:
 def _as_bytes(what: str, data: Any) -> bytes:
     """Return a copy of *data* as bytes; InvalidInputError, naming *what*, if it is something else.
 
-    Bytes cannot change, so they are not copied.
+    ``bytes`` are immutable, so they are not copied.
     """
     if isinstance(data, bytes):
         return data
@@ -61,14 +61,14 @@ class EncodedTextChunk:
 
     @classmethod
     def _adopt(cls, tokens: TokenArray) -> EncodedTextChunk:
-        """Like the constructor, without a copy: nothing else refers to *tokens*."""
+        """Like the constructor, but without a copy: nothing else may refer to *tokens*."""
         chunk = object.__new__(cls)
         object.__setattr__(chunk, "tokens_np", as_tokens(tokens, owned=True))
         return chunk
 
     @property
     def tokens(self) -> List[int]:
-        """The token ids as a Python list (made anew on each access)."""
+        """The token ids as a Python list (a new one on each access)."""
         ids: List[int] = as_kept(self, "tokens_np").tolist()
         return ids
 
@@ -78,7 +78,7 @@ class EncodedTextChunk:
         return len(as_kept(self, "tokens_np"))
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form; a numpy buffer is left for orjson to write."""
+        """Return the JSON form, with an array for orjson to write."""
         tokens = as_kept(self, "tokens_np")
         is_numpy = not isinstance(tokens, array.array)
         return {"tokens": tokens if is_numpy else tokens.tolist(), "type": "encoded_text"}
@@ -108,7 +108,7 @@ def _expected_length(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> int:
 
 
 def _check_image(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> None:
-    """Check the format and the expected tokens of *chunk*, and make an int of the latter."""
+    """Check the format and the expected tokens of *chunk*, and convert the latter to an int."""
     name = type(chunk).__name__
     if not isinstance(chunk.format, str):
         raise InvalidInputError(
@@ -135,11 +135,11 @@ class ImageChunk:
 
     @property
     def length(self) -> int:
-        """Number of tokens the image stands for; InvalidInputError if it was not given."""
+        """Number of tokens that the image takes; InvalidInputError if it was not given."""
         return _expected_length(self)
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form, with the bytes as base64."""
+        """Return the JSON form, with the bytes as base64."""
         encoded = {
             "data": base64.b64encode(self.data).decode("ascii"),
             "format": self.format,
@@ -167,11 +167,11 @@ class ImageAssetPointerChunk:
 
     @property
     def length(self) -> int:
-        """Number of tokens the image stands for; InvalidInputError if it was not given."""
+        """Number of tokens that the image takes; InvalidInputError if it was not given."""
         return _expected_length(self)
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         encoded = {"format": self.format, "location": self.location, "type": "image_asset_pointer"}
         return _with_expected(encoded, self.expected_tokens)
 
@@ -193,11 +193,11 @@ class DmelChunk:
 
     @property
     def length(self) -> int:
-        """Dimension 0 of the container: one token per frame."""
+        """Number of tokens: dimension 0 of the container, one token per frame."""
         return _dmel_length(self.dmel)
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form, with the bytes as base64."""
+        """Return the JSON form, with the bytes as base64."""
         return {"dmel": base64.b64encode(self.dmel).decode("ascii"), "type": "dmel"}
 
 
@@ -227,7 +227,7 @@ def _dmel_length(container: bytes) -> int:
 
 def _expected_from_json(payload: Dict[str, Any]) -> Any:
     expected = payload.get("expected_tokens")
-    if isinstance(expected, str):  # JSON has numbers
+    if isinstance(expected, str):  # JSON has numbers, so a string is an error
         raise InvalidInputError(f"expected_tokens is {expected!r}; it must be an integer")
     return expected
 
@@ -238,7 +238,7 @@ ModelInputChunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk, Dm
 
 
 def chunk_from_json(payload: Any) -> ModelInputChunk:
-    """Read a chunk by its ``type`` tag; InvalidInputError if it is none of the protocol's."""
+    """Read a chunk by its ``type``; InvalidInputError if the protocol has no such type."""
     kind = payload.get("type") if isinstance(payload, dict) else None
     try:
         if kind == "encoded_text":

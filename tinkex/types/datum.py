@@ -15,7 +15,7 @@ from tinkex.types.model_input import ModelInput
 from tinkex.types.tensor_data import TensorData
 from tinkex.types.tokens import hint_for_model_input
 
-#: The dtype a plain list is given, by loss input; any other name takes the dtype of its values.
+#: Loss input -> dtype of a plain list; under any other name the values decide.
 INPUT_DTYPES: Mapping[str, str] = {
     "target_tokens": "int64",
     "weights": "float32",
@@ -26,7 +26,7 @@ INPUT_DTYPES: Mapping[str, str] = {
     "sequence_ratio_mask": "float32",
 }
 
-#: What a loss is given with each datum, by name.
+#: The inputs of a loss for one datum, by name.
 LossFnInputs = Dict[str, TensorData]
 
 _TOKEN_BYTES = 4
@@ -40,7 +40,7 @@ class _Span:
     offset: int
     length: int
 
-    # By keyword, because two numbers in a row are easily given in the wrong order.
+    # Keyword-only, because two integers in a row are easily swapped.
     def __init__(self, sequence_id: str, *, offset: int = 0, length: int) -> None:
         if not isinstance(sequence_id, str) or not sequence_id:
             raise InvalidInputError(
@@ -53,7 +53,7 @@ class _Span:
 
 
 class PromptProvenanceSpan(_Span):
-    """A run of tokens of the prompt that a sequence was sampled from.
+    """A run of tokens from the prompt that a sequence was sampled from.
 
     Args:
         sequence_id: the ``SampledSequence.sequence_id`` of that sequence.
@@ -82,7 +82,7 @@ def _count(name: str, value: Any) -> int:
 def _to_tensor(name: str, value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    # Arrays and tensors keep their kind; lists of a known name take that name's dtype.
+    # Arrays and tensors keep their kind; a list takes the dtype of its loss input.
     is_list = isinstance(value, (list, tuple))
     try:
         if hasattr(value, "detach") and hasattr(value, "numpy"):  # torch's, without its import
@@ -103,21 +103,21 @@ class Datum:
     """One training example.
 
     Args:
-        model_input: what the model reads, n tokens.
+        model_input: the input of the model, n tokens.
         loss_fn_inputs: per-token inputs of the loss, by name: lists, numpy arrays, torch tensors
             or TensorData.  ``target_tokens`` are int64 of shape ``(n,)`` (or ``(n, k)``), where
             ``target_tokens[i]`` is the token that should follow input token i; ``weights``,
             ``logprobs``, ``advantages`` are float32 of the same shape.
         model_input_spans, loss_fn_input_spans: where the input tokens and the target tokens
-            came from, for losses that ask for it; both or neither.  See `with_provenance`.
+            came from, for losses that need it; both or neither.  See `with_provenance`.
 
-    Values are copied: what is written to an array later does not count.  Loss inputs may be
-    assigned later, as ``datum.loss_fn_inputs["advantages"] = advantages``; they are converted, by
-    the same rules, when the datum is used.
+    Values are copied, so later writes to an array have no effect.  Loss inputs may be assigned
+    later, as in ``datum.loss_fn_inputs["advantages"] = advantages``; they are converted by the same
+    rules when the datum is used.
 
     Raises:
-        InvalidInputError: *model_input* is no ModelInput, a loss input is ragged, or of a kind that
-            cannot be sent, or only one kind of spans is given.
+        InvalidInputError: *model_input* is not a ModelInput, a loss input is ragged or of a kind
+            that cannot be sent, or only one kind of spans is given.
     """
 
     model_input: ModelInput
@@ -140,7 +140,7 @@ class Datum:
         if not isinstance(loss_fn_inputs, Mapping):
             raise InvalidInputError(
                 f"the loss_fn_inputs of a Datum are {a_type(loss_fn_inputs)}, not a dict",
-                hint='They are named, e.g. {"target_tokens": tokens[1:], "weights": weights[1:]}.',
+                hint='Name them, e.g. {"target_tokens": tokens[1:], "weights": weights[1:]}.',
             )
         object.__setattr__(self, "model_input", model_input)
         tensors = {
@@ -158,10 +158,10 @@ class Datum:
             object.__setattr__(self, name, None if spans is None else _as_spans(name, spans))
 
     def _snapshot(self) -> Datum:
-        """Return this datum as it is now: later changes of its parts do not reach the copy.
+        """Return a copy that later changes to this datum's parts do not reach.
 
         Raises:
-            InvalidInputError: what was assigned to ``loss_fn_inputs`` cannot be sent.
+            InvalidInputError: a value assigned to ``loss_fn_inputs`` cannot be sent.
         """
         inputs = dict(self.loss_fn_inputs)
         for name, value in inputs.items():
@@ -178,11 +178,11 @@ class Datum:
     def with_provenance(
         self, model_input: Iterable[ProvenanceSpan], loss_fn_inputs: Iterable[ProvenanceSpan]
     ) -> Datum:
-        """Return this datum with spans that say where its tokens came from.
+        """Return this datum with spans that record where its tokens came from.
 
         Args:
             model_input: runs that cover the input tokens, in order, without a gap.
-            loss_fn_inputs: runs that cover ``target_tokens`` (its first dimension) likewise.
+            loss_fn_inputs: runs that cover the first dimension of ``target_tokens`` the same way.
 
         Raises:
             InvalidInputError: the runs are longer or shorter than the tokens (checked for
@@ -211,7 +211,7 @@ class Datum:
 
     @property
     def nbytes(self) -> int:
-        """Estimated bytes on the wire, by which batches are cut (docs/protocol.md, "Chunking")."""
+        """Estimated bytes on the wire, used to split batches (docs/protocol.md, "Chunking")."""
         total = 0
         for tensor in self.loss_fn_inputs.values():
             total += tensor.nbytes
@@ -228,7 +228,7 @@ class Datum:
 
 
 def _as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpan, ...]:
-    """Return *spans* as a tuple; InvalidInputError, naming *what*, if something else is in it."""
+    """Return *spans* as a tuple; InvalidInputError, naming *what*, if it holds anything else."""
     found = tuple(spans) if isinstance(spans, Iterable) else (spans,)
     for span in found:
         if not isinstance(span, (PromptProvenanceSpan, SampledProvenanceSpan)):
@@ -240,12 +240,12 @@ def _as_spans(what: str, spans: Iterable[ProvenanceSpan]) -> Tuple[ProvenanceSpa
 
 
 def _check_tiling(what: str, spans: Iterable[ProvenanceSpan], tokens: int) -> None:
-    """Raise InvalidInputError unless *spans* are *tokens* long together."""
+    """Raise InvalidInputError unless *spans* add up to *tokens*."""
     covered = sum(span.length for span in spans)
     if covered != tokens:
         raise InvalidInputError(
             f"{what} cover {covered} of {tokens} tokens",
-            hint="Spans tile the tokens in order, each token in exactly one.",
+            hint="Spans must cover the tokens in order, each token exactly once.",
         )
 
 

@@ -1,4 +1,4 @@
-"""ModelInput: what a model reads, as a list of chunks (docs/protocol.md, "Model input")."""
+"""ModelInput: the input of a model, a list of chunks (docs/protocol.md, "Model input")."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     TokenArray = Any
 
-_FROM_INTS = "Token ids make a model input by ModelInput.from_ints(tokens)."
+_FROM_INTS = "Make a model input from token ids with ModelInput.from_ints(tokens)."
 
 
 def _as_chunk(chunk: Any) -> ModelInputChunk:
@@ -53,7 +53,7 @@ class ModelInput:
 
     @classmethod
     def _of(cls, chunks: List[ModelInputChunk]) -> ModelInput:
-        """Make an input of *chunks*, a new list of nothing but chunks, without looking at them."""
+        """Make an input of *chunks*, a new list that holds only chunks, without checking it."""
         made = object.__new__(cls)
         object.__setattr__(made, "chunks", chunks)
         return made
@@ -72,7 +72,7 @@ class ModelInput:
         return cls._of([EncodedTextChunk(tokens)])
 
     def _snapshot(self) -> ModelInput:
-        """Return this input as it is now: later changes of its list do not reach the copy."""
+        """Return a copy that later changes to this input's list do not reach."""
         return ModelInput._of([_as_chunk(chunk) for chunk in self.chunks])
 
     @classmethod
@@ -90,7 +90,7 @@ class ModelInput:
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
-        """Return a new input with one more token, joined to a text chunk at the end."""
+        """Return a new input with one more token, in the last chunk if that is text."""
         if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
             joined = np.append(self.chunks[-1].tokens_np, as_tokens([token]))
             return ModelInput((*self.chunks[:-1], EncodedTextChunk._adopt(joined)))
@@ -100,13 +100,13 @@ class ModelInput:
         """Return all tokens as a new int32 array.
 
         Raises:
-            InvalidInputError: there are chunks that are not text.
+            InvalidInputError: not all chunks are text.
         """
         parts = [chunk.tokens_np for chunk in self._texts()]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def to_ints(self) -> List[int]:
-        """Return all tokens as a list; InvalidInputError with chunks that are not text."""
+        """Return all tokens as a list; InvalidInputError if not all chunks are text."""
         return list(chain.from_iterable(chunk.tokens for chunk in self._texts()))
 
     def _texts(self) -> List[EncodedTextChunk]:
@@ -118,7 +118,7 @@ class ModelInput:
         return texts
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form, with numpy buffers left for orjson to write."""
+        """Return the JSON form, with arrays for orjson to write."""
         return {"chunks": [chunk.to_json() for chunk in self.chunks]}
 
     @classmethod

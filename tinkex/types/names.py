@@ -20,7 +20,7 @@ CustomLossInputRank = Literal[0, 1, 2]
 
 
 class RequestErrorCategory(str, enum.Enum):
-    """Whose fault a failed request was.  Equal to the text in ``RequestFailedError.category``."""
+    """The cause of a failed request.  Equal to the string in ``RequestFailedError.category``."""
 
     Unknown = "unknown"
     Server = "server"

@@ -10,10 +10,10 @@ from tinkex._runtime.numeric import convert_fields, is_finite, to_float
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._wire import Wire, excerpt
 
-#: What every server takes a run without a word about its optimizer to have.
+#: The optimizer of a run created without one, on every server.
 _DEFAULT_CONFIG = {"type": "adamw"}
 
-#: The numbers of a step.
+#: The numeric parameters of a step.
 _ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
 _DIMUON = ("learning_rate", "grad_clip_norm", "beta1")
 
@@ -33,7 +33,7 @@ class DimuonOptimizerConfig(Wire):
     version: int = 1
 
 
-#: Any mapping, or object, with a ``type`` stands for an optimizer that only the server knows.
+#: A mapping or an object with a ``type`` describes an optimizer that only the server knows.
 OptimizerConfig = Union[AdamOptimizerConfig, DimuonOptimizerConfig, Mapping[str, Any], Any]
 
 
@@ -48,7 +48,7 @@ class AdamParams(Wire):
         weight_decay: decoupled decay (AdamW), per step times learning rate.
         grad_clip_norm: rescale the gradient to this global norm if it is larger; 0 is off.
 
-    Numbers may be numpy's, or text such as ``"1e-4"``.
+    numpy numbers, and strings such as ``"1e-4"``, are converted.
     """
 
     learning_rate: float = 1e-4
@@ -62,11 +62,11 @@ class AdamParams(Wire):
         convert_fields(self, floats=_ADAM)
 
     def check(self) -> None:
-        """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
+        """Raise InvalidInputError if a value is NaN, infinite or out of range."""
         _check_range(self, _ADAM, ("beta1", "beta2"))
 
     def to_wire(self) -> Dict[str, Any]:
-        """JSON form.  What came to the protocol later is sent only if it is set."""
+        """Return the JSON form; fields unknown to older servers only if they are set."""
         encoded = super().to_wire()
         for name in ("weight_decay", "grad_clip_norm"):
             if encoded[name] == 0:
@@ -93,7 +93,7 @@ class DimuonParams(Wire):
         convert_fields(self, floats=_DIMUON)
 
     def check(self) -> None:
-        """Raise InvalidInputError if a value is NaN, infinite or out of its range."""
+        """Raise InvalidInputError if a value is NaN, infinite or out of range."""
         _check_range(self, _DIMUON, ("beta1",))
 
 
@@ -105,7 +105,7 @@ def optimizer_config_to_wire(config: Optional[OptimizerConfig]) -> Optional[Dict
     """Return the JSON form of *config*, or None if it is the default, which is not sent.
 
     Raises:
-        InvalidInputError: it has no ``type``, or holds what JSON cannot express.
+        InvalidInputError: it has no ``type``, or holds values that JSON cannot express.
     """
     if config is None:
         return None
@@ -117,7 +117,7 @@ def optim_params_to_wire(params: OptimParams) -> Dict[str, Any]:
     """Return the field of an ``optim_step`` body that *params* are sent in, and their JSON form.
 
     Raises:
-        InvalidInputError: a value is out of its range, or *params* are of no known kind.
+        InvalidInputError: a value is out of range, or *params* are of an unknown kind.
     """
     if isinstance(params, AdamParams):
         params.check()
@@ -172,7 +172,7 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
 
 
 def _plain(what: str, value: Any) -> Any:
-    """Return *value* as plain JSON data; InvalidInputError, naming *what*, if it is none."""
+    """Return *value* as plain JSON data; InvalidInputError, naming *what*, if it is not."""
     value = to_float(value, text=False)
     if value is None or isinstance(value, (str, bool, int)):
         return value

@@ -25,7 +25,7 @@ class Checkpoint(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun(Wire):
-    """A training run (a model of some session), living or not."""
+    """A training run (a model of some session), active or not."""
 
     training_run_id: str
     base_model: str
@@ -41,7 +41,7 @@ class TrainingRun(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class Cursor(Wire):
-    """Where a page stands in a list."""
+    """The position of a page in a list."""
 
     offset: int = 0
     limit: int = 0
@@ -66,7 +66,7 @@ class CheckpointsListResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class WeightsInfoResponse(Wire):
-    """What a checkpoint was trained from, and how."""
+    """The base model and the settings that a checkpoint was trained with."""
 
     base_model: str
     is_lora: bool
@@ -79,9 +79,9 @@ class WeightsInfoResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class ExternalWeightsUrlsResponse(Wire):
-    """Where the files of exported weights can be fetched, without a key, until ``expires``.
+    """Signed URLs of exported weights, valid without a key until ``expires``.
 
-    ``urls`` maps each file's path within the checkpoint to its signed URL.
+    ``urls`` maps each file's path within the checkpoint to its URL.
     """
 
     urls: Dict[str, str] = bulk(read=json_string_map)
@@ -90,7 +90,7 @@ class ExternalWeightsUrlsResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointArchiveUrlResponse(Wire):
-    """Where the archive of a checkpoint can be fetched, without a key, until ``expires``."""
+    """The signed URL of a checkpoint's archive, valid without a key until ``expires``."""
 
     url: str
     expires: Optional[datetime] = instant()

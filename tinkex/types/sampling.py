@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and what it answers (docs/protocol.md, "Sampling")."""
+"""Requests to a sampler and its responses (docs/protocol.md, "Sampling")."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     FloatArray = TokenArray = Any
 
-#: A cell of a top-k table that holds nothing: token 0 with this logprob.
+#: An unused cell of a top-k table: token 0 with this logprob.
 TOPK_SENTINEL = -99999.0
 
 
@@ -35,10 +35,10 @@ class SamplingParams:
         stop: stop at any of these strings or token ids; None stops at the end-of-sequence
             token, an empty list only at *max_tokens*.
         temperature: 0 is greedy; 1 samples the model's own distribution.
-        top_k: keep only the k likeliest tokens; -1 keeps all.
+        top_k: keep only the k most likely tokens; -1 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
 
-    Numbers may be numpy's, or text such as ``"0.7"``.
+    numpy numbers, and strings such as ``"0.7"``, are converted.
     """
 
     max_tokens: Optional[int] = None
@@ -54,7 +54,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", _stops(self.stop))
 
     def check(self) -> None:
-        """Raise InvalidInputError if a value is out of its range, or of an impossible type."""
+        """Raise InvalidInputError if a value is out of range or of the wrong type."""
         if self.max_tokens is not None and not is_int(self.max_tokens, 1):
             raise InvalidInputError(
                 f"max_tokens is {self.max_tokens!r}; it must be an integer, at least 1, or None"
@@ -80,7 +80,7 @@ class SamplingParams:
                 )
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form: ``max_tokens``, ``seed`` and ``stop`` only if set, the rest always."""
+        """Return the JSON form, with ``max_tokens``, ``seed`` and ``stop`` only if they are set."""
         encoded: Dict[str, Any] = {
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -94,7 +94,7 @@ class SamplingParams:
 
     @classmethod
     def from_json(cls, payload: Any) -> SamplingParams:
-        """Read the JSON form, ignoring unknown fields; InvalidInputError if it is no object."""
+        """Read the JSON form, ignoring unknown fields; InvalidInputError if it is not an object."""
         if not isinstance(payload, dict):
             raise InvalidInputError("sampling_params must be an object")
         names = [field.name for field in dataclasses.fields(cls)]
@@ -102,7 +102,7 @@ class SamplingParams:
 
 
 def _stops(stop: Any) -> Any:
-    """Return a list or array of stops as a new list, its token ids as ints; others as they are."""
+    """Return a sequence of stops as a new list with token ids as ints; anything else unchanged."""
     if getattr(stop, "ndim", None) == 1:
         stop = stop.tolist()
     if not isinstance(stop, (list, tuple)):
@@ -114,7 +114,7 @@ def _stops(stop: Any) -> Any:
 class SampleRequest:
     """One request to a sampler.  Fields at their defaults are not sent.
 
-    The prompt is taken as it is when the request is made.
+    The prompt is copied, so that later changes to its list of chunks have no effect.
     """
 
     prompt: ModelInput
@@ -136,7 +136,7 @@ class SampleRequest:
         set_field(self, "prompt_logprobs", to_bool(self.prompt_logprobs))
 
     def check(self) -> None:
-        """Raise InvalidInputError if a value is out of its range, the parameters' included."""
+        """Raise InvalidInputError if a value or a sampling parameter is out of range."""
         if not is_int(self.num_samples, 1):
             raise InvalidInputError(
                 f"num_samples is {self.num_samples!r}; it must be an integer, at least 1"
@@ -163,7 +163,7 @@ class SampleRequest:
         self.sampling_params.check()
 
     def to_json(self) -> Dict[str, Any]:
-        """JSON form of everything but the addressing (session, sequence number)."""
+        """Return the JSON form of everything but the addressing (session and seq_id)."""
         encoded: Dict[str, Any] = {
             "num_samples": self.num_samples,
             "prompt": self.prompt.to_json(),
@@ -221,13 +221,13 @@ _COUNTS = (
 
 def _count(payload: Dict[str, Any], name: str, default: Optional[int]) -> Any:
     value = payload.get(name)
-    if isinstance(value, str):  # a caller's text is taken, but JSON has numbers
+    if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
         raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
     return default if value is None else value
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:
-    """JSON form of a tensor (docs/protocol.md, "Tensors"); numpy buffers are left for orjson."""
+    """Return a tensor as JSON (docs/protocol.md, "Tensors"), with arrays for orjson to write."""
     encoded = {"data": tensor.values, "dtype": tensor.dtype, "shape": list(tensor.shape)}
     if tensor.is_sparse:
         encoded["sparse_crow_indices"] = tensor.crow_indices
@@ -246,7 +246,7 @@ def tensor_from_json(payload: Any) -> TensorData:
     if dtype != "float32":
         return TensorData(data, dtype, shape, *indices)
     try:
-        # numpy turns None into NaN for a float dtype, in C; beyond float32 is infinity.
+        # For a float dtype numpy converts None to NaN, in C; values beyond float32 become infinity.
         with np.errstate(over="ignore"):
             values = np.array(data, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
@@ -259,7 +259,7 @@ TopkRow = Optional[List[Tuple[int, float]]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopkLogprobs:
-    """The k likeliest tokens at each of n positions.
+    """The k most likely tokens at each of n positions.
 
     ``token_ids`` is int32 and ``logprobs`` float32, both of shape ``(n, k)``.  Unused cells hold
     token 0 with logprob -99999.
@@ -269,7 +269,7 @@ class TopkLogprobs:
     logprobs: FloatArray
 
     def rows(self) -> List[TopkRow]:
-        """List view: per position ``[(token, logprob), ...]``, or None where nothing is known."""
+        """Return ``[(token, logprob), ...]`` for each position, or None where there is no data."""
         rows: List[TopkRow] = []
         for ids, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
             cells = [(i, p) for i, p in zip(ids, logprobs) if not (i == 0 and p == TOPK_SENTINEL)]
@@ -288,7 +288,7 @@ class SampledSequence:
         logprobs_np: float32 of shape ``(m,)``: log-probability of each token under the model
             itself (temperature 1, no truncation), or None if the server sent none.
         sequence_id: the server's id of the sequence, or None.
-        topk_logprobs_np: the likeliest tokens at each sampled position, if asked for.
+        topk_logprobs_np: the most likely tokens at each sampled position, if requested.
     """
 
     stop_reason: str
@@ -299,7 +299,7 @@ class SampledSequence:
 
     @property
     def tokens(self) -> List[int]:
-        """The token ids as a list (made anew on each access)."""
+        """The token ids as a list (a new one on each access)."""
         ids: List[int] = as_kept(self, "tokens_np").tolist()
         return ids
 
@@ -315,7 +315,7 @@ class SampledSequence:
         return None if logprobs is None else logprobs.tolist()
 
     def named(self, sequence_id: str) -> SampledSequence:
-        """Return the same, with that id."""
+        """Return a copy with that id."""
         return SampledSequence(
             self.stop_reason,
             as_kept(self, "tokens_np"),
@@ -333,16 +333,16 @@ class SampledSequence:
 @numpy_on_demand("prompt_logprobs_np")
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleResponse:
-    """The answer to one SampleRequest with a prompt of n tokens.
+    """The response to one SampleRequest with a prompt of n tokens.
 
     Attributes:
         sequences: ``num_samples`` continuations.
         prompt_logprobs_np: float32 of shape ``(n,)``; NaN where unknown (always at 0).
-        topk_prompt_logprobs_np: the likeliest tokens at each prompt position, if asked for.
-        target_prompt_logprobs: as asked for, in the request's shape and sparsity; the cells of
-            tokens that are -1 hold 0.
-        prompt_cache_hit_tokens: prompt tokens the server did not have to compute again.
-        prompt_alt_tokens: alternative draws, if asked for.
+        topk_prompt_logprobs_np: the most likely tokens at each prompt position, if requested.
+        target_prompt_logprobs: if requested, in the request's shape and sparsity; 0 where the
+            token is -1.
+        prompt_cache_hit_tokens: prompt tokens that the server had cached.
+        prompt_alt_tokens: alternative draws, if requested.
     """
 
     sequences: List[SampledSequence]

@@ -1,4 +1,4 @@
-"""Sessions, samplers, capabilities, promises (docs/protocol.md, "Sessions" and "Promises")."""
+"""Sessions, samplers, capabilities and untyped futures (docs/protocol.md, "Sessions")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ G = TypeVar("G", bound="GetServerCapabilitiesResponse")
 
 @dataclasses.dataclass(frozen=True)
 class CreateSessionResponse(Wire):
-    """A session lives; the messages are for the user."""
+    """A session was created; the messages are for the user."""
 
     session_id: str
     info_message: Optional[str] = None
@@ -22,7 +22,7 @@ class CreateSessionResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class UntypedFuture(Wire):
-    """The answer to a submission: poll ``request_id`` for the result."""
+    """The response to a submission: poll ``request_id`` for the result."""
 
     request_id: str
     model_id: Optional[str] = None
@@ -30,33 +30,33 @@ class UntypedFuture(Wire):
 
     @classmethod
     def from_wire(cls, payload: Any) -> UntypedFuture:
-        """See Wire; spelt out, because every submission is answered with one."""
+        """Read a decoded JSON value; written out for speed: every submission returns one."""
         if isinstance(payload, dict):
             request_id, model_id = payload.get("request_id"), payload.get("model_id")
             ids = payload.get("sample_sequence_ids")
             listed = ids is None or (isinstance(ids, list) and all(type(i) is str for i in ids))
             if isinstance(request_id, str) and isinstance(model_id, (str, type(None))) and listed:
                 return cls(request_id, model_id, ids)
-        return super().from_wire(payload)  # which tells what is wrong
+        return super().from_wire(payload)  # raises the right error
 
 
 @dataclasses.dataclass(frozen=True)
 class CreateSamplingSessionResponse(Wire):
-    """A sampling session lives."""
+    """A sampling session was created."""
 
     sampling_session_id: str
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinSamplingSessionResponse(Wire):
-    """A clone of a sampling client is known to the server; the original's counter is 0."""
+    """A clone of a sampling client was registered; the original's counter is 0."""
 
     client_counter: int
 
 
 @dataclasses.dataclass(frozen=True)
 class GetSamplerResponse(Wire):
-    """What a sampler samples from.  ``tokenizer_id`` is sent by the embedded server only."""
+    """The model of a sampler.  Only the embedded server sends ``tokenizer_id``."""
 
     sampler_id: str
     base_model: str
@@ -66,7 +66,7 @@ class GetSamplerResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SupportedModel(Wire):
-    """A base model the server offers; None means the server did not say."""
+    """A base model that the server offers; None where the server did not report a value."""
 
     model_name: Optional[str] = None
     max_context_length: Optional[int] = None
@@ -82,7 +82,7 @@ class GetServerCapabilitiesResponse(Wire):
 
     @classmethod
     def from_wire(cls: Type[G], payload: Any) -> G:
-        """See Wire; one server calls a model's name ``model_id``."""
+        """Read a decoded JSON value; one server calls a model's name ``model_id``."""
         models = payload.get("supported_models") if isinstance(payload, dict) else None
         if isinstance(models, list):
             payload = {**payload, "supported_models": [_named(model) for model in models]}
@@ -91,7 +91,7 @@ class GetServerCapabilitiesResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class WhoamiResponse(Wire):
-    """Who a key belongs to.  ``org_urn`` is empty where the server does not say."""
+    """The owner of a key.  ``org_urn`` is empty if the server does not report it."""
 
     user_urn: str
     org_urn: str
@@ -106,7 +106,7 @@ def _named(model: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ApiKeyInfo(Wire):
-    """What a server knows of a key: ``details`` name its organization and its user."""
+    """Information about a key: ``details`` name its organization and its user."""
 
     key_id: int
     name: str = ""

@@ -1,4 +1,4 @@
-"""Sessions: lists, search, and how they ended (docs/protocol.md, "REST lists")."""
+"""Sessions: lists, search and status (docs/protocol.md, "REST lists")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ListSessionsResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class GetSessionResponse(Wire):
-    """What a session has made."""
+    """The training runs and samplers of a session."""
 
     training_run_ids: List[str]
     sampler_ids: List[str]
@@ -36,19 +36,19 @@ class SessionTraceExport(Wire):
     error: Optional[str] = None
 
 
-# How a session stands
+# Status of a session
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionActive(Wire):
-    """It lives."""
+    """The session is active."""
 
     type: str = "active"
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionCancelled(Wire):
-    """It was cancelled."""
+    """The session was cancelled."""
 
     detail: Optional[str] = None
     type: str = "cancelled"
@@ -56,14 +56,14 @@ class SessionCancelled(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SessionFinishReason(Wire):
-    """Why the client ended it: ``success``, ``errored`` or ``interrupted``."""
+    """Why the client ended the session: ``success``, ``errored`` or ``interrupted``."""
 
     type: str
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionClientFinished(Wire):
-    """Its client ended it."""
+    """The client ended the session."""
 
     reason: SessionFinishReason
     detail: Optional[str] = None
@@ -72,7 +72,7 @@ class SessionClientFinished(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class RequestFailure(Wire):
-    """A request made the session fail."""
+    """The session failed because of a request."""
 
     request_id: str
     request_type: Optional[str] = None
@@ -81,7 +81,7 @@ class RequestFailure(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRunFailure(Wire):
-    """A training run made the session fail."""
+    """The session failed because of a training run."""
 
     training_run_id: str
     type: str = "training_run"
@@ -89,7 +89,7 @@ class TrainingRunFailure(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSessionFailure(Wire):
-    """A sampler made the session fail."""
+    """The session failed because of a sampler."""
 
     sampling_session_id: str
     type: str = "sampling_session"
@@ -102,7 +102,7 @@ SessionFailureReason = Union[
 
 @dataclasses.dataclass(frozen=True)
 class SessionFailed(Wire):
-    """It failed; ``category`` is ``user`` or ``internal``."""
+    """The session failed; ``category`` is ``user`` or ``internal``."""
 
     category: str
     message: str
@@ -116,19 +116,19 @@ SessionStatus = Union[
     SessionActive, SessionCancelled, SessionClientFinished, SessionFailed, UnknownVariant
 ]
 
-# The question
+# Search
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnSessions(Wire):
-    """Sessions of the caller."""
+    """The caller's own sessions."""
 
     type: str = "own"
 
 
 @dataclasses.dataclass(frozen=True)
 class AccessibleSessions(Wire):
-    """Sessions that the caller may see."""
+    """All sessions that the caller may see."""
 
     type: str = "accessible"
 
@@ -146,9 +146,11 @@ SessionOwnerFilter = Union[OwnSessions, AccessibleSessions, SessionsOfUsers]
 
 @dataclasses.dataclass(frozen=True)
 class SessionStatusFilter(Wire):
-    """Sessions that stand so: *type* is ``active``, ``cancelled``, ``failed`` or
-    ``client_finished``; the last may name its *reasons* (``success``, ``errored``,
-    ``interrupted``).
+    """Sessions of one status.
+
+    Args:
+        type: ``active``, ``cancelled``, ``failed`` or ``client_finished``.
+        reasons: of ``client_finished`` only: ``success``, ``errored`` or ``interrupted``.
     """
 
     type: str
@@ -185,7 +187,7 @@ class ClientFinishedSessionStatusQuery(SessionStatusFilter):
 
 @dataclasses.dataclass(frozen=True)
 class SessionSearchCursor(Wire):
-    """Where the next page begins; hand it back unchanged."""
+    """Where the next page begins; pass it back unchanged."""
 
     last_created_at: str
     last_session_id: str
@@ -193,17 +195,18 @@ class SessionSearchCursor(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SessionSearchRequest:
-    """What to look for among sessions; what is None does not matter.
+    """A search for sessions; fields that are None match any session.
 
     Attributes:
-        session_id: exactly this one.
-        project_ids: in one of these projects.
-        user_metadata: with all of these values.
-        display_name: of this name, at least one character.
-        owner: whose; the caller's own by default.  A mapping with a ``type`` will do.
-        statuses: standing in one of these ways.  Mappings with a ``type`` will do.
-        limit: sessions in a page, 1 to 200.
-        cursor: ``next_cursor`` of the page before.
+        session_id: the session with this id.
+        project_ids: sessions in one of these projects.
+        user_metadata: sessions with all of these values.
+        display_name: sessions of this name, at least one character.
+        owner: sessions of these owners; by default the caller's own.  May be a mapping with a
+            ``type``.
+        statuses: sessions with one of these statuses.  May be mappings with a ``type``.
+        limit: sessions per page, 1 to 200.
+        cursor: ``next_cursor`` of the previous page.
     """
 
     session_id: Optional[str] = None
@@ -221,7 +224,7 @@ class SessionSearchRequest:
 
 @dataclasses.dataclass(frozen=True)
 class SessionSummary(Wire):
-    """A session, as a search finds it."""
+    """A session found by a search."""
 
     session_id: str
     created_at: datetime = instant(dataclasses.MISSING)

@@ -1,4 +1,4 @@
-"""TensorData: a small dense or CSR-sparse tensor, held as numpy buffers from end to end."""
+"""TensorData: a small dense or CSR-sparse tensor, held in numpy buffers throughout."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DTYPES = ("int64", "float32")
 
 
 def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
-    """Return *values* as a C-contiguous array of *dtype*, or of the protocol's for their kind.
+    """Return *values* as a C-contiguous array of *dtype*, or of the dtype that fits them.
 
-    It never shares memory with *values*: callers fill one buffer again and again, and a batch is
-    encoded long after its tensors were made.
+    It never shares memory with *values*: callers reuse buffers, and a batch is encoded long after
+    its tensors were made.
     """
     try:
         array = np.asarray(values)
@@ -36,20 +36,21 @@ def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
             f"{what} is not a rectangular array of numbers: {error}",
             hint="Every row must have the same length; pad the short ones.",
         ) from error
-    # Asked for a dtype, it takes what Python lists give: bools, and unsigned for huge integers.
+    # With an explicit dtype, also what numpy makes of Python lists: bools, and unsigned integers
+    # for very large ones.
     if array.dtype.kind not in ("if" if dtype is None else "ifbu"):
         raise InvalidInputError(
             f"{what} has dtype {array.dtype}; only signed integers and floats can be sent",
             hint="Convert it first, e.g. array.astype(np.int64) or array.astype(np.float32).",
         )
     target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
-    is_fresh = isinstance(values, (list, tuple))  # numpy has made the array for them just now
+    is_fresh = isinstance(values, (list, tuple))  # numpy has just made a new array
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(target, order="C", copy=not is_fresh)
-    # By value, not by dtype, because an empty list is an array of floats.
+    # Compared by value, not by dtype, because numpy makes an empty list an array of floats.
     if target == "int64" and array.dtype.kind in "fu" and not np.array_equal(converted, array):
         raise InvalidInputError(
-            f"{what} has dtype int64, but holds values that are no such integers"
+            f"{what} has dtype int64, but holds values that are not 64-bit integers"
         )
     return converted
 
@@ -68,8 +69,8 @@ class TensorData:
     Raises:
         InvalidInputError: unknown dtype, or sizes that contradict each other.
 
-    The values are copied: what is written to *data* later does not count.  Immutable, so it may be
-    shared between threads; ``values`` and the indices must not be written to.
+    The values are copied, so later writes to *data* have no effect.  Immutable, so it may be shared
+    between threads; ``values`` and the indices must not be written to.
     """
 
     values: Array
@@ -140,8 +141,8 @@ class TensorData:
     def _of(cls, values: Array, dtype: str, shape: Tuple[int, ...]) -> TensorData:
         """Wrap flat, contiguous *values* of *dtype* that are known to fill *shape*.
 
-        For decoders, which have checked a whole field at once: the constructor's own checks are
-        most of what reading a result of a thousand tensors costs.
+        For decoders, which check a field of many tensors at once: the constructor's own checks
+        are most of the cost of reading a result of a thousand tensors.
         """
         tensor = object.__new__(cls)
         fields = tensor.__dict__
@@ -151,7 +152,7 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: Array) -> TensorData:
-        """Copy *array*: float kinds become float32, signed integers int64, others are refused."""
+        """Copy *array*: floats become float32, signed integers int64; others are an error."""
         return cls._adopt(_as_wire_array(array, None, "array"))
 
     @classmethod
@@ -173,7 +174,7 @@ class TensorData:
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
         """Copy a torch tensor of two dimensions, as CSR if that is smaller.
 
-        Cells equal to *pad_value* are not listed; reading it back dense takes the same value.
+        Cells equal to *pad_value* are not listed; pass the same value to read it back as dense.
         """
         pad_value = to_int(pad_value)
         if type(pad_value) is not int:
@@ -205,7 +206,7 @@ class TensorData:
 
     @property
     def data(self) -> List[Union[int, float]]:
-        """The stored values as a flat Python list (made anew on each access)."""
+        """The stored values as a flat Python list (a new one on each access)."""
         values: List[Union[int, float]] = self.values.tolist()
         return values
 
@@ -219,13 +220,13 @@ class TensorData:
     def to_numpy(self, pad_value: float = 0) -> Array:
         """Return a new array of ``shape``; the unlisted cells of a sparse tensor are *pad_value*.
 
-        What is written to it does not change the tensor, which requests under way may hold.
+        Writing to it does not change the tensor, which requests in progress may still use.
         """
         dense = self._dense(pad_value)
         return dense if self.is_sparse else dense.copy()
 
     def _dense(self, pad_value: float = 0) -> Array:
-        """The same, to be read only: a dense tensor gives a view of its values."""
+        """Like `to_numpy`, but for reading only: a dense tensor returns a view of its values."""
         if self.crow_indices is None or self.col_indices is None:
             return self.values.reshape(self.shape)
         dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
@@ -260,7 +261,7 @@ class TensorData:
         )
 
     def __hash__(self) -> int:
-        # Not the values: equal ones may differ in their bytes (0.0 and -0.0, kinds of NaN).
+        # Without the values: equal ones may differ in their bytes (0.0 and -0.0, NaN payloads).
         return hash((self.dtype, self.shape))
 
     def __repr__(self) -> str:
@@ -269,18 +270,18 @@ class TensorData:
 
 
 def first_where(test: Callable[[Array], Array], arrays: Sequence[Array]) -> Optional[int]:
-    """The index of the first of some flat *arrays* that has an element for which *test* is true.
+    """Return the index of the first of the flat *arrays* with an element that passes *test*.
 
-    Short ones are tested some at a time: one by one takes four times as long, all at once as much
-    memory again.
+    Short arrays are tested in groups: one by one takes four times as long, and all together would
+    take as much memory again.
     """
     start = 0
     while start < len(arrays):
-        many = min(32, 1 + (1 << 15) // max(1, arrays[start].size))
-        some = arrays[start : start + many]
-        if test(np.concatenate(some)).any():
-            return start + next(i for i, array in enumerate(some) if test(array).any())
-        start += many
+        group_size = min(32, 1 + (1 << 15) // max(1, arrays[start].size))
+        group = arrays[start : start + group_size]
+        if test(np.concatenate(group)).any():
+            return start + next(i for i, array in enumerate(group) if test(array).any())
+        start += group_size
     return None
 
 

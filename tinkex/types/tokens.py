@@ -1,4 +1,4 @@
-"""Token ids, from whatever holds them: lists, arrays, tensors, and what tokenizers return."""
+"""Token ids from lists, arrays, tensors and the return values of tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
     ints, and a numpy array for others.
 
     Args:
-        owned: nothing else refers to *tokens*, an array, so that it need not be copied.
+        owned: *tokens* is an array that nothing else refers to, and need not be copied.
 
     Raises:
         InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
@@ -31,11 +31,15 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         else:
             if min(short, default=0) >= 0:
                 return short
-    if isinstance(tokens, Mapping):  # a BatchEncoding is one, and no dict
+    if isinstance(tokens, Mapping):  # BatchEncoding is a Mapping, not a dict
         return as_tokens(_only_sequence(tokens))
     try:
         ids = np.asarray(tokens)
-    except (ValueError, TypeError, RuntimeError) as error:  # the last: a tensor with a gradient
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a tensor that requires grad
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
     if ids.ndim == 0:
         raise InvalidInputError(
@@ -51,25 +55,25 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         )
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) > 0x7FFFFFFF):
         raise InvalidInputError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}; "
+            f"token ids range from {int(ids.min())} to {int(ids.max())}; "
             "they must lie in 0 .. 2**31 - 1"
         )
-    # A caller may fill one buffer again and again; numpy has made the array of a list just now.
+    # Copied, because callers reuse buffers; for a list numpy has just made a new array.
     owned = owned or isinstance(tokens, (list, tuple))
     return ids.astype(np.int32, order="C", copy=not owned)
 
 
 def hint_for_model_input(given: Any) -> str:
-    """What to do about *given*, where a ModelInput was expected."""
+    """Return advice about *given*, where a ModelInput was expected."""
     try:
         as_tokens(given)
     except InvalidInputError:
         return "Encode text first: ModelInput.from_ints(tokenizer.encode(text))."
-    return "Token ids make one: ModelInput.from_ints(tokens)."
+    return "Make one from token ids: ModelInput.from_ints(tokens)."
 
 
 def _only_sequence(encoding: Mapping[str, Any]) -> Any:
-    """The ids in what a tokenizer returned; InvalidInputError unless they are of one sequence."""
+    """Return the ids from a tokenizer's result; InvalidInputError unless there is one sequence."""
     if "input_ids" not in encoding:
         raise InvalidInputError(
             f"tokens are {a_type(encoding)} without input_ids",
@@ -81,7 +85,7 @@ def _only_sequence(encoding: Mapping[str, Any]) -> Any:
     if len(ids) != 1:
         raise InvalidInputError(
             f"the input_ids of {a_type(encoding)} are {len(ids)} sequences; a model input is one",
-            hint="Make one for each: [ModelInput.from_ints(ids) for ids in ...['input_ids']].",
+            hint="Make one of each: [ModelInput.from_ints(ids) for ids in ...['input_ids']].",
         )
     return ids[0]
 
@@ -93,10 +97,10 @@ def _is_nested(ids: Any) -> bool:
 
 
 def _hint_for(ids: Any) -> str:
-    """What to do about *ids*, an array that is no flat sequence of integers."""
+    """Return advice about *ids*, an array that is not a flat sequence of integers."""
     if ids.ndim == 2 and ids.dtype.kind in "iu":
         return (
-            f"They are {len(ids)} sequence{'' if len(ids) == 1 else 's'} of ids, one to a row: "
+            f"These are {len(ids)} sequence{'' if len(ids) == 1 else 's'} of ids, one per row: "
             "make a ModelInput of each row, such as tokens[0]."
         )
     if ids.dtype.kind in "fb":

@@ -14,7 +14,7 @@ from tinkex.types._wire import Wire, bulk, json_number_map
 from tinkex.types.checkpoint_path import checkpoint_url, playground_url
 from tinkex.types.tensor_data import TensorData
 
-#: What a loss returns for each datum, by name.
+#: The outputs of a loss for one datum, by name.
 LossFnOutput = Dict[str, TensorData]
 
 _LAYERS = ("train_mlp", "train_attn", "train_unembed")
@@ -24,7 +24,7 @@ _LAYERS = ("train_mlp", "train_attn", "train_unembed")
 class LoraConfig(Wire):
     """Which LoRA adapter to train: its rank, at least 1, and on which layers.
 
-    Numbers and flags may be numpy's, or text such as ``"8"`` and ``"false"``.
+    numpy values, and strings such as ``"8"`` and ``"false"``, are converted.
     """
 
     rank: int = 32
@@ -39,7 +39,7 @@ class LoraConfig(Wire):
             object.__setattr__(self, name, to_bool(getattr(self, name)))
 
     def check(self) -> None:
-        """Raise InvalidInputError if the adapter would be empty, or a value is impossible."""
+        """Raise InvalidInputError if the adapter would be empty, or a value is out of range."""
         if not is_int(self.rank, 1):
             raise InvalidInputError(
                 f"LoRA rank is {self.rank!r}; it must be an integer, at least 1"
@@ -64,8 +64,8 @@ class ForwardBackwardOutput:
     Attributes:
         loss_fn_outputs: one map per datum, in input order.  ``["logprobs"]`` is float32 of the
             shape of the datum's ``target_tokens``.
-        metrics: named sums and means, the reduction after a colon: ``"loss:sum"``.
-        loss_fn_output_type: the server's name for what a map holds.
+        metrics: by name, with the reduction after a colon: ``"loss:sum"``.
+        loss_fn_output_type: the server's name for the kind of output.
     """
 
     loss_fn_outputs: List[Dict[str, TensorData]]
@@ -108,23 +108,23 @@ class SaveWeightsResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class SaveWeightsForSamplerResponse(Wire):
-    """Sampler weights were saved: named ones at ``path``, ephemeral ones behind a session id."""
+    """Sampler weights were saved: named ones have a ``path``, ephemeral ones a session id."""
 
     path: Optional[str] = None
     sampling_session_id: Optional[str] = None
 
     def get_console_url(self) -> str:
-        """The checkpoint's page in the hosted service's console; of named ones only."""
+        """The checkpoint's page in the hosted service's console; named checkpoints only."""
         return checkpoint_url(self.path or "")
 
     def get_playground_url(self) -> str:
-        """The page of the hosted service that samples the checkpoint; of named ones only."""
+        """The hosted service's page to sample from the checkpoint; named checkpoints only."""
         return playground_url(self.path or "")
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveWeightsExternalResponse(Wire):
-    """Weights were saved for download at ``path``; ``size_bytes`` where the server tells."""
+    """Weights were saved for download at ``path``; ``size_bytes`` if the server reports it."""
 
     path: str
     size_bytes: Optional[int] = None
@@ -132,7 +132,7 @@ class SaveWeightsExternalResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class UnloadModelResponse(Wire):
-    """The server has let go of a run."""
+    """A run was unloaded."""
 
     model_id: Optional[str] = None
 
@@ -146,7 +146,7 @@ class CreateCustomLossResponse(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class ModelData(Wire):
-    """What the server says of a base model."""
+    """A base model, as the server describes it."""
 
     arch: Optional[str] = None
     model_name: Optional[str] = None
@@ -155,11 +155,11 @@ class ModelData(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class GetInfoResponse(Wire):
-    """What the server says of a training run.
+    """A training run, as the server describes it.
 
     Attributes:
-        adapted_modules: which layers the adapter changes: names, with ``*`` in place of numbers,
-            and how many layers have them.  None if the server does not report it.
+        adapted_modules: the layers that the adapter changes, by name, with ``*`` in place of
+            indices, and how many layers match.  None if the server does not report it.
     """
 
     model_id: str

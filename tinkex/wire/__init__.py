@@ -1,4 +1,4 @@
-"""How bulk values travel: the JSON and protobuf dialects, and the cutting of batches.
+"""The JSON and protobuf encodings of bulk values, and the splitting of batches.
 
 No I/O, no threads.  ``codec`` holds the interface and the choice by content type.
 """

@@ -1,4 +1,4 @@
-"""Cutting a batch into requests, and joining their results (docs/protocol.md, "Chunking")."""
+"""Splitting a batch into requests, and joining their results (docs/protocol.md, "Chunking")."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _UINT64 = (1 << 64) - 1
 
 
 def split(sizes: Sequence[int], max_datums: int, max_bytes: int) -> List[slice]:
-    """Cut datums of *sizes* bytes into runs, in order, of at most *max_datums* and *max_bytes*.
+    """Split datums of *sizes* bytes, in order, into slices of at most *max_datums* and *max_bytes*.
 
-    A datum above *max_bytes* goes alone.  No datums give no runs.
+    A datum larger than *max_bytes* gets a slice of its own.  No datums give no slices.
     """
-    runs: List[slice] = []
+    slices: List[slice] = []
     start = filled_bytes = 0
     for index, nbytes in enumerate(sizes):
         filled_bytes += nbytes
         if index > start and (index - start == max_datums or filled_bytes > max_bytes):
-            runs.append(slice(start, index))
+            slices.append(slice(start, index))
             start, filled_bytes = index, nbytes
     if sizes:
-        runs.append(slice(start, len(sizes)))
-    return runs
+        slices.append(slice(start, len(sizes)))
+    return slices
 
 
 def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
@@ -34,12 +34,12 @@ def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     A metric is reduced by what follows the colon in its name: ``sum``, ``min``, ``max``,
     ``mean`` (weighted by datums), ``slack`` (max minus mean), ``hash2`` (sum modulo 2**64),
     ``unique`` (the first value keeps the name, the i-th after it is named ``<name>_<i>``).  The
-    names are those of the first chunk; one that another chunk lacks is dropped, for a
-    reduction of some of the chunks would be a wrong number.
+    names are those of the first chunk; one that another chunk lacks is dropped, because reducing
+    only some of the chunks would give a wrong value.
 
-    Where the official SDK raises or drops, this does not: a name without exactly one colon, or
-    with an unknown reduction, is treated like ``unique``, which loses nothing; a mean over
-    chunks without any datum is unweighted.  One chunk is reduced like several.
+    Where the official SDK raises an error or drops a metric, this does not: a name without exactly
+    one colon, or with an unknown reduction, is treated like ``unique``, which loses nothing; a mean
+    over chunks without any datum is unweighted.  A single chunk is reduced like several.
 
     Raises:
         InvalidInputError: *outputs* is empty.
@@ -77,12 +77,12 @@ def _reduce(name: str, values: Sequence[float], weights: Sequence[int]) -> Mappi
 
 
 def _max(values: Sequence[float]) -> float:
-    # Python's own max loses a NaN that is not the first.
+    # Python's max drops a NaN that is not the first element.
     return math.nan if any(math.isnan(value) for value in values) else float(max(values))
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    if len(values) == 1:  # exactly it: value * weight / weight may differ in the last bit
+    if len(values) == 1:  # value * weight / weight may differ from value in the last bit
         return float(values[0])
     if not any(weights):
         weights = [1] * len(values)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
 
-#: What a value that is not what it should be makes Python, numpy, orjson and protobuf raise.
+#: What Python, numpy, orjson and protobuf raise for malformed values.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -70,11 +70,11 @@ class Parts:
 
 
 class Codec(Protocol):
-    """One dialect.  Both ends use the same codec, so each message goes both ways.
+    """One encoding.  Client and server use the same codec, so each message has both directions.
 
-    Encoders raise InvalidInputError if a value cannot be expressed in the dialect.  Decoded
-    arrays are the caller's own: writable, native byte order, of the dtypes the types promise.
-    Fields a codec does not know are ignored.
+    Encoders raise InvalidInputError if a value has no form in the encoding.  Decoded arrays belong
+    to the caller: they are writable, in native byte order, and of the dtypes that the types
+    document.  Unknown fields are ignored.
     """
 
     @property
@@ -83,19 +83,19 @@ class Codec(Protocol):
 
     @property
     def content_type(self) -> str:
-        """The media type of a body in this dialect."""
+        """The media type of a body in this encoding."""
 
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
         """Write the body of a ``forward_backward`` or ``forward`` submission."""
 
     def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
-        """The same, in parts, which hold the arrays of *request*."""
+        """Write the same body as parts that refer to the arrays of *request*."""
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read what `encode_forward_backward` wrote; InvalidInputError if it is malformed."""
 
     def size_of(self, datum: Datum) -> int:
-        """About how many bytes *datum* takes in the body of a submission."""
+        """Return about how many bytes *datum* takes in the body of a submission."""
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""
@@ -140,7 +140,7 @@ def compress(body: bytes) -> bytes:
 
 @contextlib.contextmanager
 def translating(error_type: Type[TinkexError], doing: str) -> Iterator[None]:
-    """Raise *error_type* in place of whatever a malformed value raises inside."""
+    """Convert exceptions that malformed values raise in the block to *error_type*."""
     try:
         yield
     except error_type:
@@ -154,9 +154,8 @@ def translating(error_type: Type[TinkexError], doing: str) -> Iterator[None]:
 def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> SampleResponse:
     """Return *response* with one row per prompt token, NaN (no top-k cells) at position 0.
 
-    Some servers send n values for a prompt of n tokens, some leave the first one out, for the
-    first token of a prompt follows nothing.  The codecs cannot know n; whoever sent the
-    prompt does.
+    Some servers send n values for a prompt of n tokens, some n - 1, because the first token has no
+    context.  The codecs do not know n, so the caller, who has the prompt, aligns the rows.
 
     Raises:
         ResponseDecodeError: there are neither n nor n - 1 rows.

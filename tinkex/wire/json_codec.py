@@ -47,9 +47,9 @@ class JsonCodec:
     content_type: str = JSON_CONTENT_TYPE
 
     def encode_forward_backward(self, request: ForwardBackwardRequest) -> bytes:
-        """Write the body of ``forward_backward``, or of ``forward`` if *request* is that.
+        """Write the body of ``forward_backward``, or of ``forward`` for a forward-only pass.
 
-        Sparse tensors are written dense: servers of this dialect may not know them.
+        Sparse tensors are written as dense ones: servers that take JSON may not know them.
         """
         with translating(InvalidInputError, "this batch cannot be sent as JSON"):
             batch: Dict[str, Any] = {
@@ -62,12 +62,12 @@ class JsonCodec:
             return _dump({key: batch, "model_id": request.model_id, "seq_id": request.seq_id})
 
     def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
-        """The same, as a single part: orjson has copied the arrays."""
+        """Write the same body as one part, because orjson copies the arrays."""
         body = self.encode_forward_backward(request)
         return Parts([[body]], len(body))
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
-        """Read the body of ``forward_backward`` or ``forward``; its key says which it is."""
+        """Read the body of ``forward_backward`` or ``forward``, distinguished by its key."""
         with translating(InvalidInputError, "malformed JSON training request"):
             payload = _load_object(body)
             keys = [key for key in _INPUT_KEYS if key in payload]
@@ -86,7 +86,7 @@ class JsonCodec:
     def size_of(self, datum: Datum) -> int:
         """Count the bytes of *datum* in a body; InvalidInputError if it has no JSON form."""
         with translating(InvalidInputError, "this datum cannot be sent as JSON"):
-            return len(_dump(_datum_to_json(datum))) + 1  # and a comma
+            return len(_dump(_datum_to_json(datum))) + 1  # the comma
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""
@@ -119,7 +119,7 @@ class JsonCodec:
             )
 
     def encode_samples(self, response: SampleResponse) -> bytes:
-        """Write the result of a sample request; what is not there is left out."""
+        """Write the result of a sample request, without fields that are None."""
         with translating(InvalidInputError, "these samples cannot be sent as JSON"):
             payload: Dict[str, Any] = {
                 "type": "sample",
@@ -142,7 +142,7 @@ class JsonCodec:
             return _dump(payload)
 
     def decode_samples(self, body: bytes) -> SampleResponse:
-        """Read the result of a sample request; any ``stop_reason`` is let through."""
+        """Read the result of a sample request; any ``stop_reason`` is accepted."""
         with translating(ResponseDecodeError, "malformed JSON result of a sample request"):
             payload = _load_object(body)
             target, draws = payload.get("target_prompt_logprobs"), payload.get("prompt_alt_tokens")
@@ -174,7 +174,7 @@ def _load_object(body: bytes) -> Dict[str, Any]:
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:
-        # Python's own json module writes NaN and Infinity, which are no JSON; it also reads them.
+        # NaN and Infinity are not JSON, but Python servers write them; Python's json reads them.
         if b"NaN" not in body and b"Infinity" not in body:
             raise
         try:
@@ -187,7 +187,7 @@ def _load_object(body: bytes) -> Dict[str, Any]:
 
 
 def _expect(payload: Any, key: str, kind: type) -> Any:
-    """Return ``payload[key]``, which must be there and of type *kind*."""
+    """Return ``payload[key]``; ValueError if it is missing or not of type *kind*."""
     value = payload.get(key) if isinstance(payload, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(
@@ -199,7 +199,7 @@ def _expect(payload: Any, key: str, kind: type) -> Any:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, (int, float)):
         return float(value)
-    raise ValueError(f"metric {name!r} is no number: {excerpt(value, 100)}")
+    raise ValueError(f"metric {name!r} is not a number: {excerpt(value, 100)}")
 
 
 # ---- Requests ----
@@ -232,7 +232,7 @@ def _loss_fn_config(payload: Any) -> Dict[str, Union[float, str]]:
     config: Mapping[str, Any] = payload or {}
     for name, value in config.items():
         if not isinstance(value, (int, float, str)):
-            raise ValueError(f"loss_fn_config {name!r} is neither a number nor a text")
+            raise ValueError(f"loss_fn_config {name!r} is neither a number nor a string")
     return dict(config)
 
 
@@ -240,19 +240,19 @@ def _loss_fn_config(payload: Any) -> Dict[str, Union[float, str]]:
 
 
 def _floats(values: Any) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # beyond float32 is infinity
+    with np.errstate(over="ignore"):  # values beyond float32 become infinity
         return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def _logprobs(values: Optional[List[Optional[float]]]) -> Any:
-    """Return the values as a flat array, None for an empty list, as in the other dialect."""
+    """Return the values as a flat array; None for an empty list, as in protobuf."""
     if not values:
         return None
     if len(values) <= SHORT and {*map(type, values)} <= {float, int}:
         return array.array("f", values)
     logprobs = _floats(values)
     if logprobs.ndim != 1:
-        raise ValueError(f"logprobs are no flat list, but of shape {logprobs.shape}")
+        raise ValueError(f"logprobs are not a flat list, but of shape {logprobs.shape}")
     return logprobs
 
 
@@ -287,7 +287,7 @@ def _sequence_from_json(payload: Any) -> SampledSequence:
 def _topk_from_json(
     rows: Optional[Sequence[Optional[List[List[float]]]]],
 ) -> Optional[TopkLogprobs]:
-    """Read ``[null or [[id, logprob], ...], ...]``; short rows are filled up with the sentinel."""
+    """Read ``[null or [[id, logprob], ...], ...]``; short rows are padded with the sentinel."""
     if not rows:
         return None
     filled = [row or [] for row in rows]

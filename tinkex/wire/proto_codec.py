@@ -1,7 +1,7 @@
 """The protobuf encoding (docs/protocol.md, "Protobuf encoding").  Get it from `codec.codec_for`.
 
-Numbers go between numpy buffers and bytes fields as a whole; Python loops run over datums,
-chunks and sequences, never over tokens.
+Arrays are converted to and from bytes fields in one step; Python loops run over datums, chunks and
+sequences, never over tokens.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ else:
     Array = Any
 
 
-#: DType -> its form on the wire, and the form it is given in memory.  numpy has no bfloat16: it
-#: is read as its 16 bits, the upper half of a float32.
+#: DType -> numpy dtype on the wire.  numpy has no bfloat16: it is read as 16 bits, the upper half
+#: of a float32.
 _WIRE_DTYPES: Mapping[int, str] = {
     pb.FLOAT32: "<f4",
     pb.INT64: "<i8",
@@ -57,8 +57,7 @@ _WIRE_DTYPES: Mapping[int, str] = {
 _STOP_REASONS = {pb.STOP: "stop", pb.LENGTH: "length"}
 _STOP_CODES = {name: code for code, name in _STOP_REASONS.items()}
 
-#: A record without fields holds this many empty datums at most, so that a few bytes on the wire
-#: cannot ask for all memory.
+#: Limit for a record without fields, so that a few bytes on the wire cannot exhaust memory.
 _MAX_EMPTY_DATUMS = 1 << 20
 
 
@@ -74,7 +73,7 @@ class ProtobufCodec:
         return bytes(self.forward_backward_parts(request))
 
     def forward_backward_parts(self, request: ForwardBackwardRequest) -> Parts:
-        """Write the same as `encode_forward_backward`, in parts."""
+        """Write the same body as parts that refer to the arrays of *request*."""
         with translating(InvalidInputError, "this batch cannot be sent as protobuf"):
             return forward_backward_request(request)
 
@@ -93,13 +92,13 @@ class ProtobufCodec:
             )
 
     def size_of(self, datum: Datum) -> int:
-        """Estimate the bytes of *datum* in a body, by the protocol's own rule."""
+        """Estimate the bytes of *datum* in a body by the protocol's rule."""
         return datum.nbytes
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
-        """Write a ForwardBackwardOutput: one record per run of datums that look alike.
+        """Write a ForwardBackwardOutput: one record per run of datums of the same fields.
 
-        A sparse tensor is written dense, and one without dimensions as one of one element.
+        A sparse tensor is written as a dense one, and a scalar as a tensor of one element.
         """
         with translating(InvalidInputError, "this output cannot be sent as protobuf"):
             message = pb.ForwardBackwardOutput(
@@ -122,7 +121,7 @@ class ProtobufCodec:
             return ForwardBackwardOutput(outputs, dict(message.metrics), kind)
 
     def encode_samples(self, response: SampleResponse) -> bytes:
-        """Write a SampleResponse; sequence ids do not travel in it."""
+        """Write a SampleResponse; protobuf has no sequence ids."""
         with translating(InvalidInputError, "these samples cannot be sent as protobuf"):
             message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
             for sequence in response.sequences:
@@ -168,7 +167,7 @@ PROTOBUF = ProtobufCodec()
 
 
 def _serialise(message: Message) -> bytes:
-    # Maps in sorted order, so that a resend of the same request is the same bytes.
+    # Maps in sorted order, so that the same message always gives the same bytes.
     return message.SerializeToString(deterministic=True)
 
 
@@ -179,7 +178,7 @@ def _parse(message: Message, body: bytes) -> None:
         raise ValueError(f"{error} ({len(body)} bytes)") from error
 
 
-# ---- Numbers ----
+# ---- Tensors ----
 
 
 def _to_bytes(array: Array, wire_dtype: str) -> bytes:
@@ -277,14 +276,14 @@ def _get_loss_fn_config(message: pb.ForwardBackwardRequest) -> Dict[str, Union[f
     for name, value in message.loss_fn_config_v2.items():
         kind = value.WhichOneof("value")
         if kind is None:
-            raise ValueError(f"loss_fn_config {name!r} is neither a number nor a text")
+            raise ValueError(f"loss_fn_config {name!r} is neither a number nor a string")
         config[name] = value.text if kind == "text" else value.number
     return config
 
 
 # ---- Results of passes ----
 
-#: What the datums of one record share: (field name, dtype, trailing shape), sorted by name.
+#: Common to the datums of one record: (field name, dtype, trailing shape), sorted by name.
 Signature = Tuple[Tuple[str, str, Tuple[int, ...]], ...]
 
 
@@ -322,8 +321,8 @@ def _get_record(message: pb.ArrayRecord) -> List[Dict[str, TensorData]]:
 
 
 def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
-    """Cut the field into one tensor per datum; they share one buffer."""
-    data = message.data  # which copies it, each time
+    """Split the field into one tensor per datum, all views of one buffer."""
+    data = message.data  # read once: every access copies it
     values = _to_array(data, message.dtype)
     itemsize = np.dtype(_WIRE_DTYPES[message.dtype]).itemsize
     offsets = np.frombuffer(message.offsets, "<i8")
@@ -339,7 +338,7 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
         and not bool(np.any(offsets % (itemsize * max(row, 1))))
     )
     if not fits:
-        raise ValueError(f"the offsets of field {name!r} do not cut its {len(data)} bytes")
+        raise ValueError(f"the offsets of field {name!r} do not fit its {len(data)} bytes")
     bounds = offsets // itemsize
     lengths = np.diff(bounds) // max(row, 1)
     shapes = {length: (length, *trailing_shape) for length in set(lengths.tolist())}

@@ -2,9 +2,9 @@
 
 The message is described in docs/protocol.md, "Requests in protobuf".
 
-A batch is most of what a training run sends.  The protobuf library would copy every array three
-times, into a bytes object, into a message and into the body; here the arrays are parts of the body
-as they are, between a few bytes of framing, which repeat and are remembered.
+Batches are most of what a training run sends.  The protobuf library would copy every array three
+times: into a bytes object, into a message and into the body.  Here the arrays themselves are parts
+of the body, between a few bytes of framing, which repeat from datum to datum and are cached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 else:
     Array = Any
 
-#: Bytes, or an array whose memory is what goes on the wire.
+#: Bytes, or an array whose memory is sent as it is.
 Part = Any
 
 #: Wire types (protobuf encoding guide).
@@ -48,14 +48,14 @@ _INT32_BYTES = 4
 
 _FLOAT32, _INT64 = 1, 2  # of the enum DType
 
-#: What a protobuf parser takes at most.
+#: Parsers of protobuf accept no more.
 _MAX_BODY = (1 << 31) - 1
 
-#: A block takes up examples until it has so many bytes.  Small ones cost more than they save: with
-#: each system call the interpreter goes to another thread.
+#: Datums are added to a block until it has this size.  Smaller blocks are slower: each is a system
+#: call, during which the interpreter switches to another thread.
 _BLOCK_BYTES = 1 << 20
 
-#: Arrays in memory are as they are on the wire.
+#: Whether arrays have the same byte order in memory as on the wire.
 _LITTLE = sys.byteorder == "little"
 
 
@@ -64,7 +64,7 @@ def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
 
     Raises:
         InvalidInputError: a chunk has no protobuf form, or the body would be too large.
-        ValueError: a number or a text has none.
+        ValueError: a number or a string cannot be encoded.
     """
     block: List[Part] = [_text(1, request.model_id), _number(2, request.seq_id)]
     blocks, filled, total = [block], 0, sum(map(len, block))
@@ -80,8 +80,8 @@ def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
     total += sum(map(len, tail))
     if total > _MAX_BODY:
         raise InvalidInputError(
-            f"a request of {total} bytes is more than protobuf can carry",
-            hint="One example must stay below 2 GiB.",
+            f"a request of {total} bytes exceeds the limit of protobuf, 2 GiB",
+            hint="A single datum must be smaller than 2 GiB.",
         )
     return Parts(blocks, total)
 
@@ -90,7 +90,7 @@ def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
 
 
 def _varint(value: int) -> bytes:
-    """An int32 or int64; a negative one takes ten bytes."""
+    """Encode an int32 or int64; negative values take ten bytes."""
     if not -(1 << 63) <= value < (1 << 63):
         raise ValueError(f"{value} does not fit into 64 bits")
     value &= (1 << 64) - 1
@@ -108,7 +108,7 @@ def _tag(field: int, wire_type: int) -> bytes:
 
 @lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
-    """What comes before *size* bytes."""
+    """Return the tag and the length before *size* bytes."""
     return _tag(field, _BYTES) + _varint(size)
 
 
@@ -125,7 +125,7 @@ def _number(field: int, value: int) -> bytes:
 
 
 def _message(field: int, content: bytes) -> bytes:
-    """A submessage, or one case of a oneof: present even when it is empty."""
+    """Encode a submessage, or one case of a oneof: present even when it is empty."""
     return _head(field, len(content)) + content
 
 
@@ -133,9 +133,9 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _put_datum(block: List[Part], datum: Datum) -> int:
-    """Append *datum*; return how many bytes that is."""
+    """Append *datum*; return its size in bytes."""
     at = len(block)
-    block.append(b"")  # its head, once its size is known
+    block.append(b"")  # replaced by the head once the size is known
     size = 0
     for chunk in datum.model_input.chunks:
         if isinstance(chunk, EncodedTextChunk):
@@ -178,7 +178,7 @@ def _text_chunk_head(nbytes: int) -> bytes:
 
 
 def _other_chunk(chunk: ModelInputChunk) -> bytes:
-    """The content of a chunk that is no text."""
+    """Encode the content of a chunk that is not text."""
     if isinstance(chunk, ImageChunk):
         content = _bytes(1, chunk.data) + _text(2, chunk.format)
         if chunk.expected_tokens is not None:
@@ -194,16 +194,16 @@ def _other_chunk(chunk: ModelInputChunk) -> bytes:
 
 @lru_cache(4096)
 def _dense_frame(name: str, dtype: str, shape: Tuple[int, ...]) -> Tuple[bytes, bytes, int]:
-    """What stands before the values of a loss input, and after them; and the size of all three."""
+    """Return the bytes before and after the values of a loss input, and the size of all three."""
     nbytes = math.prod(shape) * (4 if dtype == "float32" else 8)
     tail = _tensor_tail(dtype, shape)
-    head = _head(1, nbytes)  # a oneof: present even when it is empty
+    head = _head(1, nbytes)  # part of a oneof, so written even if it is empty
     head = _entry_head(name, len(head) + nbytes + len(tail)) + head
     return head, tail, len(head) + nbytes + len(tail)
 
 
 def _put_sparse(block: List[Part], name: str, tensor: TensorData, arrays: List[Array]) -> int:
-    """Append a sparse loss input of three *arrays*; return how many bytes that is."""
+    """Append a sparse loss input of three *arrays*; return its size in bytes."""
     pairs = [(_head(field, a.nbytes), a) for field, a in enumerate(arrays, 1) if a.nbytes]
     size = sum(len(head) + array.nbytes for head, array in pairs)
     csr, tail = _head(2, size), _tensor_tail(tensor.dtype, tensor.shape)
@@ -214,19 +214,19 @@ def _put_sparse(block: List[Part], name: str, tensor: TensorData, arrays: List[A
 
 
 def _entry_head(name: str, size: int) -> bytes:
-    """What comes before the tensor of *size* bytes in an entry of the map of loss inputs."""
+    """Return the bytes before a tensor of *size* bytes in an entry of the map of loss inputs."""
     entry = _message(1, name.encode()) + _head(2, size)
     return _head(2, len(entry) + size) + entry
 
 
 def _tensor_tail(dtype: str, shape: Tuple[int, ...]) -> bytes:
-    """What comes after a tensor's values."""
+    """Return the bytes after a tensor's values: dtype and shape."""
     code = _FLOAT32 if dtype == "float32" else _INT64
     return _number(3, code) + _bytes(4, b"".join([_varint(n) for n in shape]))
 
 
 def _put_spans(block: List[Part], field: int, spans: Sequence[ProvenanceSpan]) -> int:
-    """Append *spans*; return how many bytes that is."""
+    """Append *spans*; return their size in bytes."""
     written = [_message(field, _span(span)) for span in spans]
     block += written
     return sum(map(len, written))
@@ -238,7 +238,7 @@ def _span(span: ProvenanceSpan) -> bytes:
 
 
 def _config(config: Mapping[str, Union[float, str]], forward_only: bool) -> List[bytes]:
-    """Numbers go out in both maps, for older servers; texts in the newer one only."""
+    """Encode the config: numbers in both maps, for older servers; strings in the newer one."""
     older: List[bytes] = []
     newer: List[bytes] = []
     for name in sorted(config):

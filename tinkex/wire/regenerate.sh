@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write tinker_public_pb2.py and .pyi anew from tinker_public.proto.
+# Regenerate tinker_public_pb2.py and .pyi from tinker_public.proto.
 #
 #     python -m pip install "grpcio-tools==1.62.3" && sh tinkex/wire/regenerate.sh [PYTHON [OUT]]
 #
