@@ -25,9 +25,7 @@ T = TypeVar("T")
 FutureT = TypeVar("FutureT", bound="Future[Any]")
 
 
-async def outcome_of(
-    future: Future[T], wait: LongWait, explain: Callable[[LongWait], None]
-) -> T:
+async def outcome_of(future: Future[T], wait: LongWait, explain: Callable[[LongWait], None]) -> T:
     """Wait for *future* without blocking the loop, and return its result.
 
     *explain* logs what the wait is for, when it has become long.  Cancelling the task that awaits
@@ -51,7 +49,9 @@ async def outcome_of(
             explain(wait)
         return waiting.result()
     finally:
-        waiting.cancel()  # which the future sees, too, unless it is settled
+        if not waiting.done():
+            waiting.cancel()
+            future.cancel()  # asyncio would do it too, but only when the loop runs next
 
 
 async def itself(value: T) -> T:
