@@ -31,8 +31,9 @@ class RetryPolicy:
             after this many attempts, e.g. for a missing route of an unusual web framework; None
             never takes it for that, where a wrong guess would lose a request's seq_id.
         for_result: the request asks for the result of accepted work, which is lost if we give up:
-            429s are waited out however long they last, every failure to connect may pass, and only
-            500s that repeat word for word count for *max_server_errors*.
+            we do so only once failures have lasted for *max_elapsed_s*, 429s not counted; every
+            failure to connect may pass; and only 500s that repeat word for word count for
+            *max_server_errors*.
     """
 
     base_s: float = 0.5
@@ -55,7 +56,8 @@ class RetryPolicy:
         else:
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
             delay = ceiling * (0.5 + rand / 2)
-        return delay if elapsed_s + delay <= self.max_elapsed_s else None
+        ends_at = elapsed_s if self.for_result else elapsed_s + delay
+        return delay if ends_at <= self.max_elapsed_s else None
 
     def retries_gateway(self, attempt: int) -> bool:
         """True if a response that looks like a gateway's is worth another attempt."""
@@ -94,7 +96,8 @@ class RetryState:
 
     Args:
         policy: what is allowed.
-        now: when the first attempt begins (monotonic).
+        began: when the first attempt begins (monotonic), from which ``max_elapsed_s`` counts; None
+            counts from the first failure after `succeeded`.
         pause_for_billing: called after a 402; returns the seconds to wait, or None to give up.
             Without it, a 402 is an error like any other.
 
@@ -106,7 +109,8 @@ class RetryState:
     def __init__(
         self,
         policy: RetryPolicy,
-        now: float,
+        began: Optional[float] = None,
+        *,
         pause_for_billing: Optional[Callable[[], Optional[float]]] = None,
     ) -> None:
         self.policy = policy
@@ -114,13 +118,12 @@ class RetryState:
         self.repeats = 0
         self._last_message: Optional[str] = None
         self._pause_for_billing = pause_for_billing
-        self._last_contact = now
-        self._failing_since: Optional[float] = now
+        self._failing_since = began
 
-    def succeeded(self, now: float) -> None:
+    def succeeded(self) -> None:
         """Note that the server responded as it should: what fails next is a new outage."""
         self.attempts = self.repeats = 0
-        self._last_contact, self._failing_since = now, None
+        self._failing_since = None
 
     def decide(
         self,
@@ -128,8 +131,10 @@ class RetryState:
         now: float,
         rand: float,
         headers: Optional[Mapping[str, str]] = None,
+        *,
+        began: Optional[float] = None,
     ) -> RetryDecision:
-        """Decide after a failed attempt.
+        """Decide after a failed attempt, which *began* then and ended *now*.
 
         *headers* are those of the server's response; None if there was no response, or one that
         looks like a gateway's.  *rand* is uniform in [0, 1).
@@ -142,7 +147,10 @@ class RetryState:
             delay_s = self._pause_for_billing()
         elif self._is_worth_retrying(error, own, headers):
             hint_s = getattr(own or error, "retry_after_s", None)
-            elapsed_s = self._elapsed_s(error, now, responded=headers is not None)
+            # A poll may be held for longer than an outage may last.  If it is answered in the end,
+            # nothing was wrong before that; if it is not, nobody knows since when.
+            failed_at = now if began is None or headers is not None else began
+            elapsed_s = self._elapsed_s(error, failed_at, now)
             delay_s = self.policy.delay_s(self.attempts, elapsed_s, hint_s, rand)
         else:
             delay_s = None
@@ -161,14 +169,12 @@ class RetryState:
             return False
         return error.retryable or policy.for_result
 
-    def _elapsed_s(self, error: APIError, now: float, *, responded: bool) -> float:
+    def _elapsed_s(self, error: APIError, failed_at: float, now: float) -> float:
         """How long it has failed."""
         if error.status == 429 and self.policy.for_result:
-            return 0.0  # the server is well, and asks for patience
+            return -math.inf  # the server is well, and asks for patience
         if self._failing_since is None:
-            # A poll may be held for longer than an outage may last: one that is answered in the
-            # end does not tell that anything was wrong before.
-            self._failing_since = now if responded else self._last_contact
+            self._failing_since = failed_at
         return now - self._failing_since
 
 

@@ -29,7 +29,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex import ServiceClient, types
-from tinkex._results import batch_poll, batch_poller, outcomes
+from tinkex._results import backoff, batch_poll, batch_poller
 from tinkex._results.completion_tracker import CompletionTracker
 from tinkex._results.pending import PendingRequest
 from tinkex._results.poller import Poller
@@ -51,7 +51,7 @@ TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
     monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
 
 

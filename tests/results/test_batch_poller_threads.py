@@ -21,7 +21,7 @@ from support.batch_routes import (
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
-from tinkex._results import batch_poll, batch_poller, outcomes
+from tinkex._results import backoff, batch_poll, batch_poller
 from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
 from tinkex.errors import ResultExpiredError
@@ -29,7 +29,7 @@ from tinkex.errors import ResultExpiredError
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
     monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
 
 

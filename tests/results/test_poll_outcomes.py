@@ -7,23 +7,20 @@ from typing import Any, Dict, Optional
 
 import pytest
 
-from tinkex._results.outcomes import (
+from tinkex._results.backoff import (
     FIRST_SPACING_S,
     LAST_BACKOFF_S,
     LAST_SPACING_S,
     SAME_500_LIMIT,
-    Announced,
-    Done,
-    Failed,
-    Outcome,
-    Pacing,
-    Pending,
-    Trouble,
-    interpret,
+    PollInterval,
+    poll_policy,
 )
+from tinkex._results.outcomes import Announced, Done, Failed, Outcome, Pending, Trouble, interpret
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import (
+    APIConnectionError,
+    APIError,
     APIStatusError,
     NotFoundError,
     RequestFailedError,
@@ -31,7 +28,7 @@ from tinkex.errors import (
     ResultExpiredError,
     status_error_type,
 )
-from tinkex.retry import MAX_HINT_S
+from tinkex.retry import MAX_HINT_S, RetryState
 
 POLL = Request("POST", "/api/v1/retrieve_future")
 
@@ -205,70 +202,126 @@ def test_other_answers_are_final_under_their_own_type(status: int) -> None:
     assert type(found.error) is status_error_type(status)
 
 
-# Pacing
+# When to poll again
 
 
 def test_a_real_long_poll_is_followed_at_once() -> None:
-    assert Pacing().after_pending(took_s=30.0, rand=0.9) == 0.0
+    assert PollInterval().after_pending(took_s=30.0, rand=0.9) == 0.0
 
 
 def test_quick_pending_answers_are_spaced_ever_further_up_to_a_second() -> None:
-    pacing = Pacing()
-    delays = [pacing.after_pending(took_s=0.0, rand=0.5) for _ in range(30)]
+    interval = PollInterval()
+    delays = [interval.after_pending(took_s=0.0, rand=0.5) for _ in range(30)]
     assert delays[0] == FIRST_SPACING_S
     assert delays == sorted(delays)
     assert delays[-1] == LAST_SPACING_S
 
 
 def test_jitter_is_half_to_one_and_a_half() -> None:
-    assert Pacing().after_pending(0.0, rand=0.0) == FIRST_SPACING_S * 0.5
-    assert Pacing().after_pending(0.0, rand=1.0) == FIRST_SPACING_S * 1.5
+    assert PollInterval().after_pending(0.0, rand=0.0) == FIRST_SPACING_S * 0.5
+    assert PollInterval().after_pending(0.0, rand=1.0) == FIRST_SPACING_S * 1.5
 
 
 def test_a_held_poll_starts_the_spacing_again() -> None:
-    pacing = Pacing()
+    interval = PollInterval()
     for _ in range(20):
-        pacing.after_pending(0.0, 0.5)
-    pacing.after_pending(10.0, 0.5)
-    assert pacing.after_pending(0.0, 0.5) == FIRST_SPACING_S
+        interval.after_pending(0.0, 0.5)
+    interval.after_pending(10.0, 0.5)
+    assert interval.after_pending(0.0, 0.5) == FIRST_SPACING_S
+
+
+# Failed polls
+
+
+def error(status: int, text: str = "boom", retry_after_s: Optional[float] = None) -> APIStatusError:
+    return status_error_type(status)(text, status=status, retry_after_s=retry_after_s)
+
+
+class Polls:
+    """Polls that fail at a time of their own."""
+
+    def __init__(self, max_outage_s: float = 300.0) -> None:
+        self.state = RetryState(poll_policy(max_outage_s))
+        self.now = 0.0
+
+    def fail(self, failure: APIError, *, took_s: float = 0.0, rand: float = 1.0) -> Optional[float]:
+        """Return the pause after a poll that failed after *took_s*; None if that is final."""
+        headers: Optional[Dict[str, str]] = {} if isinstance(failure, APIStatusError) else None
+        began, self.now = self.now, self.now + took_s
+        return self.state.decide(failure, self.now, rand, headers, began=began).delay_s
 
 
 def test_trouble_backs_off_to_ten_seconds_and_pending_resets_it() -> None:
-    pacing = Pacing()
-    delays = [pacing.after_trouble(rand=1.0) for _ in range(7)]
+    polls = Polls()
+    delays = [polls.fail(error(503)) for _ in range(7)]
     assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, LAST_BACKOFF_S, LAST_BACKOFF_S]
-    pacing.after_pending(0.0, 0.5)
-    assert pacing.after_trouble(rand=1.0) == 0.5
+    polls.state.succeeded()
+    assert polls.fail(error(503)) == 0.5
 
 
 def test_the_servers_wish_is_obeyed_within_reason() -> None:
-    assert Pacing().after_trouble(0.0, hint_s=3.0) == 3.0
-    assert Pacing().after_trouble(0.0, hint_s=86400.0) == MAX_HINT_S
-    assert Pacing().after_trouble(0.0, hint_s=0.0) == 0.25
-
-
-def error_500(text: str = "boom") -> APIStatusError:
-    return status_error_type(500)(text, status=500)
+    assert Polls().fail(error(503, retry_after_s=3.0), rand=0.0) == 3.0
+    assert Polls().fail(error(503, retry_after_s=86400.0), rand=0.0) == MAX_HINT_S
+    assert Polls().fail(error(503, retry_after_s=0.0), rand=0.0) == 0.25
 
 
 def test_the_same_500_over_and_over_is_the_answer() -> None:
-    pacing = Pacing()
-    verdicts = [pacing.is_final(error_500()) for _ in range(SAME_500_LIMIT)]
-    assert verdicts == [False] * (SAME_500_LIMIT - 1) + [True]
+    polls = Polls()
+    goes_on = [polls.fail(error(500)) is not None for _ in range(SAME_500_LIMIT)]
+    assert goes_on == [True] * (SAME_500_LIMIT - 1) + [False]
 
 
 def test_different_500s_and_503s_may_pass() -> None:
-    pacing = Pacing()
-    assert not any(pacing.is_final(error_500(f"boom {n}")) for n in range(20))
+    polls = Polls()
+    assert all(polls.fail(error(500, f"boom {n}")) is not None for n in range(20))
     for _ in range(SAME_500_LIMIT - 1):
-        pacing.is_final(error_500())
-    assert not pacing.is_final(status_error_type(503)("busy", status=503))
-    assert not pacing.is_final(error_500())
+        polls.fail(error(500))
+    assert polls.fail(error(503, "busy")) is not None
+    assert polls.fail(error(500)) is not None
 
 
 def test_a_pending_answer_between_500s_starts_the_count_again() -> None:
-    pacing = Pacing()
+    polls = Polls()
     for _ in range(SAME_500_LIMIT - 1):
-        pacing.is_final(error_500())
-    pacing.after_pending(0.0, 0.5)
-    assert not pacing.is_final(error_500())
+        polls.fail(error(500))
+    polls.state.succeeded()
+    assert polls.fail(error(500)) is not None
+
+
+def test_an_outage_ends_the_polling_however_the_polls_failed() -> None:
+    polls = Polls(max_outage_s=300.0)
+    assert polls.fail(error(503)) is not None
+    polls.now = 300.0
+    assert polls.fail(APIConnectionError("refused")) is not None
+    polls.now = 301.0
+    assert polls.fail(error(502)) is None
+
+
+def test_no_outage_is_longer_than_what_failed() -> None:
+    polls = Polls(max_outage_s=10.0)
+    # Held for a minute, and then an error: the outage begins with the error.
+    assert polls.fail(error(502), took_s=60.0) is not None
+    polls.state.succeeded()
+    # Held for a minute, and then cut off: nothing was heard for a minute.
+    assert polls.fail(APIConnectionError("reset"), took_s=60.0) is None
+
+
+def test_a_429_is_waited_out_however_long_it_lasts() -> None:
+    polls = Polls(max_outage_s=10.0)
+    for _ in range(100):
+        assert polls.fail(error(429, retry_after_s=60.0)) == 60.0
+        polls.now += 60.0
+    assert polls.fail(error(503)) is not None  # it was no outage
+
+
+def test_what_can_not_be_sent_again_is_polled_for_again() -> None:
+    broken_tls = APIConnectionError("certificate", retryable=False)
+    assert Polls().fail(broken_tls) is not None
+
+
+def test_a_402_waits_as_the_account_does() -> None:
+    pauses = iter([5.0, None])
+    state = RetryState(poll_policy(300.0), pause_for_billing=lambda: next(pauses))
+    assert state.decide(error(402), 0.0, 0.0, {}).delay_s == 5.0
+    assert state.decide(error(402), 5.0, 0.0, {}).delay_s is None
+    assert Polls().fail(error(402)) is None

@@ -17,7 +17,7 @@ from support.threads import wait_until
 from support.transports import open_transport
 
 from tinkex._api._call import read
-from tinkex._results import outcomes, poll_loop
+from tinkex._results import backoff
 from tinkex._results.poller import Poller
 from tinkex._transport import billing
 from tinkex._transport.transport import Reply
@@ -71,7 +71,7 @@ def shut(poller: Poller) -> None:
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.002)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
 
 
 def decode_path(reply: Reply) -> str:
@@ -143,7 +143,7 @@ def test_pending_work_is_asked_for_again_and_its_state_shown(server: ScriptedSer
 def test_a_server_that_answers_pending_at_once_is_not_hammered(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll_loop.random, "random", lambda: 0.5)
+    monkeypatch.setattr(backoff.random, "random", lambda: 0.5)
     server.on(POLL, *[Answer(408)] * 3, *[TRY_AGAIN] * 2, result())
     with open_poller(server) as poller:
         watch(poller).result(PATIENCE_S)
@@ -175,8 +175,8 @@ def test_trouble_is_ridden_out_and_shown(server: ScriptedServer) -> None:
 def test_trouble_is_backed_off_from(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 0.02)
-    monkeypatch.setattr(poll_loop.random, "random", lambda: 1.0)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.02)
+    monkeypatch.setattr(backoff.random, "random", lambda: 1.0)
     server.on(POLL, *[Answer(503)] * 3, result())
     with open_poller(server) as poller:
         watch(poller).result(PATIENCE_S)
@@ -599,7 +599,7 @@ def test_a_cancelled_sample_frees_its_worker_at_once(server: ScriptedServer) -> 
 def test_a_cancelled_sample_does_not_wait_out_its_back_off(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 60.0)
     server.on(POLL, by_request({"failing": Answer(503), "next": result("next")}))
     with open_poller(server, max_concurrent_samples=1) as poller:
         failing, following = sample(poller, "failing", server), sample(poller, "next", server)
@@ -809,8 +809,8 @@ def test_close_wakes_every_waiter_and_ends_long_polls_at_once(server: ScriptedSe
 def test_close_wakes_a_pause_between_polls(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcomes, "FIRST_BACKOFF_S", 60.0)
-    monkeypatch.setattr(outcomes, "LAST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 60.0)
+    monkeypatch.setattr(backoff, "LAST_BACKOFF_S", 60.0)
     server.on(POLL, Answer(503))
     with open_poller(server) as poller:
         watch(poller)

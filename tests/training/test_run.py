@@ -534,7 +534,7 @@ def test_a_5xx_that_repeats_names_the_route_that_is_broken(
 def test_a_poll_that_breaks_again_and_again_names_its_route(
     trainer: TrainingClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinkex._results.outcomes.Pacing.after_trouble", lambda *args: 0.001)
+    monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
     routes.serve("retrieve_future", Answer(500, {"detail": "out of order"}))
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert "out of order" in str(error)

@@ -1,56 +1,94 @@
-"""Backoff: how long the batch poller waits between two polls for one sampler.
+"""Backoff: how long to wait between two polls, for one request or for one sampler.
 
-For one thread at a time; no threads of its own.
+For one thread; no threads of its own.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from typing import Optional
+from typing import Mapping, Optional
 
-from tinkex._results.outcomes import Pacing
+from tinkex._transport.request import Request, broken_route
 from tinkex._transport.transport import Transport
 from tinkex.errors import APIError, APITimeoutError
+from tinkex.retry import RetryPolicy, RetryState
+
+#: A server that responds "pending" at once is asked again after this long at first ...
+FIRST_SPACING_S = 0.02
+#: ... growing by half each time to this.
+LAST_SPACING_S = 1.0
+#: A pending response that took longer than this was a real long poll: ask again at once.
+HELD_S = 1.0
+#: Back-off after failed polls.
+FIRST_BACKOFF_S = 0.5
+LAST_BACKOFF_S = 10.0
+#: A 500 that came this often in a row, word for word, is the server's final response.
+SAME_500_LIMIT = 5
+
+
+def poll_policy(max_outage_s: float) -> RetryPolicy:
+    """How failed polls are repeated: the result of accepted work must not be lost."""
+    return RetryPolicy(
+        base_s=FIRST_BACKOFF_S,
+        cap_s=LAST_BACKOFF_S,
+        max_elapsed_s=max_outage_s,
+        max_server_errors=SAME_500_LIMIT,
+        max_gateway_answers=None,
+        for_result=True,
+    )
+
+
+class PollInterval:
+    """How long to wait between two polls that the server answers.  Pure."""
+
+    def __init__(self) -> None:
+        self._spacing_s = FIRST_SPACING_S
+
+    def after_pending(self, took_s: float, rand: float) -> float:
+        """Seconds to wait after a pending response that took *took_s*; *rand* is in [0, 1)."""
+        if took_s >= HELD_S:
+            self._spacing_s = FIRST_SPACING_S
+            return 0.0
+        delay_s = self._spacing_s * (0.5 + rand)
+        self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
+        return delay_s
 
 
 class Backoff:
-    """How long to wait between two polls for one sampler; raises what ends them."""
+    """How long to wait between two polls; raises what ends them."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._billing = transport.billing
-        self._config = transport.config
-        self._pacing = Pacing()
-        self._trouble_since: Optional[float] = None
+    def __init__(self, transport: Transport, poll: Request) -> None:
+        config = transport.config
+        wait = transport.billing.after_402 if config.on_billing == "wait" else None
+        self._retries = RetryState(poll_policy(config.max_outage_s), pause_for_billing=wait)
+        self._interval = PollInterval()
+        self._poll = poll
+        # A timeout while connecting is an outage; a later one is a poll that was held too long.
+        self._held_s = config.connect_timeout_s + 1
 
-    def after_answer(self, took_s: float, news: bool) -> float:
-        """The pause after an answer, which took so long; a poll without news is held."""
-        self._trouble_since = None
-        return 0.0 if news else self._pacing.after_pending(took_s, random.random())
+    def after_news(self) -> None:
+        """Note a response that brought something: an outage, if there was one, is over."""
+        self._retries.succeeded()
 
-    def after_silence(self, error: APIError, began: float, last_contact: float) -> float:
-        """The pause after none; raises *error* after ``max_outage_s``."""
+    def after_pending(self, took_s: float) -> float:
+        """The pause after a response that came after *took_s* and brought nothing."""
+        self._retries.succeeded()
+        return self._interval.after_pending(took_s, random.random())
+
+    def after_failure(
+        self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
+    ) -> float:
+        """The pause after a poll that failed; raises *error* once it must be meant.
+
+        *began* is when the poll began; *headers* are as for `RetryState.decide`.
+        """
         now = time.monotonic()
-        if isinstance(error, APITimeoutError) and now - began > self._config.connect_timeout_s + 1:
+        if headers is None and isinstance(error, APITimeoutError) and now - began > self._held_s:
             return 0.0  # the server held the poll for longer than we wait
-        if now - last_contact > self._config.max_outage_s:
-            error.elapsed_s = now - last_contact
-            raise error
-        return self._pacing.after_trouble(random.random())
-
-    def after_error(self, error: APIError) -> float:
-        """The pause after an answer that is an error; raises one that must be meant."""
-        if error.status == 402 and self._config.on_billing == "wait":
-            delay = self._billing.after_402()
-            if delay is not None:
-                return delay
-        if not error.retryable or error.status == 501:
-            raise error
-        if error.status != 429:  # there the server lives, and asks for patience
-            now = time.monotonic()
-            self._trouble_since = self._trouble_since or now
-            outage_s = now - self._trouble_since
-            if self._pacing.is_final(error) or outage_s > self._config.max_outage_s:
-                raise error
-        hint_s = getattr(error, "retry_after_s", None)
-        return self._pacing.after_trouble(random.random(), hint_s)
+        delay_s, error = self._retries.decide(error, now, random.random(), headers, began=began)
+        if delay_s is not None:
+            return delay_s
+        if error.status is not None and error.status >= 500 and self._retries.repeats > 1:
+            error.hint = error.hint or broken_route(self._poll, self._retries.repeats)
+        raise error

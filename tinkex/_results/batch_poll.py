@@ -57,7 +57,7 @@ class BatchPoll:
         self._channel = channel
         self._fetch = fetch
         self._fail = fail
-        self._backoff = Backoff(transport)
+        self._backoff = Backoff(transport, _POLL)
 
     def run(self) -> None:
         """Poll until nothing is waited for and the server knows what was fetched.
@@ -83,21 +83,24 @@ class BatchPoll:
         try:
             reply = ask(self._transport, watch, asked, self._channel, max(0.05, limit_s))
         except APIConnectionError as silence:
-            return self._backoff.after_silence(silence, began, watch.last_contact)
+            return self._backoff.after_failure(silence, began)
         except APIStatusError as refused:  # the server gives no token just now
-            return self._backoff.after_error(refused)
+            return self._backoff.after_failure(refused, began, {})
         watch.last_contact = now = time.monotonic()
         if reply.status >= 300:
             if reply.status == 408:
-                return self._backoff.after_answer(now - began, False)
+                return self._backoff.after_pending(now - began)
             error = self._transport.status_error(_POLL, reply)
             if error.status in ABSENT:
                 self._server.note_missing(ROUTE, error.status or 404)
-            return self._backoff.after_error(error)
+            return self._backoff.after_failure(error, began, {})
         done = read_completions(reply)
         self._server.note_present(ROUTE)
         pause_s = self._fetch(watch.told(asked, done))
-        return max(pause_s, self._backoff.after_answer(now - began, bool(done.sizes)))
+        if done.sizes:
+            self._backoff.after_news()
+            return pause_s
+        return max(pause_s, self._backoff.after_pending(now - began))
 
     def _report_or_stop(self) -> bool:
         """Say what was fetched, if that was not said; True if there is nothing to do any more."""

@@ -11,19 +11,6 @@ from typing import Any, Dict, Optional, Union
 
 from tinkex._transport.transport import Reply
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
-from tinkex.retry import MAX_HINT_S
-
-#: A server that answers "pending" at once is asked again after this long at first ...
-FIRST_SPACING_S = 0.02
-#: ... growing by half each time to this.
-LAST_SPACING_S = 1.0
-#: A pending answer that took longer than this was a real long poll: ask again at once.
-HELD_S = 1.0
-#: Back-off after trouble (5xx, 429, no connection).
-FIRST_BACKOFF_S = 0.5
-LAST_BACKOFF_S = 10.0
-#: A 500 that repeats, word for word, for so often and so long is the answer.
-SAME_500_LIMIT = 5
 
 #: What a JSON answer that is no result holds somewhere.
 _SPECIAL = (b'"try_again"', b'"complete_metadata"', b'"error"')
@@ -141,38 +128,3 @@ def _pending(body: Dict[str, Any]) -> Pending:
     return Pending(
         state if isinstance(state, str) else None, reason if isinstance(reason, str) else None
     )
-
-
-class Pacing:
-    """How long to wait before the next poll of one request, from what the last ones brought."""
-
-    def __init__(self) -> None:
-        self._spacing_s = FIRST_SPACING_S
-        self._backoff_s = FIRST_BACKOFF_S
-        self._same_500 = 0
-        self._last_500: Optional[str] = None
-
-    def after_pending(self, took_s: float, rand: float) -> float:
-        """Seconds to wait after a pending answer that took *took_s*; *rand* is in [0, 1)."""
-        self._backoff_s, self._same_500 = FIRST_BACKOFF_S, 0
-        if took_s >= HELD_S:
-            self._spacing_s = FIRST_SPACING_S
-            return 0.0
-        delay = self._spacing_s * (0.5 + rand)
-        self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
-        return delay
-
-    def after_trouble(self, rand: float, hint_s: Optional[float] = None) -> float:
-        """Seconds to wait after trouble; the server's own wish goes first, up to 60 s."""
-        delay = min(hint_s, MAX_HINT_S) if hint_s else self._backoff_s * (0.5 + rand / 2)
-        self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
-        return delay
-
-    def is_final(self, error: APIError) -> bool:
-        """True once the same plain 500 has come so often that it must be meant."""
-        if error.status != 500:
-            self._same_500 = 0
-            return False
-        self._same_500 = self._same_500 + 1 if error.message == self._last_500 else 1
-        self._last_500 = error.message
-        return self._same_500 >= SAME_500_LIMIT

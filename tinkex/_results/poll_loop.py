@@ -6,23 +6,29 @@ Used by one thread, the poller's; what an answer means is decided by outcomes.
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from tinkex._api.futures import retrieve_future
-from tinkex._results.outcomes import Announced, Done, Failed, Pacing, Pending, Trouble, interpret
+from tinkex._results.backoff import Backoff
+from tinkex._results.outcomes import (
+    Announced,
+    Done,
+    Failed,
+    Outcome,
+    Pending,
+    Trouble,
+    interpret,
+)
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import PendingRequest
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.request import broken_route
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
     APIError,
     APIStatusError,
-    APITimeoutError,
     ClientClosedError,
     NoProgressError,
     OperationTimeoutError,
@@ -60,12 +66,11 @@ class PollLoop:
         self._announced = announced
         self._payload = False  # insist on the result itself
         self._held = 0  # bytes of the quota for large results
-        self._pacing = Pacing()
+        self._backoff = Backoff(transport, _POLL)
         self._last_contact = time.monotonic()
         # The server accepted it some time ago, if others of its lane had to be waited for.
         self._started = request.future.entered
         self._polled = False
-        self._trouble_since: Optional[float] = None
 
     def run(self) -> None:
         """Settle the future, or raise what it is to be settled with."""
@@ -123,11 +128,9 @@ class PollLoop:
             # With an error status, it was turned away on the way there, and no result handed out.
             turned_away = silence.status is not None and silence.status >= 300
             self._request.maybe_lost |= not turned_away
-            return self._after_silence(silence, began)
+            return self._after_failure(silence, began)
         except APIStatusError as refused:  # the server gives no token just now
-            if not refused.retryable:
-                raise
-            return self._after_trouble(refused)
+            return self._after_failure(refused, began, {})
         self._last_contact = time.monotonic()
         error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
         outcome = interpret(
@@ -137,9 +140,9 @@ class PollLoop:
             kind=self._future.kind,
             maybe_lost=self._request.maybe_lost,
         )
-        return self._act_on(outcome, took_s=self._last_contact - began)
+        return self._act_on(outcome, began)
 
-    def _act_on(self, outcome: Any, took_s: float) -> Optional[float]:
+    def _act_on(self, outcome: Outcome, began: float) -> Optional[float]:
         if isinstance(outcome, Done):
             if self._future.queue_state not in (None, "active"):
                 self._note_queue("active", None)
@@ -150,12 +153,11 @@ class PollLoop:
         if isinstance(outcome, Pending):
             self._note_queue(outcome.queue_state, outcome.reason)
             self._future.last_error = None
-            self._trouble_since = None
-            return self._pacing.after_pending(took_s, random.random())
+            return self._backoff.after_pending(self._last_contact - began)
         if isinstance(outcome, Announced):
             return self._ask_for_payload(outcome)
         assert isinstance(outcome, Trouble)
-        return self._after_trouble(outcome.error)
+        return self._after_failure(outcome.error, began, {})
 
     def _finish(self, reply: Reply) -> None:
         """Decode the result and settle the future with it."""
@@ -179,6 +181,7 @@ class PollLoop:
                 "and does not send it",
                 request_id=self._future.request_id,
             )
+        self._backoff.after_news()
         self._reserve(announced.size)
         return 0.0
 
@@ -193,44 +196,15 @@ class PollLoop:
         self._last_contact = time.monotonic()
         self._polled = False  # it is there: no limit ends the next poll
 
-    def _after_trouble(self, error: APIError) -> float:
-        """Return the pause before the next poll; raise *error* once it must be meant."""
+    def _after_failure(
+        self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
+    ) -> float:
+        """Return the pause after a poll that failed; raise *error* once it must be meant."""
         self._future.last_error = error.message
-        delay: Optional[float] = None
-        if error.status == 402:
-            if self._config.on_billing == "wait":
-                delay = self._transport.billing.after_402()
-        elif not self._is_final(error):
-            hint_s = getattr(error, "retry_after_s", None)
-            delay = self._pacing.after_trouble(random.random(), hint_s)
-        if delay is None:
-            if error.status is not None and error.status >= 500 and self._future.attempts > 1:
-                error.hint = error.hint or broken_route(_POLL, self._future.attempts)
-            error.attempts = self._future.attempts
-            error.elapsed_s = self._last_contact - self._started
-            raise error
-        return delay
-
-    def _is_final(self, error: APIError) -> bool:
-        """Decide whether trouble that may pass has lasted too long."""
-        if error.status == 429:
-            return False  # the server lives, and asks for patience
-        if self._trouble_since is None:
-            self._trouble_since = self._last_contact
-        lasted_s = self._last_contact - self._trouble_since
-        return self._pacing.is_final(error) or lasted_s > self._config.max_outage_s
-
-    def _after_silence(self, error: APIError, began: float) -> float:
-        """No answer: ride it out for max_outage_s, unless the poll just took its full time."""
-        self._future.last_error = error.message
-        now = time.monotonic()
-        if isinstance(error, APITimeoutError) and now - began > self._config.connect_timeout_s + 1:
-            return 0.0  # the server held the poll for longer than we wait: ask again
-        if now - self._last_contact > self._config.max_outage_s:
-            error.elapsed_s = now - self._last_contact
-            error.request_id = self._future.request_id
-            raise error
-        return self._pacing.after_trouble(random.random())
+        error.attempts = self._future.attempts
+        error.elapsed_s = time.monotonic() - self._started
+        error.request_id = error.request_id or self._future.request_id
+        return self._backoff.after_failure(error, began, headers)
 
     def _read_timeout_s(self, now: float) -> float:
         """Wait for an answer no longer than the limits of the operation allow."""

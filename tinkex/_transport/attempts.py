@@ -56,7 +56,7 @@ class RequestAttempts:
             if transport.config.on_billing == "wait"
             else None
         )
-        self._retries = RetryState(policy, self._began, pause_for_billing)
+        self._retries = RetryState(policy, self._began, pause_for_billing=pause_for_billing)
         self._error: Optional[APIError] = None  # of the latest attempt
         self._maybe_taken = False  # of all attempts
 
