@@ -54,6 +54,7 @@ LOCAL_LAYERS = [
     "backend",
     "http",
     "routes",
+    "openai",
     "app",
     "server",
 ]
@@ -90,6 +91,7 @@ HEAVY = {
 HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
     "tinkex.local.http": {"flask", "werkzeug", "waitress"},
+    "tinkex.local.openai": {"flask", "werkzeug"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
     "tinkex.local.engines.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},

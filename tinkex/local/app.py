@@ -16,6 +16,7 @@ from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import Admission, head_of
 from tinkex.local.http.messages import MAX_BODY, json_response
+from tinkex.local.openai import routes as openai
 from tinkex.local.routes.checkpoints import CheckpointRoutes
 from tinkex.local.routes.downloads import DownloadRoutes
 from tinkex.local.routes.futures import FutureRoutes
@@ -63,6 +64,7 @@ def create_app(
         for method, path, view in topic.rules():
             rule = path if path.startswith("/") else f"/api/v1/{path}"
             app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
+    openai.register(app, backend, settings)
     app.register_error_handler(HTTPError, _rejected)
     app.register_error_handler(HTTPException, _not_routed)
     app.register_error_handler(Exception, _failed)

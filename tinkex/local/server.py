@@ -238,7 +238,8 @@ class LocalServer:
         self._store = Store(self._temporary or self._data_dir or Path())
         self._backend, app, admission = self._assemble(self._engine, self._store)
         import_for_requests()
-        self._threads = HttpThreads(self.settings.max_held_polls + _SPARE_THREADS)
+        held = 2 * self.settings.max_held_polls  # polls, and requests of the OpenAI endpoint
+        self._threads = HttpThreads(held + _SPARE_THREADS)
         self._http = waitress.server.create_server(
             app,
             map=self._sockets,
@@ -246,7 +247,7 @@ class LocalServer:
             sockets=[listener],
             ident="tinkex",
             log_socket_errors=False,  # a client that went away is no error of the server
-            connection_limit=self.settings.max_held_polls + 1024,
+            connection_limit=held + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
             # Bodies of a few MB are read in few system calls, and never put on disk.

@@ -88,7 +88,7 @@ class ServerSettings:
         info_message, warning_message, error_message: what ``create_session`` has clients log.
         retrieve_hold_s: a poll for pending work is answered after this long.
         max_held_polls: so many polls are held at once, each in a thread (about 20 KB); more
-            get 429.
+            get 429.  The same bound holds for requests of the OpenAI-compatible endpoint.
         metadata_threshold_bytes: a result of more bytes than this is first announced by its size,
             to clients that allow it.
         max_body_bytes: largest request body, compressed or not; beyond it is 413.

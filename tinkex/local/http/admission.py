@@ -28,6 +28,10 @@ from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 #: Where signed URLs point.
 SIGNED_PREFIX = "/signed/"
 
+#: The OpenAI-compatible endpoint, where the key may come as OpenAI's clients send it: as
+#: ``Authorization: Bearer``.
+OPENAI_PREFIXES = ("/oai/api/v1/", "/v1/")
+
 _CONTENT_TYPES = (JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, "application/protobuf")
 
 _HEADERS = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "X_API_KEY", "AUTHORIZATION")
@@ -148,7 +152,7 @@ class Admission:
 
     def _check_key(self, head: Head) -> None:
         given = head.headers.get("X_API_KEY", "")
-        if self._bearer and not given:
+        if not given and (self._bearer or head.path.startswith(OPENAI_PREFIXES)):
             scheme, _, token = head.headers.get("AUTHORIZATION", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else ""
         if self._key is not None and hmac.compare_digest(given.encode(), self._key):

@@ -31,15 +31,23 @@ class HeldPolls:
 
     def hold(self, wait: Callable[[], T]) -> T:
         """Return what *wait* returns; HTTPError 429 if too many polls are held already."""
+        self.acquire()
+        try:
+            return wait()
+        finally:
+            self.release()
+
+    def acquire(self) -> None:
+        """Count one more that waits; HTTPError 429 if too many do already."""
         if not self._free.acquire(blocking=False):
             # Clients pause before they ask again after this, and not after try_again.
             raise HTTPError(
                 429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
             )
-        try:
-            return wait()
-        finally:
-            self._free.release()
+
+    def release(self) -> None:
+        """Count one less."""
+        self._free.release()
 
 
 class FutureRoutes(Routes):

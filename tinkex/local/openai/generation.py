@@ -1,0 +1,167 @@
+"""One request on its way through the scheduler, and what comes of it.
+
+The engine's thread puts tokens and outcomes into a queue; the request's HTTP thread takes them out
+and makes text of them.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from tinkex.local.engines.engine import SampledToken, StreamingRequest
+from tinkex.local.errors import HTTPError
+from tinkex.local.openai.choices import Choice, Delta, read_prompt
+from tinkex.local.openai.parameters import Call, Prompt
+from tinkex.local.openai.samplers import Sampler, Samplers
+from tinkex.local.openai.text import Text
+from tinkex.local.state.futures import Failure, Outcome
+from tinkex.types import ModelInput, SampledSequence, SampleResponse
+
+#: Something of the prompt with that index.
+_Event = Tuple[int, Union[SampledToken, Outcome]]
+
+
+class Part(NamedTuple):
+    """Something new of the choice number *choice*."""
+
+    choice: int
+    delta: Delta
+
+
+class Generation:
+    """The choices of one request.
+
+    Use `parts`, and `close` in the end, which cancels what is not done.  For one thread.
+
+    Args:
+        samplers: do the work.
+        text: of the model.
+        call: what is asked for.
+    """
+
+    def __init__(self, samplers: Samplers, text: Text, call: Call) -> None:
+        self._samplers = samplers
+        self._text = text
+        self._call = call
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        # A prompt's log-probabilities come with the outcome, and the prompt is shown first.
+        self._token_by_token = call.stream and not (call.echo and call.top is not None)
+        self._choices: List[List[Choice]] = []
+        self._request_ids: List[str] = []
+        self._open = set(range(len(call.prompts)))
+        sampler = samplers.acquire(call.model)
+        self._sampler: Optional[Sampler] = sampler  # None once closed
+        try:
+            for index, prompt in enumerate(call.prompts):
+                self._submit(sampler, index, prompt)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.tokens) for prompt in self._call.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all choices so far, those included that ended them."""
+        return sum(choice.tokens for choices in self._choices for choice in choices)
+
+    def parts(self, pause_s: Optional[float] = None) -> Iterator[Optional[Part]]:
+        """Yield what is new until everything is done; None after *pause_s* without anything.
+
+        Raises:
+            HTTPError: the engine failed.
+        """
+        if self._call.echo and self._token_by_token:
+            for index, prompt in enumerate(self._call.prompts):
+                delta = self._echo(prompt, None)
+                for number in range(self._call.n):
+                    yield self._part(index, number, delta)
+        while self._open:
+            try:
+                index, event = self._events.get(timeout=pause_s)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(event, SampledToken):
+                yield self._taken(index, event)
+                continue
+            self._open.discard(index)
+            if isinstance(event, Failure):
+                raise HTTPError(event.status if event.category == "user" else 500, event.message)
+            if not self._token_by_token and isinstance(event.value, SampleResponse):
+                yield from self._read(index, event.value)
+
+    def close(self) -> None:
+        """Cancel what is not done.  A second call does nothing."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is None:
+            return
+        for index in self._open:
+            if index < len(self._request_ids):
+                self._samplers.cancel(sampler, self._request_ids[index])
+        self._samplers.release(sampler)
+
+    def _submit(self, sampler: Sampler, index: int, prompt: Prompt) -> None:
+        call = self._call
+        wanted = call.top is not None
+        request = StreamingRequest(
+            ModelInput.from_ints(prompt.tokens),
+            call.n,
+            call.params,
+            prompt_logprobs=call.echo and wanted,
+            topk_prompt_logprobs=(call.top or 0) if call.echo else 0,
+            topk_sample_logprobs=call.top or 0,
+            on_token=self._put(index) if self._token_by_token else None,
+            stop_at_eos=True,
+        )
+        self._request_ids.append(self._samplers.submit(sampler, request, self._put(index)))
+        offset = len(self._echo(prompt, None).text) if call.echo else 0
+        self._choices.append(
+            [
+                Choice(self._text, prompt.tokens, call.stops, offset=offset, empty=call.empty)
+                for _ in range(call.n)
+            ]
+        )
+
+    def _put(self, index: int) -> Callable[[Union[SampledToken, Outcome]], None]:
+        events = self._events
+        return lambda event: events.put((index, event))
+
+    def _taken(self, index: int, sampled: SampledToken) -> Part:
+        delta = self._choices[index][sampled.sequence].take(sampled)
+        return self._part(index, sampled.sequence, delta)
+
+    def _part(self, index: int, number: int, delta: Delta) -> Part:
+        return Part(index * self._call.n + number, delta)
+
+    def _read(self, index: int, response: SampleResponse) -> Iterator[Part]:
+        """Yield the parts of a whole response."""
+        if self._call.echo:
+            delta = self._echo(self._call.prompts[index], response)
+            for number in range(self._call.n):
+                yield self._part(index, number, delta)
+        for number, sequence in enumerate(response.sequences):
+            for sampled in _tokens_of(number, sequence):
+                yield self._taken(index, sampled)
+
+    def _echo(self, prompt: Prompt, response: Optional[SampleResponse]) -> Delta:
+        """Return the prompt as the beginning of a choice."""
+        logprobs = None if response is None else response.prompt_logprobs
+        if logprobs is None and prompt.text is not None:
+            return Delta(prompt.text, [])
+        tops = None if response is None else response.topk_prompt_logprobs
+        delta = read_prompt(self._text, prompt.tokens, logprobs, tops)
+        return delta if prompt.text is None else Delta(prompt.text, delta.entries)
+
+
+def _tokens_of(number: int, sequence: SampledSequence) -> Iterator[SampledToken]:
+    tokens, logprobs = sequence.tokens, sequence.logprobs or []
+    tops = sequence.topk_logprobs or [None] * len(tokens)
+    last = len(tokens) - 1
+    for place, (token, logprob, top) in enumerate(zip(tokens, logprobs, tops)):
+        reason = sequence.stop_reason if place == last else None
+        yield SampledToken(number, token, logprob, top or [], reason)

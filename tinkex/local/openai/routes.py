@@ -1,0 +1,186 @@
+"""The HTTP routes: ``models``, ``completions``, ``chat/completions``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Dict, Iterator, List, Optional
+
+from flask import Blueprint, Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from tinkex.local.backend import Backend
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.admission import OPENAI_PREFIXES
+from tinkex.local.http.messages import json_body, json_response
+from tinkex.local.json_text import write_json
+from tinkex.local.openai.bodies import Writer, usage_of
+from tinkex.local.openai.choices import Delta
+from tinkex.local.openai.errors import OpenAIError, error_body
+from tinkex.local.openai.generation import Generation
+from tinkex.local.openai.parameters import Call, read_chat, read_completions
+from tinkex.local.openai.samplers import Samplers
+from tinkex.local.openai.text import Text, text_of
+from tinkex.local.routes.futures import HeldPolls
+from tinkex.local.settings import ServerSettings
+from tinkex.local.state.rows import CheckpointRow
+
+_log = logging.getLogger(__name__)
+
+#: A stream without a token for this long gets a comment, by which a client that is gone is noticed.
+_PAUSE_S = 2.0
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+#: Most checkpoints in the list of models.
+_MOST_LISTED = 1000
+
+
+def register(app: Flask, backend: Backend, settings: ServerSettings) -> None:
+    """Add the routes to *app*."""
+    endpoint = _Endpoint(backend, settings)
+    for prefix in OPENAI_PREFIXES:
+        prefix = prefix.rstrip("/")
+        name = "openai" + prefix.replace("/", "_")
+        app.register_blueprint(endpoint.blueprint(name), url_prefix=prefix)
+
+
+class _Endpoint:
+    """The views.  Thread-safe."""
+
+    def __init__(self, backend: Backend, settings: ServerSettings) -> None:
+        self._backend = backend
+        # Each of them occupies an HTTP thread, as a held poll does.
+        self._held = HeldPolls(settings.max_held_polls)
+        self._samplers = Samplers(backend)
+        self._started_at = int(backend.wall())
+        self._kept_text: Optional[Text] = None  # made with the first request
+
+    def blueprint(self, name: str) -> Blueprint:
+        """Return the routes; a request or an error of theirs is never anyone else's."""
+        routes = Blueprint(name, __name__)
+        routes.get("/models")(self.models)
+        routes.get("/models/<path:model>", merge_slashes=False)(self.model)
+        routes.post("/completions")(self.completions)
+        routes.post("/chat/completions")(self.chat_completions)
+        routes.route("/<path:path>", methods=_METHODS)(self.no_such_route)
+        routes.errorhandler(HTTPError)(_problem)
+        routes.errorhandler(HTTPException)(_http_error)
+        routes.errorhandler(Exception)(_unexpected)
+        return routes
+
+    def models(self) -> Response:
+        """List the base model and the checkpoints for sampling, newest first."""
+        rows, _ = self._backend.store.checkpoints(_MOST_LISTED, 0)
+        listed = [self._listed(self._backend.info.model_name, None)]
+        for row in rows:
+            if row.kind == "sampler_weights":
+                listed.append(self._listed(row.tinker_path, row))
+        return json_response({"object": "list", "data": listed})
+
+    def model(self, model: str) -> Response:
+        """Show one model."""
+        return json_response(self._listed(model, self._samplers.checkpoint(model)))
+
+    def _listed(self, model: str, checkpoint: Optional[CheckpointRow]) -> Dict[str, Any]:
+        created = self._started_at if checkpoint is None else int(checkpoint.created_at)
+        return {"id": model, "object": "model", "created": created, "owned_by": "tinkex"}
+
+    def completions(self) -> Response:
+        """Continue prompts."""
+        body, _ = json_body()
+        return self._respond(read_completions(body, self._text(), self._backend.info))
+
+    def chat_completions(self) -> Response:
+        """Reply to a conversation."""
+        body, _ = json_body()
+        return self._respond(read_chat(body, self._text(), self._backend.info))
+
+    def no_such_route(self, path: str) -> Response:
+        """Refuse what OpenAI has and this server has not."""
+        raise OpenAIError(f"{request.method} {request.path} is not offered", status=404)
+
+    def _text(self) -> Text:
+        if self._kept_text is None:  # made twice by two threads, it is the same
+            self._kept_text = text_of(self._backend.engine)
+        return self._kept_text
+
+    def _respond(self, call: Call) -> Response:
+        self._held.acquire()
+        try:
+            generation = Generation(self._samplers, self._text(), call)
+        except BaseException:
+            self._held.release()
+            raise
+        writer = Writer(call, self._text())
+        if not call.stream:
+            try:
+                return json_response(_whole(generation, writer, len(call.prompts) * call.n))
+            finally:
+                generation.close()
+                self._held.release()
+        response = Response(_events(generation, writer, call), mimetype="text/event-stream")
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would collect the tokens
+
+        # Called when the response was sent, or cannot be sent any more: the client is gone.
+        @response.call_on_close
+        def done() -> None:
+            generation.close()
+            self._held.release()
+
+        return response
+
+
+def _whole(generation: Generation, writer: Writer, choices: int) -> Dict[str, Any]:
+    deltas: List[List[Delta]] = [[] for _ in range(choices)]
+    for part in generation.parts():
+        if part is not None and part.delta:
+            deltas[part.choice].append(part.delta)
+    return writer.response(deltas, usage_of(generation.prompt_tokens, generation.completion_tokens))
+
+
+def _events(generation: Generation, writer: Writer, call: Call) -> Iterator[bytes]:
+    """Yield the events of a stream as they are sent."""
+    if call.chat:
+        for index in range(call.n):
+            yield _event(writer.first_chunk(index))
+    try:
+        for part in generation.parts(_PAUSE_S):
+            if part is None:
+                yield b": waiting\n\n"
+            elif part.delta:
+                yield _event(writer.chunk(part.choice, part.delta))
+    except HTTPError as problem:
+        yield _event(error_body(problem))
+        return
+    except Exception as error:
+        _log.exception("a stream of %s failed", call.model)
+        detail = f"the server failed: {type(error).__name__}: {error}"
+        yield _event(error_body(HTTPError(500, detail)))
+        return
+    if call.include_usage:
+        usage = usage_of(generation.prompt_tokens, generation.completion_tokens)
+        yield _event(writer.usage_chunk(usage))
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Dict[str, Any]) -> bytes:
+    return b"data: " + write_json(value) + b"\n\n"
+
+
+def _problem(problem: HTTPError) -> Response:
+    response = json_response(error_body(problem), problem.status)
+    response.headers.extend(problem.headers)
+    if problem.retry_after_s is not None:
+        response.headers["Retry-After"] = f"{problem.retry_after_s:g}"
+    return response
+
+
+def _http_error(error: HTTPException) -> Response:
+    detail = f"{request.method} {request.path}: {error.description}"
+    return _problem(HTTPError(error.code or 500, detail))
+
+
+def _unexpected(error: Exception) -> Response:
+    _log.exception("%s %s failed", request.method, request.path)
+    return _problem(HTTPError(500, f"the server failed: {type(error).__name__}: {error}"))
