@@ -12,6 +12,7 @@ and ``tinkex-telemetry``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -22,13 +23,11 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar
 
-from tinkex._api.encoding_choice import Dialect
 from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session import Session
-from tinkex._transport.server_flags import flags_for
-from tinkex._transport.transport import Transport
+from tinkex._transport.resources import ClientResources
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import APIFuture
@@ -71,10 +70,12 @@ class Runtime:
 
     Attributes:
         config: as given.
-        transport: sends every request but heartbeats and telemetry, which have their own.
+        resources: the transport, and what bounds and counts the clients' work.
+        transport: that of the resources; sends every request but heartbeats and telemetry, which
+            have their own.
         poller: owns all outstanding futures.
-        dialect: which encodings the server takes.
         ledger: what the clients have used, and their budget.
+        recorder: counts requests, for `ServiceClient.metrics`.
         telemetry: reports failures to the server, or None.
     """
 
@@ -93,15 +94,15 @@ class Runtime:
         self._lock = threading.Lock()
         self._closer: Optional[threading.Thread] = None
         self._lanes: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
-        self.dialect = Dialect(config)
         self.ledger = Ledger(config.budget, config.prices)
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
         else:  # its session shows that the server is there
             at_first = config
-        self.transport = Transport(at_first, closing=self._closing)
-        self.transport.billing.find_limit_s = _billing_limit(self.transport)
+        self.resources = ClientResources.open(at_first, self._closing)
+        self.transport = self.resources.transport
+        self.recorder = self.resources.recorder
         self._session: Optional[Session] = None
         if manager is not None:
             self._session = Session(config, manager, self.transport, session_id)
@@ -123,7 +124,7 @@ class Runtime:
         report = None if self.telemetry is None else self.telemetry.operation_failed
         # explain is a method of ours: a future that waits keeps the runtime, so that a program may
         # drop its clients and keep their futures.
-        self.poller = Poller(self.transport, self.explain, report)
+        self.poller = Poller(self.resources, self.explain, report)
         if session is None:
             self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
         else:
@@ -202,11 +203,11 @@ class Runtime:
             )
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
-        """Run *work* on a background thread; return its future at once."""
+        """Run *work* on a background thread; return its future without blocking."""
         self.ensure_open(kind)
         future: APIFuture[T] = self.poller.new_future(kind)
         future.enter("submitting")
-        self._background.submit(lambda: self._run_now(future, work))
+        self._background.submit(functools.partial(self._run_now, future, work))
         return future
 
     def _run_now(self, future: APIFuture[T], work: Callable[[], T]) -> None:
@@ -295,7 +296,7 @@ class Runtime:
             pools = [*self._lanes, self._background]
         for pool in pools:
             pool.close()
-        self.transport.abort()
+        self.resources.abort()
         return pools
 
     def _close_telemetry(self, timeout_s: float) -> None:
@@ -335,10 +336,6 @@ def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[s
         return "success", None
     failed = issubclass(exc_type, Exception)  # Ctrl-C and SystemExit are no failure
     return "errored" if failed else "interrupted", exc_type.__name__
-
-
-def _billing_limit(transport: Transport) -> Callable[[], float]:
-    return lambda: flags_for(transport).billing_exception_max_pause_duration_sec
 
 
 def _half_of_rest(deadline: float) -> float:

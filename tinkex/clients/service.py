@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
+from tinkex._api.encoding_choice import server_dialect
 from tinkex._runtime.awaiting import in_thread, result_of
 from tinkex._runtime.numeric import as_seconds
 from tinkex._sessions.manager import SessionManager, default_manager
@@ -165,7 +166,7 @@ class ServiceClient:
     @property
     def server_dialect(self) -> ServerDialect:
         """What is known of how the server speaks: a snapshot, which can be printed."""
-        return self._runtime.dialect.snapshot()
+        return server_dialect(self._runtime.transport)
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; see their ``status()``."""
@@ -175,7 +176,7 @@ class ServiceClient:
     def metrics(self) -> Metrics:
         """What this client does and has done: counters and latencies.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
-        counts, latencies = self._runtime.transport.recorder.snapshot()
+        counts, latencies = self._runtime.recorder.snapshot()
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens
@@ -196,9 +197,10 @@ class ServiceClient:
     def usage(self) -> Usage:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
-        A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
-        computed here prefills and trains.  Work that the server has accepted, or that is being
-        submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
+        The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a
+        custom loss that is computed here prefills and trains.  Work that the server has accepted,
+        or that is being submitted, counts in full if it is cancelled, and so does lost work, which
+        may have been done.
         """
         self._runtime.ensure_not_forked("usage")
         return self._runtime.ledger.snapshot()
