@@ -308,7 +308,7 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
         assert future.status().queue_state == "active"
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("WARNING", "the server has paused sampler s-1: paused_rate_limit (quota)"),
-        ("INFO", "sampler s-1: the server goes on"),
+        ("INFO", "sampler s-1 resumed"),
     ]
 
 
