@@ -143,7 +143,7 @@ class Poller:
                 self.fail(left.future, error)
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have *request*, a sampling request, sent, and wait for its result.  Returns immediately."""
+        """Have *request*, of a sampler, sent, and wait for its result.  Returns immediately."""
         flags = self._transport.server.flags.static
         if request.sampler_id() is None:
             self._poll_alone(request)
