@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import re
 from typing import (
     TYPE_CHECKING,
@@ -22,6 +21,7 @@ from typing import (
     Union,
 )
 
+from tinkex._results.nan_warning import NaNWarning
 from tinkex._runtime.lazy_numpy import np
 from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.transport import Reply
@@ -41,8 +41,6 @@ from tinkex.wire.json_codec import JSON
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-logger = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=BaseException)
 
@@ -152,35 +150,11 @@ def in_indices_of_batch(error: E, first: int, stop: int) -> E:
     return translated
 
 
-class NaNWatch:
-    """Warns once, and only once, of logprobs that are no numbers.
-
-    Args:
-        owner: whose they are: ``"run ..."`` or ``"sampler ..."``.
-    """
-
-    def __init__(self, owner: str) -> None:
-        self._owner = owner
-        self._warned = False  # two threads that race may both warn
-
-    def look_at(self, logprobs: object, where: str) -> None:
-        """Warn if the float array *logprobs*, found at *where*, holds NaN."""
-        if self._warned or not np.isnan(np.asarray(logprobs, dtype=np.float32)).any():
-            return
-        self._warned = True
-        logger.warning(
-            "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
-            "the model's vocabulary: is the tokenizer that of the base model? (told once)",
-            self._owner,
-            where,
-        )
-
-
 class PassReader:
     """Reads the results of one run's passes.  Thread-safe."""
 
     def __init__(self, model_id: str) -> None:
-        self._nans = NaNWatch(f"run {model_id}")
+        self._nan_warning = NaNWarning(f"run {model_id}")
 
     def read(self, reply: Reply, chunk: Chunk, loss: Loss) -> ForwardBackwardOutput:
         """Decode the result of a pass over *chunk*.
@@ -203,9 +177,9 @@ class PassReader:
             )
         with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
-        found = first_where(np.isnan, logprobs)
+        found = None if self._nan_warning.shown else first_where(np.isnan, logprobs)
         if found is not None:
-            self._nans.look_at(logprobs[found], f"data[{chunk.first + with_logprobs[found]}]")
+            self._nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
         if loss.name in _LOSSES and "loss:sum" not in output.metrics:
             loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
             if loss_sum is not None:

@@ -263,11 +263,14 @@ class RunQueue:
         try:
             self.runtime.transport.send(lost.message, policy)
         except Exception as error:
-            action = self._lost_failed(lost, error)
-            if action is LostAction.REPORT:
-                raise
+            expected = expected_seq_id(error, lost.seq_id)
+            with self._changed:
+                action = self._rules.lost_failed(classify(error), expected)
             if action is LostAction.FILL:
                 self._fill(lost)
+            elif action is LostAction.REPORT:
+                self._explain_lost(lost, error)
+                raise
         else:
             with self._changed:
                 self._rules.lost_accepted()
@@ -288,24 +291,24 @@ class RunQueue:
         try:
             self.runtime.dialect.submit(self.runtime.transport, filler)
         except Exception as error:
-            if self._lost_failed(lost, error) is not LostAction.CONTINUE:
+            expected = expected_seq_id(error, lost.seq_id)
+            with self._changed:
+                action = self._rules.filler_failed(classify(error), expected)
+            if action is LostAction.REPORT:
+                self._explain_lost(lost, error)
                 raise
         else:
             with self._changed:
                 self._rules.lost_accepted()
 
-    def _lost_failed(self, lost: Lost[RunRequest[Any], Request], error: Exception) -> LostAction:
-        """Ask the rules what to do after *error*, of resending *lost* or of filling its seq_id."""
-        expected = expected_seq_id(error, lost.seq_id)
-        with self._changed:
-            action = self._rules.lost_failed(classify(error), expected)
-        if action is not LostAction.CONTINUE and isinstance(error, APIError):
+    def _explain_lost(self, lost: Lost[RunRequest[Any], Request], error: Exception) -> None:
+        """Add to *error*, of another request, that *lost* had to be resent before."""
+        if isinstance(error, APIError):
             error.hint = (
                 f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, whose "
                 "response was lost; it must be known to have arrived before anything else of the "
                 "run is sent. " + self.runtime.session.how_to_resume()
             )
-        return action
 
     # Called when a response arrives, on the poller's threads and others: quick, without I/O
 

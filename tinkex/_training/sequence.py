@@ -129,6 +129,7 @@ class SequenceRules(Generic[R, M]):
     def __init__(self, first_seq_id: int = 1) -> None:
         self.next_seq_id = first_seq_id
         self.lost: Optional[Lost[R, M]] = None
+        self._filler_sent = False  # in place of the lost request, with unknown outcome
         self._sent: Optional[M] = None  # by the request that is being sent
         self._last_rejected = False  # the last attempt at next_seq_id, before it was read: rule 3
         self._in_flight: Dict[R, int] = {}  # accepted and not settled, with their seq_ids
@@ -190,7 +191,7 @@ class SequenceRules(Generic[R, M]):
         if outcome in (Outcome.UNKNOWN, Outcome.CRASHED):  # rule 4
             if self._sent is not None:
                 self.lost = Lost(request, self._sent, seq_id)
-        elif outcome is Outcome.NOT_ACCEPTED:
+        elif outcome is Outcome.NOT_ACCEPTED and not self._filler_sent:
             self.lost = None
         return Action.REPORT
 
@@ -200,23 +201,35 @@ class SequenceRules(Generic[R, M]):
         self._use(self.lost.seq_id)
 
     def lost_failed(self, outcome: Outcome, expected: Optional[int] = None) -> LostAction:
-        """Resending the lost request, or sending something in its place, has failed.
+        """The lost request was resent, and that has failed.
 
         *expected* is the ``seq_id`` that the server expects, if its response names one.
+        """
+        if outcome is Outcome.CRASHED:
+            return LostAction.FILL
+        if outcome is Outcome.NOT_ACCEPTED:
+            if self._filler_sent:  # which may have been accepted
+                return LostAction.FILL
+            self.lost = None
+            return LostAction.CONTINUE
+        return self.filler_failed(outcome, expected)
+
+    def filler_failed(self, outcome: Outcome, expected: Optional[int] = None) -> LostAction:
+        """What was sent in place of the lost request has failed; *expected* as for that.
+
+        Unless the server has read it, this leaves open what became of the lost request.
         """
         assert self.lost is not None
         if expected is not None:
             if expected > self.lost.seq_id:  # rule 6
                 self._use(expected - 1)
             self.lost = None  # else it was not executed, and is not going to be
-            return LostAction.CONTINUE
-        if outcome in (Outcome.REFUSED, Outcome.CONFLICT, Outcome.UNREADABLE):
+        elif outcome in (Outcome.REFUSED, Outcome.CONFLICT, Outcome.UNREADABLE):
             self._use(self.lost.seq_id)
-            return LostAction.CONTINUE
-        if outcome is Outcome.NOT_ACCEPTED:
-            self.lost = None
-            return LostAction.CONTINUE
-        return LostAction.FILL if outcome is Outcome.CRASHED else LostAction.REPORT
+        else:
+            self._filler_sent |= outcome in (Outcome.UNKNOWN, Outcome.CRASHED)
+            return LostAction.REPORT
+        return LostAction.CONTINUE
 
     # Later responses, in any order
 
@@ -260,7 +273,7 @@ class SequenceRules(Generic[R, M]):
     def _use(self, seq_id: int) -> None:
         """Count *seq_id* as used."""
         self.next_seq_id = max(self.next_seq_id, seq_id + 1)
-        self._last_rejected = False
+        self._last_rejected = self._filler_sent = False
         self.lost = None
 
 
