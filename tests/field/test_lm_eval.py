@@ -80,7 +80,7 @@ def score(server: LocalServer, model: str, tokenizer: str, tasks: Path) -> float
         "HF_DATASETS_CACHE": str(tasks.parent / "datasets"),
         "PYTHONWARNINGS": "ignore",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     newest = max(output.rglob("results*.json"), key=lambda path: path.stat().st_mtime_ns)
     results: Dict[str, Any] = json.loads(newest.read_text())["results"]["colours"]
