@@ -13,6 +13,7 @@ from tinkex._api.futures import read_completions, retrieve_futures
 from tinkex._results.backoff import Backoff
 from tinkex._results.sampler_polls import NextPoll, Ready, SamplerPolls
 from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.errors import APIConnectionError, APIStatusError, TinkexError
@@ -34,7 +35,7 @@ class BatchPoll:
     """Polls for the samples of one sampler, and passes on what is done.
 
     Args:
-        transport: everything goes through it; its ``closing`` event ends every wait.
+        resources: everything goes through its transport, whose ``closing`` event ends every wait.
         polls: the samples.
         channel: the connection to poll on.
         fetch: has results fetched; returns the seconds for which no more would be of use.
@@ -43,20 +44,20 @@ class BatchPoll:
 
     def __init__(
         self,
-        transport: Transport,
+        resources: ClientResources,
         polls: SamplerPolls,
         channel: AnyChannel,
         fetch: Callable[[List[Ready]], float],
         fail: Callable[..., None],
     ) -> None:
-        self._transport = transport
-        self._config = transport.config
-        self._server = transport.server
+        self._transport = resources.transport
+        self._config = self._transport.config
+        self._server = self._transport.server
         self._polls = polls
         self._channel = channel
         self._fetch = fetch
         self._fail = fail
-        self._backoff = Backoff(transport, _POLL)
+        self._backoff = Backoff(resources, _POLL)
 
     def run(self) -> None:
         """Poll until nothing is waited for and the server knows what was fetched.
@@ -136,7 +137,7 @@ def send_poll(
         clone=polls.sampler_id.clone,
         cursor=poll.cursor,
         retrieved=poll.retrieved,
-        at_once=not poll.waiting,
+        immediate=not poll.waiting,
         read_timeout_s=read_timeout_s,
         channel=channel,
     )

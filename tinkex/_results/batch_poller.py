@@ -36,8 +36,8 @@ from tinkex._results.sampler_polls import Ready, SamplerPolls, Submissions
 from tinkex._runtime.adaptive_pool import AdaptivePool
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.channel import Channel
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ServerFlags
-from tinkex._transport.transport import Transport
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -65,7 +65,7 @@ class BatchPoller:
     Thread-safe; nothing blocks but `flush_acknowledgements` and `join`.
 
     Args:
-        transport: everything goes through it; its ``closing`` event ends every wait.
+        resources: everything goes through its transport, whose ``closing`` event ends every wait.
         fall_back: takes over a sample that is to be polled for on its own; must not block.
         fail: settles a future with an error.
         cancels: gets the samples that were cancelled.
@@ -74,13 +74,14 @@ class BatchPoller:
 
     def __init__(
         self,
-        transport: Transport,
+        resources: ClientResources,
         fall_back: Callable[[PendingRequest[Any]], None],
         fail: Callable[[APIFuture[Any], BaseException], None],
         cancels: CancelQueue,
         pauses: PauseNotices,
     ) -> None:
-        self._transport = transport
+        self._resources = resources
+        self._transport = transport = resources.transport
         self._config = transport.config
         self._fall_back = fall_back
         self._fail = fail
@@ -171,7 +172,7 @@ class BatchPoller:
     def _poll_for(self, polls: SamplerPolls) -> None:
         channel = self._channels.get()
         try:
-            BatchPoll(self._transport, polls, channel, self._fetch_soon, self._fail).run()
+            BatchPoll(self._resources, polls, channel, self._fetch_soon, self._fail).run()
         except Exception as error:
             self._on_poll_failure(polls, error)
         finally:
@@ -230,7 +231,7 @@ class BatchPoller:
     def _fetch_once(self, request: PendingRequest[Any], size: int) -> bool:
         """Ask for the result, once; False if the server did not hand it out."""
         with Lease(request.future, self._channels.get()) as lease:
-            loop = PollLoop(self._transport, request, lease.channel, self._pauses, announced=size)
+            loop = PollLoop(self._resources, request, lease.channel, self._pauses, announced=size)
             return loop.try_once()
 
     # The end
