@@ -18,6 +18,7 @@ from tinkex import types
 from tinkex._api import sampling as api
 from tinkex._api.rest import get_weights_info
 from tinkex._results.concurrency_gate import SampleGate
+from tinkex._runtime.awaiting import in_thread, result_of
 from tinkex._runtime.numeric import as_int
 from tinkex._sampling.requests import PendingLogprobs, PendingSample, Sampler, SamplingRequest
 from tinkex._sampling.sample_checks import check_request
@@ -113,7 +114,7 @@ class SamplingClient(BaseClient):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """Create the server's sampler; return at once.  See `ServiceClient`."""
+        """Create the server's sampler; return immediately.  See `ServiceClient`."""
         check_retry_config(retry_config)
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
@@ -166,9 +167,10 @@ class SamplingClient(BaseClient):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: Optional[int] = None,
     ) -> APIFuture[SampleResponse]:
-        """Draw *num_samples* continuations of *prompt*; return at once.
+        """Draw *num_samples* continuations of *prompt*; return immediately.
 
-        Cancelling the future frees its place at once, and tells the server where it takes that.
+        Cancelling the future frees its place immediately; the server is asked to cancel, too, if it
+        supports that.
 
         Args:
             prompt: n tokens, at least one.
@@ -265,7 +267,7 @@ class SamplingClient(BaseClient):
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: Optional[int] = None
     ) -> APIFuture[List[Optional[float]]]:
-        """Compute the logprob of each token of *prompt*; return at once.
+        """Compute the logprob of each token of *prompt*; return immediately.
 
         The result has one entry per token; the first, which nothing predicts, is None, and so are
         those before the last *prompt_logprobs_last_n* tokens.
@@ -402,7 +404,7 @@ class SamplingClient(BaseClient):
         if most_each is None and ledger.budget is not None:
             raise InvalidInputError(
                 f"{kind}: with a budget, sampling_params needs max_tokens",
-                hint="Without it nobody can tell beforehand how much may be used.",
+                hint="Without it, the most that the request may use is not known beforehand.",
             )
         most = Tokens(
             prefilled=request.prompt.length, sampled=request.num_samples * (most_each or 0)
@@ -412,6 +414,11 @@ class SamplingClient(BaseClient):
         if account[1:] != (self.usage_tag, model):
             account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
+
+    # The official SDK's names for programs with an event loop of their own.
+    sample_async = result_of(sample)
+    compute_logprobs_async = result_of(compute_logprobs)
+    get_base_model_async = in_thread(get_base_model)
 
 
 def _unpickle(handle: str) -> SamplingClient:
