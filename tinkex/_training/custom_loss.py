@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._training.batch import Loss
-from tinkex._training.loss_tracing import LossGraph
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
 from tinkex.futures import APIFuture
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
@@ -23,6 +22,7 @@ from tinkex.wire.chunking import combine
 if TYPE_CHECKING:
     import torch
 
+    from tinkex._training.loss_tracing import LossGraph
     from tinkex._training.run import TrainingRun
 
 #: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+import functools
+from typing import Mapping, Optional, Union
 
-from tinkex._api import training as api
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.checks import check_metadata, check_token
-from tinkex._training.create_run import Checkpoint, make_run, wait_for_result
+from tinkex._training.create_run import FromCheckpoint, NewAdapter
 from tinkex.clients.training import TrainingClient
 from tinkex.futures import APIFuture
-from tinkex.types import CreateModelResponse, LoraConfig, OptimizerConfig
+from tinkex.types import LoraConfig, OptimizerConfig
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.types.optimizer import optimizer_config_to_wire
 
@@ -18,7 +18,7 @@ from tinkex.types.optimizer import optimizer_config_to_wire
 class RunFactory:
     """Makes runs in the background.  Thread-safe.  Arguments are checked before anything is sent.
 
-    A run's number is reserved by the call, so that runs are numbered in the order of the calls.
+    A run's ``model_seq_id`` is reserved by the call, so that runs are numbered in call order.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -38,21 +38,9 @@ class RunFactory:
         optimizer_config = optimizer_config_to_wire(optimizer)
         runtime = self._runtime
         runtime.ensure_open("create_lora_training_client")
-        number = runtime.session.next_model_seq_id()
-
-        def create() -> TrainingClient:
-            accepted = api.create_model(
-                runtime.transport,
-                session_id=runtime.session.session_id,
-                model_seq_id=number,
-                base_model=base_model,
-                lora_config=lora,
-                user_metadata=metadata,
-                optimizer_config=optimizer_config,
-            )
-            created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
-            return _ready(TrainingClient(runtime, created.model_id, base_model))
-
+        model_seq_id = runtime.session.next_model_seq_id()
+        source = NewAdapter(model_seq_id, base_model, lora, metadata, optimizer_config)
+        create = functools.partial(_create, runtime, source)
         return runtime.run("create_lora_training_client", create)
 
     def from_checkpoint(
@@ -73,7 +61,7 @@ class RunFactory:
         optimizer_config = optimizer_config_to_wire(optimizer)
         runtime = self._runtime
         runtime.ensure_open("create_training_client_from_state")
-        asked = Checkpoint(
+        source = FromCheckpoint(
             runtime.session.next_model_seq_id(),
             path,
             with_optimizer,
@@ -82,17 +70,14 @@ class RunFactory:
             weights_access_token,
             optimizer_config,
         )
-
-        def create() -> TrainingClient:
-            made = make_run(runtime, asked)
-            client = TrainingClient(runtime, made.model_id, made.base_model, made.next_seq_id)
-            return _ready(client)
-
+        create = functools.partial(_create, runtime, source)
         return runtime.run("create_training_client_from_state", create)
 
 
-def _ready(client: TrainingClient) -> TrainingClient:
-    """Ask for the run's facts while we are in the background anyway."""
+def _create(runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]) -> TrainingClient:
+    """Make the run, and request its facts while we are in the background anyway.  Blocks."""
+    run = source.create(runtime)
+    client = TrainingClient(runtime, run.model_id, run.base_model, run.next_seq_id)
     try:
         client.get_info()
     except BaseException:
