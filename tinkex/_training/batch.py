@@ -152,35 +152,12 @@ def in_indices_of_batch(error: E, first: int, stop: int) -> E:
     return translated
 
 
-class NaNWatch:
-    """Warns once, and only once, of logprobs that are no numbers.
-
-    Args:
-        owner: whose they are: ``"run ..."`` or ``"sampler ..."``.
-    """
-
-    def __init__(self, owner: str) -> None:
-        self._owner = owner
-        self._warned = False  # two threads that race may both warn
-
-    def look_at(self, logprobs: object, where: str) -> None:
-        """Warn if the float array *logprobs*, found at *where*, holds NaN."""
-        if self._warned or not np.isnan(np.asarray(logprobs, dtype=np.float32)).any():
-            return
-        self._warned = True
-        logger.warning(
-            "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
-            "the model's vocabulary: is the tokenizer that of the base model? (told once)",
-            self._owner,
-            where,
-        )
-
-
 class PassReader:
     """Reads the results of one run's passes.  Thread-safe."""
 
     def __init__(self, model_id: str) -> None:
-        self._nans = NaNWatch(f"run {model_id}")
+        self._model_id = model_id
+        self._warned_of_nan = False  # two threads that race may both warn
 
     def read(self, reply: Reply, chunk: Chunk, loss: Loss) -> ForwardBackwardOutput:
         """Decode the result of a pass over *chunk*.
@@ -204,8 +181,15 @@ class PassReader:
         with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
         found = first_where(np.isnan, logprobs)
-        if found is not None:
-            self._nans.look_at(logprobs[found], f"data[{chunk.first + with_logprobs[found]}]")
+        if found is not None and not self._warned_of_nan:
+            self._warned_of_nan = True
+            logger.warning(
+                "run %s: the server returned NaN for logprobs of data[%d]. This usually means a "
+                "token id beyond the model's vocabulary: does the tokenizer belong to the base "
+                "model? (this warning is shown once)",
+                self._model_id,
+                chunk.first + with_logprobs[found],
+            )
         if loss.name in _LOSSES and "loss:sum" not in output.metrics:
             loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
             if loss_sum is not None:

@@ -45,7 +45,7 @@ _MODULES = ("torch.", "math.", "operator.")
 _FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
 
 # Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
-# whole modules meanwhile, which two threads at once would leave patched.
+# whole modules meanwhile, which two threads in parallel would leave patched.
 _tracing = threading.Lock()
 
 
