@@ -29,19 +29,30 @@ class Use(NamedTuple):
 
 
 ATTRIBUTES = [
-    # waitress documents its command line and serve() only.
-    Use("waitress.wasyncore:loop", "local/server.py"),
-    Use("waitress.wasyncore:close_all", "local/server.py"),
-    Use("waitress.server:BaseWSGIServer.accept", "local/http/accept.py"),
-    Use("waitress.server:BaseWSGIServer.handle_accept", "local/http/accept.py"),
-    Use("waitress.server:BaseWSGIServer.maintenance", "local/http/accept.py"),
-    Use("waitress.server:BaseWSGIServer.readable", "local/http/accept.py"),
-    Use("waitress.server:BaseWSGIServer.channel_class", "local/server.py"),
-    Use("waitress.channel:HTTPChannel.error_task_class", "local/http/channel.py"),
-    Use("waitress.channel:HTTPChannel.handle_write", "local/server.py"),
-    Use("waitress.channel:HTTPChannel.total_outbufs_len", "local/server.py"),
-    Use("waitress.task:ErrorTask.execute", "local/http/channel.py"),
-    Use("waitress.task:ErrorTask.set_close_on_finish", "local/http/channel.py"),
+    # waitress documents its command line and serve() only; its server is meant to be subclassed.
+    *(
+        Use(f"waitress.{name}", "local/http/serving.py")
+        for name in (
+            "wasyncore:loop",
+            "wasyncore:close_all",
+            "adjustments:Adjustments",
+            "server:TcpWSGIServer.accept",
+            "server:TcpWSGIServer.handle_accept",
+            "server:TcpWSGIServer.maintenance",
+            "server:TcpWSGIServer.readable",
+            "server:TcpWSGIServer.pull_trigger",
+            "server:TcpWSGIServer.channel_class",
+            "channel:HTTPChannel.parser_class",
+            "channel:HTTPChannel.task_class",
+            "channel:HTTPChannel.error_task_class",
+            "channel:HTTPChannel.handle_write",
+            "channel:HTTPChannel.total_outbufs_len",
+            "parser:HTTPRequestParser.parse_header",
+            "task:WSGITask.service",
+            "task:ErrorTask.execute",
+            "task:ErrorTask.set_close_on_finish",
+        )
+    ),
     Use("waitress.task:ThreadedTaskDispatcher.add_task", "local/http/threads.py"),
     Use("waitress.task:ThreadedTaskDispatcher.set_thread_count", "local/http/threads.py"),
     Use("waitress.task:ThreadedTaskDispatcher.shutdown", "local/http/threads.py"),
@@ -99,11 +110,12 @@ def test_what_the_engine_uses_is_there(use: Use) -> None:
 
 def test_waitress_takes_a_dispatcher_and_a_socket_map_of_ours() -> None:
     from waitress.adjustments import Adjustments
-    from waitress.server import create_server
+    from waitress.server import TcpWSGIServer
 
-    assert {"map", "_dispatcher"} <= inspect.signature(create_server).parameters.keys()
+    parameters = inspect.signature(TcpWSGIServer.__init__).parameters
+    assert {"map", "_sock", "dispatcher", "adj", "bind_socket", "sockinfo"} <= parameters.keys()
     options = {name for name, _ in Adjustments._params}
-    assert {"sockets", "ident", "connection_limit", "asyncore_use_poll", "recv_bytes"} <= options
+    assert {"ident", "connection_limit", "asyncore_use_poll", "recv_bytes"} <= options
 
 
 @pytest.mark.engine

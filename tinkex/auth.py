@@ -1,4 +1,4 @@
-"""auth: whether there are credentials, whether a server takes them, and who they belong to.
+"""auth: are there credentials, does a server accept them, and who do they belong to?
 
 The names of the official SDK's ``auth`` module.  Where a key comes from is in `credentials`, how
 requests use it in `tokens`.
@@ -42,7 +42,7 @@ def tinker_has_credentials() -> bool:
 
 
 def raise_if_tinker_not_accessible() -> None:
-    """Ask the server of the environment for its capabilities, once; return if it answers.
+    """Ask the server of the environment for its capabilities, once; return if it responds.
 
     Raises:
         CredentialError: there is no usable key.
@@ -54,7 +54,7 @@ def raise_if_tinker_not_accessible() -> None:
 def check_access(config: Config) -> None:
     """The same, for the server of *config*.  Blocks.
 
-    ResponseDecodeError says that the answer is not that of a Tinker server.
+    ResponseDecodeError means that the server is not a Tinker server.
     """
     path = "/api/v1/get_server_capabilities"
     reply = _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
@@ -84,7 +84,7 @@ def about_key(config: Config) -> ApiKeyInfo:
     """What the server knows of the key of *config*.  Tried once; blocks.
 
     Raises:
-        NotFoundError: this server does not tell.
+        NotFoundError: this server does not show that.
         APIError: it refuses the key, or cannot be reached.
     """
     reply = _ask_about_key(config, "GET")
@@ -106,7 +106,7 @@ def _ask_about_key(config: Config, method: str) -> Reply:
 
 
 def whoami(transport: Transport) -> WhoamiResponse:
-    """Who the credential belongs to, as its token says.  Blocks if a token must be had first.
+    """Who the credential belongs to, according to its token.  Blocks if a token must be had first.
 
     Raises:
         CredentialError: there is no key, or no token: the server makes none, and the key is none.
@@ -122,7 +122,7 @@ def whoami(transport: Transport) -> WhoamiResponse:
     claims = None if token is None else read_claims(token.text)
     if claims is None or claims.subject is None:
         raise CredentialError(
-            f"{transport.config.host_and_port} does not tell who the key belongs to",
+            f"{transport.config.host_and_port} does not show who the key belongs to",
             hint="Only a server that exchanges keys for tokens does; the hosted service is one.",
         )
     org_urn = f"tml:organization:{claims.org_id}" if claims.org_id else ""

@@ -15,7 +15,7 @@ from support.threads import race, wait_until
 from support.tinker_routes import RESULTS, TinkerRoutes
 
 from tinkex import Budget, RetryConfig, SamplingClient, ServiceClient, types
-from tinkex._sampling.pending_sample import PendingSample
+from tinkex._sampling.requests import PendingSample
 from tinkex.clients import sample_stream
 from tinkex.clients.sample_stream import Sampled, SampleStream
 from tinkex.errors import (

@@ -378,7 +378,7 @@ def test_logprobs_that_are_no_numbers_are_told_once(
         assert logprobs == [None, -0.5, None]
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "token ids that the model does not have" in warnings[0]
+    assert "token id beyond the model's vocabulary" in warnings[0]
 
 
 # Retries and limits of one client

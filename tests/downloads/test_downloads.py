@@ -512,7 +512,7 @@ def test_a_host_that_cannot_be_trusted_is_told_at_once(
 
 def test_a_4xx_of_the_host_is_final(rest: RestClient, archived: Storage, tmp_path: Path) -> None:
     archived.put("a.tar", TAR, '"v1"', Answer(451, b""))
-    with pytest.raises(Exception, match="answered 451 to the download of tinker://run-1"):
+    with pytest.raises(Exception, match="responded 451 to the download of tinker://run-1"):
         rest.download_checkpoint(PATH, tmp_path / "x")
     assert len(archived.server.requests()) == 1
 

@@ -17,7 +17,7 @@ from tinkex import ServiceClient
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.errors import HTTPError
-from tinkex.local.json_text import MOST_LEVELS, levels, read_json, write_json
+from tinkex.local.json_text import MAX_LEVELS, levels, read_json, write_json
 from tinkex.local.settings import SamplingLimits, ServerSettings
 from tinkex.types import Datum, ModelInput, TensorData
 from tinkex.wire.proto_codec import PROTOBUF
@@ -64,11 +64,11 @@ def test_levels_are_counted_outside_of_strings(raw: bytes, expected: int) -> Non
 
 
 def test_what_may_be_read_can_be_written() -> None:
-    for value in (nested(MOST_LEVELS), [[nested(MOST_LEVELS - 2)]], {"é": nested(300)}):
+    for value in (nested(MAX_LEVELS), [[nested(MAX_LEVELS - 2)]], {"é": nested(300)}):
         assert read_json(write_json(value)) == value
         assert json.loads(write_json(value, sort_keys=True)) == value
     with pytest.raises(HTTPError, match="nested too deeply"):
-        read_json(write_json(nested(MOST_LEVELS + 1)))
+        read_json(write_json(nested(MAX_LEVELS + 1)))
     with pytest.raises(HTTPError, match="not JSON"):
         read_json(b"[" * 5000 + b"]" * 5000)
     assert write_json({"a": np.arange(3)}) == b'{"a":[0,1,2]}'
@@ -100,7 +100,7 @@ def test_what_is_nested_deeply_is_never_a_failure_of_the_server(
     model, sampler = api.model(session), api.sampler(session)
     body = {"session_id": session, "model_id": model, "seq_id": 1, "model_seq_id": 5, "path": "p"}
     body.update(base_model="deterministic", sampling_session_id=sampler)
-    for depth in (1, 250, 300, MOST_LEVELS - 1):
+    for depth in (1, 250, 300, MAX_LEVELS - 1):
         for value in (nested(depth), [nested(depth - 1)]):
             answer = api.client.post(
                 f"/api/v1/{route}",
@@ -108,7 +108,7 @@ def test_what_is_nested_deeply_is_never_a_failure_of_the_server(
                 content_type="application/json",
             )
             assert answer.status_code < 500, answer.text
-    for depth in (MOST_LEVELS, 700, 976, 1000, 1022):
+    for depth in (MAX_LEVELS, 700, 976, 1000, 1022):
         raw = b'{"%s":%s1%s}' % (field.encode(), b'{"a":' * depth, b"}" * depth)
         assert "nested too deeply" in refused(api, route, raw)
     assert refused(api, route, b'{"a":' * 3000)
@@ -122,7 +122,7 @@ def lists(api: Api, session: str, run: str) -> Iterator[Any]:
 
 
 def test_the_deepest_metadata_that_is_taken_is_shown_by_every_list(tmp_path: Path) -> None:
-    deepest = nested(MOST_LEVELS - 1)
+    deepest = nested(MAX_LEVELS - 1)
     for _ in range(2):  # the second time with what the first one kept
         with serving(tmp_path) as api:
             made = api.post("create_session", user_metadata=nested(300))
@@ -138,7 +138,7 @@ def test_the_deepest_metadata_that_is_taken_is_shown_by_every_list(tmp_path: Pat
 
 
 def test_a_client_reads_lists_with_the_deepest_metadata() -> None:
-    deepest: Any = nested(MOST_LEVELS - 1)
+    deepest: Any = nested(MAX_LEVELS - 1)
     with LocalServer(DeterministicEngine()) as server, ServiceClient(base_url=server.url) as client:
         trainer = client.create_lora_training_client("deterministic")
         server._backend.store._db.execute("UPDATE runs SET user_metadata = ?", json.dumps(deepest))
@@ -155,14 +155,14 @@ def test_profiles_are_bounded_too(profile: str) -> None:
 
         with requests.Session() as http:
             http.headers.update({"X-API-Key": "tml-x", "Content-Type": "application/json"})
-            for depth in (300, MOST_LEVELS - 1, MOST_LEVELS, 1000):
+            for depth in (300, MAX_LEVELS - 1, MAX_LEVELS, 1000):
                 body = {"tags": [], "sdk_version": "1", "user_metadata": nested(depth)}
                 if depth == 1000:
                     raw = b'{"user_metadata":%s1%s}' % (b'{"a":' * depth, b"}" * depth)
                 else:
                     raw = text_of(body)
                 answer = http.post(f"{server.url}/api/v1/create_session", data=raw, timeout=20)
-                assert (answer.status_code >= 400) == (depth >= MOST_LEVELS), answer.text
+                assert (answer.status_code >= 400) == (depth >= MAX_LEVELS), answer.text
                 assert answer.status_code < 500
             for path in ("sessions", "training_runs", "checkpoints"):
                 assert http.get(f"{server.url}/api/v1/{path}", timeout=20).status_code != 500

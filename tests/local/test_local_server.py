@@ -139,7 +139,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
         LocalServer(DeterministicEngine()).start()
     monkeypatch.undo()
     kept = tmp_path / "kept"
-    monkeypatch.setattr("waitress.server.create_server", lambda *args, **kw: 1 / 0)
+    monkeypatch.setattr("tinkex.local.http.serving.HttpServer", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LocalServer(DeterministicEngine(), data_dir=kept).start()
     monkeypatch.undo()
@@ -385,7 +385,7 @@ def test_all_connections_that_wait_are_accepted_in_one_round() -> None:
 
 def test_http_threads_grow_with_the_load_up_to_their_cap() -> None:
     until = threading.Event()
-    threads = HttpThreads(most=3)
+    threads = HttpThreads(limit=3)
     tasks = [Task(until) for _ in range(4)]
     for task in tasks:
         threads.add_task(task)
@@ -400,7 +400,7 @@ def test_http_threads_grow_with_the_load_up_to_their_cap() -> None:
 
 
 def test_http_threads_without_work_end() -> None:
-    threads = HttpThreads(most=3, idle_s=0.0)
+    threads = HttpThreads(limit=3, idle_s=0.0)
     done = threading.Event()
     done.set()
     for _ in range(3):
@@ -422,7 +422,7 @@ def test_a_task_that_raises_does_not_take_its_thread_along(
 
     done = threading.Event()
     done.set()
-    threads = HttpThreads(most=1)
+    threads = HttpThreads(limit=1)
     threads.add_task(Bad(done))
     after = Task(done)
     threads.add_task(after)
@@ -433,7 +433,7 @@ def test_a_task_that_raises_does_not_take_its_thread_along(
 
 def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture) -> None:
     until = threading.Event()
-    threads = HttpThreads(most=1)
+    threads = HttpThreads(limit=1)
     running, waiting = Task(until), Task(until)
     threads.add_task(running)
     assert running.begun.wait(20)
@@ -475,7 +475,7 @@ def forget_the_torch_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_more_threads_those_there_are_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
     until = threading.Event()
-    threads = HttpThreads(most=3)
+    threads = HttpThreads(limit=3)
     first, second = Task(until), Task(until)
     threads.add_task(first)
     assert first.begun.wait(20)
@@ -501,4 +501,4 @@ def test_close_comes_after_a_socket_thread_that_has_ended_by_itself() -> None:
     server._thread.join(20)
     server.close()
     assert own_threads() == []
-    assert not server._sockets
+    assert not server._http.sockets

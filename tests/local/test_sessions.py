@@ -57,7 +57,7 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
         problem = api.post("session_heartbeat", 404, session_id=session)
         assert "no heartbeat for 60 s" in problem["detail"]
         assert "load the last checkpoint" in problem["detail"]
-        api.backend.scheduler.poke()  # the engine thread waits by the real clock
+        api.backend.scheduler.request_housekeeping()  # the engine thread waits by the real clock
         failure = api.result(gap)
         assert failure["category"] == "user"
         assert "no heartbeat for 60 s" in failure["error"]

@@ -183,7 +183,7 @@ def settle_after_notices(
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(future.result, PATIENCE_S)
         wait_until(lambda: caplog.text.count("still waiting") >= count, f"{count} notices")
-        future.settle("v")
+        future.try_set_result("v")
         assert waiting.result(PATIENCE_S) == "v"
 
 

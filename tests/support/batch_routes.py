@@ -47,7 +47,7 @@ def shut(poller: Poller) -> None:
     poller._transport.closing.set()
     poller.close(ClientClosedError("the client was closed"))
     poller._transport.abort()
-    poller.say_goodbye(time.monotonic() + PATIENCE_S)
+    poller.flush_acknowledgements(time.monotonic() + PATIENCE_S)
     assert poller.join(time.monotonic() + PATIENCE_S) == []
 
 

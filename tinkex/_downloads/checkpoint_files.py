@@ -1,7 +1,7 @@
 """What the files of a checkpoint are: which names belong to one, and whether all of one is there.
 
-Servers differ in what they put into a checkpoint, so little is asked for: files with something in
-them, the weights of an adapter beside its configuration, and no weights that are cut short.
+Servers differ in what they put into a checkpoint, so little is required: files that are not
+empty, the weights of an adapter beside its configuration, and no weights that are cut short.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def is_adapter_file(name: str) -> bool:
-    """Tell whether *name*, without a folder, is a file of PEFT's adapter format."""
+    """Whether *name*, without a folder, is a file of PEFT's adapter format."""
     return name == CONFIG_FILE or _WEIGHTS.fullmatch(name) is not None
 
 
@@ -56,7 +56,7 @@ def _check_safetensors(path: Path, what: str) -> None:
     """Check that the file is as long as its header announces.
 
     A file that does not begin with a header of safetensors, an encrypted one for instance, is left
-    to who reads it.
+    to its reader.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -88,11 +88,11 @@ class DownloadFolder:
         try:
             check_complete(self.files, what)
         except ResponseDecodeError:
-            shutil.rmtree(self.folder)  # the next download is not to build on it
+            shutil.rmtree(self.folder)  # the next download must not resume from it
             raise
 
     def finish(self) -> None:
-        """Put the files at the destination, and delete the rest.
+        """Move the files to the destination, and delete the rest.
 
         A folder keeps what does not belong to a checkpoint.
 
@@ -128,7 +128,7 @@ class DownloadFolder:
         _move_all(moves)
 
     def drop_if_empty(self) -> bool:
-        """Delete the folder if there is nothing in it to go on from; tell whether."""
+        """Delete the folder if there is nothing in it to resume from; return whether it was."""
         if self.archive.exists() or any(file.is_file() for file in self.files.rglob("*")):
             return False
         shutil.rmtree(self.folder, ignore_errors=True)

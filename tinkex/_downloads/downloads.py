@@ -1,9 +1,9 @@
-"""Downloader: fetches signed URLs into files, and goes on where it stopped.
+"""Downloader: fetches signed URLs into files, and resumes where it stopped.
 
-Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host is
-not to see one.  Signatures are secrets too, so no error and no log line holds a URL.
+Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host must
+not see one.  Signatures are secrets too, so no error and no log line holds a URL.
 
-Thread: ``tinkex-download``, while a Downloader is open, looks whether the caller has cancelled; a
+Thread: ``tinkex-download``, while a Downloader is open, checks whether the caller has cancelled; a
 thread that reads from a socket cannot.
 """
 
@@ -42,22 +42,22 @@ from tinkex.retry import RetryPolicy, retry_after_s
 
 logger = logging.getLogger(__name__)
 
-#: How often a URL that is refused is signed anew, without a byte in between.
+#: This many URLs may be refused in a row, without a byte in between.
 MAX_REFUSALS = 3
 
-_CHUNK = 1 << 16  # it is waited for as a whole
-_LOOK_S = 0.1
+_CHUNK = 1 << 16  # one read waits for all of it
+_CHECK_EVERY_S = 0.1
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
-#: Told of the bytes of one file: those that are here, and all of them if that is known.
-Tell = Callable[[int, Optional[int]], None]
+#: Called with the bytes of one file that have arrived, and its size, or None if that is not known.
+Report = Callable[[int, Optional[int]], None]
 
-#: Finds out where a file is; True asks for a fresh signature.
+#: Returns where a file is; True asks for a new signature.
 Sign = Callable[[bool], Source]
 
 
-class _Again(Exception):
+class _TransientFailure(Exception):
     """The attempt failed in a way that may pass."""
 
     def __init__(self, error: APIError, hint_s: Optional[float] = None) -> None:
@@ -67,7 +67,7 @@ class _Again(Exception):
 
 
 class _Refused(Exception):
-    """The URL is not taken (any more)."""
+    """The host does not accept the URL (any more)."""
 
     def __init__(self, error: APIError) -> None:
         super().__init__(error.message)
@@ -75,20 +75,20 @@ class _Refused(Exception):
 
 
 class _StartOver(Exception):
-    """What is here does not fit what is there."""
+    """What was fetched so far does not belong to what the host has now."""
 
 
-class _Patience:
-    """How much trouble with one file is put up with; any progress renews it."""
+class _Backoff:
+    """Decides after each failure of one file whether to retry, and when; progress resets it."""
 
     def __init__(self, part: Part, max_outage_s: float, clock: Clock) -> None:
         self._part = part
         self._policy = RetryPolicy(max_elapsed_s=max_outage_s)
         self._clock = clock
         self._starts = 0
-        self._renew()
+        self._reset()
 
-    def _renew(self) -> None:
+    def _reset(self) -> None:
         self._reached = self._part.size
         self._began = self._clock.monotonic()
         self._attempts = self._refusals = 0
@@ -104,7 +104,7 @@ class _Patience:
     def refused(self, error: APIError) -> None:
         """Note that a URL was refused; raise *error* if that is too often."""
         if self._part.size > self._reached:
-            self._renew()
+            self._reset()
         self._refusals += 1
         if self._refusals >= MAX_REFUSALS:
             raise error
@@ -112,8 +112,8 @@ class _Patience:
 
     def delay_s(self, error: APIError, hint_s: Optional[float]) -> float:
         """Return the pause before the next attempt, or raise *error*."""
-        if self._part.size > self._reached:  # to break off now and then is no outage
-            self._renew()
+        if self._part.size > self._reached:  # breaking off now and then is no outage
+            self._reset()
         self._attempts += 1
         elapsed_s = self._clock.monotonic() - self._began
         delay_s = self._policy.delay_s(self._attempts, elapsed_s, hint_s, random.random())
@@ -121,7 +121,10 @@ class _Patience:
             error.attempts, error.elapsed_s = self._attempts, elapsed_s
             raise error
         logger.info(
-            "%s; %d bytes are here, next try in %.1f s", error.message, self._part.size, delay_s
+            "%s; %d bytes have arrived, next attempt in %.1f s",
+            error.message,
+            self._part.size,
+            delay_s,
         )
         return delay_s
 
@@ -164,7 +167,7 @@ class Downloader:
             channel.close()
 
     def adopt(self, channel: Channel) -> Channel:
-        """Have *channel* broken off too when the download is to stop; return it."""
+        """Abort *channel* too when the download is to stop; return it."""
         with self._lock:
             self._channels.append(channel)
         if self._stop.is_set():
@@ -184,23 +187,23 @@ class Downloader:
         self._stop.wait(seconds)
         self.check()
 
-    def fetch(self, part: Part, sign: Sign, tell: Tell) -> int:
+    def fetch(self, part: Part, sign: Sign, report: Report) -> int:
         """Bring the file of *part* to its full length; return that.
 
-        What is there already is kept if it belongs to the same version.  Outages are ridden out
-        for ``max_outage_s`` without a byte; a URL that expires or is refused is signed anew.
+        Bytes that are there already are kept if they are of the same version.  Outages are ridden
+        out for ``max_outage_s`` without a byte; a URL that expires or is refused is signed anew.
 
         Args:
             part: the file; its folder exists.
             sign: finds out where it is; may raise.
-            tell: told of each piece; may raise to stop.
+            report: called for each piece; may raise to stop.
 
         Raises:
             APIError: it cannot be had.
             DownloadCancelledError, ClientClosedError: see the constructor; the file stays, and
-                `fetch` goes on from there.
+                `fetch` resumes from there.
         """
-        patience = _Patience(part, self._config.max_outage_s, self._clock)
+        backoff = _Backoff(part, self._config.max_outage_s, self._clock)
         source: Optional[Source] = None
         signed = False
         while True:
@@ -209,18 +212,18 @@ class Downloader:
                 source = sign(signed)
                 signed = True
             try:
-                return self._attempt(part, source, tell)
+                return self._attempt(part, source, report)
             except _StartOver:
-                patience.start_over()
+                backoff.start_over()
                 part.discard()
             except _Refused as refusal:
-                patience.refused(refusal.error)
+                backoff.refused(refusal.error)
                 source = None
-            except _Again as trouble:
+            except _TransientFailure as trouble:
                 self.check()
-                self.pause(patience.delay_s(trouble.error, trouble.hint_s))
+                self.pause(backoff.delay_s(trouble.error, trouble.hint_s))
 
-    def _attempt(self, part: Part, source: Source, tell: Tell) -> int:
+    def _attempt(self, part: Part, source: Source, report: Report) -> int:
         note = Note.load(part.note)
         offset = part.size if note.validator else 0
         headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
@@ -230,7 +233,7 @@ class Downloader:
         url = source.url
         if urlsplit(url).scheme not in ("http", "https"):
             raise ResponseDecodeError(
-                f"the server says where {part.name} is by a {urlsplit(url).scheme or 'bare'} URL",
+                f"the server gave a URL of the scheme {urlsplit(url).scheme!r} for {part.name}",
                 hint="Only http and https can be downloaded from.",
             )
         try:
@@ -243,18 +246,18 @@ class Downloader:
                     if target is not None:
                         url = target
                         continue
-                    return self._take(part, note, offset, response, tell)
+                    return self._take(part, note, offset, response, report)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             self.check()
             # Not "from error": its text holds the URL, with the signature.
             what = f"the download of {part.name} from {_host(url)} broke off: {root_cause(error)}"
             if isinstance(error, requests.exceptions.SSLError):
                 raise APIConnectionError(what, retryable=False) from None
-            raise _Again(APIConnectionError(what)) from None
+            raise _TransientFailure(APIConnectionError(what)) from None
         raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects without end")
 
     def _take(
-        self, part: Part, note: Note, offset: int, response: requests.Response, tell: Tell
+        self, part: Part, note: Note, offset: int, response: requests.Response, report: Report
     ) -> int:
         status = response.status_code
         if status == 416 and offset and _total_of_range(response.headers) == offset:
@@ -277,9 +280,9 @@ class Downloader:
             raise self._failure(part.name, response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ResponseDecodeError(f"{part.name} came compressed, though that was not asked for")
-        # The note first: bytes without one are never built upon.
+        # The note first: bytes without one are never resumed from.
         note.save(part.note)
-        return self._finish(part, note, self._copy(part.file, offset, note.total, response, tell))
+        return self._finish(part, note, self._copy(part.file, offset, note.total, response, report))
 
     def _copy(
         self,
@@ -287,15 +290,15 @@ class Downloader:
         offset: int,
         total: Optional[int],
         response: requests.Response,
-        tell: Tell,
+        report: Report,
     ) -> int:
         with open(file, "r+b" if offset else "wb") as out:
             out.seek(offset)
-            tell(offset, total)
+            report(offset, total)
             for piece in response.raw.stream(_CHUNK, decode_content=False):
                 out.write(piece)
                 offset += len(piece)
-                tell(offset, total)
+                report(offset, total)
                 self.check()
             self.check()  # being broken off can look like the end
             out.flush()
@@ -304,8 +307,8 @@ class Downloader:
 
     def _finish(self, part: Part, note: Note, size: int) -> int:
         """Check what has come; return its size."""
-        if note.total is not None and size < note.total:  # urllib3 before 2 does not say
-            raise _Again(
+        if note.total is not None and size < note.total:  # urllib3 before 2 does not check
+            raise _TransientFailure(
                 APIConnectionError(f"{part.name} broke off at {size} of {note.total} bytes")
             )
         if note.total is not None and size > note.total:
@@ -313,8 +316,8 @@ class Downloader:
         if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
             part.discard()
             raise ResponseDecodeError(
-                f"{part.name}: the SHA-256 of its {size} bytes is not the announced one",
-                hint="It was damaged on the way, and is deleted here: download it again.",
+                f"{part.name}: the SHA-256 of its {size} bytes is not the one that was announced",
+                hint="It was damaged in transit and has been deleted: download it again.",
             )
         return size
 
@@ -323,18 +326,18 @@ class Downloader:
         headers = {key.lower(): value for key, value in response.headers.items()}
         hint_s = retry_after_s(headers, self._clock.wall())
         error = status_error_type(status)(
-            f"{_host(response.url)} answered {status} to the download of {name}",
+            f"{_host(response.url)} responded {status} to the download of {name}",
             status=status,
             retry_after_s=hint_s,
         )
         if status in (401, 403, 404, 410):
             return _Refused(error)
         if status in (408, 429) or (status >= 500 and status != 501):
-            return _Again(error, hint_s)
+            return _TransientFailure(error, hint_s)
         return error
 
     def _channel_for(self, url: str) -> Channel:
-        """The channel for the host of *url*: which proxy leads there is the environment's say."""
+        """The channel to the host of *url*, through the proxy that the environment names."""
         own = same_origin(url, self._config.base_url)
         proxy = self._config.proxy if own else proxy_for(url)
         if proxy not in self._by_proxy:
@@ -343,8 +346,8 @@ class Downloader:
         return self._by_proxy[proxy]
 
     def _watch(self) -> None:
-        """Break off what is under way as soon as the caller, or the client, says so."""
-        while not self._done.wait(_LOOK_S):
+        """Abort what is in flight as soon as the download is cancelled or the client closed."""
+        while not self._done.wait(_CHECK_EVERY_S):
             if self._closing.is_set() or (self._cancel is not None and self._cancel.is_set()):
                 self._stop.set()
                 with self._lock:
@@ -355,7 +358,7 @@ class Downloader:
 
 
 def fetch_file(
-    downloader: Downloader, name: str, target: Path, sign: Sign, tell: Tell, *, overwrite: bool
+    downloader: Downloader, name: str, target: Path, sign: Sign, report: Report, *, overwrite: bool
 ) -> int:
     """Download one file to *target*, which gets its name once all is there; return its size.
 
@@ -370,7 +373,7 @@ def fetch_file(
     hidden = target.with_name(f".{target.name}.part")
     part = Part(name, hidden, hidden.with_name(f"{hidden.name}.json"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    size = downloader.fetch(part, sign, tell)
+    size = downloader.fetch(part, sign, report)
     os.replace(part.file, target)
     part.discard()
     return size

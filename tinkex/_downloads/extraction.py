@@ -1,4 +1,4 @@
-"""Unpacking an archive that somebody else made, into a folder and nowhere else.
+"""Unpacking an archive from an untrusted source, into a folder and nowhere else.
 
 Only plain files and folders are taken; links and devices are refused, and so are names that lead
 out of the folder.  tarfile's own filters came with Python 3.12 and differ between versions.
@@ -19,7 +19,7 @@ from tinkex.errors import ResponseDecodeError
 #: Most files in an archive.
 MAX_FILES = 100_000
 
-#: An archive may unpack to so many times its own size, and to so many bytes more.
+#: An archive may unpack to EXPANSION times its own size, and to SLACK_BYTES more.
 EXPANSION = 64
 SLACK_BYTES = 4 << 30
 
@@ -32,7 +32,7 @@ def safe_parts(name: str) -> List[str]:
     """Return the parts of a relative path with ``/`` between them, without ``.``.
 
     Raises:
-        ResponseDecodeError: it is empty or absolute, leads upward, or means something else on some
+        ResponseDecodeError: it is empty or absolute, leads upward, or has another meaning on some
             system.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -50,7 +50,7 @@ def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: 
     """Unpack the tar *archive*, compressed or not, into the new *folder*; return its bytes.
 
     It is read to its end: checksums and the end marker are checked.  *check* is called often, and
-    may raise to stop.  Whatever is raised, the folder is gone then.
+    may raise to stop.  If anything is raised, the folder is deleted.
 
     Raises:
         ResponseDecodeError: it is not a tar file, broken, too large unpacked, or not safe.
@@ -76,13 +76,13 @@ def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: 
 
 def _extract(tar: tarfile.TarFile, folder: Path, limit: int, check: Callable[[], None]) -> int:
     unpacked = 0
-    for number, member in enumerate(tar):
+    for count, member in enumerate(tar):
         check()
         if member.isdir() and member.name in (".", "./"):
             continue
         parts = safe_parts(member.name)
         unpacked += member.size
-        if number >= MAX_FILES or unpacked > limit:
+        if count >= MAX_FILES or unpacked > limit:
             raise ResponseDecodeError(
                 f"the archive unpacks to more than {MAX_FILES} files or {limit} bytes"
             )

@@ -1,7 +1,7 @@
-"""A file that is being fetched: what is here, and what is known of what is there.
+"""A file that is being fetched: what has arrived, and what is known of the original.
 
-A file that is under way has a note: the entity tag under which its bytes came.  Bytes are only ever
-added under the same tag.
+Each has a note beside it: the entity tag under which its bytes came.  Bytes are only ever added
+under the same tag.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Callable, Mapping, Optional
 
-#: A URL is signed anew so long before it expires, in seconds.
+#: A URL is signed anew this long before it expires, in seconds.
 EXPIRY_MARGIN_S = 300.0
 
 _PIECE = 1 << 20
@@ -32,7 +32,7 @@ class Source:
     expires: Optional[datetime] = None
 
     def is_stale(self, wall: float) -> bool:
-        """Tell whether it is to be signed anew at *wall*, in seconds since the epoch."""
+        """Whether it has to be signed anew at *wall*, in seconds since the epoch."""
         return self.expires is not None and self.expires.timestamp() - wall < EXPIRY_MARGIN_S
 
 
@@ -54,14 +54,14 @@ class Note:
 
     @classmethod
     def of(cls, headers: Mapping[str, str], total: Optional[int]) -> Note:
-        """Note what an answer with the whole file says about it."""
+        """Take the facts from the headers of a response with the complete file."""
         digest = _SHA256.search(headers.get("Repr-Digest") or headers.get("Digest") or "")
         sha256 = digest[1] if digest else headers.get("x-amz-checksum-sha256")
         return cls(headers.get("ETag"), headers.get("Last-Modified"), total, sha256)
 
     @classmethod
     def load(cls, path: Path) -> Note:
-        """Read a note; an empty one if there is none, or it makes no sense."""
+        """Read a note; return an empty one if there is none, or it cannot be read."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(**found)
@@ -70,7 +70,7 @@ class Note:
 
     @property
     def digest(self) -> Optional[bytes]:
-        """The announced SHA-256 of the whole file; S3's of parts has a number behind it."""
+        """The SHA-256 that was announced for the complete file; None for S3's hash of its parts."""
         try:
             raw = base64.b64decode(self.sha256 or "", validate=True)
         except (binascii.Error, ValueError):
@@ -92,11 +92,11 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many bytes are here."""
+        """How many bytes have arrived."""
         return self.file.stat().st_size if self.file.exists() else 0
 
     def discard(self) -> None:
-        """Delete what is here."""
+        """Delete what has arrived."""
         for path in (self.file, self.note):
             if path.exists():
                 path.unlink()

@@ -61,7 +61,7 @@ _IDLE_S = 5.0
 class BatchPoller:
     """Submits samples and fetches their results when the server says that they are there.
 
-    Thread-safe; nothing blocks but `say_goodbye` and `join`.
+    Thread-safe; nothing blocks but `flush_acknowledgements` and `join`.
 
     Args:
         transport: everything goes through it; its ``closing`` event ends every wait.
@@ -242,7 +242,7 @@ class BatchPoller:
         for watch in watches:
             watch.wake()
 
-    def say_goodbye(self, deadline: float) -> None:
+    def flush_acknowledgements(self, deadline: float) -> None:
         """After `close`: report what was fetched and not reported, once, as far as time allows."""
         now = time.monotonic()
         deadline = min(deadline, now + LAST_REPORT_S)
@@ -270,7 +270,7 @@ class BatchPoller:
         return [name for pool in self._pools for name in pool.join(deadline)]
 
     @property
-    def stoppers(self) -> List[Callable[[], None]]:
+    def finalizer_hooks(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
         return [pool.finalizer_hook for pool in self._pools]
 

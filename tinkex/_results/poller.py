@@ -261,18 +261,18 @@ class Poller:
         pools = (self._polls, self._samples, self._asking, self._batches, self._cancels)
         return [name for pool in (*pools, self._callbacks) for name in pool.join(deadline)]
 
-    def say_goodbye(self, deadline: float) -> None:
+    def flush_acknowledgements(self, deadline: float) -> None:
         """After `close`: tell the server which results have arrived, as far as time allows.
 
         Blocks for half a second at most, until *deadline* (monotonic) at the latest.
         """
-        self._batches.say_goodbye(deadline)
+        self._batches.flush_acknowledgements(deadline)
 
     @property
-    def stoppers(self) -> List[Callable[[], None]]:
+    def finalizer_hooks(self) -> List[Callable[[], None]]:
         """Functions that stop the threads from a finalizer."""
         pools = (self._polls, self._samples, self._asking, self._cancels, self._callbacks)
-        return [*(pool.finalizer_hook for pool in pools), *self._batches.stoppers]
+        return [*(pool.finalizer_hook for pool in pools), *self._batches.finalizer_hooks]
 
     def _forget(self, future: Any) -> None:
         with self._lock:

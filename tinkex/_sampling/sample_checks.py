@@ -162,7 +162,7 @@ def has_unknown_logprobs(response: SampleResponse, request: SampleRequest) -> bo
     prompt = response.prompt_logprobs_np
     if prompt is not None:
         asked = request.prompt_logprobs_last_n or len(prompt) - 1
-        if bool(np.any(np.isnan(prompt[len(prompt) - asked :]))):
+        if holds_nan(prompt[len(prompt) - asked :]):
             return True
     kept = [as_kept(sequence, "logprobs_np") for sequence in response.sequences]
     return any(logprobs is not None and holds_nan(logprobs) for logprobs in kept)

@@ -32,7 +32,7 @@ _SETTINGS = (
 )
 
 
-class HandedOn(NamedTuple):
+class SamplerHandle(NamedTuple):
     """What another process must know of a sampler."""
 
     session_id: str
@@ -42,7 +42,7 @@ class HandedOn(NamedTuple):
     record_stability_info: bool
 
 
-def write_handle(facts: HandedOn, config: Config, *, include_api_key: bool) -> str:
+def write_handle(facts: SamplerHandle, config: Config, *, include_api_key: bool) -> str:
     """Return the handle."""
     settings = {name: getattr(config, name) for name in _SETTINGS}
     if include_api_key:
@@ -51,7 +51,7 @@ def write_handle(facts: HandedOn, config: Config, *, include_api_key: bool) -> s
     return base64.urlsafe_b64encode(orjson.dumps(state)).decode("ascii")
 
 
-def read_handle(handle: str) -> Tuple[HandedOn, Dict[str, Any]]:
+def read_handle(handle: str) -> Tuple[SamplerHandle, Dict[str, Any]]:
     """Return what is in a handle, and the settings; any other setting in it is ignored.
 
     Raises:
@@ -59,7 +59,7 @@ def read_handle(handle: str) -> Tuple[HandedOn, Dict[str, Any]]:
     """
     try:
         state = orjson.loads(base64.urlsafe_b64decode(handle))
-        facts = HandedOn(
+        facts = SamplerHandle(
             _text(state["session_id"]),
             _text(state["sampling_session_id"]),
             _optional_text(state.get("base_model")),

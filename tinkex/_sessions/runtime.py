@@ -128,7 +128,7 @@ class Runtime:
             self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
         else:
             self._background = WorkerPool("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
-        hooks = [*self.poller.stoppers, self._background.finalizer_hook]
+        hooks = [*self.poller.finalizer_hooks, self._background.finalizer_hook]
         if self.telemetry is not None:
             hooks.append(self.telemetry.finalizer_hook)
             if session is not None and session.owned:
@@ -253,7 +253,7 @@ class Runtime:
             return
         try:
             pools = self._stop_work()
-            self.poller.say_goodbye(deadline)
+            self.poller.flush_acknowledgements(deadline)
             if self._session is not None:
                 self._session.stop(status, detail, timeout_s=_half_of_rest(deadline))
             if self.telemetry is not None:
@@ -276,7 +276,7 @@ class Runtime:
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked.  The manager, which is closed after us, finishes the session."""
         pools = self._stop_work()
-        self.poller.say_goodbye(time.monotonic() + min(timeout_s / 2, 0.25))
+        self.poller.flush_acknowledgements(time.monotonic() + min(timeout_s / 2, 0.25))
         self._join(pools, time.monotonic() + min(timeout_s / 2, 0.5))
         if self.telemetry is not None:
             self._close_telemetry(min(timeout_s / 2, 0.5))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import re
 from typing import (
     TYPE_CHECKING,
@@ -22,6 +21,7 @@ from typing import (
     Union,
 )
 
+from tinkex._results.nan_warning import NaNWarning
 from tinkex._runtime.lazy_numpy import np
 from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.transport import Reply
@@ -41,8 +41,6 @@ from tinkex.wire.json_codec import JSON
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-logger = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=BaseException)
 
@@ -156,8 +154,7 @@ class PassReader:
     """Reads the results of one run's passes.  Thread-safe."""
 
     def __init__(self, model_id: str) -> None:
-        self._model_id = model_id
-        self._warned_of_nan = False  # two threads that race may both warn
+        self._nan_warning = NaNWarning(f"run {model_id}")
 
     def read(self, reply: Reply, chunk: Chunk, loss: Loss) -> ForwardBackwardOutput:
         """Decode the result of a pass over *chunk*.
@@ -180,16 +177,9 @@ class PassReader:
             )
         with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
         logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
-        found = first_where(np.isnan, logprobs)
-        if found is not None and not self._warned_of_nan:
-            self._warned_of_nan = True
-            logger.warning(
-                "run %s: the server returned NaN for logprobs of data[%d]. This usually means a "
-                "token id beyond the model's vocabulary: does the tokenizer belong to the base "
-                "model? (this warning is shown once)",
-                self._model_id,
-                chunk.first + with_logprobs[found],
-            )
+        found = None if self._nan_warning.shown else first_where(np.isnan, logprobs)
+        if found is not None:
+            self._nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
         if loss.name in _LOSSES and "loss:sum" not in output.metrics:
             loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
             if loss_sum is not None:

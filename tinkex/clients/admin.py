@@ -1,4 +1,4 @@
-"""AdminClient: audit, billing and storage, for those who may see them."""
+"""AdminClient: audit, billing and storage, for administrators."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class AdminClient(LookupClient):
     """What an organization did, used and keeps.  Thread-safe.
 
     Made on its own, ``AdminClient(base_url=..., api_key=...)``; nothing is created on the server.
-    Every method returns a future at once; futures raise RouteMissingError where the server does
-    not have the route, PermissionDeniedError for those who may not see it, and APIError otherwise.
-    The arguments are those of LookupClient.
+    Every method returns a future and does not block; futures raise RouteMissingError where the
+    server does not have the route, PermissionDeniedError if the key may not see it, and APIError
+    otherwise.  The arguments are those of LookupClient.
     """
 
     def get_audit_log(
@@ -50,10 +50,7 @@ class AdminClient(LookupClient):
             )
         if day is not None and (not isinstance(day, date) or isinstance(day, datetime)):
             raise InvalidInputError(f"day is {day!r}; it must be a datetime.date")
-        return self._run(
-            "get_audit_log",
-            lambda transport: api.get_audit_log(transport, event_type=event_type, day=day),
-        )
+        return self._run(api.get_audit_log, event_type=event_type, day=day)
 
     def get_billing_usage(
         self, starting_on: Instant, ending_before: Instant
@@ -73,23 +70,13 @@ class AdminClient(LookupClient):
                 f"from {start.isoformat()} to {end.isoformat()}: the end must be later than the "
                 f"start, by at most {LONGEST_USAGE.days} days"
             )
-        return self._run(
-            "get_billing_usage",
-            lambda transport: api.get_billing_usage(
-                transport, starting_on=start, ending_before=end
-            ),
-        )
+        return self._run(api.get_billing_usage, starting_on=start, ending_before=end)
 
     def get_current_checkpoint_storage_usage(
         self, project_id: Optional[str] = None
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
-        """What the checkpoints of now take and cost, of one project or of all."""
-        return self._run(
-            "get_current_checkpoint_storage_usage",
-            lambda transport: api.get_current_checkpoint_storage_usage(
-                transport, project_id=project_id
-            ),
-        )
+        """The storage that current checkpoints use and what it costs, in one project or in all."""
+        return self._run(api.get_current_checkpoint_storage_usage, project_id=project_id)
 
 
 def _whole_hour(name: str, value: Instant) -> datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
@@ -47,7 +48,7 @@ class BaseClient(WithoutCoroutines):
         self._closed = False
 
     def result(self: C, timeout: Optional[float] = None) -> C:
-        """Return this client itself, at once; *timeout* has no effect."""
+        """Return this client itself without blocking; *timeout* has no effect."""
         return self
 
     def get_telemetry(self) -> Optional[Reporter]:
@@ -146,11 +147,16 @@ class LookupClient(BaseClient):
         state = "closed" if self._closed or self._runtime.closed else "open"
         return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
 
-    def _run(self, kind: str, call: Callable[[Transport], T]) -> APIFuture[T]:
-        """Have a background thread make *call*; return its future at once."""
+    def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> APIFuture[T]:
+        """Have a background thread make *call*, with the transport before the arguments given.
+
+        Returns its future without blocking.  *call* must not refer to this client, which may be
+        dropped before its futures are done.
+        """
+        kind = call.__name__
         self._ensure_open(kind)
-        runtime = self._runtime  # not self: a client may be dropped before its futures are done
-        return runtime.run(kind, lambda: call(runtime.transport))
+        bound = functools.partial(call, self._runtime.transport, *args, **kwargs)
+        return self._runtime.run(kind, bound)
 
 
 def moved(name: str) -> None:

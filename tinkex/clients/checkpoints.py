@@ -18,7 +18,7 @@ from typing import Callable, Optional, TypeVar, Union
 
 from tinkex._api import archives, rest as api
 from tinkex._downloads.download_folder import DownloadFolder, check_free
-from tinkex._downloads.downloads import Downloader, Tell
+from tinkex._downloads.downloads import Downloader, Report
 from tinkex._downloads.extraction import extract
 from tinkex._downloads.part_file import Source
 from tinkex._runtime.numeric import as_flag
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Told of the bytes that are here, and of all of them, or None where that is not known.
+#: Called with the bytes that have arrived, and the total, or None if that is not known.
 Progress = Callable[[int, Optional[int]], None]
 
 #: The embedded server puts this into checkpoints that PEFT alone cannot merge.
@@ -63,9 +63,9 @@ def download_checkpoint(
     """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
     What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
-    it exists), and the next call with the same arguments goes on from there; one at a time may use
-    it.  On a server without archives, a training checkpoint is exported for the purpose: that opens
-    a session, and the export is deleted again.
+    it exists), and the next call with the same arguments resumes from there; only one at a time may
+    use it.  On a server without archives, a training checkpoint is exported for the purpose: that
+    opens a session, and the export is deleted again.
 
     What has come is checked: checksums, the end of the archive, that the weights are there and
     complete.
@@ -111,7 +111,7 @@ def download_checkpoint(
             downloader.check()
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
-            error.hint = f"What has come is in {work.folder}; the same call goes on from there."
+            error.hint = f"What has come is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
     if (target / MERGING_NOTE).is_file():
@@ -122,7 +122,7 @@ def download_checkpoint(
 
 
 def _silent(done: int, total: Optional[int]) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 class _Download:
@@ -165,14 +165,14 @@ class _Download:
         channel = self._downloader.adopt(transport.open_channel())
 
         def sign(again: bool) -> Source:
-            answer = archives.get_checkpoint_archive_url(
+            archive = archives.get_checkpoint_archive_url(
                 transport,
                 parsed.training_run_id,
                 parsed.checkpoint_id,
                 pause=self._downloader.pause,
                 channel=channel,
             )
-            return Source(answer.url, answer.expires)
+            return Source(archive.url, archive.expires)
 
         part = self._work.archive_part(parsed.tinker_path)
         try:
@@ -184,7 +184,7 @@ class _Download:
         try:
             extract(part.file, self._work.files, check=self._downloader.check)
         except ResponseDecodeError:
-            part.discard()  # the next attempt is not to stumble over it
+            part.discard()  # or the next attempt would fail in the same way
             raise
 
     def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
@@ -193,8 +193,8 @@ class _Download:
         parts = [self._work.part(name) for name in urls.names]
         arrived = 0
         for part in parts:
-            tell = self._telling(arrived, alone=len(parts) == 1)
-            arrived += self._downloader.fetch(part, urls.signer(part.name), tell)
+            report = self._reporting(arrived, alone=len(parts) == 1)
+            arrived += self._downloader.fetch(part, urls.signer(part.name), report)
         expected = {part.file for part in parts}
         for file in self._work.files.rglob("*"):  # of an export with other files
             if file.is_file() and file not in expected:
@@ -202,15 +202,11 @@ class _Download:
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        from tinkex.clients.run_factory import RunFactory  # few downloads need it
+        from tinkex.clients.new_runs import load_run  # few downloads need it
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
         with Runtime(self._rest.config, default_manager()) as runtime:
-            trainer = self._wait(
-                RunFactory(runtime).from_checkpoint(
-                    self._parsed.tinker_path, None, None, None, with_optimizer=False
-                )
-            )
+            trainer = self._wait(load_run(runtime, self._parsed.tinker_path, with_optimizer=False))
             name = f"download-{uuid.uuid4().hex[:12]}"
             try:
                 saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))
@@ -241,13 +237,13 @@ class _Download:
                     raise
                 self._downloader.check()
 
-    def _telling(self, arrived: int, alone: bool) -> Tell:
+    def _reporting(self, arrived: int, alone: bool) -> Report:
         """Pass progress on, for a file that comes after *arrived* bytes of others."""
 
-        def tell(done: int, total: Optional[int]) -> None:
+        def report(done: int, total: Optional[int]) -> None:
             self._progress(arrived + done, total if alone else None)
 
-        return tell
+        return report
 
 
 class _Urls:

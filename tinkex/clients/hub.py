@@ -50,7 +50,7 @@ def push_to_hub(
         allow_patterns, ignore_patterns: which files; all of them by default.
         add_model_card: write a README.md that names base model and checkpoint, if it has none.
         progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
-        hub: what to talk to the hub with, instead of ``huggingface_hub.HfApi()``.
+        hub: used in place of ``huggingface_hub.HfApi()``.
 
     Raises:
         ConfigError: huggingface_hub is not installed.
@@ -109,7 +109,7 @@ def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path)
         info = api.get_weights_info(rest.transport, tinker_path)
         base_model, rank = info.base_model, info.lora_rank or rank
     except TinkexError as error:
-        logger.info("the model card says no more than the files do: %s", error)
+        logger.info("the model card describes only what the files show: %s", error)
     lines = ["---"]
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")

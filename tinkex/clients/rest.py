@@ -44,7 +44,7 @@ from tinkex.types import (
 )
 from tinkex.types.checkpoint_path import check_tinker_path, locate_checkpoint
 
-#: Between two looks at a trace export, in seconds.
+#: Between two requests for the state of a trace export, in seconds.
 TRACE_POLL_S = 5.0
 
 
@@ -52,15 +52,15 @@ class RestClient(LookupClient):
     """Lists and manages what is on the server.  Thread-safe.
 
     Made by ServiceClient, or on its own: then nothing is created on the server.  Every method
-    returns a future at once, unless it says that it blocks; futures raise NotFoundError for what
-    does not exist, RouteMissingError for what the server cannot do, and APIError otherwise.  Paths
-    are ``tinker://<run>/<kind>/<name>``, or what else the server has handed out.  The arguments
-    are those of LookupClient.
+    returns a future and does not block, unless its docstring says so.  Futures raise NotFoundError
+    for what does not exist, RouteMissingError for what the server cannot do, and APIError
+    otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or whatever else the server has handed
+    out.  The arguments are those of LookupClient.
     """
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
         """The base models the server offers."""
-        return self._run("get_server_capabilities", sessions_api.get_server_capabilities)
+        return self._run(sessions_api.get_server_capabilities)
 
     def list_training_runs(
         self,
@@ -72,26 +72,18 @@ class RestClient(LookupClient):
         """A page of training runs, the last used first."""
         limit, offset = _page(limit, offset)
         return self._run(
-            "list_training_runs",
-            lambda transport: api.list_training_runs(
-                transport,
-                limit=limit,
-                offset=offset,
-                access_scope=access_scope,
-                project_id=project_id,
-            ),
+            api.list_training_runs,
+            limit=limit,
+            offset=offset,
+            access_scope=access_scope,
+            project_id=project_id,
         )
 
     def get_training_run(
         self, training_run_id: str, access_scope: str = "owned"
     ) -> APIFuture[TrainingRun]:
         """One training run."""
-        return self._run(
-            "get_training_run",
-            lambda transport: api.get_training_run(
-                transport, training_run_id, access_scope=access_scope
-            ),
-        )
+        return self._run(api.get_training_run, training_run_id, access_scope=access_scope)
 
     def get_training_run_by_tinker_path(
         self, tinker_path: str, access_scope: str = "owned"
@@ -102,33 +94,23 @@ class RestClient(LookupClient):
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
         """All checkpoints of one run."""
-        return self._run(
-            "list_checkpoints", lambda transport: api.list_checkpoints(transport, training_run_id)
-        )
+        return self._run(api.list_checkpoints, training_run_id)
 
     def list_user_checkpoints(
         self, limit: int = 100, offset: int = 0
     ) -> APIFuture[CheckpointsListResponse]:
         """A page of all checkpoints, newest first."""
         limit, offset = _page(limit, offset)
-        return self._run(
-            "list_user_checkpoints",
-            lambda transport: api.list_user_checkpoints(transport, limit=limit, offset=offset),
-        )
+        return self._run(api.list_user_checkpoints, limit=limit, offset=offset)
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
         """What a checkpoint was trained from, and how."""
         tinker_path = check_tinker_path(tinker_path)
-        return self._run(
-            "get_weights_info", lambda transport: api.get_weights_info(transport, tinker_path)
-        )
+        return self._run(api.get_weights_info, tinker_path)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         """Delete a checkpoint for good; *checkpoint_id* is ``<kind>/<name>``."""
-        return self._run(
-            "delete_checkpoint",
-            lambda transport: api.delete_checkpoint(transport, training_run_id, checkpoint_id),
-        )
+        return self._run(api.delete_checkpoint, training_run_id, checkpoint_id)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Delete a checkpoint for good."""
@@ -136,24 +118,14 @@ class RestClient(LookupClient):
         return self.delete_checkpoint(parsed.training_run_id, parsed.checkpoint_id)
 
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Let everybody read a checkpoint.  ConflictError if it is public already."""
+        """Make a checkpoint public.  ConflictError if it is public already."""
         parsed = locate_checkpoint(tinker_path)
-        return self._run(
-            "publish_checkpoint",
-            lambda transport: api.publish_checkpoint(
-                transport, parsed.training_run_id, parsed.checkpoint_id
-            ),
-        )
+        return self._run(api.publish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Make a checkpoint private again.  ConflictError if it is."""
         parsed = locate_checkpoint(tinker_path)
-        return self._run(
-            "unpublish_checkpoint",
-            lambda transport: api.unpublish_checkpoint(
-                transport, parsed.training_run_id, parsed.checkpoint_id
-            ),
-        )
+        return self._run(api.unpublish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: Optional[int]
@@ -162,10 +134,7 @@ class RestClient(LookupClient):
         parsed = locate_checkpoint(tinker_path)
         ttl_seconds = check_ttl(ttl_seconds)
         return self._run(
-            "set_checkpoint_ttl",
-            lambda transport: api.set_checkpoint_ttl(
-                transport, parsed.training_run_id, parsed.checkpoint_id, ttl_seconds
-            ),
+            api.set_checkpoint_ttl, parsed.training_run_id, parsed.checkpoint_id, ttl_seconds
         )
 
     def list_sessions(
@@ -173,27 +142,17 @@ class RestClient(LookupClient):
     ) -> APIFuture[ListSessionsResponse]:
         """A page of session ids, newest first; sessions that ended are among them."""
         limit, offset = _page(limit, offset)
-        return self._run(
-            "list_sessions",
-            lambda transport: api.list_sessions(
-                transport, limit=limit, offset=offset, access_scope=access_scope
-            ),
-        )
+        return self._run(api.list_sessions, limit=limit, offset=offset, access_scope=access_scope)
 
     def get_session(
         self, session_id: str, access_scope: str = "owned"
     ) -> APIFuture[GetSessionResponse]:
         """The runs and samplers of one session."""
-        return self._run(
-            "get_session",
-            lambda transport: api.get_session(transport, session_id, access_scope=access_scope),
-        )
+        return self._run(api.get_session, session_id, access_scope=access_scope)
 
     def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
         """What a sampler samples from."""
-        return self._run(
-            "get_sampler", lambda transport: sampling_api.get_sampler(transport, sampler_id)
-        )
+        return self._run(sampling_api.get_sampler, sampler_id)
 
     def get_external_weights_urls(self, tinker_path: str) -> APIFuture[ExternalWeightsUrlsResponse]:
         """Signed URLs of the files of exported weights (``tinker://<run>/external_weights/...``).
@@ -208,10 +167,7 @@ class RestClient(LookupClient):
                 hint="save_weights_external makes those; download_checkpoint takes any.",
             )
         return self._run(
-            "get_external_weights_urls",
-            lambda transport: api.get_external_weights_urls(
-                transport, parsed.training_run_id, parsed.checkpoint_id
-            ),
+            api.get_external_weights_urls, parsed.training_run_id, parsed.checkpoint_id
         )
 
     def get_checkpoint_archive_url(
@@ -222,12 +178,7 @@ class RestClient(LookupClient):
         The server may take minutes to build it, which the future waits out.  The hosted service
         no longer has this; `download_checkpoint` uses whatever there is.
         """
-        return self._run(
-            "get_checkpoint_archive_url",
-            lambda transport: archives_api.get_checkpoint_archive_url(
-                transport, training_run_id, checkpoint_id
-            ),
-        )
+        return self._run(archives_api.get_checkpoint_archive_url, training_run_id, checkpoint_id)
 
     def get_checkpoint_archive_url_from_tinker_path(
         self, tinker_path: str
@@ -250,7 +201,7 @@ class RestClient(LookupClient):
             path: the checkpoint.
             destination_project_id: the project; else the client's, from ``TINKER_PROJECT_ID``.
             ttl_seconds: the copy is deleted after this long; None keeps it.
-            weights_access_token: allows to read a checkpoint of somebody else.
+            weights_access_token: gives access to another user's checkpoint.
 
         Raises:
             InvalidInputError: there is no project, or an argument is wrong.
@@ -264,49 +215,20 @@ class RestClient(LookupClient):
                 hint="Give destination_project_id, or set TINKER_PROJECT_ID.",
             )
 
-        def copy(transport: Transport) -> str:
-            return api.copy_weights(
-                transport,
-                source_path=path,
-                destination_project_id=project_id,
-                ttl_seconds=ttl_seconds,
-                weights_access_token=weights_access_token,
-            ).tinker_path
-
-        return self._run("copy_weights", copy)
+        return self._run(copy_weights, path, project_id, ttl_seconds, weights_access_token)
 
     def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
         """Move a session to another project."""
         if not isinstance(project_id, str) or not project_id:
             raise InvalidInputError(f"project_id is {project_id!r}; give the id of a project")
-        return self._run(
-            "assign_session_project",
-            lambda transport: api.assign_session_project(transport, session_id, project_id),
-        )
+        return self._run(api.assign_session_project, session_id, project_id)
 
     def export_session_trace(self, session_id: str) -> APIFuture[str]:
         """Have the server export a session's trace; the future's result is a signed URL of it.
 
         The future waits until the export is ready; it raises RequestFailedError if it fails.
         """
-
-        def export(transport: Transport) -> str:
-            while True:
-                state = api.get_trace_export(transport, session_id)
-                if state.status == "ready" and state.url:
-                    return state.url
-                if state.status != "pending":
-                    reason = state.error or f"its status is {state.status!r}"
-                    raise RequestFailedError(
-                        f"the trace of session {session_id} was not exported: {reason}",
-                        session_id=session_id,
-                    )
-                if transport.closing.wait(TRACE_POLL_S):
-                    raise ClientClosedError(
-                        f"the client was closed before the trace of session {session_id} was ready"
-                    )
-
-        return self._run("export_session_trace", export)
+        return self._run(export_session_trace, session_id)
 
     def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
         """A page of the sessions that fit *request*, newest first.
@@ -314,13 +236,11 @@ class RestClient(LookupClient):
         For the next page, ask again with ``cursor=response.next_cursor``.
         """
         _check_search(request)
-        return self._run(
-            "search_sessions", lambda transport: api.search_sessions(transport, request)
-        )
+        return self._run(api.search_sessions, request)
 
     def whoami(self) -> APIFuture[WhoamiResponse]:
-        """Who the key belongs to; RouteMissingError or CredentialError where nothing tells."""
-        return self._run("whoami", auth.whoami)
+        """Who the key belongs to; RouteMissingError or CredentialError if that cannot be known."""
+        return self._run(auth.whoami)
 
     def download_checkpoint(
         self,
@@ -348,7 +268,7 @@ class RestClient(LookupClient):
         self._ensure_open("push_to_hub")
         return hub.push_to_hub(self, tinker_path, repo_id, **options)
 
-    # What AdminClient has now
+    # Moved to AdminClient
 
     def get_audit_log(
         self, event_type: str = "all", day: Optional[date] = None
@@ -373,6 +293,41 @@ class RestClient(LookupClient):
 
     def _admin(self) -> AdminClient:
         return AdminClient(self._runtime)
+
+
+def copy_weights(
+    transport: Transport,
+    path: str,
+    project_id: Optional[str],
+    ttl_seconds: Optional[int],
+    weights_access_token: Optional[str],
+) -> str:
+    """Copy a checkpoint into a project; return the path of the copy.  Blocks."""
+    return api.copy_weights(
+        transport,
+        source_path=path,
+        destination_project_id=project_id,
+        ttl_seconds=ttl_seconds,
+        weights_access_token=weights_access_token,
+    ).tinker_path
+
+
+def export_session_trace(transport: Transport, session_id: str) -> str:
+    """Wait until the server has exported a session's trace; return a signed URL of it."""
+    while True:
+        state = api.get_trace_export(transport, session_id)
+        if state.status == "ready" and state.url:
+            return state.url
+        if state.status != "pending":
+            reason = state.error or f"its status is {state.status!r}"
+            raise RequestFailedError(
+                f"the trace of session {session_id} was not exported: {reason}",
+                session_id=session_id,
+            )
+        if transport.closing.wait(TRACE_POLL_S):
+            raise ClientClosedError(
+                f"the client was closed before the trace of session {session_id} was ready"
+            )
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:

@@ -19,11 +19,10 @@ from tinkex._api import sampling as api
 from tinkex._api.rest import get_weights_info
 from tinkex._results.concurrency_gate import SampleGate
 from tinkex._runtime.numeric import as_int
-from tinkex._sampling.pending_sample import PendingLogprobs, PendingSample, SamplingRequest
+from tinkex._sampling.requests import PendingLogprobs, PendingSample, Sampler, SamplingRequest
 from tinkex._sampling.sample_checks import check_request
-from tinkex._sampling.sampler import Sampler
 from tinkex._sampling.sampler_handle import (
-    HandedOn,
+    SamplerHandle,
     config_of_handle,
     read_handle,
     warn_of_withheld_key,
@@ -313,7 +312,7 @@ class SamplingClient(ChildClient):
         is left out.  Pickling a client does the same, except that the receiver of a pickle always
         uses its own key.
         """
-        facts = HandedOn(
+        facts = SamplerHandle(
             self._runtime.session.session_id,
             self.sampling_session_id,
             self._base_model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import sys
 import weakref
 from concurrent.futures import Future
@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from tinkex._training.custom_loss import LossHandle, PerDatumLossFn
     from tinkex._training.loss_tracing import LossRegistry
     from tinkex.clients.rest import RestClient
-    from tinkex.clients.run_factory import RunFactory
     from tinkex.clients.training import TrainingClient
     from tinkex.types import GetServerCapabilitiesResponse, OptimizerConfig
-
-logger = logging.getLogger(__name__)
 
 UserMetadata = Optional[Mapping[str, str]]
 
@@ -118,7 +115,7 @@ class ServiceClient(WithoutCoroutines):
             LocalServerError: the model cannot be had, something is not installed, or *data_dir*
                 is in use, by this process or another.
         """
-        # The one import that looks up: what an edge offers, as a convenience.
+        # The one upward import: the embedded server is offered here as a convenience.
         from tinkex.local import LocalServer, load_engine
         from tinkex.local.server import check_folder
 
@@ -137,12 +134,6 @@ class ServiceClient(WithoutCoroutines):
         client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False
         return client
-
-    @property
-    def _runs(self) -> RunFactory:
-        from tinkex.clients.run_factory import RunFactory
-
-        return RunFactory(self._runtime)
 
     @property
     def _losses(self) -> LossRegistry:
@@ -164,11 +155,11 @@ class ServiceClient(WithoutCoroutines):
 
     @property
     def server_dialect(self) -> ServerDialect:
-        """How the server speaks, as far as it has shown by now: a snapshot, fit to be printed."""
+        """What is known of how the server speaks: a snapshot, which can be printed."""
         return self._runtime.dialect.snapshot()
 
     def inflight(self) -> List[APIFuture[Any]]:
-        """The futures of this client that are not settled yet; ``status()`` tells of each."""
+        """The futures of this client that are not settled yet; see their ``status()``."""
         self._runtime.ensure_not_forked("inflight")
         return self._runtime.poller.inflight()
 
@@ -251,9 +242,11 @@ class ServiceClient(WithoutCoroutines):
         user_metadata: UserMetadata = None,
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_lora_training_client`; returns at once."""
+        """Like `create_lora_training_client`; does not block."""
         lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        return self._runs.fresh(base_model, lora, user_metadata, optimizer)
+        from tinkex.clients.new_runs import create_run
+
+        return create_run(self._runtime, base_model, lora, user_metadata, optimizer)
 
     def create_training_client_from_state(
         self,
@@ -279,8 +272,11 @@ class ServiceClient(WithoutCoroutines):
         weights_access_token: Optional[str] = None,
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_training_client_from_state`; returns at once."""
-        return self._runs.from_checkpoint(
+        """Like `create_training_client_from_state`; does not block."""
+        from tinkex.clients.new_runs import load_run
+
+        return load_run(
+            self._runtime,
             path,
             base_model,
             user_metadata,
@@ -308,9 +304,16 @@ class ServiceClient(WithoutCoroutines):
         user_metadata: UserMetadata = None,
         weights_access_token: Optional[str] = None,
     ) -> APIFuture[TrainingClient]:
-        """Like `create_training_client_from_state_with_optimizer`; returns at once."""
-        return self._runs.from_checkpoint(
-            path, base_model, user_metadata, weights_access_token, with_optimizer=True
+        """Like `create_training_client_from_state_with_optimizer`; does not block."""
+        from tinkex.clients.new_runs import load_run
+
+        return load_run(
+            self._runtime,
+            path,
+            base_model,
+            user_metadata,
+            weights_access_token,
+            with_optimizer=True,
         )
 
     def create_sampling_client(
@@ -340,7 +343,7 @@ class ServiceClient(WithoutCoroutines):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """Like `create_sampling_client`; returns at once."""
+        """Like `create_sampling_client`; does not block."""
         return SamplingClient.create_future(
             self._runtime,
             model_path=model_path,
@@ -379,25 +382,22 @@ class ServiceClient(WithoutCoroutines):
         Args:
             path: of the checkpoint.
             ttl_seconds: the copy is deleted after this long; None keeps it.
-            weights_access_token: allows to read a checkpoint of somebody else.
+            weights_access_token: gives access to another user's checkpoint.
 
         The future raises RouteMissingError where the server has no such route.
         """
-        from tinkex._api import rest
         from tinkex._training.checks import check_token, check_ttl
+        from tinkex.clients.rest import copy_weights
 
         path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
-        weights_access_token = check_token(weights_access_token)
-
-        def copy() -> str:
-            return rest.copy_weights(
-                self._runtime.transport,
-                source_path=path,
-                destination_project_id=self.config.project_id or None,
-                ttl_seconds=ttl_seconds,
-                weights_access_token=weights_access_token,
-            ).tinker_path
-
+        copy = functools.partial(
+            copy_weights,
+            self._runtime.transport,
+            path,
+            self.config.project_id or None,
+            ttl_seconds,
+            check_token(weights_access_token),
+        )
         return self._runtime.run("copy_weights", copy)
 
     def get_console_url(self) -> str:
@@ -420,8 +420,8 @@ class ServiceClient(WithoutCoroutines):
         most about *timeout_s*; idempotent, and safe from several threads.
 
         Args:
-            status: what the server is told: ``"success"``, ``"errored"`` or ``"interrupted"``.
-            detail: why, in words.
+            status: reported to the server: ``"success"``, ``"errored"`` or ``"interrupted"``.
+            detail: why, as text.
 
         Returns:
             A completed future (scripts for the official SDK call ``.result()`` on it).
@@ -436,7 +436,7 @@ class ServiceClient(WithoutCoroutines):
         finally:  # also when Ctrl-C breaks in
             server, self._server = self._server, None
             if server is not None:
-                self._server_dropper.detach()  # it would keep the model for the session's sake
+                self._server_dropper.detach()  # it refers to the server, and so to the model
                 server.close()
         done: Future[None] = Future()
         done.set_result(None)

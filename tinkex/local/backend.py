@@ -44,7 +44,7 @@ class Backend:
 
     Args:
         engine: does the work; the backend owns it from now on and closes it.
-        store: remembers; owned likewise.
+        store: remembers; owned by the backend, too.
         settings: how it behaves; the defaults if None.
         lane_type: the queue of a training run; tests imitate other servers with their own.
         futures: results; a table of its own unless given.
@@ -81,8 +81,8 @@ class Backend:
         self._lock = threading.Lock()
         self._sessions = SessionTable(settings.session_ttl_s)
         self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start
-        # Serialises the creation of runs and samplers: a number is looked up, then taken.
-        # Guards _created: id -> digest of the body, and the answer's id.
+        # Serialises the creation of runs and samplers: an id is looked up, then taken.
+        # Guards _created: id -> digest of the body, and the id in the response.
         self._creating = threading.Lock()
         self._created: Dict[str, Tuple[bytes, str]] = {}
         self.idempotency = IdempotencyCache()
@@ -96,7 +96,7 @@ class Backend:
     def close(self, timeout_s: float = 1.5) -> None:
         """Release every waiting poll, end the engine thread and close the store.
 
-        Waits at most *timeout_s* for a turn of the engine to end.
+        Waits at most *timeout_s* for the engine to finish what it is doing.
         """
         self.futures.close()
         self.scheduler.close(timeout_s)
@@ -109,9 +109,9 @@ class Backend:
     # Sessions
 
     def create_session(self, facts: Dict[str, Any], idempotency_key: Optional[str] = None) -> str:
-        """Start a session and return its id; *facts* is what the client says about it.
+        """Start a session and return its id; *facts* describe it.
 
-        The same *idempotency_key* again stands for the same session: the answer was lost.
+        The same *idempotency_key* again stands for the same session: the response was lost.
         """
         return self.idempotency.get(idempotency_key, lambda: self._create_session(facts))
 
@@ -120,7 +120,8 @@ class Backend:
         self.store.add_session(session_id, facts)
         with self._lock:
             self._sessions.add(session_id, self._clock())
-        self.scheduler.poke()  # the engine thread may have to wake earlier than it meant to
+        # The engine thread may have to wake earlier than it planned to.
+        self.scheduler.request_housekeeping()
         return session_id
 
     def heartbeat(self, session_id: str) -> None:
@@ -147,10 +148,8 @@ class Backend:
         with self._lock:
             removed = self._sessions.remove(session_id)
         if removed:
-            said = f"{reason}, {detail}" if detail else reason
-            self._end_session(
-                session_id, "finished", f"the client ended it: {said}", reason, detail
-            )
+            why = f"{reason}, {detail}" if detail else reason
+            self._end_session(session_id, "finished", f"the client ended it: {why}", reason, detail)
         elif self.store.session(session_id) is None:
             raise self._over(session_id)
 
@@ -220,7 +219,7 @@ class Backend:
         return self.info.model_name
 
     def model_names(self) -> List[str]:
-        """The names the base model answers to."""
+        """The name of the base model, and its aliases."""
         return [self.info.model_name, *self.info.aliases]
 
     def checkpoint_at(self, path: object, *, kind: Optional[str] = None) -> CheckpointRow:
@@ -253,7 +252,7 @@ class Backend:
         return row
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
-        """Return a checkpoint; HTTPError 404 says whether the run or the checkpoint is missing."""
+        """Return a checkpoint; HTTPError 404 names what is missing, the run or the checkpoint."""
         row = self.store.checkpoint(run_id, kind, name)
         if row is not None:
             return row
@@ -340,18 +339,18 @@ class Backend:
                     self.scheduler.add_inflight_sampler(sampler_id, session_id, follows, folder)
                 else:
                     self.scheduler.add_sampler(sampler_id, session_id, folder)
-        if known is not None and folder is not None:  # the same request came twice at once
+        if known is not None and folder is not None:  # the same request came twice at the same time
             shutil.rmtree(folder, ignore_errors=True)
         self._end_if_over(session_id)
         return sampler_id
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
-        known_digest, answer = self._created.get(made_id, (digest, None))
+        known_digest, known_id = self._created.get(made_id, (digest, None))
         if known_digest != digest:
             raise HTTPError(
-                409, f"{made_id} was created with another body; use the next number of the session"
+                409, f"{made_id} was created with another body; use the next seq_id of the session"
             )
-        return answer
+        return known_id
 
     def _end_if_over(self, session_id: str) -> None:
         """Undo what was made while its session ended: nothing else would unload it."""

@@ -1,4 +1,4 @@
-"""What goes wrong with a request to the embedded server, as an HTTP answer.
+"""HTTPError: a request to the embedded server that fails, as an HTTP response.
 
 Raised anywhere below the routes; the application turns it into ``{"detail": ...}``.
 """
@@ -9,9 +9,9 @@ from typing import Mapping, Optional
 
 
 class HTTPError(Exception):
-    """A request that cannot be served: HTTP *status* and a *detail* that names the remedy.
+    """A request that cannot be served: HTTP *status*, and a *detail* that names the remedy.
 
-    *headers* go into the answer.
+    *headers* go into the response.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """JSON as the embedded server reads and writes it: nested to a bounded depth.
 
-What is nested too deeply is refused when it comes in: if it were stored, every later answer that
+What is nested too deeply is rejected when it arrives: if it were stored, every later response that
 shows it would fail.  Pure; no threads.
 """
 
@@ -15,9 +15,9 @@ import orjson
 
 from tinkex.local.errors import HTTPError
 
-#: Most levels of a body.  Answers, which nest what they show a little deeper, and every recursive
+#: Most levels of a body.  Responses, which nest stored values a little deeper, and every recursive
 #: function of Python stay well below their own limits.
-MOST_LEVELS = 400
+MAX_LEVELS = 400
 
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _STRING = re.compile(rb'"[^"]*"')
@@ -41,14 +41,14 @@ def read_json(raw: bytes) -> Any:
 
 def check_levels(raw: bytes) -> None:
     """Raise HTTPError 400 if *raw*, which must be JSON, is nested too deeply."""
-    if levels(raw) > MOST_LEVELS:
-        raise HTTPError(400, f"the body is nested too deeply; at most {MOST_LEVELS} levels")
+    if levels(raw) > MAX_LEVELS:
+        raise HTTPError(400, f"the body is nested too deeply; at most {MAX_LEVELS} levels")
 
 
 def levels(raw: bytes) -> int:
     """How deeply *raw* is nested, or a bound on it that is small enough.  *raw* must be JSON."""
     openings = raw.count(b"[") + raw.count(b"{")
-    if openings <= MOST_LEVELS:
+    if openings <= MAX_LEVELS:
         return openings
     # By the text, because a large batch has too many values to be looked at one by one.
     if b"\\" in raw:

@@ -1,7 +1,7 @@
 """LocalServer: the embedded server with its sockets and threads.
 
 Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and writes sockets),
-"tinkex-http-i" (answer requests and hold polls), "tinkex-engine" (the scheduler's).
+"tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (the scheduler's).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
+import importlib
+import importlib.util
 import logging
 import os
 import secrets
@@ -20,14 +21,14 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Tuple, Type, Union
 
 from tinkex._runtime import lifecycle
 from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engines.engine import Engine
 from tinkex.local.http.admission import Admission, is_loopback, read_hosts
-from tinkex.local.scheduling.scheduler import EXIT_PATIENCE_S
+from tinkex.local.scheduling.scheduler import EXIT_WAIT_S
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.folder_lock import check_data_dir
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: A server that was dropped looks this often whether its last session has ended, in seconds.
+#: A server that was dropped checks this often whether its last session has ended, in seconds.
 _DROPPED_S = 0.1
 
 #: HTTP threads beyond those that may hold polls.
@@ -91,7 +92,7 @@ class LocalServer:
         api_key: what clients must send as ``X-API-Key``; None asks for none.
         session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
         settings: everything else about it; *api_key* and *session_ttl_s* win over it.
-        access_log: gets one line of text for each answered request, in the thread that answered
+        access_log: gets one line of text for each response, in the thread that made
             it; None keeps no log.
     """
 
@@ -118,16 +119,14 @@ class LocalServer:
         self._temporary: Optional[Path] = None
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
-        # Guards _closed: close runs once, whoever calls it.
+        # Guards _closed: close runs once, however often it is called.
         self._lock = threading.Lock()
         self._closed = False
         self._dropped = False  # set once, by a finalizer, so without a lock
-        self._sockets: Dict[int, Any] = {}  # waitress's map; the server thread's own
         self._store: Any = None
         self._backend: Any = None
         self._http: Any = None
         self._threads: Any = None
-        self._accepting: Any = None
 
     @property
     def url(self) -> str:
@@ -146,7 +145,7 @@ class LocalServer:
         return folder
 
     def start(self) -> None:
-        """Bind and serve; return when requests are answered.
+        """Bind and serve; return when requests get responses.
 
         Raises:
             LocalServerError: the port is taken, the folder cannot be used, the server was started
@@ -167,7 +166,7 @@ class LocalServer:
     def close(self) -> None:
         """End the server: release held polls, end the threads, close the sockets and the engine.
 
-        Takes less than two seconds, unless the engine is in the middle of a long turn; that ends
+        Takes less than two seconds, unless the engine is in the middle of long work; that ends
         in the background.  A second call does nothing.  Thread-safe.
         """
         with self._lock:
@@ -176,13 +175,13 @@ class LocalServer:
             self._closed = True
         lifecycle.untrack(self)
         if self._thread is not None:
-            self._backend.futures.close()  # held polls answer now, while the sockets still work
+            self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
             self._http.pull_trigger()
             if self._thread is not threading.current_thread():
                 self._thread.join(0.5)
-            self._close_sockets()  # only now: the trigger pulled above is one of them
+            self._http.close_all()  # only now: the trigger pulled above is one of them
             self._backend.close(timeout_s=0.8)
         self._remove_temporary()
 
@@ -202,7 +201,7 @@ class LocalServer:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
         self.close()
         if self._backend is not None:
-            self._backend.scheduler.join(EXIT_PATIENCE_S)  # an exit hook made now is not run
+            self._backend.scheduler.join(EXIT_WAIT_S)  # an exit hook made now is not run
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the threads, and the folder, are the parent's."""
@@ -225,11 +224,9 @@ class LocalServer:
 
     def _start_on(self, listener: socket.socket) -> None:
         with _missing_packages_reported():
-            import flask  # noqa: F401
-            import waitress.server
-        from tinkex.local.http.accept import Accepting
-        from tinkex.local.http.channel import Channel
-        from tinkex.local.http.imports import import_for_requests
+            for package in ("flask", "waitress"):
+                importlib.import_module(package)
+        from tinkex.local.http.serving import HttpServer
         from tinkex.local.http.threads import HttpThreads
         from tinkex.local.state.store import Store
 
@@ -237,30 +234,13 @@ class LocalServer:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
         self._store = Store(self._temporary or self._data_dir or Path())
         self._backend, app, admission = self._assemble(self._engine, self._store)
-        import_for_requests()
-        held = 2 * self.settings.max_held_polls  # polls, and requests of the OpenAI endpoint
+        _import_for_requests()
+        # Polls, and requests of the OpenAI endpoint.
+        held = 2 * self.settings.max_held_polls
         self._threads = HttpThreads(held + _SPARE_THREADS)
-        self._http = waitress.server.create_server(
-            app,
-            map=self._sockets,
-            _dispatcher=self._threads,
-            sockets=[listener],
-            ident="tinkex",
-            log_socket_errors=False,  # a client that went away is no error of the server
-            connection_limit=held + 1024,
-            channel_timeout=600,
-            asyncore_use_poll=True,
-            # Bodies of a few MB are read in few system calls, and never put on disk.
-            recv_bytes=1 << 18,
-            inbuf_overflow=1 << 27,
-            outbuf_overflow=1 << 27,
-            # A body somewhat too large is read, so that its sender gets to read the answer.
-            max_request_body_size=4 * self.settings.max_body_bytes,
+        self._http = HttpServer(
+            app, listener, self._threads, self.settings, admission, self._access_log
         )
-        self._http.channel_class = functools.partial(
-            Channel, admission=admission, access_log=self._access_log
-        )
-        self._accepting = Accepting(self._http, self._sockets)
         self._port = listener.getsockname()[1]
         self._backend.start()
         self._thread = threading.Thread(target=self._serve, name="tinkex-server", daemon=True)
@@ -270,7 +250,7 @@ class LocalServer:
     def _assemble(
         self, engine: Engine, store: Store
     ) -> Tuple[Backend, Callable[..., Any], Admission]:
-        """Make what answers requests: the backend, and the WSGI application in front of it.
+        """Make what responds to requests: the backend, and the WSGI application in front of it.
 
         A subclass may put a layer between HTTP and the application.
         """
@@ -282,31 +262,18 @@ class LocalServer:
         return backend, create_app(backend, self.settings, admission), admission
 
     def _serve(self) -> None:
-        """Move bytes until close, or until nobody can come any more; the thread tinkex-server."""
-        from waitress import wasyncore
-
+        """Move bytes until close, or until no client is left; the thread tinkex-server."""
         while not self._stop.is_set():
             if self._dropped and not self._backend.has_sessions():
                 break
-            timeout_s = _DROPPED_S if self._dropped else 30.0
             try:
-                timeout_s = self._accepting.resume(timeout_s)
-                wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._sockets, count=1)
+                self._http.serve_once(_DROPPED_S if self._dropped else 30.0)
             except OSError:
-                # A socket that died between two looks; waitress drops it on the next one.
                 _log.debug("the socket loop was disturbed", exc_info=True)
                 time.sleep(0.01)
-        # What the last answers left in the buffers goes out, if it goes at once.
-        for channel in list(self._sockets.values()):
-            if getattr(channel, "total_outbufs_len", 0):
-                channel.handle_write()
+        self._http.flush()
         if self._dropped:
             self.close()
-
-    def _close_sockets(self) -> None:
-        from waitress import wasyncore
-
-        wasyncore.close_all(map=self._sockets, ignore_all=True)
 
     def _remove_temporary(self) -> None:
         if self._temporary is not None:
@@ -329,6 +296,23 @@ def _missing_packages_reported() -> Iterator[None]:
             f"the embedded server needs {package}, which is not installed",
             hint='Install it: python -m pip install "tinkex[local]"',
         ) from error
+
+
+#: What requests import.  A module whose import fails within a request, for want of a file
+#: descriptor, would fail each later request, too.
+_MODULES_OF_REQUESTS = (
+    "tinkex.wire.json_codec",
+    "tinkex.wire.proto_codec",
+    "tinkex.wire.proto_writer",
+    "tinkex.wire.tinker_public_pb2",
+)
+
+
+def _import_for_requests() -> None:
+    for name in _MODULES_OF_REQUESTS:
+        importlib.import_module(name)
+    if importlib.util.find_spec("zstandard") is not None:
+        importlib.import_module("zstandard")
 
 
 def check_bind(host: str, port: int, api_key: Optional[str]) -> None:

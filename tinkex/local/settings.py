@@ -1,4 +1,4 @@
-"""How one embedded server behaves: everything that can be chosen about it, in one frozen value.
+"""Everything that can be configured about an embedded server, in one frozen value.
 
 LocalServer and create_app take it; callers replace single fields of it
 (``dataclasses.replace``).  No threads.
@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Tuple
 
 @dataclasses.dataclass(frozen=True)
 class ClientFlags:
-    """What ``client/config`` tells clients (docs/protocol.md, "Static flags"), but for JWT.
+    """The flags of ``client/config`` (docs/protocol.md, "Static flags"), except for JWT.
 
     ``pjwt_auth_enabled`` is not here: it follows `ServerSettings.jwt`.
     """
@@ -38,7 +38,7 @@ class ClientFlags:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicClientFlags:
-    """What ``client/dynamic_config`` tells clients (docs/protocol.md, "Dynamic flags")."""
+    """The flags of ``client/dynamic_config`` (docs/protocol.md, "Dynamic flags")."""
 
     refresh_interval_sec: int = 300
     sample_cancel_enabled: bool = False
@@ -52,13 +52,13 @@ class SamplingLimits:
     Args:
         max_live_tokens: key-value cache of all live batches together, in tokens of prompt and
             continuation.  A single request may exceed it; it then runs alone.
-        max_num_samples: most continuations of one request; beyond it submissions answer 400.
+        max_num_samples: most continuations of one request; beyond it submissions get 400.
         max_batch_sequences: most continuations in one batch.
-        max_live_batches: most batches of one sampler that advance in turn.
+        max_live_batches: most batches of one sampler that advance alternately.
         gather_s: a batch starts when no new request came for this long, ...
         gather_most_s: ... or the first one has waited for this long.
         max_loaded: most samplers the engine holds; the one unused longest makes room.
-        max_queued: most sample requests that wait; beyond it submissions answer 429.
+        max_queued: most sample requests that wait; beyond it submissions get 429.
     """
 
     max_live_tokens: int = 65_536
@@ -76,26 +76,27 @@ class ServerSettings:
     """One embedded server.
 
     Args:
-        api_key: what ``X-API-Key`` must carry; None lets everyone on this machine in.
+        api_key: what ``X-API-Key`` must carry; None admits everyone on this machine.
         allowed_hosts: names, besides those of loopback, by which a server without a key may be
-            reached, e.g. that of a reverse proxy; the pages of these hosts may send requests.
+            reached, such as the name of a reverse proxy; pages of these hosts may send requests.
         jwt: clients exchange their key for a token at ``auth/token``.
         jwt_lifetime_s: such a token is valid for this long.
         owner_urn: who owns every session, run and checkpoint: there is one user.
         org_id: the organization of that user.
-        flags: the answer of ``client/config``.
-        dynamic_flags: the answer of ``client/dynamic_config``.
+        flags: the response of ``client/config``.
+        dynamic_flags: the response of ``client/dynamic_config``.
         info_message, warning_message, error_message: what ``create_session`` has clients log.
-        retrieve_hold_s: a poll for pending work is answered after this long.
-        max_held_polls: so many polls are held at once, each in a thread (about 20 KB); more
-            get 429.  The same bound holds for requests of the OpenAI-compatible endpoint.
+        retrieve_hold_s: a poll for pending work gets a response after this long.
+        max_held_polls: most polls that are held at a time, each in a thread (about 20 KB);
+            beyond it polls get 429.  The same bound holds for requests of the OpenAI-compatible
+            endpoint.
         metadata_threshold_bytes: a result of more bytes than this is first announced by its size,
             to clients that allow it.
         max_body_bytes: largest request body, compressed or not; beyond it is 413.
         max_waiting_per_run: most requests of one run that wait for a missing seq_id; beyond it
             is 429.
         signed_url_lifetime_s: a signed URL of a checkpoint's files is valid for this long.
-        telemetry_kept: the last so many telemetry events are kept, in memory.
+        telemetry_kept: number of telemetry events that are kept, in memory.
         session_ttl_s: a session without a heartbeat for this long expires.
         limits: how sampling shares the engine.
     """

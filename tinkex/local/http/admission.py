@@ -1,6 +1,6 @@
-"""Which requests are let in, judged by their headers, before anything of the body is kept.
+"""Which requests are admitted, judged by their headers, before anything of the body is kept.
 
-Three kinds of senders are kept out:
+Three kinds of senders are rejected:
 
 - one without the key, if the server has one;
 - a web page that had its own name point to this machine (DNS rebinding), which the browser then
@@ -41,7 +41,7 @@ _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[0-9A-Za-z_.-]+))(?P
 
 
 class Head(NamedTuple):
-    """What is known of a request before its body.
+    """A request before its body.
 
     Attributes:
         headers: by their names as in CGI, without ``HTTP_``: ``X_API_KEY``.
@@ -69,10 +69,10 @@ def head_of(environ: Mapping[str, Any]) -> Head:
 
 
 class Admission:
-    """Lets requests in or refuses them.
+    """Admits or rejects requests.
 
     Args:
-        settings: of the server: its key, its tokens, and the names that it answers to.
+        settings: of the server: its key, its tokens, and the names by which it may be reached.
         bearer: the key may also come as ``Authorization: Bearer``.
 
     Raises:
@@ -88,7 +88,7 @@ class Admission:
         self._allowed_hosts = read_hosts(settings.allowed_hosts)
 
     def check(self, head: Head) -> None:
-        """Refuse a request.
+        """Reject a request.
 
         Raises:
             HTTPError: 421, the host is not this server; 403, it comes from a page of another site;
@@ -105,7 +105,7 @@ class Admission:
             self._check_key(head)
 
     def admits(self, head: Head) -> bool:
-        """True if `check` does not refuse the request."""
+        """True if `check` does not reject the request."""
         try:
             self.check(head)
         except HTTPError:
@@ -175,7 +175,7 @@ def host_name(host: str) -> Optional[str]:
     if match is None:
         return None
     name = (match["v6"] or match["name"]).lower()
-    # A trailing dot only says that the name is complete.
+    # A trailing dot only marks the name as complete.
     return (name[:-1] if name.endswith(".") else name) or None
 
 
@@ -203,10 +203,10 @@ def read_hosts(names: Iterable[str]) -> FrozenSet[str]:
     return frozenset(found)
 
 
-def check_size(size: int, most: int) -> None:
-    """Raise HTTPError 413 if a body of *size* bytes is larger than *most*."""
-    if size > most:
-        raise HTTPError(413, f"the body is larger than {most} bytes; send smaller batches")
+def check_size(size: int, limit: int) -> None:
+    """Raise HTTPError 413 if a body of *size* bytes is larger than *limit*."""
+    if size > limit:
+        raise HTTPError(413, f"the body is larger than {limit} bytes; send smaller batches")
 
 
 def _with_port(host: str, default: str) -> Optional[str]:
@@ -219,7 +219,7 @@ def _with_port(host: str, default: str) -> Optional[str]:
 
 
 def _needs_no_key(path: str) -> bool:
-    """True for what anyone may fetch: health, and URLs that carry a signature themselves."""
+    """True for what everyone may fetch: health, and URLs that carry a signature themselves."""
     return path == "/api/v1/healthz" or path.startswith(SIGNED_PREFIX)
 
 

@@ -67,7 +67,7 @@ def tar_content(folder: Path) -> Content:
     except BaseException:
         content.close()
         raise
-    # Two empty blocks end an archive, and it is filled up to a whole record.
+    # Two empty blocks end an archive, and it is padded to a full record.
     ending = 2 * tarfile.BLOCKSIZE
     ending += -(content.size + ending) % tarfile.RECORDSIZE
     content._add(io.BytesIO(bytes(ending)))

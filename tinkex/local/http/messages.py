@@ -40,23 +40,23 @@ def raw_body() -> bytes:
         HTTPError: 413, it is too large; 415, the encoding is unknown or zstandard is not
             installed; 400, it is broken.
     """
-    most = int(current_app.config[MAX_BODY])
-    check_size(request.content_length or 0, most)
+    limit = int(current_app.config[MAX_BODY])
+    check_size(request.content_length or 0, limit)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
-    check_size(len(body), most)
+    check_size(len(body), limit)
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
         raise HTTPError(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
-    return decompressed(body, most)
+    return decompressed(body, limit)
 
 
-def decompressed(body: bytes, most: int) -> bytes:
+def decompressed(body: bytes, limit: int) -> bytes:
     """Undo zstd in small steps, since a few bytes may stand for gigabytes.
 
     Raises:
-        HTTPError: 413, it makes more than *most* bytes; 400, it is broken; 415, zstandard is not
+        HTTPError: 413, it makes more than *limit* bytes; 400, it is broken; 415, zstandard is not
             installed.
     """
     try:
@@ -74,7 +74,7 @@ def decompressed(body: bytes, most: int) -> bytes:
             part = decompressor.decompress(body[start : start + _ZSTD_STEP])
             parts.append(part)
             size += len(part)
-            check_size(size, most)
+            check_size(size, limit)
     except zstandard.ZstdError as error:
         raise HTTPError(400, f"the zstd body is broken: {error}") from error
     if not decompressor.eof:
@@ -105,14 +105,14 @@ def page(default_limit: int) -> Tuple[int, int]:
 
 
 def check_scope() -> None:
-    """Raise HTTPError 400 unless the query's access_scope is one there is; there is one user."""
+    """Raise HTTPError 400 unless the query's access_scope is known.  There is one user."""
     scope = request.args.get("access_scope", "owned")
     if scope not in ("owned", "accessible"):
         raise HTTPError(400, f"access_scope is {scope!r:.100}; it must be owned or accessible")
 
 
 def idempotency_key() -> Optional[str]:
-    """What tells that a request is the same as before, if the client says so.
+    """Return the key by which a repeated request is recognised, if the client sent one.
 
     HTTPError 400 if it is too long to be remembered.
     """
@@ -126,7 +126,7 @@ def idempotency_key() -> Optional[str]:
 
 
 def digest(raw: bytes) -> bytes:
-    """Tell bodies apart: repeats of one seq_id must carry the same."""
+    """Return the digest of a body: repetitions of one seq_id must have the same body."""
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 

@@ -35,7 +35,7 @@ class TokenMint:
         self._secret = secrets.token_bytes(32)
 
     def make(self, claims: Dict[str, Any]) -> str:
-        """Return a token that says *claims*, and until when."""
+        """Return a token with *claims* and an expiry."""
         now = self._clock.wall()
         # Fractions, because a test's tokens may live for less than a second.
         times = {"iat": now, "exp": now + self._lifetime_s, "jti": secrets.token_hex(8)}
@@ -44,13 +44,13 @@ class TokenMint:
         return (signed + b"." + _encode(self._sign(signed))).decode("ascii")
 
     def fault_of(self, token: str) -> Optional[str]:
-        """What is wrong with *token*, in words; None if it is one of ours and still valid."""
+        """Return what is wrong with *token*; None if it was made here and is still valid."""
         signed, _, signature = token.encode("utf-8", "replace").rpartition(b".")
         if not hmac.compare_digest(_encode(self._sign(signed)), signature):
             return "it was not signed by this server, or before its last start"
         try:
             claims = json.loads(_decode(signed.partition(b".")[2]))
-        except (binascii.Error, ValueError):  # not of our making, though signed
+        except (binascii.Error, ValueError):  # signed, but not made here
             return "it is malformed"
         return "it has expired" if self._clock.wall() >= claims["exp"] else None
 
@@ -86,7 +86,7 @@ class Signer:
         return f"{quote(path, safe='/:')}?{urlencode(query)}", expires_at
 
     def check(self, path: str, expires: Optional[str], signature: Optional[str]) -> None:
-        """Raise HTTPError 403 unless *signature* is that of *path* and *expires* lies ahead."""
+        """Raise HTTPError 403 unless *signature* fits *path*, and *expires* is in the future."""
         number = expires if expires and expires.isascii() and expires.isdigit() else ""
         if signature is None or not 0 < len(number) <= 12:
             raise HTTPError(403, "this URL is not signed; ask for a signed one")

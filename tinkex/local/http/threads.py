@@ -1,4 +1,4 @@
-"""The threads that answer HTTP requests: as many as are needed, up to a cap.
+"""The threads that respond to HTTP requests: as many as are needed, up to a cap.
 
 waitress has a fixed pool, in which a few held polls would starve everything else.  Here a thread
 is added whenever a request finds none idle, and ends after half a minute without work.  Owned by
@@ -20,12 +20,12 @@ class HttpThreads:
     """An elastic pool with the interface of waitress's task dispatcher.  Thread-safe.
 
     Args:
-        most: cap of the threads; further requests wait for one.
+        limit: most threads; further requests wait.
         idle_s: a thread without work for this long ends.
     """
 
-    def __init__(self, most: int, idle_s: float = 30.0) -> None:
-        self._most = most
+    def __init__(self, limit: int, idle_s: float = 30.0) -> None:
+        self._limit = limit
         self._idle_s = idle_s
         # Guards everything below.
         self._lock = threading.Lock()
@@ -44,7 +44,7 @@ class HttpThreads:
                 self._tasks.append(task)
                 if self._idle >= len(self._tasks):
                     self._wake.notify()
-                elif len(self._threads) < self._most:
+                elif len(self._threads) < self._limit:
                     self._add_thread_locked()
         if closing:
             task.cancel()
@@ -58,7 +58,7 @@ class HttpThreads:
         except RuntimeError:  # the system has no more threads
             if not self._threads:
                 raise
-            return  # those there are take the task
+            return  # the existing threads take the task
         self._threads.append(thread)
 
     def set_thread_count(self, count: int) -> None:
@@ -97,7 +97,7 @@ class HttpThreads:
             try:
                 task.service()
             except Exception:
-                # waitress 3.0 stumbles (no `path`) over a client that sent nonsense and hung up.
+                # waitress 3.0 fails (no `path`) on a client that sent nonsense and hung up.
                 if getattr(task, "connected", True):
                     _log.exception("an HTTP request failed")
                 else:

@@ -38,7 +38,7 @@ class CustomLosses:
                 self._made[loss_id] = (digest, program)
                 return True
         if known[0] != digest:
-            raise HTTPError(409, f"{loss_id} was made from another body; take the next number")
+            raise HTTPError(409, f"{loss_id} was made from another body; take the next seq_id")
         return False
 
     def find(self, loss_id: object) -> Optional[LossProgram]:

@@ -122,7 +122,7 @@ class LossProgram:
 
 
 def read_program(body: Dict[str, Any]) -> LossProgram:
-    """Read the body of ``create_custom_loss``; HTTPError 400 says what is wrong with it."""
+    """Read the body of ``create_custom_loss``; HTTPError 400 names what is wrong with it."""
     inputs = _read_inputs(required(body, "inputs", list))
     graph = required(body, "graph", dict)
     if graph.get("format") != 1:

@@ -80,7 +80,7 @@ class ServiceRoutes(Routes):
         )
 
     def revoke_key(self) -> Response:
-        """Reject it: the key belongs to whoever started the server."""
+        """Reject it: the key was chosen when the server was started."""
         raise HTTPError(
             403, "this server's key is the one that it was started with; it stays valid"
         )

@@ -59,7 +59,7 @@ class Search:
 
     @classmethod
     def read(cls, body: Dict[str, Any]) -> Search:
-        """Read a request body; HTTPError 400 says what is wrong with it."""
+        """Read a request body; HTTPError 400 names what is wrong with it."""
         limit = optional(body, "limit", int)
         if limit is not None and not 1 <= limit <= 200:
             raise HTTPError(400, f"limit is {limit}; it must lie between 1 and 200")

@@ -21,10 +21,10 @@ from tinkex.types import Datum, LoraConfig, SampleRequest
 
 #: Most numbers that one request may ask for, or that its tensors may hold once they are dense:
 #: half a gigabyte.
-_MOST_CELLS = 1 << 26
+_MAX_CELLS = 1 << 26
 
-_MOST_STOPS = 1024
-_MOST_RANK = 4096
+_MAX_STOPS = 1024
+_MAX_RANK = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
 
@@ -38,11 +38,11 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
     cells = 0
     for index, datum in enumerate(data):
         cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
-        if cells > _MOST_CELLS:
+        if cells > _MAX_CELLS:
             raise HTTPError(
                 400,
                 f"datum {index}: its loss inputs, and those before it, have more than "
-                f"{_MOST_CELLS} cells as dense tensors; send smaller batches",
+                f"{_MAX_CELLS} cells as dense tensors; send smaller batches",
             )
         try:
             tokens = datum.model_input.to_numpy()
@@ -125,20 +125,20 @@ def _check_counts(info: EngineInfo, request: SampleRequest, limits: SamplingLimi
                 f"{info.vocab_size} tokens",
             )
     stop = request.sampling_params.stop
-    if stop is not None and not isinstance(stop, str) and len(stop) > _MOST_STOPS:
-        raise HTTPError(400, f"stop has {len(stop)} entries; it must have at most {_MOST_STOPS}")
+    if stop is not None and not isinstance(stop, str) and len(stop) > _MAX_STOPS:
+        raise HTTPError(400, f"stop has {len(stop)} entries; it must have at most {_MAX_STOPS}")
 
 
 def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
-    """Check how much the answer, or what it is made from, would hold."""
+    """Check how large the response, or what it is computed from, would be."""
     cells = prompt * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
     cells += sampled * request.topk_sample_logprobs
     if request.target_prompt_logprobs is not None:
         cells += math.prod(request.target_prompt_logprobs.shape)
-    if cells > _MOST_CELLS:
+    if cells > _MAX_CELLS:
         raise HTTPError(
             400,
-            f"the request asks for {cells} log-probabilities; it must be at most {_MOST_CELLS}: "
+            f"the request asks for {cells} log-probabilities; it must be at most {_MAX_CELLS}: "
             "ask for fewer of each position, or of fewer tokens",
         )
 
@@ -160,8 +160,8 @@ def check_lora(lora: LoraConfig) -> None:
         lora.check()
     except InvalidInputError as error:
         raise HTTPError(400, str(error)) from error
-    if lora.rank > _MOST_RANK:
-        raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MOST_RANK}")
+    if lora.rank > _MAX_RANK:
+        raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MAX_RANK}")
 
 
 def check_optimizer(config: Optional[Dict[str, Any]]) -> None:

@@ -11,8 +11,8 @@ from typing import Callable, Deque, Dict, List, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
 
-#: So many answered seq_ids are remembered per run; older ones cannot be repeated.
-REMEMBERED = 4096
+#: seq_ids that are remembered per run; older ones cannot be repeated.
+MAX_REMEMBERED = 4096
 
 
 #: Engine work: called on the engine thread, its value is the result.
@@ -34,7 +34,7 @@ class Job:
 class SeenIds:
     """The seq_ids that were used, each with a digest of its body and its request id."""
 
-    def __init__(self, owner: str, limit: int = REMEMBERED) -> None:
+    def __init__(self, owner: str, limit: int = MAX_REMEMBERED) -> None:
         self._owner = owner
         self._limit = limit
         self._seen: OrderedDict[int, Tuple[bytes, Optional[str]]] = OrderedDict()
@@ -52,7 +52,7 @@ class SeenIds:
         """Return the request id of an earlier submission of the same body, or None.
 
         Raises:
-            HTTPError: 409, the number was used for another body.
+            HTTPError: 409, the seq_id was used for another body.
         """
         if seq_id not in self._seen:
             return None
@@ -77,15 +77,15 @@ class Lane:
         self.ready: Deque[Job] = deque()
         self.closed: Optional[str] = None  # why nothing is accepted any more
         self.broken: Optional[str] = None  # why the model does not exist
-        self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected number
+        self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected seq_id
         self._seen = SeenIds(model_id)
 
     def find(self, seq_id: int, digest: bytes) -> Optional[str]:
         """Return the request id of an earlier submission of the same body, or None.
 
         Raises:
-            HTTPError: 409, the number was used for another body, or so long ago that it is
-                forgotten.
+            HTTPError: 409, the seq_id was used for another body, or so long ago that it
+                is forgotten.
         """
         request_id = self._seen.find(seq_id, digest)
         if request_id is None and seq_id < self.next_seq and seq_id not in self._seen:
@@ -97,14 +97,14 @@ class Lane:
         return request_id
 
     def named(self, job: Job) -> Job:
-        """Return *job* under the request id it is to have; a number comes once here."""
+        """Return *job* under the request id it is to have; a seq_id is used once here."""
         return job
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
-        """Take in a new request, or None for a number that a rejected request used up."""
+        """Take in a new request, or None for a seq_id that a rejected request consumed."""
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
         if seq_id < self.next_seq:
-            if job is not None:  # rejected before, repeated, and valid now: its turn has passed
+            if job is not None:  # rejected before, repeated, and valid now: its place has passed
                 self.ready.append(job)
             return
         self._early[seq_id] = job
@@ -115,10 +115,10 @@ class Lane:
             self.next_seq += 1
 
     def waits_beyond_a_gap(self, seq_id: int) -> int:
-        """How many requests wait already, if *seq_id* would wait for a missing one too; else 0."""
+        """Return how many requests wait already if *seq_id* would also wait; else 0."""
         return len(self._early) if seq_id > self.next_seq else 0
 
-    def take_all(self) -> List[Job]:
+    def remove_all(self) -> List[Job]:
         """Remove and return everything that has not begun."""
         jobs = [*self.ready, *(job for _, job in sorted(self._early.items()) if job is not None)]
         self.ready.clear()
@@ -126,7 +126,7 @@ class Lane:
         return jobs
 
     def why_waiting(self, seq_id: int) -> str:
-        """Say in a sentence why the request *seq_id* is not done yet."""
+        """Return a sentence on why the request *seq_id* is not done yet."""
         if seq_id > self.next_seq and seq_id in self._early:
             return f"waits for seq_id {self.next_seq} of {self.model_id}, which has not arrived"
         ahead = max(0, len(self.ready) - (self.next_seq - seq_id))

@@ -1,4 +1,4 @@
-"""What the engine thread does for samplers: load weights, start batches, advance them, end them.
+"""What the engine thread does for samplers: load weights; start, advance and end batches.
 
 Used by the scheduler's thread only, hence without a lock of its own; the scheduler's lock, which
 guards the queues, is borrowed for looking into them.
@@ -21,15 +21,15 @@ from tinkex.local.state.futures import Failure, FutureTable, Success
 _log = logging.getLogger(__name__)
 
 
-class SamplingTurns:
+class SamplingWorker:
     """The samplers' share of the engine.
 
     Args:
         engine: does the work.
         futures: gets the results.
-        limits: how much is done at once.
+        limits: how sampling shares the engine.
         lock: guards the lanes' queues; taken for moments, never while the engine works.
-        taken: called under the lock with the number of requests that left a queue.
+        count_dequeued: called under the lock with the number of requests that left a queue.
         clock: monotonic seconds.
     """
 
@@ -39,20 +39,20 @@ class SamplingTurns:
         futures: FutureTable,
         limits: SamplingLimits,
         lock: threading.Lock,
-        taken: Callable[[int], None],
+        count_dequeued: Callable[[int], None],
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
         self._futures = futures
         self._limits = limits
         self._lock = lock
-        self._taken = taken
+        self._count_dequeued = count_dequeued
         self._clock = clock
         self._loaded: OrderedDict[str, SamplerWeights] = OrderedDict()  # least recently used first
         self._live_tokens = 0
 
     def runnable(self, lane: SamplerLane, now: float) -> bool:
-        """True if a turn of *lane* has something to do now."""
+        """True if `serve` would have something to do for *lane* now."""
         return bool(
             lane.live
             or lane.closed is not None
@@ -60,7 +60,7 @@ class SamplingTurns:
             or lane.may_start(self._limits, self._live_tokens, now)
         )
 
-    def turn(self, lane: SamplerLane) -> None:
+    def serve(self, lane: SamplerLane) -> None:
         """Start a batch of an open lane if it may, and do one slice of one of its batches."""
         with self._lock:
             weights = lane.weights
@@ -69,7 +69,7 @@ class SamplingTurns:
             with self._lock:
                 if lane.may_start(self._limits, self._live_tokens, self._clock()):
                     batch = Batch(lane.take_batch(self._limits, self._live_tokens), weights)
-                    self._taken(len(batch.jobs))
+                    self._count_dequeued(len(batch.jobs))
             if batch is not None:
                 self._start(lane, batch)
             if lane.live:
@@ -79,7 +79,7 @@ class SamplingTurns:
                 lane.cancelled.clear()  # those that had finished when they were cancelled
 
     def end(self, lane: SamplerLane, why: str) -> None:
-        """Abandon the batches of a closed lane and give its weights free."""
+        """Abandon the batches of a closed lane and release its weights."""
         while lane.live:
             self._end_batch(lane.live.popleft(), why, "user")
         with self._lock:
@@ -112,7 +112,7 @@ class SamplingTurns:
                 failure = failure_of(error, lane.sampler_id)
                 with self._lock:
                     failed = [job.request_id for job in lane.queued]
-                    self._taken(len(failed))
+                    self._count_dequeued(len(failed))
                     lane.queued.clear()
                 for request_id in failed:
                     self._futures.complete(request_id, failure)
@@ -135,7 +135,7 @@ class SamplingTurns:
         lane.live.append(batch)
 
     def _advance(self, lane: SamplerLane) -> None:
-        """Do one slice of the batch whose turn it is."""
+        """Do one slice of the next batch."""
         batch = lane.live.popleft()
         self._drop_cancelled(lane, batch)
         if not batch.unfinished:
@@ -179,32 +179,34 @@ class SamplingTurns:
         self._fail([batch.jobs[index] for index in sorted(batch.unfinished)], why, category)
         close = getattr(batch.slices, "close", None)  # a generator has it, a plain iterator not
         if close is not None:
-            guarded(close, "abandon a batch")
+            log_failure("abandon a batch", close)
         batch.weights.batches -= 1
         self.release(batch.weights)
 
     def _unload(self, weights: SamplerWeights) -> None:
         weights.loaded = False
         del self._loaded[weights.engine_id]
-        guarded(
-            lambda: self._engine.unload_sampler(weights.engine_id), f"unload {weights.engine_id}"
-        )
+        name = weights.engine_id
+        log_failure(f"unload {name}", self._engine.unload_sampler, name)
 
     def _fail(self, jobs: List[SampleJob], why: str, category: str) -> None:
         for job in jobs:
             self._futures.complete(job.request_id, Failure(why, category))
 
 
-def guarded(action: Callable[[], object], what: str) -> None:
-    """Do engine work that no request waits for; what it raises is logged."""
+def log_failure(what: str, action: Callable[..., object], *args: object) -> None:
+    """Do engine work that no request waits for; an exception is logged."""
     try:
-        action()
+        action(*args)
     except Exception:
         _log.exception("the engine failed to %s", what)
 
 
 def failure_of(error: Exception, what: str) -> Failure:
-    """Class what work raised: an EngineError speaks for itself, the rest is the server's fault."""
+    """Return what a request fails with whose work raised *error*.
+
+    An EngineError knows whose fault it is; anything unexpected is the server's, and logged.
+    """
     if isinstance(error, EngineError):
         return Failure(str(error), error.category)
     if isinstance(error, HTTPError):

@@ -1,14 +1,14 @@
 """Runs all engine work on one thread, "tinkex-engine", and decides what is next.
 
 Owned by the backend; started and closed by it.  HTTP threads submit, the engine thread works:
-training runs and samplers take turns, one request or one slice of sampling at a time.  Between
-turns, and when it is idle, the thread does the backend's housekeeping (there is no janitor
-thread).
+training runs and samplers are served in rotation, one request or one slice of sampling at a time.
+In between, and when it is idle, the thread does the backend's housekeeping.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import threading
 import time
@@ -20,15 +20,15 @@ from tinkex.local.engines.engine import Engine
 from tinkex.local.errors import HTTPError
 from tinkex.local.scheduling.batches import SampleJob, SamplerLane, SamplerWeights
 from tinkex.local.scheduling.lanes import Job, Lane
-from tinkex.local.scheduling.sampling import SamplingTurns, failure_of, guarded
+from tinkex.local.scheduling.sampling import SamplingWorker, failure_of, log_failure
 from tinkex.local.settings import SamplingLimits
 from tinkex.local.state.futures import Failure, FutureTable, Group, Outcome, Success
 from tinkex.types import SampleRequest
 
 _log = logging.getLogger(__name__)
 
-#: The process waits at most this long at its end for an interrupted turn, in seconds.
-EXIT_PATIENCE_S = 20.0
+#: At exit the process waits at most this long for work that was interrupted, in seconds.
+EXIT_WAIT_S = 20.0
 
 AnyLane = Union[Lane, SamplerLane]
 
@@ -65,15 +65,15 @@ class Scheduler:
         self._wake = threading.Condition(self._lock)
         self._models: Dict[str, Lane] = {}
         self._samplers: Dict[str, SamplerLane] = {}
-        self._turns: Deque[AnyLane] = deque()  # lanes with something to do
-        self._running: Optional[AnyLane] = None  # whose turn it is; not in _turns meanwhile
+        self._rotation: Deque[AnyLane] = deque()  # lanes with something to do
+        self._running: Optional[AnyLane] = None  # being served; not in _rotation meanwhile
         self._queued_samples = 0
-        self._poked = False
+        self._housekeeping_wanted = False
         self._closing = False
-        self._retired: List[SamplerWeights] = []  # followed by newer ones
+        self._retired: List[SamplerWeights] = []  # replaced by newer ones
         # Engine thread only.
-        self._sampling = SamplingTurns(
-            engine, futures, self._limits, self._lock, self._left_queue_locked, clock
+        self._sampling = SamplingWorker(
+            engine, futures, self._limits, self._lock, self._count_dequeued_locked, clock
         )
         self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
 
@@ -84,7 +84,7 @@ class Scheduler:
     def close(self, timeout_s: float) -> None:
         """Fail what is queued, interrupt the engine, end the thread, and close the engine.
 
-        Waits at most *timeout_s*; a turn that takes longer ends in the background.
+        Waits at most *timeout_s*; work that takes longer ends in the background.
         """
         with self._wake:
             self._closing = True
@@ -93,25 +93,25 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                _log.info("the engine is still busy; thread tinkex-engine ends after its turn")
+                _log.info("the engine is still busy; thread tinkex-engine ends when it is done")
                 # Python kills a daemon thread that computes in C++ by aborting the process.
-                atexit.register(self._thread.join, EXIT_PATIENCE_S)
+                atexit.register(self._thread.join, EXIT_WAIT_S)
 
     def join(self, timeout_s: float) -> None:
         """Wait until the thread has ended, but no longer than *timeout_s*."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def poke(self) -> None:
+    def request_housekeeping(self) -> None:
         """Have the engine thread do its housekeeping soon."""
         with self._wake:
-            self._poked = True
+            self._housekeeping_wanted = True
             self._wake.notify()
 
     # Training runs
 
     def add_model(self, model_id: str, session_id: str, job: Job) -> None:
-        """Open the queue of a new training run; *job* makes the model."""
+        """Open the queue of a new training run; *job* creates the model."""
         with self._wake:
             lane = self._models[model_id] = self._lane_type(model_id, session_id)
             self._futures.create(job.request_id, model_id, 0)
@@ -128,13 +128,13 @@ class Scheduler:
         """Return the request id of an earlier submission of the same body, or None.
 
         Raises:
-            HTTPError: 409 if the number was used for another body; 404 if the run is closed.
+            HTTPError: 409 if the seq_id was used for another body; 404 if the run is closed.
         """
         with self._lock:
             return self._open_lane_locked(model_id).find(seq_id, digest)
 
     def submit(self, model_id: str, seq_id: int, digest: bytes, job: Optional[Job]) -> str:
-        """Queue *job* at *seq_id*; None uses the number up without any work.
+        """Queue *job* at *seq_id*; None consumes the seq_id without any work.
 
         Returns the request id: of an earlier submission if the body is the same.
         """
@@ -163,18 +163,17 @@ class Scheduler:
 
         Nothing happens if that was queued before.
         """
-
-        def unload() -> Dict[str, str]:
-            self.close_model(model_id, f"model {model_id} was unloaded")
-            return {"model_id": model_id, "type": "unload_model"}
-
         with self._wake:
             if self._futures.wait(request_id, 0.0) is not None:
                 return
             lane = self._open_lane_locked(model_id)
             self._futures.create(request_id, model_id, lane.next_seq)
-            lane.ready.append(Job(request_id, unload))
+            lane.ready.append(Job(request_id, functools.partial(self._unload, model_id)))
             self._enqueue_locked(lane)
+
+    def _unload(self, model_id: str) -> object:
+        self.close_model(model_id, f"model {model_id} was unloaded")
+        return {"model_id": model_id, "type": "unload_model"}
 
     def close_model(self, model_id: str, why: str) -> None:
         """Refuse further requests of a run, fail the queued ones, and unload it soon."""
@@ -220,7 +219,7 @@ class Scheduler:
         self._enqueue_locked(lane)
 
     def join_sampler(self, sampler_id: str) -> int:
-        """Count one more client of a sampler and return its number; the first client is 0."""
+        """Count one more client of a sampler and return its index; the first client is 0."""
         with self._lock:
             lane = self._open_sampler_lane_locked(sampler_id)
             lane.clones += 1
@@ -243,7 +242,7 @@ class Scheduler:
     ) -> str:
         """Queue a sample request and return its request id; *cost* is its cache in tokens.
 
-        With *on_done* nobody polls for the outcome: it is passed on (see `FutureTable.create`).
+        With *on_done* the outcome is not polled for but passed on (see `FutureTable.create`).
         """
         with self._wake:
             lane = self._open_sampler_lane_locked(sampler_id)
@@ -280,7 +279,7 @@ class Scheduler:
                 queued = [job for job in lane.queued if job.request_id == request_id]
                 if queued:
                     lane.queued.remove(queued[0])
-                    self._left_queue_locked(1)
+                    self._count_dequeued_locked(1)
                 else:
                     lane.cancelled.add(request_id)
                 self._wake.notify()
@@ -298,7 +297,7 @@ class Scheduler:
         self._fail(failed, why)
 
     def why_waiting(self, owner: str, seq_id: int) -> str:
-        """Say in a sentence why the request *seq_id* of a run or sampler is not done yet."""
+        """Return a sentence on why the request *seq_id* of a run or sampler is not done yet."""
         with self._lock:
             if owner in self._models:
                 return self._models[owner].why_waiting(seq_id)
@@ -330,21 +329,21 @@ class Scheduler:
         return lane
 
     def _enqueue_locked(self, lane: AnyLane) -> None:
-        if lane is not self._running and lane not in self._turns:
-            self._turns.append(lane)
+        if lane is not self._running and lane not in self._rotation:
+            self._rotation.append(lane)
         self._wake.notify()
 
     def _close_lane_locked(self, lane: AnyLane, why: str) -> List[str]:
         lane.closed = why
         self._enqueue_locked(lane)
         if isinstance(lane, Lane):
-            return [job.request_id for job in lane.take_all()]
+            return [job.request_id for job in lane.remove_all()]
         failed = [job.request_id for job in lane.queued]
-        self._left_queue_locked(len(failed))
+        self._count_dequeued_locked(len(failed))
         lane.queued.clear()
         return failed
 
-    def _left_queue_locked(self, samples: int) -> None:
+    def _count_dequeued_locked(self, samples: int) -> None:
         self._queued_samples -= samples
 
     def _fail(self, request_ids: List[str], why: str, category: str = "user") -> None:
@@ -354,26 +353,26 @@ class Scheduler:
     # The engine thread
 
     def _work(self) -> None:
-        chores_due = self._clock()
+        due = self._clock()
         while True:
             with self._lock:
-                poked, self._poked = self._poked, False
-            if poked or self._clock() >= chores_due:
-                chores_due = self._do_chores()
+                wanted, self._housekeeping_wanted = self._housekeeping_wanted, False
+            if wanted or self._clock() >= due:
+                due = self._do_housekeeping()
             with self._wake:
                 if self._closing:
                     break
-                lane = self._next_turn_locked(chores_due)
+                lane = self._next_lane_locked(due)
                 self._running = lane
             if isinstance(lane, Lane):
-                self._training_turn(lane)
+                self._run_next_job(lane)
             elif lane is not None:
-                self._sampling_turn(lane)
+                self._sample(lane)
             with self._lock:
                 self._running = None
                 retired, self._retired = self._retired, []
                 if lane is not None and self._has_work_locked(lane):
-                    self._turns.append(lane)  # behind those that came meanwhile
+                    self._rotation.append(lane)  # behind those that were queued meanwhile
             for weights in retired:
                 self._sampling.release(weights)
         self._shut_down()
@@ -385,7 +384,7 @@ class Scheduler:
         ended = lane.closed is not None and lane.sampler_id in self._samplers
         return bool(lane.live or lane.queued) or ended
 
-    def _do_chores(self) -> float:
+    def _do_housekeeping(self) -> float:
         now = self._clock()
         try:
             return self._housekeeping(now)
@@ -393,24 +392,24 @@ class Scheduler:
             _log.exception("housekeeping failed; it runs again in a minute")
             return now + 60.0
 
-    def _next_turn_locked(self, chores_due: float) -> Optional[AnyLane]:
-        """Take the lane whose turn it is; None after waiting in vain (chores may be due)."""
+    def _next_lane_locked(self, due: float) -> Optional[AnyLane]:
+        """Take the next lane that can be served; None after waiting, perhaps until *due*."""
         now = self._clock()
-        wait_until = chores_due
-        for _ in range(len(self._turns)):
-            lane = self._turns.popleft()
+        wait_until = due
+        for _ in range(len(self._rotation)):
+            lane = self._rotation.popleft()
             if isinstance(lane, Lane) or self._sampling.runnable(lane, now):
                 return lane
-            self._turns.append(lane)
+            self._rotation.append(lane)
             if lane.queued:
                 starts_at = lane.starts_at(self._limits)
-                if starts_at > now:  # else it waits for another batch to end, not for the time
+                if starts_at > now:  # else it waits for another batch to end
                     wait_until = min(wait_until, starts_at)
-        if not self._poked:
+        if not self._housekeeping_wanted:
             self._wake.wait(max(0.0, wait_until - now))
         return None
 
-    def _training_turn(self, lane: Lane) -> None:
+    def _run_next_job(self, lane: Lane) -> None:
         with self._lock:
             job = lane.ready.popleft() if lane.ready else None
         if job is not None:
@@ -420,7 +419,7 @@ class Scheduler:
             if unload:
                 self._models.pop(lane.model_id, None)
         if unload:
-            guarded(lambda: self._engine.unload(lane.model_id), f"unload {lane.model_id}")
+            log_failure(f"unload {lane.model_id}", self._engine.unload, lane.model_id)
 
     def _run(self, lane: Lane, job: Job) -> None:
         if lane.broken is not None:
@@ -436,9 +435,9 @@ class Scheduler:
         else:
             self._futures.complete(job.request_id, Success(value))
 
-    def _sampling_turn(self, lane: SamplerLane) -> None:
+    def _sample(self, lane: SamplerLane) -> None:
         if lane.closed is None:
-            self._sampling.turn(lane)
+            self._sampling.serve(lane)
             return
         self._sampling.end(lane, lane.closed)
         with self._lock:
@@ -455,4 +454,4 @@ class Scheduler:
         for lane in lanes:
             if isinstance(lane, SamplerLane):
                 self._sampling.end(lane, why)
-        guarded(self._engine.close, "close")
+        log_failure("close", self._engine.close)

@@ -70,7 +70,7 @@ class Reserve:
                     self._path.unlink()
 
     def release(self) -> bool:
-        """Delete the file; tell whether there was one."""
+        """Delete the file; return whether there was one."""
         with self._lock:
             try:
                 self._path.unlink()

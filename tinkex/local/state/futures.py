@@ -1,7 +1,7 @@
 """The server's futures: request id -> pending, a result, or a failure.
 
 The scheduler completes them, HTTP threads wait for them.  No thread of its own.  Each pending
-future that somebody waits for has its own Event, so that a completion wakes only its waiters.
+future that is waited for has its own Event, so that a completion wakes only its waiters.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 from collections import OrderedDict
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
 
-#: Sequence numbers of one sampling client; the next so many are the next clone's.
+#: seq_ids of one sampling client; the next block belongs to the next clone.
 CLONE_BLOCK = 1_000_000_000
 
 
 class Group(NamedTuple):
-    """Who asks: a sampler, and which of its clients."""
+    """A sampling client: a sampler, and the index of the clone (docs/protocol.md, "Clones")."""
 
     sampler_id: str
     clone: int
@@ -29,14 +29,14 @@ class Group(NamedTuple):
 
 
 class Completions:
-    """Finished requests by group, each with a number that only grows."""
+    """Finished requests by group, each with an index that only grows.  Guarded by its user."""
 
     def __init__(self) -> None:
         self._last = 0
         self._groups: Dict[Group, OrderedDict[int, str]] = {}
 
     def add(self, group: Group, request_id: str) -> int:
-        """Note that a request is done, and return its number."""
+        """Note that a request is done, and return its index."""
         self._last += 1
         self._groups.setdefault(group, OrderedDict())[self._last] = request_id
         return self._last
@@ -74,7 +74,7 @@ class Success:
 class Failure:
     """The work failed; *category* is ``"user"`` or ``"server"``.
 
-    *status* is the HTTP status it would have as an answer of its own.
+    *status* is the HTTP status it would have as a response of its own.
     """
 
     message: str
@@ -94,7 +94,7 @@ class _Entry:
     finished_at: float = 0.0
     fetched_at: Optional[float] = None
     fetched_bytes: int = 0
-    group: Optional[Group] = None  # who is told of its completion
+    group: Optional[Group] = None  # is notified of its completion
     number: int = 0  # among the completions of its group
     on_done: Optional[Callable[[Outcome], None]] = None
 
@@ -111,13 +111,13 @@ class FutureTable:
     """All futures of the server.  Thread-safe.
 
     Args:
-        keep_fetched_s: a result may be fetched again for this long (a lost answer is asked for
+        keep_fetched_s: a result may be fetched again for this long (a lost response is requested
             again within seconds).
-        keep_unfetched_s: a result nobody asks for is dropped after this long.
+        keep_unfetched_s: a result that is not fetched is dropped after this long.
         max_finished: at most this many results that were not fetched are kept, and as many that
             were, the oldest dropped first; neither kind ever displaces the other.
         max_fetched_bytes: at most this many encoded bytes of fetched results are kept.
-        max_gone: so many ids of dropped results are remembered.
+        max_gone: number of ids of dropped results that are remembered.
         clock: monotonic seconds.
     """
 
@@ -137,7 +137,7 @@ class FutureTable:
         self._max_fetched_bytes = max_fetched_bytes
         self._max_gone = max_gone
         self._clock = clock
-        # Guards everything below.  Nothing is called and nobody waits while it is held.
+        # Guards everything below.  Never held while calling or waiting for anything.
         self._lock = threading.Lock()
         self._pending: Dict[str, _Entry] = {}
         self._unfetched: OrderedDict[str, _Entry] = OrderedDict()  # by time of completion
@@ -157,7 +157,7 @@ class FutureTable:
         group: Optional[Group] = None,
         on_done: Optional[Callable[[Outcome], None]] = None,
     ) -> None:
-        """Add a pending future; *group* is told when it is done.
+        """Add a pending future; *group* is notified when it is done.
 
         With *on_done* the outcome is not kept but passed to it, on the engine's thread or, at the
         end of the server, on another one; it must not block or raise.
@@ -263,7 +263,7 @@ class FutureTable:
             entry.fetched_bytes = size
             self._fetched[request_id] = entry
             self._fetched_bytes += size
-            # The newest stays whatever its size: its answer may still get lost.
+            # The newest stays whatever its size: its response may still get lost.
             while len(self._fetched) > 1 and (
                 self._fetched_bytes > self._max_fetched_bytes
                 or len(self._fetched) > self._max_finished
@@ -283,7 +283,7 @@ class FutureTable:
                 self._drop_locked(request_id)
 
     def close(self) -> None:
-        """Release every waiter; from now on nobody is made to wait."""
+        """Release every waiter; from now on `wait` returns immediately."""
         with self._lock:
             self._closing = True
             events = [entry.done for entry in self._pending.values() if entry.done is not None]

@@ -1,4 +1,4 @@
-"""What the store remembers, row by row: frozen values, and how they are read from SQLite.
+"""The rows of the store: frozen values, and how they are read from SQLite.
 
 No state, no threads.
 """
@@ -11,7 +11,7 @@ import sqlite3
 from datetime import datetime, timezone
 from typing import Any, Dict, Optional
 
-from tinkex.local.json_text import MOST_LEVELS, levels
+from tinkex.local.json_text import MAX_LEVELS, levels
 from tinkex.types import LoraConfig
 
 
@@ -19,8 +19,8 @@ from tinkex.types import LoraConfig
 class SessionRow:
     """A session.
 
-    *state* is live, expired, finished or lost (the server ended before it); *reason* says why in a
-    sentence.  *end_reason* and *end_detail* are what a client said that finished it.
+    *state* is live, expired, finished or lost (the server ended before it); *reason* is a
+    sentence.  *end_reason* and *end_detail* come from the client that finished it.
     """
 
     session_id: str
@@ -93,11 +93,11 @@ def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:
 
 def _loads(text: str) -> Dict[str, Any]:
     value: Dict[str, Any] = json.loads(text)
-    if levels(text.encode()) <= MOST_LEVELS:
+    if levels(text.encode()) <= MAX_LEVELS:
         return value
-    # Older versions stored what no answer can show; it is left out.
+    # Older versions stored what no response can show; it is left out.
     texts = {name: json.dumps(one).encode() for name, one in value.items()}
-    return {name: one for name, one in value.items() if levels(texts[name]) < MOST_LEVELS}
+    return {name: one for name, one in value.items() if levels(texts[name]) < MAX_LEVELS}
 
 
 def _loads_optional(text: Optional[str]) -> Optional[Dict[str, Any]]:

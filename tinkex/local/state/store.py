@@ -82,14 +82,14 @@ class Store:
             opened.pop_all()
 
     def close(self) -> None:
-        """Close the database and give the folder free."""
+        """Close the database and release the folder."""
         self._db.close()
         self.folder_lock.release()
 
     # Sessions
 
     def add_session(self, session_id: str, facts: Dict[str, Any]) -> None:
-        """Remember a new session; *facts* is what the client said about it."""
+        """Remember a new session; *facts* describe it."""
         self._db.execute(
             "INSERT INTO sessions (session_id, created_at, state, facts, project_id) "
             "VALUES (?, ?, 'live', ?, ?)",

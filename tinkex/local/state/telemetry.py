@@ -1,6 +1,6 @@
-"""Takes in telemetry and keeps the last of it in memory (docs/protocol.md, "Telemetry").
+"""Keeps the last telemetry events in memory (docs/protocol.md, "Telemetry").
 
-Nothing of it is logged or written anywhere: clients may tell more than they should.  No thread of
+Nothing of it is logged or written anywhere: clients may send more than they should.  No thread of
 its own; thread-safe.
 """
 
@@ -51,7 +51,7 @@ class TelemetrySink:
             self._events.extend({**common, **event} for event in events)
 
     def events(self) -> List[Dict[str, Any]]:
-        """Return what is kept, oldest first, each event with what its request said of itself."""
+        """Return what is kept, oldest first, each with the common fields of its request."""
         with self._lock:
             return list(self._events)
 

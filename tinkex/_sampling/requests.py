@@ -1,25 +1,28 @@
-"""PendingSample and PendingLogprobs: the requests of a sampling client."""
+"""A sampler of the server, and the requests that a sampling client makes of it."""
 
 from __future__ import annotations
 
-import logging
+import itertools
 import random
-from typing import TYPE_CHECKING, List, Optional, Sequence, TypeVar
+import secrets
+from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, TypeVar
 
 from tinkex._api import sampling as api
+from tinkex._results.nan_warning import NaNWarning
 from tinkex._results.pending import PendingRequest, SamplerId
+from tinkex._runtime.single_flight import SingleFlight
 from tinkex._sampling.sample_checks import (
     check_counts,
     complete_response,
     has_unknown_logprobs,
     unsupported_by,
 )
-from tinkex._sampling.sampler import Sampler
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.server_flags import flags_for
-from tinkex._transport.transport import Reply
-from tinkex.errors import ResponseDecodeError, UnprocessableEntityError
+from tinkex._transport.server_flags import ABSENT, flags_for
+from tinkex._transport.transport import Reply, Transport
+from tinkex.errors import APIStatusError, ResponseDecodeError, UnprocessableEntityError
 from tinkex.futures import APIFuture
+from tinkex.retry_config import RetryConfig
 from tinkex.usage import Reservation, Tokens
 from tinkex.wire.codec import codec_for
 
@@ -27,14 +30,74 @@ if TYPE_CHECKING:
     from tinkex import types
     from tinkex.types import SampleResponse, UntypedFuture
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 #: A result that may take more than this, in bytes, is announced by its size first.
 _LARGE_BYTES = 1 << 20
 #: The number of tokens assumed where nothing limits them.
 _UNLIMITED = 32_768
+#: The seq_ids of clone n start at n times this (docs/protocol.md, "Clones").
+CLONE_BLOCK = 10**9
+
+
+class Sampler:
+    """One sampler of the server, as one client uses it, and the seq_ids of its requests.
+
+    Thread-safe.
+
+    Attributes:
+        nan_warning: shown once, if its logprobs are NaN.
+
+    Args:
+        clone: it is a second client of a sampler that another one made; its seq_ids are a block
+            of their own, known once the first request is sent.
+    """
+
+    def __init__(
+        self, transport: Transport, sampling_session_id: str, retries: RetryConfig, *, clone: bool
+    ) -> None:
+        self.transport = transport
+        self.sampling_session_id = sampling_session_id
+        self.retries = retries
+        self.nan_warning = NaNWarning(f"sampler {sampling_session_id}")
+        # next() is atomic.
+        self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
+        self._clone = 0  # of a clone, once it has joined, its number
+        self._joining: SingleFlight[Iterator[int]] = SingleFlight()
+
+    @property
+    def id(self) -> SamplerId:
+        """How the server names it; that of a clone is known once a request of it was sent."""
+        return SamplerId(self.sampling_session_id, self._clone)
+
+    def next_seq_id(self) -> int:
+        """The next seq_id; the first one of a clone may block.  Called by workers."""
+        seq_ids = self._seq_ids
+        if seq_ids is None:
+            seq_ids = self._joining.run(self._join, self.transport.closing)
+        return next(seq_ids)
+
+    def _join(self) -> Iterator[int]:
+        if self._seq_ids is None:
+            self._clone = self._clone_id()
+            self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
+        return self._seq_ids
+
+    def _clone_id(self) -> int:
+        if flags_for(self.transport).sample_join_sampling_session:
+            try:
+                joined = api.join_sampling_session(self.transport, self.sampling_session_id)
+            except APIStatusError as error:
+                if error.status not in ABSENT:
+                    raise
+            else:
+                if 0 < joined.client_counter <= CLONE_BLOCK:
+                    return joined.client_counter
+                raise ResponseDecodeError(
+                    f"join_sampling_session: the client_counter {joined.client_counter} is not the "
+                    "number of a clone"
+                )
+        return 1 + secrets.randbelow(CLONE_BLOCK)
 
 
 class SamplingRequest(PendingRequest[T]):
@@ -98,20 +161,10 @@ class SamplingRequest(PendingRequest[T]):
         self._reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
         check_counts(response, request, sequences=self.wants_sequences)
         response = complete_response(response, request, self._sequence_ids)
-        self._warn_of_nan(response)
+        warning = self._sampler.nan_warning
+        if not warning.shown and has_unknown_logprobs(response, request):
+            warning.show(f"a {self.future.kind}" if self.wants_sequences else "a prompt")
         return self.select(response)
-
-    def _warn_of_nan(self, response: SampleResponse) -> None:
-        sampler = self._sampler
-        if sampler.warned_of_nan or not has_unknown_logprobs(response, self._request):
-            return
-        sampler.warned_of_nan = True
-        logger.warning(
-            "%s by sampler %s: some logprobs are NaN, which usually means that the prompt "
-            "holds token ids that the model does not have",
-            self.future.kind,
-            sampler.sampling_session_id,
-        )
 
     def retry_after_loss(self) -> Optional[float]:
         """As the client's RetryConfig says, unless the server's flags forbid retries."""
