@@ -36,6 +36,8 @@ LAYERS = [
     "_training",
     "_downloads",
     "clients",
+    "lib",
+    "as_tinker",
     "local",
     "cli",
     "__main__",

@@ -8,6 +8,7 @@ from tinkex._training.custom_loss import (
 )
 from tinkex._transport.server_state import ServerDialect as ServerDialect
 from tinkex._version import __version__ as __version__
+from tinkex.as_tinker import install_as_tinker as install_as_tinker
 from tinkex.clients.admin import AdminClient as AdminClient
 from tinkex.clients.pipeline import Pipeline as Pipeline, PipelineStep as PipelineStep
 from tinkex.clients.rest import RestClient as RestClient

@@ -353,3 +353,10 @@ def test_the_hint_fits_what_was_given(tokens, hint):
         ModelInput.from_ints(tokens)
     assert hint in caught.value.hint
     assert "tokenizer.encode" not in caught.value.hint
+
+
+def test_chunks_are_a_list_that_can_be_extended() -> None:
+    given = ModelInput.from_ints([1])
+    chunks = given.chunks + [EncodedTextChunk([2])]  # noqa: RUF005  # as programs do it
+    assert ModelInput(chunks).to_ints() == [1, 2]
+    assert given.to_ints() == [1]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import typing
 from datetime import datetime
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Type, TypeVar
 
 from dataclasses_json import DataClassJsonMixin, config
 
@@ -157,6 +158,60 @@ class Wire(DataClassJsonMixin):
             raise ResponseDecodeError(
                 f"{cls.__name__}: {error}; the response was {excerpt(payload)}"
             ) from error
+
+    def model_dump(
+        self,
+        *,
+        mode: str = "python",
+        include: Optional[Iterable[str]] = None,
+        exclude: Iterable[str] = (),
+        exclude_none: bool = False,
+    ) -> Dict[str, Any]:
+        """Return the fields as a dict, nested messages too, like pydantic in the official SDK.
+
+        Args:
+            mode: ``"python"``, or ``"json"`` for values that JSON can express: times become
+                strings, NaN and infinity None.
+            include, exclude: names of fields of this message; None includes all.
+            exclude_none: leave out fields that are None, in nested messages too.
+        """
+        dumped: Dict[str, Any] = _dumped(self, mode == "json", exclude_none)
+        kept = set(dumped if include is None else include) - set(exclude)
+        return {name: value for name, value in dumped.items() if name in kept}
+
+    def model_dump_json(
+        self,
+        *,
+        indent: Optional[int] = None,
+        include: Optional[Iterable[str]] = None,
+        exclude: Iterable[str] = (),
+        exclude_none: bool = False,
+    ) -> str:
+        """Return the same as a JSON string, indented by *indent* spaces, or compact."""
+        dumped = self.model_dump(
+            mode="json", include=include, exclude=exclude, exclude_none=exclude_none
+        )
+        separators = (",", ":") if indent is None else None
+        return json.dumps(dumped, indent=indent, ensure_ascii=False, separators=separators)
+
+
+def _dumped(value: Any, as_json: bool, drop_none: bool) -> Any:
+    """Return *value* with messages in it as dicts."""
+    if isinstance(value, UnknownVariant):
+        value = value.fields
+    elif isinstance(value, Wire):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if drop_none:
+            value = {name: item for name, item in value.items() if item is not None}
+    if isinstance(value, dict):
+        return {name: _dumped(item, as_json, drop_none) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_dumped(item, as_json, drop_none) for item in value]
+    if as_json and isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if as_json and isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @functools.cache

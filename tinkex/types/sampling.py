@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from tinkex._runtime.lazy_numpy import np
@@ -38,7 +40,8 @@ class SamplingParams:
         top_k: keep only the k most likely tokens; -1 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
 
-    numpy numbers, and strings such as ``"0.7"``, are converted.
+    numpy numbers, and strings such as ``"0.7"``, are converted.  Other keywords are ignored with a
+    warning, except that ``stop_token_ids`` is used as *stop* if that is None.
     """
 
     max_tokens: Optional[int] = None
@@ -99,6 +102,31 @@ class SamplingParams:
             raise InvalidInputError("sampling_params must be an object")
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: payload[name] for name in names if payload.get(name) is not None})
+
+
+_init = SamplingParams.__init__
+
+
+@functools.wraps(_init)
+def _init_with_unknown(self: SamplingParams, *args: Any, **arguments: Any) -> None:
+    """Accept any keyword, as the official class does, but with a warning.
+
+    Programs pass parameters of other libraries, such as vLLM's.  A wrapper rather than
+    ``**unknown`` in the signature, so that type checkers still report a misspelt argument.
+    """
+    known = self.__dataclass_fields__
+    unknown = {name: arguments.pop(name) for name in sorted(arguments.keys() - known.keys())}
+    _init(self, *args, **arguments)
+    for name, value in unknown.items():
+        if name == "stop_token_ids" and self.stop is None:
+            object.__setattr__(self, "stop", _stops(value))
+            effect = "its token ids are used as stop"
+        else:
+            effect = f"it is ignored (arguments: {', '.join(known)})"
+        warnings.warn(f"SamplingParams has no argument {name!r}: {effect}", stacklevel=2)
+
+
+SamplingParams.__init__ = _init_with_unknown  # type: ignore[method-assign]
 
 
 def _stops(stop: Any) -> Any:
