@@ -6,6 +6,7 @@ A folder, or a module at the top, is a layer; docs/architecture.md describes the
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Set
 
@@ -290,3 +291,33 @@ def test_no_test_sleeps():
 def test_every_module_says_what_it_is_for():
     silent = [module for module, tree in SOURCES.items() if not ast.get_docstring(tree)]
     assert silent == []
+
+
+def thread_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that *tree* gives to threads and pools of threads."""
+    for node in ast.walk(tree):
+        found: List[ast.expr] = []
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func).split(".")[-1]
+            if called in ("WorkerPool", "AdaptivePool", "new_lane"):
+                found = node.args[:1]
+            elif called == "Thread":
+                found = [keyword.value for keyword in node.keywords if keyword.arg == "name"]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".name"):
+            found = [node.value]
+        for value in found:
+            if isinstance(value, ast.JoinedStr):
+                value = value.values[0]
+            if isinstance(value, ast.Constant) and str(value.value).startswith("tinkex-"):
+                yield str(value.value).rstrip("-")
+
+
+def test_the_documentation_names_every_thread():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## Threads")[2].partition("## ")[0]
+    documented = {
+        re.sub(r"-(i|<run>)$", "", name) for name in re.findall(r"tinkex-[a-z-]+(?:<run>)?", table)
+    }
+    started = {name for tree in SOURCES.values() for name in thread_names(tree)}
+    assert len(started) >= 15
+    assert documented == started

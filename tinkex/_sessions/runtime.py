@@ -12,6 +12,7 @@ and ``tinkex-telemetry``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -27,11 +28,13 @@ from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session import Session
+from tinkex._transport.billing import BillingPause
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import APIFuture
+from tinkex.metrics import Recorder
 from tinkex.usage import Ledger
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Runtime:
         poller: owns all outstanding futures.
         dialect: which encodings the server takes.
         ledger: what the clients have used, and their budget.
+        recorder: counts requests, for `ServiceClient.metrics`.
         telemetry: reports failures to the server, or None.
     """
 
@@ -100,8 +104,12 @@ class Runtime:
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
         else:  # its session shows that the server is there
             at_first = config
-        self.transport = Transport(at_first, closing=self._closing)
-        self.transport.billing.find_limit_s = _billing_limit(self.transport)
+        self.recorder = Recorder()
+        billing = BillingPause(config.host_and_port)
+        self.transport = Transport(
+            at_first, closing=self._closing, recorder=self.recorder, billing=billing
+        )
+        billing.find_limit_s = functools.partial(_billing_limit_s, self.transport)
         self._session: Optional[Session] = None
         if manager is not None:
             self._session = Session(config, manager, self.transport, session_id)
@@ -202,11 +210,11 @@ class Runtime:
             )
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
-        """Run *work* on a background thread; return its future at once."""
+        """Run *work* on a background thread; return its future without blocking."""
         self.ensure_open(kind)
         future: APIFuture[T] = self.poller.new_future(kind)
         future.enter("submitting")
-        self._background.submit(lambda: self._run_now(future, work))
+        self._background.submit(functools.partial(self._run_now, future, work))
         return future
 
     def _run_now(self, future: APIFuture[T], work: Callable[[], T]) -> None:
@@ -337,8 +345,8 @@ def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[s
     return "errored" if failed else "interrupted", exc_type.__name__
 
 
-def _billing_limit(transport: Transport) -> Callable[[], float]:
-    return lambda: flags_for(transport).billing_exception_max_pause_duration_sec
+def _billing_limit_s(transport: Transport) -> float:
+    return flags_for(transport).billing_exception_max_pause_duration_sec
 
 
 def _half_of_rest(deadline: float) -> float:

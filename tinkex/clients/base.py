@@ -77,17 +77,6 @@ class BaseClient(WithoutCoroutines):
             )
 
 
-class ChildClient(BaseClient):
-    """A client made by a ServiceClient, which works in its session.
-
-    Attributes:
-        usage_tag: set it, and `ServiceClient.usage` counts what this client uses from then on
-            under that tag.
-    """
-
-    usage_tag: Optional[str] = None
-
-
 class LookupClient(BaseClient):
     """A client that lists, shows and manages what is on the server, and starts no work there.
 

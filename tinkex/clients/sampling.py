@@ -31,7 +31,7 @@ from tinkex._sampling.sampler_handle import (
 from tinkex._sessions.manager import default_manager
 from tinkex._sessions.runtime import Runtime
 from tinkex._transport.server_flags import ABSENT
-from tinkex.clients.base import ChildClient
+from tinkex.clients.base import BaseClient
 from tinkex.clients.tokenizers import load_tokenizer
 from tinkex.errors import (
     APIStatusError,
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class SamplingClient(ChildClient):
+class SamplingClient(BaseClient):
     """Samples from one set of weights.  Thread-safe; requests run in any order.
 
     Made by ServiceClient or TrainingClient.  Methods raise InvalidInputError for bad input, before
@@ -65,6 +65,7 @@ class SamplingClient(ChildClient):
 
     Attributes:
         sampling_session_id: the server's id of the sampler.
+        usage_tag: `ServiceClient.usage` counts what this client uses from then on under this tag.
 
     Args:
         retry_config: limits and retries of this client; None takes RetryConfig's for the retries,
@@ -73,6 +74,8 @@ class SamplingClient(ChildClient):
             refer to by its sequence_id.
         clone: it is a second client of a sampler that another one made.
     """
+
+    usage_tag: Optional[str] = None
 
     def __init__(
         self,

@@ -166,7 +166,7 @@ class ServiceClient(WithoutCoroutines):
     def metrics(self) -> Metrics:
         """What this client does and has done: counters and latencies.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
-        counts, latencies = self._runtime.transport.recorder.snapshot()
+        counts, latencies = self._runtime.recorder.snapshot()
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens
@@ -187,9 +187,10 @@ class ServiceClient(WithoutCoroutines):
     def usage(self) -> Usage:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
-        A child client's ``usage_tag`` is the tag.  A forward pass prefills; a custom loss that is
-        computed here prefills and trains.  Work that the server has accepted, or that is being
-        submitted, counts in full if it is cancelled, and so does what is lost: it may be done.
+        The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a
+        custom loss that is computed here prefills and trains.  Work that the server has accepted,
+        or that is being submitted, counts in full if it is cancelled, and so does lost work, which
+        may have been done.
         """
         self._runtime.ensure_not_forked("usage")
         return self._runtime.ledger.snapshot()

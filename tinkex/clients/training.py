@@ -43,7 +43,7 @@ from tinkex._training.run import TrainingRun
 from tinkex._training.run_queue import RunQueue
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.transport import Reply
-from tinkex.clients.base import ChildClient
+from tinkex.clients.base import BaseClient
 from tinkex.clients.pipeline import Pipeline, SaveAfter, Schedule, Step
 from tinkex.clients.sampling import SamplingClient
 from tinkex.clients.tokenizers import load_tokenizer
@@ -81,7 +81,7 @@ class TrainStep:
     optim: OptimStepResponse
 
 
-class TrainingClient(ChildClient):
+class TrainingClient(BaseClient):
     """Trains one adapter.  Thread-safe: calls run on the server in call order.
 
     Made by ServiceClient.  Methods raise InvalidInputError for bad input, before anything is sent,
@@ -90,7 +90,10 @@ class TrainingClient(ChildClient):
 
     Attributes:
         model_id: the server's id of the run.
+        usage_tag: `ServiceClient.usage` counts what this client uses from then on under this tag.
     """
+
+    usage_tag: Optional[str] = None
 
     def __init__(
         self,
@@ -488,7 +491,7 @@ class TrainingClient(ChildClient):
         return training_run_url(self.model_id)
 
     def close(self) -> None:
-        """Refuse further work; what was queued is still submitted.  See ChildClient."""
+        """Refuse further work; what was queued is still submitted.  See BaseClient."""
         super().close()
         self._run.drain()
 
