@@ -39,8 +39,8 @@ PerDatumLossFn = Callable[..., "Tuple[torch.Tensor, Mapping[str, Any]]"]
 class LossHandle:
     """A traced loss: made by `ServiceClient.create_custom_loss`, for `forward_backward_custom`.
 
-    Where the server has accepted it, the entire pass runs there; elsewhere it is computed here.  Thread-safe
-    if its function is.
+    Where the server has accepted it, the entire pass runs there; elsewhere it is computed here.
+    Thread-safe if its function is.
 
     Attributes:
         name: of the function.
