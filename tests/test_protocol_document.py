@@ -110,7 +110,7 @@ _BATCH = types.ForwardBackwardRequest(
 #: An argument for each parameter of the endpoint functions that is not a string.
 ARGUMENTS: Dict[str, Any] = {
     "age_encryption_recipients": ["age1x"],
-    "at_once": True,
+    "immediate": True,
     "binary": True,
     "clone": 0,
     "codec": JSON,
@@ -318,7 +318,10 @@ def test_every_field_of_a_message_is_documented(message: Any) -> None:
     ("kind", "title"), [(ServerFlags, "Static flags"), (DynamicFlags, "Dynamic flags")]
 )
 def test_the_flags_and_their_defaults_are_documented(kind: Any, title: str) -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\S+) \|", section(title), re.M)
+    table = re.findall(r"^\| `(\w+)` \| (\w+) \| (\S+) \| (\w*)", section(title), re.M)
+    rows = [tuple(row) for *row, effect in table if effect != "none"]
+    unused = {name for name, _, _, effect in table if effect == "none"}
+    assert not unused & {field.name for field in dataclasses.fields(kind)}
     json_types = {bool: "boolean", int: "integer", float: "number", str: "string"}
     expected = []
     for field in dataclasses.fields(kind):

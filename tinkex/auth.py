@@ -101,7 +101,7 @@ def revoke_key(config: Config) -> None:
 
 def _ask_about_key(config: Config, method: str) -> Reply:
     # The key itself: a token would not be the thing that is asked about.
-    request = Request(method, _KEY_PATH, read_timeout_s=_KEY_TIMEOUT_S, bare=True)
+    request = Request(method, _KEY_PATH, read_timeout_s=_KEY_TIMEOUT_S, raw_credential=True)
     return _ask_once(config, request)
 
 

@@ -33,7 +33,7 @@ class StoredKey:
     Attributes:
         key: the secret itself.
         type: ``"manual"`` (typed in) or ``"generated"`` (made for this machine by the server).
-        details: who it belongs to, as ``auth/apikey/me`` tells it.
+        details: who it belongs to, as ``auth/apikey/me`` reports it.
     """
 
     key: str = dataclasses.field(repr=False)
@@ -175,13 +175,13 @@ def stored_key(environ: Optional[Mapping[str, str]] = None) -> Optional[str]:
 
 
 def is_jwt(text: str) -> bool:
-    """Tell whether *text* is a token rather than a key: base64 of a JSON object starts so."""
+    """True if *text* is a token rather than a key: base64 of a JSON object starts so."""
     return text.startswith("eyJ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a JWT says, unverified: the server verifies it, we only plan by it.
+    """What a JWT claims, unverified: the server verifies it, we only plan by it.
 
     Attributes:
         issued_at, expires_at: seconds since the epoch.

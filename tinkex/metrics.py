@@ -49,16 +49,16 @@ class Metrics:
 
     Attributes:
         in_flight: operations that were taken up and are not settled.
-        queued: operations that wait here for their turn.
-        requests: HTTP requests that were answered, polls among them; not heartbeats.
-        rate_limited: answers of 429.
+        queued: operations that wait to be sent.
+        requests: HTTP requests with a response, polls among them; not heartbeats.
+        rate_limited: responses with status 429.
         retries: requests that were sent again, but for polls, after a failure.
         bytes_sent, bytes_received: of bodies, as on the wire when sent and after decompression
             when received.
         tokens_trained, tokens_prefilled, tokens_sampled: see `ServiceClient.usage`.
         latencies: by stage: ``encode`` a request, ``submit`` it (with its retries and what they
-            waited), ``queue``: from its acceptance to the answer with its result, ``fetch``: the
-            body of that answer, and ``decode`` it.
+            waited), ``queue``: from its acceptance to the response with its result, ``fetch``: the
+            body of that response, and ``decode`` it.
     """
 
     in_flight: int
@@ -105,13 +105,13 @@ class Recorder:
         self._entries.append((name, amount))
 
     def request(self, sent: int, received: int) -> None:
-        """Count a request that was answered, with the sizes of both bodies in bytes."""
+        """Count a request that got a response, with the sizes of both bodies in bytes."""
         self._entries.append((sent, received))
         if len(self._entries) >= _FOLD_AT:
             self._fold_if_free()
 
     def took(self, stage: str, seconds: float) -> None:
-        """Note that a stage of some operation took so long."""
+        """Note how long a stage of some operation took."""
         self._entries.append((stage, seconds))
 
     def result(self, queue_s: float, fetch_s: float, decode_s: float) -> None:
@@ -134,7 +134,7 @@ class Recorder:
                 self._lock.release()
 
     def _fold_locked(self) -> None:
-        # Only so many: others may go on appending for as long as we fold.
+        # Only those that are there now: others may go on appending for as long as we fold.
         counts, histograms = self._counts, self._histograms
         for _ in range(len(self._entries)):
             entry: Any = self._entries.popleft()
@@ -176,8 +176,8 @@ class _Histogram:
     def _quantile(self, part: float) -> float:
         """The middle of the bucket in which that part of the durations is reached."""
         left = part * self._count
-        for place, number in enumerate(self._buckets):
-            left -= number
+        for place, count in enumerate(self._buckets):
+            left -= count
             if left <= 0:
                 return min(1e-6 * math.pow(2.0, (place + 0.5) / _PER_DOUBLING), self._max)
         return self._max

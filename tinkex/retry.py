@@ -9,9 +9,22 @@ from __future__ import annotations
 import dataclasses
 import email.utils
 import math
+from concurrent.futures import CancelledError
 from typing import Callable, Mapping, NamedTuple, Optional
 
-from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    InvalidInputError,
+    RequestFailedError,
+    ResponseDecodeError,
+    UnsupportedError,
+)
+
+#: Statuses of a request that the server has read, and refused for what it holds: so it would have
+#: refused an earlier attempt.
+_READ_AND_REFUSED = (400, 404, 410, 422)
 
 #: Pauses a server asks for are obeyed up to this long, in seconds.
 MAX_HINT_S = 60.0
@@ -147,8 +160,8 @@ class RetryState:
             delay_s = self._pause_for_billing()
         elif self._is_worth_retrying(error, own, headers):
             hint_s = getattr(own or error, "retry_after_s", None)
-            # A poll may be held for longer than an outage may last.  If it is answered in the end,
-            # nothing was wrong before that; if it is not, nobody knows since when.
+            # A poll may be held for longer than an outage may last.  If there is a response in the
+            # end, nothing was wrong before it; if not, it may have been wrong from the beginning.
             failed_at = now if began is None or headers is not None else began
             elapsed_s = self._elapsed_s(error, failed_at, now)
             delay_s = self.policy.delay_s(self.attempts, elapsed_s, hint_s, rand)
@@ -198,6 +211,29 @@ def leaves_outcome_open(status: int) -> bool:
     response, and a server when it fails after it accepted the work.
     """
     return status >= 500 and status != 501
+
+
+def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> bool:
+    """True if the server has done nothing, for certain, for a request that failed with *error*.
+
+    *was_accepted*: the server has given it a request id; any error but that of the work itself is
+    then one of asking for the result, and the work may have been done.
+    """
+    if isinstance(error, CancelledError):
+        return not was_sent
+    if was_accepted:
+        return isinstance(error, RequestFailedError)
+    if isinstance(error, (InvalidInputError, RequestFailedError, UnsupportedError)):
+        return True
+    if isinstance(error, APIConnectionError):
+        return not error.maybe_taken
+    if isinstance(error, APIStatusError) and error.status is not None:
+        if error.status in _READ_AND_REFUSED:
+            return True
+        refused = 400 <= error.status < 500 and error.status != 408
+        # After an attempt without a response, a refusal may be about the request that was accepted.
+        return refused and not error.maybe_taken
+    return not was_sent
 
 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:

@@ -8,8 +8,8 @@ from typing import Optional, Tuple, Type
 from tinkex._runtime.numeric import convert_fields, is_finite, is_int
 from tinkex.errors import APIConnectionError, InvalidInputError, ResultExpiredError, a_type
 
-#: A sample whose result was lost is submitted again at most so often.
-MOST_RESUBMISSIONS = 5
+#: A sample whose result was lost is submitted again this often at most.
+MAX_RESUBMISSIONS = 5
 
 _SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 
@@ -18,17 +18,17 @@ _SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 class RetryConfig:
     """Retries and limits of one sampling client.  Immutable; times are seconds.
 
-    Passing trouble (no connection, 408, 429, 5xx) is ridden out in any case, under the same
-    number, so that no work is repeated.  What is configured here is the rest.
+    Failures that may pass (no connection, 408, 429, 5xx) are retried in any case, under the same
+    seq_id, so that no work is repeated.  What is configured here is the rest.
 
     Args:
-        max_connections: this client's samples in flight at once; more wait their turn, in order.
+        max_connections: this client's samples in flight at the same time; more wait, in order.
             None leaves only the session's ``max_concurrent_samples``, which holds as well.
         progress_timeout: a sample fails after this long without contact with the server.
         retry_delay_base, retry_delay_max, jitter_factor: the pause before a sample whose result
             the server has lost (410) is submitted again, as a new request: it doubles each time,
             and is varied by this part of it.
-        enable_retry_logic: False fails such a sample with ResultExpiredError at once.
+        enable_retry_logic: False fails such a sample with ResultExpiredError immediately.
         enable_stuck_detection: False switches `progress_timeout` off.
         retryable_exceptions: has no effect here.
 
@@ -49,10 +49,10 @@ class RetryConfig:
         convert_fields(
             self, ints=("max_connections",), floats=(*_SECONDS, "jitter_factor"), text=False
         )
-        most = self.max_connections
-        if most is not None and not is_int(most, 1):
+        limit = self.max_connections
+        if limit is not None and not is_int(limit, 1):
             raise InvalidInputError(
-                f"max_connections is {most!r}; it must be an integer, at least 1, or None"
+                f"max_connections is {limit!r}; it must be an integer, at least 1, or None"
             )
         for name in _SECONDS:
             value = getattr(self, name)
@@ -75,7 +75,7 @@ class RetryConfig:
 
         *times* is how often that was done before, *rand* is uniform in [0, 1).
         """
-        if not self.enable_retry_logic or times >= MOST_RESUBMISSIONS:
+        if not self.enable_retry_logic or times >= MAX_RESUBMISSIONS:
             return None
         delay = min(self.retry_delay_base * 2.0**times, self.retry_delay_max)
         varied = delay * (1 + self.jitter_factor * (2 * rand - 1))

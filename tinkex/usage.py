@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from tinkex._runtime.numeric import is_finite, to_float
-from tinkex.errors import (
-    APIError,
-    APIStatusError,
-    BudgetExceededError,
-    ConfigError,
-    InvalidInputError,
-    RequestFailedError,
-    UnsupportedError,
-    a_type,
-)
+from tinkex.errors import BudgetExceededError, ConfigError, InvalidInputError, a_type
+from tinkex.retry import left_undone
 
 #: In a table of prices: that of every model that is not named.
 ANY_MODEL = "*"
 
 
 class Tokens(NamedTuple):
-    """Numbers of tokens, by what is done with them."""
+    """Counts of tokens, by what is done with them."""
 
     trained: int = 0
     prefilled: int = 0
@@ -60,7 +52,7 @@ class Price:
     def of(self, tokens: Sequence[int]) -> float:
         """The price of *tokens*, in USD."""
         per_million = (self.train, self.prefill, self.sample)
-        return sum(price * number for price, number in zip(per_million, tokens)) / 1e6
+        return sum(price * count for price, count in zip(per_million, tokens)) / 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +178,7 @@ class Ledger:
                     self._check(what, account.model, most, self.budget)
                 _add(self._reserved, account.model, most, 1)
                 self._open[reservation] = None
-        except BaseException:  # Ctrl-C: nobody would know of it
+        except BaseException:  # Ctrl-C: the caller never gets it, so nothing would release it
             reservation.release()
             raise
         return reservation
@@ -228,7 +220,7 @@ class Ledger:
                 _add(self._rows, account, used, 1)
 
     def _settle_done(self) -> None:
-        """Settle what is done.  Futures wake their readers before they tell us."""
+        """Settle what is done.  Futures wake their readers before they call `settled`."""
         with self._lock:
             bound = [(held, future) for held, future in self._open.items() if future is not None]
         for held, future in bound:
@@ -259,7 +251,7 @@ class Reservation:
     """What one request may use at most, until it is known what it did use.
 
     Attributes:
-        used: set, before the request's future is settled, where the answer tells.
+        used: set before the request's future is settled, if the response reports it.
     """
 
     __slots__ = ("_account", "_ledger", "_most", "used")
@@ -283,7 +275,7 @@ class Reservation:
         """To be called when the request's *future* is settled; more than once does no harm."""
         used = self.used
         if used is None:
-            used = Tokens() if _left_undone(future) else self._most
+            used = Tokens() if _costs_nothing(future) else self._most
         self._ledger.settle(self, self._account, self._most, used)
 
 
@@ -297,23 +289,13 @@ def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) ->
     counts[2] += sign * tokens[2]
 
 
-def _left_undone(future: Any) -> bool:
-    """Whether the server has done nothing for *future*, an APIFuture, for certain.
-
-    What it accepted and was then cancelled, or whose result was lost, may have been done.
-    """
-    if future.cancelled():
-        return not future.was_sent
-    error = Future.exception(future, 0)
+def _costs_nothing(future: Any) -> bool:
+    """True if the server has done nothing for *future*, an APIFuture, for certain."""
+    error = CancelledError() if future.cancelled() else Future.exception(future, 0)
     if error is None:
         return False
-    if isinstance(error, (RequestFailedError, InvalidInputError, UnsupportedError)):
-        return True
-    if isinstance(error, APIStatusError) and error.status is not None and error.status != 408:
-        return 400 <= error.status < 500
-    if isinstance(error, APIError):
-        return future.request_id is None and not error.maybe_taken
-    return not future.was_sent
+    was_accepted = future.request_id is not None
+    return left_undone(error, was_sent=future.was_sent, was_accepted=was_accepted)
 
 
 def _exceeded(

@@ -53,7 +53,7 @@ _BATCH = types.ForwardBackwardRequest(
 ARGUMENTS: Dict[str, Any] = {
     "access_scope": "owned",
     "age_encryption_recipients": None,
-    "at_once": False,
+    "immediate": False,
     "base_model": "b",
     "binary": True,
     "channel": None,

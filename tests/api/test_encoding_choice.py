@@ -1,4 +1,4 @@
-"""Dialect: the encoding of batches, settled once from the server's answers."""
+"""The encoding of batches, settled once from the server's responses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from typing import Any, Iterator, List
 import pytest
 import zstandard
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
-from support.transports import open_transport, quick_config
+from support.transports import open_transport
 
 from tinkex import retry
-from tinkex._api.encoding_choice import Dialect, ServerDialect
+from tinkex._api.encoding_choice import (
+    ServerDialect,
+    batch_codec,
+    server_dialect,
+    submit_batch,
+)
 from tinkex._api.sampling import get_sampler
 from tinkex._runtime import late_import
 from tinkex._transport.transport import Transport
@@ -88,12 +93,11 @@ def test_protobuf_goes_first_and_is_remembered(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, ACCEPTED)
-    dialect = Dialect(transport.config)
-    assert dialect.codec is None
-    assert dialect.submit(transport, batch(1)).request_id == "r-1"
-    dialect.submit(transport, batch(2))
+    assert batch_codec(transport) is None
+    assert submit_batch(transport, batch(1)).request_id == "r-1"
+    submit_batch(transport, batch(2))
     assert encodings(server) == ["x-protobuf", "x-protobuf"]
-    assert Dialect(transport.config).codec is PROTOBUF  # for the base URL, not the object
+    assert batch_codec(transport) is PROTOBUF  # for the base URL, not the object
 
 
 @pytest.mark.parametrize(
@@ -109,12 +113,11 @@ def test_a_server_that_cannot_read_protobuf_gets_json_under_the_same_number(
     transport: Transport, server: ScriptedServer, refusal: Answer
 ) -> None:
     server.on(ROUTE, only("application/json", refusal))
-    dialect = Dialect(transport.config)
-    assert dialect.submit(transport, batch(7)).request_id == "r-1"
+    assert submit_batch(transport, batch(7)).request_id == "r-1"
     assert encodings(server) == ["x-protobuf", "json"]
     assert seq_ids(server) == [7, 7]
-    assert dialect.codec is JSON
-    dialect.submit(transport, batch(8))
+    assert batch_codec(transport) is JSON
+    submit_batch(transport, batch(8))
     assert encodings(server) == ["x-protobuf", "json", "json"]  # settled once
 
 
@@ -123,7 +126,7 @@ def test_a_forward_pass_has_its_own_route_in_json_only(
 ) -> None:
     server.on(ROUTE, Answer(415))
     server.on(FORWARD, ACCEPTED)
-    Dialect(transport.config).submit(transport, batch(1, forward_only=True))
+    submit_batch(transport, batch(1, forward_only=True))
     assert [r.path for r in server.requests()] == [
         "/api/v1/forward_backward",
         "/api/v1/forward",
@@ -136,21 +139,19 @@ def test_a_forced_encoding_is_the_only_one_sent(
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "no"}))
     with open_transport(server, wire=wire) as transport:
-        dialect = Dialect(transport.config)
-        assert dialect.codec is not None
+        assert batch_codec(transport) is not None
         with pytest.raises(BadRequestError):
-            dialect.submit(transport, batch())
+            submit_batch(transport, batch())
     assert encodings(server) == [expected]
 
 
 def test_if_both_refuse_both_are_reported(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, Answer(400, {"detail": "first"}), Answer(422, {"detail": "second"}))
-    dialect = Dialect(transport.config)
     with pytest.raises(APIStatusError, match="second") as caught:
-        dialect.submit(transport, batch())
+        submit_batch(transport, batch())
     assert "first" in str(caught.value)
     assert isinstance(caught.value.__cause__, BadRequestError)
-    assert dialect.codec is None  # nothing was learnt
+    assert batch_codec(transport) is None  # nothing was learnt
 
 
 def test_a_bad_batch_on_a_server_without_json_is_reported_as_such(
@@ -158,12 +159,11 @@ def test_a_bad_batch_on_a_server_without_json_is_reported_as_such(
 ) -> None:
     bad = Answer(400, {"detail": "loss 'x' is unknown"})
     server.on(ROUTE, bad, Answer(415, {"detail": "json"}), bad, ACCEPTED)
-    dialect = Dialect(transport.config)
     with pytest.raises(BadRequestError, match="loss 'x' is unknown"):
-        dialect.submit(transport, batch(1))
-    assert dialect.codec is PROTOBUF  # the 415 has told
+        submit_batch(transport, batch(1))
+    assert batch_codec(transport) is PROTOBUF  # the 415 has told
     with pytest.raises(BadRequestError):
-        dialect.submit(transport, batch(2))
+        submit_batch(transport, batch(2))
     assert encodings(server) == ["x-protobuf", "json", "x-protobuf"]
 
 
@@ -172,10 +172,9 @@ def test_a_bad_batch_on_a_server_without_protobuf_is_reported_as_such(
 ) -> None:
     bad = Answer(400, {"detail": "loss 'x' is unknown"})
     server.on(ROUTE, Answer(415, {"detail": "protobuf"}), bad)
-    dialect = Dialect(transport.config)
     with pytest.raises(BadRequestError, match="loss 'x' is unknown"):
-        dialect.submit(transport, batch(1))
-    assert dialect.codec is JSON
+        submit_batch(transport, batch(1))
+    assert batch_codec(transport) is JSON
 
 
 def test_a_bad_batch_that_used_its_number_up_is_reported_as_such(
@@ -184,11 +183,10 @@ def test_a_bad_batch_that_used_its_number_up_is_reported_as_such(
     server.on(
         ROUTE, Answer(400, {"detail": "too long"}), Answer(409, {"detail": "7 was used"}), ACCEPTED
     )
-    dialect = Dialect(transport.config)
     with pytest.raises(BadRequestError, match="too long"):
-        dialect.submit(transport, batch())
-    assert dialect.codec is PROTOBUF  # which was read, so that is settled
-    dialect.submit(transport, batch(8))
+        submit_batch(transport, batch())
+    assert batch_codec(transport) is PROTOBUF  # which was read, so that is settled
+    submit_batch(transport, batch(8))
     assert encodings(server) == ["x-protobuf", "json", "x-protobuf"]
 
 
@@ -196,8 +194,7 @@ def test_a_passing_500_on_a_server_without_json_is_ridden_out(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, PLAIN_500, Answer(415), PLAIN_500, ACCEPTED)
-    dialect = Dialect(transport.config)
-    assert dialect.submit(transport, batch(3)).request_id == "r-1"
+    assert submit_batch(transport, batch(3)).request_id == "r-1"
     assert encodings(server) == ["x-protobuf", "json", "x-protobuf", "x-protobuf"]
     assert seq_ids(server) == [3] * 4
 
@@ -207,22 +204,21 @@ def test_other_answers_are_not_about_the_encoding(
 ) -> None:
     server.on(ROUTE, Answer(409, {"detail": "conflict"}))
     with pytest.raises(ConflictError):
-        Dialect(transport.config).submit(transport, batch())
+        submit_batch(transport, batch())
     assert encodings(server) == ["x-protobuf"]
 
 
 def test_an_outage_is_not_about_the_encoding(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, Answer(503), Answer(drop=True), ACCEPTED)
-    Dialect(transport.config).submit(transport, batch())
+    submit_batch(transport, batch())
     assert encodings(server) == ["x-protobuf"] * 3
 
 
 def test_once_settled_a_500_is_only_a_500(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, ACCEPTED, PLAIN_500)
-    dialect = Dialect(transport.config)
-    dialect.submit(transport, batch(1))
+    submit_batch(transport, batch(1))
     with pytest.raises(InternalServerError):
-        dialect.submit(transport, batch(2))
+        submit_batch(transport, batch(2))
     assert encodings(server) == ["x-protobuf"] * 5
 
 
@@ -233,7 +229,7 @@ def test_a_batch_without_a_json_form_is_reported_by_the_first_answer(
     span = PromptProvenanceSpan("s", length=3)
     with_spans = dataclasses.replace(batch(), data=[DATUM.with_provenance([span], [span])])
     with pytest.raises(BadRequestError, match="the spans do not fit") as caught:
-        Dialect(transport.config).submit(transport, with_spans)
+        submit_batch(transport, with_spans)
     assert "no JSON form" in str(caught.value)
     assert encodings(server) == ["x-protobuf"]
 
@@ -243,15 +239,14 @@ def test_a_server_without_the_forward_route_speaks_protobuf(
 ) -> None:
     server.on(ROUTE, PLAIN_500, ACCEPTED)
     server.on(FORWARD, Answer(404, {"detail": "Not Found"}))
-    dialect = Dialect(transport.config)
-    assert dialect.submit(transport, batch(1, forward_only=True)).request_id == "r-1"
-    assert dialect.codec is PROTOBUF
+    assert submit_batch(transport, batch(1, forward_only=True)).request_id == "r-1"
+    assert batch_codec(transport) is PROTOBUF
 
 
 def test_two_like_answers_are_told_once(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, Answer(400, {"detail": "loss 'x' is unknown"}))
     with pytest.raises(BadRequestError) as caught:
-        Dialect(transport.config).submit(transport, batch())
+        submit_batch(transport, batch())
     assert caught.value.hint is None
     assert str(caught.value).count("loss 'x'") == 1
 
@@ -261,7 +256,7 @@ def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "loss 'x' is unknown"}), Answer(409))
     with pytest.raises(BadRequestError, match="loss 'x'") as caught:
-        Dialect(transport.config).submit(transport, batch())
+        submit_batch(transport, batch())
     assert encodings(server) == ["x-protobuf", "json"]
     assert caught.value.hint is None
 
@@ -278,7 +273,7 @@ def test_many_first_batches_at_once_settle_it_once(
 
     def submit(seq_id: int) -> str:
         arrived.release()
-        return Dialect(transport.config).submit(transport, batch(seq_id)).request_id
+        return submit_batch(transport, batch(seq_id)).request_id
 
     with ThreadPoolExecutor(20) as pool:
         ids = [pool.submit(submit, seq_id) for seq_id in range(1, 21)]
@@ -298,9 +293,9 @@ def test_who_waits_for_the_first_batch_can_be_closed(
     held = Answer(body={"request_id": "r-1"}, hold=threading.Event())
     server.on(ROUTE, held)
     with open_transport(server) as other, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(Dialect(transport.config).submit, transport, batch(1))
+        first = pool.submit(submit_batch, transport, batch(1))
         server.wait_for(ROUTE, 1)
-        second = pool.submit(Dialect(other.config).submit, other, batch(2))
+        second = pool.submit(submit_batch, other, batch(2))
         other.closing.set()
         assert isinstance(second.exception(PATIENCE_S), ClientClosedError)
         assert not first.done()
@@ -315,11 +310,10 @@ def test_the_failure_of_the_first_batch_is_its_own(
 ) -> None:
     bad = Answer(400, {"detail": "loss 'x' is unknown"}, hold=threading.Event())
     server.on(ROUTE, bad, bad, ACCEPTED)
-    dialect = Dialect(transport.config)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(dialect.submit, transport, batch(1))
+        first = pool.submit(submit_batch, transport, batch(1))
         server.wait_for(ROUTE, 1)
-        second = pool.submit(dialect.submit, transport, batch(2))
+        second = pool.submit(submit_batch, transport, batch(2))
         assert bad.hold is not None
         bad.hold.set()
         assert isinstance(first.exception(PATIENCE_S), BadRequestError)
@@ -334,16 +328,15 @@ def test_batches_are_compressed_once_the_encoding_is_settled(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, ACCEPTED)
-    dialect = Dialect(transport.config)
     for seq_id in (1, 2):
-        dialect.submit(transport, batch(seq_id), compress=True)
+        submit_batch(transport, batch(seq_id), compress=True)
     plain, packed = server.requests(ROUTE)
     assert "content-encoding" not in plain.headers
     assert packed.headers["content-encoding"] == "zstd"
     unpacked = zstandard.ZstdDecompressor().decompress(packed.body)
     assert PROTOBUF.decode_forward_backward(unpacked) == batch(2)
-    assert dialect.snapshot() == ServerDialect("protobuf", "zstd")
-    assert str(dialect.snapshot()) == "batches as protobuf (zstd)"
+    assert server_dialect(transport) == ServerDialect("protobuf", "zstd")
+    assert str(server_dialect(transport)) == "batches as protobuf (zstd)"
 
 
 def test_a_server_that_cannot_decompress_gets_plain_bodies(
@@ -353,12 +346,11 @@ def test_a_server_that_cannot_decompress_gets_plain_bodies(
         return Answer(415) if "content-encoding" in received.headers else ACCEPTED
 
     server.on(ROUTE, answer)
-    dialect = Dialect(transport.config)
     for seq_id in (1, 2, 3):
-        dialect.submit(transport, batch(seq_id), compress=True)
+        submit_batch(transport, batch(seq_id), compress=True)
     packed = ["content-encoding" in r.headers for r in server.requests(ROUTE)]
     assert packed == [False, True, False, False]
-    assert dialect.snapshot().compression is None
+    assert server_dialect(transport).compression is None
 
 
 def test_without_zstandard_nothing_is_compressed(
@@ -368,10 +360,9 @@ def test_without_zstandard_nothing_is_compressed(
     monkeypatch.delitem(late_import._modules, "zstandard", raising=False)
     can_compress.cache_clear()
     server.on(ROUTE, ACCEPTED)
-    dialect = Dialect(transport.config)
     try:
         for seq_id in (1, 2):
-            dialect.submit(transport, batch(seq_id), compress=True)
+            submit_batch(transport, batch(seq_id), compress=True)
     finally:
         can_compress.cache_clear()
     assert not any("content-encoding" in r.headers for r in server.requests(ROUTE))
@@ -380,7 +371,7 @@ def test_without_zstandard_nothing_is_compressed(
 def test_json_is_never_compressed(server: ScriptedServer) -> None:
     server.on(ROUTE, ACCEPTED)
     with open_transport(server, wire="json") as transport:
-        Dialect(transport.config).submit(transport, batch(), compress=True)
+        submit_batch(transport, batch(), compress=True)
     assert "content-encoding" not in server.requests(ROUTE)[0].headers
 
 
@@ -388,14 +379,13 @@ def test_json_is_never_compressed(server: ScriptedServer) -> None:
 
 
 def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transport) -> None:
-    dialect = Dialect(transport.config)
-    before = dialect.snapshot()
+    before = server_dialect(transport)
     transport.server.note_missing("POST telemetry", 404)
     assert before == ServerDialect()
     assert str(before) == "encoding not known yet"
     assert transport.server.missing_status("POST telemetry") == 404
     assert transport.server.missing_status("POST cancel_future") is None
-    after = dialect.snapshot()
+    after = server_dialect(transport)
     assert after.missing_routes == ("POST telemetry",)
     assert str(after) == "encoding not known yet; without POST telemetry"
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -429,14 +419,12 @@ def test_a_route_that_is_missing_is_asked_for_once(
             get_sampler(transport, "s")
         assert caught.value.status == 404
     assert len(server.requests(route)) == 1
-    assert Dialect(transport.config).snapshot().missing_routes == ("GET samplers/{id}",)
+    assert server_dialect(transport).missing_routes == ("GET samplers/{id}",)
 
 
 def test_a_server_that_is_gone_teaches_nothing(server: ScriptedServer) -> None:
-    config = quick_config(server, max_outage_s=0.05)
     server.close()
     with open_transport(server, max_outage_s=0.05) as transport:
-        dialect = Dialect(config)
         with pytest.raises(APIConnectionError):
-            dialect.submit(transport, batch())
-    assert dialect.codec is None
+            submit_batch(transport, batch())
+    assert batch_codec(transport) is None

@@ -143,7 +143,7 @@ class Told(logging.Handler):
         assert "it waits for itself, for ever" in record.getMessage()
         print("waiting", flush=True)
 
-logging.getLogger("tinkex._transport.backpressure").addHandler(Told())
+logging.getLogger("tinkex._transport.limits").addHandler(Told())
 service = ServiceClient(base_url=sys.argv[1], max_unread=2, notice_after_s=0.05)
 sampler = service.create_sampling_client(base_model="base")
 futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(3)]

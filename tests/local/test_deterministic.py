@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import pytest
@@ -33,8 +33,14 @@ def datum(**inputs: Any) -> Datum:
     return Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4], **inputs})
 
 
-def loss(engine: DeterministicEngine, name: str = "cross_entropy", **inputs: Any) -> float:
-    output = engine.forward_backward("m", [datum(**inputs)], name, {}, forward_only=True)
+def loss(
+    engine: DeterministicEngine,
+    name: str = "cross_entropy",
+    config: Optional[Dict[str, float]] = None,
+    **inputs: Any,
+) -> float:
+    data = [datum(**inputs)]
+    output = engine.forward_backward("m", data, name, config or {}, forward_only=True)
     return output.metrics["loss:sum"]
 
 
@@ -91,6 +97,11 @@ def test_losses_follow_their_formulas(engine: DeterministicEngine) -> None:
     assert of("ppo") == -(0.5 * 2 - 1.0 + 1.2)
     clipped = np.array([0.8, 1.0, 1.2])
     assert -(clipped * advantages * logprobs).sum() == of("cispo")
+    ratio = 1.5 ** (1 / 3)  # of the sequence: the geometric mean of 0.5, 1 and 3
+    assert -(min(ratio, 1.0004) * 2 - ratio + 1.0004) == of("gspo")
+    wide = {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
+    own = loss(engine, "gspo", wide, **inputs, sequence_ratio_mask=[0.0, 1.0, 1.0])
+    assert own == pytest.approx(-(3**0.5) * advantages.sum(), rel=1e-5)
     squares = np.log([0.5, 1.0, 3.0]) ** 2
     assert -(logprobs * advantages - 0.025 * squares).sum() == of("dro")
 
@@ -127,7 +138,7 @@ def test_a_large_ratio_is_clipped_and_an_infinite_loss_is_an_error(
         ("ppo", {}, "needs the input 'logprobs'"),
         ("cross_entropy", {"weights": [1.0, float("nan"), 1.0]}, "holds NaN"),
         ("cross_entropy", {"weights": [1.0, 1.0]}, "shape"),
-        ("cross_entropy", {"target_tokens": [1, 2]}, "equally long"),
+        ("cross_entropy", {"target_tokens": [1, 2, 3, 4]}, "equally long"),
         ("cross_entropy", {"target_tokens": [1, 2, 50]}, "holds token 50"),
     ],
 )
@@ -141,6 +152,25 @@ def test_bad_input_is_named(
     assert problem.value.category == "user"
     if name != "nonsense":
         assert "datum 1" in str(problem.value)
+
+
+def test_targets_of_the_last_tokens_only_are_taken(engine: DeterministicEngine) -> None:
+    (everything,) = engine.forward_backward("m", [datum()], "cross_entropy", {}).loss_fn_outputs
+    last = datum()
+    last = Datum(
+        last.model_input, {"target_tokens": last.loss_fn_inputs["target_tokens"].to_numpy()[1:]}
+    )
+    (some,) = engine.forward_backward("m", [last], "cross_entropy", {}).loss_fn_outputs
+    assert (some["logprobs"].to_numpy() == everything["logprobs"].to_numpy()[1:]).all()
+
+
+@pytest.mark.parametrize("mask", [[0.0, 0.0, 0.0], [1.0, -1.0, 1.0]])
+def test_a_sequence_without_a_ratio_is_named(
+    engine: DeterministicEngine, mask: List[float]
+) -> None:
+    bad = datum(logprobs=[-1.0] * 3, advantages=[1.0] * 3, sequence_ratio_mask=mask)
+    with pytest.raises(EngineError, match="sequence_ratio_mask"):
+        engine.forward_backward("m", [bad], "gspo", {})
 
 
 @pytest.mark.parametrize("value", ["x", "0.5", float("nan")])

@@ -107,7 +107,7 @@ class Exhausted:
 def test_a_client_closes_idle_connections_and_reports_it_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ask = Request("POST", "/api/v1/x", b"{}", bare=True)
+    ask = Request("POST", "/api/v1/x", b"{}", raw_credential=True)
     with ScriptedServer() as server:
         server.on("POST /api/v1/x", Answer())
         transport = Transport(Config.resolve(environ={}, base_url=server.url))

@@ -120,7 +120,7 @@ def test_a_repeated_seq_id_with_another_body_is_a_conflict(api: Api) -> None:
 
 def test_a_failed_request_does_not_stop_the_run(api: Api, engine: HeldEngine) -> None:
     model = api.model()
-    lame = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2]})
+    lame = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3, 4]})
     failing = api.submit_pass(model, 1, [lame])
     after = api.submit_pass(model, 2)
     failure = api.result(failing)

@@ -55,7 +55,7 @@ def test_failures_and_pending_answers_are_json_whatever_is_accepted(tmp_path: Pa
     api2_dir = tmp_path / "other"
     with serving(api2_dir) as api:
         model = api.model()
-        lame = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2]})
+        lame = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3, 4]})
         made = api.submit_pass(model, 1, [lame])
         api.result(made)
         assert api.poll(made, accept="application/x-protobuf").get_json()["category"] == "user"
@@ -472,3 +472,24 @@ def test_images_are_refused_by_name(api: Api) -> None:
     chunk = {"type": "image", "data": "eA==", "format": "png", "expected_tokens": 3}
     body = api.sample_body(api.sampler(model.partition(":")[0]), 0, prompt={"chunks": [chunk]})
     assert "ImageChunk" in api.post("asample", 400, **body)["detail"]
+
+
+def test_a_loss_whose_definition_is_not_public_names_those_to_use_instead(api: Api) -> None:
+    problem = api.submit_pass(api.model(), 1, [datum()], "stable_reinforce", expect=400)
+    assert "its definition is not public" in problem["detail"]
+    assert "importance_sampling, ppo, cispo or gspo" in problem["detail"]
+
+
+def test_gspo_takes_the_inputs_of_a_response_only(api: Api) -> None:
+    model = api.model()
+    response = Datum(
+        ModelInput.from_ints([1, 2, 3, 4]),
+        {
+            "target_tokens": [4, 5],
+            "logprobs": [-15.0, -15.0],
+            "advantages": [1.0, 1.0],
+            "sequence_ratio_mask": [1.0, 1.0],
+        },
+    )
+    result = api.result(api.submit_pass(model, 1, [response], "gspo"))
+    assert len(result["loss_fn_outputs"][0]["logprobs"]["data"]) == 2

@@ -30,9 +30,9 @@ from support.threads import wait_until
 
 from tinkex import ServiceClient, types
 from tinkex._results import backoff, batch_poll, batch_poller
-from tinkex._results.completion_tracker import CompletionTracker
 from tinkex._results.pending import PendingRequest
 from tinkex._results.poller import Poller
+from tinkex._results.sampler_polls import CompletionTracker
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -52,7 +52,7 @@ TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
-    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
+    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", 0.01)
 
 
 @pytest.fixture
@@ -100,9 +100,9 @@ def test_one_poll_waits_for_all_and_what_was_fetched_is_reported(
 def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poller: Poller) -> None:
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
-    watch = poller._batches._watches[SAMPLER]
+    watch = poller._batches._samplers[SAMPLER]
     wait_until(lambda: not watch._polled, "nobody polls")
-    assert watch._tracker.at_rest
+    assert watch._tracker.is_idle
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
 
@@ -194,7 +194,7 @@ def test_a_bug_in_the_poller_loses_no_future(
         raise ZeroDivisionError("a bug")
 
     batches.on(BATCH, *at_last(done("a", cursor=1)))
-    monkeypatch.setattr(CompletionTracker, "told", fail)
+    monkeypatch.setattr(CompletionTracker, "note_completions", fail)
     assert sample(poller, "a").result(PATIENCE_S) == "a"
 
 
@@ -255,7 +255,7 @@ def test_limits_of_time_hold(batches: ScriptedServer) -> None:
 def test_close_wakes_all_at_once_and_says_what_was_fetched(
     batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", PATIENCE_S)
+    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", PATIENCE_S)
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     left = sample(poller, "never")
@@ -278,7 +278,7 @@ def request() -> PendingRequest[Any]:
 
 def test_what_nobody_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
     tracker = CompletionTracker()
-    tracker.told(tracker.next_poll(), {"x": 1}, 4, begun=2)
+    tracker.note_completions(tracker.next_poll(), {"x": 1}, 4, begun=2)
     tracker.drop_unwanted(oldest=2)  # the second submission is still under way
     assert tracker.next_poll().retrieved == ()
     tracker.drop_unwanted(oldest=3)
@@ -289,14 +289,14 @@ def test_what_is_told_twice_is_fetched_once_and_reported_until_a_poll_succeeds()
     tracker, one = CompletionTracker(), request()
     tracker.expect("a", one)
     asked = tracker.next_poll()
-    assert tracker.told(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
-    assert tracker.told(asked, {"a": 3}, 1, begun=1) == []
+    assert tracker.note_completions(asked, {"a": 3}, 1, begun=1) == [(one, 3)]
+    assert tracker.note_completions(asked, {"a": 3}, 1, begun=1) == []
     tracker.drop_unwanted(oldest=9)
     assert tracker.next_poll().retrieved == ()  # it is being fetched: not to be dropped there
-    tracker.fetched("a")
+    tracker.note_fetched("a")
     assert tracker.next_poll().retrieved == tracker.next_poll().retrieved == ("a",)
-    tracker.told(tracker.next_poll(), {}, 1, begun=1)
-    assert tracker.at_rest
+    tracker.note_completions(tracker.next_poll(), {}, 1, begun=1)
+    assert tracker.is_idle
 
 
 # With the embedded server
@@ -321,8 +321,8 @@ def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
         names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-sample")]
         assert [len(f.result(PATIENCE_S).sequences[0].tokens) for f in futures] == [2] * 500
         assert names == []
-        trackers = [w._tracker for w in client._runtime.poller._batches._watches.values()]
-        wait_until(lambda: all(tracker.at_rest for tracker in trackers), "all was reported")
+        trackers = [w._tracker for w in client._runtime.poller._batches._samplers.values()]
+        wait_until(lambda: all(tracker.is_idle for tracker in trackers), "all was reported")
         kept = [hosted._backend.futures.wait(f.request_id or "", 0) for f in futures]
         assert kept == [None] * 500
 

@@ -30,7 +30,7 @@ from tinkex.errors import ResultExpiredError
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
-    monkeypatch.setattr(batch_poll, "REPORT_AFTER_S", 0.01)
+    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", 0.01)
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_more_is_not_asked_for_while_many_results_wait(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     assert poller._batches._fetch_soon([]) == 0.0
-    poller._batches._fetches._waiting.extend([None] * (batch_poller.MANY + 1))  # type: ignore[list-item]
-    assert poller._batches._fetch_soon([]) == batch_poller.MANY_PAUSE_S
+    poller._batches._fetches._waiting.extend([None] * (batch_poller.MAX_UNFETCHED + 1))  # type: ignore[list-item]
+    assert poller._batches._fetch_soon([]) == batch_poller.UNFETCHED_PAUSE_S
     poller._batches._fetches._waiting.clear()
 
 
@@ -149,7 +149,7 @@ def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedS
         assert [future.result(PATIENCE_S) for future in watched] == [f"w{n}" for n in range(cap)]
         assert polled_for(batches) == {f"w{n}" for n in range(cap)}
         # One whose samples are done makes room, for a sampler that had to do without as well.
-        wait_until(lambda: not poller._batches._watches[SamplerId("w0")]._polled, "there is room")
+        wait_until(lambda: not poller._batches._samplers[SamplerId("w0")]._polled, "there is room")
         assert sample(poller, "b0", sampler=SamplerId("b0")).result(PATIENCE_S) == "b0"
         assert "b0" in polled_for(batches)
 

@@ -38,7 +38,7 @@ def test_a_pause_is_told_at_once_then_once_a_minute_and_so_is_its_end(
     notices.note("sampler s", "active", None)
     notices.note("sampler s", "active", None)
     paused = ("WARNING", "the server has paused sampler s: paused_capacity (all GPUs are busy)")
-    assert told(caplog) == [paused] * 3 + [("INFO", "sampler s: the server goes on")]
+    assert told(caplog) == [paused] * 3 + [("INFO", "sampler s resumed")]
 
 
 def test_a_short_pause_of_a_run_is_not_worth_a_word(

@@ -14,7 +14,7 @@ import pytest
 from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
-from support.transports import open_transport
+from support.transports import open_resources
 
 from tinkex._api._call import read
 from tinkex._results import backoff
@@ -54,8 +54,8 @@ def open_poller(
     **settings: Any,
 ) -> Iterator[Poller]:
     """A poller, closed at the end in the order in which a session closes its own."""
-    with open_transport(server, **settings) as transport:
-        poller = Poller(transport, explain)
+    with open_resources(server, **settings) as resources:
+        poller = Poller(resources, explain)
         try:
             yield poller
         finally:
@@ -65,7 +65,7 @@ def open_poller(
 def shut(poller: Poller) -> None:
     poller._transport.closing.set()
     poller.close(ClientClosedError("the client was closed"))
-    poller._transport.abort()
+    poller._resources.abort()
     assert poller.join(time.monotonic() + PATIENCE_S) == []
 
 
@@ -308,7 +308,7 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
         assert future.status().queue_state == "active"
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("WARNING", "the server has paused sampler s-1: paused_rate_limit (quota)"),
-        ("INFO", "sampler s-1: the server goes on"),
+        ("INFO", "sampler s-1 resumed"),
     ]
 
 
@@ -404,7 +404,7 @@ def test_a_402_is_waited_out_for_the_time_that_the_server_allows(
     monkeypatch.setattr(billing, "PAUSE_S", 0.001)
     server.on(POLL, Answer(402, {"detail": "top up"}))
     with open_poller(server, on_billing="wait") as poller:
-        poller._transport.billing.find_limit_s = lambda: 0.05
+        poller._resources.billing.find_limit_s = lambda: 0.05
         with pytest.raises(BillingError, match="top up"):
             watch(poller).result(PATIENCE_S)
     assert len(server.requests()) > 2
@@ -778,8 +778,8 @@ def test_a_failure_is_reported_before_anybody_hears_of_it_and_a_cancel_is_none(
     def report(future: APIFuture[Any], error: BaseException) -> None:
         reported.append((future.done(), future.request_id, error))
 
-    with open_transport(server) as transport:
-        poller = Poller(transport, same, report)
+    with open_resources(server) as resources:
+        poller = Poller(resources, same, report)
         bad, gone = sample(poller, "bad", server), sample(poller, "gone", server)
         error = bad.exception(PATIENCE_S)
         server.wait_for(POLL, 2)

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from support.pending import ScriptedRequest
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
-from support.transports import open_transport
+from support.transports import open_resources
 from tinkex._api._call import read
 from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
@@ -36,8 +36,8 @@ def wants_batches(server: ScriptedServer) -> None:
 
 def open_poller(server: ScriptedServer, **settings: Any) -> Iterator[Poller]:
     """A poller, shut afterwards; for a fixture, or a loop of one turn."""
-    with open_transport(server, **settings) as transport:
-        made = Poller(transport)
+    with open_resources(server, **settings) as resources:
+        made = Poller(resources)
         yield made
         shut(made)
 
@@ -46,7 +46,7 @@ def shut(poller: Poller) -> None:
     """As a session does it; no thread may stay."""
     poller._transport.closing.set()
     poller.close(ClientClosedError("the client was closed"))
-    poller._transport.abort()
+    poller._resources.abort()
     poller.flush_acknowledgements(time.monotonic() + PATIENCE_S)
     assert poller.join(time.monotonic() + PATIENCE_S) == []
 

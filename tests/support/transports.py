@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any, Iterator
 
 from support.scripted_server import ScriptedServer
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 
 
 def quick_config(server: ScriptedServer, **settings: Any) -> Config:
     return Config.resolve(environ={}, **{"base_url": server.url, **settings})
+
+
+@contextlib.contextmanager
+def open_resources(server: ScriptedServer, **settings: Any) -> Iterator[ClientResources]:
+    """The resources of a client of *server*, closed at the end as a client closes its own."""
+    resources = ClientResources.open(quick_config(server, **settings), threading.Event())
+    try:
+        yield resources
+    finally:
+        resources.transport.closing.set()
+        resources.abort()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,12 @@ def test_a_good_batch_comes_back_as_a_list() -> None:
         ([datum(())], "data[0]: model_input has no tokens"),
         ([datum(target_tokens=[1, 2])], "data[0]: loss input 'target_tokens' has 2 entries for 3"),
         ([datum(), datum(weights=[1.0] * 4)], "data[1]: loss input 'weights' has 4 entries for 3"),
+        ([datum(target_tokens=[2, 3])], "data[0]: loss input 'target_tokens' has 2 entries for 3"),
+        (
+            [datum(target_tokens=[3, 4], weights=[1.0] * 3)],
+            "data[0]: loss input 'weights' has 3 entries for 2 target tokens",
+        ),
+        ([datum(target_tokens=[2, 3, 4], weights=[1.0])], "'weights' has 1 entries for 3 tokens"),
         ([datum(advantages=[])], "'advantages' has 0 entries"),
         ([datum(weights=[1.0, float("nan"), 0.0])], "holds nan at position 1"),
         ([datum(logprobs=[1.0, 1.0, float("inf")])], "holds inf at position 2"),
@@ -43,6 +49,11 @@ def test_a_bad_batch_is_named(data: Any, part: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         check_batch(data, "cross_entropy")
     assert part in str(caught.value)
+
+
+def test_inputs_of_a_response_only_are_passed_on() -> None:
+    short = datum((1, 2, 3, 4), target_tokens=[4, 5], weights=[1.0, 1.0])
+    assert check_batch([short], "cross_entropy") == [short]
 
 
 @pytest.mark.parametrize("at", [0, 31, 32, 99])

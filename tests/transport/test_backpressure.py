@@ -15,13 +15,12 @@ from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import race, wait_until
 from support.tinker_routes import TinkerRoutes
-from support.transports import open_transport, quick_config
+from support.transports import open_resources, quick_config
 
 from tinkex import ServiceClient, types
-from tinkex._transport import backpressure
-from tinkex._transport.backpressure import Quota, Unread, megabytes
-from tinkex._transport.byte_limits import Pressure
-from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport import limits
+from tinkex._transport.limits import Quota, RateLimiter, UnreadLimit, megabytes
+from tinkex._transport.resources import ByteLimits
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.server_state import state_of
 from tinkex.errors import BackpressureError, ClientClosedError, ConfigError, RateLimitError
@@ -48,73 +47,73 @@ def waiting(quota: Quota) -> int:
 
 def test_a_quota_grants_while_no_more_than_the_whole_is_in_use() -> None:
     quota = Quota("things", 10, str)
-    quota.take(10, never)
-    quota.take(5, never)  # docs/protocol.md, "Back-pressure": what is left may become negative
+    quota.acquire(10, never)
+    quota.acquire(5, never)  # docs/protocol.md, "Back-pressure": what is left may become negative
     with ThreadPoolExecutor(1) as pool:
-        third = pool.submit(quota.take, 1, never)
+        third = pool.submit(quota.acquire, 1, never)
         wait_until(lambda: waiting(quota) == 1, "the third waits")
-        quota.give(5)
+        quota.release(5)
         third.result(PATIENCE_S)
     assert quota.describe() == "things: 11 of 10 in flight"
 
 
 def test_what_is_larger_than_the_whole_passes_and_the_next_waits_for_it() -> None:
     quota = Quota("things", 10, str)
-    quota.take(1000, never)
+    quota.acquire(1000, never)
     with ThreadPoolExecutor(1) as pool:
-        small = pool.submit(quota.take, 1, never)
+        small = pool.submit(quota.acquire, 1, never)
         wait_until(lambda: waiting(quota) == 1, "the small one waits")
-        quota.give(1000)
+        quota.release(1000)
         small.result(PATIENCE_S)
 
 
 def test_turns_come_in_order_and_nobody_overtakes() -> None:
     quota = Quota("things", 0, str)
-    quota.take(1, never)
+    quota.acquire(1, never)
     order: List[int] = []
 
     def take(number: int) -> None:
-        quota.take(1, never)
+        quota.acquire(1, never)
         order.append(number)
-        quota.give(1)
+        quota.release(1)
 
     with ThreadPoolExecutor(20) as pool:
         for number in range(20):
             pool.submit(take, number)
             wait_until(lambda n=number: waiting(quota) == n + 1, "it waits")
-        quota.give(1)
+        quota.release(1)
     assert order == list(range(20))
 
 
 def test_stopping_ends_a_wait_and_takes_nothing() -> None:
     quota = Quota("things", 0, str)
-    quota.take(1, never)
+    quota.acquire(1, never)
     stopped = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(quota.take, 7, stopped.is_set)
+        first = pool.submit(quota.acquire, 7, stopped.is_set)
         wait_until(lambda: waiting(quota) == 1, "it waits")
-        second = pool.submit(quota.take, 1, never)
+        second = pool.submit(quota.acquire, 1, never)
         wait_until(lambda: waiting(quota) == 2, "it waits")
         stopped.set()
         quota.wake()
         with pytest.raises(ClientClosedError, match="things"):
             first.result(PATIENCE_S)
         assert not second.done()
-        quota.give(1)
+        quota.release(1)
         second.result(PATIENCE_S)
     assert quota.describe() == "things: 1 of 0 in flight"
 
 
 def test_ctrl_c_just_as_the_turn_comes_passes_it_on() -> None:
     quota = Quota("things", 0, str)
-    quota.take(1, never)
+    quota.acquire(1, never)
 
     def interrupted() -> bool:
-        quota.give(1)  # this very moment it is granted
+        quota.release(1)  # this very moment it is granted
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quota.take(5, interrupted)
+        quota.acquire(5, interrupted)
     assert quota.describe() == "things: 0 of 0 in flight"
 
 
@@ -144,17 +143,17 @@ def test_two_hundred_threads_share_a_quota_and_leave_nothing() -> None:
 
 def test_a_wait_shows_in_the_status_of_the_future() -> None:
     quota = Quota("sample requests", 10_000_000, megabytes)
-    quota.take(12_000_000, never)
+    quota.acquire(12_000_000, never)
     future: APIFuture[Any] = APIFuture("sample")
     future.enter("submitting")
     with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(quota.take, 1, never, future)
+        held = pool.submit(quota.acquire, 1, never, future)
         wait_until(lambda: future.waiting_for is not None, "it waits")
         told = "sample requests: 12.0 MB of 10.0 MB in flight"
         assert future.status().held_back == told
         with pytest.raises(concurrent.futures.TimeoutError, match=told):
             future.result(0)
-        quota.give(12_000_000)
+        quota.release(12_000_000)
         held.result(PATIENCE_S)
     assert future.status().held_back is None
 
@@ -169,20 +168,20 @@ def test_the_servers_flags_bound_what_the_caller_asks_for(server: ScriptedServer
     }
     server.on("POST /api/v1/client/config", Answer(body=flags))
     settings = {"max_sample_bytes": 5000, "max_batch_bytes": 7}
-    with open_transport(server, **settings) as transport:
-        pressure = transport.pressure
-        assert (pressure.samples.size, pressure.results.size) == (5000, 52_428_800)
-        flags_for(transport)
-        assert pressure.sample_bytes(3) == 30  # looks at the flags, too
-    sizes = [q.size for q in (pressure.samples, pressure.batches, pressure.results)]
+    with open_resources(server, **settings) as resources:
+        limits = resources.limits
+        assert (limits.samples.size, limits.results.size) == (5000, 52_428_800)
+        flags_for(resources.transport)
+        assert limits.sample_bytes(3) == 30  # looks at the flags, too
+    sizes = [q.size for q in (limits.samples, limits.batches, limits.results)]
     assert sizes == [1000, 7, 52_428_800]
 
 
 def test_after_a_429_a_sample_weighs_twenty_times_as_much(server: ScriptedServer) -> None:
     config = quick_config(server)
-    pressure = Pressure(config, state_of(config), threading.Event())
+    limits = ByteLimits(config, state_of(config))
     state_of(config).limiter.back_off(1.0)
-    assert pressure.sample_bytes(3) == 600
+    assert limits.sample_bytes(3) == 600
 
 
 @pytest.mark.parametrize(
@@ -200,47 +199,49 @@ def test_settings_are_checked(server: ScriptedServer, setting: Any) -> None:
         quick_config(server, **setting)
 
 
-# Unread futures
+# UnreadLimit futures
 
 
-def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> Unread:
-    return Unread(most, raises=raises, closing=threading.Event(), notice_after_s=notice_after_s)
+def unread(most: int, raises: bool = False, notice_after_s: float = 10.0) -> UnreadLimit:
+    return UnreadLimit(
+        most, raises=raises, closing=threading.Event(), notice_after_s=notice_after_s
+    )
 
 
 def test_beyond_the_bound_a_call_waits_until_something_is_read() -> None:
     limit = unread(2)
-    limit.enter("sample")
-    limit.enter("sample")
+    limit.acquire("sample")
+    limit.acquire("sample")
     with ThreadPoolExecutor(1) as pool:
-        third = pool.submit(limit.enter, "sample")
+        third = pool.submit(limit.acquire, "sample")
         with pytest.raises(concurrent.futures.TimeoutError):
             third.result(0.02)
-        limit.leave()
+        limit.release()
         third.result(PATIENCE_S)
     assert limit._count == 2
 
 
 def test_beyond_the_bound_a_call_raises_if_that_is_wanted() -> None:
     limit = unread(1, raises=True)
-    limit.enter("sample")
+    limit.acquire("sample")
     with pytest.raises(BackpressureError, match="max_unread = 1") as caught:
-        limit.enter("optim_step")
+        limit.acquire("optim_step")
     assert "optim_step was not submitted" in str(caught.value)
     assert caught.value.retryable
-    limit.leave()
-    limit.enter("sample")
+    limit.release()
+    limit.acquire("sample")
 
 
 def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     limit = unread(1, notice_after_s=0.002)
-    limit.enter("sample")
+    limit.acquire("sample")
     with (
-        caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"),
+        caplog.at_level(logging.WARNING, "tinkex._transport.limits"),
         ThreadPoolExecutor(1) as pool,
     ):
-        second = pool.submit(limit.enter, "sample")
+        second = pool.submit(limit.acquire, "sample")
         wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
-        limit.leave()
+        limit.release()
         second.result(PATIENCE_S)
     assert "the results of max_unread = 1 futures were not read" in caplog.text
 
@@ -250,33 +251,33 @@ def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureF
     limit = unread(1, notice_after_s=0.002)
 
     def submit_two() -> None:
-        limit.enter("sample")
-        limit.enter("sample")
+        limit.acquire("sample")
+        limit.acquire("sample")
 
-    with caplog.at_level(logging.WARNING, "tinkex._transport.backpressure"):
+    with caplog.at_level(logging.WARNING, "tinkex._transport.limits"):
         alone = threading.Thread(target=submit_two, name="alone", daemon=True)
         alone.start()
         wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
         assert "Only this thread, alone, has submitted any" in caplog.text
         assert "it waits for itself, for ever. Read some with result()" in caplog.text
         assert alone.is_alive()
-        limit.leave()  # another thread reads after all
+        limit.release()  # another thread reads after all
         alone.join(PATIENCE_S)
         assert not alone.is_alive()
         caplog.clear()
         with ThreadPoolExecutor(1) as pool:
-            third = pool.submit(limit.enter, "sample")
+            third = pool.submit(limit.acquire, "sample")
             wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
-            limit.leave()
+            limit.release()
             third.result(PATIENCE_S)
         assert "for ever" not in caplog.text  # two threads submit: another one can read
 
 
 def test_closing_ends_every_wait_for_reads() -> None:
     limit = unread(1)
-    limit.enter("sample")
+    limit.acquire("sample")
     with ThreadPoolExecutor(3) as pool:
-        waits = [pool.submit(limit.enter, "sample") for _ in range(3)]
+        waits = [pool.submit(limit.acquire, "sample") for _ in range(3)]
         limit._closing.set()
         limit.wake()
         for wait in waits:
@@ -292,19 +293,19 @@ def test_two_hundred_threads_never_exceed_the_bound() -> None:
     def work() -> bool:
         nonlocal inside, most
         for _ in range(10):
-            limit.enter("sample")
+            limit.acquire("sample")
             with lock:
                 inside += 1
                 most = max(most, inside)
             with lock:
                 inside -= 1
-            limit.leave()
+            limit.release()
         return True
 
     assert race(*[work] * 200) == [True] * 200
     assert most <= 7
     with limit._lock:
-        limit._sweep_locked()
+        limit._count_released_locked()
     assert limit._count == 0
 
 
@@ -369,7 +370,7 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
         limiter.acquire(lambda delay_s: None, never)
     with ThreadPoolExecutor(1) as pool:
         eleventh = pool.submit(limiter.acquire, lambda delay_s: None, never)
-        wait_until(lambda: waiting(limiter._few) == 1, "the eleventh waits")
+        wait_until(lambda: waiting(limiter._quota) == 1, "the eleventh waits")
         limiter.release()
         eleventh.result(PATIENCE_S)
     clock.advance(10.0)
@@ -524,18 +525,18 @@ def test_large_results_are_fetched_one_after_the_other(
         go.set()
         for future in futures:
             assert future.result(PATIENCE_S).sequences[0].tokens == [5]
-        assert service._runtime.transport.pressure.results._used == 0
+        assert service._runtime.resources.limits.results._used == 0
     assert len(fetches) == 3
 
 
 def test_close_ends_a_wait_for_the_quota_at_once(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backpressure, "_LOOK_S", 3600.0)  # nobody looks without being woken
+    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # nobody looks without being woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
-        quota = service._runtime.transport.pressure.samples
-        quota.take(1 << 30, never)
+        quota = service._runtime.resources.limits.samples
+        quota.acquire(1 << 30, never)
         futures = [sampler.sample(PROMPT) for _ in range(5)]
         wait_until(lambda: waiting(quota) == 5, "all wait")
     assert waiting(quota) == 0

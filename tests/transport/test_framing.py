@@ -56,7 +56,7 @@ def test_an_absurd_length_is_an_error(private: bool, length: bytes) -> None:
             ask(server.url, private)
         transport = Transport(Config.resolve(environ={}, base_url=server.url))
         with pytest.raises(APIConnectionError, match="Content-Length is"):
-            transport.send_once(Request("POST", "/api/v1/x", b"{}", bare=True))
+            transport.send_once(Request("POST", "/api/v1/x", b"{}", raw_credential=True))
         transport.abort()
 
 

@@ -82,7 +82,7 @@ def test_a_status_that_decides_by_itself_is_left_alone(status: int) -> None:
 
 def test_some_answers_are_empty_rightly() -> None:
     assert not is_from_gateway(ANY, reply(204, "", b""))
-    unread = Request("DELETE", "/api/v1/x", empty_answer_ok=True)
+    unread = Request("DELETE", "/api/v1/x", empty_response_ok=True)
     assert not is_from_gateway(unread, reply(200, "", b""))
     assert is_from_gateway(unread, reply(200, "text/html", HTML))
     redirected = Request("GET", "/api/v1/x", follow_redirects=False)

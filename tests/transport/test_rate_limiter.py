@@ -6,7 +6,7 @@ import pytest
 from support.clocks import ManualClock
 from support.threads import race
 
-from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport.limits import RateLimiter
 from tinkex._transport.server_state import state_of
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError

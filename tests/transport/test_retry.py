@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
 from typing import Optional
 
 import pytest
 from freezegun import freeze_time
 
 from tinkex._runtime.clock import SYSTEM_CLOCK
-from tinkex.retry import MAX_HINT_S, RetryPolicy, retry_after_s
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    InvalidInputError,
+    OperationTimeoutError,
+    RequestFailedError,
+    ResponseDecodeError,
+    ResultExpiredError,
+    status_error_type,
+)
+from tinkex.retry import MAX_HINT_S, RetryPolicy, left_undone, retry_after_s
 
 #: Sun, 06 Nov 1994 08:49:37 GMT
 WALL = 784111777.0
@@ -125,3 +136,52 @@ def test_a_date_is_compared_with_the_wall_clock() -> None:
     with freeze_time("1994-11-06 08:49:37", ignore=late):
         wish = retry_after_s({"retry-after": "Sun, 06 Nov 1994 08:50:37 GMT"}, SYSTEM_CLOCK.wall())
     assert wish == 60.0
+
+
+# Whether anything was done
+
+
+def refused(status: int, *, maybe_taken: bool = False) -> APIError:
+    error = status_error_type(status)("refused", status=status)
+    error.maybe_taken = maybe_taken
+    return error
+
+
+def unreachable(*, maybe_taken: bool) -> APIError:
+    error = APIConnectionError("unreachable")
+    error.maybe_taken = maybe_taken
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "was_accepted", "expected"),
+    [
+        (InvalidInputError("a bad argument"), False, True),
+        (RequestFailedError("out of memory"), False, True),
+        (RequestFailedError("out of memory"), True, True),
+        (unreachable(maybe_taken=False), False, True),
+        (unreachable(maybe_taken=True), False, False),
+        (refused(422), False, True),
+        (refused(400, maybe_taken=True), False, True),  # it was the same request all the time
+        (refused(401), False, True),
+        (refused(401, maybe_taken=True), False, False),
+        (refused(409, maybe_taken=True), False, False),  # maybe with the attempt that was lost
+        (refused(408), False, False),
+        (refused(500), False, False),
+        (ResponseDecodeError("no request id"), False, False),  # the server took it
+        (refused(404), True, False),  # about the result, not about the work
+        (refused(401), True, False),
+        (ResultExpiredError("gone"), True, False),
+        (OperationTimeoutError("late"), True, False),
+    ],
+)
+def test_what_leaves_nothing_done_for_certain(
+    error: Exception, was_accepted: bool, expected: bool
+) -> None:
+    assert left_undone(error, was_sent=True, was_accepted=was_accepted) is expected
+
+
+def test_a_cancelled_request_left_nothing_done_if_it_was_not_sent() -> None:
+    assert left_undone(CancelledError(), was_sent=False, was_accepted=False)
+    assert not left_undone(CancelledError(), was_sent=True, was_accepted=False)
+    assert not left_undone(CancelledError(), was_sent=True, was_accepted=True)

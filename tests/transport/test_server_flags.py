@@ -45,8 +45,6 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     assert flags.fwdbwd_max_chunk_bytes_count == 5_000_000
     assert flags.sample_dispatch_bytes_semaphore_size == 10 * 2**20
     assert flags.inflight_response_bytes_semaphore_size == 50 * 2**20
-    assert flags.parallel_fwdbwd_chunks
-    assert flags.sample_enable_stuck_detection
     assert not flags.pjwt_auth_enabled
     assert not flags.proto_compress_fwdbwd
     assert DynamicFlags() == DynamicFlags(300.0, False, 64)
@@ -144,7 +142,7 @@ def test_a_flag_that_makes_no_sense_takes_its_default(
 
 
 def test_a_null_flag_is_not_given_and_numbers_may_be_written_as_floats() -> None:
-    given = {"parallel_fwdbwd_chunks": None, "fwdbwd_max_chunk_len": 12.0}
+    given = {"proto_compress_fwdbwd": None, "fwdbwd_max_chunk_len": 12.0}
     assert read_flags(ServerFlags, given) == ServerFlags(fwdbwd_max_chunk_len=12)
 
 

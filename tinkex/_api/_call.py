@@ -1,4 +1,4 @@
-"""How every endpoint function sends JSON and reads its answer."""
+"""How every endpoint function sends JSON and reads its response."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def call(
     policy: Optional[RetryPolicy] = None,
     channel: Optional[AnyChannel] = None,
     headers: Optional[Mapping[str, str]] = None,
-    answer_read: bool = True,
+    reads_response: bool = True,
 ) -> Reply:
-    """Send a JSON request with retries; return the 2xx answer, which is empty at most if not read.
+    """Send a JSON request with retries; return the 2xx response.
 
-    A request with a number (``seq_id`` and the like) rides out the answers of gateways for
-    ``max_outage_s``: whether its number was used must not be guessed.
+    The response may be empty if *reads_response* is False.  A request with a ``seq_id`` of any kind
+    rides out the responses of gateways for ``max_outage_s``: whether its seq_id was used must not
+    be guessed.
     """
     began = time.perf_counter()
     encoded = None if body is None else encode(body)
@@ -63,7 +64,7 @@ def call(
         traffic=traffic,
         headers=headers or {},
         secrets=(token,) if isinstance(token, str) else (),
-        empty_answer_ok=not answer_read,
+        empty_response_ok=not reads_response,
         encode_s=encode_s,
     )
     if policy is None:
@@ -73,19 +74,21 @@ def call(
     return transport.send(request, policy, channel=channel)
 
 
-def read(answer: Type[W], reply: Reply, name: str) -> W:
-    """Read a JSON answer of type *answer*; ResponseDecodeError names the route *name*."""
+def read(response_type: Type[W], reply: Reply, name: str) -> W:
+    """Read a JSON response of type *response_type*; ResponseDecodeError names the route *name*."""
     try:
-        return answer.from_wire(reply.json())
+        return response_type.from_wire(reply.json())
     except ResponseDecodeError as error:
         raise ResponseDecodeError(
             f"{name}: {error.message}", status=reply.status, hint=error.hint
         ) from error
 
 
-def post(transport: Sender, path: str, body: Mapping[str, Any], answer: Type[W], **how: Any) -> W:
-    """POST *body* and read the answer; *how* as for `call`."""
-    return read(answer, call(transport, "POST", path, body, **how), f"POST {path}")
+def post(
+    transport: Sender, path: str, body: Mapping[str, Any], response_type: Type[W], **how: Any
+) -> W:
+    """POST *body* and read the response; *how* as for `call`."""
+    return read(response_type, call(transport, "POST", path, body, **how), f"POST {path}")
 
 
 def segment(what: str, value: str) -> str:
@@ -101,9 +104,9 @@ def segment(what: str, value: str) -> str:
 
 
 def get(
-    transport: Sender, path: str, answer: Type[W], query: Optional[Mapping[str, Any]] = None
+    transport: Sender, path: str, response_type: Type[W], query: Optional[Mapping[str, Any]] = None
 ) -> W:
-    """GET *path* and read the answer; empty query values are left out."""
+    """GET *path* and read the response; empty query values are left out."""
     pairs = {key: value for key, value in (query or {}).items() if value not in (None, "")}
     full = f"{path}?{urlencode(pairs)}" if pairs else path
-    return read(answer, call(transport, "GET", full), f"GET {path}")
+    return read(response_type, call(transport, "GET", full), f"GET {path}")

@@ -1,4 +1,4 @@
-"""Routes that a server may lack: the error that names them, and the memory of which they are."""
+"""Routes that a server may not have: the error that names them, and noting which they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES_THE_ROUTE = re.compile(r"(cannot|no route:?) (get|post|put|delete) /")
 
 
 def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> bool:
-    """Tell whether *error* says that the server has no such route.
+    """True if *error* means that the server has no such route.
 
     A 404 may also mean that a thing named in the request does not exist, unless *names_nothing*.
     """
@@ -28,9 +28,9 @@ def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> b
 
 
 def was_done_before(error: APIStatusError, *statuses: int) -> bool:
-    """Tell whether *error* says that an earlier attempt of the same request was carried out.
+    """True if *error* means that an earlier attempt of the same request was carried out.
 
-    A request without a number is sent again when its response is lost.  If the server had carried
+    A request without a seq_id is sent again when its response is lost.  If the server had carried
     it out, the second attempt gets one of *statuses*: there is nothing left to do.
     """
     return error.maybe_taken and error.status in statuses and not is_missing_route(error)
@@ -51,13 +51,13 @@ def _is_generic(body: Any) -> bool:
 def optional_route(
     transport: Sender, route: str, *, names_nothing: bool = False, ask_once: bool = False
 ) -> Iterator[None]:
-    """Turn the answer of a server that lacks *route* into RouteMissingError.
+    """Turn the response of a server that lacks *route* into RouteMissingError.
 
     Args:
         route: method and path after ``/api/v1/``, with ``{id}`` for what varies.
         names_nothing: a request for it names nothing that could be missing instead.
         ask_once: for what the library does by itself: once the route was missing, the error comes
-            at once, and nothing is sent.  What a user calls for is asked again.
+            immediately, and nothing is sent.  What a user calls for is tried again.
     """
     server = transport.server
     status = server.missing_status(route)

@@ -44,9 +44,9 @@ def get_current_checkpoint_storage_usage(
     return _get(transport, route, types.CurrentCheckpointStorageUsageResponse, query)
 
 
-def _get(transport: Sender, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+def _get(transport: Sender, route: str, response_type: Type[W], query: Mapping[str, Any]) -> W:
     with optional_route(transport, f"GET {route}", names_nothing=True):
-        return get(transport, f"/api/v1/{route}", answer, query)
+        return get(transport, f"/api/v1/{route}", response_type, query)
 
 
 def _rfc3339(instant: datetime) -> str:

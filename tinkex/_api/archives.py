@@ -1,6 +1,6 @@
 """Where the archive of a checkpoint is (docs/protocol.md, "Archives").
 
-Servers build archives when asked, and say 503 or nothing for minutes meanwhile.
+Servers build archives on request, and respond with 503 or not at all for minutes meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 ROUTE = "GET training_runs/{id}/checkpoints/{checkpoint}/archive"
 
-#: Answers of 503 that are waited out, and for how long each unless the server says, in seconds.
+#: Responses of 503 that are waited out, and the pause after each unless the server names one, in
+#: seconds.
 BUILDING_TRIES = 6
 BUILDING_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 300.0
@@ -44,13 +45,13 @@ def get_checkpoint_archive_url(
 ) -> types.CheckpointArchiveUrlResponse:
     """``GET .../archive``: the signed URL, in a redirect that is not followed or in a body.
 
-    Blocks while the server builds the archive: six answers of 503, some minutes in all.  *pause*
+    Blocks while the server builds the archive: six responses of 503, some minutes in all.  *pause*
     sleeps, or raises to give up; by default closing the client does.
 
     Raises:
         RouteMissingError: the server has no such route.
         APIStatusError: it refused, or was still building.
-        ResponseDecodeError: it answered without a URL.
+        ResponseDecodeError: the response holds no URL.
     """
     pause = pause or _until_closed(transport)
     request = archive_request(run_id, checkpoint_id, timeout_s=transport.config.poll_timeout_s)
@@ -72,7 +73,7 @@ def get_checkpoint_archive_url(
             error = silence
         now = clock.monotonic()
         delay_s, error = retries.decide(error, now, random.random(), headers)
-        # Without a 503, it builds while we wait, and something in between has lost patience.
+        # The server builds while we wait, and something between us and it has timed out.
         timed_out = headers is None and delay_s is not None and now - sent >= BUILDING_PAUSE_S
         if timed_out or (headers is not None and error.status == 503):
             building += 1

@@ -1,22 +1,21 @@
-"""Dialect: in which encoding a server takes training batches, found out from its answers.
+"""Which encoding a server takes training batches in, found out from its responses.
 
 Servers of today take protobuf only, or JSON only (docs/servers.md).  With ``wire="auto"`` the
-first batch goes out as protobuf; an answer that means "I cannot read this" makes us send the
-same batch, under the same number, as JSON.  What worked is remembered per base URL, for the whole
-process; batches that come meanwhile wait for the outcome.  Nothing is sent again after a success.
+first batch goes out as protobuf; a response that means "I cannot read this" makes us send the
+same batch, under the same seq_id, as JSON.  What worked is kept in the `ServerState`; batches that
+come meanwhile wait for the outcome.  Nothing is sent again after a success.
 
 No threads of its own: it works in the lanes of training runs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Mapping, Optional
+from typing import TYPE_CHECKING, Optional
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.training import forward_backward
 from tinkex._transport.sender import Sender
-from tinkex._transport.server_state import ServerDialect as ServerDialect, state_of
-from tinkex.config import Config
+from tinkex._transport.server_state import ServerDialect as ServerDialect
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import (
@@ -30,11 +29,11 @@ from tinkex.wire.codec import (
 if TYPE_CHECKING:
     from tinkex.types import ForwardBackwardRequest, UntypedFuture
 
-#: What servers that cannot read a body answer: 415 or 422, 400 about decoding, or a plain 500.
+#: Statuses of servers that cannot read a body: 415 or 422, 400 about decoding, or a plain 500.
 _UNREADABLE = (400, 415, 422, 500)
 
 
-# Imported by who trains, not by who samples.
+# The codecs are imported by programs that train, not by those that only sample.
 
 
 def _json() -> Codec:
@@ -45,123 +44,78 @@ def _protobuf() -> Codec:
     return codec_for(PROTOBUF_CONTENT_TYPE)
 
 
-_FORCED: Mapping[str, Callable[[], Codec]] = {"json": _json, "protobuf": _protobuf}
+def _forced(sender: Sender) -> Optional[Codec]:
+    """The encoding that the settings prescribe, if they do."""
+    wire = sender.config.wire
+    return _json() if wire == "json" else _protobuf() if wire == "protobuf" else None
 
 
-class Dialect:
-    """How one server speaks.  Thread-safe."""
+def batch_codec(sender: Sender) -> Optional[Codec]:
+    """The encoding of batches in use, or None while it is not known."""
+    return _forced(sender) or sender.server.codec
 
-    def __init__(self, config: Config) -> None:
-        self._server = state_of(config)
-        self._forced = _FORCED[config.wire]() if config.wire in _FORCED else None
 
-    @property
-    def codec(self) -> Optional[Codec]:
-        """The encoding of batches in use, or None while it is not known."""
-        return self._forced or self._server.codec
+def server_dialect(sender: Sender) -> ServerDialect:
+    """What is known of how the server speaks."""
+    return sender.server.dialect(_forced(sender))
 
-    def snapshot(self) -> ServerDialect:
-        """What is known of the server now."""
-        return self._server.dialect(self._forced)
 
-    def submit(
-        self, transport: Sender, request: ForwardBackwardRequest, *, compress: bool = False
-    ) -> UntypedFuture:
-        """Submit a batch in the right encoding.  Blocks until the server has accepted it.
+def submit_batch(
+    sender: Sender, request: ForwardBackwardRequest, *, compress: bool = False
+) -> UntypedFuture:
+    """Submit a batch in the right encoding.  Blocks until the server has accepted it.
 
-        *compress* asks for zstd where the encoding is protobuf.
+    *compress* asks for zstd where the encoding is protobuf.
 
-        Raises:
-            APIStatusError: the server refused it (in both encodings, if it was not settled).
-            ClientClosedError: the client was closed meanwhile.
-        """
-        while True:
-            known = self.codec
-            if known is not None:
-                return self._submit_as(known, transport, request, compress)
-            first = _FirstBatch(self, transport, request)
-            self._server.encoding_search.run(first.send, transport.closing)
-            if first.was_sent:
-                return first.outcome()
+    Raises:
+        APIStatusError: the server refused it (in both encodings, if it was not settled).
+        ClientClosedError: the client was closed meanwhile.
+    """
+    while True:
+        codec = batch_codec(sender)
+        if codec is not None:
+            return _submit_as(codec, sender, request, compress)
+        first = _FirstBatch(sender, request)
+        sender.server.encoding_search.run(first.send, sender.closing)
+        if first.was_sent:
+            return first.outcome()
 
-    def _submit_as(
-        self, codec: Codec, transport: Sender, request: ForwardBackwardRequest, compress: bool
-    ) -> UntypedFuture:
-        outage_s = transport.config.max_outage_s
-        policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
-        compress = compress and codec is _protobuf() and not self._server.refuses_compression
-        if compress and can_compress():
-            return self._submit_compressed(transport, request, policy)
-        return forward_backward(transport, codec, request, policy)
 
-    def _submit_compressed(
-        self, transport: Sender, request: ForwardBackwardRequest, policy: RetryPolicy
-    ) -> UntypedFuture:
-        try:
-            accepted = forward_backward(transport, _protobuf(), request, policy, compressed=True)
-        except APIStatusError as error:
-            if error.status != 415:
-                raise
-            self._server.note_compression(None)
-            return forward_backward(transport, _protobuf(), request, policy)
-        self._server.note_compression("zstd")
-        return accepted
-
-    def _find_out(self, transport: Sender, request: ForwardBackwardRequest) -> UntypedFuture:
-        """Submit the first batch of a server, and note how it was done."""
-        # A plain 500 may mean "unreadable": look at the first one.
-        outage_s = transport.config.max_outage_s
-        curious = RetryPolicy(max_elapsed_s=outage_s, max_server_errors=1, max_gateway_answers=None)
-        try:
-            accepted = forward_backward(transport, _protobuf(), request, curious)
-        except APIStatusError as first:
-            if first.status not in _UNREADABLE:
-                raise
-            return self._try_json(transport, request, first)
-        self._server.note_codec(_protobuf())
-        return accepted
-
-    def _try_json(
-        self, transport: Sender, request: ForwardBackwardRequest, first: APIStatusError
-    ) -> UntypedFuture:
-        """Submit what got the answer *first* as JSON; raise the answer that is about the batch."""
-        try:
-            accepted = self._submit_as(_json(), transport, request, False)
-        except InvalidInputError as error:  # e.g. it has spans, which JSON cannot express
-            first.hint = first.hint or f"It was not sent as JSON: {error.message}"
-            raise first from error
-        except APIStatusError as second:
-            if _means_protobuf(request, second):
-                self._server.note_codec(_protobuf())
-                if first.status == 500:  # which may pass, after all
-                    return self._submit_as(_protobuf(), transport, request, False)
-                raise _with_other(first, second) from second
-            if first.status == 415:
-                self._server.note_codec(_json())
-            raise _with_other(second, first) from first
-        self._server.note_codec(_json())
-        return accepted
+def _submit_as(
+    codec: Codec, sender: Sender, request: ForwardBackwardRequest, compress: bool = False
+) -> UntypedFuture:
+    policy = RetryPolicy(max_elapsed_s=sender.config.max_outage_s, max_gateway_answers=None)
+    wanted = compress and codec is _protobuf() and not sender.server.refuses_compression
+    if not (wanted and can_compress()):
+        return forward_backward(sender, codec, request, policy)
+    try:
+        accepted = forward_backward(sender, codec, request, policy, compressed=True)
+    except APIStatusError as error:
+        if error.status != 415:
+            raise
+        sender.server.note_compression(None)
+        return forward_backward(sender, codec, request, policy)
+    sender.server.note_compression("zstd")
+    return accepted
 
 
 class _FirstBatch:
     """One caller's attempt to be the first to submit a batch to a server."""
 
-    def __init__(
-        self, dialect: Dialect, transport: Sender, request: ForwardBackwardRequest
-    ) -> None:
-        self._dialect = dialect
-        self._transport = transport
+    def __init__(self, sender: Sender, request: ForwardBackwardRequest) -> None:
+        self._sender = sender
+        self._server = sender.server
         self._request = request
         self._accepted: Optional[UntypedFuture] = None
         self._error: Optional[Exception] = None
 
     def send(self) -> None:
         """Submit the batch, unless the encoding was settled just now; keep what comes of it."""
-        if self._dialect.codec is not None:
+        if self._server.codec is not None:
             return
         try:
-            self._accepted = self._dialect._find_out(self._transport, self._request)
-        except ClientClosedError:  # decides nothing for those who wait
+            self._accepted = self._find_encoding()
+        except ClientClosedError:  # decides nothing for the callers that wait
             raise
         except Exception as error:  # about this batch; the others have their own
             self._error = error
@@ -178,19 +132,58 @@ class _FirstBatch:
             raise self._error
         return self._accepted
 
+    def _find_encoding(self) -> UntypedFuture:
+        """Submit the batch, and note which encoding the server took it in."""
+        # A plain 500 may mean "unreadable": look at the first one.
+        policy = RetryPolicy(
+            max_elapsed_s=self._sender.config.max_outage_s,
+            max_server_errors=1,
+            max_gateway_answers=None,
+        )
+        try:
+            accepted = forward_backward(self._sender, _protobuf(), self._request, policy)
+        except APIStatusError as first:
+            if first.status not in _UNREADABLE:
+                raise
+            return self._try_json(first)
+        self._server.note_codec(_protobuf())
+        return accepted
 
-def _means_protobuf(request: ForwardBackwardRequest, answer: APIStatusError) -> bool:
-    """Tell whether *answer* to a batch in JSON says that the server speaks protobuf.
+    def _try_json(self, first: APIStatusError) -> UntypedFuture:
+        """Submit it as JSON after the response *first*; raise the one that is about the batch."""
+        try:
+            accepted = _submit_as(_json(), self._sender, self._request)
+        except InvalidInputError as error:  # e.g. it has spans, which JSON cannot express
+            first.hint = first.hint or f"It was not sent as JSON: {error.message}"
+            raise first from error
+        except APIStatusError as second:
+            if _means_protobuf(self._request, second):
+                self._server.note_codec(_protobuf())
+                if first.status == 500:  # which may pass, after all
+                    return _submit_as(_protobuf(), self._sender, self._request)
+                raise _with_other(first, second) from second
+            if first.status == 415:
+                self._server.note_codec(_json())
+            raise _with_other(second, first) from first
+        self._server.note_codec(_json())
+        return accepted
 
-    415 names the wrong encoding, 409 says that the first body was read and has used the number
+
+def _means_protobuf(request: ForwardBackwardRequest, error: APIStatusError) -> bool:
+    """True if *error*, to a batch in JSON, means that the server speaks protobuf.
+
+    415 names the wrong encoding, 409 means that the first body was read and has used the seq_id
     up, and ``forward`` is a route of servers that take JSON.
     """
-    return answer.status in (409, 415) or (request.forward_only and is_missing_route(answer))
+    return error.status in (409, 415) or (request.forward_only and is_missing_route(error))
 
 
-def _with_other(told: APIStatusError, other: APIStatusError) -> APIStatusError:
+def _with_other(reported: APIStatusError, other: APIStatusError) -> APIStatusError:
+    """Return *reported* with a hint about the response to the batch in the *other* encoding."""
     if other.status == 409:
-        return told  # it is about the number, which the first form has used up
-    if other.body != told.body or other.status != told.status:
-        told.hint = told.hint or f"Sent in the other encoding, the answer was: {other.message}"
-    return told
+        return reported  # it is about the seq_id, which the first body has used up
+    if other.body != reported.body or other.status != reported.status:
+        reported.hint = reported.hint or (
+            f"Sent in the other encoding, the response was: {other.message}"
+        )
+    return reported

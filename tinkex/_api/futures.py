@@ -28,9 +28,9 @@ def retrieve_future(
     size_first: bool = False,
     channel: Optional[AnyChannel] = None,
 ) -> Reply:
-    """``POST retrieve_future``, once: a long poll; returns the answer whatever its status.
+    """``POST retrieve_future``, once: a long poll; returns the response whatever its status.
 
-    *binary* tells that the result may come as protobuf (samples and passes).  *payload* insists on
+    *binary*: the result may come as protobuf (samples and passes).  *payload* insists on
     the result itself, from a server that has announced its size instead; *size_first* allows it to
     announce that of a large one.
     """
@@ -55,14 +55,14 @@ def retrieve_futures(
     clone: int,
     cursor: int,
     retrieved: Sequence[str],
-    at_once: bool,
+    immediate: bool,
     read_timeout_s: float,
     channel: AnyChannel,
 ) -> Reply:
     """``POST retrieve_futures``, once: which samples are done since *cursor*.
 
-    A long poll, unless *at_once*; returns the answer whatever its status.  *retrieved* are the ids
-    whose results the server may drop.
+    A long poll, unless *immediate*; returns the response whatever its status.  *retrieved* are the
+    ids whose results the server may drop.
     """
     body: Dict[str, Any] = {
         "target": {
@@ -73,7 +73,7 @@ def retrieve_futures(
         "prev_cursor": cursor,
         "retrieved_request_ids": sorted(retrieved),
     }
-    if at_once:
+    if immediate:
         body["timeout"] = 0.0
     request = Request(
         "POST",
@@ -87,7 +87,7 @@ def retrieve_futures(
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """The answer of ``retrieve_futures``.
+    """The response of ``retrieve_futures``.
 
     Attributes:
         sizes: of the results that are there, in bytes, by request id; 0 is not known, or failed.
@@ -99,7 +99,7 @@ class Completions:
 
 
 def read_completions(reply: Reply) -> Completions:
-    """Read the answer of ``retrieve_futures``; ResponseDecodeError if it is none."""
+    """Read the response of ``retrieve_futures``; ResponseDecodeError if it is none."""
     body = reply.json()
     try:
         sizes = {
@@ -109,19 +109,19 @@ def read_completions(reply: Reply) -> Completions:
         return Completions(sizes, int(body["cursor"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResponseDecodeError(
-            f"POST /api/v1/retrieve_futures: this is no list of completions: {error!r}",
+            f"POST /api/v1/retrieve_futures: not a list of completions: {error!r}",
             status=reply.status,
         ) from error
 
 
 def cancel_future(transport: Sender, request_id: str) -> None:
-    """``POST cancel_future``: the result is not wanted; the answer is ignored."""
+    """``POST cancel_future``: the result is not wanted; the response is ignored."""
     request = Request(
         "POST",
         "/api/v1/cancel_future",
         encode({"request_id": request_id}),
         traffic="poll",
         read_timeout_s=CANCEL_TIMEOUT_S,
-        empty_answer_ok=True,
+        empty_response_ok=True,
     )
     transport.send(request, RetryPolicy(max_elapsed_s=transport.config.max_outage_s))

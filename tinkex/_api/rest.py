@@ -44,9 +44,9 @@ def _session(session_id: str) -> str:
     return f"{_API}sessions/{segment('the session id', session_id)}"
 
 
-def _list(transport: Sender, route: str, answer: Type[W], query: Mapping[str, Any]) -> W:
+def _list(transport: Sender, route: str, response_type: Type[W], query: Mapping[str, Any]) -> W:
     with optional_route(transport, f"GET {route}", names_nothing=True):
-        return get(transport, f"{_API}{route}", answer, query)
+        return get(transport, f"{_API}{route}", response_type, query)
 
 
 def _change(
@@ -58,10 +58,10 @@ def _change(
     *,
     done: Tuple[int, ...] = (),
 ) -> None:
-    """Change something; *done* is what the server answers if it was changed before."""
+    """Change something; *done* are the statuses of a server where it was changed before."""
     with optional_route(transport, f"{method} {route}"):
         try:
-            call(transport, method, path, body, answer_read=False)
+            call(transport, method, path, body, reads_response=False)
         except APIStatusError as error:
             if not was_done_before(error, *done):
                 raise
@@ -195,7 +195,7 @@ def assign_session_project(transport: Sender, session_id: str, project_id: str) 
 
 
 def get_trace_export(transport: Sender, session_id: str) -> types.SessionTraceExport:
-    """``GET sessions/{id}/trace_export``: starts the export, then tells how it stands."""
+    """``GET sessions/{id}/trace_export``: starts the export, then reports its progress."""
     with optional_route(transport, "GET sessions/{id}/trace_export"):
         return get(transport, f"{_session(session_id)}/trace_export", types.SessionTraceExport)
 
@@ -229,6 +229,6 @@ def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
 
 
 def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:
-    """``GET .../archive``, for `tinkex._api.archives`; its answer may be a redirect."""
+    """``GET .../archive``, for `tinkex._api.archives`; its response may be a redirect."""
     path = f"{checkpoint_route(run_id, checkpoint_id)}/archive"
     return Request("GET", path, traffic="poll", read_timeout_s=timeout_s, follow_redirects=False)

@@ -19,7 +19,7 @@ def create_sampling_session(
     base_model: Optional[str] = None,
     model_path: Optional[str] = None,
 ) -> Union[types.CreateSamplingSessionResponse, types.UntypedFuture]:
-    """``POST create_sampling_session``; some servers answer with a future of the response."""
+    """``POST create_sampling_session``; some servers return a future of the response."""
     body: Dict[str, Any] = {
         "session_id": session_id,
         "sampling_session_seq_id": sampling_session_seq_id,
@@ -31,8 +31,8 @@ def create_sampling_session(
         body["model_path"] = model_path
     route = "/api/v1/create_sampling_session"
     reply = call(transport, "POST", route, body)
-    answer = reply.json()
-    if isinstance(answer, dict) and "request_id" in answer and "sampling_session_id" not in answer:
+    body = reply.json()
+    if isinstance(body, dict) and "request_id" in body and "sampling_session_id" not in body:
         return read(types.UntypedFuture, reply, f"POST {route}")
     return read(types.CreateSamplingSessionResponse, reply, f"POST {route}")
 
@@ -69,7 +69,7 @@ def asample(
         body,
         types.UntypedFuture,
         channel=channel,
-        # We slow down when a server answers 429, so it may.
+        # We slow down after a 429, so the server may use it.
         headers={"X-Tinker-Sampling-Backpressure": "1"},
     )
 

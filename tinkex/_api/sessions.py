@@ -56,7 +56,7 @@ def create_session(transport: Sender, config: Config) -> types.CreateSessionResp
 def session_heartbeat(
     transport: Sender, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
 ) -> Reply:
-    """``POST session_heartbeat``, once; returns the answer whatever its status."""
+    """``POST session_heartbeat``, once; returns the response whatever its status."""
     body = encode({"session_id": session_id, "type": "session_heartbeat"})
     return transport.send_once(
         Request("POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=timeout_s)
@@ -66,7 +66,7 @@ def session_heartbeat(
 def finish_session(
     transport: Sender, session_id: str, status: str, detail: Optional[str], timeout_s: float
 ) -> Reply:
-    """``POST sessions/{id}/finish``, once; returns the answer whatever its status."""
+    """``POST sessions/{id}/finish``, once; returns the response whatever its status."""
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
     return transport.send_once(
@@ -76,7 +76,7 @@ def finish_session(
             body,
             traffic="control",
             read_timeout_s=timeout_s,
-            empty_answer_ok=True,
+            empty_response_ok=True,
         )
     )
 
@@ -88,4 +88,4 @@ def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesRes
 
 def healthz(transport: Sender) -> None:
     """``GET healthz``: raises if the server is not well."""
-    call(transport, "GET", "/api/v1/healthz", answer_read=False)
+    call(transport, "GET", "/api/v1/healthz", reads_response=False)

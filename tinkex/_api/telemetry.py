@@ -23,7 +23,7 @@ def send_telemetry(
     process_uuid: str,
     channel: AnyChannel,
 ) -> Reply:
-    """``POST telemetry``, once, without keys; returns the answer whatever its status."""
+    """``POST telemetry``, once, without keys; returns the response whatever its status."""
     body = {
         "events": events,
         "platform": platform.system(),
@@ -33,6 +33,6 @@ def send_telemetry(
     }
     clean = transport.redact(encode(body).decode()).encode()
     request = Request(
-        "POST", "/api/v1/telemetry", clean, read_timeout_s=TIMEOUT_S, empty_answer_ok=True
+        "POST", "/api/v1/telemetry", clean, read_timeout_s=TIMEOUT_S, empty_response_ok=True
     )
     return transport.send_once(request, channel=channel)

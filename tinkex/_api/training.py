@@ -170,7 +170,7 @@ def save_weights_for_sampler(
     user_metadata: Optional[Mapping[str, str]] = None,
     kind: str = "snapshot",
 ) -> types.UntypedFuture:
-    """``POST save_weights_for_sampler``: named by *path*, or ephemeral by number."""
+    """``POST save_weights_for_sampler``: named by *path*, or ephemeral by seq_id."""
     body = _given(
         model_id=model_id,
         seq_id=seq_id,

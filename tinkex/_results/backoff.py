@@ -10,7 +10,7 @@ import time
 from typing import Mapping, Optional
 
 from tinkex._transport.request import Request, broken_route
-from tinkex._transport.transport import Transport
+from tinkex._transport.resources import ClientResources
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
 
@@ -58,9 +58,9 @@ class PollInterval:
 class Backoff:
     """How long to wait between two polls; raises what ends them."""
 
-    def __init__(self, transport: Transport, poll: Request) -> None:
-        config = transport.config
-        wait = transport.billing.after_402 if config.on_billing == "wait" else None
+    def __init__(self, resources: ClientResources, poll: Request) -> None:
+        config = resources.transport.config
+        wait = resources.billing.after_402 if config.on_billing == "wait" else None
         self._retries = RetryState(poll_policy(config.max_outage_s), pause_for_billing=wait)
         self._interval = PollInterval()
         self._poll = poll

@@ -1,7 +1,7 @@
-"""CancelQueue: tells the server, in the background, which samples nobody waits for any more.
+"""CancelQueue: asks the server, in the background, to cancel samples that are not wanted any more.
 
-Servers that take this have a flag for it (docs/protocol.md, "Cancellation"); others get nothing.
-Threads: up to eight ``tinkex-cancel-i``, for as long as there is something to tell.
+Servers that support this have a flag for it (docs/protocol.md, "Cancellation"); others get nothing.
+Threads: up to eight ``tinkex-cancel-i``, while there is something to cancel.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 ROUTE = "POST cancel_future"
 
 _THREADS = 8
-#: More than this many cancels do not queue up: the server will drop the work in time.
-_MOST = 10_000
+#: More than this many cancels are not queued: the server will drop the work in time.
+_MAX_QUEUED = 10_000
 
 
 class CancelQueue:
-    """Sends cancels, some at a time, each retried; failures are only logged.  Thread-safe."""
+    """Sends cancels, a few at a time, each retried; failures are only logged.  Thread-safe."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -39,9 +39,9 @@ class CancelQueue:
         self._server = transport.server
 
     def put(self, request_id: str) -> None:
-        """Have the server told that *request_id* is not wanted.  Never blocks, never raises."""
+        """Have the server cancel *request_id*.  Never blocks, never raises."""
         with self._lock:
-            if len(self._waiting) >= _MOST:
+            if len(self._waiting) >= _MAX_QUEUED:
                 return
             self._waiting.append(request_id)
             if self._busy >= _THREADS:
@@ -55,7 +55,7 @@ class CancelQueue:
                 self._waiting.clear()
 
     def close(self) -> None:
-        """Drop what was not sent and let the threads end.  Returns at once."""
+        """Drop what was not sent and let the threads end.  Returns immediately."""
         with self._lock:
             self._waiting.clear()
         self._pool.close()
@@ -71,22 +71,22 @@ class CancelQueue:
 
     def _drain(self) -> None:
         while True:
-            most = self._most_at_once()
+            limit = self._limit()
             with self._lock:
-                if most == 0:
+                if limit == 0:
                     self._waiting.clear()
-                if not self._waiting or self._busy > most:
+                if not self._waiting or self._busy > limit:
                     self._busy -= 1
                     return
                 request_id = self._waiting.popleft()
             self._send(request_id)
 
-    def _most_at_once(self) -> int:
-        """How many cancels the server takes at once; 0 if it takes none."""
+    def _limit(self) -> int:
+        """How many cancels the server accepts at a time; 0 if it supports none."""
         try:
             flags = dynamic_flags_for(self._transport)
         except TinkexError as error:
-            logger.debug("whether samples can be cancelled is not known: %s", error)
+            logger.debug("could not find out whether samples can be cancelled: %s", error)
             return 0
         enabled = flags.sample_cancel_enabled and self._server.missing_status(ROUTE) is None
         return flags.sample_cancel_max_batch_size if enabled else 0

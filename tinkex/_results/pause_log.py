@@ -1,6 +1,6 @@
-"""PauseNotices: says in the log that the server has paused a sampler or a run, and why.
+"""PauseNotices: logs that the server has paused a sampler or a run, and why.
 
-Waiting futures tell it, too (`FutureStatus`); this is for those who are not looking.
+Waiting futures show it, too (`FutureStatus`); the log is for programs that do not look there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 
 logger = logging.getLogger(__name__)
 
-#: About one sampler or run there is at most one warning in so many seconds.
+#: About one sampler or run there is at most one warning in this time, in seconds.
 EVERY_S = 60.0
 #: This many samplers and runs are remembered.
 _KEPT = 256
@@ -24,12 +24,12 @@ _KEPT = 256
 @dataclasses.dataclass
 class _Pause:
     since: Optional[float] = None  # of the pause that lasts, if one does
-    told_at: float = -math.inf
-    told: bool = False  # of the pause that lasts
+    logged_at: float = -math.inf
+    logged: bool = False  # the pause that lasts
 
 
 class PauseNotices:
-    """Hears the queue state of every pending answer.  Thread-safe."""
+    """Gets the queue state of every pending response.  Thread-safe."""
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
@@ -40,7 +40,7 @@ class PauseNotices:
     def note(
         self, owner: str, state: Optional[str], reason: Optional[str], grace_s: float = 0.0
     ) -> None:
-        """Take note that work of *owner* is in *state*; a pause is told after *grace_s*."""
+        """Note that work of *owner* is in *state*; a pause is logged after *grace_s*."""
         if state is None:
             return
         now = self._clock.monotonic()
@@ -50,22 +50,21 @@ class PauseNotices:
             pause = self._pauses.setdefault(owner, _Pause())
             if len(self._pauses) > _KEPT:
                 del self._pauses[next(iter(self._pauses))]
+            resumed = state == "active" and pause.logged
             if state == "active":
-                over = pause.told
-                pause.since, pause.told = None, False
-            else:
-                over = False
-                pause.since = now if pause.since is None else pause.since
+                pause.since, pause.logged = None, False
+            elif pause.since is None:
+                pause.since = now
             due = (
                 pause.since is not None
                 and now - pause.since >= grace_s
-                and now - pause.told_at >= EVERY_S
+                and now - pause.logged_at >= EVERY_S
             )
             if due:
-                pause.told, pause.told_at = True, now
+                pause.logged, pause.logged_at = True, now
         if due:
             logger.warning(
                 "the server has paused %s: %s (%s)", owner, state, reason or "no reason given"
             )
-        elif over:
-            logger.info("%s: the server goes on", owner)
+        elif resumed:
+            logger.info("%s resumed", owner)

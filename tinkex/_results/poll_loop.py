@@ -23,7 +23,8 @@ from tinkex._results.outcomes import (
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import PendingRequest
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.resources import ClientResources
+from tinkex._transport.transport import Reply, Request
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -49,15 +50,16 @@ class PollLoop:
 
     def __init__(
         self,
-        transport: Transport,
+        resources: ClientResources,
         request: PendingRequest[Any],
         channel: AnyChannel,
         pauses: PauseNotices,
         *,
         announced: int = 0,
     ) -> None:
-        self._transport = transport
-        self._config = transport.config
+        self._resources = resources
+        self._transport = resources.transport
+        self._config = resources.transport.config
         self._request = request
         self._future = request.future
         self._channel = channel
@@ -66,7 +68,7 @@ class PollLoop:
         self._announced = announced
         self._payload = False  # insist on the result itself
         self._held = 0  # bytes of the quota for large results
-        self._backoff = Backoff(transport, _POLL)
+        self._backoff = Backoff(resources, _POLL)
         self._last_contact = time.monotonic()
         # The server accepted it some time ago, if others of its lane had to be waited for.
         self._started = request.future.entered
@@ -91,7 +93,7 @@ class PollLoop:
             yield
         finally:
             if self._held:
-                self._transport.pressure.results.give(self._held)
+                self._resources.limits.results.release(self._held)
 
     def _poll(self) -> None:
         request_id = self._future.request_id or ""
@@ -165,7 +167,7 @@ class PollLoop:
         decode_s = time.monotonic() - self._last_contact
         waited_s = self._last_contact - self._started
         queue_s = max(0.0, waited_s - reply.read_s)
-        self._transport.recorder.result(queue_s, reply.read_s, decode_s)
+        self._resources.recorder.result(queue_s, reply.read_s, decode_s)
         self._future.try_set_result(result)
 
     def _note_queue(self, state: Optional[str], reason: Optional[str]) -> None:
@@ -187,7 +189,7 @@ class PollLoop:
 
     def _reserve(self, size: int) -> None:
         """Wait until a result of *size* bytes may be fetched, and insist on it from now on."""
-        self._transport.pressure.results.take(
+        self._resources.limits.results.acquire(
             size,
             lambda: self._future.done() or self._channel.stopped.is_set(),
             self._future,

@@ -34,8 +34,8 @@ from tinkex._runtime.descriptors import connection_cap
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.connection_errors import forget_frames
 from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ServerFlags, flags_for
-from tinkex._transport.transport import Transport
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
 
@@ -49,7 +49,7 @@ class Poller:
     """Owns the futures of one client until they are settled.  Thread-safe.
 
     Args:
-        transport: polls go through it; its ``closing`` event ends every wait.
+        resources: polls go through its transport, whose ``closing`` event ends every wait.
         explain: turns the error of failed work into the one the user gets (e.g. because the
             session was lost); called in a poller thread without locks.
         on_failure: is told of each future that is about to fail, with its error; must be quick and
@@ -58,11 +58,12 @@ class Poller:
 
     def __init__(
         self,
-        transport: Transport,
+        resources: ClientResources,
         explain: Callable[[TinkexError], TinkexError] = lambda e: e,
         on_failure: Optional[Callable[[APIFuture[Any], BaseException], None]] = None,
     ) -> None:
-        self._transport = transport
+        self._resources = resources
+        self._transport = transport = resources.transport
         self._config = transport.config
         self._explain = explain
         self._on_failure = on_failure
@@ -73,11 +74,12 @@ class Poller:
         self._callbacks = WorkerPool("tinkex-callbacks", 1)
         self._asking = WorkerPool("tinkex-flags", 1, idle_s=1.0)
         self._batches = BatchPoller(
-            transport, self._poll_alone, self.fail, self._cancels, self._pauses
+            resources, self._poll_alone, self.fail, self._cancels, self._pauses
         )
         self._channels = ThreadLocalConnections(transport)
         # One bound method each for all futures.
-        self._run_callback, self._throttle_reason = self._callbacks.submit, transport.pressure.why
+        self._run_callback = self._callbacks.submit
+        self._throttle_reason = transport.server.limiter.describe
         self._forget_it = self._forget
         # Guards _outstanding, _lanes and _closed.  Never held during I/O or while a
         # future is settled.
@@ -97,10 +99,10 @@ class Poller:
             ClientClosedError: the poller was closed.
         """
         run_deferred()
-        pressure = self._transport.pressure
-        counted = counted and pressure.unread.counts
+        unread = self._resources.unread
+        counted = counted and unread.counts
         if counted:
-            pressure.unread.enter(kind)
+            unread.acquire(kind)
         future: APIFuture[Any] = APIFuture(
             kind,
             notice_after_s=self._config.notice_after_s,
@@ -108,7 +110,7 @@ class Poller:
             throttle_reason=self._throttle_reason,
         )
         if counted:
-            future.on_read(pressure.unread.leave)
+            future.on_read(unread.release)
         future.on_settled(self._forget_it)
         try:
             with self._lock:
@@ -243,7 +245,8 @@ class Poller:
     def close(self, error: TinkexError) -> None:
         """Settle everything outstanding with *error* and stop the threads.  Returns at once.
 
-        Set the transport's ``closing`` first and abort it afterwards, so that polls end at once.
+        Set the transport's ``closing`` first and abort the resources afterwards, so that polls
+        end immediately.
         """
         with self._lock:
             self._closed = self._closed or error
@@ -300,4 +303,4 @@ class Poller:
 
     def _poll(self, request: PendingRequest[Any], channel: AnyChannel) -> None:
         """Poll until its future is settled, by whichever thread, or raise its error."""
-        PollLoop(self._transport, request, channel, self._pauses).run()
+        PollLoop(self._resources, request, channel, self._pauses).run()

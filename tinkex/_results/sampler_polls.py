@@ -1,7 +1,7 @@
-"""SamplerPolls: what is known of the samples of one sampler, and until when they may wait.
+"""SamplerPolls: which samples of one sampler are waited for, and until when they may take.
 
-No I/O and no threads of its own.  Threads: those that submit add to it, the one that polls takes
-from it, those that fetch tell it what they have; `batch_poll` and `batch_poller` are these.
+No I/O and no threads of its own.  The threads that submit add to it, the one that polls takes from
+it, and those that fetch report what they have; see `batch_poll` and `batch_poller`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,96 @@ from __future__ import annotations
 import math
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from tinkex._api.futures import Completions
-from tinkex._results.completion_tracker import CompletionTracker, NextPoll
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._results.poll_loop import overdue
 from tinkex.config import Config
 from tinkex.errors import TinkexError
 from tinkex.futures import APIFuture
+
+
+class NextPoll(NamedTuple):
+    """What to send: since which cursor, what to acknowledge, and whether anything is waited for."""
+
+    cursor: int
+    retrieved: Tuple[str, ...]
+    waiting: bool
+
+
+class CompletionTracker:
+    """The samples of one sampler, by request id.  Bookkeeping only: its owner guards it.
+
+    A sample can be done before the response to its submission was read.  So completions of unknown
+    ids are kept until every submission that was under way then is over.  What is still unknown
+    after that was cancelled, or has taken too long, and is acknowledged without being fetched.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: Dict[str, PendingRequest[Any]] = {}  # in the order of their acceptance
+        self._early: Dict[str, Tuple[int, int]] = {}  # size, and submissions begun by then
+        self._fetching: Set[str] = set()
+        self._unacknowledged: Set[str] = set()
+        self._cursor = 0
+        self._acknowledged_cursor = 0
+
+    def expect(self, request_id: str, request: PendingRequest[Any]) -> Optional[int]:
+        """Wait for *request*; if it is done already, return the size of its result instead."""
+        early = self._early.pop(request_id, None)
+        if early is None:
+            self.waiting[request_id] = request
+            return None
+        self._fetching.add(request_id)
+        return early[0]
+
+    def next_poll(self) -> NextPoll:
+        """What to send next."""
+        return NextPoll(self._cursor, tuple(sorted(self._unacknowledged)), bool(self.waiting))
+
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing is waited for, being fetched, or to be acknowledged."""
+        return not (self.waiting or self._fetching or self.has_unacknowledged)
+
+    @property
+    def has_unacknowledged(self) -> bool:
+        """True if the server does not know of everything that was taken from it."""
+        return bool(self._unacknowledged) or self._cursor != self._acknowledged_cursor
+
+    def note_completions(
+        self, sent: NextPoll, sizes: Mapping[str, int], cursor: int, begun: int
+    ) -> List[Tuple[PendingRequest[Any], int]]:
+        """Take the response to *sent*; return what is to be fetched, with the size of each.
+
+        *begun* is the number of submissions so far.
+        """
+        self._unacknowledged.difference_update(sent.retrieved)
+        self._acknowledged_cursor, self._cursor = sent.cursor, cursor
+        ready: List[Tuple[PendingRequest[Any], int]] = []
+        for request_id, size in sizes.items():
+            request = self.waiting.pop(request_id, None)
+            if request is not None:
+                self._fetching.add(request_id)
+                ready.append((request, size))
+            elif request_id not in self._fetching and request_id not in self._unacknowledged:
+                self._early[request_id] = (size, begun)
+        return ready
+
+    def drop_unwanted(self, oldest: int) -> None:
+        """Acknowledge results that no request waits for.
+
+        *oldest* is the first submission under way.
+        """
+        unwanted = [name for name, (_, begun) in self._early.items() if begun < oldest]
+        for name in unwanted:
+            del self._early[name]
+        self._unacknowledged.update(unwanted)
+
+    def note_fetched(self, request_id: str) -> None:
+        """Its result was fetched, or is not wanted any more: acknowledge it."""
+        self._fetching.discard(request_id)
+        self._unacknowledged.add(request_id)
 
 
 class Submissions:
@@ -27,35 +108,30 @@ class Submissions:
         # Guards what follows.
         self._lock = threading.Lock()
         self._under_way: Dict[int, None] = {}  # in their order
-        self._begun = 0
+        self.begun = 0  # how many there were
 
     def begin(self) -> int:
         """Return the number of a new one."""
         with self._lock:
-            self._begun += 1
-            self._under_way[self._begun] = None
-            return self._begun
+            self.begun += 1
+            self._under_way[self.begun] = None
+            return self.begun
 
     def end(self, number: int) -> None:
-        """It has been answered, and what was accepted is expected."""
+        """Its response was read, and what was accepted is expected."""
         with self._lock:
             del self._under_way[number]
-
-    @property
-    def begun(self) -> int:
-        """How many there were."""
-        return self._begun
 
     def oldest(self) -> int:
         """The first that is under way; the next one to come if none is."""
         with self._lock:
-            return next(iter(self._under_way), self._begun + 1)
+            return next(iter(self._under_way), self.begun + 1)
 
 
 class Ready(NamedTuple):
-    """A result that is there, and its size in bytes; 0 if that is not known."""
+    """A result that can be fetched, and its size in bytes; 0 if that is not known."""
 
-    watch: SamplerPolls
+    polls: SamplerPolls
     request: PendingRequest[Any]
     size: int
 
@@ -65,7 +141,7 @@ class Expected(NamedTuple):
 
     Attributes:
         watched: it is waited for; False if it is to be polled for on its own.
-        starts: nobody polls for the sampler yet.
+        starts: no thread polls for the sampler yet.
         ready: it is done already, and to be fetched.
     """
 
@@ -79,8 +155,8 @@ class SamplerPolls:
 
     Attributes:
         sampler_id: the sampler.
-        last_contact: when the server last answered a poll, or there was first something to poll
-            for (monotonic).
+        last_contact: when the server last responded to a poll, or there was first something to
+            poll for (monotonic).
     """
 
     def __init__(self, sampler_id: SamplerId, config: Config, submissions: Submissions) -> None:
@@ -88,98 +164,109 @@ class SamplerPolls:
         self.last_contact = 0.0
         self._config = config
         self._submissions = submissions
-        # Guards what follows, but for _news.
+        # Guards what follows, but for _wake.
         self._lock = threading.Lock()
         self._tracker = CompletionTracker()
         self._polled = False  # a thread polls for it
-        self._given_up = False  # its samples are polled for on their own
-        self._resting = False  # its thread waits for something to wait for
+        self._per_sample = False  # its samples are polled for individually
+        self._idle = False  # its thread waits for something to poll for
         self._no_progress_s = math.inf  # the shortest of all its samples
-        self._news = threading.Event()
+        self._wake = threading.Event()
 
-    # Those who submit
+    # Called by the threads that submit
 
     def expect(
         self, request_id: str, request: PendingRequest[Any], may_start: Callable[[], bool]
     ) -> Expected:
         """Wait for the result of *request*, which was accepted.
 
-        If nobody polls for the sampler, the caller is to have that done, if *may_start* lets it.
+        If no thread polls for the sampler, the caller is to start one, if *may_start* allows it.
         """
         limit_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         with self._lock:
             starts = not self._polled
-            if self._given_up or (starts and not may_start()):
+            if self._per_sample or (starts and not may_start()):
                 return Expected(watched=False)
             if not self._tracker.waiting:
                 self.last_contact = time.monotonic()
             self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
             size = self._tracker.expect(request_id, request)
             self._polled = True
-            resting = self._resting
-        if resting:
-            self._news.set()
+            idle = self._idle
+        if idle:
+            self._wake.set()
         return Expected(True, starts, None if size is None else Ready(self, request, size))
 
     def withdraw(self, request_id: str) -> bool:
-        """Wait for it no more; False if it was not waited for."""
+        """Stop waiting for it; False if it was not waited for."""
         with self._lock:
-            return self._tracker.withdraw(request_id) is not None
+            return self._tracker.waiting.pop(request_id, None) is not None
 
-    # The one who polls
+    # Called by the thread that polls
 
     def next_poll(self) -> NextPoll:
-        """What to ask the server; `rest` if nothing is waited for."""
+        """What to send; call `wait_for_samples` if nothing is waited for."""
         with self._lock:
-            asked = self._tracker.next_poll()
-            self._resting = not asked.waiting
-            return asked
+            poll = self._tracker.next_poll()
+            self._idle = not poll.waiting
+            return poll
 
-    def rest(self, seconds: float) -> bool:
-        """Wait for something to wait for; True if there may be."""
-        woken = self._news.wait(seconds)
-        self._news.clear()
+    def wait_for_samples(self, seconds: float) -> bool:
+        """Block until there is something to poll for; False after *seconds* without it."""
+        woken = self._wake.wait(seconds)
+        self._wake.clear()
         return woken
 
     def wake(self) -> None:
-        """End a `rest`."""
-        self._news.set()
+        """End `wait_for_samples`."""
+        self._wake.set()
 
-    def told(self, asked: NextPoll, done: Completions) -> List[Ready]:
-        """Take the answer to *asked*; return what is to be fetched."""
+    def note_completions(self, sent: NextPoll, completions: Completions) -> List[Ready]:
+        """Take the response to *sent*; return what is to be fetched."""
         oldest = self._submissions.oldest()
         with self._lock:
-            ready = self._tracker.told(asked, done.sizes, done.cursor, self._submissions.begun)
+            ready = self._tracker.note_completions(
+                sent, completions.sizes, completions.cursor, self._submissions.begun
+            )
             self._tracker.drop_unwanted(oldest)
         return [Ready(self, request, size) for request, size in ready]
 
-    def unreported(self) -> Optional[NextPoll]:
-        """What to ask so that the server knows what was fetched; None if it does."""
+    def unacknowledged(self) -> Optional[NextPoll]:
+        """What to send so that the server knows what was fetched; None if it does."""
         oldest = self._submissions.oldest()
         with self._lock:
             self._tracker.drop_unwanted(oldest)
-            asked = self._tracker.next_poll()
-            if asked.waiting or not self._tracker.unreported:
-                return None
-            return asked
+            poll = self._tracker.next_poll()
+            return poll if self._tracker.has_unacknowledged and not poll.waiting else None
 
-    def last_report(self) -> Optional[NextPoll]:
-        """Like `unreported`, of a watch that is over: whatever is waited for."""
+    def last_acknowledgement(self) -> Optional[NextPoll]:
+        """Like `unacknowledged`, once polling is over, whatever is still waited for."""
         with self._lock:
-            if self._given_up or not self._tracker.unreported:
+            if self._per_sample or not self._tracker.has_unacknowledged:
                 return None
             return self._tracker.next_poll()._replace(waiting=False)
 
-    def stop(self, *, unreported: bool = False) -> bool:
-        """Nobody polls from now on; False if there is something to poll for, or to report.
+    def stop(self, *, acknowledge: bool = True) -> bool:
+        """Note that no thread polls any more; False if there is something to poll for.
 
-        What is *unreported* may stay so.
+        Without *acknowledge*, results that were fetched may stay unacknowledged.
         """
         with self._lock:
-            if self._tracker.waiting or not (unreported or self._tracker.at_rest):
+            if self._tracker.waiting or (acknowledge and not self._tracker.is_idle):
                 return False
-            self._polled = self._resting = False
+            self._polled = self._idle = False
             return True
+
+    def abandon(self, *, per_sample: bool) -> List[PendingRequest[Any]]:
+        """Note that polling has failed; return what was waited for.
+
+        With *per_sample* it is over for good: samples are polled for individually.
+        """
+        with self._lock:
+            self._polled = self._idle = False
+            self._per_sample = self._per_sample or per_sample
+            left, self._tracker.waiting = self._tracker.waiting, {}
+            return list(left.values())
 
     def read_timeout_s(self) -> float:
         """Seconds until something that is waited for has taken too long, or less."""
@@ -201,20 +288,6 @@ class SamplerPolls:
                 found.append((request.future, error))
         return found
 
-    def give_up(self, *, for_good: bool) -> List[PendingRequest[Any]]:
-        """Nobody polls from now on, nor, if *for_good*, ever; return what was waited for."""
-        with self._lock:
-            self._polled = self._resting = False
-            self._given_up = self._given_up or for_good
-            return self._tracker.take_all()
-
-    # Those who fetch
-
-    def fetched(self, request_id: str) -> None:
-        """Its result was fetched, or is not wanted any more."""
-        with self._lock:
-            self._tracker.fetched(request_id)
-
     def _limit_s_locked(self, now: float) -> float:
         limit_s = self.last_contact + self._no_progress_s - now
         oldest = next(iter(self._tracker.waiting.values()), None)
@@ -222,3 +295,10 @@ class SamplerPolls:
             waited_s = now - oldest.future.entered
             limit_s = min(limit_s, self._config.operation_timeout_s - waited_s)
         return limit_s
+
+    # Called by the threads that fetch
+
+    def note_fetched(self, request_id: str) -> None:
+        """Its result was fetched, or is not wanted any more."""
+        with self._lock:
+            self._tracker.note_fetched(request_id)

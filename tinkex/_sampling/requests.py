@@ -18,8 +18,9 @@ from tinkex._sampling.sample_checks import (
     unsupported_by,
 )
 from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ABSENT, flags_for
-from tinkex._transport.transport import Reply, Transport
+from tinkex._transport.transport import Reply
 from tinkex.errors import APIStatusError, ResponseDecodeError, UnprocessableEntityError
 from tinkex.futures import APIFuture
 from tinkex.retry_config import RetryConfig
@@ -54,9 +55,15 @@ class Sampler:
     """
 
     def __init__(
-        self, transport: Transport, sampling_session_id: str, retries: RetryConfig, *, clone: bool
+        self,
+        resources: ClientResources,
+        sampling_session_id: str,
+        retries: RetryConfig,
+        *,
+        clone: bool,
     ) -> None:
-        self.transport = transport
+        self.transport = resources.transport
+        self.limits = resources.limits
         self.sampling_session_id = sampling_session_id
         self.retries = retries
         self.nan_warning = NaNWarning(f"sampler {sampling_session_id}")
@@ -134,10 +141,10 @@ class SamplingRequest(PendingRequest[T]):
         """Send it under a new seq_id; blocks while too many bytes are being submitted."""
         sampler, request = self._sampler, self._request
         assert channel is not None
-        pressure = sampler.transport.pressure
-        nbytes = pressure.sample_bytes(request.prompt.length)
+        limits = sampler.limits
+        nbytes = limits.sample_bytes(request.prompt.length)
         try:
-            with pressure.samples.holding(nbytes, channel.stopped.is_set, self.future):
+            with limits.samples.holding(nbytes, channel.stopped.is_set, self.future):
                 accepted = api.asample(
                     sampler.transport,
                     sampling_session_id=sampler.sampling_session_id,

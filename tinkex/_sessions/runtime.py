@@ -23,18 +23,14 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar
 
-from tinkex._api.encoding_choice import Dialect
 from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session import Session
-from tinkex._transport.billing import BillingPause
-from tinkex._transport.server_flags import flags_for
-from tinkex._transport.transport import Transport
+from tinkex._transport.resources import ClientResources
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import APIFuture
-from tinkex.metrics import Recorder
 from tinkex.usage import Ledger
 
 if TYPE_CHECKING:
@@ -74,9 +70,10 @@ class Runtime:
 
     Attributes:
         config: as given.
-        transport: sends every request but heartbeats and telemetry, which have their own.
+        resources: the transport, and what bounds and counts the clients' work.
+        transport: that of the resources; sends every request but heartbeats and telemetry, which
+            have their own.
         poller: owns all outstanding futures.
-        dialect: which encodings the server takes.
         ledger: what the clients have used, and their budget.
         recorder: counts requests, for `ServiceClient.metrics`.
         telemetry: reports failures to the server, or None.
@@ -97,19 +94,15 @@ class Runtime:
         self._lock = threading.Lock()
         self._closer: Optional[threading.Thread] = None
         self._lanes: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
-        self.dialect = Dialect(config)
         self.ledger = Ledger(config.budget, config.prices)
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
         else:  # its session shows that the server is there
             at_first = config
-        self.recorder = Recorder()
-        billing = BillingPause(config.host_and_port)
-        self.transport = Transport(
-            at_first, closing=self._closing, recorder=self.recorder, billing=billing
-        )
-        billing.find_limit_s = functools.partial(_billing_limit_s, self.transport)
+        self.resources = ClientResources.open(at_first, self._closing)
+        self.transport = self.resources.transport
+        self.recorder = self.resources.recorder
         self._session: Optional[Session] = None
         if manager is not None:
             self._session = Session(config, manager, self.transport, session_id)
@@ -131,7 +124,7 @@ class Runtime:
         report = None if self.telemetry is None else self.telemetry.operation_failed
         # explain is a method of ours: a future that waits keeps the runtime, so that a program may
         # drop its clients and keep their futures.
-        self.poller = Poller(self.transport, self.explain, report)
+        self.poller = Poller(self.resources, self.explain, report)
         if session is None:
             self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
         else:
@@ -303,7 +296,7 @@ class Runtime:
             pools = [*self._lanes, self._background]
         for pool in pools:
             pool.close()
-        self.transport.abort()
+        self.resources.abort()
         return pools
 
     def _close_telemetry(self, timeout_s: float) -> None:
@@ -343,10 +336,6 @@ def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[s
         return "success", None
     failed = issubclass(exc_type, Exception)  # Ctrl-C and SystemExit are no failure
     return "errored" if failed else "interrupted", exc_type.__name__
-
-
-def _billing_limit_s(transport: Transport) -> float:
-    return flags_for(transport).billing_exception_max_pause_duration_sec
 
 
 def _half_of_rest(deadline: float) -> float:

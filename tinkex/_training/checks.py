@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._runtime.numeric import as_int, is_finite, to_float
 from tinkex.errors import InvalidInputError, a_type
-from tinkex.types import Datum, EncodedTextChunk
+from tinkex.types import Datum, EncodedTextChunk, TensorData
 from tinkex.types._numbers import as_kept
 from tinkex.types.datum import INPUT_DTYPES
 from tinkex.types.tensor_data import first_where
@@ -107,16 +107,27 @@ def _check_lengths(index: int, datum: Datum) -> None:
             f"data[{index}]: model_input has no tokens",
             hint="Leave empty examples out of the batch.",
         )
+    what = f"{length} tokens"
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is not None and 0 < len(targets) < length and not _lacks_one(datum, targets):
+        # Of a response only: some servers align loss inputs with the end of the input tokens.
+        length, what = len(targets), f"{len(targets)} target tokens"
     for name, tensor in datum.loss_fn_inputs.items():
         if name not in _PER_TOKEN:
             if name not in _checked_names:
                 _warn_if_misspelt(name)
         elif len(tensor) != length:
             raise InvalidInputError(
-                f"data[{index}]: loss input {name!r} has {len(tensor)} entries for {length} tokens",
+                f"data[{index}]: loss input {name!r} has {len(tensor)} entries for {what}",
                 hint="It needs one per input token. For next-token training use "
                 "model_input = tokens[:-1], target_tokens = tokens[1:], weights = weights[1:].",
             )
+
+
+def _lacks_one(datum: Datum, targets: TensorData) -> bool:
+    """True if *targets* are the input tokens without the first or the last: a forgotten cut."""
+    tokens, given = datum.model_input.to_numpy(), targets.to_numpy()
+    return np.array_equal(given, tokens[1:]) or np.array_equal(given, tokens[:-1])
 
 
 def _warn_if_misspelt(name: str) -> None:

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, Callable, List, NamedTuple, Optional, Seq
 
 from tinkex._training.batch import RUN_LOST, Loss
 from tinkex.errors import (
-    APIStatusError,
     IncompleteGradientError,
-    InvalidInputError,
-    RequestFailedError,
     TinkexError,
 )
 from tinkex.futures import APIFuture
+from tinkex.retry import left_undone
 from tinkex.types import Datum, ForwardBackwardOutput
 
 if TYPE_CHECKING:
@@ -262,14 +260,6 @@ def _failure(part: Part) -> Optional[BaseException]:
 
 def _left_out(part: Part, failure: Optional[BaseException]) -> bool:
     """Whether the server has added nothing of *part*, which is settled, for certain."""
-    if isinstance(failure, CancelledError):
-        return not part.was_sent
-    if part.was_accepted:  # any other error is one of asking for the result
-        return isinstance(failure, RequestFailedError)
-    if isinstance(failure, (InvalidInputError, RequestFailedError)):
-        return True
-    if not isinstance(failure, APIStatusError) or failure.status is None:
-        return False
-    if failure.status in (400, 404, 410, 422):  # read, and refused
-        return True
-    return 400 <= failure.status < 500 and failure.status != 408 and not failure.maybe_taken
+    return failure is not None and left_undone(
+        failure, was_sent=part.was_sent, was_accepted=part.was_accepted
+    )

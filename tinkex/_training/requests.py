@@ -10,6 +10,7 @@ from typing import Any, Callable, ClassVar, Mapping, Optional, Type, TypeVar
 
 from tinkex._api import training as api
 from tinkex._api._call import read
+from tinkex._api.encoding_choice import submit_batch
 from tinkex._training.batch import Chunk, Loss, PassReader, in_indices_of_batch
 from tinkex._training.run_queue import RunQueue, RunRequest
 from tinkex._transport.fast_connection import AnyChannel
@@ -152,9 +153,9 @@ class Pass(RunRequest[ForwardBackwardOutput]):
             self._loss.config,
             forward_only=self.future.kind == "forward",
         )
-        batches = queue.transport.pressure.batches
+        batches = queue.runtime.resources.limits.batches
         with batches.holding(chunk.nbytes, self._is_over, self.future):
-            return queue.runtime.dialect.submit(queue.transport, request, compress=self._compress)
+            return submit_batch(queue.transport, request, compress=self._compress)
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
         """Read the outputs."""

@@ -19,6 +19,7 @@ from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
 
 from tinkex._api import training as api
 from tinkex._api._call import read
+from tinkex._api.encoding_choice import batch_codec
 from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, Loss, PassReader, check_encoding, cut
@@ -229,7 +230,7 @@ class TrainingRun:
 
     def _cut(self, data: List[Datum], first: int = 0) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
-        codec = self._runtime.dialect.codec
+        codec = batch_codec(self._runtime.transport)
         chunks = cut(data, self._server_flags(), codec, first)
         if len(chunks) > 1:
             check_encoding(chunks, codec)
@@ -255,7 +256,7 @@ class TrainingRun:
             except APIError as error:
                 logger.info("using the usual limits for batches: %s", error)
                 self._flags = ServerFlags()
-            self._queue.transport.pressure.adjust()
+            self._runtime.resources.limits.adjust()
         return self._flags
 
 

@@ -14,6 +14,7 @@ import uuid
 import weakref
 from typing import Any, Callable, Optional, Sequence, TypeVar
 
+from tinkex._api.encoding_choice import submit_batch
 from tinkex._results.pending import PendingRequest
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.sequence import (
@@ -289,7 +290,7 @@ class RunQueue:
             lost.seq_id,
         )
         try:
-            self.runtime.dialect.submit(self.runtime.transport, filler)
+            submit_batch(self.runtime.transport, filler)
         except Exception as error:
             expected = expected_seq_id(error, lost.seq_id)
             with self._changed:

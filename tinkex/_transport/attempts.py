@@ -52,7 +52,7 @@ class RequestAttempts:
         # No method of ours: the cycle would keep the body until the garbage collector runs.  Where
         # it is the server's flags that are asked for, the limit of the pause is one of them.
         pause_for_billing = (
-            partial(transport.billing.after_402, may_ask=not request.bare)
+            partial(transport.billing.after_402, may_ask=not request.raw_credential)
             if transport.config.on_billing == "wait"
             else None
         )
@@ -143,7 +143,7 @@ class RequestAttempts:
 
     def _log(self, error: APIError, delay_s: float) -> None:
         attempt = self._retries.attempts
-        # An outage of minutes has hundreds of attempts: a few of them tell of it.
+        # An outage of minutes has hundreds of attempts: a few of them are enough for the log.
         level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
         logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay_s)
 

@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 #: Between two attempts while the account cannot pay, in seconds.
 PAUSE_S = 5.0
-#: The longest such pause in all, unless the server's flags say otherwise, in seconds.
+#: The longest such pause in all, unless the server's flags name another, in seconds.
 DEFAULT_LIMIT_S = 3600.0
-#: A 402 so long after the last one begins a new pause, in seconds.
+#: A 402 that comes this long after the last one begins a new pause, in seconds.
 _NEW_AFTER_S = 300.0
-#: The pause is mentioned in the log at most this often, in seconds.
-_LOG_EVERY_S = 60.0
+#: The pause is logged no more often than this, in seconds.
+_LOG_INTERVAL_S = 60.0
 
 
 class BillingPause:
@@ -54,18 +54,18 @@ class BillingPause:
                 self._began, self._logged = now, -math.inf
             self._last = now
             lasted_s, limit_s = now - self._began, self._limit_s
-            tell = now - self._logged >= _LOG_EVERY_S
-            if tell:
+            log_is_due = now - self._logged >= _LOG_INTERVAL_S
+            if log_is_due:
                 self._logged = now
         if lasted_s > limit_s:
-            if tell:
+            if log_is_due:
                 logger.error(
                     "%s: the account could not pay for %.0f s; no longer waiting",
                     self._where,
                     lasted_s,
                 )
             return None
-        if tell:
+        if log_is_due:
             logger.warning(
                 "%s: the account cannot pay (status 402); work is paused, for at most %.0f s more. "
                 "Check its billing set-up.",

@@ -3,7 +3,7 @@
 requests promises nothing about sharing a Session, so ours is built once and never changed:
 no cookies, no redirects, no reading of the environment (which alone costs 320 microseconds a
 request).  Closing a Session does not interrupt a request in flight; `Channel.abort` does, by
-shutting its sockets down, so that nobody waits for a long poll to end.
+shutting its sockets down: a client that closes does not wait for its long polls.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Sockets:
     """The open sockets of one channel.
 
     Not the connections: one forgets its socket as soon as the server has announced that it will
-    close, while the rest of the answer is still being read.
+    close, while the rest of the response is still being read.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class _Sockets:
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
-        # Of the answer that each thread waits for; without one, it may take any time in all.
+        # The pace of the response that each thread waits for; without one it is not limited.
         self._local = threading.local()
 
     @property
     def pace(self) -> Optional[Pace]:
-        """How fast the answer must come that this thread waits for."""
+        """How fast the response that this thread waits for must come."""
         return getattr(self._local, "pace", None)
 
     @pace.setter
@@ -65,11 +65,11 @@ class _Sockets:
         self._local.pace = pace
 
     def response(self, sock: Any, *args: Any, **kwargs: Any) -> CheckedResponse:
-        """Make the answer that is read from *sock*; in place of http.client's class."""
+        """Make the response that is read from *sock*; in place of http.client's class."""
         return CheckedResponse(sock, *args, pace=self.pace, **kwargs)
 
     def add(self, sock: Any) -> None:
-        """List a new socket; it is shut down at once if the channel was aborted meanwhile."""
+        """List a new socket; it is shut down immediately if the channel was aborted meanwhile."""
         while not isinstance(sock, socket.socket):  # TLS inside TLS, through an https proxy
             sock = sock.socket
         with self._lock:
@@ -149,9 +149,9 @@ class _Session(requests.Session):
 
 
 class Channel:
-    """One connection pool to the server.  Thread-safe up to *pool_size* threads at once.
+    """One connection pool to the server.  Thread-safe; keeps *pool_size* connections.
 
-    More threads work too, at the cost of a fresh connection for each request beyond.
+    More threads than that work too, at the cost of a new connection for each request.
 
     Attributes:
         stopped: set once nothing more is to be begun; `abort` sets it, and so may others who let
@@ -185,10 +185,10 @@ class Channel:
         body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
-        """Send once and read the whole answer.  Raises what requests raises.  Blocks.
+        """Send once and read the response to its end.  Raises what requests raises.  Blocks.
 
-        *timeout* bounds connecting, and each pause in the answer, in seconds; the latter also
-        bounds a small answer in all (see Pace).
+        *timeout* bounds connecting, and each pause in the response, in seconds; the latter also
+        bounds a small response as one (see Pace).
         """
         began = time.perf_counter()
         data = bytes(body) if isinstance(body, Parts) else body
@@ -217,7 +217,7 @@ class Channel:
     def stream(
         self, url: str, *, headers: Mapping[str, str], timeout: Tuple[float, float]
     ) -> Iterator[requests.Response]:
-        """GET once and yield the answer before its body, which the caller reads or leaves.
+        """GET once and yield the response before its body, which the caller reads or leaves.
 
         A read timeout bounds each pause in the body.  Raises what requests raises.  Blocks.
         """
@@ -238,17 +238,17 @@ class Channel:
         self.close()
 
     def abort(self) -> None:
-        """Break off every request in flight, at once, and those that follow; then close."""
+        """Break off every request in flight, and every later one, and close."""
         self.stopped.set()
         self._sockets.abort()
         self._session.close()
 
 
 def _check_length(response: requests.Response) -> None:
-    """Raise for an answer that ends too soon: urllib3 before 2 takes it for a whole one."""
+    """Raise for a response that ends too soon: urllib3 before 2 takes it for complete."""
     announced = response.headers.get("Content-Length", "")
     received = response.raw.tell()
     if announced.isdigit() and received < int(announced):
         raise requests.exceptions.ChunkedEncodingError(
-            f"the connection was closed after {received} of {announced} bytes of the answer"
+            f"the connection was closed after {received} of {announced} bytes of the response"
         )

@@ -1,4 +1,4 @@
-"""What requests and urllib3 raise when there is no answer, as our errors, in words."""
+"""What requests and urllib3 raise when there is no response, as typed errors in plain words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IMPOSSIBLE = (
     requests.exceptions.InvalidSchema,
 )
 
-#: Errors whose text says it all: where in here they were raised helps nobody.
+#: Errors whose text is complete: where in this package they were raised does not help.
 _PLAIN = (
     TinkexError,
     requests.RequestException,
@@ -111,7 +111,7 @@ def _advice(config: Config) -> str:
 
 
 def _is_stalled_body(error: requests.RequestException) -> bool:
-    """True for a timeout in the middle of an answer, which requests calls a ConnectionError."""
+    """True for a timeout in the middle of a response, which requests calls a ConnectionError."""
     return bool(error.args) and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError)
 
 

@@ -1,4 +1,4 @@
-"""Content codings of answers (RFC 9110, section 8.4.1): which we ask for, and undoing them."""
+"""Content codings of responses (RFC 9110, section 8.4.1): which we ask for, and undoing them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tinkex.errors import ResponseDecodeError
 
 _HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
 
-#: Codings of answers that can be read here.
+#: Codings of responses that can be read here.
 ACCEPT_ENCODING = "gzip, deflate" + (", zstd" if _HAVE_ZSTD else "")
 
 
 def decompress(coding: str, body: bytes) -> bytes:
-    """Undo the *coding* (lower case) of an answer's *body*.
+    """Undo the *coding* (lower case) of a response's *body*.
 
     Raises:
         ContentDecodingError: of requests; the body is broken.
@@ -28,7 +28,7 @@ def decompress(coding: str, body: bytes) -> bytes:
     if coding == "zstd":
         return _undo_zstd(body)
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ResponseDecodeError(f"the server compresses its answers with {coding!r}, unasked")
+        raise ResponseDecodeError(f"the server compresses its responses with {coding!r}, unasked")
     try:
         undo = zlib.decompressobj(_window_bits(coding, body))
         plain = undo.decompress(body)
@@ -42,14 +42,15 @@ def decompress(coding: str, body: bytes) -> bytes:
 def _window_bits(coding: str, body: bytes) -> int:
     if coding != "deflate":
         return zlib.MAX_WBITS | 16
-    bare = body[0] & 0x0F != 8  # some servers leave out the two bytes that tell the method
-    return -zlib.MAX_WBITS if bare else zlib.MAX_WBITS
+    # Some servers leave out the zlib header, whose first byte names the method (8, deflate).
+    has_header = body[0] & 0x0F == 8
+    return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
 
 
 def _undo_zstd(body: bytes) -> bytes:
     if not _HAVE_ZSTD:  # some servers send it unasked
         raise ResponseDecodeError(
-            "the server compresses its answers with zstd",
+            "the server compresses its responses with zstd",
             hint='Install what reads it: python -m pip install "tinkex[zstd]"',
         )
     zstandard = import_late("zstandard")

@@ -54,7 +54,7 @@ def run_command(command: str, closing: threading.Event) -> str:
     if process.returncode != 0:
         raise CredentialError(
             f"{COMMAND} failed with exit code {process.returncode}",
-            hint="Run it by hand to see what it says.",
+            hint="Run it by hand to see what it prints.",
         )
     text = output.decode("utf-8", "replace").strip()
     if not text:

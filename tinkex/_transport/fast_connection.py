@@ -3,7 +3,7 @@
 urllib3 opens it (names, TLS, certificates, socket options).  The exchange itself is ours: it is
 what submitting and polling thousands of samples costs, and requests takes fifteen times as long
 for it (``python benchmarks/http.py``).  Only what a Tinker server needs is here: requests with
-their whole body in hand, answers read to their end, no proxy, no redirect, no cookie.
+their complete body in hand, responses read to their end, no proxy, no redirect, no cookie.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from tinkex._transport.request import Body, Reply
 from tinkex.config import Config
 from tinkex.wire.codec import Parts
 
-#: Most answers fit; of a longer one the rest is read at once.  A thread that waits for an answer
-#: holds a buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
+#: Most responses fit; the rest of a longer one is read in large blocks.  A waiting thread holds a
+#: buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
 _RECEIVE = 2048
-#: An answer's status line and headers may take so many bytes.
+#: The status line and headers of a response may take this many bytes.
 MAX_HEAD_BYTES = 65536
 #: A body, or its first block, goes out in one piece with the headers up to this size: one packet,
 #: one system call.
@@ -78,7 +78,7 @@ class PrivateChannel:
         self._ca_bundle = config.ca_bundle
         self._state = _Socket()
         self._received = b""
-        self._pace = Pace(0.0, starts_now=False)  # of the answer that is waited for
+        self._pace = Pace(0.0, starts_now=False)  # of the response that is waited for
         weakref.finalize(self, self._state.close).atexit = False
 
     def request(
@@ -90,9 +90,9 @@ class PrivateChannel:
         body: Body,
         timeout: Tuple[float, float],
     ) -> Reply:
-        """Send once and read the whole answer.  Raises what requests raises.  Blocks.
+        """Send once and read the response to its end.  Raises what requests raises.  Blocks.
 
-        *timeout* bounds connecting, and each pause in the answer, in seconds.
+        *timeout* bounds connecting, and each pause in the response, in seconds.
         """
         head = self._head(method, url, headers, body)
         self._pace = Pace(timeout[1], starts_now=len(body or b"") <= SMALL_BODY)
@@ -134,7 +134,7 @@ class PrivateChannel:
             sock.close()
 
     def abort(self) -> None:
-        """Break off the request in flight, at once, and every later one.  From any thread."""
+        """Break off the request in flight, and every later one.  From any thread."""
         self.stopped.set()
         with self._state.lock:
             self._state.aborted = True
@@ -205,7 +205,7 @@ class PrivateChannel:
             for block in _blocks(head, body):
                 sock.sendall(block)
         except (BrokenPipeError, ConnectionResetError):
-            # A server may refuse a body before it has read it all; its answer says why.
+            # A server may refuse a body before it has read it all; its response tells why.
             if not wait_for_read(sock, timeout=0.0):
                 raise
 
@@ -263,7 +263,7 @@ class PrivateChannel:
         return int(code), version, headers
 
     def _recv(self, sock: Any, size: int) -> bytes:
-        """Read *size* bytes at most, at the pace that is asked for."""
+        """Read up to *size* bytes, no slower than the pace demands."""
         try:
             self._pace.limit_next(sock)
             data: bytes = sock.recv(size)
@@ -277,7 +277,7 @@ class PrivateChannel:
         """Add what comes next to what was received; the end of the stream is an error here."""
         data = self._recv(sock, _RECEIVE)
         if not data:
-            what = "in the middle of an answer" if self._received else "without an answer"
+            what = "in the middle of a response" if self._received else "without a response"
             raise _broken_off(f"the server closed the connection {what}")
         self._received += data
 
@@ -292,7 +292,7 @@ class PrivateChannel:
             if not data:
                 raise _broken_off(
                     f"the connection was closed after {length - missing} of {length} bytes "
-                    "of the answer"
+                    "of the response"
                 )
             parts.append(data)
             missing -= len(data)
@@ -365,7 +365,7 @@ def _as_requests_raises(error: BaseException) -> BaseException:
 
 
 def _broken(what: str) -> requests.RequestException:
-    return requests.exceptions.ChunkedEncodingError(f"this is no HTTP answer: {what}")
+    return requests.exceptions.ChunkedEncodingError(f"malformed HTTP response: {what}")
 
 
 def _broken_off(what: str) -> requests.ConnectionError:

@@ -1,6 +1,6 @@
-"""What both kinds of connections check of an answer: its length, its end, and its pace.
+"""What both kinds of connections check of a response: its length, its end, and its pace.
 
-http.client takes an answer that is cut off inside its headers for a complete one without a body,
+http.client takes a response that is cut off inside its headers for a complete one without a body,
 ignores lengths that are not numbers, and waits for a body as long as a byte comes now and then.
 """
 
@@ -12,9 +12,10 @@ import socket
 import time
 from typing import Any, Optional
 
-#: From the headers' end on, an answer may take one second more for so many bytes.
+#: A response may take one second longer for each of these many bytes that have come.
 MIN_BYTES_PER_S = 1024
-#: A request whose body is no larger is sent in no time: its answer's time begins with it.
+#: A request with a body up to this size is sent in no time: the time of its response begins with
+#: the request.
 SMALL_BODY = 65536
 #: Digits of a Content-Length; more bytes than that fit nowhere.
 _MAX_DIGITS = 15
@@ -48,12 +49,13 @@ def chunk_size(text: bytes) -> int:
 
 
 class Pace:
-    """Bounds the time that one answer takes in all, by what has come so far.
+    """Bounds the time that one response takes, by what has come so far.
 
     Used by one thread.
 
     Args:
-        pause_s: each pause may take so long, and the answer too, beyond what its size allows.
+        pause_s: the longest pause, in seconds, and what the response may take beyond the time that
+            its size allows.
         starts_now: its time begins now, and not with the first read.
     """
 
@@ -66,7 +68,7 @@ class Pace:
         """Set the timeout of the next read from *sock*.
 
         Raises:
-            ConnectionAbortedError: the answer has taken too long.
+            ConnectionAbortedError: the response has taken too long.
         """
         left_s = self._left_s()
         if self._received and left_s <= 0:
@@ -74,7 +76,7 @@ class Pace:
         sock.settimeout(max(0.001, min(left_s, self._pause_s)))
 
     def check_after_timeout(self) -> None:
-        """After a read that timed out: ConnectionAbortedError if it was the answer's time."""
+        """After a read that timed out: ConnectionAbortedError if it was the response's time."""
         if self._received and self._left_s() <= 0:
             raise self._too_slow()
 
@@ -94,7 +96,7 @@ class Pace:
     def _too_slow(self) -> ConnectionAbortedError:
         took_s = self._took_s()
         return ConnectionAbortedError(
-            f"the answer comes too slowly: {self._received} bytes in {took_s:.1f} s"
+            f"the response comes too slowly: {self._received} bytes in {took_s:.1f} s"
         )
 
 
@@ -146,7 +148,7 @@ class _Watched:
 
 
 class CheckedResponse(http.client.HTTPResponse):
-    """An answer whose headers must be complete, and whose length must be a number."""
+    """A response whose headers must be complete, and whose length must be a number."""
 
     def __init__(self, sock: Any, *args: Any, pace: Optional[Pace], **kwargs: Any) -> None:
         watched = _Watched(sock, pace)
@@ -168,11 +170,11 @@ class CheckedResponse(http.client.HTTPResponse):
             try:
                 content_length(", ".join(lengths))
             except ValueError as error:
-                raise http.client.HTTPException(f"this is no HTTP answer: {error}") from error
+                raise http.client.HTTPException(f"malformed HTTP response: {error}") from error
 
     def _safe_read(self, amt: int) -> bytes:
         """Read one chunk for urllib3, which takes the size of a chunk with its sign."""
         if amt < 0:
-            raise http.client.HTTPException(f"this is no HTTP answer: a chunk has the size {amt}")
+            raise http.client.HTTPException(f"malformed HTTP response: a chunk has the size {amt}")
         data: bytes = super()._safe_read(amt)  # type: ignore[misc]  # not in typeshed
         return data

@@ -17,7 +17,7 @@ _ANY = (301, 302, 303, *_KEEP_METHOD)
 
 
 def next_hop(method: str, url: str, status: int, location: Optional[str]) -> Optional[str]:
-    """Return the absolute URL to go on to from *url*, or None if the answer is to be taken as is.
+    """Return the absolute URL that a redirect from *url* leads to, or None if it is not followed.
 
     *location* is the header of that name.
     """
@@ -36,7 +36,7 @@ def next_hop(method: str, url: str, status: int, location: Optional[str]) -> Opt
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Tell whether two URLs have the same scheme, host and port."""
+    """True if two URLs have the same scheme, host and port."""
     return _origin(one) == _origin(other)
 
 

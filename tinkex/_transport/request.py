@@ -22,16 +22,16 @@ class Request:
     """One logical request; every attempt sends the same bytes and the same idempotency key.
 
     Attributes:
-        body: bytes, or the parts of a batch; those who gave its arrays leave them as they are.
+        body: bytes, or the parts of a batch, whose arrays must not change until it was sent.
         read_timeout_s: of one attempt; None takes the config's.
         headers: of this request only; they are not sent to another origin after a redirect.
         secrets: what *headers* or *body* hold that must not be shown, should the server echo it.
         idempotency_key: of all attempts; None has one made.
-        bare: send the credential itself, never a token exchanged for it.
-        secret_reply: what it is answered is a secret, and shown nowhere.
+        raw_credential: send the credential itself, never a token exchanged for it.
+        secret_reply: the response is a secret, and shown nowhere.
         follow_redirects: a GET goes on to where the server points, without credentials if that is
-            another origin; False returns the 3xx answer itself.
-        empty_answer_ok: a success may have no body, since it is not read.
+            another origin; False returns the 3xx response itself.
+        empty_response_ok: a success may have no body, since it is not read.
         encode_s: the seconds that making the body took, for `ServiceClient.metrics`; None is not
             counted.
     """
@@ -45,15 +45,15 @@ class Request:
     read_timeout_s: Optional[float] = None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     secrets: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
-    bare: bool = False
+    raw_credential: bool = False
     idempotency_key: Optional[str] = None
     secret_reply: bool = False
     follow_redirects: bool = True
-    empty_answer_ok: bool = False
+    empty_response_ok: bool = False
     encode_s: Optional[float] = dataclasses.field(default=None, repr=False, compare=False)
 
     def keep_body(self) -> None:
-        """Have it send the same again even if somebody writes to the arrays that it sends."""
+        """Have it send the same bytes again even if its arrays are changed meanwhile."""
         if isinstance(self.body, Parts):
             self.body.keep()
 
@@ -64,7 +64,7 @@ class Request:
 
 
 def broken_route(request: Request, times: int) -> str:
-    """The hint of an error that the server has answered several *times*, word for word."""
+    """The hint of an error that has come several *times*, word for word."""
     return (
         f"The server answered the same {times} times: its route {request.name} is broken, or "
         "breaks over this request. Its log tells why."
@@ -73,7 +73,7 @@ def broken_route(request: Request, times: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of any status, read to its end.
+    """A response of any status, read to its end.
 
     Attributes:
         headers: with lower-case names.
@@ -96,7 +96,7 @@ class Reply:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError as error:
             raise ResponseDecodeError(
-                f"the answer (status {self.status}, {self.content_type or 'no content type'}) "
+                f"the response (status {self.status}, {self.content_type or 'no content type'}) "
                 f"is not JSON: {self.body[:200]!r}",
                 status=self.status,
                 hint=NOT_JSON_HINT,

@@ -34,7 +34,7 @@ GATEWAY_HINT = (
 #: Characters of a body that are shown.
 _SHOWN = 200
 
-#: These statuses are repeated whoever sent them.
+#: Requests with these statuses are repeated in any case.
 _PASSING = (408, 429)
 #: A gateway's limits on a request's size: sent again, it is no smaller.
 _TOO_LARGE = (413, 414, 431)
@@ -111,7 +111,7 @@ def raise_if_from_gateway(
     error.maybe_taken = reply.status < 300
     if reply.status < 300:
         error.__cause__ = ResponseDecodeError(
-            f"{request.name}: the answer is not JSON: {text}",
+            f"{request.name}: the response is not JSON: {text}",
             status=reply.status,
             hint=NOT_JSON_HINT,
         )
@@ -134,7 +134,7 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
     if "protobuf" in kind:
         return False  # it may begin with any byte, and hold none
     if not reply.body:
-        return not (status == 204 or (status < 300 and request.empty_answer_ok))
+        return not (status == 204 or (status < 300 and request.empty_response_ok))
     start = reply.body[:64].lstrip(_BLANKS)
     if start.startswith(b"<"):
         return True

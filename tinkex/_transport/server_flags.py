@@ -1,8 +1,8 @@
 """ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
 
-Asked when they are first needed, once per server and credential, by one thread for all; every
-transport of the process shares the answer.  A server without the route has the default flags.
-No threads of its own: flags that change are asked for again by whoever needs them next.
+Requested when they are first needed, once per server and credential, by one thread for all; every
+transport of the process shares the response.  A server without the route has the default flags.
+No threads of its own: flags that change are requested again when they are next needed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tinkex.retry import RetryPolicy, server_error_behind
 
 logger = logging.getLogger(__name__)
 
-#: What a server answers that lacks a route.
+#: Statuses of a server that does not have the route.
 ABSENT = (404, 405, 501)
 
 #: One request for flags may take this long, in seconds.
 TIMEOUT_S = 10.0
 
-#: Flags that change are asked for no more often, in seconds, whatever the server says.
-LEAST_REFRESH_S = 10.0
+#: Flags that change are requested no more often than this, in seconds, whatever the server asks.
+MIN_REFRESH_S = 10.0
 
 # Servers choose flags by the version a client claims: the generation that we speak, and the only
 # one whose flags are known (docs/protocol.md, "Server flags").
@@ -39,22 +39,22 @@ _BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
 
 @dataclasses.dataclass(frozen=True)
 class ServerFlags:
-    """``client/config``; every flag is optional, unknown ones are ignored.  Sizes are bytes."""
+    """``client/config``: the flags that have an effect here.  Sizes are bytes.
+
+    Every flag is optional, and others are ignored.
+    """
 
     pjwt_auth_enabled: bool = False
     credential_default_source: str = "api_key"
     sample_dispatch_bytes_semaphore_size: int = 10_485_760
     inflight_response_bytes_semaphore_size: int = 52_428_800
     fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
-    parallel_fwdbwd_chunks: bool = True
     proto_compress_fwdbwd: bool = False
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
     billing_exception_max_pause_duration_sec: float = 3600.0
     sample_no_retries: bool = False
-    sample_enable_stuck_detection: bool = True
     sample_max_concurrent_requests: int = 2000
-    use_pyqwest_transport: bool = True
     sample_use_retrieve_futures: bool = False
     custom_loss_server_side: bool = False
     sample_join_sampling_session: bool = False
@@ -75,7 +75,7 @@ F = TypeVar("F", ServerFlags, DynamicFlags)
 class FlagCache:
     """The flags of one server under one credential, as far as they are known.
 
-    The attributes are replaced whole, by the leader of a flight, and read without a lock.
+    The attributes are replaced, never changed, by the leader of a flight, and read without a lock.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     the server lacks the route.
 
     Raises:
-        APIError: the server cannot be reached, refuses the credential, or answers nonsense.
+        APIError: the server cannot be reached, refuses the credential, or sends nonsense.
         ClientClosedError: the transport was closed meanwhile.
     """
     known = transport.server.flags
@@ -105,7 +105,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     def ask() -> ServerFlags:
         if known.static is None:  # the flight before ours may have landed just now
             # Never a token: whether there are tokens is what is being asked.
-            request = _request("client/config", bare=True)
+            request = _request("client/config", raw_credential=True)
             known.static = _ask(transport, request, ServerFlags, known if once else None)
         return known.static
 
@@ -131,7 +131,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
         if flags is None:
             old = known.dynamic
             flags = _refresh(transport, known, None if old is None else old[0])
-            interval_s = max(flags.refresh_interval_sec, LEAST_REFRESH_S)
+            interval_s = max(flags.refresh_interval_sec, MIN_REFRESH_S)
             known.dynamic = flags, transport.clock.monotonic() + interval_s
         return flags
 
@@ -149,19 +149,19 @@ def _refresh(transport: Sender, known: FlagCache, old: Optional[DynamicFlags]) -
         return old
 
 
-def _request(route: str, *, bare: bool = False) -> Request:
+def _request(route: str, *, raw_credential: bool = False) -> Request:
     return Request(
         "POST",
         f"/api/v1/{route}",
         _BODY,
         traffic="control",
         read_timeout_s=TIMEOUT_S,
-        bare=bare,
+        raw_credential=raw_credential,
     )
 
 
 def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
-    """Ask for flags, with retries; or *once*, which counts the answers of gateways."""
+    """Request flags, with retries; or *once*, which counts the responses of gateways."""
     try:
         if once is not None:
             reply = _ask_once(transport, request, once)
@@ -176,7 +176,7 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[Flag
     payload = reply.json()
     if not isinstance(payload, dict):
         raise ResponseDecodeError(
-            f"{request.name}: the answer is {a_type(payload)}, not an object of flags"
+            f"{request.name}: the response is {a_type(payload)}, not an object of flags"
         )
     return read_flags(kind, payload)
 
@@ -200,10 +200,10 @@ def _route_of(request: Request) -> str:
 
 
 def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
-    """Read flags from a decoded answer: unknown and null ones are ignored.
+    """Read flags from a decoded response: unknown and null ones are ignored.
 
-    One of the wrong type, or a size that is not positive, is told in the log and takes its default:
-    a client should not stop for a flag that it may never need.
+    A flag of the wrong type, or a size that is not positive, is logged and takes its default: a
+    client should not stop for a flag that it may never need.
     """
     given: Dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -221,8 +221,8 @@ def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
 
 
 def _is_number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 _READERS: Mapping[type, Callable[[Any], bool]] = {

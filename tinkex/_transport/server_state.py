@@ -1,7 +1,7 @@
 """ServerState: all that this process knows of one server, as one credential sees it.
 
-Nothing is asked here: whoever meets a difference between servers notes it, and no later request
-meets it again.  `state_of` is the one registry, kept for the life of the process.  No threads.
+Nothing is requested here: code that meets a difference between servers notes it, and no later
+request meets it again.  `state_of` is the one registry, kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Dict, Mapping, Optional, Set, Tuple
 
 from tinkex._runtime import lifecycle
 from tinkex._runtime.single_flight import SingleFlight
-from tinkex._transport.rate_limiter import RateLimiter
+from tinkex._transport.limits import RateLimiter
 from tinkex._transport.server_flags import FlagCache
 from tinkex._transport.tokens import TokenSource
 from tinkex.config import Config

@@ -2,7 +2,7 @@
 
 Shared by all transports of the process that use one server and one credential.  It has no thread:
 the request that notices that a token grows old renews it, while the others go on with the old one;
-heartbeats alone see to it that somebody notices in time.  Life times go by the wall clock.
+heartbeats alone are frequent enough to notice in time.  Lifetimes go by the wall clock.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ URGENT_S = 60.0
 RETRY_S = 60.0
 URGENT_RETRY_S = 5.0
 
-#: A request that may take no longer than this, in seconds, renews no token that is still good: it
-#: may be the last word of a process that exits.
-HURRY_S = 5.0
+#: A request with a timeout up to this, in seconds, renews no token that is still good: it may be
+#: the last one of a process that exits.
+NO_RENEWAL_S = 5.0
 
 # A client's clock may be so far from the server's, in seconds, before it is not believed.
 _SKEW_S = 60.0
 
-# So many tokens and command outputs are remembered, to be kept out of messages.
+# This many tokens and command outputs are remembered, to be kept out of messages.
 _SECRETS_KEPT = 3
 
 _KEY_HEADER = "X-API-Key"
@@ -79,7 +79,7 @@ class Token:
     def received(cls, text: str, now: float, rand: float, *, exchanged: bool = True) -> Token:
         """Plan the life of a token that came at *now*; *rand* is uniform in [0, 1).
 
-        One that is no JWT, or says nothing of its end, is good until it is refused.
+        One that is no JWT, or names no expiry, is good until it is refused.
         """
         claims = read_claims(text)
         if claims is None or claims.expires_at is None:
@@ -91,13 +91,13 @@ class Token:
         if life_s and not began - _SKEW_S <= now < expires_at - margin_s:
             # New, and by our clock not yet valid or about to expire: the clocks disagree.
             began, expires_at = now, now + life_s
-        # Spread, so that many processes do not come at once.
+        # Spread, so that many processes do not renew in the same moment.
         urgent_at = expires_at - margin_s
         renew_at = min(began + life_s * (0.45 + 0.1 * rand), urgent_at)
         return cls(text, True, exchanged, renew_at, urgent_at, expires_at)
 
     def has_come(self, instant: Optional[float], now: float) -> bool:
-        """Tell whether one of its instants has passed; None never does."""
+        """True if one of its instants has passed; None never does."""
         return instant is not None and now >= instant
 
 
@@ -141,7 +141,7 @@ class TokenSource:
             return None
         if self._static:
             return self._static_token(sender.clock.wall())
-        if request.bare:
+        if request.raw_credential:
             return Token(self._raw(sender, forced=False))
         flags = _flags(sender)
         forced = self._command is not None and flags.credential_default_source == "credential_cmd"
@@ -156,7 +156,7 @@ class TokenSource:
         def work() -> Token:
             token = self._current()
             if token is not None and token.text != refused.text:
-                return token  # somebody else has renewed it meanwhile
+                return token  # another thread has renewed it meanwhile
             return self._obtain(sender, request, flags)
 
         return self._flight.run(work, sender.closing)
@@ -194,8 +194,8 @@ class TokenSource:
         good = token is not None and not token.has_come(token.expires_at, now)
         urgent = token is None or token.has_come(token.urgent_at, now)
         if token is not None and good:
-            hurried = (request.read_timeout_s or HURRY_S + 1) <= HURRY_S
-            if now < not_before or hurried or (self._flight.busy and not urgent):
+            is_urgent_request = (request.read_timeout_s or NO_RENEWAL_S + 1) <= NO_RENEWAL_S
+            if now < not_before or is_urgent_request or (self._flight.busy and not urgent):
                 return token
 
         def work() -> Token:
@@ -251,7 +251,7 @@ class TokenSource:
         return text
 
     def _exchange(self, sender: Sender, request: Request, raw: str) -> str:
-        """``POST auth/token``, once.  An answer of 404, 405 or 501 is: use the key itself."""
+        """``POST auth/token``, once.  After 404, 405 or 501 the key itself is used."""
         limit_s = min(EXCHANGE_TIMEOUT_S, request.read_timeout_s or EXCHANGE_TIMEOUT_S)
         exchange = Request(
             "POST",
@@ -271,8 +271,8 @@ class TokenSource:
             _raise_as_outage(sender.status_error(exchange, reply))
         text = _read_jwt(reply.body)
         if text is None:
-            # Without the answer: it may hold a token.
-            raise ResponseDecodeError(f"{exchange.name}: the answer holds no token in 'jwt'")
+            # The message leaves the response out: it may hold a token.
+            raise ResponseDecodeError(f"{exchange.name}: the response holds no token in 'jwt'")
         return text
 
 
@@ -284,17 +284,17 @@ def _flags(sender: Sender) -> ServerFlags:
 
 
 def _raise_as_outage(error: APIError) -> NoReturn:
-    """Raise *error*; a passing one is an outage to whoever wanted to send something else."""
+    """Raise *error*; one that may pass is an outage for the request that needs the token."""
     if error.retryable:
         raise APIConnectionError(error.message, status=error.status) from error
     raise error
 
 
 def _read_jwt(body: bytes) -> Optional[str]:
-    """The token of an answer, or None; no exception, which would hold the answer."""
+    """The token of a response, or None; no exception, which would hold the response."""
     try:
-        answer = orjson.loads(body)
-        text = answer.get("jwt") if isinstance(answer, dict) else None
+        payload = orjson.loads(body)
+        text = payload.get("jwt") if isinstance(payload, dict) else None
         if isinstance(text, str) and text:
             check_header("the token", text)
             return text
@@ -304,5 +304,5 @@ def _read_jwt(body: bytes) -> Optional[str]:
 
 
 def is_invalid_token(status: int, headers: Mapping[str, str]) -> bool:
-    """Tell whether an answer says that the token, not the request, is at fault."""
+    """True if a response means that the token, not the request, is at fault."""
     return status == 401 and 'error="invalid_token"' in headers.get("www-authenticate", "")

@@ -1,7 +1,7 @@
 """Transport: sends requests to one server.  Nothing here knows an endpoint.
 
-What a request is authenticated with and when it is sent again is decided here; connections,
-limits, counters and pauses are objects of their own.
+What a request is authenticated with and when it is sent again is decided here; limits,
+counters and pauses are objects beside it, see `ClientResources`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.descriptors import are_exhausted
 from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.billing import BillingPause
-from tinkex._transport.byte_limits import Pressure
 from tinkex._transport.channel import Channel
 from tinkex._transport.connection_errors import connection_error, forget_frames
 from tinkex._transport.connections import Connections
@@ -68,8 +67,6 @@ class Transport:
         self.recorder = recorder or Recorder()
         self.billing = billing or BillingPause(config.host_and_port, clock)
         self.server = state_of(config)
-        #: What may be under way at once, and how many futures unread.
-        self.pressure = Pressure(config, self.server, self.closing)
         self._connections = Connections(config, self.closing, clock)
         self._redactor = Redactor(config, self.server.tokens)
         self._headers: Dict[str, str] = {
@@ -107,8 +104,8 @@ class Transport:
     ) -> Reply:
         """Send until there is a 2xx response or *policy* gives up.
 
-        *waits* tells whether it waits while the server asks to be left alone (429); by default
-        the settings tell, except for requests that are no work.
+        *waits*: whether to wait while the server asks to be left alone (429).  By default that is
+        a setting for work, and True for all other requests.
 
         Raises:
             APIStatusError, ResponseDecodeError: the server's last response.
@@ -117,7 +114,7 @@ class Transport:
             ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
         if waits is None:
-            is_work = request.traffic == "work" and not request.bare
+            is_work = request.traffic == "work" and not request.raw_credential
             waits = not is_work or self.config.on_backpressure == "wait"
         return RequestAttempts(self, request, policy, channel, waits=waits).run()
 
@@ -238,7 +235,7 @@ class Transport:
     def abort(self) -> None:
         """Break off everything in flight.  Set ``closing`` first, so that callers learn why."""
         self._connections.abort()
-        self.pressure.wake()  # what waits finds its channel stopped
+        self.server.limiter.wake()  # what waits there finds its channel stopped
 
 
 class ThreadTransport:
@@ -257,7 +254,6 @@ class ThreadTransport:
         self.server = transport.server
         self.closing = transport.closing
         self.clock = transport.clock
-        self.pressure = transport.pressure
         self.status_error = transport.status_error
         self.redact = transport.redact
         self._transport = transport

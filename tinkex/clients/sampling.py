@@ -97,7 +97,7 @@ class SamplingClient(BaseClient):
         limit = None if retry_config is None else retry_config.max_connections
         self._gate = SampleGate(limit, runtime.poller.submit)
         self._sampler = Sampler(
-            runtime.transport, sampling_session_id, retry_config or RetryConfig(), clone=clone
+            runtime.resources, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
         # That of the last request; one for thousands of them.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)

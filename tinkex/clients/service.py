@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
+from tinkex._api.encoding_choice import server_dialect
 from tinkex._runtime.numeric import as_seconds
 from tinkex._sessions.manager import SessionManager, default_manager
 from tinkex._sessions.runtime import Runtime, outcome_of
@@ -156,7 +157,7 @@ class ServiceClient(WithoutCoroutines):
     @property
     def server_dialect(self) -> ServerDialect:
         """What is known of how the server speaks: a snapshot, which can be printed."""
-        return self._runtime.dialect.snapshot()
+        return server_dialect(self._runtime.transport)
 
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures of this client that are not settled yet; see their ``status()``."""

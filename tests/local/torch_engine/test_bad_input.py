@@ -44,7 +44,7 @@ CASES: Mapping[str, Any] = {
         "cross_entropy",
         datum(target_tokens=TensorData([1.0, 2.0, 3.0], "float32")),
     ),
-    "one target .* per input token": ("cross_entropy", datum(target_tokens=[2, 3])),
+    "one target .* per input token": ("cross_entropy", datum(target_tokens=[2, 3, 4, 5])),
     r"takes shape \(n,\)": ("ppo", datum(target_tokens=[[2], [3], [4]], **GOOD_RL)),
     "weights has shape": ("cross_entropy", datum(weights=[1.0, 1.0])),
     "weights is NaN or infinite at token 1": ("cross_entropy", datum(weights=[1.0, NAN, 1.0])),

@@ -65,7 +65,18 @@ def dro(lp: torch.Tensor, x: Inputs, beta: float = 0.05) -> torch.Tensor:
     return total
 
 
-LOSSES = {f.__name__: f for f in (cross_entropy, importance_sampling, ppo, cispo, dro)}
+def gspo(lp: torch.Tensor, x: Inputs, low: float = 0.9997, high: float = 1.0004) -> torch.Tensor:
+    mask = x["sequence_ratio_mask"]
+    sequence = math.exp(float((mask * (lp.detach() - x["logprobs"])).sum() / mask.sum()))
+    total = torch.tensor(0.0)
+    for new, gain in zip(lp, x["advantages"]):
+        ratio = sequence * (new - new.item()).exp()
+        bounded = low if ratio < low else high if ratio > high else ratio
+        total = total - min(ratio * gain, bounded * gain, key=lambda term: term.item())
+    return total
+
+
+LOSSES = {f.__name__: f for f in (cross_entropy, importance_sampling, ppo, cispo, gspo, dro)}
 
 
 def data_for(loss_fn: str, reference: Reference, adapter: Dict[str, torch.Tensor]) -> Any:
@@ -78,6 +89,10 @@ def data_for(loss_fn: str, reference: Reference, adapter: Dict[str, torch.Tensor
         own = reference.logprobs(datum, adapter, RANK).detach().numpy()
         inputs: Dict[str, Any] = dict(datum.loss_fn_inputs)
         inputs["logprobs"] = (own + rng.normal(0, 0.4, own.shape)).astype(np.float32)
+        if loss_fn == "gspo":  # the first tokens count for no ratio, if there are others
+            mask = np.ones(own.shape, np.float32)
+            mask[: len(own) // 3] = 0.0
+            inputs["sequence_ratio_mask"] = mask
         data.append(Datum(datum.model_input, inputs))
     return data
 
@@ -124,6 +139,63 @@ def test_ratios_of_the_clipped_losses_really_straddle_the_clips(run: Any, tmp_pa
     metrics = run.forward_backward("m", data_for("ppo", reference, adapter), "ppo", {}).metrics
     assert 0 < metrics["clipped_tokens:sum"] < metrics["active_tokens:sum"] == sum(LENGTHS)
     assert metrics["ratio:min"] < 0.8 < 1.2 < metrics["ratio:max"]
+
+
+def test_with_one_advantage_gspo_is_the_sequence_objective_of_the_paper(
+    run: Any, tmp_path: Path
+) -> None:
+    """Its gradient, times the number of tokens: nothing is averaged here."""
+    adapter = give_random_delta(run, "m", tmp_path / "delta")
+    reference = Reference(str(run.info.tokenizer_id))
+    data = []
+    for datum, gain in zip(data_for("ppo", reference, adapter), (1.0, -1.0, 0.5, -0.5, 1.0, 2.0)):
+        inputs = dict(datum.loss_fn_inputs)
+        inputs["advantages"] = TensorData.from_numpy(
+            np.full(inputs["logprobs"].shape, gain, np.float32)
+        )
+        data.append(Datum(datum.model_input, inputs))
+
+    def sequence_objective(lp: torch.Tensor, x: Inputs) -> torch.Tensor:
+        ratio = (lp - x["logprobs"]).mean().exp()
+        gain = x["advantages"][0]
+        return -len(lp) * torch.minimum(ratio * gain, ratio.clamp(0.98, 1.02) * gain)
+
+    config = {"clip_low_threshold": 0.98, "clip_high_threshold": 1.02}
+    output = run.forward_backward("m", data, "gspo", config)
+    loss, _, gradient = reference.run(data, adapter, RANK, sequence_objective)
+    assert output.metrics["loss:sum"] == pytest.approx(loss, rel=BOUND)
+    assert 0 < output.metrics["clipped_tokens:sum"] < sum(LENGTHS)
+    found = gradient_of(run, "m", tmp_path / "gradient")
+    assert max(relative_error(found[name], gradient[name]) for name in gradient) < BOUND
+
+
+# Not dro, where a token of advantage 0 has a loss.
+@pytest.mark.parametrize("loss_fn", sorted(LOSSES.keys() - {"dro"}))
+def test_targets_of_the_last_tokens_are_worth_as_much_as_zeros_before_them(
+    loss_fn: str, run: Any, tmp_path: Path
+) -> None:
+    adapter = give_random_delta(run, "m", tmp_path / "delta")
+    reference = Reference(str(run.info.tokenizer_id))
+    complete, short = [], []
+    for datum in data_for(loss_fn, reference, adapter):
+        inputs = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
+        skipped = len(inputs["target_tokens"]) // 3
+        for name in ("weights", "advantages", "sequence_ratio_mask"):
+            if name in inputs:
+                inputs[name] = np.concatenate([inputs[name][:skipped] * 0, inputs[name][skipped:]])
+        complete.append(Datum(datum.model_input, inputs))
+        last = {name: values[skipped:] for name, values in inputs.items()}
+        short.append(Datum(datum.model_input, last))
+    expected = run.forward_backward("m", complete, loss_fn, {})
+    gradient = gradient_of(run, "m", tmp_path / "complete")
+    run.load("m", tmp_path / "delta", with_optimizer=False)
+    found = run.forward_backward("m", short, loss_fn, {})
+    assert found.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)
+    for one, other in zip(found.loss_fn_outputs, expected.loss_fn_outputs):
+        values = one["logprobs"].to_numpy()
+        assert values == pytest.approx(other["logprobs"].to_numpy()[-len(values) :], abs=1e-5)
+    again = gradient_of(run, "m", tmp_path / "short")
+    assert max(relative_error(again[name], gradient[name]) for name in gradient) < BOUND
 
 
 @pytest.mark.parametrize("loss_fn", ["ppo", "cispo"])

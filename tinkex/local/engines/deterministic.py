@@ -155,6 +155,8 @@ class DeterministicEngine:
         for index, inputs in enumerate(checked):
             tokens, targets = inputs["tokens"], inputs["target_tokens"]
             positions = np.arange(tokens.size, dtype=np.int64)
+            # Targets may be fewer than tokens: they belong to the last ones.
+            tokens, positions = tokens[-len(targets) :], positions[-len(targets) :]
             if targets.ndim == 2:
                 tokens, positions = tokens[:, None], positions[:, None]
             logprobs = self._model.logprobs(tokens, positions, targets, adapter.steps)
@@ -417,10 +419,11 @@ class DeterministicEngine:
             if name not in inputs:
                 raise EngineError(f"datum {index}: loss {loss_fn} needs the input {name!r}")
         targets = inputs["target_tokens"]
-        if targets.shape[:1] != tokens.shape:
+        rows = targets.shape[0] if targets.ndim else 0
+        if not 0 < rows <= tokens.size:
             raise EngineError(
-                f"datum {index}: target_tokens has {targets.shape[0] if targets.ndim else 0} rows "
-                f"for {tokens.size} input tokens; they must be equally long"
+                f"datum {index}: target_tokens has {rows} rows for {tokens.size} input "
+                "tokens; they must be equally long, or belong to the last tokens"
             )
         for name, values in inputs.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():

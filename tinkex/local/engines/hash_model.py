@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.engine import EngineError, check_sequence_mask
 from tinkex.types import SamplingParams, TopkLogprobs
 from tinkex.types.sampling import TOPK_SENTINEL
 
@@ -122,11 +122,18 @@ def _loss(
     difference = logprobs - old.astype(np.float64)
     # A token of advantage 0 adds nothing, and 0 times an infinite ratio would be NaN.
     ratio = np.exp(np.where(advantages == 0, 0.0, difference))
-    low = inputs.get("clip_low_threshold", _setting(config, "clip_low_threshold", 0.8))
-    high = inputs.get("clip_high_threshold", _setting(config, "clip_high_threshold", 1.2))
+    by_sequence = name == "gspo"
+    clip = (1 - 3e-4, 1 + 4e-4) if by_sequence else (0.8, 1.2)
+    low = inputs.get("clip_low_threshold", _setting(config, "clip_low_threshold", clip[0]))
+    high = inputs.get("clip_high_threshold", _setting(config, "clip_high_threshold", clip[1]))
+    if by_sequence:
+        mask = inputs.get("sequence_ratio_mask", np.ones_like(logprobs))
+        check_sequence_mask(mask, advantages)
+        drift = np.where(mask == 0, 0.0, mask * difference)
+        ratio = np.exp(np.full_like(ratio, drift.sum() / max(mask.sum(), 1e-30)))
     if name == "importance_sampling":
         per_token = -ratio * advantages
-    elif name == "ppo":
+    elif name in ("ppo", "gspo"):
         per_token = -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
     elif name == "cispo":
         per_token = -np.clip(ratio, low, high) * advantages * logprobs

@@ -31,6 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
 
 def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
     """Check the batch and the loss of a forward or forward_backward."""
+    if loss_fn == "stable_reinforce":
+        raise HTTPError(
+            400,
+            "loss 'stable_reinforce' is not offered here: its definition is not public; use "
+            "importance_sampling, ppo, cispo or gspo",
+        )
     if loss_fn not in LOSSES:
         raise HTTPError(400, f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
     if not data:

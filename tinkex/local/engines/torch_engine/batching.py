@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
-from tinkex.local.engines.engine import LOSSES, EngineError, EngineInfo
-from tinkex.local.engines.torch_engine.losses import LOSS_TABLE, Loss
+from tinkex.local.engines.engine import LOSSES, EngineError, EngineInfo, check_sequence_mask
+from tinkex.local.engines.torch_engine.losses import LOSS_TABLE, SEQUENCE_MASK, Loss
 from tinkex.types import Datum, ModelInput, TensorData
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,8 @@ class Row:
 
     Attributes:
         tokens: int32, shape (n,).
-        targets: int64, shape (n, k); k is 1 for one-dimensional ``target_tokens``.
+        targets: int64, shape (m, k), of the last m <= n tokens; k is 1 for one-dimensional
+            ``target_tokens``.
         inputs: float32 arrays of the same shape, by loss input name, defaults filled in.
         shape: the shape of ``target_tokens`` as it was given.
     """
@@ -123,7 +124,9 @@ def _check_datum(
         else:
             value = config.get(name, loss.defaults.get(name, 0.0))
             inputs[name] = np.full(targets.shape, value, dtype=np.float32)
-    wide = (tokens.size, -1)
+    if loss.by_sequence:
+        check_sequence_mask(inputs[SEQUENCE_MASK], inputs["advantages"])
+    wide = (len(targets), -1)
     return Row(
         tokens,
         targets.reshape(wide),
@@ -143,10 +146,10 @@ def _check_targets(
         raise EngineError(
             f"target_tokens have shape {targets.shape}; {loss_fn} takes shape {shapes}"
         )
-    if targets.shape[0] != length or targets.size == 0:
+    if targets.shape[0] > length or targets.size == 0:
         raise EngineError(
             f"target_tokens have shape {targets.shape}, model_input has {length} tokens; "
-            "give one target (the token that follows) per input token"
+            "give one target (the token that follows) per input token, or per token at its end"
         )
     _check_vocabulary("target_tokens", targets, info)
     return targets.astype(np.int64, copy=False)

@@ -10,19 +10,27 @@ cross_entropy          ``-lp * w``
 importance_sampling    ``-r * A``
 ppo                    ``-min(r * A, clip(r, low, high) * A)``
 cispo                  ``-stopgrad(clip(r, low, high)) * A * lp``
+gspo                   ``-min(s * A, clip(s, low, high) * A)``
 dro                    ``-(lp * A - beta / 2 * (lp - q)**2)``
 =====================  =============================================================
 
-``low`` and ``high`` default to 0.8 and 1.2; the configuration keys ``clip_low_threshold`` and
-``clip_high_threshold`` change them for a call, per-token inputs of the same names for a token.
-``beta`` defaults to 0.05.  A token of weight 0, or of advantage 0 (except in dro, whose second term
-stays), adds no loss and no gradient, whatever its log-probabilities are.
+``s`` is the ratio of the sequence, ``exp(sum(m * (lp - q)) / sum(m))`` over all tokens of the
+datum, with ``m`` the input ``sequence_ratio_mask`` (1 by default).  Its gradient by ``lp`` is ``s``
+(GSPO-token).
+
+``low`` and ``high`` default to 0.8 and 1.2, for gspo to 0.9997 and 1.0004; the configuration keys
+``clip_low_threshold`` and ``clip_high_threshold`` change them for a call, per-token inputs of the
+same names for a token.  ``beta`` defaults to 0.05.  A token of weight 0, or of advantage 0 (except
+in dro, whose second term stays), adds no loss and no gradient, whatever its log-probabilities are.
 
 Sources: names, inputs and the token-sum form follow Tinker's documentation of its losses.
 importance_sampling is the policy gradient (Williams 1992, REINFORCE) with the correction for
 sampling from another policy; ppo is the clipped surrogate of Schulman et al.
-(arXiv 1707.06347, eq. 7); cispo is MiniMax-M1's (arXiv 2506.13585, eq. 4); dro is the
-per-token form of Direct Reward Optimisation (Richemond et al., arXiv 2405.19107).
+(arXiv 1707.06347, eq. 7); cispo is MiniMax-M1's (arXiv 2506.13585, eq. 4); gspo is Group
+Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token, with the clipping
+range of the paper's experiments: if all tokens have the same advantage, the gradient is that of the
+sequence form times the number of tokens; dro is the per-token form of Direct Reward Optimisation
+(Richemond et al., arXiv 2405.19107).
 """
 
 from __future__ import annotations
@@ -37,6 +45,10 @@ Config = Mapping[str, float]
 
 CLIP_LOW = "clip_low_threshold"
 CLIP_HIGH = "clip_high_threshold"
+SEQUENCE_MASK = "sequence_ratio_mask"
+
+#: Among the inputs of a loss that is `Loss.by_sequence`: log s of the sequence that a token is in.
+SEQUENCE_LOG_RATIO = "sequence_log_ratio"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Loss:
         gate: the input whose zeros take a token out (no loss, no gradient), if there is one;
             apply it with `Loss.of`, since 0 times an infinite log-probability is not 0.
         ranks: how many dimensions ``target_tokens`` may have.
+        by_sequence: it reads SEQUENCE_LOG_RATIO, which takes the log-probabilities of all tokens
+            of a datum.
     """
 
     per_token: Callable[[torch.Tensor, Inputs, Config], torch.Tensor]
@@ -60,6 +74,7 @@ class Loss:
     config: Mapping[str, float]
     gate: Optional[str] = None
     ranks: Tuple[int, ...] = (1,)
+    by_sequence: bool = False
 
     @property
     def inputs(self) -> Tuple[str, ...]:
@@ -76,13 +91,12 @@ class Loss:
 _LARGEST_EXPONENT = 88.0
 
 
-def _ratio(lp: torch.Tensor, q: torch.Tensor, bounded: torch.Tensor) -> torch.Tensor:
-    """Return exp(lp - q), kept finite where *bounded*.
+def _ratio(exponent: torch.Tensor, bounded: torch.Tensor) -> torch.Tensor:
+    """Return exp(exponent), kept finite where *bounded*.
 
     A ratio that a factor of 0 or a clip takes out of the loss has a gradient of 0, but backward
     computes it as 0 times the ratio, which is NaN if the ratio is infinite.
     """
-    exponent = lp - q
     return torch.exp(torch.where(bounded, exponent.clamp(max=_LARGEST_EXPONENT), exponent))
 
 
@@ -92,13 +106,23 @@ def _cross_entropy(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Te
 
 def _importance_sampling(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     advantages = inputs["advantages"]
-    return -_ratio(lp, inputs["logprobs"], advantages == 0) * advantages
+    return -_ratio(lp - inputs["logprobs"], advantages == 0) * advantages
 
 
 def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    return _clipped(lp - inputs["logprobs"], inputs)
+
+
+def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    # lp - lp is 0 and has the gradient of lp.
+    return _clipped(inputs[SEQUENCE_LOG_RATIO] + (lp - lp.detach()), inputs)
+
+
+def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Return the clipped surrogate of the ratio exp(exponent)."""
     advantages = inputs["advantages"]
     # With a negative advantage a large ratio is not clipped: there infinity is the right value.
-    ratio = _ratio(lp, inputs["logprobs"], advantages >= 0)
+    ratio = _ratio(exponent, advantages >= 0)
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
@@ -116,11 +140,20 @@ def _dro(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
 
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}
+_SEQUENCE_CLIP = {CLIP_LOW: 1 - 3e-4, CLIP_HIGH: 1 + 4e-4}
 
 LOSS_TABLE: Dict[str, Loss] = {
     "cross_entropy": Loss(_cross_entropy, (), {"weights": 1.0}, {}, "weights", (1, 2)),
     "importance_sampling": Loss(_importance_sampling, _SAMPLED, {}, {}, "advantages"),
     "ppo": Loss(_ppo, _SAMPLED, _CLIP, _CLIP, "advantages"),
     "cispo": Loss(_cispo, _SAMPLED, _CLIP, _CLIP, "advantages"),
+    "gspo": Loss(
+        _gspo,
+        _SAMPLED,
+        {**_SEQUENCE_CLIP, SEQUENCE_MASK: 1.0},
+        _SEQUENCE_CLIP,
+        "advantages",
+        by_sequence=True,
+    ),
     "dro": Loss(_dro, _SAMPLED, {}, {"beta": 0.05}),
 }

@@ -10,7 +10,14 @@ import numpy.typing as npt
 import torch
 
 from tinkex.local.engines.torch_engine.batching import Row, plan_passes
-from tinkex.local.engines.torch_engine.losses import CLIP_HIGH, CLIP_LOW, LOSS_TABLE, Loss
+from tinkex.local.engines.torch_engine.losses import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    LOSS_TABLE,
+    SEQUENCE_LOG_RATIO,
+    SEQUENCE_MASK,
+    Loss,
+)
 from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, target_logprobs
 
 FloatArray = npt.NDArray[np.float32]
@@ -43,7 +50,7 @@ def run_batch(
         logprobs, losses = _run_pass(network, chosen, loss, config, backward=backward)
         start = 0
         for index, row in zip(indices, chosen):
-            end = start + row.tokens.size
+            end = start + len(row.targets)
             # Rows of a pass may differ in k; the pass is as wide as the widest.
             width = row.targets.shape[1]
             result.logprobs[index] = logprobs[start:end, :width]
@@ -80,6 +87,12 @@ def _run_pass(
         lengths = [row.tokens.size for row in rows]
         features = network.features(_padded_tokens(rows).to(device), lengths=lengths)
         flat = features.reshape(-1, features.shape[-1]).index_select(0, positions)
+    if loss.by_sequence:
+        all_logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            for chunk in torch.arange(len(targets), device=device).split(LOGITS_ROWS):
+                all_logprobs[chunk] = target_logprobs(network.logits(flat[chunk]), targets[chunk])
+        inputs[SEQUENCE_LOG_RATIO] = _sequence_log_ratios(rows, all_logprobs, inputs)
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)
     gradient = torch.zeros_like(flat) if backward else None
@@ -111,10 +124,34 @@ def _padded_tokens(rows: Sequence[Row]) -> torch.Tensor:
 
 
 def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
-    """Indices of the real tokens in the flattened (rows, longest) grid."""
+    """Indices of the tokens that have targets, in the flattened (rows, longest) grid."""
     longest = max(row.tokens.size for row in rows)
-    parts = [np.arange(row.tokens.size) + i * longest for i, row in enumerate(rows)]
+    # Targets may be fewer than tokens: they belong to the last ones.
+    parts = [
+        np.arange(row.tokens.size - len(row.targets), row.tokens.size) + i * longest
+        for i, row in enumerate(rows)
+    ]
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _sequence_log_ratios(
+    rows: Sequence[Row], logprobs: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return, for each token, the mean of lp - q over its sequence, as the mask weighs it."""
+    lengths = [len(row.targets) for row in rows]
+    mask = inputs[SEQUENCE_MASK].double()
+    # Where the mask is 0, a placeholder may stand for q.
+    drift = torch.where(mask == 0, 0.0, logprobs.double() - inputs["logprobs"].double())
+    means = [
+        (m * d).sum() / m.sum().clamp(min=_LEAST_MASK)
+        for m, d in zip(mask.split(lengths), drift.split(lengths))
+    ]
+    counts = torch.tensor(lengths, device=logprobs.device)
+    return torch.stack(means).repeat_interleave(counts).float().unsqueeze(-1)
+
+
+# A sequence whose mask is 0 everywhere has no token with an advantage: its ratio is not used.
+_LEAST_MASK = 1e-30
 
 
 def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
@@ -133,8 +170,9 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
 
     ``loss:sum``; ``tokens:sum``, the target tokens; for cross_entropy ``weights:sum`` (so that
     loss:sum / weights:sum is the mean loss per token); for the others, over tokens with a nonzero
-    advantage: ``active_tokens:sum``, ``ratio:sum|min|max`` (new over old probability),
-    ``sampler_kl:sum`` (sum of q - lp), and for ppo and cispo ``clipped_tokens:sum``.
+    advantage: ``active_tokens:sum``, ``ratio:sum|min|max`` (new over old probability, for gspo of
+    the sequence), ``sampler_kl:sum`` (sum of q - lp), and where ratios are clipped
+    ``clipped_tokens:sum``.
     """
     metrics = {
         "loss:sum": float(sum(losses.sum(dtype=np.float64) for losses in result.losses)),
@@ -150,7 +188,10 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
         return metrics
     new = np.concatenate([values.ravel() for values in result.logprobs])[active].astype(np.float64)
     old = np.concatenate([row.inputs["logprobs"].ravel() for row in rows])[active]
-    ratio = np.exp(np.clip(new - old, -80, 80))  # kept finite: metrics travel as JSON
+    drift = new - old
+    if LOSS_TABLE[loss_fn].by_sequence:
+        drift = np.concatenate([_mean_drift(r, lp) for r, lp in zip(rows, result.logprobs)])[active]
+    ratio = np.exp(np.clip(drift, -80, 80))  # kept finite: metrics travel as JSON
     metrics["ratio:sum"] = float(ratio.sum())
     metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
     metrics["sampler_kl:sum"] = float((old - new).sum())
@@ -159,3 +200,10 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
         high = np.concatenate([row.inputs[CLIP_HIGH].ravel() for row in rows])[active]
         metrics["clipped_tokens:sum"] = float(((ratio < low) | (ratio > high)).sum())
     return metrics
+
+
+def _mean_drift(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
+    """Return log s of a sequence, once per token."""
+    mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
+    drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
+    return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))

@@ -1,0 +1,331 @@
+"""Limits: how much may be under way at the same time, and which thread waits for it.
+
+A `Quota` limits bytes or requests in flight, `UnreadLimit` the futures that were not read, and a
+`RateLimiter` the requests after a 429.  No threads: a caller that has to wait does so in its own
+thread, in a function whose name shows in a stack dump (``faulthandler``) what it waits for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import queue
+import threading
+from typing import Callable, Deque, Iterator, Optional, Protocol, Set
+
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.long_wait import LongWait
+from tinkex.errors import BackpressureError, ClientClosedError
+
+logger = logging.getLogger(__name__)
+
+#: A waiting thread checks this often whether it should stop, in seconds; `wake` checks immediately.
+_CHECK_INTERVAL_S = 1.0
+
+#: Returned places are counted once there are this many: each put is cheap, counting takes the lock.
+_COUNT_AT = 256
+
+#: After a back-off, requests go out a few at a time for this long, in seconds ...
+RECENT_S = 10.0
+#: ... and this many at a time.
+MAX_AFTER_429 = 10
+
+
+class Waits(Protocol):
+    """A future, which shows what it waits for."""
+
+    waiting_for: Optional[Callable[[], str]]
+
+
+class _Waiter:
+    """One place in the queue of a quota."""
+
+    def __init__(self, amount: int) -> None:
+        self.amount = amount
+        self.granted = False
+        self.woken = threading.Event()
+
+
+class Quota:
+    """A limit on what is in use at the same time; further callers wait, first come, first served.
+
+    Something is granted while no more than *size* is in use (docs/protocol.md, "Back-pressure"):
+    one piece that is larger than *size* still passes, and the next one waits for it.
+    Thread-safe.
+
+    Args:
+        name: of what is counted, for messages.
+        size: the limit; may be changed at any time.
+        unit: writes an amount in words.
+    """
+
+    def __init__(self, name: str, size: int, unit: Callable[[int], str]) -> None:
+        self.size = size
+        self._name = name
+        self._unit = unit
+        # Guards the rest, and the waiters in the queue.
+        self._lock = threading.Lock()
+        self._used = 0
+        self._queue: Deque[_Waiter] = collections.deque()
+
+    def acquire(
+        self, amount: int, stopped: Callable[[], bool], future: Optional[Waits] = None
+    ) -> None:
+        """Take *amount*; blocks until something is left and all earlier callers have theirs.
+
+        *future* shows the wait in its status.  Give the amount back with `release`.
+
+        Raises:
+            ClientClosedError: *stopped*, which is checked once a second and at `wake`.
+        """
+        with self._lock:
+            if not self._queue and self._used <= self.size:
+                self._used += amount
+                return
+        self._wait_for_quota(amount, stopped, future)
+
+    def release(self, amount: int) -> None:
+        """Give back what was taken.  Does not block."""
+        with self._lock:
+            self._used -= amount
+            if self._queue:
+                self._grant_locked()
+
+    @contextlib.contextmanager
+    def holding(
+        self, amount: int, stopped: Callable[[], bool], future: Optional[Waits] = None
+    ) -> Iterator[None]:
+        """Hold *amount* inside; see `acquire`."""
+        self.acquire(amount, stopped, future)
+        try:
+            yield
+        finally:
+            self.release(amount)
+
+    def wake(self) -> None:
+        """Have every waiting thread check immediately whether it should stop."""
+        with self._lock:
+            for waiter in self._queue:
+                waiter.woken.set()
+
+    def describe(self) -> str:
+        """In words, how much of it is in use."""
+        return f"{self._name}: {self._unit(self._used)} of {self._unit(self.size)} in flight"
+
+    def _wait_for_quota(
+        self, amount: int, stopped: Callable[[], bool], future: Optional[Waits]
+    ) -> None:
+        waiter = _Waiter(amount)
+        try:
+            with self._lock:
+                self._queue.append(waiter)
+                self._grant_locked()
+            if future is not None:
+                future.waiting_for = self.describe
+            while not waiter.granted:
+                if stopped():
+                    raise ClientClosedError(f"closed or cancelled during a wait ({self._name})")
+                waiter.woken.wait(_CHECK_INTERVAL_S)
+                if not waiter.granted:
+                    waiter.woken.clear()
+        except BaseException:  # Ctrl-C too: pass on what it may have been given
+            self._leave_queue(waiter)
+            raise
+        finally:
+            if future is not None:
+                future.waiting_for = None
+
+    def _leave_queue(self, waiter: _Waiter) -> None:
+        with self._lock:
+            if waiter.granted:
+                self._used -= waiter.amount
+                self._grant_locked()
+            elif waiter in self._queue:
+                self._queue.remove(waiter)
+
+    def _grant_locked(self) -> None:
+        while self._queue and self._used <= self.size:
+            waiter = self._queue.popleft()
+            self._used += waiter.amount
+            waiter.granted = True
+            waiter.woken.set()
+
+
+def megabytes(amount: int) -> str:
+    """Write an amount of bytes: ``"3.1 MB"``."""
+    return f"{amount / 1e6:.1f} MB"
+
+
+class UnreadLimit:
+    """Limits the futures that a client has given out and that were not read yet.
+
+    A future is read with `result`, `exception` or a callback, or when it is collected.  Readers and
+    finalizers release a place by a put into a SimpleQueue, which is safe anywhere.  Thread-safe.
+
+    A thread that waits here cannot read, so a program that has no other one waits forever.  That
+    cannot be known, since any thread may come to read: the log warns of the danger.
+
+    Args:
+        limit: at this many, `acquire` waits, or raises; None counts nothing.
+        raises: it raises.
+        closing: ends waiting.
+        notice_after_s: a longer wait is logged.
+    """
+
+    def __init__(
+        self, limit: Optional[int], *, raises: bool, closing: threading.Event, notice_after_s: float
+    ) -> None:
+        self._limit = limit
+        self._raises = raises
+        self._closing = closing
+        self._notice_after_s = notice_after_s
+        self._released: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Guards _count, which those in _released are still part of, and _submitters.
+        self._lock = threading.Lock()
+        self._count = 0
+        # Threads that took a place; more than two need not be known.  Not their ids, which are
+        # used again.
+        self._submitters: Set[threading.Thread] = set()
+
+    @property
+    def counts(self) -> bool:
+        """False if there is no limit."""
+        return self._limit is not None
+
+    def acquire(self, what: str) -> None:
+        """Take a place for the future of *what*; blocks while there is none.
+
+        Raises:
+            BackpressureError: there is none, and it is to raise.
+            ClientClosedError: the client was closed meanwhile.
+        """
+        if self._limit is None:
+            return
+        with self._lock:
+            if self._count >= self._limit or self._released.qsize() >= _COUNT_AT:
+                self._count_released_locked()
+            if len(self._submitters) < 2:
+                self._submitters.add(threading.current_thread())
+            if self._count < self._limit:
+                self._count += 1
+                return
+        if self._raises:
+            raise BackpressureError(f"{what} was not submitted: {self._full()}", hint=_READ_THEM)
+        self._wait_for_reads(what)
+
+    def release(self) -> None:
+        """Give a place back.  Safe in finalizers: takes no lock."""
+        self._released.put(None)
+
+    def wake(self) -> None:
+        """Have waiting threads check whether the client is closing."""
+        self._released.put(None)
+
+    def _count_released_locked(self) -> None:
+        try:
+            while True:
+                self._released.get_nowait()
+                self._count -= 1
+        except queue.Empty:
+            pass
+
+    def _wait_for_reads(self, what: str) -> None:
+        wait = LongWait(self._notice_after_s)
+        while True:
+            try:
+                self._released.get(timeout=min(wait.slice_s(), _CHECK_INTERVAL_S))
+            except queue.Empty:
+                pass
+            else:
+                if not self._closing.is_set():
+                    return  # the place of a future that was read; the count stays
+                self._released.put(None)  # for the next thread that waits
+            if self._closing.is_set():
+                raise ClientClosedError(f"{what}: the client was closed during a wait")
+            if wait.notice_is_due():
+                logger.warning(
+                    "%s has waited for %.0f s: %s. %s%s",
+                    what,
+                    wait.elapsed_s,
+                    self._full(),
+                    self._deadlock_warning(),
+                    _READ_THEM,
+                )
+
+    def _deadlock_warning(self) -> str:
+        if len(self._submitters) > 1:
+            return ""
+        return (
+            f"Only this thread, {threading.current_thread().name}, has submitted any; if no other "
+            "one reads them, it waits for itself, for ever. "
+        )
+
+    def _full(self) -> str:
+        return f"the results of max_unread = {self._limit} futures were not read"
+
+
+_READ_THEM = (
+    "Read some with result() before you submit more (sample_many does), drop those that are not "
+    "needed, or set a larger max_unread; on_backpressure='raise' raises instead."
+)
+
+
+class RateLimiter:
+    """Holds submissions back after a 429, for all clients of a server and key.  Thread-safe.
+
+    For a while after the back-off, requests go out a few at a time (docs/protocol.md,
+    "Back-pressure"): otherwise all that were held back would reach the server in the same moment.
+    """
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        # Guards writes to _not_before, which is read without it.
+        self._lock = threading.Lock()
+        self._not_before = float("-inf")
+        # A quota grants while no more than its size is in use, which is one more request.
+        self._quota = Quota("requests after a 429", MAX_AFTER_429 - 1, unit=str)
+
+    def back_off(self, delay_s: float) -> None:
+        """Hold submissions back for *delay_s* seconds; an earlier, longer back-off stands."""
+        until = self._clock.monotonic() + delay_s
+        with self._lock:
+            self._not_before = max(self._not_before, until)
+
+    def wait_s(self) -> float:
+        """Seconds until a submission may go out; 0 if now.  Does not block."""
+        return max(0.0, self._not_before - self._clock.monotonic())
+
+    @property
+    def throttled(self) -> bool:
+        """True during a back-off and shortly after it: then use `acquire`.  Does not block."""
+        return self._clock.monotonic() < self._not_before + RECENT_S
+
+    def acquire(self, pause: Callable[[float], None], stopped: Callable[[], bool]) -> None:
+        """Wait for the end of the back-off, and then for one of the few places; see `release`.
+
+        *pause* waits for a number of seconds and raises if *stopped*, which is checked regularly.
+        """
+        while True:
+            pause(self.wait_s())
+            self._quota.acquire(1, stopped)
+            if self.wait_s() <= 0:
+                return
+            self._quota.release(1)  # there was another 429 meanwhile
+
+    def release(self) -> None:
+        """Give the place back.  Does not block."""
+        self._quota.release(1)
+
+    def wake(self) -> None:
+        """Have threads that wait for a place check whether they are stopped."""
+        self._quota.wake()
+
+    def describe(self) -> Optional[str]:
+        """In words, how requests are held back; None if they are not."""
+        wait_s = self.wait_s()
+        if wait_s > 0:
+            return f"the server has asked to wait (429), {wait_s:.1f} s to go"
+        if self.throttled:
+            return f"after a 429, {MAX_AFTER_429} requests at a time"
+        return None

@@ -1,0 +1,127 @@
+"""ClientResources: the transport of one client, and what bounds and counts its work.
+
+Sessions and session-less connections own one each; what does their work is handed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Optional
+
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._transport.billing import BillingPause
+from tinkex._transport.limits import Quota, UnreadLimit, megabytes
+from tinkex._transport.server_flags import ServerFlags, flags_for
+from tinkex._transport.server_state import ServerState
+from tinkex._transport.transport import Transport
+from tinkex.config import Config
+from tinkex.metrics import Recorder
+
+#: What a token of a prompt counts, in bytes.
+TOKEN_BYTES = 10
+
+#: Shortly after a 429 a sample counts this many times its size.
+_THROTTLED_FACTOR = 20
+
+
+class ByteLimits:
+    """How many bytes one client may have under way at once.  Thread-safe; no threads of its own.
+
+    The sizes are those of the server's flags, or the caller's own where those are smaller:
+    docs/protocol.md, "Back-pressure".
+
+    Attributes:
+        samples: sampling requests being submitted.
+        batches: training batches being submitted.
+        results: large results being fetched.
+    """
+
+    def __init__(self, config: Config, server: ServerState) -> None:
+        self._config = config
+        self._server = server
+        self._sized_by_server = False
+        self.samples = Quota("sample requests", 0, megabytes)
+        self.batches = Quota("training batches", 0, megabytes)
+        self.results = Quota("large results", 0, megabytes)
+        self._resize(ServerFlags())
+
+    def sample_bytes(self, tokens: int) -> int:
+        """What a sampling request with this many prompt tokens takes of ``samples`` now."""
+        self.adjust()
+        return tokens * TOKEN_BYTES * (_THROTTLED_FACTOR if self._server.limiter.throttled else 1)
+
+    def adjust(self) -> None:
+        """Take the server's flags into account, once they are known."""
+        flags = self._server.flags.static
+        if flags is not None and not self._sized_by_server:
+            self._sized_by_server = True
+            self._resize(flags)
+
+    def wake(self) -> None:
+        """Have everything that waits notice that the client was closed."""
+        for quota in (self.samples, self.batches, self.results):
+            quota.wake()
+
+    def _resize(self, flags: ServerFlags) -> None:
+        config = self._config
+        self.samples.size = _smaller(
+            config.max_sample_bytes, flags.sample_dispatch_bytes_semaphore_size
+        )
+        self.batches.size = _smaller(
+            config.max_batch_bytes, flags.fwdbwd_dispatch_bytes_semaphore_size
+        )
+        self.results.size = _smaller(
+            config.max_result_bytes, flags.inflight_response_bytes_semaphore_size
+        )
+
+
+def _smaller(ours: Optional[int], theirs: int) -> int:
+    return theirs if ours is None else min(ours, theirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientResources:
+    """What the threads of one client share.  Thread-safe.
+
+    Attributes:
+        transport: sends its requests.  What is known of the server is in its ``server``.
+        limits: how many bytes may be under way.
+        unread: how many futures may be unread.
+        recorder: counts its work, for `ServiceClient.metrics`.
+        billing: how long it waits while the account cannot pay.
+    """
+
+    transport: Transport
+    limits: ByteLimits
+    unread: UnreadLimit
+    recorder: Recorder
+    billing: BillingPause
+
+    @classmethod
+    def open(
+        cls, config: Config, closing: threading.Event, clock: Clock = SYSTEM_CLOCK
+    ) -> ClientResources:
+        """Make those of a new client; nothing is sent.
+
+        *closing* is set by the owner before `abort`, and ends every wait.
+        """
+        recorder = Recorder()
+        billing = BillingPause(config.host_and_port, clock)
+        transport = Transport(
+            config, closing=closing, clock=clock, recorder=recorder, billing=billing
+        )
+        billing.find_limit_s = lambda: flags_for(transport).billing_exception_max_pause_duration_sec
+        unread = UnreadLimit(
+            config.max_unread,
+            raises=config.on_backpressure == "raise",
+            closing=closing,
+            notice_after_s=config.notice_after_s,
+        )
+        return cls(transport, ByteLimits(config, transport.server), unread, recorder, billing)
+
+    def abort(self) -> None:
+        """Break off everything in flight, and wake everything that waits."""
+        self.transport.abort()
+        self.limits.wake()
+        self.unread.wake()
