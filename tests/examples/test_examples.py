@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Iterator, List
 
 import pytest
@@ -181,6 +182,57 @@ def test_sample_prints_the_text_and_ends_its_session(torch_server):
     again = tinkex(*command[2:], "--base-model", MODEL, base_url=torch_server.url)
     assert again.stdout == first.stdout
     assert ended_by(torch_server) == ["success", "success"]
+
+
+@pytest.mark.parametrize("options", [[], ["--stop", "a"], ["--chat"]], ids=str)
+def test_a_sample_that_is_streamed_is_the_same(torch_server, monkeypatch, options):
+    command = ["sample", "Once", "--seed", "3", "--max-tokens", "40", *options]
+    streamed = tinkex(*command, base_url=torch_server.url)
+    assert (streamed.returncode, streamed.stderr) == (0, "")
+    monkeypatch.setattr("tinkex.cli.generate._offers_streams", lambda config: False)
+    assert tinkex(*command, base_url=torch_server.url) == streamed
+    listed = tinkex(*command, "-f", "json", base_url=torch_server.url)
+    assert json.loads(listed.stdout)["sequences"][0]["text"] == streamed.stdout[:-1]
+
+
+def test_a_sample_is_printed_as_it_comes(torch_server, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "tinkex.cli.generate.sys",
+        SimpleNamespace(
+            stdout=SimpleNamespace(write=written.append, flush=lambda: None, isatty=lambda: True)
+        ),
+    )
+    done = tinkex("sample", "Once", "--seed", "3", "--max-tokens", "40", base_url=torch_server.url)
+    assert done.returncode == 0
+    assert len(written) > 10
+    assert written[-1] == "\n"
+
+
+def test_a_chat_replies_to_everything_said_so_far(torch_server, monkeypatch):
+    command = ["chat", "--seed", "1", "--max-tokens", "8", "--system", "Be brief.", "-f", "json"]
+    done = tinkex(*command, base_url=torch_server.url, stdin="Hi\n\nHi\n/new\nHi\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    decoder = json.JSONDecoder()
+    replies, text = [], done.stdout
+    while text.strip():
+        reply, end = decoder.raw_decode(text.lstrip())
+        replies.append(reply)
+        text = text.lstrip()[end:]
+    assert [reply["role"] for reply in replies] == ["assistant"] * 3
+    assert replies[0] == replies[2] != replies[1]
+    plain = tinkex(*command[:-2], base_url=torch_server.url, stdin="Hi\nHi\n")
+    assert plain.stdout == f"{replies[0]['content']}\n{replies[1]['content']}\n"
+    monkeypatch.setattr("tinkex.cli.generate._offers_streams", lambda config: False)
+    assert tinkex(*command[:-2], base_url=torch_server.url, stdin="Hi\nHi\n") == plain
+    assert ended_by(torch_server) == ["success"] * 3
+
+
+def test_a_stream_that_the_server_refuses_is_an_error(torch_server):
+    done = tinkex("sample", "Once", "--max-tokens", "9999", base_url=torch_server.url)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "context holds 512 tokens" in done.stderr
 
 
 def test_sample_several_as_json(torch_server):

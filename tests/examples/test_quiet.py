@@ -36,6 +36,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "auth whoami": ("", 1),  # a server without accounts
     "billing checkpoint-storage": ("", 1),  # a server that costs nothing
     "billing usage": ("2026-01-01 2026-01-02", 1),
+    "chat": ("--system Hello", 0),  # and nothing is typed
     "checkpoint delete": ("{doomed} --yes", 0),
     "checkpoint download": ("{sampler} --output {folder}", 0),
     "checkpoint info": ("{state}", 0),

@@ -30,7 +30,7 @@ class SampleGate:
         self._starting = False
 
     def enter(self, request: PendingRequest[Any]) -> None:
-        """Start *request* when its turn comes; return at once."""
+        """Start *request* when its turn comes; return immediately."""
         if self._limit is None:
             self._start(request)
             return

@@ -1,4 +1,4 @@
-"""What an answer to a poll means, and how soon to poll again.  Pure: no I/O, no clock.
+"""What a response to a poll means.  Pure: no I/O, no clock.
 
 See docs/protocol.md, "Interpreting a poll", and docs/servers.md: a pending request may be a 408,
 a ``try_again`` body, or just a long silence; a failed one a 200 with ``error``, or a 4xx.
@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Union
 from tinkex._transport.transport import Reply
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
 
-#: What a JSON answer that is no result holds somewhere.
+#: One of these is in every JSON response that is not a result.
 _SPECIAL = (b'"try_again"', b'"complete_metadata"', b'"error"')
 
 
@@ -58,10 +58,10 @@ Outcome = Union[Pending, Done, Announced, Failed, Trouble]
 def interpret(
     reply: Reply, error: Optional[APIError], *, request_id: str, kind: str, maybe_lost: bool
 ) -> Outcome:
-    """Classify the answer to one poll.
+    """Classify the response to one poll.
 
-    *error* is the typed error of a reply that is no 2xx.  *maybe_lost* tells that an earlier poll
-    was cut off, so its answer may have been the result: a 404 now means that it is gone.
+    *error* is the typed error of a reply that is not a 2xx.  With *maybe_lost*, an earlier poll was
+    cut off, and its response may have been the result: a 404 now means that it is gone.
     """
     if error is not None:
         return _interpret_error(

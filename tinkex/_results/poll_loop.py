@@ -1,6 +1,6 @@
 """PollLoop: asks for the result of one accepted request until there is one.
 
-Used by one thread, the poller's; what an answer means is decided by outcomes.
+Used by one thread of a poller; what a response means is decided in `outcomes`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ _POLL = Request("POST", "/api/v1/retrieve_future")
 class PollLoop:
     """The polling of one request, from its acceptance to its end.
 
-    Stopping *channel* ends it: within a pause at once, within a poll if the channel is aborted.
-    *announced* is the size of the result, in bytes, if the server has told that it is there; 0 if
-    it has not.
+    Stopping *channel* ends it: immediately within a pause, within a poll if the channel is aborted.
+    *announced* is the size of the result, in bytes, if the server has reported it; else 0.
     """
 
     def __init__(
@@ -209,7 +208,7 @@ class PollLoop:
         return self._backoff.after_failure(error, began, headers)
 
     def _read_timeout_s(self, now: float) -> float:
-        """Wait for an answer no longer than the limits of the operation allow."""
+        """Wait for a response no longer than the limits of the operation allow."""
         limits = [self._config.poll_timeout_s]
         if self._config.operation_timeout_s is not None:
             limits.append(self._started + self._config.operation_timeout_s - now)

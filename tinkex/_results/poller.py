@@ -2,13 +2,13 @@
 
 Work of one training run finishes in the order it was submitted, so each run has a lane and only
 the head of a lane is polled.  Samples finish in any order: each is submitted and polled by a
-worker of its own, on its own connection, up to a cap; more wait their turn.  Measured
-(design notes): with completions in order a few threads equal a thread per future, while
-unordered long polls behind a small pool turn milliseconds into seconds.
+worker of its own, on its own connection, up to a cap; more are queued.  With completions in
+order, a few threads were measured to be as fast as a thread per future, while unordered long polls
+behind a small pool turned milliseconds into seconds.
 
-Where the server can say which samples are done, the batch poller waits for them instead.
+Where the server can report which samples are done, the batch poller waits for them instead.
 
-A worker whose future is cancelled is free at once: its connection is broken off, and it gets a
+A worker whose future is cancelled is free immediately: its connection is aborted, and it gets a
 new one.
 
 Threads: ``tinkex-poll-i`` (one per lane that has work), ``tinkex-sample-i`` (one per sample in
@@ -20,6 +20,7 @@ callbacks).  All are lazy and end when idle, or at close.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 from typing import Any, Callable, Deque, Dict, List, Optional, Set
@@ -41,7 +42,7 @@ from tinkex.futures import APIFuture
 
 logger = logging.getLogger(__name__)
 
-#: Most lanes polled at once; a lane beyond waits for another to run dry.
+#: Most lanes polled at a time; a lane beyond waits until another is empty.
 POLL_CAP = 256
 
 
@@ -52,7 +53,7 @@ class Poller:
         resources: polls go through its transport, whose ``closing`` event ends every wait.
         explain: turns the error of failed work into the one the user gets (e.g. because the
             session was lost); called in a poller thread without locks.
-        on_failure: is told of each future that is about to fail, with its error; must be quick and
+        on_failure: called with each future that is about to fail, and its error; must be quick and
             not raise.
     """
 
@@ -117,7 +118,7 @@ class Poller:
                 if self._closed is not None:
                     raise self._closed
                 self._outstanding.add(future)
-        except BaseException:  # Ctrl-C: nobody would settle it
+        except BaseException:  # Ctrl-C: nothing else would settle it
             self._forget(future)
             raise
         return future
@@ -136,7 +137,7 @@ class Poller:
                 return
             self._lanes[lane] = collections.deque([request])
         try:
-            self._polls.submit(lambda: self._drain(lane))
+            self._polls.submit(functools.partial(self._drain, lane))
         except ClientClosedError as error:
             with self._lock:  # no thread will drain the lane
                 stranded = self._lanes.pop(lane)
@@ -144,7 +145,7 @@ class Poller:
                 self.fail(left.future, error)
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have *request*, a sampling request, sent, and wait for its result.  Returns at once."""
+        """Have *request*, of a sampler, sent, and wait for its result.  Returns immediately."""
         flags = self._transport.server.flags.static
         if request.sampler_id() is None:
             self._poll_alone(request)
@@ -152,7 +153,7 @@ class Poller:
             self._choose(request, flags)
         else:
             try:
-                self._asking.submit(lambda: self._ask_and_choose(request))
+                self._asking.submit(functools.partial(self._ask_and_choose, request))
             except ClientClosedError as error:
                 self.fail(request.future, error)
 
@@ -160,43 +161,43 @@ class Poller:
         try:
             flags = flags_for(self._transport, once=True)
         except TinkexError as error:
-            logger.debug("whether the server can say which samples are done: %s", error)
+            logger.debug("could not get the server's flags: %s", error)
             flags = ServerFlags()
         self._choose(request, flags)
 
     def _choose(self, request: PendingRequest[Any], flags: ServerFlags) -> None:
-        """Hand *request* to those who are to do it."""
+        """Hand *request* to the batch poller, or have a worker poll for it individually."""
         if self._batches.usable(flags):
             self._batches.submit(request)
         else:
-            most = min(
+            cap = min(
                 self._config.max_concurrent_samples,
                 flags.sample_max_concurrent_requests,
                 connection_cap(),
             )
-            if self._samples.cap != most:
-                self._samples.resize(max(1, most))
+            if self._samples.cap != cap:
+                self._samples.resize(max(1, cap))
             self._poll_alone(request)
 
     def _poll_alone(self, request: PendingRequest[Any]) -> None:
         """Have a worker submit *request*, if need be, and poll for it."""
-        future = request.future
-
-        def run() -> None:
-            if future.done():  # cancelled while it waited its turn
-                if request.accepted and future.cancelled():
-                    self._cancels.put(future.request_id or "")
-                return
-            try:
-                with Lease(future, self._channels.get()) as lease:
-                    self._sample(request, lease)
-            except Exception as error:
-                self.fail(future, error)
-
         try:
-            self._samples.submit(run)
+            self._samples.submit(functools.partial(self._run_sample, request))
         except ClientClosedError as error:
-            self.fail(future, error)
+            self.fail(request.future, error)
+
+    def _run_sample(self, request: PendingRequest[Any]) -> None:
+        """On a worker, ``tinkex-sample-i``."""
+        future = request.future
+        if future.done():  # cancelled while it was queued
+            if request.accepted and future.cancelled():
+                self._cancels.put(future.request_id or "")
+            return
+        try:
+            with Lease(future, self._channels.get()) as lease:
+                self._sample(request, lease)
+        except Exception as error:
+            self._fail_request(request, error)
 
     def _sample(self, request: PendingRequest[Any], lease: Lease) -> None:
         future = request.future
@@ -226,6 +227,12 @@ class Poller:
         logger.info("%s; submitting it again in %.1f s", lost, delay_s)
         lease.channel.stopped.wait(delay_s)
 
+    def _fail_request(self, request: PendingRequest[Any], error: BaseException) -> None:
+        """Settle the future of *request* with *error*, unless the request goes on."""
+        unhandled = request.on_failure(error)
+        if unhandled is not None:
+            self.fail(request.future, unhandled)
+
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
         """Settle *future* with *error*, explained."""
         if isinstance(error, TinkexError):
@@ -234,7 +241,7 @@ class Poller:
             if explained is not error:
                 explained.__cause__ = error
             error = explained
-        # Before those who wait for it wake: they may close us at once.
+        # Before its waiters wake: they may close the client immediately.
         if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
         if isinstance(error, TinkexError):
@@ -265,7 +272,7 @@ class Poller:
         return [name for pool in (*pools, self._callbacks) for name in pool.join(deadline)]
 
     def flush_acknowledgements(self, deadline: float) -> None:
-        """After `close`: tell the server which results have arrived, as far as time allows.
+        """After `close`: acknowledge the results that have arrived, as far as time allows.
 
         Blocks for half a second at most, until *deadline* (monotonic) at the latest.
         """
@@ -291,9 +298,7 @@ class Poller:
                     with Lease(head.future, self._channels.get()) as lease:
                         self._poll(head, lease.channel)
             except Exception as error:  # a TinkexError to report, or a bug that must not be lost
-                left = head.on_failure(error)
-                if left is not None:
-                    self.fail(head.future, left)
+                self._fail_request(head, error)
             with self._lock:
                 queue = self._lanes[lane]
                 queue.popleft()

@@ -110,7 +110,7 @@ def complete_response(
     """Return *response* as it looks on every server.
 
     There is one row of prompt logprobs per prompt token; sequences carry the ids that came with
-    the submission's answer (some servers send none).
+    the response to the submission (some servers send none).
 
     Raises:
         UnsupportedError: the server ignored what it is too old to know.

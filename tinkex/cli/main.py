@@ -22,6 +22,7 @@ from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interr
 COMMANDS: Dict[str, Sequence[str]] = {
     "auth": ("tinkex.cli.auth:auth", "Store a key, and check whether it works."),
     "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
+    "chat": ("tinkex.cli.chat:chat", "Talk to a model."),
     "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and download checkpoints."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),

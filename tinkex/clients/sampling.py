@@ -113,7 +113,7 @@ class SamplingClient(BaseClient):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """Create the server's sampler; return at once.  See `ServiceClient`."""
+        """Create the server's sampler; return immediately.  See `ServiceClient`."""
         check_retry_config(retry_config)
         if (model_path is None) == (base_model is None):
             raise InvalidInputError("give either model_path or base_model")
@@ -166,9 +166,10 @@ class SamplingClient(BaseClient):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: Optional[int] = None,
     ) -> APIFuture[SampleResponse]:
-        """Draw *num_samples* continuations of *prompt*; return at once.
+        """Draw *num_samples* continuations of *prompt*; return immediately.
 
-        Cancelling the future frees its place at once, and tells the server where it takes that.
+        Cancelling the future frees its place immediately; the server is asked to cancel, too, if it
+        supports that.
 
         Args:
             prompt: n tokens, at least one.
@@ -265,7 +266,7 @@ class SamplingClient(BaseClient):
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: Optional[int] = None
     ) -> APIFuture[List[Optional[float]]]:
-        """Compute the logprob of each token of *prompt*; return at once.
+        """Compute the logprob of each token of *prompt*; return immediately.
 
         The result has one entry per token; the first, which nothing predicts, is None, and so are
         those before the last *prompt_logprobs_last_n* tokens.
@@ -402,7 +403,7 @@ class SamplingClient(BaseClient):
         if most_each is None and ledger.budget is not None:
             raise InvalidInputError(
                 f"{kind}: with a budget, sampling_params needs max_tokens",
-                hint="Without it nobody can tell beforehand how much may be used.",
+                hint="Without it, the most that the request may use is not known beforehand.",
             )
         most = Tokens(
             prefilled=request.prompt.length, sampled=request.num_samples * (most_each or 0)

@@ -56,6 +56,7 @@ class Choice:
         text: of the model.
         prompt: the tokens before the continuation.
         stops: strings that end it.
+        keep_stop: the one that does is shown.
         offset: place of its first character, in characters.
         empty: nothing is wanted of it (``max_tokens=0``).
     """
@@ -66,12 +67,14 @@ class Choice:
         prompt: Sequence[int],
         stops: Sequence[str] = (),
         *,
+        keep_stop: bool = False,
         offset: int = 0,
         empty: bool = False,
     ) -> None:
         self._text = text
         self._decoder = TokenDecoder(text, prompt)
         self._stops = stops
+        self._keep_stop = keep_stop
         self._empty = empty
         self._pending: List[_Segment] = []
         self._entries: List[Tuple[int, TokenEntry]] = []  # with their places in the whole text
@@ -114,9 +117,11 @@ class Choice:
 
     def _give(self, reason: Optional[str]) -> Delta:
         pending = "".join(segment.text for segment in self._pending)
-        ends = [place for place in map(pending.find, self._stops) if place >= 0]
+        found = [(pending.find(stop), stop) for stop in self._stops]
+        ends = [(place, stop) for place, stop in found if place >= 0]
         if ends:
-            reason, count = "stop", min(ends)
+            reason, (count, stop) = "stop", min(ends)
+            count += len(stop) if self._keep_stop else 0
         elif reason is not None:
             count = len(pending)
         else:

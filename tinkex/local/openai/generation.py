@@ -122,7 +122,14 @@ class Generation:
         offset = len(self._echo(prompt, None).text) if call.echo else 0
         self._choices.append(
             [
-                Choice(self._text, prompt.tokens, call.stops, offset=offset, empty=call.empty)
+                Choice(
+                    self._text,
+                    prompt.tokens,
+                    call.stops,
+                    keep_stop=call.keep_stop,
+                    offset=offset,
+                    empty=call.empty,
+                )
                 for _ in range(call.n)
             ]
         )

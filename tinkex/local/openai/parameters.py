@@ -23,7 +23,7 @@ _DEFAULT_MAX_TOKENS = 16
 
 _COMMON = {
     *("model", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "logprobs"),
-    *("stream", "stream_options"),
+    *("stream", "stream_options", "include_stop_str_in_output"),
 }
 _OF_COMPLETIONS = {*_COMMON, "prompt", "echo"}
 _OF_CHAT = {
@@ -73,6 +73,7 @@ class Call:
         prompts: each gets *n* choices.
         params: of the engine; ``max_tokens`` is at least 1.
         stops: strings that end a choice.
+        keep_stop: the stop string is part of the text.
         top: how many of the likeliest tokens to list at each position; None for no
             log-probabilities at all.
         empty: the choices hold no sampled token (``max_tokens=0``): only the prompt is wanted.
@@ -84,6 +85,7 @@ class Call:
     n: int
     params: SamplingParams
     stops: Tuple[str, ...]
+    keep_stop: bool
     top: Optional[int]
     echo: bool
     empty: bool
@@ -217,6 +219,7 @@ def _call(
         n=fields.integer("n", 1) or 1,
         params=params,
         stops=stops,
+        keep_stop=fields.flag("include_stop_str_in_output"),
         top=top,
         echo=echo,
         empty=max_tokens == 0,

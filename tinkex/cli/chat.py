@@ -1,0 +1,111 @@
+"""``tinkex chat``: a conversation with a model, in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import click
+
+from tinkex import types
+from tinkex.cli import status
+from tinkex.cli.commands import Command
+from tinkex.cli.connect import open_service
+from tinkex.cli.generate import (
+    DEFAULT_LOCAL_MODEL,
+    Generator,
+    check_model_options,
+    checked,
+    model_options,
+    sampling_options,
+    write_pieces,
+)
+from tinkex.cli.output import format_option, print_json, wants_json
+
+
+@click.command(cls=Command)
+@model_options
+@click.option("--system", metavar="TEXT", help="Begin the conversation with this system message.")
+@click.option("--max-tokens", default=512, show_default=True, help="Maximum length of a reply.")
+@sampling_options
+@format_option
+@click.pass_context
+def chat(
+    ctx: click.Context,
+    model_path: Optional[str],
+    base_model: Optional[str],
+    base_url: Optional[str],
+    local: bool,
+    data_dir: Optional[str],
+    system: Optional[str],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    stop: Tuple[str, ...],
+    seed: Optional[int],
+) -> None:
+    """Talk to a model: each line of input is a message, the model replies to all of them so far.
+
+    "/new" begins a new conversation; the end of the input (Ctrl-D) ends the command.  An embedded
+    server streams its replies: they are printed token by token.
+    """
+    check_model_options(model_path, base_model, local)
+    params = checked(
+        ctx,
+        types.SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=list(stop) or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        ),
+    )
+    beginning = [{"role": "system", "content": system}] if system else []
+    local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
+    with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
+        generator = Generator(service, model_path, base_model or local_model)
+        messages = list(beginning)
+        for line in _lines():
+            if line == "/new":
+                messages = list(beginning)
+                continue
+            messages.append({"role": "user", "content": line})
+            messages.append(_reply(generator, messages, params))
+
+
+def _reply(
+    generator: Generator, messages: List[Dict[str, str]], params: types.SamplingParams
+) -> Dict[str, str]:
+    """Print the reply to *messages*, and return it as a message."""
+    advice = "Use `tinkex sample`, or a model with a template."
+    pieces = generator.pieces(generator.chat_tokens(messages, advice), params)
+    if not wants_json():
+        return {"role": "assistant", "content": write_pieces(pieces)}
+    reply = {"role": "assistant", "content": "".join(pieces)}
+    print_json(reply)
+    return reply
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that are typed, or piped in; blank ones are left out."""
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  # gives input() a history and editing
+    while True:
+        with status.hidden():
+            if typed:
+                try:
+                    line = input("> ")
+                except EOFError:
+                    sys.stdout.write("\n")
+                    return
+            else:
+                line = "" if sys.stdin is None else sys.stdin.readline()
+                if not line:
+                    return
+        if line.strip():
+            yield line.strip()

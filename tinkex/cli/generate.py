@@ -1,0 +1,236 @@
+"""Text from a model, token by token where the server streams it; shared by ``sample`` and ``chat``.
+
+The protocol has no streams, but an embedded server has an OpenAI-compatible endpoint with them.
+Everywhere else the text comes in one piece.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import itertools
+import json
+import sys
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+import tinkex
+from tinkex import types
+from tinkex.cli import status
+from tinkex.cli.commands import in_flags
+from tinkex.cli.connect import base_url_option, check_path
+from tinkex.cli.terminal import visible
+from tinkex.config import Config
+from tinkex.errors import APIConnectionError, ConfigError, InvalidInputError, RequestFailedError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_LOCAL_MODEL = "smollm2-135m"
+
+_ENDPOINT = "/oai/api/v1"
+#: Seconds without a byte; while the engine is busy, a stream has a comment every 2 s.
+_TIMEOUT_S = 120.0
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--model-path", metavar="PATH", help="Sample from this checkpoint (tinker://...)."
+    ),
+    click.option("--base-model", metavar="NAME", help="Sample from this base model."),
+    base_url_option,
+    click.option("--local", is_flag=True, help="Run the model here, on the embedded server."),
+    click.option("--data-dir", metavar="DIR", help="With --local: the folder for checkpoints."),
+)
+
+_SAMPLING_OPTIONS = (
+    click.option("--temperature", default=1.0, show_default=True, help="0 is greedy."),
+    click.option(
+        "--top-p",
+        default=1.0,
+        show_default=True,
+        help="Sample from the most likely tokens whose probabilities add up to this.",
+    ),
+    click.option(
+        "--top-k",
+        default=-1,
+        show_default=True,
+        help="Sample from this many of the most likely tokens; -1 for all.",
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop at TEXT; may be repeated."),
+    click.option("--seed", type=int, help="Seed for reproducible samples."),
+)
+
+
+def model_options(command: F) -> F:
+    """Add the options that choose a model and its server."""
+    return functools.reduce(lambda made, option: option(made), reversed(_MODEL_OPTIONS), command)
+
+
+def sampling_options(command: F) -> F:
+    """Add the options that choose how tokens are drawn."""
+    return functools.reduce(lambda made, option: option(made), reversed(_SAMPLING_OPTIONS), command)
+
+
+def check_model_options(model_path: Optional[str], base_model: Optional[str], local: bool) -> None:
+    """Raise UsageError if the options name no model, or two."""
+    if model_path and base_model and not local:
+        raise click.UsageError("give --model-path or --base-model, not both")
+    if model_path:
+        check_path(model_path)
+
+
+def checked(ctx: click.Context, params: types.SamplingParams) -> types.SamplingParams:
+    """Return *params*; UsageError names the option whose value is out of range."""
+    try:
+        params.check()
+    except InvalidInputError as error:
+        raise click.UsageError(in_flags(str(error), ctx)) from error
+    return params
+
+
+class Generator:
+    """A model to generate text with, and its tokenizer.
+
+    Args:
+        service: an open session.
+        model_path: the checkpoint; None for a base model.
+        base_model: its name; None takes the only one that the server has.
+    """
+
+    def __init__(
+        self,
+        service: tinkex.ServiceClient,
+        model_path: Optional[str],
+        base_model: Optional[str],
+    ) -> None:
+        self._config = service.config
+        if model_path:
+            self._model = model_path
+            self._sampler = service.create_sampling_client(model_path=model_path)
+        else:
+            self._model = base_model or _only_model(service)
+            self._sampler = service.create_sampling_client(base_model=self._model)
+        status.waiting_for("loading the tokenizer")
+        self.tokenizer: Any = self._sampler.get_tokenizer()
+        self._streams: Optional[bool] = None  # whether the server does; None before it was asked
+
+    def sample(
+        self, tokens: List[int], params: types.SamplingParams, count: int
+    ) -> types.SampleResponse:
+        """Return *count* continuations of *tokens*."""
+        status.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        prompt = types.ModelInput.from_ints(tokens)
+        return self._sampler.sample(
+            prompt=prompt, num_samples=count, sampling_params=params
+        ).result()
+
+    def read(self, tokens: List[int]) -> str:
+        """Return the text of *tokens* without special ones."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def pieces(self, tokens: List[int], params: types.SamplingParams) -> Iterator[str]:
+        """Yield the text of one continuation of *tokens* as it comes."""
+        if self._streams is None:
+            self._streams = _offers_streams(self._config)
+        if not self._streams:
+            yield self.read(self.sample(tokens, params, 1).sequences[0].tokens)
+            return
+        status.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        body = {"model": self._model, "prompt": tokens, "stream": True, **params.to_json()}
+        yield from _stream(self._config, {**body, "include_stop_str_in_output": True})
+
+    def chat_tokens(self, messages: List[Dict[str, str]], advice: str) -> List[int]:
+        """Return the tokens of a conversation up to the reply; *advice* if there is no template."""
+        if not self.tokenizer.chat_template:
+            raise InvalidInputError("the model has no chat template", hint=advice)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        tokens: List[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+
+def write_pieces(pieces: Iterator[str]) -> str:
+    """Write *pieces* to stdout as they come, then a newline; return the text."""
+    first = next(pieces, "")  # the status line is shown until then
+    parts: List[str] = []
+    out = sys.stdout
+    with status.hidden():
+        for piece in itertools.chain([first], pieces, ["\n"]):
+            parts.append(piece)
+            if out is not None:
+                out.write(visible(piece) if out.isatty() else piece)
+                out.flush()
+    return "".join(parts[:-1])
+
+
+def _only_model(service: tinkex.ServiceClient) -> str:
+    """Return the server's base model if it offers exactly one."""
+    capabilities = service.get_server_capabilities()
+    names = [m.model_name for m in capabilities.supported_models if m.model_name is not None]
+    if len(names) != 1:
+        raise ConfigError(
+            f"the server offers {len(names)} models",
+            hint=f"Choose one with --base-model: {', '.join(names)}." if names else None,
+        )
+    return names[0]
+
+
+# The endpoint
+
+
+def _offers_streams(config: Config) -> bool:
+    """Return whether the server is an embedded one that can be reached directly."""
+    connection = _connect(config, timeout_s=5.0)
+    try:
+        connection.request("GET", _path(config, "models"), headers=_headers(config))
+        response = connection.getresponse()
+        return response.status == 200 and response.headers.get("Server") == "tinkex"
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
+    """Yield the pieces of one completion.  Left early, it has the server stop sampling."""
+    connection = _connect(config, timeout_s=_TIMEOUT_S)
+    try:
+        headers = {**_headers(config), "Content-Type": "application/json"}
+        connection.request("POST", _path(config, "completions"), json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise _failure(json.loads(response.read()))
+        for line in response:
+            if line.startswith(b"data: [DONE]"):
+                return
+            if line.startswith(b"data: "):
+                event = json.loads(line[len(b"data: ") :])
+                if "error" in event:
+                    raise _failure(event)
+                yield event["choices"][0]["text"]
+        raise APIConnectionError(f"{config.host_and_port}: the stream ended early")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise APIConnectionError(f"{config.host_and_port}: the stream broke: {error}") from error
+    finally:
+        connection.close()
+
+
+def _failure(body: Dict[str, Any]) -> RequestFailedError:
+    return RequestFailedError(str(body["error"]["message"]))
+
+
+def _connect(config: Config, timeout_s: float) -> http.client.HTTPConnection:
+    parts = urlsplit(config.base_url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(str(parts.hostname), parts.port, timeout=timeout_s)
+
+
+def _path(config: Config, route: str) -> str:
+    return f"{urlsplit(config.base_url).path.rstrip('/')}{_ENDPOINT}/{route}"
+
+
+def _headers(config: Config) -> Dict[str, str]:
+    return {} if config.api_key is None else {"X-API-Key": config.api_key}
