@@ -151,8 +151,14 @@ PACKAGES = {"google": "protobuf", "werkzeug": "flask", "tokenizers": "transforme
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Yield the top-level packages that *file* imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """Yield the top-level packages that *file* imports, but for what only type checkers see."""
+    nodes: List[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes.extend(node.orelse)
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -13,8 +13,20 @@ import os
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any, Callable, Generic, List, Optional, Sequence, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Coroutine,
+    Generator,
+    Generic,
+    List,
+    Optional,
+    Sequence,
+    TypeVar,
+)
 
+from tinkex._runtime.awaiting import outcome_of
 from tinkex._runtime.deferred import defer
 from tinkex._runtime.long_wait import LongWait
 from tinkex._runtime.numeric import as_seconds
@@ -199,6 +211,22 @@ class APIFuture(Future[T], Generic[T]):
         """Return this future itself (the official SDK's accessor)."""
         return self
 
+    def __await__(self) -> Generator[Any, None, T]:
+        """In a coroutine, ``await future`` is its result.  See `result_async`."""
+        return self.result_async().__await__()
+
+    def result_async(self, timeout: Optional[float] = None) -> Coroutine[Any, Any, T]:
+        """Like `result`, in a running event loop, which goes on meanwhile.
+
+        Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
+        `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
+        """
+        return outcome_of(self, self._long_wait(timeout), self._explain)
+
+    def coroutine(self) -> Coroutine[Any, Any, T]:
+        """What awaits the future, for ``asyncio.create_task`` and the like."""
+        return self.result_async()
+
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
@@ -373,14 +401,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait until settled; long waits are explained in the log."""
-        timeout = as_seconds("timeout", timeout)
-        # In the child of a fork the future's own lock may be dead: do not touch it.
-        if self._pid != os.getpid() and self._outcome is None:
-            raise ClientClosedError(
-                f"{self.kind} was started before a fork; this process cannot wait for it",
-                hint="Create the client in the child process.",
-            )
-        wait = LongWait(self._notice_after_s, timeout)
+        wait = self._long_wait(timeout)
         while not self.done():
             try:
                 super().exception(wait.slice_s())
@@ -388,10 +409,25 @@ class APIFuture(Future[T], Generic[T]):
                 if wait.is_over:
                     message = f"no result within {timeout:g} s: {self.status()}"
                     raise FutureTimeoutError(message) from None
-                if wait.notice_is_due():
-                    trouble = self.last_error is not None and wait.elapsed_s >= _TROUBLE_S
-                    level = logging.WARNING if trouble else logging.INFO
-                    logger.log(level, "still waiting: %s", self.status())
+                self._explain(wait)
+
+    def _long_wait(self, timeout: Optional[float]) -> LongWait:
+        """Begin a wait; ClientClosedError in the child of a fork, where nothing settles it."""
+        timeout = as_seconds("timeout", timeout)
+        # The future's own lock may be dead there: do not touch it.
+        if self._pid != os.getpid() and self._outcome is None:
+            raise ClientClosedError(
+                f"{self.kind} was started before a fork; this process cannot wait for it",
+                hint="Create the client in the child process.",
+            )
+        return LongWait(self._notice_after_s, timeout)
+
+    def _explain(self, wait: LongWait) -> None:
+        """Log what is waited for, if *wait* has taken so long that a notice is due."""
+        if wait.notice_is_due():
+            trouble = self.last_error is not None and wait.elapsed_s >= _TROUBLE_S
+            level = logging.WARNING if trouble else logging.INFO
+            logger.log(level, "still waiting: %s", self.status())
 
 
 class _UserCallback:

@@ -22,7 +22,7 @@ def parameters(value):
 def members(kind, base):
     found = {}
     for name in dir(kind):
-        if not name.startswith("_") and name not in base and not name.endswith("_async"):
+        if not name.startswith("_") and name not in base:
             value = getattr(kind, name)
             found[name] = parameters(value) if inspect.isroutine(value) else None
     if dataclasses.is_dataclass(kind):
@@ -58,7 +58,6 @@ print(json.dumps(found))
 #: What is left out on purpose, or is not for callers: a pattern of what `lacking` finds, and the
 #: words of docs/compatibility.md that tell of it.
 EXCEPTIONS: Mapping[str, str] = {
-    r"APIFuture\.coroutine": "`coroutine()`",
     r"Backcompat\w+\..*": "`Backcompat*`",
     r"(Service|Training|Sampling)Client\.(holder|create|on_queue_state_change)": "`holder`",
     r"(Training|Sampling)Client\.__init__\(\w+\)": "made by their creators",

@@ -6,6 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 from typing import Optional
 
 from tinkex._api import admin as api
+from tinkex._runtime.awaiting import result_of
 from tinkex.clients.base import Instant, LookupClient
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
@@ -77,6 +78,11 @@ class AdminClient(LookupClient):
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
         """The storage that current checkpoints use and what it costs, in one project or in all."""
         return self._run(api.get_current_checkpoint_storage_usage, project_id=project_id)
+
+    # The official SDK's names for programs with an event loop of their own.
+    get_audit_log_async = result_of(get_audit_log)
+    get_billing_usage_async = result_of(get_billing_usage)
+    get_current_checkpoint_storage_usage_async = result_of(get_current_checkpoint_storage_usage)
 
 
 def _whole_hour(name: str, value: Instant) -> datetime:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import warnings
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generator, Optional, TypeVar, Union
 
+from tinkex._runtime.awaiting import itself
 from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Transport
 from tinkex.config import Config, check_config
@@ -23,20 +24,7 @@ T = TypeVar("T")
 Instant = Union[datetime, str]
 
 
-class WithoutCoroutines:
-    """Names the method to call instead of an ``*_async`` method of the official SDK."""
-
-    if not TYPE_CHECKING:  # a checker would take every name for an attribute
-
-        def __getattr__(self, name: str) -> Any:
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            twin = name[: -len("_async")]
-            if name.endswith("_async") and hasattr(type(self), twin):
-                message += f"; there are no coroutines in tinkex: call {twin}()"
-            raise AttributeError(message)
-
-
-class BaseClient(WithoutCoroutines):
+class BaseClient:
     """A client of a runtime.
 
     It is also its own result: creators block and return clients, and ``result()`` on them lets
@@ -50,6 +38,18 @@ class BaseClient(WithoutCoroutines):
     def result(self: C, timeout: Optional[float] = None) -> C:
         """Return this client itself without blocking; *timeout* has no effect."""
         return self
+
+    def result_async(self: C, timeout: Optional[float] = None) -> Coroutine[Any, Any, C]:
+        """Await it to get this client itself, at once; *timeout* has no effect."""
+        return itself(self)
+
+    def coroutine(self: C) -> Coroutine[Any, Any, C]:
+        """Await it to get this client itself."""
+        return itself(self)
+
+    def __await__(self: C) -> Generator[Any, None, C]:
+        """``await service.create_...(...)`` gives the client, as in the official SDK."""
+        return itself(self).__await__()
 
     def get_telemetry(self) -> Optional[Reporter]:
         """What reports failures to the server, or None if telemetry is off (the default)."""

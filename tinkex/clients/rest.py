@@ -14,6 +14,7 @@ from tinkex._api import (
     sampling as sampling_api,
     sessions as sessions_api,
 )
+from tinkex._runtime.awaiting import result_of
 from tinkex._runtime.numeric import as_int, is_int, to_int
 from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
@@ -293,6 +294,34 @@ class RestClient(LookupClient):
 
     def _admin(self) -> AdminClient:
         return AdminClient(self._runtime)
+
+    # The official SDK's names for programs with an event loop of their own.
+    get_server_capabilities_async = result_of(get_server_capabilities)
+    list_training_runs_async = result_of(list_training_runs)
+    get_training_run_async = result_of(get_training_run)
+    get_training_run_by_tinker_path_async = result_of(get_training_run_by_tinker_path)
+    list_checkpoints_async = result_of(list_checkpoints)
+    list_user_checkpoints_async = result_of(list_user_checkpoints)
+    get_weights_info_by_tinker_path_async = result_of(get_weights_info_by_tinker_path)
+    delete_checkpoint_async = result_of(delete_checkpoint)
+    delete_checkpoint_from_tinker_path_async = result_of(delete_checkpoint_from_tinker_path)
+    publish_checkpoint_from_tinker_path_async = result_of(publish_checkpoint_from_tinker_path)
+    unpublish_checkpoint_from_tinker_path_async = result_of(unpublish_checkpoint_from_tinker_path)
+    set_checkpoint_ttl_from_tinker_path_async = result_of(set_checkpoint_ttl_from_tinker_path)
+    list_sessions_async = result_of(list_sessions)
+    get_session_async = result_of(get_session)
+    get_sampler_async = result_of(get_sampler)
+    get_external_weights_urls_async = result_of(get_external_weights_urls)
+    get_checkpoint_archive_url_async = result_of(get_checkpoint_archive_url)
+    get_checkpoint_archive_url_from_tinker_path_async = result_of(
+        get_checkpoint_archive_url_from_tinker_path
+    )
+    copy_weights_async = result_of(copy_weights)
+    assign_session_project_async = result_of(assign_session_project)
+    export_session_trace_async = result_of(export_session_trace)
+    get_audit_log_async = result_of(get_audit_log)
+    get_billing_usage_async = result_of(get_billing_usage)
+    get_current_checkpoint_storage_usage_async = result_of(get_current_checkpoint_storage_usage)
 
 
 def copy_weights(

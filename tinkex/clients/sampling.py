@@ -18,6 +18,7 @@ from tinkex import types
 from tinkex._api import sampling as api
 from tinkex._api.rest import get_weights_info
 from tinkex._results.concurrency_gate import SampleGate
+from tinkex._runtime.awaiting import in_thread, result_of
 from tinkex._runtime.numeric import as_int
 from tinkex._sampling.requests import PendingLogprobs, PendingSample, Sampler, SamplingRequest
 from tinkex._sampling.sample_checks import check_request
@@ -413,6 +414,11 @@ class SamplingClient(BaseClient):
         if account[1:] != (self.usage_tag, model):
             account = self._account = account._replace(tag=self.usage_tag, model=model)
         return ledger.reserve(kind, account, most)
+
+    # The official SDK's names for programs with an event loop of their own.
+    sample_async = result_of(sample)
+    compute_logprobs_async = result_of(compute_logprobs)
+    get_base_model_async = in_thread(get_base_model)
 
 
 def _unpickle(handle: str) -> SamplingClient:

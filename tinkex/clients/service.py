@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
 
 from tinkex import types
 from tinkex._api.encoding_choice import server_dialect
+from tinkex._runtime.awaiting import in_thread, result_of
 from tinkex._runtime.numeric import as_seconds
 from tinkex._sessions.manager import SessionManager, default_manager
 from tinkex._sessions.runtime import Runtime, outcome_of
 from tinkex._sessions.session import STATUSES
 from tinkex._transport.server_state import ServerDialect
-from tinkex.clients.base import WithoutCoroutines
 from tinkex.clients.sampling import SamplingClient
 from tinkex.config import Config, check_config
 from tinkex.errors import InvalidInputError
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 UserMetadata = Optional[Mapping[str, str]]
 
 
-class ServiceClient(WithoutCoroutines):
+class ServiceClient:
     """A session on a Tinker server, and the clients made from it.  Thread-safe.
 
     Constructing it blocks until the server has created the session; from then on a heartbeat
@@ -148,6 +148,15 @@ class ServiceClient(WithoutCoroutines):
     def session_id(self) -> str:
         """The server's id of this session."""
         return self._runtime.session.session_id
+
+    def get_session_id(self) -> str:
+        """The same as `session_id`."""
+        return self.session_id
+
+    @property
+    def holder(self) -> ServiceClient:
+        """This client itself, which holds the session; the official SDK has an object for that."""
+        return self
 
     @property
     def config(self) -> Config:
@@ -459,6 +468,15 @@ class ServiceClient(WithoutCoroutines):
     def __repr__(self) -> str:
         state = "closed" if self._runtime.closed else "open"
         return f"<ServiceClient {self.session_id} at {self.config.base_url}, {state}>"
+
+    # The official SDK's names for programs with an event loop of their own.
+    create_lora_training_client_async = result_of(create_lora_training_client_future)
+    create_training_client_from_state_async = result_of(create_training_client_from_state_future)
+    create_training_client_from_state_with_optimizer_async = result_of(
+        create_training_client_from_state_with_optimizer_future
+    )
+    create_sampling_client_async = result_of(create_sampling_client_future)
+    get_server_capabilities_async = in_thread(get_server_capabilities)
 
 
 def _write_to_stderr(line: str) -> None:

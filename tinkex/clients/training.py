@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, T
 
 from tinkex._api import training as api
 from tinkex._api._call import read
+from tinkex._runtime.awaiting import future_of, in_thread, result_of
 from tinkex._runtime.numeric import as_flag
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Loss
@@ -547,6 +548,22 @@ class TrainingClient(BaseClient):
             reservation.release()
             raise
         return future
+
+    # The official SDK's names for programs with an event loop of their own.
+    forward_async = future_of(forward)
+    forward_backward_async = future_of(forward_backward)
+    forward_backward_custom_async = future_of(forward_backward_custom)
+    optim_step_async = future_of(optim_step)
+    save_state_async = future_of(save_state)
+    save_weights_for_sampler_async = future_of(save_weights_for_sampler)
+    save_weights_external_async = future_of(save_weights_external)
+    load_state_async = future_of(load_state)
+    load_state_with_optimizer_async = future_of(load_state_with_optimizer)
+    save_weights_and_get_sampling_client_async = result_of(
+        save_weights_and_get_sampling_client_future
+    )
+    create_sampling_client_async = result_of(create_sampling_client_future)
+    get_info_async = in_thread(get_info)
 
 
 class _SaveAndSample(EndpointRequest[SamplingClient]):

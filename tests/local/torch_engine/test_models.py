@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 import torch
+from support.spawned import resolve_tiny_random
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinkex.errors import LocalServerError
@@ -228,16 +229,12 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     assert "TINKEX_CACHE" in str(caught.value.hint)
 
 
-def _make(cache: str, start: Any, answers: Any) -> None:
-    start.wait()
-    answers.put(models.resolve("tiny-random", cache_dir=Path(cache)).source)
-
-
 def test_two_processes_at_once_make_one_model(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(2), context.Queue()
     workers = [
-        context.Process(target=_make, args=(str(tmp_path), start, answers)) for _ in range(2)
+        context.Process(target=resolve_tiny_random, args=(str(tmp_path), start, answers))
+        for _ in range(2)
     ]
     for worker in workers:
         worker.start()

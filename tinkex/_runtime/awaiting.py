@@ -1,0 +1,101 @@
+"""Awaiting the futures and calls of tinkex in a program that has an event loop of its own.
+
+tinkex has no event loop: its threads settle `concurrent.futures` futures, and asyncio carries the
+outcome into the caller's loop.  asyncio is imported only when something is awaited.
+
+The clients' ``*_async`` names are the official SDK's.  They are made from the methods they are
+named after, by what is to be awaited: the future of queued work, the outcome of a future, or the
+end of a call that blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, TypeVar
+
+from tinkex._runtime.long_wait import LongWait
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+
+T = TypeVar("T")
+FutureT = TypeVar("FutureT", bound="Future[Any]")
+
+
+async def outcome_of(future: Future[T], wait: LongWait, explain: Callable[[LongWait], None]) -> T:
+    """Wait for *future* without blocking the loop, and return its result.
+
+    *explain* logs what the wait is for, when it has become long.  Cancelling the task that awaits
+    cancels the future, and so does the end of *wait*: that is asyncio's rule, and the official
+    SDK's behavior.
+
+    Raises:
+        asyncio.TimeoutError: *wait* is over.
+        asyncio.CancelledError: the task or the future was cancelled.
+        TinkexError: the operation failed.
+    """
+    import asyncio
+
+    waiting = asyncio.wrap_future(future)
+    try:
+        while not waiting.done():
+            # Unlike asyncio.wait_for, this leaves the future alone at the end of each slice.
+            await asyncio.wait({waiting}, timeout=wait.slice_s())
+            if wait.is_over and not waiting.done():
+                raise asyncio.TimeoutError(f"no result within {wait.elapsed_s:.3g} s: {future!r}")
+            explain(wait)
+        return waiting.result()
+    finally:
+        if not waiting.done():
+            waiting.cancel()
+            future.cancel()  # asyncio would do it too, but only when the loop runs next
+
+
+async def itself(value: T) -> T:
+    """Return *value*: what is there already can be awaited, too."""
+    return value
+
+
+def future_of(method: Callable[P, FutureT]) -> Callable[P, Coroutine[Any, Any, FutureT]]:
+    """Make the ``*_async`` name of a *method* that queues work: awaiting it gives the future.
+
+    The call is made in the loop's own thread, where it does not block.  Work of one run is done in
+    call order, which several threads would not keep.
+    """
+
+    async def queue(*args: P.args, **kwargs: P.kwargs) -> FutureT:
+        return method(*args, **kwargs)
+
+    return _named(queue, method, "queues work; this returns the future")
+
+
+def result_of(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make the ``*_async`` name of a *method* that returns a future: awaiting gives its result."""
+
+    async def wait(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await method(*args, **kwargs)
+
+    return _named(wait, method, "returns a future; this returns its result")
+
+
+def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make the ``*_async`` name of a *method* that blocks: it runs in asyncio's own thread pool."""
+
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        import asyncio
+
+        return await asyncio.to_thread(method, *args, **kwargs)
+
+    return _named(run, method, "blocks; this waits in a thread of asyncio's pool")
+
+
+def _named(coroutine: Callable[P, T], method: Callable[P, Any], does: str) -> Callable[P, T]:
+    functools.update_wrapper(coroutine, method)  # inspect.signature shows the method's, too
+    name = method.__name__
+    coroutine.__name__ = (name[: -len("_future")] if name.endswith("_future") else name) + "_async"
+    coroutine.__qualname__ = method.__qualname__[: -len(name)] + coroutine.__name__
+    coroutine.__doc__ = f"Await it in a running event loop: `{name}`, which {does}."
+    return coroutine
