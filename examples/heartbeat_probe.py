@@ -1,7 +1,7 @@
-"""Ask a server whether it hears heartbeats, and that the historic wrong paths are none.
+"""Check that a server accepts heartbeats, and rejects those at historic wrong paths.
 
-Runs on an embedded server without a model, or on the one that TINKER_BASE_URL names.  In one old
-SDK every heartbeat went to a wrong path; its 404s were ignored, and no session was kept alive.
+Runs on an embedded server without a model, or on the one in TINKER_BASE_URL.  An old SDK sent every
+heartbeat to a wrong path and ignored the 404s, so no session was kept alive.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def main() -> None:
     with connect() as service:
         config = service.config
         headers = {"X-API-Key": config.api_key} if config.api_key else {}
-        for path, wanted in [(RIGHT, 200), *((path, 404) for path in WRONG)]:
+        for path, expected in [(RIGHT, 200), *((path, 404) for path in WRONG)]:
             beat = {"session_id": service.session_id, "type": "session_heartbeat"}
-            answer = requests.post(config.base_url + path, json=beat, headers=headers, timeout=10)
-            print(f"POST {path:27} {answer.status_code}")
-            if answer.status_code != wanted:
-                raise SystemExit(f"{path} answered {answer.status_code}, not {wanted}")
+            response = requests.post(config.base_url + path, json=beat, headers=headers, timeout=10)
+            print(f"POST {path:27} {response.status_code}")
+            if response.status_code != expected:
+                raise SystemExit(f"{path} responded with {response.status_code}, not {expected}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train with the next step under way while this one is looked at.
+"""Train with a pipeline: the next step runs while the current one is evaluated.
 
-Runs on the embedded server, or on the one that TINKER_BASE_URL names.
+Runs on the embedded server, or on the one in TINKER_BASE_URL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def connect() -> tinkex.ServiceClient:
 
 
 def batches() -> Iterator[List[types.Datum]]:
-    """Make batches as they are needed: four times the same sequence."""
+    """Generate batches as they are needed: four copies of one sequence."""
     tokens = np.arange(1, 18, dtype=np.int64)
     inputs = {"target_tokens": types.TensorData.from_numpy(tokens[1:])}
     for _ in range(STEPS):
@@ -33,7 +33,7 @@ def batches() -> Iterator[List[types.Datum]]:
 
 
 def rate(step: int) -> types.AdamParams:
-    """Let the learning rate fall to zero."""
+    """Decrease the learning rate linearly to zero."""
     return types.AdamParams(learning_rate=0.01 * (1 - step / STEPS))
 
 

@@ -1,10 +1,10 @@
-"""Fine-tune a small language model on a small book, and see what changes.
+"""Fine-tune a small language model on a small book, and show what changes.
 
-    python examples/quickstart.py                      # here, on the embedded server
-    python examples/quickstart.py --base-url URL --model NAME     # on any other server
+    python examples/quickstart.py                      # on the embedded server
+    python examples/quickstart.py --base-url URL --model NAME     # on another server
 
-The text is a file of paragraphs; each is one training example.  Reported before and after: the
-loss per token on paragraphs that are held out, and what the model writes for the same prompts.
+The text is a file of paragraphs; each is one training example.  Printed before and after training:
+the loss per token on held-out paragraphs, and samples for the same prompts.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ import tinkex
 from tinkex import types
 
 TEXT = Path(__file__).parent / "data"
-MAX_TOKENS = 512  # longer paragraphs are cut
+MAX_TOKENS = 512  # longer paragraphs are truncated
 PROMPTS = ("PROGRAMMER, n.", "COFFEE, n.", "TELEPHONE, n.")
 
 console = Console(highlight=False, emoji=False)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--steps", type=int, default=20, help="training steps")
     add("--batch-size", type=int, default=8, help="paragraphs per step")
-    add("--learning-rate", type=float, default=1e-3, help="at the first step; falls to zero")
+    add("--learning-rate", type=float, default=1e-3, help="of the first step; decreases to zero")
     add("--rank", type=int, default=16, help="rank of the LoRA adapter")
     add("--seed", type=int, default=0, help="of the adapter, the order of the text and the samples")
     add("--data", type=Path, default=TEXT / "devils_dictionary_train.txt", help="training text")
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def connect(arguments: argparse.Namespace) -> tinkex.ServiceClient:
-    """Open a session: on the server that was named, or on one started here."""
+    """Open a session on the given server, or on one started here."""
     if arguments.base_url:
         return tinkex.ServiceClient(base_url=arguments.base_url)
     with console.status(f"Starting {arguments.model} here (it is downloaded the first time)"):
@@ -78,12 +78,12 @@ def read_paragraphs(path: Path) -> List[str]:
         raise tinkex.InvalidInputError(f"cannot read {path}: {error}") from error
     paragraphs = [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
     if not paragraphs:
-        raise tinkex.InvalidInputError(f"{path} holds no text")
+        raise tinkex.InvalidInputError(f"{path} contains no text")
     return paragraphs
 
 
 def make_datum(text: str, tokenizer: Any) -> types.Datum:
-    """Make an example of *text*: each token is to be predicted from those before it."""
+    """Make an example of *text*: each token is predicted from the ones before it."""
     tokens = tokenizer.encode(text, truncation=True, max_length=MAX_TOKENS - 1)
     tokens.append(tokenizer.eos_token_id)
     return types.Datum(
@@ -96,7 +96,7 @@ def make_datum(text: str, tokenizer: Any) -> types.Datum:
 
 
 def batches(data: Sequence[types.Datum], size: int, seed: int) -> Iterator[List[types.Datum]]:
-    """Yield batches without end; the data are shuffled anew each time around."""
+    """Yield batches indefinitely; the data are reshuffled for each pass."""
     order = random.Random(seed)
     queue: List[types.Datum] = []
     while True:
@@ -113,7 +113,7 @@ def loss_per_token(output: types.ForwardBackwardOutput) -> float:
 
 
 class Step(NamedTuple):
-    """A training step that is under way on the server."""
+    """A training step in progress on the server."""
 
     passed: tinkex.APIFuture[types.ForwardBackwardOutput]
     stepped: tinkex.APIFuture[types.OptimStepResponse]
@@ -121,7 +121,7 @@ class Step(NamedTuple):
 
 
 def submit(trainer: tinkex.TrainingClient, batch: List[types.Datum], rate: float) -> Step:
-    """Submit a forward and backward pass and an optimizer step; wait for neither."""
+    """Submit a forward and backward pass and an optimizer step without waiting."""
     return Step(
         trainer.forward_backward(batch, "cross_entropy"),
         trainer.optim_step(types.AdamParams(learning_rate=rate)),
@@ -130,12 +130,12 @@ def submit(trainer: tinkex.TrainingClient, batch: List[types.Datum], rate: float
 
 
 def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: Any) -> List[float]:
-    """Train, showing how it goes; return the loss per token of each step."""
+    """Train with a progress bar; return the loss per token of each step."""
     rates = arguments.learning_rate * (1 - np.arange(arguments.steps) / arguments.steps)
     source = batches(data, arguments.batch_size, arguments.seed)
     steps = (submit(trainer, batch, float(rate)) for rate, batch in zip(rates, source))
     losses: List[float] = []
-    tokens, begun = 0, time.monotonic()
+    tokens, started_at = 0, time.monotonic()
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -148,15 +148,15 @@ def train(trainer: tinkex.TrainingClient, data: List[types.Datum], arguments: An
         task = progress.add_task("train", total=arguments.steps, loss="-", speed="-")
         ahead = next(steps, None)
         while ahead is not None:
-            # The next step is submitted before this one is waited for, so that the server
-            # always has work at hand.
+            # The next step is submitted before waiting for this one, so that the server is never
+            # idle.
             step, ahead = ahead, next(steps, None)
             losses.append(loss_per_token(step.passed.result()))
             step.stepped.result()
             tokens += step.tokens
-            speed = tokens / (time.monotonic() - begun)
+            speed = tokens / (time.monotonic() - started_at)
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", speed=f"{speed:.0f}")
-    console.print(f"Trained on {tokens} tokens in {time.monotonic() - begun:.0f} s.")
+    console.print(f"Trained on {tokens} tokens in {time.monotonic() - started_at:.0f} s.")
     return losses
 
 
@@ -166,30 +166,30 @@ def evaluate(trainer: tinkex.TrainingClient, data: List[types.Datum]) -> float:
         return loss_per_token(trainer.forward(data, "cross_entropy").result())
 
 
-def write(
+def sample(
     sampler: tinkex.SamplingClient, tokenizer: Any, prompts: Sequence[str], seed: int
 ) -> List[str]:
-    """Return how the model goes on from each prompt."""
+    """Return the model's continuation of each prompt."""
     params = types.SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=seed)
     with console.status("Sampling"):
         futures = [
             sampler.sample(types.ModelInput.from_ints(tokenizer.encode(text)), 1, params)
             for text in prompts
         ]
-        answers = [future.result().sequences[0] for future in futures]
-    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+        sequences = [future.result().sequences[0] for future in futures]
+    texts = [tokenizer.decode(one.tokens, skip_special_tokens=True) for one in sequences]
     return [" ".join(text.split()) for text in texts]
 
 
 def show_samples(title: str, prompts: Sequence[str], texts: Sequence[str]) -> None:
-    """Print each prompt and how the model goes on."""
+    """Print each prompt and its continuation."""
     console.print(f"\n[bold]{title}[/bold]")
     for prompt, text in zip(prompts, texts):
         console.print(f"  [cyan]{escape(prompt)}[/cyan] {escape(text)}")
 
 
 def draw_curve(losses: Sequence[float], folder: Path, rows: int = 8, width: int = 64) -> None:
-    """Draw the loss of each step in the terminal, and as a PNG if matplotlib is installed."""
+    """Plot the loss of each step in the terminal, and as a PNG if matplotlib is installed."""
     points = [float(part.mean()) for part in np.array_split(losses, min(width, len(losses)))]
     low, high = min(points), max(points)
     heights = [round((value - low) / ((high - low) or 1) * (rows - 1)) for value in points]
@@ -207,11 +207,11 @@ def draw_curve(losses: Sequence[float], folder: Path, rows: int = 8, width: int 
         axes.set(xlabel="step", ylabel="loss per token")
         folder.mkdir(parents=True, exist_ok=True)
         axes.figure.savefig(folder / "quickstart_loss.png")
-        console.print(f"Drawn as {folder / 'quickstart_loss.png'}, too.")
+        console.print(f"Also saved as {folder / 'quickstart_loss.png'}.")
 
 
 def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
-    """Do the whole job on an open session."""
+    """Train and compare on an open session."""
     prompts = arguments.prompt or PROMPTS
     trainer = service.create_lora_training_client(
         arguments.model, rank=arguments.rank, seed=arguments.seed
@@ -226,7 +226,7 @@ def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
     )
     before = evaluate(trainer, heldout)
     base = service.create_sampling_client(base_model=arguments.model)
-    texts_before = write(base, tokenizer, prompts, arguments.seed)
+    texts_before = sample(base, tokenizer, prompts, arguments.seed)
 
     losses = train(trainer, training, arguments)
 
@@ -234,7 +234,7 @@ def run(service: tinkex.ServiceClient, arguments: argparse.Namespace) -> None:
     state = trainer.save_state("quickstart").result().path
     weights = trainer.save_weights_for_sampler("quickstart").result().path
     tuned = service.create_sampling_client(model_path=weights)
-    texts_after = write(tuned, tokenizer, prompts, arguments.seed)
+    texts_after = sample(tuned, tokenizer, prompts, arguments.seed)
 
     show_samples("Before", prompts, texts_before)
     show_samples("After", prompts, texts_after)
@@ -252,7 +252,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         for path in (arguments.data, arguments.heldout):
-            read_paragraphs(path)  # a wrong path is better told before a model is loaded
+            read_paragraphs(path)  # report a wrong path before loading a model
         with connect(arguments) as service:
             run(service, arguments)
     except KeyboardInterrupt:

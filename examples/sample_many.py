@@ -1,6 +1,6 @@
-"""Sample many prompts, so many at a time, and see what it took.
+"""Sample many prompts, a limited number at a time, and print metrics.
 
-Runs on the embedded server, or on the one that TINKER_BASE_URL names.
+Runs on the embedded server, or on the one in TINKER_BASE_URL.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def connect() -> tinkex.ServiceClient:
 
 
 def prompts() -> Iterator[types.ModelInput]:
-    """Make prompts as they are needed: a million would take no more memory."""
-    for number in range(COUNT):
-        yield types.ModelInput.from_ints([1 + number, 2, 3])
+    """Generate prompts as they are needed: a million would take no more memory."""
+    for token in range(1, COUNT + 1):
+        yield types.ModelInput.from_ints([token, 2, 3])
 
 
 def main() -> None:
-    """Print the results in the order in which they are done, then figures."""
+    """Print the results in the order of their completion, then metrics."""
     with connect() as service:
         sampler = service.create_sampling_client(base_model=MODEL)
         params = types.SamplingParams(max_tokens=8, seed=0)
@@ -42,11 +42,11 @@ def main() -> None:
                     print(f"prompt {one.index} failed: {one.error}")
                 else:
                     print(f"prompt {one.index}: {one.response.sequences[0].tokens}")
-        tokens, seen = service.usage().tokens, service.metrics()
+        tokens, metrics = service.usage().tokens, service.metrics()
         print(f"{tokens.prefilled} tokens prefilled, {tokens.sampled} sampled")
-        print(f"{seen.requests} requests, {seen.retries} retries")
-        for stage, took in seen.latencies.items():
-            print(f"{stage:>7}: p50 {took.p50 * 1e3:.2f} ms, p95 {took.p95 * 1e3:.2f} ms")
+        print(f"{metrics.requests} requests, {metrics.retries} retries")
+        for stage, latency in metrics.latencies.items():
+            print(f"{stage:>7}: p50 {latency.p50 * 1e3:.2f} ms, p95 {latency.p95 * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The shortest sampling program: ask a model a question, twice.
 
-Runs on the embedded server, or on the one that TINKER_BASE_URL names.
+Runs on the embedded server, or on the one in TINKER_BASE_URL.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def main() -> None:
         tokenizer = sampler.get_tokenizer()
         prompt = types.ModelInput.from_ints(tokenizer.encode(PROMPT))
         params = types.SamplingParams(max_tokens=24, temperature=0.7, seed=0)
-        answer = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
-        for sequence in answer.sequences:
+        response = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
+        for sequence in response.sequences:
             print(PROMPT + tokenizer.decode(sequence.tokens, skip_special_tokens=True))
 
 

@@ -1,6 +1,6 @@
 """The shortest training program: teach a model one fact.
 
-Runs on the embedded server, or on the one that TINKER_BASE_URL names.
+Runs on the embedded server, or on the one in TINKER_BASE_URL.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def main() -> None:
         tokens = trainer.get_tokenizer().encode(TEXT)
         inputs = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
         datum = types.Datum(types.ModelInput.from_ints(tokens[:-1]), inputs)
-        for number in range(1, 11):
+        for index in range(1, 11):
             step = trainer.train_step([datum], "cross_entropy", types.AdamParams(1e-3))
             loss = step.forward_backward.metrics["loss:sum"] / len(inputs["weights"])
-            print(f"step {number:2}: loss per token {loss:.3f}")
+            print(f"step {index:2}: loss per token {loss:.3f}")
 
 
 if __name__ == "__main__":

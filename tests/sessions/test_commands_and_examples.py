@@ -141,7 +141,7 @@ def test_the_probe_fails_where_the_path_is_wrong(server: SessionServer, tmp_path
     server.on("POST /api/v1/heartbeat", Answer())
     ended = run_probe(server.url, tmp_path)
     assert ended.code == 1
-    assert "/api/v1/session_heartbeat answered 404, not 200" in ended.err
+    assert "/api/v1/session_heartbeat responded with 404, not 200" in ended.err
     assert server.reasons() == ["interrupted"]
 
 
