@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 import numpy as np
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import strategies as st
 
 from tinkex import _api as api, types
 from tinkex._transport.request import Reply, Request
@@ -261,16 +261,6 @@ replies = st.builds(
     headers,
     bodies,
 )
-
-
-def several(examples: int) -> settings:
-    """How a property is tried: always with the same *examples*."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # What the endpoint functions may return

@@ -12,9 +12,9 @@ from api.any_reply import (
     conforms,
     endpoint_functions,
     replies,
-    several,
 )
 from hypothesis import given, strategies as st
+from support.properties import several
 
 from tinkex import types
 from tinkex._api._call import read

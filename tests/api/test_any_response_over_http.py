@@ -8,11 +8,12 @@ import zlib
 from typing import Any, Iterator
 
 import pytest
-from api.any_reply import bodies, several
+from api.any_reply import bodies
 from api.endpoint import KEY, Clients, Endpoint
 from api.rest_endpoints import REST
 from api.work_endpoints import SAMPLE, TRAIN
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
+from support.properties import several
 from support.raw_server import RawServer
 from support.scripted_server import Answer, ScriptedServer
 from support.threads import PATIENCE_S, wait_until
@@ -79,14 +80,14 @@ def check(found: Any) -> None:
         assert KEY not in str(found)
 
 
-@settings(several(60))
+@several(60)
 @given(endpoint=st.sampled_from(REST), answer=answers)
 def test_facts(clients: Clients, endpoint: Endpoint, answer: Answer) -> None:
     clients.server.on(f"{endpoint.method} {endpoint.path}", answer)
     check(outcome_of(endpoint, clients))
 
 
-@settings(several(40))
+@several(40)
 @given(endpoint=st.sampled_from(TRAIN + SAMPLE), answer=answers)
 def test_acceptance(clients: Clients, endpoint: Endpoint, answer: Answer) -> None:
     clients.server.on(f"{endpoint.method} {endpoint.path}", answer)
@@ -94,7 +95,7 @@ def test_acceptance(clients: Clients, endpoint: Endpoint, answer: Answer) -> Non
     check(outcome_of(endpoint, clients))
 
 
-@settings(several(60))
+@several(60)
 @given(endpoint=st.sampled_from(TRAIN + SAMPLE), answer=answers)
 def test_results(clients: Clients, endpoint: Endpoint, answer: Answer) -> None:
     TinkerRoutes(clients.server)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from local.harness import WAIT_S, Api, serving
+from support.properties import several
 
 from tinkex.local.settings import ClientFlags
 from tinkex.local.state.futures import Failure, Success
@@ -178,12 +179,7 @@ SAMPLES = itertools.count(10)
 
 
 @pytest.mark.parametrize("route", sorted(BODIES))
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@several(60)
 @given(data=st.data())
 def test_a_body_that_is_wrong_somewhere_is_never_a_failure_of_the_server(
     world: Tuple[Api, Dict[str, str]], route: str, data: Any
@@ -198,7 +194,7 @@ def test_a_body_that_is_wrong_somewhere_is_never_a_failure_of_the_server(
         assert getattr(outcome, "category", "") != "server", (body, outcome)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@several(100)
 @given(data=st.data())
 def test_bytes_that_are_no_message_are_never_a_failure_of_the_server(
     world: Tuple[Api, Dict[str, str]], data: Any

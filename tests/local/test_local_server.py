@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 from local.harness import Api, HeldEngine, held_datum, serving
+from support.threads import wait_until
 
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer, load_engine
@@ -229,7 +230,9 @@ def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
     lines: List[str] = []
     with LocalServer(DeterministicEngine(), data_dir=tmp_path, access_log=lines.append) as server:
         send(server, "healthz?signature=secret")
+        wait_until(lambda: len(lines) == 1, "it is logged")  # which comes after the response
         send(server, "nowhere")
+        wait_until(lambda: len(lines) == 2, "it is logged")
         host, port = server.url.rpartition("/")[2].split(":")
         with socket.create_connection((host, int(port)), timeout=20) as raw:
             raw.sendall(b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\nContent-Length: no\r\n\r\n")

@@ -6,10 +6,11 @@ import json
 from typing import Any, Dict, Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from servers.profiles import NAMES, profile_named
 from servers.profiles.layer import assemble
 from servers.raw import KEY
+from support.properties import several
 from werkzeug.test import Client
 
 from tinkex.local.engines.deterministic import DeterministicEngine
@@ -105,7 +106,7 @@ def session_id(client: Client) -> str:
 
 
 @given(asked=requests())
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@several(100)
 def test_nonsense_is_answered(client: Client, session_id: str, asked: Dict[str, Any]) -> None:
     path = asked.pop("path").replace("SESSION", session_id)
     data = asked.pop("data").replace(b"SESSION", session_id.encode())

@@ -571,6 +571,28 @@ def test_the_thread_survives_everything(caplog: pytest.LogCaptureFixture) -> Non
         assert heartbeat_threads()
 
 
+def test_a_log_handler_that_fails_costs_a_session_no_further_heartbeat(
+    bench: HandTurned, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise RuntimeError("a filter with a bug")
+
+    caplog.set_level(logging.INFO)
+    bench.start(heartbeat_interval_s=10)
+    bench.iterate()
+    bench.clock._wall += 3600  # which is logged
+    log, broken = logging.getLogger("tinkex._sessions.heartbeat"), Broken()
+    log.addFilter(broken)
+    try:
+        with pytest.raises(RuntimeError):
+            bench.iterate(10)
+    finally:
+        log.removeFilter(broken)
+    bench.iterate(10)
+    assert len(bench.network.sent) == 2
+
+
 def test_an_iteration_that_fails_does_not_end_the_thread(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Iterator, List, Optional
 import numpy as np
 import pytest
 import requests
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from support.loopback import LoopbackServer
+from support.properties import several
 from support.raw_server import RawServer
 from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedServer
 
@@ -156,7 +157,7 @@ def test_a_broken_answer_is_an_error_that_says_why(answer: bytes, words: str) ->
         assert server.connections == 2
 
 
-@settings(max_examples=60, deadline=None)
+@several(60)
 @given(garbage=st.binary(max_size=200))
 def test_arbitrary_bytes_never_crash(garbage: bytes) -> None:
     with RawServer(garbage) as server:

@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from typing import Any, Dict, List, Type
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
+from support.properties import several
 
 from tinkex import types
 from tinkex.types import Checkpoint, CheckpointsListResponse, Cursor
@@ -71,7 +72,7 @@ def outcome(read: Any, payload: Any) -> Any:
 
 
 @pytest.mark.parametrize("cls", messages(), ids=lambda cls: cls.__name__)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@several(15)
 @given(data=st.data())
 def test_a_message_is_read_and_written_as_dataclasses_json_would(
     cls: Type[Wire], data: st.DataObject

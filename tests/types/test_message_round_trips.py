@@ -11,8 +11,8 @@ from typing import Any, Dict, List, Type, Union
 
 import orjson
 import pytest
-from api.any_reply import several
 from hypothesis import given, strategies as st
+from support.properties import several
 
 from tinkex import types
 from tinkex.types import ModelInput, SampleRequest, SamplingParams, TensorData, UnknownVariant

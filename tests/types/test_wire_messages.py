@@ -9,7 +9,8 @@ import warnings
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
+from support.properties import several
 
 from tinkex.errors import ResponseDecodeError
 from tinkex.types import (
@@ -238,9 +239,7 @@ MESSAGES = {
 }
 
 
-@settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@several(300)
 @given(data=st.data(), value=anything)
 def test_anything_in_any_field_is_read_or_refused(data, value):
     message = data.draw(st.sampled_from(list(MESSAGES)))

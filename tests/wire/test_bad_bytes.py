@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
+from support.properties import several
 from wire import test_golden
 
 from tinkex.errors import InvalidInputError, ResponseDecodeError
@@ -15,10 +16,6 @@ from tinkex.types import ForwardBackwardOutput, SampleResponse
 from tinkex.wire import tinker_public_pb2 as pb
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
-
-quick = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
 
 
 def read_everything(codec, body: bytes) -> int:
@@ -36,14 +33,14 @@ def read_everything(codec, body: bytes) -> int:
     return refused
 
 
-@quick
+@several(150)
 @given(body=st.binary(max_size=60))
 def test_arbitrary_bytes(body: bytes):
     read_everything(PROTOBUF, body)
     assert read_everything(JSON, body) >= 1
 
 
-@quick
+@several(150)
 @given(
     body=st.sampled_from([getattr(test_golden, letter) for letter in "ABCDEF"]),
     at=st.integers(0, 1000),
@@ -132,7 +129,7 @@ def paths(value, prefix=()):
         yield from paths(item, (*prefix, key))
 
 
-@settings(quick, max_examples=400)
+@several(400)
 @given(data=st.data(), new=anything)
 def test_json_with_something_unexpected_in_one_place(data, new):
     body = data.draw(st.sampled_from([SAMPLES, OUTPUT, REQUEST]))

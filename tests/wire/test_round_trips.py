@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
+from support.properties import several
 from wire import strategies
 
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, TensorData
@@ -14,16 +15,10 @@ from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
 both = pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=lambda codec: codec.name)
-quick = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
 
 
 @both
-@quick
+@several(60)
 @given(request=strategies.requests)
 def test_requests(codec: Codec, request: ForwardBackwardRequest):
     received = codec.decode_forward_backward(codec.encode_forward_backward(request))
@@ -31,7 +26,7 @@ def test_requests(codec: Codec, request: ForwardBackwardRequest):
 
 
 @both
-@quick
+@several(60)
 @given(datum=strategies.sparse_datums)
 def test_sparse_loss_inputs_keep_their_values(codec: Codec, datum: Datum):
     request = ForwardBackwardRequest("m", 1, [datum], "custom")
@@ -42,7 +37,7 @@ def test_sparse_loss_inputs_keep_their_values(codec: Codec, datum: Datum):
     assert sparse == (set(datum.loss_fn_inputs) if codec is PROTOBUF else set())
 
 
-@quick
+@several(60)
 @given(datum=strategies.datums_with_spans)
 def test_provenance_spans(datum: Datum):
     request = ForwardBackwardRequest("m", 1, [datum], "stable_reinforce")
@@ -52,7 +47,7 @@ def test_provenance_spans(datum: Datum):
 
 
 @both
-@quick
+@several(60)
 @given(output=strategies.outputs)
 def test_outputs(codec: Codec, output):
     received = codec.decode_output(codec.encode_output(output))
@@ -63,14 +58,14 @@ def test_outputs(codec: Codec, output):
 
 
 @both
-@quick
+@several(60)
 @given(response=strategies.samples)
 def test_samples(codec: Codec, response):
     received = codec.decode_samples(codec.encode_samples(response))
     assert strategies.plain(received) == strategies.plain(response)
 
 
-@quick
+@several(60)
 @given(request=strategies.requests, shuffled=st.randoms(use_true_random=False))
 def test_equal_requests_are_equal_protobuf_bytes(request: ForwardBackwardRequest, shuffled):
     def reordered(mapping):

@@ -130,10 +130,6 @@ class SessionTable:
         """Remove a session; False if it is not there."""
         return self._entries.pop(session_id, None) is not None
 
-    def ids(self) -> List[str]:
-        """The live sessions, oldest first."""
-        return list(self._entries)
-
     def next_due(self) -> Optional[float]:
         """When the next beat is due, or None without sessions."""
         while self._heap:

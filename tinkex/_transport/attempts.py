@@ -91,6 +91,7 @@ class RequestAttempts:
 
     def _send_in_turn(self) -> Reply:
         """Send one attempt when the limiter of this server and key lets it go."""
+        # Nearly always; a place of the limiter would take a lock that all clients share.
         if not self._limiter.throttled:
             self._pause(0.0)
             return self._send()

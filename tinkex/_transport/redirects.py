@@ -1,7 +1,7 @@
-"""Which redirects are followed, and what may go along.  Pure functions of URLs and headers.
+"""Which redirects are followed, and with which headers.  Pure functions of URLs and headers.
 
 A GET follows every redirect, another method only those that keep it (307, 308).  Never from https
-to http.  Whatever authenticates a request stays with the origin that it was meant for.
+to http.  Headers that authenticate a request are sent to its own origin only.
 """
 
 from __future__ import annotations

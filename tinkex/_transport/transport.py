@@ -67,6 +67,7 @@ class Transport:
         self.recorder = recorder or Recorder()
         self.billing = billing or BillingPause(config.host_and_port, clock)
         self.server = state_of(config)
+        # Traffic classes have pools of their own: a long poll must not delay a submission.
         self._connections = Connections(config, self.closing, clock)
         self._redactor = Redactor(config, self.server.tokens)
         self._headers: Dict[str, str] = {
