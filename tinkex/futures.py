@@ -111,9 +111,25 @@ class APIFuture(Future[T], Generic[T]):
         throttle_reason: returns, in words, why nothing is submitted just now, or None.
     """
 
-    # The finalizer also sees instances whose __init__ did not finish.
-    _retrieved = True
+    # What few futures ever set stays on the class: with more than 30 attributes of its own, an
+    # instance takes four times the memory, and there may be thousands.
     _on_read: Optional[Callable[[], None]] = None
+    _retrieved = True  # the finalizer also sees instances whose __init__ did not finish
+    _begun = _withdrawn = _cancel_was_seen = False
+    # Plain values for finalizers and for the child of a fork, where no lock may be taken.
+    _has_callback = False
+    _outcome: Optional[str] = None
+    _failure: Optional[BaseException] = None
+    _children: Sequence[APIFuture[Any]] = ()
+    _cancels_children = True
+    # Written by one thread at a time (lane, then poller); read anywhere as plain values.
+    _request_id: Optional[str] = None
+    queue_state: Optional[str] = None
+    queue_state_reason: Optional[str] = None
+    attempts = 0
+    last_error: Optional[str] = None
+    #: Set while it waits for something: describes that.
+    waiting_for: Optional[Callable[[], str]] = None
 
     def __init__(
         self,
@@ -134,25 +150,9 @@ class APIFuture(Future[T], Generic[T]):
         # whether the outcome was read.  Reentrant, as a finalizer may run inside.
         self._lock = threading.RLock()
         self._callbacks: Optional[List[Callable[[Any], object]]] = []
-        self._begun = self._withdrawn = False
-        self._cancel_was_seen = False
         self._retrieved = False
-        # Plain values for finalizers and for the child of a fork, where no lock may be taken.
-        self._has_callback = False
-        self._outcome: Optional[str] = None
-        self._failure: Optional[BaseException] = None
-        self._children: Sequence[APIFuture[Any]] = ()
-        self._cancels_children = True
-        # Written by one thread at a time (lane, then poller); read anywhere as plain values.
-        self._request_id: Optional[str] = None
         self._state_name = "queued"
         self._state_since = time.monotonic()
-        self.queue_state: Optional[str] = None
-        self.queue_state_reason: Optional[str] = None
-        self.attempts = 0
-        self.last_error: Optional[str] = None
-        #: Set while it waits for something: describes that.
-        self.waiting_for: Optional[Callable[[], str]] = None
         super().add_done_callback(_run_callbacks)
 
     def result(self, timeout: Optional[float] = None) -> T:

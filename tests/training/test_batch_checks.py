@@ -74,7 +74,7 @@ def test_numbers_beside_an_image_are_looked_at() -> None:
 def test_a_loss_input_that_seems_misspelt_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_others", set())
+    monkeypatch.setattr(checks, "_checked_names", set())
     misspelt = datum(target_tokens=[2, 3, 4], weight=[1.0] * 3)
     for _ in range(2):
         check_batch([misspelt] * 2, "cross_entropy")

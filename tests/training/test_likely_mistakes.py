@@ -28,8 +28,8 @@ def run(scripted: ServiceClient) -> TrainingClient:
 def warnings_of(data: List[Datum], caplog: pytest.LogCaptureFixture) -> List[str]:
     caplog.clear()
     watch = MistakeWatch("run m")
-    watch.look_at_targets(data)
-    watch.look_at_weights(data)
+    watch.check_targets(data)
+    watch.check_weights(data)
     return list(caplog.messages)
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments before anything is sent, and warnings of batches that are hardly meant."""
+"""Checks of arguments before anything is sent, and warnings about likely mistakes in batches."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 #: Loss inputs that have one entry per input token, in every server that knows them.
 _PER_TOKEN = frozenset(INPUT_DTYPES)
 
-#: Other names of loss inputs that were looked at; there are few.
-_others: Set[str] = set()
+#: Other names of loss inputs that were compared with these; there are few.
+_checked_names: Set[str] = set()
 
 
 _UNSHIFTED = (
     "%s: target_tokens of data[%d] are its input tokens, so the model would learn to repeat what "
     "it has just read. target_tokens[i] is the token after input token i: for next-token training "
-    "use model_input = tokens[:-1], target_tokens = tokens[1:], weights = weights[1:]. (This is "
-    "logged once.)"
+    "use model_input = tokens[:-1], target_tokens = tokens[1:], weights = weights[1:]. (this "
+    "warning is shown once)"
 )
 _ZERO_WEIGHTS = (
     "%s: all weights of a batch of %d are 0, so it adds nothing to the gradient. Weights are 1 for "
     "the target tokens to learn, such as a completion's, and 0 for the others, such as the "
-    "prompt's; an example cut to a maximum length may have lost its whole completion. (This is "
-    "logged once.)"
+    "prompt's; an example cut to a maximum length may have lost all of its completion. "
+    "(this warning is shown once)"
 )
 
 
@@ -67,7 +67,7 @@ def check_batch(
 def as_loss_config(
     loss_fn_config: Optional[Mapping[str, Union[float, str]]],
 ) -> Dict[str, Union[float, str]]:
-    """Return a copy of *loss_fn_config* with Python's own numbers.
+    """Return a copy of *loss_fn_config* with Python's own int, float and str.
 
     Raises:
         InvalidInputError: it does not map names to finite numbers and strings.
@@ -114,8 +114,8 @@ def _check_lengths(index: int, datum: Datum) -> None:
         length, what = len(targets), f"{len(targets)} target tokens"
     for name, tensor in datum.loss_fn_inputs.items():
         if name not in _PER_TOKEN:
-            if name not in _others:
-                _look_at(name)
+            if name not in _checked_names:
+                _warn_if_misspelt(name)
         elif len(tensor) != length:
             raise InvalidInputError(
                 f"data[{index}]: loss input {name!r} has {len(tensor)} entries for {what}",
@@ -130,11 +130,11 @@ def _lacks_one(datum: Datum, targets: TensorData) -> bool:
     return np.array_equal(given, tokens[1:]) or np.array_equal(given, tokens[:-1])
 
 
-def _look_at(name: str) -> None:
-    """Warn, once, of a loss input that seems misspelt: a server that ignores it says nothing."""
+def _warn_if_misspelt(name: str) -> None:
+    """Warn, once, about a loss input that seems misspelt: a server may ignore it silently."""
     import difflib
 
-    _others.add(name)
+    _checked_names.add(name)
     for known in difflib.get_close_matches(name, sorted(_PER_TOKEN), 1, 0.8):
         logger.warning(
             "there is no loss input %r, and a server may well ignore it: is %r meant?", name, known
@@ -176,7 +176,7 @@ class MistakeWatch:
         self._owner = owner
         self._warned: Set[str] = set()
 
-    def look_at_targets(self, data: Sequence[Datum]) -> None:
+    def check_targets(self, data: Sequence[Datum]) -> None:
         """Warn if the target tokens of a datum are its input tokens, not shifted by one."""
         if _UNSHIFTED not in self._warned:
             for index, datum in enumerate(data):
@@ -184,14 +184,14 @@ class MistakeWatch:
                     self._warn(_UNSHIFTED, index)
                     return
 
-    def look_at_weights(self, data: Sequence[Datum]) -> None:
+    def check_weights(self, data: Sequence[Datum]) -> None:
         """Warn if all datums of a batch to be trained on have weights, and all of these are 0."""
         if _ZERO_WEIGHTS not in self._warned and all(map(_has_zero_weights, data)):
             self._warn(_ZERO_WEIGHTS, len(data))
 
-    def _warn(self, message: str, number: int) -> None:
+    def _warn(self, message: str, detail: int) -> None:
         self._warned.add(message)
-        logger.warning(message, self._owner, number)
+        logger.warning(message, self._owner, detail)
 
 
 def _is_unshifted(datum: Datum) -> bool:

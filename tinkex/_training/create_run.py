@@ -1,8 +1,9 @@
-"""How a run is made from a checkpoint: servers differ in whether one request is enough.
+"""How a run is made: with a new adapter, or from a checkpoint.
 
-The hosted service takes one request for it (docs/protocol.md, "Loading weights", form 1).  Others
-refuse that: there the run is made first, with what weights_info tells of the checkpoint, and the
-checkpoint loaded by the run's first request (form 2).  What a server does is remembered.
+The hosted service takes one request for a run from a checkpoint (docs/protocol.md, "Loading
+weights", form 1).  Others refuse that: there the run is made first, with what weights_info reports
+about the checkpoint, and the checkpoint loaded by the run's first request (form 2).  What a server
+does is remembered.
 
 Everything here blocks; it runs on a session's background threads.
 """
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 W = TypeVar("W", bound=Wire)
 
-#: Fields that only the one-stroke form has or lacks: a complaint about one is about the form.
+#: Fields that only one of the two forms has: a complaint about one of them is about the form.
 _FORM_FIELDS = ("model_id", "session_id", "model_seq_id", "base_model", "user_metadata")
 
 # A fault in the words of pydantic, whose text also repeats the body that was sent.
@@ -43,15 +44,47 @@ _FAULT_AT = re.compile(r'"loc":\s*\[[^\]]*"(\w+)"\s*\]')
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What a run is to be made from, and how.
+class NewRun:
+    """A run that was made; its next request has the ``seq_id`` *next_seq_id*."""
+
+    model_id: str
+    base_model: Optional[str]
+    next_seq_id: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class NewAdapter:
+    """A run to be made with a new adapter.
 
     Attributes:
-        number: the run's ``model_seq_id`` in its session.
+        model_seq_id: the run's, in its session.
+    """
+
+    model_seq_id: int
+    base_model: str
+    lora_config: LoraConfig
+    user_metadata: Optional[Mapping[str, str]] = None
+    optimizer_config: Optional[Mapping[str, Any]] = None
+
+    def create(self, runtime: Runtime) -> NewRun:
+        """Make the run.  Raises APIError or RequestFailedError."""
+        accepted = api.create_model(
+            runtime.transport, session_id=runtime.session.session_id, **vars(self)
+        )
+        created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
+        return NewRun(created.model_id, self.base_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromCheckpoint:
+    """A run to be made from the checkpoint at *path*.
+
+    Attributes:
+        model_seq_id: the run's, in its session.
         optimizer: also restore the optimizer's state.
     """
 
-    number: int
+    model_seq_id: int
     path: str
     optimizer: bool
     base_model: Optional[str] = None
@@ -59,133 +92,122 @@ class Checkpoint:
     weights_access_token: Optional[str] = None
     optimizer_config: Optional[Mapping[str, Any]] = None
 
+    def create(self, runtime: Runtime) -> NewRun:
+        """Make the run, in the way that the server has.
 
-@dataclasses.dataclass(frozen=True)
-class NewRun:
-    """A run that was made; its next request has the number *next_seq_id*."""
+        Raises:
+            APIStatusError: the server refuses both ways, or cannot report what the checkpoint was
+                trained from and no base model was given.
+            RequestFailedError: the checkpoint could not be loaded.
+        """
+        server, session_id = state_of(runtime.config), runtime.session.session_id
+        if server.creates_runs_by_loading is False:
+            return self._in_two_requests(runtime)
+        try:
+            accepted = api.create_model_from_weights(
+                runtime.transport, session_id=session_id, **vars(self)
+            )
+        except APIStatusError as error:
+            # A plain 500 is how some servers say that they do not know the form.
+            crashed = error.status == 500 and server.creates_runs_by_loading is None
+            if not (crashed or _refuses_form(error)):
+                raise
+            logger.info("%s; falling back to create_model + load_weights", error.message)
+            made = self._after_refusal(runtime, error)
+            server.note_creates_runs_by_loading(False)
+            return made
+        server.note_creates_runs_by_loading(True)
+        loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
+        # All servers make the id like this, also those that do not send it (docs/protocol.md,
+        # "Training runs").
+        model_id = loaded.model_id or accepted.model_id
+        return NewRun(model_id or f"{session_id}:train:{self.model_seq_id}", self.base_model)
 
-    model_id: str
-    base_model: Optional[str]
-    next_seq_id: int = 1
+    def _after_refusal(self, runtime: Runtime, refusal: APIStatusError) -> NewRun:
+        try:
+            return self._in_two_requests(runtime)
+        except APIStatusError as error:
+            error.hint = error.hint or f"In one request, the response was: {refusal.message}"
+            raise error from refusal
+
+    def _in_two_requests(self, runtime: Runtime) -> NewRun:
+        """Make the run, then load the checkpoint by its first request."""
+        info = self._weights_info(runtime)
+        base_model = self.base_model or info.base_model
+        # Under the model_seq_id of the request that was refused: if the server has made a run of
+        # that after all, it will not make a second one.
+        adapter = NewAdapter(
+            self.model_seq_id,
+            base_model,
+            _lora_of(info),
+            self.user_metadata,
+            self._optimizer_config(info),
+        )
+        created = adapter.create(runtime)
+        try:
+            accepted = api.load_weights(
+                runtime.transport,
+                model_id=created.model_id,
+                seq_id=1,
+                path=self.path,
+                optimizer=self.optimizer,
+                weights_access_token=self.weights_access_token,
+            )
+            wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
+        except TinkexError as error:
+            if info.lora_rank is None:
+                error.hint = error.hint or self._name_the_rank(base_model)
+            _unload(runtime, created.model_id)
+            raise
+        return dataclasses.replace(created, next_seq_id=2)
+
+    def _weights_info(self, runtime: Runtime) -> WeightsInfoResponse:
+        try:
+            return rest.get_weights_info(runtime.transport, self.path)
+        except RouteMissingError as error:
+            if self.base_model is None:
+                error.hint = (
+                    "The server cannot report what the checkpoint was trained from: give "
+                    f"base_model=. {self._name_the_rank('<base model>')}"
+                )
+                raise
+        logger.info("the server does not report the rank of %s; using 32", self.path)
+        return WeightsInfoResponse(self.base_model, is_lora=True)
+
+    def _optimizer_config(self, info: WeightsInfoResponse) -> Optional[Mapping[str, Any]]:
+        """The optimizer asked for; else the checkpoint's own, unless it is the usual default."""
+        if self.optimizer_config is not None:
+            return self.optimizer_config
+        own = info.optimizer_config or {}
+        return own if self.optimizer and own.get("type", "adamw") != "adamw" else None
+
+    def _name_the_rank(self, base_model: str) -> str:
+        load = "load_state_with_optimizer" if self.optimizer else "load_state"
+        return (
+            "For a rank other than 32, first make the run with "
+            f"create_lora_training_client({base_model!r}, rank=...), then {load}({self.path!r})."
+        )
 
 
-def wait_for_result(runtime: Runtime, kind: str, accepted: UntypedFuture, answer: Type[W]) -> W:
+def wait_for_result(
+    runtime: Runtime, kind: str, accepted: UntypedFuture, response_type: Type[W]
+) -> W:
     """Wait for the result of work that the server has accepted."""
     future: APIFuture[W] = runtime.poller.new_future(kind)
-    decode = functools.partial(read, answer, name=kind)
+    decode = functools.partial(read, response_type, name=kind)
     request = AcceptedRequest(future, decode, "a new run", accepted.request_id)
     runtime.poller.watch(f"create {accepted.request_id}", request)
     return future.result()
 
 
-def make_run(runtime: Runtime, asked: Checkpoint) -> NewRun:
-    """Make a run from a checkpoint, in the way that the server has.
-
-    Raises:
-        APIStatusError: the server refuses both ways, or cannot tell what the checkpoint was
-            trained from and no base model was given.
-        RequestFailedError: the checkpoint could not be loaded.
-    """
-    server = state_of(runtime.config)
-    if server.creates_runs_by_loading is False:
-        return _in_two_steps(runtime, asked)
-    try:
-        accepted = _load_as_run(runtime, asked)
-    except APIStatusError as error:
-        crashed = error.status == 500 and server.creates_runs_by_loading is None
-        if not (crashed or _refuses_form(error)):
-            raise
-        logger.info("%s; making the run first", error.message)
-        return _after_refusal(runtime, asked, error)
-    server.note_creates_runs_by_loading(True)
-    loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
-    # The id a server does not send is the one all of them make (docs/protocol.md, "Training runs").
-    model_id = loaded.model_id or accepted.model_id
-    return NewRun(
-        model_id or f"{runtime.session.session_id}:train:{asked.number}", asked.base_model
-    )
-
-
-def _load_as_run(runtime: Runtime, asked: Checkpoint) -> UntypedFuture:
-    return api.create_model_from_weights(
-        runtime.transport,
-        session_id=runtime.session.session_id,
-        model_seq_id=asked.number,
-        path=asked.path,
-        optimizer=asked.optimizer,
-        base_model=asked.base_model,
-        user_metadata=asked.user_metadata,
-        weights_access_token=asked.weights_access_token,
-        optimizer_config=asked.optimizer_config,
-    )
-
-
 def _refuses_form(error: APIStatusError) -> bool:
-    """Tell whether *error* is about the form of the request, not about what it asks for."""
+    """Whether *error* is about the form of the request, not about what it asks for."""
     if error.status not in (400, 422):
         return False
     fields = _FAULT_AT.findall(error.message)
     if fields:
         return any(name in _FORM_FIELDS for name in fields)
     return any(name in error.message for name in _FORM_FIELDS)
-
-
-def _after_refusal(runtime: Runtime, asked: Checkpoint, refusal: APIStatusError) -> NewRun:
-    try:
-        made = _in_two_steps(runtime, asked)
-    except APIStatusError as error:
-        error.hint = error.hint or f"In one request, the answer was: {refusal.message}"
-        raise error from refusal
-    state_of(runtime.config).note_creates_runs_by_loading(False)
-    return made
-
-
-def _in_two_steps(runtime: Runtime, asked: Checkpoint) -> NewRun:
-    """Make the run, then load the checkpoint by its first request."""
-    info = _weights_info(runtime, asked)
-    base_model = asked.base_model or info.base_model
-    # Under the number of the request that was refused: should the server have made a run of that
-    # after all, it will not make a second one.
-    accepted = api.create_model(
-        runtime.transport,
-        session_id=runtime.session.session_id,
-        model_seq_id=asked.number,
-        base_model=base_model,
-        lora_config=_lora_of(info),
-        user_metadata=asked.user_metadata,
-        optimizer_config=_optimizer_of(asked, info),
-    )
-    created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
-    try:
-        accepted = api.load_weights(
-            runtime.transport,
-            model_id=created.model_id,
-            seq_id=1,
-            path=asked.path,
-            optimizer=asked.optimizer,
-            weights_access_token=asked.weights_access_token,
-        )
-        wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
-    except TinkexError as error:
-        if info.lora_rank is None:
-            error.hint = error.hint or _name_the_rank(base_model, asked)
-        _let_go(runtime, created.model_id)
-        raise
-    return NewRun(created.model_id, base_model, next_seq_id=2)
-
-
-def _weights_info(runtime: Runtime, asked: Checkpoint) -> WeightsInfoResponse:
-    try:
-        return rest.get_weights_info(runtime.transport, asked.path)
-    except RouteMissingError as error:
-        if asked.base_model is None:
-            error.hint = (
-                "The server cannot tell what the checkpoint was trained from: give base_model=. "
-                + _name_the_rank("<base model>", asked)
-            )
-            raise
-    logger.info("the server does not tell the rank of %s; taking 32", asked.path)
-    return WeightsInfoResponse(asked.base_model, is_lora=True)
 
 
 def _lora_of(info: WeightsInfoResponse) -> LoraConfig:
@@ -198,23 +220,7 @@ def _lora_of(info: WeightsInfoResponse) -> LoraConfig:
     return LoraConfig(**{name: value for name, value in known.items() if value is not None})
 
 
-def _optimizer_of(asked: Checkpoint, info: WeightsInfoResponse) -> Optional[Mapping[str, Any]]:
-    """The optimizer asked for; else the checkpoint's own, if it is not everybody's default."""
-    if asked.optimizer_config is not None:
-        return asked.optimizer_config
-    own = info.optimizer_config or {}
-    return own if asked.optimizer and own.get("type", "adamw") != "adamw" else None
-
-
-def _name_the_rank(base_model: str, asked: Checkpoint) -> str:
-    load = "load_state_with_optimizer" if asked.optimizer else "load_state"
-    return (
-        "For a rank other than 32, first make the run with "
-        f"create_lora_training_client({base_model!r}, rank=...), then {load}({asked.path!r})."
-    )
-
-
-def _let_go(runtime: Runtime, model_id: str) -> None:
+def _unload(runtime: Runtime, model_id: str) -> None:
     """Have the server drop a run that is of no use, where it can."""
     try:
         api.unload_model(runtime.transport, model_id)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 from tinkex._runtime.lazy_numpy import np
 from tinkex._training.batch import Loss
-from tinkex._training.loss_tracing import LossGraph
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
 from tinkex.futures import APIFuture
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData
@@ -23,6 +22,7 @@ from tinkex.wire.chunking import combine
 if TYPE_CHECKING:
     import torch
 
+    from tinkex._training.loss_tracing import LossGraph
     from tinkex._training.run import TrainingRun
 
 #: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape
@@ -39,14 +39,14 @@ PerDatumLossFn = Callable[..., "Tuple[torch.Tensor, Mapping[str, Any]]"]
 class LossHandle:
     """A traced loss: made by `ServiceClient.create_custom_loss`, for `forward_backward_custom`.
 
-    Where the server took it, the whole pass runs there; elsewhere it is computed here.  Thread-safe
-    if its function is.
+    Where the server has accepted it, the entire pass runs there; elsewhere it is computed here.
+    Thread-safe if its function is.
 
     Attributes:
         name: of the function.
         inputs: its parameters, with the ranks given for them.
         graph: the trace, as it is sent.
-        loss_id: the server's id, or None if the server has it not.
+        loss_id: the server's id, or None if the server does not have it.
         session_id: the session that the id belongs to.
     """
 
@@ -65,7 +65,7 @@ class LossHandle:
         self.loss_id = loss_id
 
     def result(self, timeout: Optional[float] = None) -> LossHandle:
-        """Return this handle itself, at once; *timeout* has no effect."""
+        """Return this handle itself; *timeout* has no effect."""
         return self
 
     def is_at_server(self, session_id: str) -> bool:
@@ -76,7 +76,7 @@ class LossHandle:
         """Raise InvalidInputError unless every datum has the inputs, of the ranks given."""
         for index, datum in enumerate(data):
             for entry in self.inputs:
-                # The ranks of the logprobs are those of the tokens that they are of.
+                # Logprobs have the rank of the tokens that they belong to.
                 name = "target_tokens" if entry.name == "logprobs" else entry.name
                 tensor = datum.loss_fn_inputs.get(name)
                 if tensor is None:
@@ -183,7 +183,9 @@ def gradient_data(
         returned = loss_fn(data, leaves)
     except Exception:
         raise
-    except BaseException as error:  # SystemExit would end the lane, and leave its futures waiting
+    except (
+        BaseException
+    ) as error:  # SystemExit would end the queue's thread, and leave its futures waiting
         raise InvalidInputError(f"the custom loss raised {error!r}") from error
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:

@@ -126,7 +126,7 @@ class SplitBatch:
         future: of the batch.
         parts: the futures of its requests, in order.
         join: makes the result of the batch from theirs.
-        may_repeat: tells whether a part whose answer was lost is done only once when the same
+        may_repeat: whether a part whose response was lost is executed only once when the same
             request is made again.
         contents: what the requests send; None if the same call again would not send the same.
     """
@@ -202,7 +202,7 @@ class SplitBatch:
     def _may_be_completed(self, failures: Sequence[Optional[BaseException]]) -> bool:
         """Whether the same call again adds what is missing, and nothing twice.
 
-        A part whose answer was lost must then be the first request: any other one would have it
+        A part whose response was lost must then be the first request: any other one would have it
         sent again before, and it would be added once more when it is due.
         """
         missing = False

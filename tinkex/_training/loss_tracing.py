@@ -1,20 +1,36 @@
-"""The graph of a custom loss: a torch.fx trace as JSON (docs/protocol.md, "Custom losses").
+"""Custom losses that the server computes: traced with torch.fx, and uploaded as a graph in JSON.
 
-torch is imported when something is traced.  No I/O, no threads of its own.
+See docs/protocol.md, "Custom losses".  torch is imported when something is traced.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
+import logging
 import math
 import re
 import threading
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
+import orjson
+
+from tinkex._api import training as api
 from tinkex._runtime.numeric import is_int, to_int
-from tinkex.errors import InvalidInputError, a_type
+from tinkex._sessions.runtime import Runtime
+from tinkex._training.create_run import wait_for_result
+from tinkex._training.custom_loss import LossHandle, PerDatumLossFn, require_torch
+from tinkex._transport.server_flags import flags_for
+from tinkex.errors import APIError, InvalidInputError, RouteMissingError, a_type
+from tinkex.futures import APIFuture
+from tinkex.types import CreateCustomLossResponse
 from tinkex.types._wire import excerpt
+
+logger = logging.getLogger(__name__)
+
+_KIND = "create_custom_loss"
 
 #: Most parameters a loss may have, ``logprobs`` included.
 MAX_INPUTS = 16
@@ -29,7 +45,7 @@ _MODULES = ("torch.", "math.", "operator.")
 _FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
 
 # Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
-# whole modules meanwhile, which two threads at once would leave patched.
+# whole modules meanwhile, which two threads in parallel would leave patched.
 _tracing = threading.Lock()
 
 
@@ -216,3 +232,69 @@ def _encode(value: Any) -> Any:
 
 def _encode_all(values: Any) -> List[Any]:
     return [_encode(value) for value in values]
+
+
+class LossRegistry:
+    """Makes LossHandles for one session, each loss once.  Thread-safe."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        # next() on a count is atomic; a seq_id is used even if its request fails.
+        self._seq_ids = itertools.count()
+        # Guards _known: the graphs of the losses that were made, or are being made.
+        self._lock = threading.Lock()
+        self._known: Set[bytes] = set()
+
+    def create(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> APIFuture[LossHandle]:
+        """Trace *fn* now, and upload it in the background.  See `ServiceClient`."""
+        require_torch("create_custom_loss")
+        graph = trace_loss(fn, input_ranks)
+        self._runtime.ensure_open(_KIND)
+        key = orjson.dumps([graph.inputs, graph.graph])
+        with self._lock:
+            known = key in self._known
+            self._known.add(key)
+        if known:
+            raise InvalidInputError(
+                f"the loss {graph.name!r} was created in this session before",
+                hint="Keep the LossHandle and use it for every step.",
+            )
+
+        return self._runtime.run(_KIND, functools.partial(self._make, fn, graph, key))
+
+    def _make(self, fn: PerDatumLossFn, graph: LossGraph, key: bytes) -> LossHandle:
+        try:
+            loss_id = self._upload(graph)
+        except BaseException:
+            with self._lock:
+                self._known.discard(key)  # it may be tried again
+            raise
+        return LossHandle(fn, graph, self._runtime.session.session_id, loss_id)
+
+    def _upload(self, graph: LossGraph) -> Optional[str]:
+        """Return the server's id of the loss, or None if it takes none.  Blocks."""
+        runtime = self._runtime
+        if not self._is_wanted():
+            return None
+        try:
+            accepted = api.create_custom_loss(
+                runtime.transport,
+                session_id=runtime.session.session_id,
+                custom_loss_seq_id=next(self._seq_ids),
+                name=graph.name,
+                inputs=[{"name": entry.name, "rank": entry.rank} for entry in graph.inputs],
+                graph=graph.graph,
+            )
+        except RouteMissingError as error:
+            logger.info("custom losses are computed here: %s", error.message)
+            return None
+        created = wait_for_result(runtime, _KIND, accepted, CreateCustomLossResponse)
+        return created.loss_id
+
+    def _is_wanted(self) -> bool:
+        """Whether the server computes such losses; False if it does not report that."""
+        try:
+            return flags_for(self._runtime.transport, once=True).custom_loss_server_side
+        except APIError as error:
+            logger.info("custom losses are computed here: %s", error)
+            return False

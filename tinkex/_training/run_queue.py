@@ -114,7 +114,7 @@ class RunQueue:
         first_seq_id: the first one, if some were used while the run was made.
 
     Attributes:
-        runtime: that of the run.
+        runtime: what the run belongs to.
         model_id: the server's id of the run.
         transport: what the numbered requests must be sent with.
     """

@@ -47,15 +47,15 @@ from tinkex.errors import (
 #: Statuses of a server that has read a request, so that its seq_id is used.  409 is one, too.
 _READ = (400, 404, 410, 422)
 
-#: Statuses of a request that was turned away unread.  Like 5xx, they do not tell what became of an
-#: earlier attempt whose response was lost.
+#: Statuses of a request that was turned away unread.  Like 5xx, they leave open what became of
+#: an earlier attempt whose response was lost.
 _UNREAD = (401, 402, 403, 408, 429)
 
 _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 
 
 class Outcome(enum.Enum):
-    """What a failure to send a request says about the ``seq_id`` that it was sent under."""
+    """What a failure to send a request means for the ``seq_id`` that it was sent under."""
 
     NOT_SENT = "nothing was sent, or there is no such route to read it"
     REFUSED = "the server has read the request, and refused it"
@@ -282,7 +282,7 @@ def _seq_id_of(entry: _Refused) -> int:
 
 
 def classify(error: BaseException) -> Outcome:
-    """Return what *error*, of sending a request, says about its ``seq_id``."""
+    """Return what *error*, of sending a request, means for its ``seq_id``."""
     if isinstance(error, ResponseDecodeError):
         return Outcome.UNREADABLE
     if isinstance(error, RouteMissingError):

@@ -7,15 +7,14 @@ so that runs are numbered in the order of the calls.
 from __future__ import annotations
 
 import functools
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional, Union
 
-from tinkex._api import training as api
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.checks import check_metadata, check_token
-from tinkex._training.create_run import Checkpoint, make_run, wait_for_result
+from tinkex._training.create_run import FromCheckpoint, NewAdapter
 from tinkex.clients.training import TrainingClient
 from tinkex.futures import APIFuture
-from tinkex.types import CreateModelResponse, LoraConfig, OptimizerConfig
+from tinkex.types import LoraConfig, OptimizerConfig
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.types.optimizer import optimizer_config_to_wire
 
@@ -33,16 +32,9 @@ def create_run(
     metadata = check_metadata(user_metadata)
     optimizer_config = optimizer_config_to_wire(optimizer)
     runtime.ensure_open("create_lora_training_client")
-    create = functools.partial(
-        _create,
-        runtime,
-        base_model,
-        session_id=runtime.session.session_id,
-        model_seq_id=runtime.session.next_model_seq_id(),
-        lora_config=lora,
-        user_metadata=metadata,
-        optimizer_config=optimizer_config,
-    )
+    model_seq_id = runtime.session.next_model_seq_id()
+    source = NewAdapter(model_seq_id, base_model, lora, metadata, optimizer_config)
+    create = functools.partial(_create, runtime, source)
     return runtime.run("create_lora_training_client", create)
 
 
@@ -63,7 +55,7 @@ def load_run(
     metadata = check_metadata(user_metadata)
     optimizer_config = optimizer_config_to_wire(optimizer)
     runtime.ensure_open("create_training_client_from_state")
-    checkpoint = Checkpoint(
+    source = FromCheckpoint(
         runtime.session.next_model_seq_id(),
         path,
         with_optimizer,
@@ -72,23 +64,14 @@ def load_run(
         weights_access_token,
         optimizer_config,
     )
-    load = functools.partial(_load, runtime, checkpoint)
-    return runtime.run("create_training_client_from_state", load)
+    create = functools.partial(_create, runtime, source)
+    return runtime.run("create_training_client_from_state", create)
 
 
-def _create(runtime: Runtime, base_model: str, **fields: Any) -> TrainingClient:
-    accepted = api.create_model(runtime.transport, base_model=base_model, **fields)
-    created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
-    return _ready(TrainingClient(runtime, created.model_id, base_model))
-
-
-def _load(runtime: Runtime, checkpoint: Checkpoint) -> TrainingClient:
-    made = make_run(runtime, checkpoint)
-    return _ready(TrainingClient(runtime, made.model_id, made.base_model, made.next_seq_id))
-
-
-def _ready(client: TrainingClient) -> TrainingClient:
-    """Fetch the facts about the run, since this is a background thread anyway."""
+def _create(runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]) -> TrainingClient:
+    """Create the run, and fetch its facts, since this is a background thread anyway."""
+    run = source.create(runtime)
+    client = TrainingClient(runtime, run.model_id, run.base_model, run.next_seq_id)
     try:
         client.get_info()
     except BaseException:

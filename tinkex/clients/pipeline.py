@@ -77,7 +77,7 @@ class PipelineStep:
         overwrite: bool = False,
         user_metadata: Optional[Mapping[str, str]] = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Queue saving weights and optimizer state as they are after this step; return at once.
+        """Queue saving weights and optimizer state as they are after this step; return immediately.
 
         Arguments and result as for `TrainingClient.save_state`.
 

@@ -30,7 +30,7 @@ from tinkex.usage import Usage
 if TYPE_CHECKING:
     from tinkex._sessions.telemetry import Reporter
     from tinkex._training.custom_loss import LossHandle, PerDatumLossFn
-    from tinkex._training.loss_registry import LossRegistry
+    from tinkex._training.loss_tracing import LossRegistry
     from tinkex.clients.rest import RestClient
     from tinkex.clients.training import TrainingClient
     from tinkex.types import GetServerCapabilitiesResponse, OptimizerConfig
@@ -138,7 +138,7 @@ class ServiceClient:
 
     @property
     def _losses(self) -> LossRegistry:
-        from tinkex._training.loss_registry import LossRegistry
+        from tinkex._training.loss_tracing import LossRegistry
 
         fresh = LossRegistry(self._runtime)
         registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all

@@ -119,7 +119,7 @@ class TrainingClient(BaseClient):
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue one forward and backward pass over *data*; return at once.
+        """Queue one forward and backward pass over *data*; return immediately.
 
         The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
         back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
@@ -149,11 +149,12 @@ class TrainingClient(BaseClient):
         *,
         loss_type_input: Optional[str] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Train on a loss of your own, computed here with torch; return at once.
+        """Train on a loss of your own, computed here with torch; return immediately.
 
         ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
-        target_tokens, and returns a scalar tensor and a dict of metrics.  It runs on the lane's
-        thread; calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
+        target_tokens, and returns a scalar tensor and a dict of metrics.  It runs on the
+        queue's thread; calls made after this one wait for it.  The result's ``loss:sum`` is your
+        loss.
 
         A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
         one pass like any other.
@@ -164,7 +165,7 @@ class TrainingClient(BaseClient):
             loss_type_input: has no effect; deprecated.
 
         The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError as that of `forward_backward` does, but the same call again does not
+        IncompleteGradientError like that of `forward_backward`, but the same call again does not
         complete the gradient.
         """
         if loss_type_input is not None:
@@ -179,7 +180,7 @@ class TrainingClient(BaseClient):
             return self._pass_of_handle(data, loss_fn)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
-        self._mistakes.look_at_targets(batch)
+        self._mistakes.check_targets(batch)
         self._ensure_open("forward_backward_custom")
         length = _length(batch)
         return self._metered(
@@ -197,7 +198,7 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[ForwardBackwardOutput]:
         """A pass with a custom loss that the server computes."""
         batch = check_batch(data, "custom")
-        self._mistakes.look_at_targets(batch)
+        self._mistakes.check_targets(batch)
         handle.check(batch)
         self._ensure_open("forward_backward_custom")
         loss = Loss("custom", {"loss_id": str(handle.loss_id)})
@@ -210,7 +211,7 @@ class TrainingClient(BaseClient):
         *,
         adam_params: Optional[AdamParams] = None,
     ) -> APIFuture[OptimStepResponse]:
-        """Queue one optimizer step with the accumulated gradient; return at once.
+        """Queue one optimizer step with the accumulated gradient; return immediately.
 
         Args:
             optim_params: of the run's own optimizer: `AdamParams`, `DimuonParams`, or a mapping
@@ -267,7 +268,7 @@ class TrainingClient(BaseClient):
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
                 print(step.index, step.metrics)
 
-        A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error tells the step.
+        A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error names the step.
         What was sent is not undone: the log names those steps, and ``drain()`` waits for them.  In
         a ``with`` block the same happens when the block is left.  A loop that is left otherwise
         leaves up to *depth* - 1 steps to be done.
@@ -288,12 +289,11 @@ class TrainingClient(BaseClient):
             batches: taken one by one, *depth* - 1 ahead.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
-            depth: steps under way at once; 1 does one after the other.
+            depth: steps under way together; 1 does one after the other.
             save_after: the steps that the body saves: 100 for those of index 99, 199 and so on, or
                 a function of the step's index that returns True for them.  None saves none.
         """
         self._ensure_open("pipeline")
-
         return Pipeline(self, batches, loss_fn, loss_fn_config, adam_params, depth, save_after)
 
     def _submit_step(
@@ -416,7 +416,7 @@ class TrainingClient(BaseClient):
         record_stability_info: bool = False,
         kind: str = "snapshot",
     ) -> APIFuture[SamplingClient]:
-        """Like `save_weights_and_get_sampling_client`; returns at once."""
+        """Like `save_weights_and_get_sampling_client`, without blocking."""
         if kind not in ("snapshot", "inflight"):
             raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
         check_retry_config(retry_config)
@@ -449,7 +449,7 @@ class TrainingClient(BaseClient):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """Like `create_sampling_client`; returns at once."""
+        """Like `create_sampling_client`, without blocking."""
         self._ensure_open("create_sampling_client")
         own = isinstance(model_path, str) and model_path.startswith(f"tinker://{self.model_id}/")
         return SamplingClient.create_future(
@@ -461,7 +461,7 @@ class TrainingClient(BaseClient):
         )
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
-        """Queue having the server let go of this run, and close this client; return at once.
+        """Queue unloading this run at the server, and close this client; return immediately.
 
         It is sent after all that was asked of the run, and only when that is done.  What was not
         saved is lost.  The future raises RouteMissingError where the server has no such route;
@@ -474,7 +474,7 @@ class TrainingClient(BaseClient):
         return unloaded
 
     def get_info(self) -> GetInfoResponse:
-        """What the server says of this run.  Blocks the first time; then cached."""
+        """What the server reports about this run.  Blocks the first time; then cached."""
         self._ensure_open("get_info")
         if self._info is None:
             self._info = api.get_info(self._runtime.transport, self.model_id)
@@ -503,9 +503,9 @@ class TrainingClient(BaseClient):
         self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
     ) -> APIFuture[ForwardBackwardOutput]:
         batch = check_batch(data, loss_fn, loss_fn_config)
-        self._mistakes.look_at_targets(batch)
+        self._mistakes.check_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
-            self._mistakes.look_at_weights(batch)
+            self._mistakes.check_weights(batch)
         loss = Loss(loss_fn, as_loss_config(loss_fn_config))
         self._ensure_open(kind)
         length = _length(batch)
@@ -587,9 +587,9 @@ class _SaveAndSample(EndpointRequest[SamplingClient]):
         self._record_stability_info = record_stability_info
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it with a number of its own, each time."""
-        number = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {**self._fields, "sampling_session_seq_id": number}
+        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
+        sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
+        self._fields = {**self._fields, "sampling_session_seq_id": sampler_seq_id}
         return super().send(channel)
 
     def decode(self, reply: Reply) -> SamplingClient:
