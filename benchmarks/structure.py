@@ -13,6 +13,7 @@ import ast
 import io
 import subprocess
 import sys
+import tempfile
 import threading
 import tokenize
 from collections import defaultdict
@@ -197,11 +198,15 @@ def call_figures() -> Dict[str, str]:
     import tinkex
     from tinkex import types
 
+    folder = tempfile.TemporaryDirectory()  # that of another server may be in use
     serve = [sys.executable, "-m", "tinkex", "serve", "--model", "deterministic", "--port", "0"]
+    serve += ["--data-dir", folder.name]
     process = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().partition("TINKER_BASE_URL=")[2].split(";")[0]
+        lines = iter(process.stdout.readline, "")
+        line = next(line for line in lines if "TINKER_BASE_URL=" in line)
+        url = line.partition("TINKER_BASE_URL=")[2].split(";")[0].strip()
         tokens = types.ModelInput.from_ints([1, 2, 3])
         datum = types.Datum(tokens, {"target_tokens": [2, 3, 4]})
         params = types.SamplingParams(max_tokens=4)
@@ -222,6 +227,7 @@ def call_figures() -> Dict[str, str]:
     finally:
         process.terminate()
         process.wait(30)
+        folder.cleanup()
 
 
 def main() -> None:
