@@ -19,6 +19,9 @@ from field.conftest import KEY, MODEL
 from tinkex import ServiceClient, types
 from tinkex.local import LocalServer
 
+pytest.importorskip("torch")
+pytest.importorskip("lm_eval")
+
 #: Question, the answers to choose from, and which is right.
 QUESTIONS = [
     (f"{name} likes", [" red", " blue", " green"], number % 3)

@@ -11,6 +11,9 @@ from field.conftest import KEY, MODEL
 from tinkex import ServiceClient, types
 from tinkex.local import LocalServer
 
+pytest.importorskip("torch")
+pytest.importorskip("openai")
+
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé?"}]
 
 

@@ -1,6 +1,6 @@
 """An engine without any machine learning, for tests: numpy only.
 
-Everything it answers is a pure function of the input and of the optimizer steps taken.  Before
+Everything it returns is a pure function of the input and of the optimizer steps taken.  Before
 the first step it is a proper language model: after token p at position i, eight candidate tokens
 (chosen by a hash of p and i) share 95 % of the probability, all tokens the rest.  Each step
 shrinks every log-probability by the same rule, so any loss on any data falls.
@@ -78,7 +78,7 @@ class _Adapter:
 
 
 class DeterministicEngine:
-    """An Engine whose answers can be predicted.  See the module's description.
+    """An Engine whose results can be predicted.  See the module's description.
 
     Args:
         model_name: the name clients ask for.
@@ -403,7 +403,7 @@ class DeterministicEngine:
             )
 
     def _check(self, index: int, datum: Datum, loss_fn: str) -> Inputs:
-        """Return the datum's arrays, or say what is wrong with it."""
+        """Return the datum's arrays; EngineError names what is wrong with it."""
         try:
             tokens = datum.model_input.to_numpy()
         except InvalidInputError as error:

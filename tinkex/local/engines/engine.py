@@ -47,7 +47,7 @@ Finished = Tuple[int, Union[SampleResponse, "EngineError"]]
 
 
 class EngineError(Exception):
-    """The engine cannot do what was asked; the server goes on.
+    """The engine cannot do what was asked; the server carries on.
 
     *category* is ``"user"`` if another request would work, ``"server"`` if the engine failed.
     """
@@ -59,11 +59,11 @@ class EngineError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """What the server tells clients about its base model.
+    """What clients learn about the base model.
 
     Attributes:
         model_name: the name clients ask for.
-        aliases: other names it answers to.
+        aliases: other names that clients may use.
         tokenizer_id: what transformers' AutoTokenizer loads (a name or a folder), or None.
         arch: architecture name, for information.
         context_length: most tokens of prompt and continuation together.
@@ -88,7 +88,7 @@ class SampledToken(NamedTuple):
         token: its id.
         logprob: its log-probability, as in ``SampledSequence.logprobs_np``.
         top: the likeliest tokens with their log-probabilities, if they were asked for.
-        stop_reason: why the sequence ends with it; None if it goes on.
+        stop_reason: why the sequence ends with it; None if it continues.
     """
 
     sequence: int
@@ -199,7 +199,7 @@ class Engine(Protocol):
         iterator abandons the rest.  A request that is at fault fails alone.  The tokens of a
         StreamingRequest are reported one by one while a slice is done.
 
-        An index that appears in *dropped* meanwhile needs no answer any more: its work ends with
+        An index that appears in *dropped* meanwhile needs no result any more: its work ends with
         the slice.
         """
 

@@ -23,7 +23,7 @@ Inputs = Dict[str, npt.NDArray[Any]]
 END_OF_SEQUENCE = 0
 _WEIGHTS = np.array([32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 0.5])
 _WEIGHTS = 0.95 * _WEIGHTS / _WEIGHTS.sum()
-_SPREAD = 0.05  # shared by the whole vocabulary
+_SPREAD = 0.05  # shared by the entire vocabulary
 
 
 def mix(values: U64) -> U64:

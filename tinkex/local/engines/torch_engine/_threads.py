@@ -4,7 +4,7 @@ By default they spin, which is good while every core is theirs alone.  As soon a
 wants a core (the client's own threads, another program), the one that is waited for cannot run
 because the others spin: measured on two cores with one busy neighbour, a small matrix product is
 12 times slower spinning than sleeping.  The OpenMP library reads the setting once, as torch loads
-it; an environment that says something else, and a torch that is there already, are left alone.
+it; an environment that sets something else, and a torch that is there already, are left alone.
 """
 
 import os

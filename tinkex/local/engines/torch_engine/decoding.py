@@ -140,7 +140,7 @@ def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 class DecodeBatch:
     """Rows that are continued one token at a time.
 
-    *sources* says for each row which (cache, row of it, prompt length) it starts from.  A row may
+    *sources* holds for each row which (cache, row of it, prompt length) it starts from.  A row may
     go on after it has ended, beyond *context_length* even; its logits mean nothing then.
     """
 

@@ -64,7 +64,7 @@ def _shaped(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero all but the smallest set of likeliest tokens whose probability reaches *top_p*."""
     size = len(probabilities)
-    # The nucleus is nearly always small; sorting the whole vocabulary is the slow way.
+    # The nucleus is nearly always small; sorting the entire vocabulary is the slow way.
     for count in (min(256, size), size):
         values, where = torch.topk(probabilities, count)
         before = values.double().cumsum(0) - values  # mass of the likelier ones

@@ -72,7 +72,7 @@ class TorchEngine:
     ``load`` drops it, ``save`` does not store it.  A pass that fails leaves it as it was.
 
     Numbers: adapters, gradients, optimizer, logits and losses are float32; the base is float32
-    on the CPU and bfloat16 on a GPU unless *dtype* says otherwise.
+    on the CPU and bfloat16 on a GPU unless *dtype* is given.
     """
 
     def __init__(self, network: Network, tokenizer: Any, info: EngineInfo) -> None:
@@ -348,7 +348,9 @@ class TorchEngine:
 
 def _context_length(config: Any, tokenizer: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
-    if length is None:  # positions without a table, as BLOOM's: what the tokenizer says, if sane
+    if (
+        length is None
+    ):  # positions without a table, as BLOOM's: what the tokenizer reports, if plausible
         length = min(tokenizer.model_max_length, _CONTEXT_IF_UNKNOWN)
     return int(length)
 

@@ -1,4 +1,4 @@
-"""Sample requests, checked: what is to be done for each, and what is known of its answer."""
+"""Sample requests, checked: what is to be done for each, and the results so far."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class StopRule:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A checked request and what is known of its answer so far."""
+    """A checked request and its results so far."""
 
     index: int
     request: SampleRequest
@@ -151,7 +151,7 @@ def _check_target_prompt(
     return targets.astype(np.int64, copy=False)
 
 
-def answer(job: Job) -> SampleResponse:
+def response_of(job: Job) -> SampleResponse:
     sequences = [sequence for sequence in job.sequences if sequence is not None]
     scores, request = job.prompt_scores, job.request
     if scores is None:

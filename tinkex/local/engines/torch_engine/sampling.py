@@ -1,4 +1,4 @@
-"""Answers sample requests: runs them as one batch, a slice at a time.
+"""Runs sample requests as one batch, a slice at a time.
 
 A SampleRun is a state machine that the engine advances; each advance is about 8 tokens of every
 row, or one piece of prefill.  What a row draws depends on its own request, seed and sample number
@@ -24,7 +24,12 @@ from tinkex.local.engines.torch_engine.decoding import DecodeBatch, PrefillPiece
 from tinkex.local.engines.torch_engine.drawing import draw
 from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.sample_jobs import Job, Vocabulary, answer, check_request
+from tinkex.local.engines.torch_engine.sample_jobs import (
+    Job,
+    Vocabulary,
+    check_request,
+    response_of,
+)
 from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
 
 #: Decode steps of one slice.
@@ -114,7 +119,7 @@ class SampleRun:
         return finished
 
     def drop(self, dropped: Container[int]) -> None:
-        """End the requests whose index is in *dropped*, without an answer."""
+        """End the requests whose index is in *dropped*, without a result."""
         gone = [index for index in self._jobs if index in dropped]
         if not gone:
             return
@@ -132,7 +137,7 @@ class SampleRun:
         return self._finished + [(index, error) for index in self._jobs]
 
     def _run(self) -> Generator[bool, None, None]:
-        """The whole work, yielding True after each slice."""
+        """Do all the work, yielding True after each slice."""
         for planned in self._waves:
             wave = [sequence for sequence in planned if not sequence.stop_reason]
             if not wave:  # all of them were dropped
@@ -166,7 +171,7 @@ class SampleRun:
         sources: Dict[int, Tuple[Any, int, int]],
         ends: Dict[int, torch.Tensor],
     ) -> None:
-        """Note what *piece* says of *job*: prompt scores; at its end, the features."""
+        """Note the results of *piece* for *job*: prompt scores; at its end, the features."""
         if job.prompt_scores is not None:
             features = piece.features[row, : max(0, job.prompt.size - piece.start)]
             job.prompt_scores.add(self._network, piece.start, features)
@@ -232,7 +237,7 @@ class SampleRun:
                 continue
             sequence.finish()
             if sequence.job.open_sequences == 0:
-                self._finished.append((sequence.job.index, answer(sequence.job)))
+                self._finished.append((sequence.job.index, response_of(sequence.job)))
                 del self._jobs[sequence.job.index]
 
 

@@ -96,7 +96,7 @@ def _run_pass(
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)
     gradient = torch.zeros_like(flat) if backward else None
-    # Each chunk of logits is carried back to the features at once and then freed; tokens that
+    # Each chunk of logits is carried back to the features immediately and then freed; tokens that
     # have no part in the gradient (weight 0) skip the way back through the output layer.
     for wanted, part in ((True, live), (False, ~live)):
         with torch.set_grad_enabled(backward and wanted):
