@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, List
 
@@ -259,6 +260,11 @@ def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
         submit_batch(transport, batch())
     assert encodings(server) == ["x-protobuf", "json"]
     assert caught.value.hint is None
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__  # nor is it shown as what happened before
+    assert "ConflictError" not in "".join(
+        traceback.format_exception(caught.type, caught.value, caught.tb)
+    )
 
 
 # Many at once
