@@ -398,6 +398,17 @@ def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transpor
         after.encoding = "json"  # type: ignore[misc]
 
 
+def test_a_snapshot_can_be_taken_where_the_lock_is_dead(transport: Transport) -> None:
+    """As in the child of a fork, if another thread of the parent was holding it."""
+    transport.server.note_missing("POST telemetry", 404)
+    taken: List[ServerDialect] = []
+    thread = threading.Thread(target=lambda: taken.append(server_dialect(transport)), daemon=True)
+    with transport.server._lock:
+        thread.start()
+        thread.join(PATIENCE_S)
+        assert [dialect.missing_routes for dialect in taken] == [("POST telemetry",)]
+
+
 def test_a_route_that_has_answered_is_not_missing(
     transport: Transport, server: ScriptedServer
 ) -> None:
