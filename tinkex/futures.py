@@ -461,7 +461,7 @@ class _UserCallback:
 
 
 def _run_callbacks(future: Any) -> None:
-    """In the thread that settles *future*: run its callbacks, and let go of them.
+    """In the thread that settles *future*: run its callbacks, and drop them.
 
     A caller who keeps the future must not keep everything that they refer to.
     """

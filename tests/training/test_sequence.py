@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
@@ -109,6 +110,19 @@ def test_what_was_accepted_clears_an_earlier_rejection(events: Events) -> None:
     events.send("a", Outcome.UNREAD)
     events.send("b")
     assert events.send("c", Outcome.CONFLICT) is Action.REPORT
+
+
+def test_the_body_of_what_was_accepted_is_not_kept(events: Events) -> None:
+    class Body:
+        pass
+
+    body = Body()
+    kept = weakref.ref(body)
+    seq_id = events.rules.begin()
+    events.rules.before_send(Message("/step", body))
+    events.rules.accepted("a", seq_id)
+    del body
+    assert kept() is None
 
 
 # Rule 4: a lost response

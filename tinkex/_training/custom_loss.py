@@ -183,9 +183,7 @@ def gradient_data(
         returned = loss_fn(data, leaves)
     except Exception:
         raise
-    except (
-        BaseException
-    ) as error:  # SystemExit would end the queue's thread, and leave its futures waiting
+    except BaseException as error:  # SystemExit would end the queue's thread
         raise InvalidInputError(f"the custom loss raised {error!r}") from error
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:

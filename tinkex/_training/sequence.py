@@ -283,7 +283,7 @@ class SequenceRules(Generic[R, M]):
         """Count *seq_id* as used."""
         self.next_seq_id = max(self.next_seq_id, seq_id + 1)
         self._last_rejected = False
-        self.lost = None
+        self.lost = self._sent = None  # a body takes much memory
 
 
 def _seq_id_of(entry: _Refused) -> int:
