@@ -263,6 +263,43 @@ def test_weights_of_the_first_pass_are_zeros_where_there_are_none(
     assert weights == [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
 
 
+def test_the_metrics_of_a_loss_may_be_of_any_kind(scripted_trainer: TrainingClient) -> None:
+    import torch
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        return logprobs[0].sum(), {
+            "count": 3,
+            "numpy": np.float32(0.5),
+            "total": logprobs[0].sum(),
+            "one": torch.tensor([2.0]),
+            "each": logprobs[0] * 2,
+            "text": "1.5",
+            "nested": {"a": [1, None]},
+            "nothing": None,
+            7: True,
+        }
+
+    metrics = dict(
+        scripted_trainer.forward_backward_custom([datum()], loss).result(PATIENCE_S).metrics
+    )
+    each: Any = metrics.pop("each")
+    assert each.tolist() == [-2.0, -2.0, -2.0]
+    assert not each.requires_grad
+    assert metrics == {
+        "loss:sum": -3.0,
+        "surrogate_loss:sum": 1.0,
+        "count": 3.0,
+        "numpy": 0.5,
+        "total": -3.0,
+        "one": 2.0,
+        "text": "1.5",
+        "nested": {"a": [1, None]},
+        "nothing": None,
+        "7": 1.0,
+    }
+    assert {type(metrics[name]) for name in ("count", "numpy", "total", "one", "7")} == {float}
+
+
 def test_provenance_goes_along_in_both_passes(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
