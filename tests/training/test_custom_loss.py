@@ -300,15 +300,6 @@ def test_the_metrics_of_a_loss_may_be_of_any_kind(scripted_trainer: TrainingClie
     assert {type(metrics[name]) for name in ("count", "numpy", "total", "one", "7")} == {float}
 
 
-def test_metrics_that_are_no_dict_are_refused_before_anything_is_added(
-    scripted_trainer: TrainingClient, routes: TinkerRoutes
-) -> None:
-    loss: Any = lambda d, p: (p[0].sum(), [1.0])  # noqa: E731
-    with pytest.raises(InvalidInputError, match="a list; they must be a dict"):
-        scripted_trainer.forward_backward_custom([datum()], loss).result(PATIENCE_S)
-    assert passes(routes) == [(1, True)]
-
-
 def test_provenance_goes_along_in_both_passes(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
