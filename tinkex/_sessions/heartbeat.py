@@ -34,8 +34,8 @@ from tinkex.errors import ClientClosedError, TinkexError
 
 logger = logging.getLogger(__name__)
 
-#: Wall and monotonic clock drifting apart by this much between two iterations: the machine slept.
-#: Connections idle for so long without our doing may be dead.
+#: If wall and monotonic clock drift apart by this much between two iterations, in seconds, the
+#: machine slept; connections that were idle for that long may be dead.
 SLEEP_JUMP_S = 5.0
 #: A thread woken later than this is worth a warning: something held the interpreter.
 LATE_S = 2.0

@@ -217,7 +217,7 @@ class Runtime:
             return
         try:
             value = work()
-            self.transport.config = self.config  # the server is there: full patience from now on
+            self.transport.config = self.config  # the server is there: max_outage_s from now on
             future.try_set_result(value)
         except Exception as error:
             self.poller.fail(future, error)

@@ -89,7 +89,7 @@ class Connections:
             )
 
     def abort(self) -> None:
-        """Break off everything in flight."""
+        """Abort every request in flight."""
         with self._lock:
             channels = [*self._shared.values(), *self._private]
         for channel in channels:
