@@ -163,6 +163,19 @@ def test_an_export_is_encrypted_for_every_recipient(api: Api) -> None:
             pyrage.decrypt(encrypted[f"{name}.age"], [stranger])
 
 
+def test_an_encrypted_export_cannot_be_loaded_or_sampled_from(api: Api) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    session = api.session()
+    key = str(pyrage.x25519.Identity.generate().to_public())
+    body = {"model_id": api.model(session), "seq_id": 1, "path": "x"}
+    saved = api.post("save_weights_external", **body, age_encryption_recipients=[key])
+    path = api.result(saved)["path"]
+    load = {"session_id": session, "model_seq_id": 1, "path": path, "optimizer": False}
+    sampler = {"session_id": session, "sampling_session_seq_id": 0, "model_path": path}
+    for route, body in (("load_weights", load), ("create_sampling_session", sampler)):
+        assert f"{path} is encrypted" in api.post(route, 400, **body)["detail"]
+
+
 @pytest.mark.parametrize(
     ("route", "keys", "says"),
     [

@@ -69,7 +69,7 @@ class Samplers:
 
     def _checkpoint_at(self, path: str) -> CheckpointRow:
         checkpoint = self._backend.checkpoint_at(path)
-        self._backend.check_trained_here(checkpoint)
+        self._backend.check_loadable(checkpoint)
         return checkpoint
 
     def acquire(self, model: str) -> Sampler:

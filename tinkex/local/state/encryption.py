@@ -54,3 +54,8 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     for file in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
         file.unlink()
+
+
+def is_encrypted(folder: Path) -> bool:
+    """Return whether the files of a checkpoint are encrypted."""
+    return any(folder.glob(f"*{SUFFIX}"))
