@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from support.tinker_routes import MODEL, TinkerRoutes
 
 torch = pytest.importorskip("torch")
 
-from tinkex import LossHandle, ServiceClient, TrainingClient, types  # noqa: E402
+from tinkex import APIFuture, LossHandle, ServiceClient, TrainingClient, types  # noqa: E402
 from tinkex._training.loss_tracing import trace_loss  # noqa: E402
 from tinkex.errors import (  # noqa: E402
     BadRequestError,
@@ -406,6 +406,23 @@ def test_losses_are_numbered_and_each_is_taken_once(
     flagged.create_custom_loss(total, {"logprobs": 2})  # another loss: of other inputs
     numbers = [body["custom_loss_seq_id"] for body in routes.submitted("create_custom_loss")]
     assert numbers == [0, 1, 2]
+
+
+def test_an_upload_that_was_interrupted_may_be_tried_again(
+    flagged: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = APIFuture.result
+
+    def interrupted(future: APIFuture[Any], timeout: Optional[float] = None) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return result(future, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(APIFuture, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flagged.create_custom_loss(clipped, RANKS)
+    assert flagged.create_custom_loss(clipped, RANKS).loss_id == "loss-7"
 
 
 def test_an_upload_that_failed_may_be_tried_again(

@@ -267,7 +267,7 @@ class Backend:
     def check_trained_here(self, checkpoint: CheckpointRow) -> None:
         """Raise HTTPError 400 if a checkpoint was trained from another base model."""
         run = self.store.run(checkpoint.run_id)
-        if run is not None and run.base_model != self.info.model_name:
+        if run is not None and run.base_model not in self.model_names():
             raise HTTPError(
                 400,
                 f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
