@@ -22,7 +22,7 @@ from tinkex import errors
 from tinkex._sessions import manager as session_manager
 from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
 from tinkex._sessions.manager import SessionManager
-from tinkex._sessions.session_record import HTTPLink
+from tinkex._sessions.session_record import MAX_WORKERS, HTTPLink
 from tinkex._transport.transport import Request, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
@@ -467,6 +467,23 @@ def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> N
         assert not first.is_alive()
         (second,) = heartbeat_threads()
         assert manager._heartbeat._thread is second
+
+
+def test_an_id_that_moves_to_another_host_leaves_no_beat_in_flight(bench: HandTurned) -> None:
+    """Its beat was queued for the first host when it was stopped."""
+    bench.start("http://a.test", heartbeat_interval_s=10)
+    registry = bench.registry
+    for _ in range(2 * MAX_WORKERS):
+        bench.manager.adopt_session(Config("http://a.test"), "moves")
+        assert registry.queue_due_beats(bench.clock.monotonic(), all_sessions=True)[0]
+        bench.manager.stop_session("moves")
+        bench.manager.adopt_session(Config("http://b.test"), "moves")
+        bench.heartbeat._send_queued()
+        bench.manager.stop_session("moves")
+    assert bench.network.beats("moves") == 2 * MAX_WORKERS
+    bench.network.sent.clear()
+    bench.iterate(10)
+    assert bench.network.sent == ["s0"]
 
 
 def test_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
