@@ -85,6 +85,7 @@ HEAVY = {
     "werkzeug",
     "waitress",
     "zstandard",
+    "pyrage",
     "matplotlib",
     "rich",
     "click",

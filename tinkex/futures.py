@@ -407,7 +407,7 @@ class APIFuture(Future[T], Generic[T]):
                 super().exception(wait.slice_s())
             except FutureTimeoutError:
                 if wait.is_over:
-                    message = f"no result within {timeout:g} s: {self.status()}"
+                    message = f"no result within {wait.timeout_s:g} s: {self.status()}"
                     raise FutureTimeoutError(message) from None
                 self._explain(wait)
 
@@ -461,7 +461,7 @@ class _UserCallback:
 
 
 def _run_callbacks(future: Any) -> None:
-    """In the thread that settles *future*: run its callbacks, and let go of them.
+    """In the thread that settles *future*: run its callbacks, and drop them.
 
     A caller who keeps the future must not keep everything that they refer to.
     """

@@ -44,8 +44,8 @@ class RetryPolicy:
             after this many attempts, e.g. for a missing route of an unusual web framework; None
             never takes it for that, where a wrong guess would lose a request's seq_id.
         for_result: the request asks for the result of accepted work, which is lost if we give up:
-            we do so only once failures have lasted for *max_elapsed_s*, 429s not counted; every
-            failure to connect may pass; and only 500s that repeat word for word count for
+            we do so only once failures have lasted for *max_elapsed_s* without a 429 between them;
+            every failure to connect may pass; and only 500s that repeat word for word count for
             *max_server_errors*.
     """
 
@@ -185,7 +185,8 @@ class RetryState:
     def _elapsed_s(self, error: APIError, failed_at: float, now: float) -> float:
         """How long it has failed."""
         if error.status == 429 and self.policy.for_result:
-            return -math.inf  # the server is well, and asks for patience
+            self._failing_since = None  # the server is well, and asks for patience
+            return -math.inf
         if self._failing_since is None:
             self._failing_since = failed_at
         return now - self._failing_since
@@ -230,9 +231,8 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
     if isinstance(error, APIStatusError) and error.status is not None:
         if error.status in _READ_AND_REFUSED:
             return True
-        refused = 400 <= error.status < 500 and error.status != 408
         # After an attempt without a response, a refusal may be about the request that was accepted.
-        return refused and not error.maybe_taken
+        return error.status != 408 and not error.maybe_taken
     return not was_sent
 
 

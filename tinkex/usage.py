@@ -16,7 +16,7 @@ from tinkex._runtime.numeric import is_finite, to_float
 from tinkex.errors import BudgetExceededError, ConfigError, InvalidInputError, a_type
 from tinkex.retry import left_undone
 
-#: In a table of prices: that of every model that is not named.
+#: In a table of prices: the key for every model that is not listed.
 ANY_MODEL = "*"
 
 
@@ -83,7 +83,7 @@ class Budget:
 
 
 class Account(NamedTuple):
-    """Whom tokens are put down to: a client, its ``usage_tag``, and the base model."""
+    """What tokens are charged to: a client, its ``usage_tag``, and the base model."""
 
     client: str
     tag: Optional[str]
@@ -133,7 +133,7 @@ class Usage:
         return sum(costs) if len(costs) == len(self.rows) else None
 
     def of_tag(self, tag: Optional[str]) -> Usage:
-        """The same, of one tag only; what is reserved stays that of all."""
+        """The rows of one tag only; ``reserved`` still counts all tags."""
         return Usage(tuple(row for row in self.rows if row.tag == tag), self.reserved)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, List
 
@@ -259,6 +260,11 @@ def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
         submit_batch(transport, batch())
     assert encodings(server) == ["x-protobuf", "json"]
     assert caught.value.hint is None
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__  # nor is it shown as what happened before
+    assert "ConflictError" not in "".join(
+        traceback.format_exception(caught.type, caught.value, caught.tb)
+    )
 
 
 # Many at once
@@ -390,6 +396,17 @@ def test_a_snapshot_does_not_change_and_prints_what_is_known(transport: Transpor
     assert str(after) == "encoding not known yet; without POST telemetry"
     with pytest.raises(dataclasses.FrozenInstanceError):
         after.encoding = "json"  # type: ignore[misc]
+
+
+def test_a_snapshot_can_be_taken_where_the_lock_is_dead(transport: Transport) -> None:
+    """As in the child of a fork, if another thread of the parent was holding it."""
+    transport.server.note_missing("POST telemetry", 404)
+    taken: List[ServerDialect] = []
+    thread = threading.Thread(target=lambda: taken.append(server_dialect(transport)), daemon=True)
+    with transport.server._lock:
+        thread.start()
+        thread.join(PATIENCE_S)
+        assert [dialect.missing_routes for dialect in taken] == [("POST telemetry",)]
 
 
 def test_a_route_that_has_answered_is_not_missing(

@@ -7,11 +7,13 @@ import functools
 import gc
 import re
 import threading
+import weakref
 from datetime import timezone
 from typing import Any, Callable, Dict, Iterator, Tuple
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.threads import wait_until
 
 from tinkex import RestClient, ServiceClient, TrainingClient, types
 from tinkex._api import _call
@@ -306,6 +308,39 @@ def test_one_that_is_forgotten_leaves_no_thread(server: ScriptedServer) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert not any(t.is_alive() for t in threads)
+
+
+def test_one_that_is_dropped_is_collected_without_the_garbage_collector() -> None:
+    alone: Any = RestClient(base_url="http://a.test")
+    runtime = weakref.ref(alone._runtime)
+    gc.disable()
+    try:
+        del alone
+        assert runtime() is None
+    finally:
+        gc.enable()
+
+
+def test_callbacks_of_a_future_are_called_although_its_client_is_gone(
+    server: ScriptedServer,
+) -> None:
+    server.on("GET /api/v1/sessions", Answer(body={"sessions": []}))
+    alone: Any = RestClient(base_url=server.url)
+    runtime = weakref.ref(alone._runtime)
+    first, gone, second = threading.Event(), threading.Event(), threading.Event()
+    future = alone.list_sessions()
+
+    def wait(_: Any) -> None:
+        first.set()
+        assert gone.wait(PATIENCE_S)
+
+    future.add_done_callback(wait)
+    future.add_done_callback(lambda _: second.set())
+    del alone
+    assert first.wait(PATIENCE_S)
+    wait_until(lambda: runtime() is None, "the client to be collected")
+    gone.set()
+    assert second.wait(PATIENCE_S)
 
 
 def test_a_server_that_is_not_there_is_told_soon() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
@@ -52,6 +53,21 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> List[str]:
 )
 def test_names(base_model: str, tokenizer_id: Optional[str], expected: str) -> None:
     assert tokenizers.tokenizer_name(base_model, tokenizer_id) == expected
+
+
+@pytest.mark.parametrize("given", ["base_model", "tokenizer_id"])
+def test_a_folder_is_taken_as_it_is(tmp_path: Path, given: str) -> None:
+    folder = tmp_path / "my:model"
+    folder.mkdir()
+    names = {"base_model": "org/m", given: str(folder)}
+    assert tokenizers.tokenizer_name(**names) == str(folder)
+
+
+def test_a_folder_right_below_the_root_is_no_name_with_a_variant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizers.os.path, "isdir", {"/models/qwen"}.__contains__)
+    assert tokenizers.tokenizer_name("/models/qwen") == "/models/qwen"
 
 
 def test_it_is_loaded_once_and_each_caller_has_its_own(loaded: List[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from servers.profiles import ProfiledServer
+from support.clocks import ManualClock
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
@@ -27,9 +28,12 @@ from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
 from tinkex._downloads import downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
+from tinkex._transport.transport import Reply, Transport
 from tinkex.clients import checkpoints
+from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
+    APITimeoutError,
     ClientClosedError,
     ConfigError,
     DownloadCancelledError,
@@ -568,6 +572,28 @@ def test_a_server_that_never_finishes_the_archive_is_given_up(
     with pytest.raises(InternalServerError, match="still building"):
         rest.get_checkpoint_archive_url_from_tinker_path(PATH).result(PATIENCE_S)
     assert len(server.requests(ARCHIVE)) == archives.BUILDING_TRIES
+
+
+def test_a_server_that_builds_the_archive_in_silence_is_waited_for_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each request outlasts ``max_outage_s`` by itself."""
+    clock = ManualClock()
+    config = Config("http://a.test")
+    transport = Transport(config, clock=clock)
+
+    def send_once(*args: Any, **how: Any) -> Reply:
+        clock.advance(config.poll_timeout_s)
+        raise APITimeoutError("no response in time")
+
+    monkeypatch.setattr(transport, "send_once", send_once)
+    pauses: List[float] = []
+    with pytest.raises(APITimeoutError) as caught:
+        archives.get_checkpoint_archive_url(
+            transport, "run-1", "weights/final", pause=pauses.append
+        )
+    assert pauses == [archives.BUILDING_PAUSE_S] * (archives.BUILDING_TRIES - 1)
+    assert caught.value.attempts == archives.BUILDING_TRIES
 
 
 def test_a_cancel_interrupts_the_wait_for_the_archive(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import sqlite3
+import sys
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
@@ -126,6 +129,81 @@ def test_exported_weights_can_be_loaded_and_sampled(api: Api) -> None:
     assert "weights" in refused["detail"]
     listed = api.get("checkpoints")["checkpoints"]
     assert listed[0]["expires_at"] is not None
+
+
+def fetch_export(api: Api, path: str) -> Dict[str, bytes]:
+    """Return the files of an export by their names."""
+    run_id, kind, name = path[len("tinker://") :].split("/")
+    listed = api.get(f"training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls")
+    files = {}
+    for relative, url in listed["urls"].items():
+        answer = api.client.get(url[url.index("/signed/") :], buffered=True)
+        assert answer.status_code == 200, answer.text
+        files[relative] = answer.data
+    return files
+
+
+def test_an_export_is_encrypted_for_every_recipient(api: Api) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    identities = [pyrage.x25519.Identity.generate() for _ in range(2)]
+    stranger = pyrage.x25519.Identity.generate()
+    model = api.model()
+    train(api, model, 1)
+    save = functools.partial(api.post, "save_weights_external", model_id=model)
+    plain = fetch_export(api, api.result(save(seq_id=3, path="plain"))["path"])
+    keys = [str(identity.to_public()) for identity in identities]
+    saved = api.result(save(seq_id=4, path="secret", age_encryption_recipients=keys))
+    encrypted = fetch_export(api, saved["path"])
+    assert set(encrypted) == {f"{name}.age" for name in plain}
+    assert saved["size_bytes"] == sum(map(len, encrypted.values()))
+    for name, content in plain.items():
+        for identity in identities:
+            assert pyrage.decrypt(encrypted[f"{name}.age"], [identity]) == content
+        with pytest.raises(pyrage.DecryptError):
+            pyrage.decrypt(encrypted[f"{name}.age"], [stranger])
+
+
+def test_an_encrypted_export_cannot_be_loaded_or_sampled_from(api: Api) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    session = api.session()
+    key = str(pyrage.x25519.Identity.generate().to_public())
+    body = {"model_id": api.model(session), "seq_id": 1, "path": "x"}
+    saved = api.post("save_weights_external", **body, age_encryption_recipients=[key])
+    path = api.result(saved)["path"]
+    load = {"session_id": session, "model_seq_id": 1, "path": path, "optimizer": False}
+    sampler = {"session_id": session, "sampling_session_seq_id": 0, "model_path": path}
+    for route, body in (("load_weights", load), ("create_sampling_session", sampler)):
+        assert f"{path} is encrypted" in api.post(route, 400, **body)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("route", "keys", "says"),
+    [
+        ("save_weights_external", [], "0 keys"),
+        ("save_weights_external", ["age1x"] * 11, "11 keys"),
+        ("save_weights_external", ["age1x"], r"\[0\] is not a public key of age"),
+        ("save_weights_external", [7], r"\[0\] is not a public key of age"),
+        ("save_weights_external", "age1x", "must be of type list"),
+        ("save_weights", ["age1x"], "save_weights_external does"),
+        ("save_weights_for_sampler", ["age1x"], "save_weights_external does"),
+    ],
+)
+def test_what_cannot_be_encrypted_is_refused(api: Api, route: str, keys: Any, says: str) -> None:
+    pytest.importorskip("pyrage")
+    model = api.model()
+    body = {"model_id": model, "seq_id": 1, "path": "x", "age_encryption_recipients": keys}
+    assert re.search(says, api.post(route, 400, **body)["detail"])
+    api.save(model, 2, "next")  # the run goes on
+
+
+def test_encryption_without_pyrage_names_what_to_install(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyrage", None)  # as if it were not installed
+    body = {"model_id": api.model(), "seq_id": 1, "path": "x"}
+    refused = api.post("save_weights_external", 400, **body, age_encryption_recipients=["age1x"])
+    assert "tinkex[age]" in refused["detail"]
+    assert api.get("checkpoints")["checkpoints"] == []
 
 
 def test_a_copy_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from local.harness import Api, HeldEngine, held_datum, serving
 from support.threads import wait_until
 
+from tinkex import ServiceClient
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer, load_engine
 from tinkex.local.engines.deterministic import DeterministicEngine
@@ -224,6 +225,31 @@ def test_a_model_is_listed_once_and_answers_to_its_aliases(tmp_path: Path) -> No
                 "base_model": name,
             }
             assert send(server, "create_sampling_session", body)[0] == 200
+
+
+def test_a_checkpoint_trained_under_another_name_of_the_model_is_taken(tmp_path: Path) -> None:
+    class Renamed(DeterministicEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return dataclasses.replace(
+                super().info, model_name="/models/one", aliases=("deterministic",)
+            )
+
+    def create(server: LocalServer, **source: str) -> Tuple[int, Any]:
+        _, session = send(server, "create_session", {"tags": []})
+        body = {"session_id": session["session_id"], "sampling_session_seq_id": 0, **source}
+        return send(server, "create_sampling_session", body)
+
+    with LocalServer(DeterministicEngine(), data_dir=tmp_path) as server:
+        with ServiceClient(base_url=server.url) as service:
+            trainer = service.create_lora_training_client("deterministic")
+            path = trainer.save_weights_for_sampler("a").result(20).path
+    with LocalServer(Renamed(), data_dir=tmp_path) as server:
+        assert create(server, model_path=path)[0] == 200
+    other = DeterministicEngine(model_name="another")
+    with LocalServer(other, data_dir=tmp_path) as server:
+        status, refused = create(server, model_path=path)
+        assert (status, "was trained from deterministic" in refused["detail"]) == (400, True)
 
 
 def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any, Callable, Iterator, List
 
 import pytest
@@ -76,8 +77,8 @@ def test_it_is_its_own_future() -> None:
     assert future.future() is future
 
 
-@pytest.mark.parametrize("timeout", [0, 0.01, -1.0])
-def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, 0.01, -1.0, Fraction(1, 100)])
+def test_a_timeout_says_what_is_going_on_and_leaves_the_future_alive(timeout: Any) -> None:
     future = new("forward_backward")
     future.enter("waiting", "r-17")
     for wait in (future.result, future.exception):

@@ -314,6 +314,15 @@ def test_a_429_is_waited_out_however_long_it_lasts() -> None:
     assert polls.fail(error(503)) is not None  # it was no outage
 
 
+def test_a_429_ends_an_outage() -> None:
+    polls = Polls(max_outage_s=10.0)
+    for failure in (APIConnectionError("refused"), error(503)):
+        assert polls.fail(failure) is not None
+        polls.now += 9.0
+        assert polls.fail(error(429)) is not None
+        polls.now += 9.0
+
+
 def test_what_can_not_be_sent_again_is_polled_for_again() -> None:
     broken_tls = APIConnectionError("certificate", retryable=False)
     assert Polls().fail(broken_tls) is not None

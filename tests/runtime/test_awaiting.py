@@ -219,6 +219,20 @@ def test_a_long_await_is_explained_in_the_log(
     assert explained
 
 
+def test_awaiting_what_is_there_is_not_reported_as_a_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "tinkex")
+    future: APIFuture[int] = APIFuture("sample", notice_after_s=0.0)
+    future.try_set_result(1)
+
+    async def main() -> int:
+        return await future
+
+    assert run(main) == 1
+    assert not caplog.records
+
+
 def test_a_cancelled_future_cancels_what_awaits_it(
     scripted: ServiceClient, released: threading.Event
 ) -> None:

@@ -308,6 +308,20 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
     assert alive() is None
 
 
+def test_a_finalizer_leaves_time_for_what_is_queued() -> None:
+    began, release, done = threading.Event(), threading.Event(), threading.Event()
+    pool = WorkerPool("tinkex-test-last", 1)
+    pool.submit(lambda: (began.set(), release.wait(PATIENCE_S)))
+    assert began.wait(PATIENCE_S)
+    pool.submit(done.set)
+    pool.finalizer_hook()
+    release.set()
+    assert done.wait(PATIENCE_S)
+    assert pool.join(time.monotonic() + PATIENCE_S) == []
+    with pytest.raises(ClientClosedError):
+        pool.submit(int)
+
+
 def test_threads_do_not_keep_the_pool_alive() -> None:
     pool = WorkerPool("tinkex-test-weak", 1, idle_s=60.0)
     weakref.finalize(pool, pool.finalizer_hook)

@@ -232,6 +232,7 @@ _NEWER = {
     "ttl": ("PUT", f"{_CP}/ttl"),
     "session search": ("POST", "sessions/search"),
     "billing": ("GET", "billing/usage/events"),
+    "audit log": ("GET", "audit"),
 }
 
 

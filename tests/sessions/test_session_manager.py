@@ -13,6 +13,7 @@ from typing import Any, Callable, List, Optional
 
 import pytest
 from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
+from support.clocks import ManualClock
 from support.scripted_server import Answer
 from support.session_server import BEAT, CREATE, SessionServer, finish_route
 from support.threads import race, wait_until
@@ -21,7 +22,7 @@ from tinkex import errors
 from tinkex._sessions import manager as session_manager
 from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
 from tinkex._sessions.manager import SessionManager
-from tinkex._sessions.session_record import HTTPLink
+from tinkex._sessions.session_record import MAX_WORKERS, HTTPLink
 from tinkex._transport.transport import Request, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
@@ -227,6 +228,24 @@ def test_a_session_that_arrives_after_its_caller_gave_up_is_ended(
         assert network.sent == []
 
 
+def test_a_session_is_ended_if_its_caller_is_interrupted_as_it_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interrupts = [KeyboardInterrupt()]
+    real = session_manager.SessionRecord
+
+    def record(*args: Any, **how: Any) -> Any:
+        if interrupts:
+            raise interrupts.pop()
+        return real(*args, **how)
+
+    with managed() as (manager, network):
+        monkeypatch.setattr(session_manager, "SessionRecord", record)
+        with pytest.raises(KeyboardInterrupt):
+            manager.start_session(A)
+        assert network.finished == [("s0", "interrupted", None)]
+
+
 def test_a_session_that_arrives_at_a_closed_manager_is_ended() -> None:
     with managed() as (manager, network):
 
@@ -399,6 +418,34 @@ def test_a_hung_host_delays_no_other_host() -> None:
         assert network.beats("s0") == 1
 
 
+def test_if_no_thread_can_take_over_the_old_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with managed() as (manager, network):
+        stuck, release = threading.Event(), threading.Event()
+
+        def beat(session_id: str) -> int:
+            stuck.set()
+            assert release.wait(10)
+            return 200
+
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        def create(session_id: str) -> CreateSessionResponse:
+            monkeypatch.setattr(threading.Thread, "start", start)
+            return CreateSessionResponse(session_id)
+
+        network.on_beat = beat
+        manager.start_session(A)
+        assert stuck.wait(10)
+        network.on_create = create
+        with pytest.raises(ClientClosedError, match="can't start new thread"):
+            manager.start_session(B)
+        monkeypatch.undo()
+        before = network.beats("s0")
+        release.set()
+        wait_until(lambda: network.beats("s0") >= before + 2, "further beats of the first")
+
+
 def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> None:
     with managed() as (manager, network):
         stuck, release = threading.Event(), threading.Event()
@@ -420,6 +467,23 @@ def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> N
         assert not first.is_alive()
         (second,) = heartbeat_threads()
         assert manager._heartbeat._thread is second
+
+
+def test_an_id_that_moves_to_another_host_leaves_no_beat_in_flight(bench: HandTurned) -> None:
+    """Its beat was queued for the first host when it was stopped."""
+    bench.start("http://a.test", heartbeat_interval_s=10)
+    registry = bench.registry
+    for _ in range(2 * MAX_WORKERS):
+        bench.manager.adopt_session(Config("http://a.test"), "moves")
+        assert registry.queue_due_beats(bench.clock.monotonic(), all_sessions=True)[0]
+        bench.manager.stop_session("moves")
+        bench.manager.adopt_session(Config("http://b.test"), "moves")
+        bench.heartbeat._send_queued()
+        bench.manager.stop_session("moves")
+    assert bench.network.beats("moves") == 2 * MAX_WORKERS
+    bench.network.sent.clear()
+    bench.iterate(10)
+    assert bench.network.sent == ["s0"]
 
 
 def test_many_hung_hosts_leave_at_most_eight_workers_busy() -> None:
@@ -767,6 +831,23 @@ def test_after_a_suspend_heartbeats_go_out_immediately_on_fresh_connections(
     assert len(bench.network.sent) == 2  # once
 
 
+def test_a_suspend_between_two_sessions_has_delayed_no_heartbeat(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = ManualClock()
+    with managed(clock=clock, rand=lambda: 0.0) as (manager, network):
+        manager.stop_session(manager.start_session(A))
+        for thread in heartbeat_threads():
+            thread.join(10)
+        clock._wall += 3600  # asleep: the monotonic clock stood still
+        manager.start_session(A)
+        network.wait_for_beat()
+        manager.close()
+        assert messages(caplog) == []
+        assert network.links[1].dropped == 0
+
+
 def test_a_very_long_interval_is_waited_for_in_short_sleeps(
     bench: HandTurned, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -957,6 +1038,27 @@ def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
         network.on_finish = finish
         manager.close()
         assert done.is_set()
+
+
+def test_close_waits_for_the_heartbeat_thread_on_its_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with managed() as (manager, _):
+        leaving, closing = threading.Event(), threading.Event()
+
+        def drain() -> None:
+            leaving.set()
+            assert closing.wait(10)
+            threading.Event().wait(0.1)  # as on a busy machine
+
+        monkeypatch.setattr(manager._heartbeat.workers, "drain", drain)
+        monkeypatch.setattr(manager._session_workers, "close", closing.set)
+        session_id = manager.start_session(A)
+        (thread,) = heartbeat_threads()
+        manager.stop_session(session_id)
+        assert leaving.wait(10)
+        manager.close()
+        assert not thread.is_alive()
 
 
 def test_a_forgotten_manager_ends_its_sessions_and_its_thread() -> None:

@@ -14,7 +14,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from sessions.processes import Script
@@ -525,10 +525,20 @@ def test_without_a_thread_events_are_dropped(
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread at interpreter shutdown")
 
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append((record.getMessage(), found._lock.locked()))
+
+    logged: List[Tuple[str, bool]] = []
+    monkeypatch.setattr(telemetry.logger, "handlers", [Handler()])
+    monkeypatch.setattr(telemetry.logger, "level", logging.DEBUG)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         assert not found.log("x")
     assert found.dropped == 1
+    (message, locked), *_ = logged
+    assert message.startswith("no telemetry: cannot start its thread: can't start new thread")
+    assert not locked  # a handler may be slow
     assert found.log("y")
     found.close(PATIENCE_S)
     assert [e.get("event_name") for e in events(server)] == ["y", None]

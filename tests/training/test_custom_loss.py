@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from support.tinker_routes import MODEL, TinkerRoutes
 
 torch = pytest.importorskip("torch")
 
-from tinkex import LossHandle, ServiceClient, TrainingClient, types  # noqa: E402
+from tinkex import APIFuture, LossHandle, ServiceClient, TrainingClient, types  # noqa: E402
 from tinkex._training.loss_tracing import trace_loss  # noqa: E402
 from tinkex.errors import (  # noqa: E402
     BadRequestError,
@@ -263,6 +263,43 @@ def test_weights_of_the_first_pass_are_zeros_where_there_are_none(
     assert weights == [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
 
 
+def test_the_metrics_of_a_loss_may_be_of_any_kind(scripted_trainer: TrainingClient) -> None:
+    import torch
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        return logprobs[0].sum(), {
+            "count": 3,
+            "numpy": np.float32(0.5),
+            "total": logprobs[0].sum(),
+            "one": torch.tensor([2.0]),
+            "each": logprobs[0] * 2,
+            "text": "1.5",
+            "nested": {"a": [1, None]},
+            "nothing": None,
+            7: True,
+        }
+
+    metrics = dict(
+        scripted_trainer.forward_backward_custom([datum()], loss).result(PATIENCE_S).metrics
+    )
+    each: Any = metrics.pop("each")
+    assert each.tolist() == [-2.0, -2.0, -2.0]
+    assert not each.requires_grad
+    assert metrics == {
+        "loss:sum": -3.0,
+        "surrogate_loss:sum": 1.0,
+        "count": 3.0,
+        "numpy": 0.5,
+        "total": -3.0,
+        "one": 2.0,
+        "text": "1.5",
+        "nested": {"a": [1, None]},
+        "nothing": None,
+        "7": 1.0,
+    }
+    assert {type(metrics[name]) for name in ("count", "numpy", "total", "one", "7")} == {float}
+
+
 def test_provenance_goes_along_in_both_passes(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
@@ -369,6 +406,23 @@ def test_losses_are_numbered_and_each_is_taken_once(
     flagged.create_custom_loss(total, {"logprobs": 2})  # another loss: of other inputs
     numbers = [body["custom_loss_seq_id"] for body in routes.submitted("create_custom_loss")]
     assert numbers == [0, 1, 2]
+
+
+def test_an_upload_that_was_interrupted_may_be_tried_again(
+    flagged: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = APIFuture.result
+
+    def interrupted(future: APIFuture[Any], timeout: Optional[float] = None) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return result(future, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(APIFuture, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flagged.create_custom_loss(clipped, RANKS)
+    assert flagged.create_custom_loss(clipped, RANKS).loss_id == "loss-7"
 
 
 def test_an_upload_that_failed_may_be_tried_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
@@ -111,6 +112,19 @@ def test_what_was_accepted_clears_an_earlier_rejection(events: Events) -> None:
     assert events.send("c", Outcome.CONFLICT) is Action.REPORT
 
 
+def test_the_body_of_what_was_accepted_is_not_kept(events: Events) -> None:
+    class Body:
+        pass
+
+    body = Body()
+    kept = weakref.ref(body)
+    seq_id = events.rules.begin()
+    events.rules.before_send(Message("/step", body))
+    events.rules.accepted("a", seq_id)
+    del body
+    assert kept() is None
+
+
 # Rule 4: a lost response
 
 
@@ -207,6 +221,38 @@ def test_only_a_filler_that_was_read_uses_the_seq_id_of_the_lost_request(
     assert events.rules.filler_failed(outcome) is action
     assert events.rules.next_seq_id == next_seq_id
     assert (events.rules.lost is None) == (action is LostAction.CONTINUE)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.CRASHED])
+def test_a_filler_that_may_have_been_executed_has_to_be_confirmed(
+    events: Events, outcome: Outcome
+) -> None:
+    events.send("a", Outcome.UNKNOWN)
+    events.rules.lost_failed(Outcome.CRASHED)
+    assert events.rules.filler_failed(outcome) is LostAction.REPORT
+    events.send("a'", Outcome.NOT_ACCEPTED)
+    events.send("a'", Outcome.UNKNOWN)
+    assert events.rules.lost_failed(Outcome.NOT_ACCEPTED) is LostAction.FILL
+
+
+def test_a_lost_request_that_was_lost_again_and_never_accepted_needs_no_filler(
+    events: Events,
+) -> None:
+    events.send("a", Outcome.UNKNOWN)
+    assert events.rules.lost_failed(Outcome.UNKNOWN) is LostAction.REPORT
+    assert events.rules.lost_failed(Outcome.NOT_ACCEPTED) is LostAction.CONTINUE
+    assert events.rules.next_seq_id == 1
+
+
+def test_a_filler_of_one_lost_request_is_none_of_the_next(events: Events) -> None:
+    for request in "ab":
+        events.send(request)
+    events.send("c", Outcome.UNKNOWN)
+    events.rules.lost_failed(Outcome.CRASHED)
+    events.rules.filler_failed(Outcome.UNKNOWN)
+    assert events.rules.lost_failed(Outcome.CONFLICT, 2) is LostAction.CONTINUE
+    events.send("d", Outcome.UNKNOWN)
+    assert events.rules.lost_failed(Outcome.NOT_ACCEPTED) is LostAction.CONTINUE
 
 
 def test_a_lost_request_that_is_accepted_has_used_its_seq_id(events: Events) -> None:

@@ -167,7 +167,9 @@ def unreachable(*, maybe_taken: bool) -> APIError:
         (refused(401, maybe_taken=True), False, False),
         (refused(409, maybe_taken=True), False, False),  # maybe with the attempt that was lost
         (refused(408), False, False),
-        (refused(500), False, False),
+        (refused(500, maybe_taken=True), False, False),
+        (refused(503), False, True),  # there was no token to send it with
+        (refused(501), False, True),  # no such route
         (ResponseDecodeError("no request id"), False, False),  # the server took it
         (refused(404), True, False),  # about the result, not about the work
         (refused(401), True, False),

@@ -74,7 +74,7 @@ def get_checkpoint_archive_url(
         now = clock.monotonic()
         delay_s, error = retries.decide(error, now, random.random(), headers)
         # The server builds while we wait, and something between us and it has timed out.
-        timed_out = headers is None and delay_s is not None and now - sent >= BUILDING_PAUSE_S
+        timed_out = headers is None and error.retryable and now - sent >= BUILDING_PAUSE_S
         if timed_out or (headers is not None and error.status == 503):
             building += 1
             hint_s = getattr(error, "retry_after_s", None)

@@ -161,7 +161,8 @@ class _FirstBatch:
                 self._server.note_codec(_protobuf())
                 if first.status == 500:  # which may pass, after all
                     return _submit_as(_protobuf(), self._sender, self._request)
-                raise _with_other(first, second) from second
+                # 409 is about the seq_id, which the first body has used up: no cause of the error.
+                raise _with_other(first, second) from (None if second.status == 409 else second)
             if first.status == 415:
                 self._server.note_codec(_json())
             raise _with_other(second, first) from first
@@ -181,7 +182,7 @@ def _means_protobuf(request: ForwardBackwardRequest, error: APIStatusError) -> b
 def _with_other(reported: APIStatusError, other: APIStatusError) -> APIStatusError:
     """Return *reported* with a hint about the response to the batch in the *other* encoding."""
     if other.status == 409:
-        return reported  # it is about the seq_id, which the first body has used up
+        return reported
     if other.body != reported.body or other.status != reported.status:
         reported.hint = reported.hint or (
             f"Sent in the other encoding, the response was: {other.message}"

@@ -14,11 +14,11 @@ from tinkex._transport.resources import ClientResources
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
 
-#: A server that responds "pending" at once is asked again after this long at first ...
+#: A server that responds "pending" immediately is polled again after this long at first ...
 FIRST_SPACING_S = 0.02
 #: ... growing by half each time to this.
 LAST_SPACING_S = 1.0
-#: A pending response that took longer than this was a real long poll: ask again at once.
+#: A pending response that took longer than this was a real long poll: poll again immediately.
 HELD_S = 1.0
 #: Back-off after failed polls.
 FIRST_BACKOFF_S = 0.5
@@ -40,7 +40,7 @@ def poll_policy(max_outage_s: float) -> RetryPolicy:
 
 
 class PollInterval:
-    """How long to wait between two polls that the server answers.  Pure."""
+    """How long to wait between two polls that the server responds to.  Pure."""
 
     def __init__(self) -> None:
         self._spacing_s = FIRST_SPACING_S

@@ -27,7 +27,7 @@ _POLL = Request("POST", "/api/v1/retrieve_futures")
 ACKNOWLEDGE_AFTER_S = 1.0
 #: A poll that only acknowledges may take this long.
 ACKNOWLEDGE_TIMEOUT_S = 5.0
-#: No server holds a poll for so long (about 30 s are usual); the next one asks for the same.
+#: No server holds a poll this long (about 30 s are usual); the next one asks for the same.
 READ_TIMEOUT_S = 60.0
 
 

@@ -60,7 +60,7 @@ _IDLE_S = 5.0
 
 
 class BatchPoller:
-    """Submits samples and fetches their results when the server says that they are there.
+    """Submits samples and fetches their results when the server reports that they are ready.
 
     Thread-safe; nothing blocks but `flush_acknowledgements` and `join`.
 

@@ -33,7 +33,7 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class Announced:
-    """Done, but the server only says how large the result is; it is to be asked for."""
+    """Done, but the server reports only how large the result is; it must be fetched."""
 
     size: int
 

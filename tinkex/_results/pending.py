@@ -45,7 +45,7 @@ class PendingRequest(Generic[T]):
         future: settled with the result.
         owner: what it is part of, for log lines: ``"run ..."`` or ``"sampler ..."``.
         binary: the result may be protobuf.
-        large: the result may be so large that few of its kind should be fetched at once.
+        large: the result may be so large that few of its kind should be fetched at a time.
         pause_grace_s: a pause of the owner is logged after this long.
         no_progress_timeout_s: in place of the setting of that name; None keeps the setting.
         accepted: the server works on it, under the future's request id.

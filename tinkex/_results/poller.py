@@ -250,7 +250,7 @@ class Poller:
         future.try_set_exception(error)
 
     def close(self, error: TinkexError) -> None:
-        """Settle everything outstanding with *error* and stop the threads.  Returns at once.
+        """Settle everything outstanding with *error* and stop the threads.  Does not block.
 
         Set the transport's ``closing`` first and abort the resources afterwards, so that polls
         end immediately.

@@ -1,1 +1,1 @@
-"""What the rest stands on: threads, clocks, late imports, numbers and URLs.  No HTTP."""
+"""Foundations: threads, clocks, late imports, numbers and URLs.  No HTTP."""

@@ -41,11 +41,10 @@ async def outcome_of(future: Future[T], wait: LongWait, explain: Callable[[LongW
 
     waiting = asyncio.wrap_future(future)
     try:
-        while not waiting.done():
-            # Unlike asyncio.wait_for, this leaves the future alone at the end of each slice.
-            await asyncio.wait({waiting}, timeout=wait.slice_s())
-            if wait.is_over and not waiting.done():
-                raise asyncio.TimeoutError(f"no result within {wait.elapsed_s:.3g} s: {future!r}")
+        # Unlike asyncio.wait_for, this leaves the future alone at the end of each slice.
+        while not (await asyncio.wait({waiting}, timeout=wait.slice_s()))[0]:
+            if wait.is_over:
+                raise asyncio.TimeoutError(f"no result within {wait.timeout_s:g} s: {future!r}")
             explain(wait)
         return waiting.result()
     finally:

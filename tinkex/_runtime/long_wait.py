@@ -27,9 +27,10 @@ class LongWait:
         timeout_s: seconds until the wait is over; None is no limit.
     """
 
-    __slots__ = ("_began", "_deadline", "_notice_at", "_pause_s")
+    __slots__ = ("_began", "_deadline", "_notice_at", "_pause_s", "timeout_s")
 
     def __init__(self, notice_after_s: float, timeout_s: Optional[float] = None) -> None:
+        self.timeout_s = timeout_s
         self._began = time.monotonic()
         self._deadline = math.inf if timeout_s is None else self._began + timeout_s
         self._pause_s = notice_after_s

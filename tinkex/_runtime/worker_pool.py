@@ -41,8 +41,8 @@ class _State:
         self.draining = False  # refuse new tasks, end after those that are queued
 
     def stop_from_finalizer(self) -> None:
-        """Close without the lock, which the finalized thread may hold."""
-        self.closed = True
+        """Drain without the lock, which the finalized thread may hold."""
+        self.draining = True
         self.queue.put(None)
 
 
@@ -158,7 +158,11 @@ class WorkerPool:
 
     @property
     def finalizer_hook(self) -> Callable[[], None]:
-        """What closes the pool from a finalizer: no lock, no reference to the pool."""
+        """What drains the pool from a finalizer: no lock, no reference to the pool.
+
+        Tasks that are still queued then do not need its owner, such as the callbacks of a future
+        that outlives its client.
+        """
         return self._state.stop_from_finalizer
 
 

@@ -174,7 +174,7 @@ class SamplingRequest(PendingRequest[T]):
         return self.select(response)
 
     def retry_after_loss(self) -> Optional[float]:
-        """As the client's RetryConfig says, unless the server's flags forbid retries."""
+        """As set by the client's RetryConfig, unless the server's flags forbid retries."""
         sampler = self._sampler
         delay_s = sampler.retries.delay_s(self.losses, random.random())
         if delay_s is not None and self.wants_sequences:

@@ -116,7 +116,7 @@ def _same_server(one: str, other: str) -> bool:
     try:
         same_path = urlsplit(one).path.rstrip("/") == urlsplit(other).path.rstrip("/")
         return same_path and same_origin(one, other)
-    except ValueError:  # not a URL, as Config will say
+    except ValueError:  # not a URL; Config will report it
         return False
 
 

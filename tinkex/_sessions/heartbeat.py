@@ -34,8 +34,8 @@ from tinkex.errors import ClientClosedError, TinkexError
 
 logger = logging.getLogger(__name__)
 
-#: Wall and monotonic clock drifting apart by this much between two iterations: the machine slept.
-#: Connections idle for so long without our doing may be dead.
+#: If wall and monotonic clock drift apart by this much between two iterations, in seconds, the
+#: machine slept; connections that were idle for that long may be dead.
 SLEEP_JUMP_S = 5.0
 #: A thread woken later than this is worth a warning: something held the interpreter.
 LATE_S = 2.0
@@ -71,14 +71,12 @@ class HeartbeatThread:
         self._registry = registry
         self._session_workers = session_workers
         self._clock = clock
-        self._warned_late = False
-        # How far the wall clock is ahead of the monotonic one, which stands still while the
-        # machine sleeps.
-        self._wall_lead_s = clock.wall() - clock.monotonic()
+        self._begin_watch()
         # Guards what follows.  Taken before the registry's own lock; never held during I/O.
         self._lock = threading.Lock()
         self.workers = _new_workers()
-        self._thread: Optional[threading.Thread] = None
+        self._thread: Optional[threading.Thread] = None  # in charge
+        self._leaving: Optional[threading.Thread] = None  # the last one that found no session left
         self._sending_inline = False
 
     def wake(self) -> None:
@@ -92,17 +90,19 @@ class HeartbeatThread:
             ClientClosedError: no thread can be started.
         """
         with self._lock:
-            thread = None
-            # A thread that is not alive was interrupted before it could start.  One that is
-            # sending for the only session so far may hang in that, so another takes over.
-            if self._thread is None or not self._thread.is_alive() or self._sending_inline:
-                self._sending_inline = False
-                thread = self._thread = self._new_thread()
-        if thread is not None:
-            try:
-                thread.start()
-            except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
-                raise ClientClosedError(f"cannot start thread {thread.name}: {error}") from error
+            in_charge = self._thread is not None and self._thread.is_alive()
+            # A thread that is sending for the only session so far may hang in that, so another
+            # takes over.
+            if not in_charge or self._sending_inline:
+                thread = self._new_thread()
+                # With the lock held: the new thread waits for it, and if it cannot be started, the
+                # old one goes on.
+                try:
+                    thread.start()
+                except RuntimeError as error:  # interpreter shutdown, or too many threads
+                    message = f"cannot start thread {thread.name}: {error}"
+                    raise ClientClosedError(message) from error
+                self._thread, self._sending_inline = thread, False
         self.wake()
 
     def _new_thread(self) -> threading.Thread:
@@ -132,13 +132,15 @@ class HeartbeatThread:
     def join(self, deadline: float) -> None:
         """Wait until *deadline* (monotonic) for the thread and the workers."""
         with self._lock:
-            thread, workers = self._thread, self.workers
-        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
+            threads, workers = (self._thread, self._leaving), self.workers
+        for thread in threads:
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
         workers.join(deadline)
 
     def _run(self) -> None:
         """Iterate until the last session has ended, or another thread has taken over."""
+        self._begin_watch()
         while True:
             try:
                 if not self.run_once():
@@ -181,7 +183,7 @@ class HeartbeatThread:
         with self._lock:
             if len(self._registry):
                 return False
-            self._thread = None
+            self._leaving, self._thread = self._thread, None
             workers, self.workers = self.workers, _new_workers()
         workers.drain()  # they may be finishing sessions
         return True
@@ -211,6 +213,13 @@ class HeartbeatThread:
             self._session_workers.submit(
                 functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
             )
+
+    def _begin_watch(self) -> None:
+        """Take the clocks as they are: a jump while no thread ran has delayed no heartbeat."""
+        self._warned_late = False
+        # How far the wall clock is ahead of the monotonic one, which stands still while the
+        # machine sleeps.
+        self._wall_lead_s = self._clock.wall() - self._clock.monotonic()
 
     def _clock_jump(self) -> float:
         """Seconds the wall clock has gained on the monotonic one since the last call."""

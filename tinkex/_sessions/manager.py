@@ -90,10 +90,11 @@ class SessionManager:
         try:
             self._session_workers.submit(creation.run)
             created = creation.wait()
+            record = creation.record(created)
         except BaseException:  # Ctrl-C too
             creation.give_up()
             raise
-        self._register(creation.record(created), config, owner)
+        self._register(record, config, owner)
         for level, text in (
             (logging.INFO, created.info_message),
             (logging.WARNING, created.warning_message),

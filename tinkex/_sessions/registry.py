@@ -29,9 +29,14 @@ MAX_LOST = 1000
 
 
 class Beat(NamedTuple):
-    """A heartbeat in flight, sent at the monotonic instant *sent_at*."""
+    """A heartbeat in flight, sent at the monotonic instant *sent_at*.
+
+    *host* is the one it was queued for, which differs from the record's if the session was stopped
+    meanwhile, and its id is now that of a session elsewhere.
+    """
 
     record: SessionRecord
+    host: str
     sent_at: float
 
 
@@ -178,17 +183,18 @@ class SessionRegistry:
                 host, session_id = item
                 record = self._records.get(session_id)
                 if record is not None:
-                    return Beat(record, now)
+                    return Beat(record, host, now)
                 self._beats.done(host, now, now, responded=True)  # it was stopped meanwhile
                 self._forget_host_locked(host)
 
     def beat_ended(self, beat: Beat, *, responded: bool) -> None:
         """Note that a beat is no longer in flight."""
         with self._lock:
-            host, now = beat.record.host, self._clock.monotonic()
-            self._beats.done(host, beat.sent_at, now, responded=responded)
-            if beat.record.session_id not in self._records:
-                self._forget_host_locked(host)
+            now = self._clock.monotonic()
+            self._beats.done(beat.host, beat.sent_at, now, responded=responded)
+            known = self._records.get(beat.record.session_id)
+            if known is None or known.host != beat.host:
+                self._forget_host_locked(beat.host)
 
     def record_heartbeat_reply(
         self, record: SessionRecord, status: Optional[int], error: Optional[str]

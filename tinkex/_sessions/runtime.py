@@ -122,12 +122,14 @@ class Runtime:
             reported_id = f"sessionless-{uuid.uuid4()}" if session is None else session.session_id
             self.telemetry = open_reporter(config, reported_id)
         report = None if self.telemetry is None else self.telemetry.operation_failed
-        # explain is a method of ours: a future that waits keeps the runtime, so that a program may
-        # drop its clients and keep their futures.
-        self.poller = Poller(self.resources, self.explain, report)
         if session is None:
+            # Nothing that a future holds refers back to us: what is dropped is collected then.
+            self.poller = Poller(self.resources, on_failure=report)
             self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
         else:
+            # explain is a method of ours: a future that waits keeps the runtime, so that a program
+            # may drop its clients and keep their futures.
+            self.poller = Poller(self.resources, self.explain, report)
             self._background = WorkerPool("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
         hooks = [*self.poller.finalizer_hooks, self._background.finalizer_hook]
         if self.telemetry is not None:
@@ -215,14 +217,14 @@ class Runtime:
             return
         try:
             value = work()
-            self.transport.config = self.config  # the server is there: full patience from now on
+            self.transport.config = self.config  # the server is there: max_outage_s from now on
             future.try_set_result(value)
         except Exception as error:
             self.poller.fail(future, error)
 
     def explain(self, error: TinkexError) -> TinkexError:
-        """Return the error to show for failed work; see `Session.explain`."""
-        return error if self._session is None else self._session.explain(error)
+        """Return the error to show for failed work of the session; see `Session.explain`."""
+        return self.session.explain(error)
 
     def new_lane(self, name: str) -> WorkerPool:
         """Make a serial lane with a thread of that *name*; it is stopped with the runtime."""

@@ -1,7 +1,7 @@
 """Session: one live session on the server, as the clients that use it see it.
 
-The session manager keeps it alive.  Here are its counters, and what an error of work says once the
-session was lost.
+The session manager keeps it alive.  Here are its counters, and the errors of work that failed
+because the session was lost.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 class SessionLink(Protocol):
     """What the session manager needs of a server; tests put their own in its place.
 
-    Each method blocks.  `abort` may be called by another thread and ends the others at once.
+    Each method blocks.  `abort` may be called by another thread and ends the others immediately.
     """
 
     def create(self) -> CreateSessionResponse:

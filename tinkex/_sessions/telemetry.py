@@ -1,9 +1,8 @@
-"""Reporter: reports to the server how a session fares, if the user has asked for that.
+"""Reporter: reports the start, failures and end of a session to the server.
 
-Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)``.  Reported are the session's
-start and end, and the failures of its operations, as `telemetry_events` puts them: without keys,
-prompts or anything else that the user gave us.  Reporting never blocks a caller, never delays an
-error and never raises; what cannot be sent is dropped.
+Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)``.  The events, which
+`telemetry_events` makes, hold no keys, prompts or anything else that the user gave us.  Reporting
+never blocks a caller, never delays an error and never raises; what cannot be sent is dropped.
 
 One thread, ``tinkex-telemetry``, from the first event to the end of the session.
 """
@@ -101,7 +100,7 @@ class Reporter:
         event_data: Optional[Mapping[str, Any]] = None,
         severity: str = "INFO",
     ) -> bool:
-        """Report an event of the program's own; False if it is dropped.  Returns at once.
+        """Report an event of the program's own; False if it is dropped.  Does not block.
 
         *event_data* goes to the server as it is: values that JSON can express, 64 KiB at most.
         """
@@ -114,7 +113,7 @@ class Reporter:
         return fits and self._generic(event_name, data, severity)
 
     def log_exception(self, error: BaseException, severity: str = "ERROR") -> bool:
-        """Report an error that left an operation; False if it is dropped.  Returns at once."""
+        """Report an error that left an operation; False if it is dropped.  Does not block."""
         if is_user_error(error):
             return self._generic("user_error", user_error(error), "WARNING")
         return self._add("UNHANDLED_EXCEPTION", severity, unhandled(error))
@@ -180,7 +179,7 @@ class Reporter:
         return self._add("GENERIC_EVENT", severity, {"event_name": name, "event_data": data})
 
     def _add(self, kind: str, severity: str, fields: Mapping[str, Any]) -> bool:
-        """Queue an event, and make sure that there is a thread; False if it is dropped."""
+        """Queue an event for the thread, which the first one starts; False if it is dropped."""
         if self._pid != os.getpid():  # its lock may be dead here
             return False
         at = datetime.datetime.fromtimestamp(self._clock.wall(), datetime.timezone.utc)
@@ -191,26 +190,31 @@ class Reporter:
             "timestamp": at.isoformat(timespec="microseconds").replace("+00:00", "Z"),
             **fields,
         }
+        trouble: Optional[RuntimeError] = None
         with self._lock:
             event["event_session_index"] = self._next_index
             self._next_index += 1
+            if self._thread is None and not self._closed:
+                trouble = self._start_thread_locked()
             full = self._queue.qsize() >= MAX_WAITING
-            if self._closed or full or not self._has_thread_locked():
+            taken = self._thread is not None and not self._closed and not full
+            if taken:
+                self._queue.put(event)
+            else:
                 self.dropped += 1
-                return False
-            self._queue.put(event)
-            return True
+        if trouble is not None:
+            logger.debug("no telemetry: cannot start its thread: %s", trouble)
+        return taken
 
-    def _has_thread_locked(self) -> bool:
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="tinkex-telemetry", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
-                logger.debug("no telemetry: cannot start its thread: %s", error)
-                return False
-            self._thread = thread
-        return True
+    def _start_thread_locked(self) -> Optional[RuntimeError]:
+        """Start the thread; return why not: interpreter shutdown, or too many threads."""
+        thread = threading.Thread(target=self._run, name="tinkex-telemetry", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            return error
+        self._thread = thread
+        return None
 
     def _run(self) -> None:
         """Send events in batches until _STOP, or until the server turns out not to take any."""

@@ -20,7 +20,6 @@ from tinkex._api import rest, training as api
 from tinkex._api._call import read
 from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
-from tinkex._transport.server_state import state_of
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -100,7 +99,7 @@ class FromCheckpoint:
                 trained from and no base model was given.
             RequestFailedError: the checkpoint could not be loaded.
         """
-        server, session_id = state_of(runtime.config), runtime.session.session_id
+        server, session_id = runtime.transport.server, runtime.session.session_id
         if server.creates_runs_by_loading is False:
             return self._in_two_requests(runtime)
         try:
@@ -108,7 +107,7 @@ class FromCheckpoint:
                 runtime.transport, session_id=session_id, **vars(self)
             )
         except APIStatusError as error:
-            # A plain 500 is how some servers say that they do not know the form.
+            # Some servers respond with a plain 500 to a form that they do not know.
             crashed = error.status == 500 and server.creates_runs_by_loading is None
             if not (crashed or _refuses_form(error)):
                 raise

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: ``loss(data, logprobs)`` -> a scalar tensor and metrics; logprobs[i] is float32 of the shape
 #: of data[i]'s target_tokens.
 CustomLoss = Callable[
-    [Sequence[Datum], "List[torch.Tensor]"], "Tuple[torch.Tensor, Optional[Mapping[str, float]]]"
+    [Sequence[Datum], "List[torch.Tensor]"], "Tuple[torch.Tensor, Optional[Mapping[str, Any]]]"
 ]
 
 #: ``loss(logprobs, ...)`` of one datum -> a scalar tensor and metrics; the further parameters are
@@ -169,7 +169,7 @@ def forward_data(data: Sequence[Datum]) -> List[Datum]:
 
 def gradient_data(
     data: Sequence[Datum], output: ForwardBackwardOutput, loss_fn: CustomLoss
-) -> Tuple[List[Datum], Dict[str, float]]:
+) -> Tuple[List[Datum], Dict[str, Any]]:
     """Compute the loss and return the batch of the second pass, and the user's metrics.
 
     Raises:
@@ -183,9 +183,7 @@ def gradient_data(
         returned = loss_fn(data, leaves)
     except Exception:
         raise
-    except (
-        BaseException
-    ) as error:  # SystemExit would end the queue's thread, and leave its futures waiting
+    except BaseException as error:  # SystemExit would end the queue's thread
         raise InvalidInputError(f"the custom loss raised {error!r}") from error
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -194,7 +192,7 @@ def gradient_data(
             hint="Do not detach the logprobs or convert them to numbers on the way.",
         )
     # Before anything is added to the run's gradient.
-    numbers = {**_numbers(metrics or {}), "loss:sum": float(loss.detach())}
+    reported = {**_metrics(metrics or {}), "loss:sum": float(loss.detach())}
     gradients = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True)
     weighted: List[Datum] = []
     for datum, leaf, gradient in zip(data, leaves, gradients):
@@ -207,7 +205,7 @@ def gradient_data(
                 else "The server's logprobs are not: are there token ids beyond the vocabulary?",
             )
         weighted.append(_weighted(datum, TensorData.from_numpy(weights.astype(np.float32))))
-    return weighted, numbers
+    return weighted, reported
 
 
 def run_custom_pass(
@@ -236,7 +234,7 @@ def run_custom_pass(
 
 
 def _join(
-    metrics: Mapping[str, float], outputs: List[ForwardBackwardOutput]
+    metrics: Mapping[str, Any], outputs: List[ForwardBackwardOutput]
 ) -> ForwardBackwardOutput:
     """The server's outputs with the user's metrics; the server's loss becomes surrogate_loss."""
     output = combine(outputs)
@@ -252,13 +250,24 @@ def _number(value: Any) -> float:
     return float(value.detach() if hasattr(value, "detach") else value)
 
 
-def _numbers(metrics: Any) -> Dict[str, float]:
-    try:
-        return {str(name): _number(value) for name, value in metrics.items()}
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+def _metrics(metrics: Any) -> Dict[str, Any]:
+    if not isinstance(metrics, Mapping):
         raise InvalidInputError(
-            f"the metrics of a custom loss must be a dict of numbers: {error}"
-        ) from error
+            f"the metrics of a custom loss are {a_type(metrics)}; they must be a dict"
+        )
+    return {str(name): _metric(value) for name, value in metrics.items()}
+
+
+def _metric(value: Any) -> Any:
+    """Return *value* as a float if it is one number, also in a tensor; otherwise as it is."""
+    if hasattr(value, "detach"):
+        value = value.detach()  # the result must not keep the graph alive
+    if isinstance(value, (str, bytes, bytearray)):  # float() would parse them
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return value
 
 
 def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> List[Any]:

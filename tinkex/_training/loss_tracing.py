@@ -24,7 +24,6 @@ from tinkex._training.create_run import wait_for_result
 from tinkex._training.custom_loss import LossHandle, PerDatumLossFn, require_torch
 from tinkex._transport.server_flags import flags_for
 from tinkex.errors import APIError, InvalidInputError, RouteMissingError, a_type
-from tinkex.futures import APIFuture
 from tinkex.types import CreateCustomLossResponse
 from tinkex.types._wire import excerpt
 
@@ -245,8 +244,8 @@ class LossRegistry:
         self._lock = threading.Lock()
         self._known: Set[bytes] = set()
 
-    def create(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> APIFuture[LossHandle]:
-        """Trace *fn* now, and upload it in the background.  See `ServiceClient`."""
+    def create(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> LossHandle:
+        """Trace *fn*, and upload it.  Blocks.  See `ServiceClient.create_custom_loss`."""
         require_torch("create_custom_loss")
         graph = trace_loss(fn, input_ranks)
         self._runtime.ensure_open(_KIND)
@@ -259,15 +258,11 @@ class LossRegistry:
                 f"the loss {graph.name!r} was created in this session before",
                 hint="Keep the LossHandle and use it for every step.",
             )
-
-        return self._runtime.run(_KIND, functools.partial(self._make, fn, graph, key))
-
-    def _make(self, fn: PerDatumLossFn, graph: LossGraph, key: bytes) -> LossHandle:
         try:
-            loss_id = self._upload(graph)
-        except BaseException:
+            loss_id = self._runtime.run(_KIND, functools.partial(self._upload, graph)).result()
+        except BaseException:  # Ctrl-C too: the caller has no handle, and may try again
             with self._lock:
-                self._known.discard(key)  # it may be tried again
+                self._known.discard(key)
             raise
         return LossHandle(fn, graph, self._runtime.session.session_id, loss_id)
 

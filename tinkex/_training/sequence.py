@@ -103,11 +103,16 @@ M = TypeVar("M", bound=Message)
 
 @dataclasses.dataclass(frozen=True)
 class Lost(Generic[R, M]):
-    """A request that may have been executed although no response says so (rule 4)."""
+    """A request that may have been executed although no response says so (rule 4).
+
+    Attributes:
+        filler_sent: something else was sent under its ``seq_id``, and may have been executed.
+    """
 
     request: R
     message: M
     seq_id: int
+    filler_sent: bool = False
 
 
 class _Refused(NamedTuple):
@@ -129,7 +134,6 @@ class SequenceRules(Generic[R, M]):
     def __init__(self, first_seq_id: int = 1) -> None:
         self.next_seq_id = first_seq_id
         self.lost: Optional[Lost[R, M]] = None
-        self._filler_sent = False  # in place of the lost request, with unknown outcome
         self._sent: Optional[M] = None  # by the request that is being sent
         self._last_rejected = False  # the last attempt at next_seq_id, before it was read: rule 3
         self._in_flight: Dict[R, int] = {}  # accepted and not settled, with their seq_ids
@@ -188,10 +192,11 @@ class SequenceRules(Generic[R, M]):
                 return Action.REPORT_DONE
             return Action.SEND_AGAIN if was_rejected else Action.REPORT  # rule 3
         self._last_rejected = True
+        filler_sent = self.lost is not None and self.lost.filler_sent
         if outcome in (Outcome.UNKNOWN, Outcome.CRASHED):  # rule 4
             if self._sent is not None:
-                self.lost = Lost(request, self._sent, seq_id)
-        elif outcome is Outcome.NOT_ACCEPTED and not self._filler_sent:
+                self.lost = Lost(request, self._sent, seq_id, filler_sent)
+        elif outcome is Outcome.NOT_ACCEPTED and not filler_sent:
             self.lost = None
         return Action.REPORT
 
@@ -205,20 +210,25 @@ class SequenceRules(Generic[R, M]):
 
         *expected* is the ``seq_id`` that the server expects, if its response names one.
         """
+        assert self.lost is not None
         if outcome is Outcome.CRASHED:
             return LostAction.FILL
         if outcome is Outcome.NOT_ACCEPTED:
-            if self._filler_sent:  # which may have been accepted
+            if self.lost.filler_sent:  # which may have been accepted
                 return LostAction.FILL
             self.lost = None
             return LostAction.CONTINUE
-        return self.filler_failed(outcome, expected)
+        return self._resolve_lost(outcome, expected)
 
     def filler_failed(self, outcome: Outcome, expected: Optional[int] = None) -> LostAction:
-        """What was sent in place of the lost request has failed; *expected* as for that.
+        """What was sent in place of the lost request has failed; *expected* as for that."""
+        action = self._resolve_lost(outcome, expected)
+        if self.lost is not None and outcome in (Outcome.UNKNOWN, Outcome.CRASHED):
+            self.lost = dataclasses.replace(self.lost, filler_sent=True)
+        return action
 
-        Unless the server has read it, this leaves open what became of the lost request.
-        """
+    def _resolve_lost(self, outcome: Outcome, expected: Optional[int]) -> LostAction:
+        """Unless the server has read what failed, it stays open what became of the lost request."""
         assert self.lost is not None
         if expected is not None:
             if expected > self.lost.seq_id:  # rule 6
@@ -227,7 +237,6 @@ class SequenceRules(Generic[R, M]):
         elif outcome in (Outcome.REFUSED, Outcome.CONFLICT, Outcome.UNREADABLE):
             self._use(self.lost.seq_id)
         else:
-            self._filler_sent |= outcome in (Outcome.UNKNOWN, Outcome.CRASHED)
             return LostAction.REPORT
         return LostAction.CONTINUE
 
@@ -273,8 +282,8 @@ class SequenceRules(Generic[R, M]):
     def _use(self, seq_id: int) -> None:
         """Count *seq_id* as used."""
         self.next_seq_id = max(self.next_seq_id, seq_id + 1)
-        self._last_rejected = self._filler_sent = False
-        self.lost = None
+        self._last_rejected = False
+        self.lost = self._sent = None  # a body takes much memory
 
 
 def _seq_id_of(entry: _Refused) -> int:

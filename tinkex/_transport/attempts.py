@@ -49,8 +49,9 @@ class RequestAttempts:
         self._stop = transport.closing if channel is None else channel.stopped
         self._key = request.idempotency_key or transport.new_key()
         self._began = transport.clock.monotonic()
-        # No method of ours: the cycle would keep the body until the garbage collector runs.  Where
-        # it is the server's flags that are asked for, the limit of the pause is one of them.
+        # No method of ours: the cycle would keep the body until the garbage collector runs.  The
+        # limit of the pause is one of the server's flags, which the request for flags must not wait
+        # for.
         pause_for_billing = (
             partial(transport.billing.after_402, may_ask=not request.raw_credential)
             if transport.config.on_billing == "wait"

@@ -10,12 +10,12 @@ import logging
 import math
 import threading
 import weakref
-from typing import Mapping, Union
+from typing import Mapping
 
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.descriptors import advice
 from tinkex._transport.channel import Channel
-from tinkex._transport.fast_connection import PrivateChannel
+from tinkex._transport.fast_connection import AnyChannel, PrivateChannel
 from tinkex.config import Config
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,6 @@ POOL_SIZES: Mapping[str, int] = {"control": 4, "work": 16, "poll": 64}
 
 #: A lack of file descriptors is logged no more often than this, in seconds.
 _SHORTAGE_INTERVAL_S = 60.0
-
-#: What a request can be sent on.
-AnyChannel = Union[Channel, PrivateChannel]
 
 
 class Connections:
@@ -92,7 +89,7 @@ class Connections:
             )
 
     def abort(self) -> None:
-        """Break off everything in flight."""
+        """Abort every request in flight."""
         with self._lock:
             channels = [*self._shared.values(), *self._private]
         for channel in channels:

@@ -26,7 +26,7 @@ _THROTTLED_FACTOR = 20
 
 
 class ByteLimits:
-    """How many bytes one client may have under way at once.  Thread-safe; no threads of its own.
+    """Limits on the bytes that one client has in flight.  Thread-safe; no threads of its own.
 
     The sizes are those of the server's flags, or the caller's own where those are smaller:
     docs/protocol.md, "Back-pressure".
@@ -121,7 +121,7 @@ class ClientResources:
         return cls(transport, ByteLimits(config, transport.server), unread, recorder, billing)
 
     def abort(self) -> None:
-        """Break off everything in flight, and wake everything that waits."""
+        """Abort every request in flight, and wake everything that waits."""
         self.transport.abort()
         self.limits.wake()
         self.unread.wake()

@@ -1,4 +1,4 @@
-"""What a response means as an error: the server's own, or that of something before it.
+"""The error that a response stands for: the server's own, or that of a gateway in front of it.
 
 The server's own responses are JSON or protobuf, or the plain text of its web framework.  Anything
 else (an HTML page, an empty body, XML) comes from a load balancer, a sign-on page or a captive
@@ -92,7 +92,7 @@ def _read_error_body(reply: Reply, redact: Callable[[str], str]) -> Tuple[Any, s
 def raise_if_from_gateway(
     request: Request, reply: Reply, channel: AnyChannel, wall: float, redactor: Redactor
 ) -> None:
-    """Raise APIConnectionError if something before the server has responded in its place.
+    """Raise APIConnectionError if a gateway has responded in the place of the server.
 
     Its ``__cause__`` is the error for the case that it was the server after all, which
     `tinkex.retry.server_error_behind` returns.

@@ -104,7 +104,7 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
 
     def ask() -> ServerFlags:
         if known.static is None:  # the flight before ours may have landed just now
-            # Never a token: whether there are tokens is what is being asked.
+            # Never a token: the response tells whether the server uses tokens.
             request = _request("client/config", raw_credential=True)
             known.static = _ask(transport, request, ServerFlags, known if once else None)
         return known.static

@@ -148,15 +148,17 @@ class ServerState:
             self._creates_by_loading = can
 
     def dialect(self, forced: Optional[Codec] = None) -> ServerDialect:
-        """What is known now; *forced* is an encoding that the settings prescribe."""
-        with self._lock:
-            codec = forced or self._codec
-            return ServerDialect(
-                encoding=None if codec is None else codec.name,
-                compression=self._compression,
-                missing_routes=tuple(sorted(self._missing)),
-                creates_runs_by_loading=self._creates_by_loading,
-            )
+        """What is known now; *forced* is an encoding that the settings prescribe.
+
+        Without the lock, which may have been held when a child was forked that prints this.
+        """
+        codec = forced or self._codec
+        return ServerDialect(
+            encoding=None if codec is None else codec.name,
+            compression=self._compression,
+            missing_routes=tuple(sorted(self._missing.copy())),  # copying is atomic
+            creates_runs_by_loading=self._creates_by_loading,
+        )
 
     def log_deprecation(self, name: str, headers: Mapping[str, str]) -> None:
         """Log the ``x-deprecation-note`` of the response to request *name*, once each."""

@@ -1,7 +1,7 @@
 """Transport: sends requests to one server.  Nothing here knows an endpoint.
 
-What a request is authenticated with and when it is sent again is decided here; limits,
-counters and pauses are objects beside it, see `ClientResources`.
+It authenticates requests, follows redirects and retries; limits, counters and pauses are objects
+beside it, see `ClientResources`.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Transport:
         self._connections.drop_idle()
 
     def abort(self) -> None:
-        """Break off everything in flight.  Set ``closing`` first, so that callers learn why."""
+        """Abort every request in flight.  Set ``closing`` first, so that the errors name it."""
         self._connections.abort()
         self.server.limiter.wake()  # what waits there finds its channel stopped
 

@@ -40,7 +40,7 @@ class BaseClient:
         return self
 
     def result_async(self: C, timeout: Optional[float] = None) -> Coroutine[Any, Any, C]:
-        """Await it to get this client itself, at once; *timeout* has no effect."""
+        """Await it to get this client itself, immediately; *timeout* has no effect."""
         return itself(self)
 
     def coroutine(self: C) -> Coroutine[Any, Any, C]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
         SamplingParams,
         TensorData,
     )
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -230,10 +227,10 @@ class SamplingClient(BaseClient):
                 as many with those that wait for an earlier one.  None is the session's
                 ``max_concurrent_samples``.
             order: in which results come: of ``"completion"`` or of ``"input"``.
-            on_error: a prompt that fails may ``"raise"`` its error and end the iteration, at once
-                even if earlier prompts are not done; ``"yield"`` a `Sampled` with its error; or be
-                ``"skip"``ped, with one warning at the end.  A closed client always raises.  So
-                does a budget that is used up, once all that was begun is handed out.
+            on_error: a prompt that fails may ``"raise"`` its error and end the iteration,
+                immediately even if earlier prompts are not done; ``"yield"`` a `Sampled` with its
+                error; or be ``"skip"``ped, with one warning at the end.  A closed client always
+                raises.  So does a budget that is used up, once all that was begun is handed out.
             progress: True shows a bar on stderr if that is a terminal; a function is called as
                 ``progress(done, failed, total)`` after each prompt, *total* None if unknown.
             options: further arguments of `sample`.
@@ -296,7 +293,7 @@ class SamplingClient(BaseClient):
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
     def _get_sampler(self, what: str) -> Optional[GetSamplerResponse]:
-        """What the server says of the sampler; None if it does not, and we can do without."""
+        """What the server reports about the sampler; None if it does not, and we can do without."""
         self._ensure_open(what)
         try:
             return api.get_sampler(self._runtime.transport, self.sampling_session_id)

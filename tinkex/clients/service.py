@@ -379,7 +379,7 @@ class ServiceClient:
             InvalidInputError: *fn* cannot be traced, or was given in this session before.
             ConfigError: torch is not installed.
         """
-        return self._losses.create(fn, input_ranks).result()
+        return self._losses.create(fn, input_ranks)
 
     def copy_weights(
         self,

@@ -22,9 +22,12 @@ _cache: Dict[str, Any] = {}
 
 def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
     """The name to load: the server's *tokenizer_id*, or else one derived from *base_model*."""
-    if tokenizer_id:  # a folder of the embedded server may hold a colon, a hub name a suffix
-        return tokenizer_id if os.path.isdir(tokenizer_id) else tokenizer_id.split(":", 1)[0]
-    name = base_model.split(":", 1)[0]
+    found = tokenizer_id or base_model
+    if os.path.isdir(found):  # whose path may hold a colon, and slashes
+        return found
+    name = found.split(":", 1)[0]
+    if tokenizer_id:
+        return name
     if name.startswith(_LLAMA3):
         return _LLAMA3_TOKENIZER
     parts = name.split("/")

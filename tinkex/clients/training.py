@@ -152,9 +152,9 @@ class TrainingClient(BaseClient):
         """Train on a loss of your own, computed here with torch; return immediately.
 
         ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
-        target_tokens, and returns a scalar tensor and a dict of metrics.  It runs on the
-        queue's thread; calls made after this one wait for it.  The result's ``loss:sum`` is your
-        loss.
+        target_tokens, and returns a scalar tensor and a dict of metrics, which are added to those
+        of the result: numbers as float, other values as they are.  It runs on the queue's thread;
+        calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
 
         A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
         one pass like any other.

@@ -22,6 +22,7 @@ from tinkex.local.losses.custom_passes import CustomLosses
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow, RunRow
@@ -264,14 +265,20 @@ class Backend:
             f"it has {', '.join(names) or 'none'}",
         )
 
-    def check_trained_here(self, checkpoint: CheckpointRow) -> None:
-        """Raise HTTPError 400 if a checkpoint was trained from another base model."""
+    def check_loadable(self, checkpoint: CheckpointRow) -> None:
+        """Raise HTTPError 400 if a checkpoint was trained from another base model, or encrypted."""
         run = self.store.run(checkpoint.run_id)
-        if run is not None and run.base_model != self.info.model_name:
+        if run is not None and run.base_model not in self.model_names():
             raise HTTPError(
                 400,
                 f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
                 f"{self.info.model_name}",
+            )
+        if is_encrypted(self.store.folder_of(checkpoint)):
+            raise HTTPError(
+                400,
+                f"{checkpoint.tinker_path} is encrypted, and this server has no key to read it; "
+                "load what save_state or save_weights_for_sampler saved",
             )
 
     # Runs and samplers

@@ -64,7 +64,8 @@ class ForwardBackwardOutput:
     Attributes:
         loss_fn_outputs: one map per datum, in input order.  ``["logprobs"]`` is float32 of the
             shape of the datum's ``target_tokens``.
-        metrics: by name, with the reduction after a colon: ``"loss:sum"``.
+        metrics: by name, with the reduction after a colon: ``"loss:sum"``.  Those of a custom loss
+            that are not numbers are what the loss returned.
         loss_fn_output_type: the server's name for the kind of output.
     """
 

@@ -118,25 +118,31 @@ def test_an_adapter_that_merges_as_usual_has_no_note(
     assert not (tmp_path / "MERGING.md").exists()
 
 
-def test_an_export_of_an_untied_model_is_what_peft_reads(cache: Path, tmp_path: Path) -> None:
+def test_an_export_that_leaves_the_output_layer_alone_is_what_peft_reads(
+    cache: Path, tmp_path: Path
+) -> None:
     engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
-    engine.create("m", LoraConfig(rank=4))
+    engine.create("m", LoraConfig(rank=4, train_unembed=False))
     engine.export("m", tmp_path)
     names = set(load_file(str(tmp_path / "adapter_model.safetensors")))
-    assert "base_model.model.lm_head.lora_A.weight" in names
+    assert not any("unembed_tokens" in name or "lm_head" in name for name in names)
     assert not (tmp_path / "MERGING.md").exists()
 
 
-def test_an_export_names_a_tied_output_layer_as_the_hosted_service_does(
-    tied_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_names_the_output_layer_as_the_hosted_service_does(
+    tied: bool, cache: Path, tied_folder: Path, tmp_path: Path
 ) -> None:
-    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    model = str(tied_folder) if tied else "tiny-random"
+    engine = TorchEngine.from_pretrained(model, device="cpu", cache_dir=cache)
     expected = trained(engine, tmp_path / "adapter", LoraConfig(rank=4, seed=1))
     engine.export("m", tmp_path / "out")
     names = set(load_file(str(tmp_path / "out" / "adapter_model.safetensors")))
     assert "base_model.model.model.unembed_tokens.lora_A.weight" in names
     assert not any("lm_head" in name for name in names)
-    assert "unembed_tokens" in (tmp_path / "out" / "MERGING.md").read_text()
+    note = (tmp_path / "out" / "MERGING.md").read_text()
+    assert "unembed_tokens" in note
+    assert ("tie_word_embeddings" in note) is tied
     engine.create("again", LoraConfig(rank=4))
     engine.load("again", tmp_path / "out", with_optimizer=False)
     output = engine.forward_backward("again", [DATUM], "cross_entropy", {}, forward_only=True)

@@ -111,6 +111,19 @@ def test_the_model_answers_to_its_alias_and_its_hub_name(
         assert {resolved.name, *resolved.aliases} == set(NAMES)
 
 
+def test_an_engine_has_the_folder_of_its_model_as_a_name(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache).info
+    folder = Path(str(made.tokenizer_id))
+    assert (made.model_name, made.aliases) == ("tiny-random", (str(folder),))
+    monkeypatch.chdir(folder.parent)
+    relative = TorchEngine.from_pretrained(f"./{folder.name}", device="cpu").info
+    assert (relative.model_name, relative.aliases) == (f"./{folder.name}", (str(folder),))
+    absolute = TorchEngine.from_pretrained(str(folder), device="cpu").info
+    assert (absolute.model_name, absolute.aliases) == (str(folder), ())
+
+
 @pytest.mark.parametrize("when", ["download", "conversion"])
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, MemoryError])
 def test_an_interruption_leaves_nothing_half_made(

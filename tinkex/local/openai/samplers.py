@@ -69,10 +69,7 @@ class Samplers:
 
     def _checkpoint_at(self, path: str) -> CheckpointRow:
         checkpoint = self._backend.checkpoint_at(path)
-        run = self._backend.store.run(checkpoint.run_id)
-        served = self._backend.info.model_name
-        if run is not None and run.base_model != served:
-            raise HTTPError(400, f"it was trained from {run.base_model}; this server has {served}")
+        self._backend.check_loadable(checkpoint)
         return checkpoint
 
     def acquire(self, model: str) -> Sampler:

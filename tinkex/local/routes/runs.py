@@ -163,7 +163,7 @@ class RunRoutes(Routes):
         # Only training checkpoints hold the state of the optimizer.
         kind: Optional[str] = "weights" if with_optimizer else None
         checkpoint = self._backend.checkpoint_at(required(body, "path", str), kind=kind)
-        self._backend.check_trained_here(checkpoint)
+        self._backend.check_loadable(checkpoint)
         return checkpoint, with_optimizer
 
     def _folder(self, checkpoint: CheckpointRow) -> Path:

@@ -52,7 +52,7 @@ class SamplingRoutes(Routes):
         if path is None:
             return None
         checkpoint = self._backend.checkpoint_at(path)
-        self._backend.check_trained_here(checkpoint)
+        self._backend.check_loadable(checkpoint)
         return self._backend.store.freeze(checkpoint)
 
     def join(self) -> Response:

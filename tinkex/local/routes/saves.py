@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from flask import Response
 
@@ -16,6 +16,7 @@ from tinkex.local.http.messages import digest, digest_without, json_body
 from tinkex.local.routes.base import Routes, Rule
 from tinkex.local.scheduling.checks import check_checkpoint_name
 from tinkex.local.scheduling.lanes import Work
+from tinkex.local.state.encryption import encrypt_files, read_recipients
 
 #: Fixed weights, or those of a target that every later save of this kind updates.
 _SAMPLER_KINDS = ("snapshot", "inflight")
@@ -30,7 +31,10 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """One checkpoint that is to be saved, by the route *route*."""
+    """One checkpoint that is to be saved, by the route *route*.
+
+    The files are encrypted for *recipients*, if there are any.
+    """
 
     route: str
     model_id: str
@@ -38,6 +42,7 @@ class _Save:
     overwrite: bool
     ttl_s: Optional[float]
     user_metadata: Optional[Dict[str, Any]]
+    recipients: List[Any]
 
     @property
     def kind(self) -> str:
@@ -77,7 +82,8 @@ class SaveRoutes(Routes):
         return self._submit(body, digest(raw), functools.partial(self._prepare_save, route))
 
     def _prepare_save(self, route: str, model_id: str, body: Dict[str, Any]) -> Work:
-        _check_named(body)
+        if _sampler_kind(body) == "inflight":
+            raise HTTPError(400, "inflight weights have no name; leave out the path")
         save = _Save(
             route,
             model_id,
@@ -85,6 +91,7 @@ class SaveRoutes(Routes):
             bool(optional(body, "overwrite", bool)),
             ttl_seconds(body),
             metadata(body),
+            _recipients(route, body),
         )
         self._backend.store.check_name_free(model_id, save.kind, save.name, save.overwrite)
         return functools.partial(self._save, save)
@@ -101,6 +108,8 @@ class SaveRoutes(Routes):
         ) as folder:
             if save.kind == "external_weights":
                 engine.export(model_id, folder)
+                if save.recipients:
+                    encrypt_files(folder, save.recipients)
             else:
                 engine.save(model_id, folder, with_optimizer=save.kind == "weights")
         path = f"tinker://{model_id}/{save.kind}/{save.name}"
@@ -139,15 +148,16 @@ class SaveRoutes(Routes):
         return folder
 
 
-def _check_named(body: Dict[str, Any]) -> None:
-    if _sampler_kind(body) == "inflight":
-        raise HTTPError(400, "inflight weights have no name; leave out the path")
-    if body.get("age_encryption_recipients"):
+def _recipients(route: str, body: Dict[str, Any]) -> List[Any]:
+    """Return whom the files are encrypted for, none by default; HTTPError 400 if impossible."""
+    keys = optional(body, "age_encryption_recipients", list)
+    if keys is None:
+        return []
+    if route != "save_weights_external":
         raise HTTPError(
-            400,
-            "age_encryption_recipients are not offered here: the weights stay on this machine; "
-            "leave them out",
+            400, f"{route} takes no age_encryption_recipients; save_weights_external does"
         )
+    return read_recipients(keys)
 
 
 def _sampler_kind(body: Dict[str, Any]) -> str:

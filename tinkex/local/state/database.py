@@ -31,8 +31,12 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 CREATE TABLE IF NOT EXISTS samplers (
     sampler_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, created_at REAL NOT NULL,
     base_model TEXT NOT NULL, model_path TEXT);
+CREATE TABLE IF NOT EXISTS audit (
+    at REAL NOT NULL, event_type TEXT NOT NULL, event TEXT NOT NULL, details TEXT NOT NULL,
+    run_id TEXT, tinker_path TEXT);
 CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
 CREATE INDEX IF NOT EXISTS samplers_by_session ON samplers (session_id);
+CREATE INDEX IF NOT EXISTS audit_by_time ON audit (at);
 """
 
 #: Columns that the first version did not have.

@@ -80,6 +80,18 @@ class SamplerRow:
     model_path: Optional[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """Something that was done; *event_type* is checkpoints or projects."""
+
+    at: float
+    event_type: str
+    event: str
+    details: Dict[str, Any]
+    run_id: Optional[str]
+    tinker_path: Optional[str]
+
+
 def timestamp(seconds: float) -> str:
     """RFC 3339 in UTC, with microseconds; later times sort later."""
     text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
@@ -125,3 +137,8 @@ def checkpoint_row(row: sqlite3.Row) -> CheckpointRow:
     """Read a row of the table checkpoints."""
     facts = {**dict(row), "public": bool(row["public"])}
     return CheckpointRow(**{**facts, "user_metadata": _loads_optional(row["user_metadata"])})
+
+
+def audit_row(row: sqlite3.Row) -> AuditRow:
+    """Read a row of the table audit."""
+    return AuditRow(**{**dict(row), "details": json.loads(row["details"])})

@@ -2,7 +2,7 @@
 
 ::
 
-    <data_dir>/tinkex.sqlite3                        sessions, runs, checkpoints, samplers
+    <data_dir>/tinkex.sqlite3                        sessions, runs, checkpoints, samplers, audit
     <data_dir>/checkpoints/<run>/<kind>/<name>/      one saved adapter
     <data_dir>/samplers/<n>/                         frozen weights of living samplers
     <data_dir>/reserve                               disk space for changes on a full disk
@@ -30,14 +30,17 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.state.database import Database
 from tinkex.local.state.folder_lock import FolderLock, folder_errors
 from tinkex.local.state.rows import (
+    AuditRow,
     CheckpointRow,
     RunRow,
     SamplerRow,
     SessionRow,
+    audit_row,
     checkpoint_row,
     dumps,
     run_row,
     session_row,
+    timestamp,
 )
 from tinkex.types import LoraConfig
 from tinkex.types.checkpoint_path import KINDS
@@ -115,6 +118,7 @@ class Store:
         """Move a session, and the runs in it, to another project."""
         sql = "UPDATE sessions SET project_id = ? WHERE session_id = ?"
         self._db.execute(sql, project_id, session_id)
+        self._audit("projects", "session.moved", session_id=session_id, project_id=project_id)
 
     def session(self, session_id: str) -> Optional[SessionRow]:
         """Return a session, or None."""
@@ -283,13 +287,21 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         now = self.wall()
+        folder = str(final.relative_to(self.data_dir))
+        expires_at = None if ttl_s is None else now + ttl_s
         sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
         replaced = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
         self._db.execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
-            run_id, kind, name, now, str(final.relative_to(self.data_dir)), size,
-            None if ttl_s is None else now + ttl_s, dumps(user_metadata),
+            run_id, kind, name, now, folder, size, expires_at, dumps(user_metadata),
         )  # fmt: skip
+        row = CheckpointRow(run_id, kind, name, now, folder, size, False, expires_at, user_metadata)
+        self._audit_checkpoint(
+            row,
+            "checkpoint.overwritten" if replaced else "checkpoint.created",
+            size_bytes=size,
+            expires_at=_timestamp(expires_at),
+        )
         for old in replaced:
             shutil.rmtree(self.folder_of(old), ignore_errors=True)
 
@@ -346,8 +358,13 @@ class Store:
             f"{self.folder_of(checkpoint)}",
         )
 
-    def delete_checkpoint(self, checkpoint: CheckpointRow) -> None:
-        """Forget a checkpoint and remove its files.  Works on a full disk, too."""
+    def delete_checkpoint(
+        self, checkpoint: CheckpointRow, event: str = "checkpoint.deleted"
+    ) -> None:
+        """Forget a checkpoint and remove its files; the audit log has it as *event*.
+
+        Works on a full disk, too.
+        """
         try:
             self._forget_checkpoint(checkpoint)
         except sqlite3.OperationalError:
@@ -356,6 +373,7 @@ class Store:
             shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
             self._forget_checkpoint(checkpoint)
         shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+        self._audit_checkpoint(checkpoint, event)
 
     def _forget_checkpoint(self, checkpoint: CheckpointRow) -> None:
         self._db.execute(
@@ -369,24 +387,59 @@ class Store:
             "UPDATE checkpoints SET public = ? WHERE run_id = ? AND kind = ? AND name = ?",
             int(public), checkpoint.run_id, checkpoint.kind, checkpoint.name,
         )  # fmt: skip
+        event = "checkpoint.published" if public else "checkpoint.unpublished"
+        self._audit_checkpoint(checkpoint, event)
 
     def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
         """Have a checkpoint expire *ttl_s* from now; None keeps it."""
+        expires_at = None if ttl_s is None else self.wall() + ttl_s
         self._db.execute(
             "UPDATE checkpoints SET expires_at = ? WHERE run_id = ? AND kind = ? AND name = ?",
-            None if ttl_s is None else self.wall() + ttl_s,
-            checkpoint.run_id, checkpoint.kind, checkpoint.name,
+            expires_at, checkpoint.run_id, checkpoint.kind, checkpoint.name,
         )  # fmt: skip
+        self._audit_checkpoint(
+            checkpoint, "checkpoint.ttl_changed", expires_at=_timestamp(expires_at)
+        )
 
     def drop_expired_checkpoints(self) -> None:
         """Delete the checkpoints whose time has come."""
         sql = "SELECT * FROM checkpoints WHERE expires_at <= ?"
         for row in self._db.rows(sql, self.wall()):
-            self.delete_checkpoint(checkpoint_row(row))
+            self.delete_checkpoint(checkpoint_row(row), "checkpoint.expired")
 
     def restore_reserve(self) -> None:
         """Keep room on the disk for changes again, after some was used on a full disk."""
         self._db.restore_reserve()
+
+    # The audit log
+
+    def audit_log(self, start: float, stop: float, event_type: Optional[str]) -> List[AuditRow]:
+        """Return what was done from *start* until just before *stop*, oldest first.
+
+        *event_type* is ``"checkpoints"`` or ``"projects"``, or None for both.
+        """
+        sql = (
+            "SELECT * FROM audit WHERE at >= ? AND at < ? AND (? IS NULL OR event_type = ?) "
+            "ORDER BY at, rowid"
+        )
+        return [audit_row(row) for row in self._db.rows(sql, start, stop, event_type, event_type)]
+
+    def _audit_checkpoint(self, checkpoint: CheckpointRow, event: str, **details: Any) -> None:
+        details = {"checkpoint_type": KINDS[checkpoint.kind], **details}
+        self._audit("checkpoints", event, checkpoint.run_id, checkpoint.tinker_path, **details)
+
+    def _audit(
+        self,
+        event_type: str,
+        event: str,
+        run_id: Optional[str] = None,
+        tinker_path: Optional[str] = None,
+        **details: Any,
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
+            self.wall(), event_type, event, json.dumps(details), run_id, tinker_path,
+        )  # fmt: skip
 
     # Below
 
@@ -413,6 +466,10 @@ class Store:
 
     def _run_folder(self, run_id: str) -> Path:
         return self.data_dir / "checkpoints" / _folder_name(run_id)
+
+
+def _timestamp(seconds: Optional[float]) -> Optional[str]:
+    return None if seconds is None else timestamp(seconds)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -33,12 +33,12 @@ def write_adapter(
 ) -> None:
     """Write *adapter* into *folder* in PEFT's format; *lora* beside it, for `read_lora`.
 
-    There is a note with it if merging it takes care.  *for_export* names the weights of a tied
-    output layer as the hosted service does, so that merging tools of the field know it by name.
+    There is a note with it if merging it takes care.  *for_export* names the weights of the output
+    layer as the hosted service does, which is what the cookbook's merging and conversion expect.
     """
     from safetensors.torch import save_file
 
-    renamed = for_export and adapter.on_tied_output
+    renamed = for_export and adapter.output is not None
     own = f"{_PREFIX}{adapter.output}."
     tensors = {}
     for name, value in adapter.parameters.items():
@@ -49,8 +49,9 @@ def write_adapter(
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
-    if adapter.on_tied_output:
-        note = merging_note(config.base_model_name_or_path, exported=renamed)
+    if adapter.on_tied_output or renamed:
+        base_model = config.base_model_name_or_path
+        note = merging_note(base_model, tied=adapter.on_tied_output, exported=renamed)
         (folder / NOTE_FILE).write_text(note, encoding="utf-8")
 
 

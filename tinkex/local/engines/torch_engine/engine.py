@@ -114,13 +114,16 @@ class TorchEngine:
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         network, tokenizer = load_network(resolved.source, device, dtype, model)
+        # The folder is a name, too: programs that load the tokenizer by the name of the model, as
+        # those of the official client do, need no model hub then.
+        folder = (resolved.source,) if resolved.source != resolved.name else ()
         info = EngineInfo(
             model_name=resolved.name,
             arch=type(network.model).__name__,
             context_length=_context_length(network.model.config.get_text_config(), tokenizer),
             vocab_size=network.vocab_size,
             tokenizer_id=resolved.source,
-            aliases=resolved.aliases,
+            aliases=(*resolved.aliases, *folder),
         )
         seconds = time.monotonic() - started
         logger.info("loaded %s (%s) on %s in %.1f s", model, info.arch, device, seconds)

@@ -36,13 +36,17 @@ def untie(model: Any) -> None:
         config.tie_word_embeddings = False
 
 
-def merging_note(base_model: str, *, exported: bool) -> str:
-    """What is written beside an adapter on a tied output layer, which PEFT alone merges wrong.
+def merging_note(base_model: str, *, tied: bool, exported: bool) -> str:
+    """What is written beside an adapter on an output layer that PEFT alone would merge wrong.
 
-    *exported*: the output layer is named as in exports of the hosted service.
+    *tied*: it shares its weights with the embedding.  *exported*: it is named as in exports of the
+    hosted service.
     """
-    last = _EXPORTED if exported else _BY_HAND.format(base_model=base_model)
-    return "\n".join([_MERGE, _TIED.format(base_model=base_model), last])
+    parts = [_MERGE]
+    if tied:
+        parts.append(_TIED.format(base_model=base_model))
+    parts.append(_EXPORTED if exported else _BY_HAND.format(base_model=base_model))
+    return "\n".join(parts)
 
 
 _MERGE = """# Before you merge this adapter

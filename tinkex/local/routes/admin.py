@@ -1,0 +1,56 @@
+"""What was done on a day (docs/protocol.md, "Administration")."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Optional, Sequence
+
+from flask import Response, request
+
+from tinkex.local.errors import HTTPError
+from tinkex.local.http.messages import json_response
+from tinkex.local.routes.base import Routes, Rule
+from tinkex.types import AuditLogEntry, AuditLogResponse
+
+_EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
+_DAY_S = 86400.0
+
+
+class AdminRoutes(Routes):
+    """Views for administrators."""
+
+    def rules(self) -> Sequence[Rule]:
+        """See Routes."""
+        return [("GET", "audit", self.audit_log)]
+
+    def audit_log(self) -> Response:
+        """Everything that was done on one day in UTC, oldest first; by default today."""
+        event_type = request.args.get("event_type", "all")
+        if event_type not in _EVENT_TYPES:
+            raise HTTPError(
+                400,
+                f"event_type is {event_type!r:.100}; it must be one of {', '.join(_EVENT_TYPES)}",
+            )
+        start = self._start_of_day(request.args.get("day"))
+        chosen = None if event_type == "all" else event_type
+        entries = [
+            AuditLogEntry(
+                timestamp=datetime.fromtimestamp(row.at, timezone.utc),
+                event=row.event,
+                event_details=row.details,
+                model_id=row.run_id,
+                tinker_path=row.tinker_path,
+            )
+            for row in self._backend.store.audit_log(start, start + _DAY_S, chosen)
+        ]
+        return json_response(AuditLogResponse(entries).to_wire())
+
+    def _start_of_day(self, day: Optional[str]) -> float:
+        """Return when *day* (``YYYY-MM-DD``) begins; HTTPError 400 if it is no day."""
+        if not day:
+            return self._backend.wall() // _DAY_S * _DAY_S
+        try:
+            parsed = datetime.strptime(day, "%Y-%m-%d")
+        except ValueError as error:
+            raise HTTPError(400, f"day is {day!r:.100}; it must be YYYY-MM-DD") from error
+        return parsed.replace(tzinfo=timezone.utc).timestamp()
