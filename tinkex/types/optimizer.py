@@ -151,17 +151,17 @@ def _as_object(what: str, value: Any) -> Dict[str, Any]:
         encoded = dict(value)
     elif isinstance(value, Wire):
         encoded = value.to_wire()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        encoded = dataclasses.asdict(value)
-    elif callable(getattr(value, "model_dump", None)):  # pydantic
-        encoded = dict(value.model_dump())
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        encoded = dict(vars(value))
-    else:
+    elif isinstance(value, type) or not hasattr(value, "__dict__"):  # a class has methods, too
         raise InvalidInputError(
             f"{what} is {excerpt(value, 100)}; it must be an object that describes an optimizer",
             hint=_OBJECTS,
         )
+    elif dataclasses.is_dataclass(value):
+        encoded = dataclasses.asdict(value)
+    elif callable(getattr(value, "model_dump", None)):  # pydantic
+        encoded = dict(value.model_dump())
+    else:
+        encoded = dict(vars(value))
     encoded.setdefault("type", getattr(value, "type", None))
     if not isinstance(encoded["type"], str) or not encoded["type"]:
         raise InvalidInputError(
