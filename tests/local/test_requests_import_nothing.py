@@ -29,7 +29,7 @@ print(found)
 
 # In another process, so that what the client imports does not hide what the server does.
 CLIENT = """
-import sys
+import datetime, importlib.util, sys
 import tinkex
 from tinkex import types
 
@@ -50,6 +50,12 @@ for wire in ("json", "protobuf"):
         rest.search_sessions(types.SessionSearchRequest()).result()
         rest.get_weights_info_by_tinker_path(path).result()
         rest.get_checkpoint_archive_url(run, "weights/a" + wire).result()
+        recipients = None
+        if importlib.util.find_spec("pyrage") is not None:
+            recipients = ["age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"]
+        trainer.save_weights_external("c" + wire, age_encryption_recipients=recipients).result()
+    with tinkex.AdminClient(base_url=sys.argv[1]) as admin:
+        admin.get_audit_log(day=datetime.date(2026, 1, 2)).result()
 """
 
 

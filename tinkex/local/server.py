@@ -306,13 +306,15 @@ _MODULES_OF_REQUESTS = (
     "tinkex.wire.proto_writer",
     "tinkex.wire.tinker_public_pb2",
 )
+_OPTIONAL_OF_REQUESTS = ("zstandard", "pyrage")
 
 
 def _import_for_requests() -> None:
     for name in _MODULES_OF_REQUESTS:
         importlib.import_module(name)
-    if importlib.util.find_spec("zstandard") is not None:
-        importlib.import_module("zstandard")
+    for package in _OPTIONAL_OF_REQUESTS:
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
 
 
 def check_bind(host: str, port: int, api_key: Optional[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from typing import Optional, Sequence
 
 from flask import Response, request
@@ -50,7 +50,8 @@ class AdminRoutes(Routes):
         if not day:
             return self._backend.wall() // _DAY_S * _DAY_S
         try:
-            parsed = datetime.strptime(day, "%Y-%m-%d")
+            # Not strptime, which imports a module: requests must not, see local/server.py.
+            midnight = datetime.combine(date.fromisoformat(day), time(), timezone.utc)
         except ValueError as error:
             raise HTTPError(400, f"day is {day!r:.100}; it must be YYYY-MM-DD") from error
-        return parsed.replace(tzinfo=timezone.utc).timestamp()
+        return midnight.timestamp()

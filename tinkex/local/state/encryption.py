@@ -1,6 +1,6 @@
 """Encrypting the files of exported weights with age (https://age-encryption.org).
 
-pyrage is imported when a client asks for encryption.  No threads.
+pyrage is optional; the server imports it when it starts, if it is there.  No threads.
 """
 
 from __future__ import annotations
