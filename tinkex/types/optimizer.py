@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Union, cast
 
 from tinkex._runtime.numeric import convert_fields, is_finite, to_float
 from tinkex.errors import InvalidInputError, a_type
@@ -145,29 +145,24 @@ _OBJECTS = (
 )
 
 
-def _no_object(what: str, value: Any) -> InvalidInputError:
-    return InvalidInputError(
-        f"{what} is {excerpt(value, 100)}; it must be an object that describes an optimizer",
-        hint=_OBJECTS,
-    )
-
-
 def _as_object(what: str, value: Any) -> Dict[str, Any]:
     """Return *value*, a mapping or an object with a ``type``, as a JSON object."""
     if isinstance(value, Mapping):
         encoded = dict(value)
     elif isinstance(value, Wire):
         encoded = value.to_wire()
-    elif isinstance(value, type):  # it has the methods of its instances, too
-        raise _no_object(what, value)
+    elif isinstance(value, type) or not hasattr(value, "__dict__"):
+        # A class has the methods of its instances, but not their values.
+        raise InvalidInputError(
+            f"{what} is {excerpt(value, 100)}; it must be an object that describes an optimizer",
+            hint=_OBJECTS,
+        )
     elif dataclasses.is_dataclass(value):
-        encoded = dataclasses.asdict(value)
+        encoded = dataclasses.asdict(cast(Any, value))
     elif callable(getattr(value, "model_dump", None)):  # pydantic
         encoded = dict(value.model_dump())
-    elif hasattr(value, "__dict__"):
-        encoded = dict(vars(value))
     else:
-        raise _no_object(what, value)
+        encoded = dict(vars(value))
     encoded.setdefault("type", getattr(value, "type", None))
     if not isinstance(encoded["type"], str) or not encoded["type"]:
         raise InvalidInputError(
