@@ -219,16 +219,15 @@ class Reporter:
     def _run(self) -> None:
         """Send events in batches until _STOP, or until the server turns out not to take any."""
         channel = self._transport.open_channel()
-        wait_s = FLUSH_S
+        more_waiting = False
         try:
             while True:
-                events, request = self._next_batch(wait_s)
+                events, request = self._next_batch(more_waiting)
                 if events and not self._send(events, channel):
                     return
                 if request == _STOP:
                     return
-                # After a full batch, what is waiting already goes without delay.
-                wait_s = 0.0 if len(events) == BATCH else FLUSH_S
+                more_waiting = len(events) == BATCH
         finally:
             with self._lock:
                 self._closed = True
@@ -236,23 +235,24 @@ class Reporter:
                     self.dropped += isinstance(self._queue.get(), dict)
             self._close_transport()
 
-    def _next_batch(self, wait_s: float) -> Tuple[List[Event], Optional[str]]:
+    def _next_batch(self, more_waiting: bool) -> Tuple[List[Event], Optional[str]]:
         """Return the events of the next request, and what ended the wait for more: _FLUSH or _STOP.
 
-        Waits for the first event, and then *wait_s* for others; does not wait at all if that is 0.
+        Waits for the first event, and then FLUSH_S for others.  If more are *more_waiting* since
+        the last batch, it takes those without any delay.
         """
         events: List[Event] = []
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic()
         while len(events) < BATCH:
             left_s = max(0.0, deadline - time.monotonic())
             try:
-                item = self._queue.get(timeout=left_s if events or not wait_s else None)
+                item = self._queue.get(timeout=left_s if events or more_waiting else None)
             except queue.Empty:
                 break
             if isinstance(item, str):
                 return events, item
-            if not events:
-                deadline = time.monotonic() + wait_s
+            if not events and not more_waiting:
+                deadline = time.monotonic() + FLUSH_S
             events.append(item)
         return events, None
 
