@@ -25,7 +25,7 @@ class NaNWarning:
         self.shown = True
         logger.warning(
             "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
-            "the model's vocabulary: is the tokenizer that of the base model? "
+            "the model's vocabulary: does the tokenizer belong to the base model? "
             "(this warning is shown once)",
             self._owner,
             where,

@@ -1,4 +1,4 @@
-"""URLs that a caller gives: that of the server, and that of a proxy.  Pure functions.
+"""URLs that a caller gives: the server's and a proxy's.  Pure functions.
 
 A mistake in one is found when the client is made.  Later it would look like an outage, which
 clients wait out for minutes.

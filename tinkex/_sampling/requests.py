@@ -74,7 +74,7 @@ class Sampler:
 
     @property
     def id(self) -> SamplerId:
-        """How the server names it; that of a clone is known once a request of it was sent."""
+        """How the server names it; a clone's name is known once it has sent a request."""
         return SamplerId(self.sampling_session_id, self._clone)
 
     def next_seq_id(self) -> int:

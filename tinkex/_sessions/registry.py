@@ -32,7 +32,7 @@ class Beat(NamedTuple):
     """A heartbeat in flight, sent at the monotonic instant *sent_at*.
 
     *host* is the one it was queued for, which differs from the record's if the session was stopped
-    meanwhile, and its id is now that of a session elsewhere.
+    meanwhile, and its id now belongs to a session elsewhere.
     """
 
     record: SessionRecord

@@ -71,7 +71,7 @@ class Runtime:
     Attributes:
         config: as given.
         resources: the transport, and what bounds and counts the clients' work.
-        transport: that of the resources; sends every request but heartbeats and telemetry, which
+        transport: the resources' own; sends every request but heartbeats and telemetry, which
             have their own.
         poller: owns all outstanding futures.
         ledger: what the clients have used, and their budget.

@@ -1,4 +1,4 @@
-"""The error that a response stands for: the server's own, or that of a gateway in front of it.
+"""The error that a response stands for: the server's own, or one from a gateway in front of it.
 
 The server's own responses are JSON or protobuf, or the plain text of its web framework.  Anything
 else (an HTML page, an empty body, XML) comes from a load balancer, a sign-on page or a captive

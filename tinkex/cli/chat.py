@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import click
 
@@ -16,9 +16,9 @@ from tinkex.cli.generate import (
     DEFAULT_LOCAL_MODEL,
     Generator,
     check_model_options,
-    checked,
     model_options,
     sampling_options,
+    sampling_params,
     write_pieces,
 )
 from tinkex.cli.output import format_option, print_json, wants_json
@@ -33,18 +33,14 @@ from tinkex.cli.output import format_option, print_json, wants_json
 @click.pass_context
 def chat(
     ctx: click.Context,
+    /,
     model_path: Optional[str],
     base_model: Optional[str],
     base_url: Optional[str],
     local: bool,
     data_dir: Optional[str],
     system: Optional[str],
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop: Tuple[str, ...],
-    seed: Optional[int],
+    **_sampling: Any,
 ) -> None:
     """Talk to a model: each line of input is a message, the model replies to all of them so far.
 
@@ -52,17 +48,7 @@ def chat(
     server streams its replies: they are printed token by token.
     """
     check_model_options(model_path, base_model, local)
-    params = checked(
-        ctx,
-        types.SamplingParams(
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=list(stop) or None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ),
-    )
+    params = sampling_params(ctx)
     beginning = [{"role": "system", "content": system}] if system else []
     local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
     with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:

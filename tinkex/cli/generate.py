@@ -80,8 +80,20 @@ def check_model_options(model_path: Optional[str], base_model: Optional[str], lo
         check_path(model_path)
 
 
-def checked(ctx: click.Context, params: types.SamplingParams) -> types.SamplingParams:
-    """Return *params*; UsageError names the option whose value is out of range."""
+def sampling_params(ctx: click.Context) -> types.SamplingParams:
+    """Return what `sampling_options` and ``--max-tokens`` ask for.
+
+    UsageError names an option whose value is out of range.
+    """
+    given = ctx.params
+    params = types.SamplingParams(
+        max_tokens=given["max_tokens"],
+        seed=given["seed"],
+        stop=list(given["stop"]) or None,
+        temperature=given["temperature"],
+        top_k=given["top_k"],
+        top_p=given["top_p"],
+    )
     try:
         params.check()
     except InvalidInputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional
 
 import click
 
@@ -14,9 +14,9 @@ from tinkex.cli.generate import (
     DEFAULT_LOCAL_MODEL,
     Generator,
     check_model_options,
-    checked,
     model_options,
     sampling_options,
+    sampling_params,
     write_pieces,
 )
 from tinkex.cli.output import format_option, print_json, wants_json
@@ -35,6 +35,7 @@ from tinkex.errors import InvalidInputError
 @click.pass_context
 def sample(
     ctx: click.Context,
+    /,
     prompt: str,
     model_path: Optional[str],
     base_model: Optional[str],
@@ -42,13 +43,8 @@ def sample(
     local: bool,
     data_dir: Optional[str],
     chat: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop: Tuple[str, ...],
-    seed: Optional[int],
     num_samples: int,
+    **_sampling: Any,
 ) -> None:
     """Continue PROMPT and print the text; "-" reads the prompt from stdin.
 
@@ -58,17 +54,7 @@ def sample(
     check_model_options(model_path, base_model, local)
     if num_samples < 1:
         raise click.UsageError("--num-samples must be at least 1")
-    params = checked(
-        ctx,
-        types.SamplingParams(
-            max_tokens=max_tokens,
-            seed=seed,
-            stop=list(stop) or None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ),
-    )
+    params = sampling_params(ctx)
     text = read_input() if prompt == "-" else prompt
     text.encode()  # raises UnicodeError for invalid text before anything is opened
     local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
