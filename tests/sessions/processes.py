@@ -20,7 +20,7 @@ import tinkex
 BOUND_S = 20.0
 
 PRELUDE = """\
-import gc, os, signal, sys, threading, warnings
+import gc, os, select, signal, sys, threading, warnings
 from tinkex import ServiceClient, errors, types
 
 # Python 3.12 warns of every fork of a process with threads.
