@@ -310,7 +310,7 @@ def test_ctrl_c_returns_immediately_and_the_client_stays_usable(
             except KeyboardInterrupt:
                 print("interrupted", flush=True)
             assert sample(sampler) == [7]
-            print(future.result(10).sequences[0].tokens)  # it was not cancelled
+            print(future.result(50).sequences[0].tokens)  # it was not cancelled
     """
     script = Script(tmp_path, body, server.url)
     server.wait_for(POLL)
