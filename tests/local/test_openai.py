@@ -561,7 +561,7 @@ def test_requests_for_one_model_share_a_batch(api: Api, engine: HeldEngine) -> N
     ]
     for client in clients:
         client.start()
-    while sum(len(lane.queued) for lane in api.backend.scheduler._samplers.values()) < 6:
+    while sum(len(lane.queued) for lane in api.backend.scheduler._lanes.values()) < 6:
         assert not engine.let_go.wait(0.01)
     engine.let_go.set()
     api.result(held)

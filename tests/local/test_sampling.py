@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from pathlib import Path
@@ -12,31 +13,56 @@ import pytest
 from local.harness import CODECS, Api, HeldEngine, ManualClock, datum, serving
 
 from tinkex.local.engines.engine import EngineError, Finished
-from tinkex.local.scheduling.batches import SampleJob, SamplerLane
+from tinkex.local.scheduling.batches import (
+    Batch,
+    SampleJob,
+    Sampler,
+    SamplerLane,
+    SamplerWeights,
+)
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
 from tinkex.wire.proto_codec import PROTOBUF
 
+WEIGHTS = SamplerWeights("s:sample:0", None)
+
 
 def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:
-    lane = SamplerLane("s:sample:0", "s", None)
+    lane = SamplerLane("base", WEIGHTS)
+    sampler = Sampler("s:sample:0", "s", lane)
     request = SampleRequest(ModelInput.from_ints([1]), num_samples=num_samples)
     lane.queued = deque(
-        SampleJob(str(n), n, request, cost, arrived) for n, cost in enumerate(costs)
+        SampleJob(sampler, str(n), n, request, cost, arrived) for n, cost in enumerate(costs)
     )
     return lane
 
 
+def filled(lane: SamplerLane, limits: SamplingLimits, live_tokens: int) -> List[int]:
+    """The costs of what a new batch takes."""
+    return [job.cost for job in lane.fill(Batch(WEIGHTS), limits, live_tokens)]
+
+
 def test_a_batch_takes_what_fits_and_the_first_always() -> None:
     limits = SamplingLimits(max_live_tokens=100)
-    lane = queued(500, 10)
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [500]
+    assert filled(queued(500, 10), limits, live_tokens=0) == [500]
     lane = queued(60, 30, 20, 5)
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [60, 30]
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=80)] == [20]
+    assert filled(lane, limits, live_tokens=0) == [60, 30]
+    assert filled(lane, limits, live_tokens=80) == [20]
     lane = queued(*[1] * 10, num_samples=3)
-    assert len(lane.take_batch(SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
+    assert len(filled(lane, SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
+
+
+def test_what_joins_a_batch_fits_without_exception() -> None:
+    limits = SamplingLimits(max_live_tokens=100, max_batch_sequences=3)
+    batch, lane = Batch(WEIGHTS), queued(60, 30, 20)
+    assert [job.cost for job in lane.fill(batch, limits, 0)] == [60, 30]
+    assert lane.fill(batch, limits, 90) == []
+    batch.remove(0)
+    assert [job.cost for job in lane.fill(batch, limits, 30)] == [20]
+    lane = queued(1, 1)
+    assert len(lane.fill(batch, limits, 50)) == 1  # three sequences are there
+    assert batch.unfinished == {1, 2, 3}
 
 
 def test_a_batch_starts_when_requests_stop_coming() -> None:
@@ -44,7 +70,7 @@ def test_a_batch_starts_when_requests_stop_coming() -> None:
     lane = queued(1, arrived=10.0)
     assert not lane.may_start(limits, live_tokens=0, now=10.9)
     assert lane.may_start(limits, live_tokens=0, now=11.0)
-    lane.queued.append(SampleJob("x", 9, lane.queued[0].request, 1, arrived=12.8))
+    lane.queued.append(dataclasses.replace(lane.queued[0], arrived=12.8))
     assert not lane.may_start(limits, live_tokens=0, now=12.9)
     assert lane.may_start(limits, live_tokens=0, now=13.0)  # the first has waited long enough
 
@@ -253,7 +279,9 @@ def test_samplers_beyond_the_cap_are_reloaded_when_used(tmp_path: Path) -> None:
     limits = SamplingLimits(gather_s=0.0, max_loaded=2)
     with serving(tmp_path, engine, limits=limits) as api:
         session = api.session()
-        samplers = [api.sampler(session, n) for n in range(3)]
+        model = api.model(session)
+        paths = [api.save(model, n, f"x{n}", "save_weights_for_sampler") for n in (1, 2, 3)]
+        samplers = [api.sampler(session, n, model_path=path) for n, path in enumerate(paths)]
         first = api.result(api.submit_sample(samplers[2], 0))
         assert len(engine._samplers) == 2
         for seq_id in (1, 2):

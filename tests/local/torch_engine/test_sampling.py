@@ -241,7 +241,7 @@ def test_what_does_not_fit_into_memory_together_runs_one_after_the_other(
         for n, r in enumerate(requests)
     ]
     together = run_all(samplers, "base", requests)
-    monkeypatch.setattr(sampling, "WAVE_TOKENS", 5 * 18)
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 5 * 18)
     in_waves = run_all(samplers, "base", requests)
     for index in together:
         expected = [s.tokens for s in together[index].sequences]
