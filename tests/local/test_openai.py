@@ -620,12 +620,17 @@ class Stepwise(HeldEngine):
             self.ended.set()
 
 
-def open_stream(server: LocalServer, **body: Any) -> http.client.HTTPResponse:
+def send(server: LocalServer, **body: Any) -> http.client.HTTPConnection:
     parts = urlsplit(server.url)
     connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=WAIT_S)
-    body = {"model": "deterministic", "prompt": "hello", "seed": 1, "stream": True, **body}
+    body = {"model": "deterministic", "prompt": "hello", "seed": 1, **body}
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def open_stream(server: LocalServer, **body: Any) -> http.client.HTTPResponse:
+    connection = send(server, stream=True, **body)
     response = connection.getresponse()
     connection.close()  # of the socket, when the response is
     return response
@@ -644,16 +649,41 @@ def test_tokens_are_sent_as_they_are_drawn() -> None:
         response.close()
 
 
-def test_a_client_that_hangs_up_cancels_its_samples() -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_cancels_its_samples(stream: bool) -> None:
     engine = Stepwise()
     with LocalServer(engine) as server:
-        response = open_stream(server, max_tokens=20_000)
-        assert response.readline().startswith(b"data: {")
-        response.close()
+        connection = send(server, max_tokens=20_000, stream=stream)
+        if stream:
+            response = connection.getresponse()
+            assert response.readline().startswith(b"data: {")
+            response.close()
+        assert engine.sliced.acquire(timeout=WAIT_S)
+        connection.close()
         while not engine.ended.is_set():
             engine.go_on.release()
             engine.sliced.acquire(timeout=0.05)
         assert engine.dropped == [0]
+
+
+def test_a_client_that_hangs_up_while_it_waits_for_the_engine_is_noticed() -> None:
+    """The samples of a request that is queued behind other work are never begun."""
+    engine = Stepwise()
+    with LocalServer(engine) as server:
+        running = send(server, max_tokens=20_000)
+        assert engine.sliced.acquire(timeout=WAIT_S)
+        waiting = send(server, max_tokens=20_000)
+        backend = server._backend
+        queue = backend.scheduler._lanes["base"]
+        while not queue.queued:
+            assert not engine.ended.wait(0.01)
+        waiting.close()
+        while queue.queued:
+            assert not engine.ended.wait(0.01)
+        running.close()
+        engine.go_on.release(100_000)
+        assert engine.ended.wait(WAIT_S)
+        assert engine.log.count("sample 1") == 1
 
 
 def test_a_stream_ends_with_the_server() -> None:
