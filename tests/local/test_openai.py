@@ -571,6 +571,42 @@ def test_requests_for_one_model_share_a_batch(api: Api, engine: HeldEngine) -> N
     assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 6"]
 
 
+def test_requests_of_the_endpoint_and_of_tinker_clients_share_a_batch(
+    api: Api, openai: OpenAI, engine: HeldEngine
+) -> None:
+    model = api.model()
+    path = api.save(model, 1, "x", "save_weights_for_sampler")
+    sampler = api.sampler(api.session(), model_path=path)
+    alone = api.result(api.submit_sample(sampler, 0))
+    expected = openai.complete(model=path)["choices"]
+    held = api.hold(model, 2)
+    assert engine.holding.wait(WAIT_S)
+    engine.log.clear()
+    found: Dict[str, Any] = {}
+
+    def stream() -> None:
+        found["stream"] = OpenAI(api).stream("completions", prompt="hello", model=path)
+
+    def complete() -> None:
+        found["whole"] = OpenAI(api).complete(model=f"deterministic;{path}")
+
+    clients = [threading.Thread(target=stream), threading.Thread(target=complete)]
+    for client in clients:
+        client.start()
+    made = api.submit_sample(sampler, 1)
+    while sum(len(lane.queued) for lane in api.backend.scheduler._lanes.values()) < 3:
+        assert not engine.let_go.wait(0.01)
+    engine.let_go.set()
+    api.result(held)
+    assert api.result(made) == alone
+    for client in clients:
+        client.join(WAIT_S)
+    assert found["whole"]["choices"] == expected
+    streamed = "".join(chunk["choices"][0]["text"] for chunk in found["stream"])
+    assert streamed == expected[0]["text"]
+    assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 3"]
+
+
 def test_samplers_that_are_not_used_make_room(tmp_path: Path) -> None:
     limits = SamplingLimits(gather_s=0, gather_most_s=0, max_loaded=2)
     with serving(tmp_path, limits=limits) as api:

@@ -196,6 +196,122 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
         assert "finished" in api.result(first)["error"]  # abandoned in the middle
 
 
+class Sliced(HeldEngine):
+    """Waits before each slice but the first, and knows the prompts of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sliced = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+        self.batches: List[Sequence[SampleRequest]] = []
+
+    def sample(
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
+    ) -> Iterator[List[Finished]]:
+        self.batches.append(requests)
+        for finished in super().sample(sampler_id, requests, dropped):
+            self.sliced.release()
+            assert self.go_on.acquire(timeout=20)
+            yield finished
+
+    def waits_after(self, slices: int) -> None:
+        """Wait until so many more slices are done."""
+        for _ in range(slices):
+            assert self.sliced.acquire(timeout=20)
+
+
+def test_samplers_of_the_same_weights_share_batches_and_others_do_not(tmp_path: Path) -> None:
+    engine = HeldEngine()
+    with serving(tmp_path, engine) as api:
+        sessions = [api.session() for _ in range(2)]
+        model = api.model(sessions[0], 9)
+        path = api.save(model, 1, "x", "save_weights_for_sampler")
+        bases = [api.sampler(session) for session in sessions]
+        tuned = [api.sampler(session, 1, model_path=path) for session in sessions]
+        assert "sequences" in api.result(api.submit_sample(bases[0], 9))
+        assert "sequences" in api.result(api.submit_sample(tuned[0], 9))
+        engine.log.clear()
+        held = api.hold(model, 2)
+        assert engine.holding.wait(20)
+        made = [api.submit_sample(sampler, 0) for sampler in (*bases, *tuned)]
+        engine.let_go.set()
+        values = [api.result(one) for one in made]
+        api.result(held)
+        assert values[0] == values[1]
+        assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 2"] * 2
+        assert len(engine._samplers) == 2
+
+
+def test_a_request_joins_the_batch_that_runs(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        samplers = [api.sampler(api.session()) for _ in range(2)]
+        params = {"max_tokens": 24, "stop": [], "seed": 3}  # three slices
+        first = api.submit_sample(samplers[0], 0, sampling_params=params)
+        engine.waits_after(1)
+        second = api.submit_sample(samplers[1], 0, sampling_params=params)
+        third = api.submit_sample(samplers[0], 1, sampling_params={**params, "max_tokens": 8})
+        engine.go_on.release(100)
+        values = [api.result(one)["sequences"][0]["tokens"] for one in (first, second, third)]
+        assert values[0] == values[1]
+        assert values[2] == values[0][:8]
+        assert [len(batch) for batch in engine.batches] == [3]
+        assert engine.log == ["sample 1", *["slice"] * 4]
+
+
+def test_the_end_of_a_session_leaves_the_rest_of_a_batch_alone(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        sessions = [api.session() for _ in range(2)]
+        samplers = [api.sampler(session) for session in sessions]
+        params = {"max_tokens": 24, "stop": []}
+        first = api.submit_sample(samplers[0], 0, sampling_params=params)
+        engine.waits_after(1)
+        second = api.submit_sample(samplers[1], 0, sampling_params=params)
+        engine.go_on.release()
+        engine.waits_after(1)
+        third = api.submit_sample(samplers[0], 1)
+        api.post(f"sessions/{sessions[0]}/finish")
+        engine.go_on.release(100)
+        assert "finished" in api.result(first)["error"]
+        assert "finished" in api.result(third)["error"]
+        assert len(api.result(second)["sequences"][0]["tokens"]) == 24
+        assert [len(batch) for batch in engine.batches] == [2]
+        api.post("asample", 410, **api.sample_body(samplers[0], 2))
+        assert "sequences" in api.result(api.submit_sample(samplers[1], 1))
+
+
+def test_newer_weights_of_a_run_are_drawn_from_in_another_batch(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        model = api.model()
+
+        def save(seq_id: int) -> str:
+            body = {"model_id": model, "seq_id": seq_id, "kind": "inflight"}
+            made = api.post("save_weights_for_sampler", sampling_session_seq_id=seq_id, **body)
+            return str(api.result(made)["sampling_session_id"])
+
+        sampler = save(1)
+        params = {"max_tokens": 24, "stop": [], "seed": 3}
+        before = api.submit_sample(sampler, 0, sampling_params=params)
+        engine.waits_after(1)
+        api.submit_pass(model, 2)
+        api.step(model, 3)
+        body = {"model_id": model, "seq_id": 4, "kind": "inflight"}
+        api.post("save_weights_for_sampler", sampling_session_seq_id=4, **body)
+        engine.go_on.release()
+        engine.waits_after(1)  # the newer weights are saved after this slice, or the next
+        engine.go_on.release(100)
+        assert len(api.result(before)["sequences"][0]["tokens"]) == 24
+        api.result(api.submit_sample(sampler, 1, sampling_params=params))
+        assert [len(batch) for batch in engine.batches] == [1, 1]
+        api.model(number=1)  # the engine thread has done what came before
+        assert len(list((tmp_path / "samplers").iterdir())) == 1
+
+
 def test_a_request_at_fault_fails_alone(tmp_path: Path) -> None:
     class Picky(HeldEngine):
         def _draws(self, request: SampleRequest, steps: int) -> Any:
