@@ -30,10 +30,10 @@ import torch
 from tinkex.errors import InvalidInputError
 from tinkex.local.engines import models
 from tinkex.local.engines.engine import EngineError, EngineInfo, Finished
+from tinkex.local.engines.inputs import check_batch, check_loss
 from tinkex.local.engines.torch_engine import adapter_files
 from tinkex.local.engines.torch_engine.adam import Adam, global_norm
 from tinkex.local.engines.torch_engine.adapters import Adapter, AdapterPool
-from tinkex.local.engines.torch_engine.batching import check_batch, check_loss
 from tinkex.local.engines.torch_engine.loading import load_network
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
