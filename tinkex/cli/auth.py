@@ -13,7 +13,7 @@ from tinkex._transport.transport import Transport
 from tinkex.cli import status as status_line
 from tinkex.cli.commands import Group, in_flags
 from tinkex.cli.connect import advice, base_url_option, explained
-from tinkex.cli.output import format_option, print_facts, print_json, wants_json
+from tinkex.cli.output import format_option, print_facts
 from tinkex.cli.terminal import ask_secret, echo, echo_error
 from tinkex.config import Config
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
@@ -115,11 +115,9 @@ def whoami(base_url: Optional[str]) -> None:
                 raise
     finally:
         transport.abort()
-    if wants_json():
-        print_json({"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email})
-        return
     rows = [["User", found.user_urn], ["Organization", found.org_urn], ["Email", found.email or ""]]
-    print_facts("Who am I", [row for row in rows if row[1]])
+    as_json = {"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email}
+    print_facts("Who am I", [row for row in rows if row[1]], as_json=as_json)
 
 
 def _source() -> Optional[str]:

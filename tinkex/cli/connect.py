@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import click
 import tinkex
 from tinkex._api._optional import is_missing_route
 from tinkex.cli import serve, status
+from tinkex.cli.output import format_option
 from tinkex.cli.terminal import echo_error
 from tinkex.config import Config
 from tinkex.errors import (
@@ -110,12 +112,27 @@ def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
         yield rest
 
 
-@contextmanager
-def open_admin(base_url: Optional[str]) -> Iterator[tinkex.AdminClient]:
-    """Open a client for audit and billing; it closes with the block."""
-    config = find_server(base_url)
-    with explained(config), tinkex.AdminClient(base_url=config.base_url) as admin:
-        yield admin
+def with_rest(command: Callable[..., None]) -> Callable[..., None]:
+    """Call *command* with an open RestClient as *rest*; add the options ``--base-url``, ``-f``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, base_url: Optional[str], **given: Any) -> None:
+        with open_rest(base_url) as rest:
+            command(*args, rest=rest, **given)
+
+    return base_url_option(format_option(run))
+
+
+def with_admin(command: Callable[..., None]) -> Callable[..., None]:
+    """Call *command* with an open AdminClient as *admin*; add the options as `with_rest` does."""
+
+    @functools.wraps(command)
+    def run(base_url: Optional[str], **given: Any) -> None:
+        config = find_server(base_url)
+        with explained(config), tinkex.AdminClient(base_url=config.base_url) as admin:
+            command(admin=admin, **given)
+
+    return base_url_option(format_option(run))
 
 
 @contextmanager
