@@ -30,7 +30,6 @@ from typing import (
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import (
     EngineError,
     EngineInfo,
@@ -47,7 +46,13 @@ from tinkex.local.engines.hash_model import (
     mix,
     shares,
 )
-from tinkex.local.engines.inputs import check_batch, check_loss, check_sample, prompt_targets
+from tinkex.local.engines.inputs import (
+    check_batch,
+    check_loss,
+    check_sample,
+    check_values,
+    prompt_targets,
+)
 from tinkex.types import (
     AdamParams,
     Datum,
@@ -123,10 +128,7 @@ class DeterministicEngine:
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter."""
-        try:
-            lora.check()
-        except InvalidInputError as error:
-            raise EngineError(str(error)) from error
+        check_values(lora)
         self._adapters[model_id] = _Adapter(lora)
 
     def unload(self, model_id: str) -> None:
@@ -170,10 +172,7 @@ class DeterministicEngine:
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
         """Count a step, if there is a gradient to take it with."""
         adapter = self._adapter(model_id)
-        try:
-            params.check()
-        except InvalidInputError as error:
-            raise EngineError(str(error)) from error
+        check_values(params)
         norm = 1.0 / (1 + adapter.steps) if adapter.gradient else 0.0
         adapter.steps += adapter.gradient
         adapter.optimizer_steps += adapter.gradient

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import EngineError, EngineInfo
-from tinkex.types import Datum, ModelInput, SampleRequest, TensorData
+from tinkex.types import AdamParams, Datum, LoraConfig, ModelInput, SampleRequest, TensorData
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int32]
@@ -146,8 +146,8 @@ def check_vocabulary(what: str, tokens: Array, info: EngineInfo) -> None:
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
         raise EngineError(
-            f"{what} holds token {bad}; {info.model_name} has tokens 0 to {info.vocab_size - 1}. "
-            "Encode with its own tokenizer (get_tokenizer())"
+            f"{what} holds token {bad}; the vocabulary of {info.model_name} runs from 0 to "
+            f"{info.vocab_size - 1}: use its own tokenizer (get_tokenizer())"
         )
 
 
@@ -228,16 +228,21 @@ def _check_mask(mask: Array, advantages: Array) -> None:
         raise EngineError("sequence_ratio_mask is 0 everywhere, so the sequence has no ratio")
 
 
+def check_values(params: Union[AdamParams, LoraConfig, SampleRequest]) -> None:
+    """Raise EngineError if one of *params* is out of range."""
+    try:
+        params.check()
+    except InvalidInputError as error:
+        raise EngineError(error.message) from error
+
+
 def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]:
     """Return the tokens of the prompt, and how many may follow them: at least one.
 
     Raises:
         EngineError: the prompt or a number is at fault.
     """
-    try:
-        request.check()
-    except InvalidInputError as error:
-        raise EngineError(error.message) from error
+    check_values(request)
     prompt = check_tokens(request.prompt, info, "the prompt")
     room = info.context_length - prompt.size
     if room < 1:

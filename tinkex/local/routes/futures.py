@@ -127,8 +127,7 @@ class FutureRoutes(Routes):
         if kind != "sampling_session":
             raise HTTPError(400, f"target {kind!r} is unknown; it must be a sampling_session")
         sampler_id = required(target, "sampling_session_id", str)
-        if self._backend.store.sampler(sampler_id) is None:
-            raise HTTPError(404, f"sampling session {sampler_id} is unknown")
+        self._backend.get_sampler(sampler_id)
         clone = optional(target, "cloned_sampler_id", int) or 0
         if clone < 0:
             raise HTTPError(400, f"cloned_sampler_id is {clone}; the first client is 0")

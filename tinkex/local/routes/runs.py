@@ -11,7 +11,6 @@ from typing import Any, Dict, Optional, Tuple
 
 from tinkex.local.backend import session_of
 from tinkex.local.engines.engine import EngineError
-from tinkex.local.errors import HTTPError
 from tinkex.local.fields import metadata, optional, read_wire, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
 from tinkex.local.routes.base import Result, Routes, route
@@ -58,9 +57,7 @@ class RunRoutes(Routes):
     def describe(self, body: JsonBody) -> Result:
         """What a run trains."""
         model_id = required(body, "model_id", str)
-        run = self._backend.store.run(model_id)
-        if run is None:
-            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        run = self._backend.get_model(model_id)
         info = self._backend.info
         found = GetInfoResponse(
             model_id=model_id,

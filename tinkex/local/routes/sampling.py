@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Optional
 
-from tinkex.local.errors import HTTPError
 from tinkex.local.fields import invalid_input_rejected, optional, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
 from tinkex.local.routes.base import Result, Routes, route
@@ -55,9 +54,7 @@ class SamplingRoutes(Routes):
     @route("GET", "samplers/<sampler_id>")
     def describe(self, sampler_id: str) -> Result:
         """What a sampler draws from."""
-        row = self._backend.store.sampler(sampler_id)
-        if row is None:
-            raise HTTPError(404, f"sampler {sampler_id} is unknown")
+        row = self._backend.get_sampler(sampler_id)
         sampler = GetSamplerResponse(
             sampler_id, row.base_model, row.model_path, self._backend.info.tokenizer_id
         )

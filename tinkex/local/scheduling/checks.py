@@ -11,7 +11,6 @@ import math
 import re
 from typing import Any, Dict, Iterator, Optional, Sequence
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines import inputs
 from tinkex.local.engines.engine import EngineError, EngineInfo
 from tinkex.local.engines.inputs import LOSSES, check_tokens, check_vocabulary
@@ -114,10 +113,8 @@ def check_checkpoint_name(name: str) -> str:
 
 def check_lora(lora: LoraConfig) -> None:
     """Check the adapter of a new run."""
-    try:
-        lora.check()
-    except InvalidInputError as error:
-        raise HTTPError(400, str(error)) from error
+    with _rejected():
+        inputs.check_values(lora)
     if lora.rank > _MAX_RANK:
         raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MAX_RANK}")
 
