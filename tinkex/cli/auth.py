@@ -40,14 +40,19 @@ def login(base_url: Optional[str]) -> None:
             f"a key{named} is already stored; run `tinkex auth logout` first"
         )
     typed = ask_secret("API key")
-    config = Config.resolve(base_url=base_url, api_key=typed)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url, api_key=typed)
     with explained(config):
         key_id, key = _checked(config, typed)
     file.store_default(key_id, key)
     echo(f"Logged in to {config.host_and_port}{f' as {key.name}' if key.name else ''}.")
     if os.environ.get(KEY_VARIABLE) or os.environ.get(COMMAND_VARIABLE):
         echo_error("A key in the environment takes precedence over this one.")
+
+
+def _config(base_url: Optional[str], api_key: Optional[str] = None) -> Config:
+    config = Config.resolve(base_url=base_url, api_key=api_key)
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    return config
 
 
 def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
@@ -86,8 +91,7 @@ def logout(base_url: Optional[str]) -> None:
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
     """Show where the key comes from, and whether the server accepts it: exit code 1 if not."""
     echo(f"Credential: {_source() or 'none'}")
-    config = Config.resolve(base_url=base_url)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url)
     try:
         access.check_access(config)
     except TinkexError as error:
@@ -103,8 +107,7 @@ def status(ctx: click.Context, base_url: Optional[str]) -> None:
 @format_option
 def whoami(base_url: Optional[str]) -> None:
     """Show the owner of the key."""
-    config = Config.resolve(base_url=base_url)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url)
     transport = Transport(config)
     try:
         with explained(config):

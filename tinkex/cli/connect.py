@@ -6,7 +6,7 @@ import functools
 import http.client
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import click
 
@@ -73,8 +73,13 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
 def _is_served_here(port: int) -> bool:
     """Return whether an embedded server listens on *port* of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    return is_embedded(connection, "/api/v1/healthz", {})
+
+
+def is_embedded(connection: http.client.HTTPConnection, path: str, headers: Dict[str, str]) -> bool:
+    """Return whether an embedded server responds to *path* on *connection*, which is closed."""
     try:
-        connection.request("GET", "/api/v1/healthz")
+        connection.request("GET", path, headers=headers)
         found = connection.getresponse()
         return found.status == 200 and found.headers.get("Server") == "tinkex"
     except (OSError, http.client.HTTPException):

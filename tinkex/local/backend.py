@@ -345,10 +345,7 @@ class Backend:
             if known is None:
                 self._created[sampler_id] = (digest, sampler_id)
                 self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
-                if follows is not None and folder is not None:
-                    self.scheduler.add_inflight_sampler(sampler_id, session_id, follows, folder)
-                else:
-                    self.scheduler.add_sampler(sampler_id, session_id, folder)
+                self.scheduler.add_sampler(sampler_id, session_id, folder, follows)
         if known is not None and folder is not None:  # the same request came twice at the same time
             shutil.rmtree(folder, ignore_errors=True)
         self._end_if_over(session_id)

@@ -23,7 +23,6 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
-    TypedDict,
     Union,
 )
 
@@ -39,7 +38,6 @@ from tinkex.local.engines.engine import (
 )
 from tinkex.local.engines.hash_model import (
     END_OF_SEQUENCE,
-    F32,
     HashModel,
     digest,
     loss,
@@ -293,15 +291,18 @@ class DeterministicEngine:
 
     def _sampled(self, draw: _Draw) -> SampledToken:
         """Return the newest token of *draw*."""
-        k = draw.request.topk_sample_logprobs
-        top = []
-        if k:
-            before = (
-                draw.tokens[-2] if len(draw.tokens) > 1 else int(draw.request.prompt.to_numpy()[-1])
-            )
-            table = self._model.topk(np.array([before], np.int64), draw.position - 1, k, draw.steps)
-            top = table.rows()[0] or []
+        table = self._topk(draw, len(draw.tokens) - 1)
+        top = [] if table is None else table.rows()[0] or []
         return SampledToken(draw.number, draw.tokens[-1], draw.logprobs[-1], top, draw.stop_reason)
+
+    def _topk(self, draw: _Draw, start: int = 0) -> Optional[TopkLogprobs]:
+        """Return the likeliest tokens in place of those from *start* on, if they were asked for."""
+        k = draw.request.topk_sample_logprobs
+        if not k:
+            return None
+        prompt = draw.request.prompt.to_numpy()
+        previous = np.array([prompt[-1], *draw.tokens[:-1]][start:], dtype=np.int64)
+        return self._model.topk(previous, int(prompt.size) - 1 + start, k, draw.steps)
 
     def _response(
         self, request: SampleRequest, draws: Sequence[_Draw], steps: int
@@ -313,7 +314,7 @@ class DeterministicEngine:
                     str(draw.stop_reason),
                     np.array(draw.tokens, dtype=np.int32),
                     np.array(draw.logprobs, dtype=np.float32),
-                    topk_logprobs_np=self._sampled_topk(request, draw),
+                    topk_logprobs_np=self._topk(draw),
                 )
                 for draw in draws
             ],
@@ -322,10 +323,11 @@ class DeterministicEngine:
 
     def _prompt_facts(
         self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
-    ) -> _PromptFacts:
+    ) -> Dict[str, Any]:
+        """Return what was asked about the prompt, under the names of SampleResponse."""
         before = prompt[:-1].astype(np.int64)
         positions = np.arange(before.size, dtype=np.int64)
-        facts: _PromptFacts = {}
+        facts: Dict[str, Any] = {}
         if request.prompt_logprobs:
             known = self._model.logprobs(before, positions, prompt[1:].astype(np.int64), steps)
             if request.prompt_logprobs_last_n is not None:
@@ -352,27 +354,10 @@ class DeterministicEngine:
             )
         return facts
 
-    def _sampled_topk(self, request: SampleRequest, draw: _Draw) -> Optional[TopkLogprobs]:
-        if not request.topk_sample_logprobs:
-            return None
-        prompt = request.prompt.to_numpy()
-        previous = np.array([int(prompt[-1]), *draw.tokens[:-1]], dtype=np.int64)
-        last = int(prompt.size) - 1
-        return self._model.topk(previous, last, request.topk_sample_logprobs, draw.steps)
-
     def _adapter(self, model_id: str) -> _Adapter:
         if model_id not in self._adapters:
             raise EngineError(f"model {model_id} is not loaded", "server")
         return self._adapters[model_id]
-
-
-class _PromptFacts(TypedDict, total=False):
-    """What was asked about the prompt, under the names of SampleResponse."""
-
-    prompt_logprobs_np: F32
-    topk_prompt_logprobs_np: TopkLogprobs
-    target_prompt_logprobs: TensorData
-    prompt_alt_tokens: PromptAltTokens
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Callable, Deque, Dict, List, Optional, Type, Union
+from typing import Callable, Deque, Dict, List, Optional, Type, TypeVar, Union
 
 from tinkex.local.engines.engine import Engine
 from tinkex.local.errors import HTTPError
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 EXIT_WAIT_S = 20.0
 
 AnyLane = Union[Lane, SamplerLane]
+L = TypeVar("L", Lane, SamplerLane)
 
 #: Does what has become due and returns the instant (monotonic) at which to call again.
 Housekeeping = Callable[[float], float]
@@ -131,7 +132,7 @@ class Scheduler:
             HTTPError: 409 if the seq_id was used for another body; 404 if the run is closed.
         """
         with self._lock:
-            return self._open_lane_locked(model_id).find(seq_id, digest)
+            return self._open_lane_locked(self._models, model_id).find(seq_id, digest)
 
     def submit(self, model_id: str, seq_id: int, digest: bytes, job: Optional[Job]) -> str:
         """Queue *job* at *seq_id*; None consumes the seq_id without any work.
@@ -139,7 +140,7 @@ class Scheduler:
         Returns the request id: of an earlier submission if the body is the same.
         """
         with self._wake:
-            lane = self._open_lane_locked(model_id)
+            lane = self._open_lane_locked(self._models, model_id)
             known = lane.find(seq_id, digest)
             if known is not None:
                 return known
@@ -166,7 +167,7 @@ class Scheduler:
         with self._wake:
             if self._futures.wait(request_id, 0.0) is not None:
                 return
-            lane = self._open_lane_locked(model_id)
+            lane = self._open_lane_locked(self._models, model_id)
             self._futures.create(request_id, model_id, lane.next_seq)
             lane.ready.append(Job(request_id, functools.partial(self._unload, model_id)))
             self._enqueue_locked(lane)
@@ -186,42 +187,36 @@ class Scheduler:
 
     # Samplers
 
-    def add_sampler(self, sampler_id: str, session_id: str, folder: Optional[Path]) -> None:
+    def add_sampler(
+        self,
+        sampler_id: str,
+        session_id: str,
+        folder: Optional[Path],
+        follows: Optional[str] = None,
+    ) -> None:
         """Open the queue of a sampler; the engine loads it soon.
 
         *folder* holds its weights (None: the base model) and is removed when the sampler ends.
+        With *follows*, they are the newest of that training run: every sampler that follows it
+        draws from them from its next batch on.
         """
         with self._wake:
-            weights = SamplerWeights(sampler_id, folder)
-            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights))
-
-    def add_inflight_sampler(
-        self, sampler_id: str, session_id: str, model_id: str, folder: Path
-    ) -> None:
-        """Open the queue of a sampler that follows the weights of a training run.
-
-        The weights in *folder* are the newest: every sampler that follows *model_id* draws from
-        them from its next batch on.
-        """
-        with self._wake:
-            weights = SamplerWeights(f"{sampler_id}:inflight", folder)
+            inflight = "" if follows is None else ":inflight"
+            weights = SamplerWeights(f"{sampler_id}{inflight}", folder)
             for lane in self._samplers.values():
-                if lane.follows == model_id and lane.closed is None:
+                if follows is not None and lane.follows == follows and lane.closed is None:
                     lane.weights.samplers -= 1
                     self._retired.append(lane.weights)
                     weights.samplers += 1
                     lane.weights = weights
-            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights, model_id))
-
-    def _open_sampler_locked(self, lane: SamplerLane) -> None:
-        lane.weights.samplers += 1
-        self._samplers[lane.sampler_id] = lane
-        self._enqueue_locked(lane)
+            weights.samplers += 1
+            self._samplers[sampler_id] = SamplerLane(sampler_id, session_id, weights, follows)
+            self._enqueue_locked(self._samplers[sampler_id])
 
     def join_sampler(self, sampler_id: str) -> int:
         """Count one more client of a sampler and return its index; the first client is 0."""
         with self._lock:
-            lane = self._open_sampler_lane_locked(sampler_id)
+            lane = self._open_lane_locked(self._samplers, sampler_id)
             lane.clones += 1
             return lane.clones
 
@@ -245,7 +240,7 @@ class Scheduler:
         With *on_done* the outcome is not polled for but passed on (see `FutureTable.create`).
         """
         with self._wake:
-            lane = self._open_sampler_lane_locked(sampler_id)
+            lane = self._open_lane_locked(self._samplers, sampler_id)
             known = lane.seen.find(seq_id, digest)
             if known is not None:
                 return known
@@ -314,18 +309,11 @@ class Scheduler:
     def _lanes_locked(self) -> List[AnyLane]:
         return [*self._models.values(), *self._samplers.values()]
 
-    def _open_lane_locked(self, model_id: str) -> Lane:
-        lane = self._models.get(model_id)
+    def _open_lane_locked(self, lanes: Dict[str, L], owner: str) -> L:
+        lane = lanes.get(owner)
         if lane is None or lane.closed is not None or self._closing:
-            raise HTTPError(
-                404, lane.closed if lane and lane.closed else f"{model_id} is not loaded"
-            )
-        return lane
-
-    def _open_sampler_lane_locked(self, sampler_id: str) -> SamplerLane:
-        lane = self._samplers.get(sampler_id)
-        if lane is None or lane.closed is not None or self._closing:
-            raise HTTPError(404, f"sampler {sampler_id} is not loaded")
+            why = None if lane is None else lane.closed
+            raise HTTPError(404, why or f"{owner} is not loaded")
         return lane
 
     def _enqueue_locked(self, lane: AnyLane) -> None:
