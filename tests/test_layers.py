@@ -40,6 +40,7 @@ LAYERS = [
     "lib",
     "as_tinker",
     "local",
+    "testing",
     "cli",
     "__main__",
 ]
