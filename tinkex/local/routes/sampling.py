@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Optional
 
 from tinkex.local.fields import invalid_input_rejected, optional, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
 from tinkex.local.routes.base import Result, Routes, route
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.checks import check_sample
 from tinkex.types import GetSamplerResponse, SampleRequest
 
@@ -35,13 +35,12 @@ class SamplingRoutes(Routes):
         response = {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
         return response
 
-    def _weights(self, path: Optional[str]) -> Optional[Path]:
-        """Make a copy of the checkpoint at *path* that stays as it is; None for the base model."""
+    def _weights(self, path: Optional[str]) -> WeightsSource:
         if path is None:
-            return None
+            return self._backend.frozen(None)
         checkpoint = self._backend.checkpoint_at(path)
         self._backend.check_loadable(checkpoint)
-        return self._backend.store.freeze(checkpoint)
+        return self._backend.frozen(checkpoint)
 
     @route("POST", "join_sampling_session")
     def join(self, body: JsonBody) -> Result:
