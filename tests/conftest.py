@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
+from typing import TYPE_CHECKING, Iterator, List
 
 import pytest
 
@@ -34,25 +34,6 @@ if importlib.util.find_spec("hypothesis") is not None:  # it is not with the JSO
 
     settings.register_profile("steady", several(100), suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("steady")
-
-if importlib.util.find_spec("werkzeug") is not None:
-    from werkzeug.routing import Rule
-
-    compile_builder = Rule._compile_builder
-    builders: Dict[Tuple[str, bool], Any] = {}
-
-    def compile_builder_once(rule: Rule, append_unknown: bool = True) -> Any:
-        """Compile the function that builds URLs of a rule once for all servers.
-
-        That takes most of the time in which a server starts, and there are a thousand of them with
-        the same rules.
-        """
-        key = (rule.rule, append_unknown)
-        if key not in builders:
-            builders[key] = compile_builder(rule, append_unknown)
-        return builders[key]
-
-    Rule._compile_builder = compile_builder_once  # type: ignore[method-assign]
 
 # A background job of a shell ignores Ctrl-C, and its children would inherit that; ours are sent it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

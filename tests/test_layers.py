@@ -41,6 +41,7 @@ LAYERS = [
     "lib",
     "as_tinker",
     "local",
+    "testing",
     "cli",
     "__main__",
 ]

@@ -36,7 +36,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clients() -> Iterator[Clients]:
+def clients(no_thread_is_left: None) -> Iterator[Clients]:  # the check comes last
     with ScriptedServer() as server:
         TinkerRoutes(server)
         made = Clients(server)

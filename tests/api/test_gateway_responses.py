@@ -14,7 +14,7 @@ from tinkex.errors import APIConnectionError, ResponseDecodeError
 
 
 @pytest.fixture(scope="module")
-def impatient() -> Iterator[Clients]:
+def impatient(no_thread_is_left: None) -> Iterator[Clients]:  # the check comes last
     """Clients whose outages end soon."""
     with ScriptedServer() as server:
         TinkerRoutes(server)

@@ -69,7 +69,7 @@ def test_what_may_be_read_can_be_written() -> None:
         assert json.loads(write_json(value, sort_keys=True)) == value
     with pytest.raises(HTTPError, match="nested too deeply"):
         read_json(write_json(nested(MAX_LEVELS + 1)))
-    with pytest.raises(HTTPError, match="not JSON"):
+    with pytest.raises(HTTPError, match=r"not JSON|nested too deeply"):  # by the orjson in use
         read_json(b"[" * 5000 + b"]" * 5000)
     assert write_json({"a": np.arange(3)}) == b'{"a":[0,1,2]}'
     with pytest.raises(TypeError):

@@ -100,6 +100,7 @@ def test_a_queue_state_that_is_no_text_is_none(state: Any, reason: Any) -> None:
         ({"status": "complete_metadata", "response_payload_size": 70_000_000}, 70_000_000),
         ({"status": "complete_metadata"}, 0),
         ({"status": "complete_metadata", "response_payload_size": "large"}, 0),
+        ({"status": "complete_metadata", "response_payload_size": -1}, 0),
     ],
 )
 def test_metadata_announces_a_result(body: Any, size: int) -> None:

@@ -78,7 +78,7 @@ def interpret(
         return _pending(body)
     if body.get("status") == "complete_metadata":
         size = body.get("response_payload_size")
-        return Announced(size if isinstance(size, int) else 0)
+        return Announced(max(size, 0) if isinstance(size, int) else 0)
     if body.get("error") is not None:
         category = str(body.get("category") or "unknown").lower()
         known = category if category in ("user", "server") else "unknown"

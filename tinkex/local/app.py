@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Optional
+from typing import Any, Callable, Optional, Tuple
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Rule
 
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
@@ -44,6 +45,24 @@ _TOPICS = (
 )
 
 
+class _MatchedRule(Rule):
+    """A rule that finds the view of a path, and builds no URLs.
+
+    Compiling the functions that build them takes most of the time in which a server starts.
+    """
+
+    def _compile_builder(self, append_unknown: bool = True) -> Callable[..., Tuple[str, str]]:
+        return _no_url
+
+
+def _no_url(*args: Any, **values: Any) -> Tuple[str, str]:
+    raise NotImplementedError("the server builds no URLs of its routes")
+
+
+class _Application(Flask):
+    url_rule_class = _MatchedRule
+
+
 def create_app(
     backend: Backend,
     settings: Optional[ServerSettings] = None,
@@ -58,7 +77,7 @@ def create_app(
     """
     settings = settings or ServerSettings()
     admission = admission or Admission(settings)
-    app = Flask(__name__, static_folder=None)
+    app = _Application(__name__, static_folder=None)
     app.config[MAX_BODY] = settings.max_body_bytes
     app.before_request(functools.partial(_admit, admission))
     topics = [topic(backend, settings) for topic in _TOPICS]

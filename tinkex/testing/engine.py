@@ -1,0 +1,78 @@
+"""The deterministic engine, which writes down in the journal what it has done."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Container, Dict, Iterator, List, Mapping, Sequence, Union
+
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.engines.engine import EngineInfo, Finished
+from tinkex.testing.journal import Journal
+from tinkex.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, SampleRequest
+
+
+class RecordingEngine(DeterministicEngine):
+    """A DeterministicEngine with a journal.
+
+    Args:
+        journal: gets an entry after each success.
+        models: the name of the model, and its aliases.
+    """
+
+    def __init__(self, journal: Journal, models: Sequence[str], **facts: Any) -> None:
+        super().__init__(models[0], **facts)
+        self._journal = journal
+        self._aliases = tuple(models[1:])
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine serves."""
+        return dataclasses.replace(super().info, aliases=self._aliases)
+
+    def create(self, model_id: str, lora: LoraConfig) -> None:
+        """Make a fresh adapter."""
+        super().create(model_id, lora)
+        self._journal.add_executed(model_id, "create")
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Union[float, str]],
+        *,
+        forward_only: bool = False,
+    ) -> ForwardBackwardOutput:
+        """Compute loss and logprobs of each datum."""
+        output = super().forward_backward(
+            model_id, data, loss_fn, loss_fn_config, forward_only=forward_only
+        )
+        self._journal.add_executed(model_id, "forward" if forward_only else "forward_backward")
+        return output
+
+    def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
+        """Take a step."""
+        metrics = super().optim_step(model_id, params)
+        self._journal.add_executed(model_id, "optim_step")
+        return metrics
+
+    def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
+        """Write the adapter's state into *folder*."""
+        super().save(model_id, folder, with_optimizer=with_optimizer)
+        self._journal.add_executed(model_id, "save" if with_optimizer else "export")
+
+    def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
+        """Take over a saved state."""
+        super().load(model_id, folder, with_optimizer=with_optimizer)
+        self._journal.add_executed(model_id, "load")
+
+    def sample(
+        self, sampler_id: str, requests: Sequence[SampleRequest], dropped: Container[int] = ()
+    ) -> Iterator[List[Finished]]:
+        """Run *requests* as one batch."""
+        for finished in super().sample(sampler_id, requests, dropped):
+            for _, result in finished:
+                if not isinstance(result, Exception):
+                    self._journal.add_executed(sampler_id, "sample")
+            yield finished

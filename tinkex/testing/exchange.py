@@ -1,0 +1,181 @@
+"""One request and its reply, as a fault sees them, and sending the reply byte by byte.
+
+Runs in the HTTP thread of the request (``tinkex-http-i``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import socket
+import traceback
+from http.client import responses as REASONS
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    NoReturn,
+    Optional,
+    Tuple,
+)
+
+from tinkex.testing.journal import Journal, ReceivedRequest
+from tinkex.testing.script import Injection, Script, ServerStopped
+
+if TYPE_CHECKING:
+    from tinkex.testing.server import FakeServer
+
+_log = logging.getLogger(__name__)
+
+Environ = Dict[str, Any]
+StartResponse = Callable[..., Any]
+Application = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A response, and how it is sent.
+
+    Attributes:
+        status, headers, body: the response; its Content-Length is that of *body*.
+        close_after: close the connection after this many bytes of the body; None sends all.
+        piece: send at most this many bytes at a time; None sends the body in one piece ...
+        pause_s: ... with a pause of this many seconds before each piece.
+    """
+
+    status: int
+    headers: Tuple[Tuple[str, str], ...] = ()
+    body: bytes = b""
+    close_after: Optional[int] = None
+    piece: Optional[int] = None
+    pause_s: float = 0.0
+
+
+class Exchange:
+    """One request that a fault was injected for.
+
+    Attributes:
+        request: what was received.
+        server: the `FakeServer` that received it.
+    """
+
+    def __init__(
+        self,
+        server: FakeServer,
+        request: ReceivedRequest,
+        injection: Injection,
+        script: Script,
+        environ: Environ,
+        application: Application,
+    ) -> None:
+        self.server = server
+        self.request = request
+        self._injection = injection
+        self._script = script
+        self._environ = environ
+        self._application = application
+
+    def work(self) -> Reply:
+        """Have the server do what the request asks for, and return its response."""
+        from werkzeug.test import run_wsgi_app
+
+        parts, status, headers = run_wsgi_app(self._application, self._environ, buffered=True)
+        kept = tuple((k, v) for k, v in headers if k.lower() != "content-length")
+        return Reply(int(status.split()[0]), kept, b"".join(parts))
+
+    def wait(self, seconds: Optional[float] = None) -> None:
+        """Block until the injection is released or the server stops, at most *seconds*."""
+        self._script.wait(self._injection, seconds)
+
+
+class FaultLayer:
+    """The application, behind the journal and the script of a `FakeServer` (WSGI)."""
+
+    def __init__(
+        self, server: FakeServer, journal: Journal, script: Script, application: Application
+    ) -> None:
+        self._server = server
+        self._journal = journal
+        self._script = script
+        self._application = application
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Respond to one request."""
+        request = self._receive(environ)
+        injection = self._script.find(request)
+        if injection is None:
+            return self._application(environ, start_response)
+        exchange = Exchange(
+            self._server, request, injection, self._script, environ, self._application
+        )
+        try:
+            reply = injection.fault(exchange)
+        except ServerStopped:
+            reply = None
+        except Exception:
+            _log.exception("the fault %r failed", injection.fault)
+            detail = f"the fault {injection.fault!r} failed: {traceback.format_exc()}"
+            reply = Reply(500, (("Content-Type", "text/plain"),), detail.encode())
+        return self._send(exchange, reply, environ, start_response)
+
+    def _receive(self, environ: Environ) -> ReceivedRequest:
+        body = environ["wsgi.input"].read()
+        environ["wsgi.input"] = io.BytesIO(body)
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        headers["content-type"] = environ.get("CONTENT_TYPE", "")
+        return self._journal.add_request(
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            environ.get("QUERY_STRING", ""),
+            headers,
+            body,
+        )
+
+    def _send(
+        self,
+        exchange: Exchange,
+        reply: Optional[Reply],
+        environ: Environ,
+        start_response: StartResponse,
+    ) -> Iterable[bytes]:
+        if reply is None:
+            _hang_up(environ)
+        reason = REASONS.get(reply.status, "Unknown")
+        length = ("Content-Length", str(len(reply.body)))
+        start_response(f"{reply.status} {reason}", [*reply.headers, length])
+        return _pieces(exchange, reply, environ)
+
+
+def _pieces(exchange: Exchange, reply: Reply, environ: Environ) -> Iterator[bytes]:
+    """Yield the body piece by piece; waitress sends each immediately."""
+    body = reply.body[: reply.close_after]
+    step = reply.piece or len(body) or 1
+    for start in range(0, len(body), step):
+        if reply.pause_s:
+            try:
+                exchange.wait(reply.pause_s)
+            except ServerStopped:
+                _hang_up(environ)
+        yield body[start : start + step]
+    if reply.close_after is not None:
+        _hang_up(environ)
+
+
+def _hang_up(environ: Environ) -> NoReturn:
+    """Close the connection after what was sent so far."""
+    from waitress.channel import ClientDisconnected
+
+    # waitress puts a bound method of the connection's channel there.
+    channel = environ["waitress.client_disconnected"].__self__
+    with contextlib.suppress(OSError):  # the client was faster
+        channel.socket.shutdown(socket.SHUT_RDWR)
+    raise ClientDisconnected  # which ends the task, and is no error to waitress
