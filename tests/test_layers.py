@@ -312,8 +312,8 @@ def thread_names(tree: ast.Module) -> Iterator[str]:
         found: List[ast.expr] = []
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func).split(".")[-1]
-            if called in ("WorkerPool", "AdaptivePool", "new_lane"):
-                found = node.args[:1]
+            if called in ("WorkerPool", "AdaptivePool", "make"):
+                found = node.args[:2]
             elif called == "Thread":
                 found = [keyword.value for keyword in node.keywords if keyword.arg == "name"]
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".name"):

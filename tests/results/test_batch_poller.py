@@ -29,7 +29,7 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
 from tinkex import ServiceClient, types
-from tinkex._results import backoff, batch_poll, batch_poller
+from tinkex._results import backoff, sampler_polls
 from tinkex._results.pending import PendingRequest
 from tinkex._results.poller import Poller
 from tinkex._results.sampler_polls import CompletionTracker
@@ -52,7 +52,7 @@ TARGET = {"type": "sampling_session", "sampling_session_id": "sampler", "cloned_
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
-    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", 0.01)
+    monkeypatch.setattr(sampler_polls, "ACKNOWLEDGE_AFTER_S", 0.01)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     assert sample(poller, "b").result(PATIENCE_S) == "b"
     assert len(batches.requests(BATCH)) == 1
-    missing = poller._batches._server.missing_status(batch_poller.ROUTE) is not None
+    missing = poller._batches._server.missing_status(sampler_polls.ROUTE) is not None
     assert missing == (status in (404, 405, 501))
 
 
@@ -255,7 +255,7 @@ def test_limits_of_time_hold(batches: ScriptedServer) -> None:
 def test_close_wakes_all_at_once_and_says_what_was_fetched(
     batches: ScriptedServer, poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", PATIENCE_S)
+    monkeypatch.setattr(sampler_polls, "ACKNOWLEDGE_AFTER_S", PATIENCE_S)
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     left = sample(poller, "never")

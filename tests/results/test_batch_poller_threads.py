@@ -11,6 +11,7 @@ from support.batch_routes import (
     BATCH,
     NEVER,
     POLL,
+    SAMPLER,
     at_last,
     bodies,
     done,
@@ -21,16 +22,17 @@ from support.batch_routes import (
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.threads import wait_until
 
-from tinkex._results import backoff, batch_poll, batch_poller
+from tinkex._results import backoff, batch_poller, sampler_polls
 from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
+from tinkex._results.sampler_polls import SamplerPolls, Submissions
 from tinkex.errors import ResultExpiredError
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
-    monkeypatch.setattr(batch_poll, "ACKNOWLEDGE_AFTER_S", 0.01)
+    monkeypatch.setattr(sampler_polls, "ACKNOWLEDGE_AFTER_S", 0.01)
 
 
 @pytest.fixture
@@ -117,9 +119,10 @@ def test_a_result_whose_answer_was_lost_is_known_to_be_lost(
 def test_more_is_not_asked_for_while_many_results_wait(
     batches: ScriptedServer, poller: Poller
 ) -> None:
-    assert poller._batches._fetch_soon([]) == 0.0
-    poller._batches._fetches._waiting.extend([None] * (batch_poller.MAX_UNFETCHED + 1))  # type: ignore[list-item]
-    assert poller._batches._fetch_soon([]) == batch_poller.UNFETCHED_PAUSE_S
+    polls = SamplerPolls(SAMPLER, poller._resources, Submissions())
+    assert poller._batches.fetch_soon(polls, []) == 0.0
+    poller._batches._fetches._waiting.extend([print] * (batch_poller.MAX_UNFETCHED + 1))
+    assert poller._batches.fetch_soon(polls, []) == batch_poller.UNFETCHED_PAUSE_S
     poller._batches._fetches._waiting.clear()
 
 

@@ -108,7 +108,7 @@ def test_a_flag_lowers_the_cap_and_none_raises_it_above_the_callers(
         names = [f"s{number}" for number in range(12)]
         assert [future.result(PATIENCE_S) for future in futures] == names
         assert workers() <= 3
-        assert poller._samples.cap == 1
+        assert poller._samples._workers.cap == 1
 
 
 def test_idle_threads_and_their_connections_go_away(
@@ -117,7 +117,7 @@ def test_idle_threads_and_their_connections_go_away(
     go = threading.Event()
     server.on(POLL, lambda received: dataclasses.replace(result(received), hold=go))
     for poller in open_poller(server, max_concurrent_samples=8):
-        pool: WorkerPool = poller._samples
+        pool: WorkerPool = poller._samples._workers
         pool._state.idle_s = 0.02
         futures = [sample(poller, f"s{number}") for number in range(8)]
         server.wait_for(POLL, 8)
@@ -135,8 +135,8 @@ def test_a_lowered_cap_lets_threads_go(server: ScriptedServer) -> None:
     for poller in open_poller(server, max_concurrent_samples=4):
         first = [sample(poller, f"s{number}") for number in range(4)]
         server.wait_for(POLL, 4)
-        poller._samples._state.idle_s = 0.02
-        poller._samples.resize(1)
+        poller._samples._workers._state.idle_s = 0.02
+        poller._samples._workers.resize(1)
         for future in first:
             future.cancel()
         wait_until(lambda: workers() == 0, "all are gone")

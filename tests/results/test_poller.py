@@ -19,7 +19,9 @@ from support.transports import open_resources
 from tinkex._api._call import read
 from tinkex._results import backoff
 from tinkex._results.poller import Poller
+from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport import billing
+from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.transport import Reply
 from tinkex.errors import (
     APIConnectionError,
@@ -404,7 +406,8 @@ def test_a_402_is_waited_out_for_the_time_that_the_server_allows(
     monkeypatch.setattr(billing, "PAUSE_S", 0.001)
     server.on(POLL, Answer(402, {"detail": "top up"}))
     with open_poller(server, on_billing="wait") as poller:
-        poller._resources.billing.find_limit_s = lambda: 0.05
+        flags = ServerFlags(billing_exception_max_pause_duration_sec=0.05)
+        poller._transport.server.flags.static = flags
         with pytest.raises(BillingError, match="top up"):
             watch(poller).result(PATIENCE_S)
     assert len(server.requests()) > 2
@@ -576,6 +579,19 @@ def test_workers_keep_their_connections(server: ScriptedServer) -> None:
 # Cancelled samples
 
 
+def cancels(poller: Poller) -> WorkerPool:
+    """The threads that send cancels."""
+    return poller._samples.cancels._pool
+
+
+def wait_for_cancels(poller: Poller) -> None:
+    state = cancels(poller)._state
+    wait_until(
+        lambda: state.backlog == 0 and state.idle == len(state.threads),
+        "the cancels are dealt with",
+    )
+
+
 def cancellable(server: ScriptedServer, most: int = 64) -> None:
     """Have the server take cancels."""
     body = {"sample_cancel_enabled": True, "sample_cancel_max_batch_size": most}
@@ -676,8 +692,8 @@ def test_no_more_cancels_go_out_at_once_than_the_server_takes(server: ScriptedSe
             future.cancel()
         server.wait_for(CANCEL)
         wait_until(
-            lambda: poller._cancels._busy == 1 and len(poller._cancels._waiting) == 4,
-            "the others leave it to one",
+            lambda: cancels(poller).waiting == 4 and cancels(poller)._state.idle == 0,
+            "the others wait for the first",
         )
         assert len(server.requests(CANCEL)) == 1
         release.set()
@@ -696,7 +712,7 @@ def test_a_server_that_takes_no_cancels_is_told_nothing(
             server.wait_for(POLL, number + 1)
             future.cancel()
         server.wait_for("POST /api/v1/client/dynamic_config")
-        wait_until(lambda: poller._cancels._busy == 0, "the cancels are dealt with")
+        wait_for_cancels(poller)
     assert server.requests(CANCEL) == []
 
 
@@ -710,7 +726,7 @@ def test_a_server_without_the_route_is_not_asked_again(server: ScriptedServer) -
             server.wait_for(POLL, number + 1)
             future.cancel()
             server.wait_for(CANCEL)
-            wait_until(lambda: poller._cancels._busy == 0, "the cancel is dealt with")
+            wait_for_cancels(poller)
     assert len(server.requests(CANCEL)) == 1
 
 

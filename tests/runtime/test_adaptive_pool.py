@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterable, Iterator, List, Optional
 
 import pytest
 from support.threads import PATIENCE_S, race, wait_until
 
 from tinkex._runtime import adaptive_pool
 from tinkex._runtime.adaptive_pool import AdaptivePool
+from tinkex._runtime.worker_pool import WorkerPools
 from tinkex.errors import ClientClosedError
 
-pools: List[AdaptivePool[Any]] = []
+pools = WorkerPools()
 
 
 @pytest.fixture(autouse=True)
 def join_them() -> Iterator[None]:
     yield
-    while pools:
-        made = pools.pop()
-        made.close()
-        assert made.pool.join(time.monotonic() + PATIENCE_S) == []
+    pools.close()
+    assert pools.join(time.monotonic() + PATIENCE_S) == []
 
 
-def make(run: Any) -> AdaptivePool[Any]:
-    pools.append(AdaptivePool("tinkex-adaptive", run))
-    return pools[-1]
+def make() -> AdaptivePool:
+    return AdaptivePool(pools, "tinkex-adaptive")
+
+
+def each(run: Any, items: Iterable[Any]) -> List[Any]:
+    """A task for each of *items*, which runs it."""
+    return [functools.partial(run, item) for item in items]
 
 
 def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> None:
-    made = make(print)
+    made = make()
 
     def after(request_s: float, cpu_s: float) -> Optional[int]:
         """What is wanted after a few requests, which took so long and so much CPU together."""
@@ -55,7 +59,7 @@ def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> N
 
 
 def test_one_quick_request_of_late_tells_how_far_the_server_is() -> None:
-    made = make(print)
+    made = make()
     began = made._period_began
 
     def note(at_s: float, took_s: float) -> Optional[int]:
@@ -83,8 +87,8 @@ def test_it_grows_while_requests_wait_for_the_server() -> None:
             ran.append(number)
 
     ran: List[int] = []
-    made = make(run)
-    made.put(range(200))
+    made = make()
+    made.put(each(run, range(200)))
     wait_until(lambda: len(ran) == 200, "all ran")
     assert adaptive_pool.MIN_THREADS < most <= made.pool.cap
 
@@ -100,11 +104,11 @@ def test_it_shrinks_while_it_has_work_to_do() -> None:
         else:
             ran.append(made._at_work)
 
-    made = make(run)
+    made = make()
     made.pool.cap = 8
-    made.put(range(8))
+    made.put(each(run, range(8)))
     full.wait(PATIENCE_S)
-    made.put(range(8, 8 + adaptive_pool.DECIDE_EVERY // 2))
+    made.put(each(run, range(8, 8 + adaptive_pool.DECIDE_EVERY // 2)))
     made.pool.cap = 3
     go.set()
     wait_until(lambda: len(ran) == adaptive_pool.DECIDE_EVERY // 2, "all ran")
@@ -113,19 +117,19 @@ def test_it_shrinks_while_it_has_work_to_do() -> None:
 
 def test_whatever_is_put_runs_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: List[Any] = []
-    made = make(ran.append)
+    made = make()
 
     def put(name: str) -> Any:
-        return lambda: [made.put([(name, number)]) for number in range(300)]
+        return lambda: [made.put(each(ran.append, [(name, number)])) for number in range(300)]
 
     race(put("a"), put("b"), lambda: [made.run_waiting() for _ in range(300)])
     wait_until(lambda: len(ran) == 600, "all ran")
     assert sorted(ran) == [(name, number) for name in ("a", "b") for number in range(300)]
     monkeypatch.setattr(adaptive_pool, "MIN_THREADS", 1)
     monkeypatch.setattr(adaptive_pool, "MAX_THREADS", 1)  # or the second thread could be quicker
-    one = make(ran.append)
+    one = make()
     ran.clear()
-    one.put(range(1000))
+    one.put(each(ran.append, range(1000)))
     wait_until(lambda: len(ran) == 1000, "all ran")
     assert ran == list(range(1000))
 
@@ -137,12 +141,13 @@ def test_what_waits_at_close_is_dropped() -> None:
         ran.append(number)
         assert go.wait(PATIENCE_S)
 
-    made = make(run)
-    made.put(range(10))
+    made = make()
+    made.put(each(run, range(10)))
     wait_until(lambda: len(ran) == adaptive_pool.MIN_THREADS, "all threads are busy")
-    made.close()
+    made.pool.close()
+    made.clear()
     go.set()
     assert made.pool.join(time.monotonic() + PATIENCE_S) == []
     assert (len(ran), made.waiting) == (adaptive_pool.MIN_THREADS, 0)
     with pytest.raises(ClientClosedError):
-        made.put([1])
+        made.put([print])

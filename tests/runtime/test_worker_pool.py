@@ -298,7 +298,7 @@ def test_a_finalizer_may_stop_a_pool_even_inside_its_lock() -> None:
     for _ in range(2):
         pool.submit(lambda: both.wait(PATIENCE_S))
     wait_until(lambda: state.idle == 2, "both threads idle")
-    stop = pool.finalizer_hook
+    stop = state.stop_from_finalizer
     alive = weakref.ref(pool)
     with state.lock:  # where a collection may happen
         stop()
@@ -314,7 +314,7 @@ def test_a_finalizer_leaves_time_for_what_is_queued() -> None:
     pool.submit(lambda: (began.set(), release.wait(PATIENCE_S)))
     assert began.wait(PATIENCE_S)
     pool.submit(done.set)
-    pool.finalizer_hook()
+    pool._state.stop_from_finalizer()
     release.set()
     assert done.wait(PATIENCE_S)
     assert pool.join(time.monotonic() + PATIENCE_S) == []
@@ -324,7 +324,6 @@ def test_a_finalizer_leaves_time_for_what_is_queued() -> None:
 
 def test_threads_do_not_keep_the_pool_alive() -> None:
     pool = WorkerPool("tinkex-test-weak", 1, idle_s=60.0)
-    weakref.finalize(pool, pool.finalizer_hook)
     alive = weakref.ref(pool)
     ran = threading.Event()
     pool.submit(ran.set)

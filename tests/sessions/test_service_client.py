@@ -629,6 +629,28 @@ def test_a_forgotten_client_is_collected_and_warned_about(server: SessionServer)
     server.assert_ended_once()
 
 
+def test_a_client_that_is_dropped_ends_without_the_garbage_collector(
+    server: SessionServer,
+) -> None:
+    server.serve_work()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        service = ServiceClient(base_url=server.url)
+        sampler = service.create_sampling_client(base_model="m")
+        sampler.sample(types.ModelInput.from_ints([1, 2, 3])).result()
+        gone = weakref.ref(service._runtime)
+        gc.collect()
+        gc.disable()
+        try:
+            del service, sampler
+            # A thread may still be settling the last future.
+            wait_until(lambda: gone() is None, "nothing refers to it")
+        finally:
+            gc.enable()
+    assert server.wait_for_finish() == ["success"]
+    wait_until(lambda: not tinkex_threads(), "its threads end")
+
+
 def test_a_closed_client_is_collected_silently(
     server: SessionServer, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:

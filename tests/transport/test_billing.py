@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import List
+from typing import Any, Callable, List, Optional
 
 import pytest
 from support.clocks import ManualClock
@@ -14,13 +14,42 @@ from support.threads import race
 from tinkex import ServiceClient
 from tinkex._transport import billing
 from tinkex._transport.billing import DEFAULT_LIMIT_S, PAUSE_S, BillingPause
+from tinkex._transport.server_flags import ServerFlags
 from tinkex.errors import APIConnectionError, BillingError
 
 
-def pause(clock: ManualClock, limit_s: float = 1000.0) -> BillingPause:
-    made = BillingPause("host:80", clock)
-    made.find_limit_s = lambda: limit_s
-    return made
+class Flags:
+    """A sender whose server's flags name a limit, which *find* returns."""
+
+    def __init__(self, find: Callable[[], float]) -> None:
+        self.find = find
+
+
+@pytest.fixture(autouse=True)
+def flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = billing.flags_for
+
+    def flags_for(sender: Any) -> ServerFlags:
+        if isinstance(sender, Flags):
+            return ServerFlags(billing_exception_max_pause_duration_sec=sender.find())
+        return real(sender)
+
+    monkeypatch.setattr(billing, "flags_for", flags_for)
+
+
+class Pause(BillingPause):
+    """A pause for as long as *find* returns."""
+
+    def __init__(self, clock: ManualClock, find: Callable[[], float]) -> None:
+        super().__init__("host:80", clock)
+        self.sender = Flags(find)
+
+    def again(self) -> Optional[float]:
+        return self.after_402(self.sender)  # type: ignore[arg-type]
+
+
+def pause(clock: ManualClock, limit_s: float = 1000.0) -> Pause:
+    return Pause(clock, lambda: limit_s)
 
 
 def levels(caplog: pytest.LogCaptureFixture) -> List[str]:
@@ -33,60 +62,58 @@ def test_it_is_waited_until_the_limit_and_told_once_a_minute(
     clock = ManualClock()
     found = pause(clock, limit_s=150.0)
     for _ in range(31):  # 0, 5, ... 150 seconds
-        assert found.after_402() == PAUSE_S
+        assert found.again() == PAUSE_S
         clock.advance(5.0)
     assert levels(caplog) == ["WARNING"] * 3  # at 0, 60 and 120 seconds
-    assert found.after_402() is None
-    assert found.after_402() is None
+    assert found.again() is None
+    assert found.again() is None
     clock.advance(60.0)
-    assert found.after_402() is None
+    assert found.again() is None
     assert levels(caplog)[3:] == ["ERROR"]
 
 
 def test_a_402_long_after_the_last_one_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
     clock = ManualClock()
     found = pause(clock, limit_s=10.0)
-    assert found.after_402() == PAUSE_S
+    assert found.again() == PAUSE_S
     clock.advance(20.0)
-    assert found.after_402() is None
+    assert found.again() is None
     clock.advance(301.0)
-    assert found.after_402() == PAUSE_S
+    assert found.again() == PAUSE_S
     assert levels(caplog) == ["WARNING", "WARNING"]
 
 
 def test_the_limit_is_asked_for_once_and_not_by_the_question_itself() -> None:
     clock = ManualClock()
-    found = BillingPause("host:80", clock)
     asked: List[int] = []
 
     def ask() -> float:
         asked.append(1)
-        assert found.after_402() == PAUSE_S  # the question is answered with 402, too
+        assert found.again() == PAUSE_S  # the question is answered with 402, too
         return 7.0
 
-    found.find_limit_s = ask
-    assert found.after_402(may_ask=False) == PAUSE_S
+    found = Pause(clock, ask)
+    assert found.after_402(None) == PAUSE_S
     assert asked == []
-    race(*[found.after_402] * 8)
+    race(*[found.again] * 8)
     clock.advance(8.0)
-    assert found.after_402() is None
+    assert found.again() is None
     assert asked == [1]
 
 
 def test_without_an_answer_the_limit_is_an_hour() -> None:
     clock = ManualClock()
-    found = BillingPause("host:80", clock)
 
     def fail() -> float:
         raise APIConnectionError("no answer")
 
-    found.find_limit_s = fail
+    found = Pause(clock, fail)
     for _ in range(int(DEFAULT_LIMIT_S) // 60):
-        assert found.after_402() == PAUSE_S
+        assert found.again() == PAUSE_S
         clock.advance(60.0)
-    assert found.after_402() == PAUSE_S
+    assert found.again() == PAUSE_S
     clock.advance(1.0)
-    assert found.after_402() is None
+    assert found.again() is None
 
 
 def test_submissions_and_polls_share_the_servers_limit(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import Mapping, Optional
 
 from tinkex._transport.request import Request, broken_route
@@ -59,9 +60,12 @@ class Backoff:
     """How long to wait between two polls; raises what ends them."""
 
     def __init__(self, resources: ClientResources, poll: Request) -> None:
-        config = resources.transport.config
-        wait = resources.billing.after_402 if config.on_billing == "wait" else None
-        self._retries = RetryState(poll_policy(config.max_outage_s), pause_for_billing=wait)
+        transport, config = resources.transport, resources.transport.config
+        wait = partial(resources.billing.after_402, transport)
+        self._retries = RetryState(
+            poll_policy(config.max_outage_s),
+            pause_for_billing=wait if config.on_billing == "wait" else None,
+        )
         self._interval = PollInterval()
         self._poll = poll
         # A timeout while connecting is an outage; a later one is a poll that was held too long.

@@ -24,17 +24,13 @@ import functools
 import logging
 import threading
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, List, Tuple
 
-from tinkex._results.batch_poll import ROUTE, BatchPoll, send_poll
-from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.concurrency_gate import SampleGate
-from tinkex._results.pause_log import PauseNotices
-from tinkex._results.pending import Lease, PendingRequest, SamplerId, ThreadLocalConnections
-from tinkex._results.poll_loop import PollLoop
-from tinkex._results.sampler_polls import Ready, SamplerPolls, Submissions
+from tinkex._results.pending import Lease, PendingRequest, SamplerId
+from tinkex._results.sample_poller import SamplePoller
+from tinkex._results.sampler_polls import ROUTE, SamplerPolls, Submissions
 from tinkex._runtime.adaptive_pool import AdaptivePool
-from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.channel import Channel
 from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ServerFlags
@@ -45,7 +41,6 @@ from tinkex.errors import (
     ResultExpiredError,
     TinkexError,
 )
-from tinkex.futures import APIFuture
 
 logger = logging.getLogger(__name__)
 
@@ -62,37 +57,25 @@ _IDLE_S = 5.0
 class BatchPoller:
     """Submits samples and fetches their results when the server reports that they are ready.
 
-    Thread-safe; nothing blocks but `flush_acknowledgements` and `join`.
+    Thread-safe; nothing blocks but `flush_acknowledgements`.
 
     Args:
         resources: everything goes through its transport, whose ``closing`` event ends every wait.
-        fall_back: takes over a sample that is to be polled for on its own; must not block.
-        fail: settles a future with an error.
-        cancels: gets the samples that were cancelled.
-        pauses: as for PollLoop.
+        samples: takes over the samples that are to be polled for individually.
+
+    Attributes:
+        fall_back, fail, cancels: of *samples*.
     """
 
-    def __init__(
-        self,
-        resources: ClientResources,
-        fall_back: Callable[[PendingRequest[Any]], None],
-        fail: Callable[[APIFuture[Any], BaseException], None],
-        cancels: CancelQueue,
-        pauses: PauseNotices,
-    ) -> None:
+    def __init__(self, resources: ClientResources, samples: SamplePoller) -> None:
         self._resources = resources
-        self._transport = transport = resources.transport
-        self._config = transport.config
-        self._fall_back = fall_back
-        self._fail = fail
-        self._cancels = cancels
-        self._pauses = pauses
-        self._server = transport.server
-        self._channels = ThreadLocalConnections(transport)
-        self._gate = SampleGate(transport.config.max_unanswered_samples, self._enqueue)
-        self._submits = AdaptivePool("tinkex-submit", self._submit)
-        self._fetches = AdaptivePool("tinkex-fetch", self._fetch)
-        self._polls = WorkerPool("tinkex-batch", POLL_CAP, _IDLE_S)
+        self._server = resources.transport.server
+        self._samples = samples
+        self.fall_back, self.fail, self.cancels = samples.submit, samples.fail, samples.cancels
+        self._gate = SampleGate(resources.transport.config.max_unanswered_samples)
+        self._submits = AdaptivePool(resources.pools, "tinkex-submit")
+        self._fetches = AdaptivePool(resources.pools, "tinkex-fetch")
+        self._polls = resources.pools.make("tinkex-batch", POLL_CAP, _IDLE_S)
         self._free_polls = threading.BoundedSemaphore(POLL_CAP)
         self._submissions = Submissions()
         # Guards _samplers, which only grows.
@@ -105,13 +88,13 @@ class BatchPoller:
 
     def submit(self, request: PendingRequest[Any]) -> None:
         """Have *request* sent in its turn, and its future settled."""
-        self._gate.enter(request)
+        self._gate.enter(request, self._enqueue)
 
     def _enqueue(self, request: PendingRequest[Any]) -> None:
         try:
-            self._submits.put((request,))
+            self._submits.put([functools.partial(self._submit, request)])
         except ClientClosedError as error:
-            self._fail(request.future, error)
+            self.fail(request.future, error)
 
     # Submitting, by tinkex-submit-i
 
@@ -122,35 +105,13 @@ class BatchPoller:
             return
         number = self._submissions.begin()
         try:
-            with Lease(future, self._channels.get()) as lease:
+            with Lease(future, self._samples.channel()) as lease:
                 request.submit(lease)
-            self._expect(request)
+            self._polls_of(request).expect(request, self)
         except Exception as error:
-            self._fail(future, error)
+            self.fail(future, error)
         finally:
             self._submissions.end(number)
-
-    def _expect(self, request: PendingRequest[Any]) -> None:
-        """Wait for the result of *request*, which was accepted."""
-        request_id = request.future.request_id or ""
-        polls = self._polls_of(request)
-        expected = polls.expect(request_id, request, may_start=self._may_start)
-        if not expected.watched:
-            self._fall_back(request)
-            return
-        if expected.ready is not None:
-            self._fetch_soon([expected.ready])
-        else:
-            request.future.on_settled(functools.partial(self._withdraw, polls, request_id))
-        if expected.starts:
-            try:
-                self._polls.submit(functools.partial(self._poll_for, polls))
-            except ClientClosedError as error:
-                self._free_polls.release()
-                self._on_poll_failure(polls, error)
-
-    def _may_start(self) -> bool:
-        return self._free_polls.acquire(blocking=False)
 
     def _polls_of(self, request: PendingRequest[Any]) -> SamplerPolls:
         sampler_id = request.sampler_id()
@@ -158,21 +119,27 @@ class BatchPoller:
         with self._lock:
             polls = self._samplers.get(sampler_id)
             if polls is None:
-                polls = SamplerPolls(sampler_id, self._config, self._submissions)
+                polls = SamplerPolls(sampler_id, self._resources, self._submissions)
                 self._samplers[sampler_id] = polls
             return polls
 
-    def _withdraw(self, polls: SamplerPolls, request_id: str, future: Any) -> None:
-        """In the thread that settles the future: if it was cancelled, have the server cancel it."""
-        if polls.withdraw(request_id) and future.cancelled():
-            self._cancels.put(request_id)
-
     # Polling, by tinkex-batch-i
 
-    def _poll_for(self, polls: SamplerPolls) -> None:
-        channel = self._channels.get()
+    def may_poll(self) -> bool:
+        """Whether a thread is free to poll for another sampler; `start_poll` must follow."""
+        return self._free_polls.acquire(blocking=False)
+
+    def start_poll(self, polls: SamplerPolls) -> None:
+        """Have a thread poll for a sampler."""
         try:
-            BatchPoll(self._resources, polls, channel, self._fetch_soon, self._fail).run()
+            self._polls.submit(functools.partial(self._poll_for, polls))
+        except ClientClosedError as error:
+            self._free_polls.release()
+            self._on_poll_failure(polls, error)
+
+    def _poll_for(self, polls: SamplerPolls) -> None:
+        try:
+            polls.poll(self, self._samples.channel())
         except Exception as error:
             self._on_poll_failure(polls, error)
         finally:
@@ -186,7 +153,7 @@ class BatchPoller:
         left = polls.abandon(per_sample=not fails_all)
         if fails_all:
             for request in left:
-                self._fail(request.future, copy.copy(error))
+                self.fail(request.future, copy.copy(error))
             return
         logger.warning(
             "falling back to per-sample polling for %s: %s",
@@ -195,52 +162,49 @@ class BatchPoller:
             exc_info=None if isinstance(error, TinkexError) else error,
         )
         for request in left:
-            self._fall_back(request)
+            self.fall_back(request)
 
     # Fetching, by tinkex-fetch-i, and by the threads that submit
 
-    def _fetch_soon(self, ready: List[Ready]) -> float:
-        """Have *ready* fetched; return the seconds for which no more would be of use."""
+    def fetch_soon(
+        self, polls: SamplerPolls, ready: List[Tuple[PendingRequest[Any], int]]
+    ) -> float:
+        """Have the results of *ready*, of some size in bytes each (0: not known), fetched.
+
+        Returns the seconds for which no more would be of use.
+        """
         try:
-            self._fetches.put(ready)
+            self._fetches.put([functools.partial(self._fetch, polls, *one) for one in ready])
         except ClientClosedError as error:
-            for one in ready:
-                self._fail(one.request.future, error)
+            for request, _ in ready:
+                self.fail(request.future, error)
         return UNFETCHED_PAUSE_S if self._fetches.waiting > MAX_UNFETCHED else 0.0
 
-    def _fetch(self, ready: Ready) -> None:
-        polls, request, size = ready
+    def _fetch(self, polls: SamplerPolls, request: PendingRequest[Any], size: int) -> None:
         future = request.future
         request_id = future.request_id or ""
         try:
-            if not future.done() and not self._fetch_once(request, size):
+            if not future.done() and not self._samples.fetch(request, size):
                 # Acknowledged once it is fetched: the server may drop it then.
-                future.on_settled(functools.partial(self._note_settled, polls, request_id))
-                self._fall_back(request)
+                future.on_settled(functools.partial(polls.note_fetched, request_id))
+                self.fall_back(request)
                 return
         except ResultExpiredError as lost:
             request.note_lost(lost)
-            self._fall_back(request)
+            self.fall_back(request)
         except Exception as error:
-            self._fail(future, error)
+            self.fail(future, error)
         polls.note_fetched(request_id)
-
-    def _note_settled(self, polls: SamplerPolls, request_id: str, future: Any) -> None:
-        polls.note_fetched(request_id)
-
-    def _fetch_once(self, request: PendingRequest[Any], size: int) -> bool:
-        """Ask for the result, once; False if the server did not hand it out."""
-        with Lease(request.future, self._channels.get()) as lease:
-            loop = PollLoop(self._resources, request, lease.channel, self._pauses, announced=size)
-            return loop.try_once()
 
     # The end
 
     def close(self) -> None:
-        """Let the threads end; returns immediately.  The owner of the futures settles them."""
-        self._submits.close()
-        self._fetches.close()
-        self._polls.close()
+        """Once the pools are closed: drop what was not begun.  Returns immediately.
+
+        The owner of the futures settles them.
+        """
+        self._submits.clear()
+        self._fetches.clear()
         for polls in self._all_samplers():
             polls.wake()
 
@@ -249,7 +213,8 @@ class BatchPoller:
         now = time.monotonic()
         deadline = min(deadline, now + LAST_ACKNOWLEDGEMENT_S)
         # The caller wakes with its result before the fetching thread has noted that it is fetched.
-        self.join(now + (deadline - now) / 2)
+        for pool in (self._submits.pool, self._fetches.pool, self._polls):
+            pool.join(now + (deadline - now) / 2)
         left = [
             (polls, poll)
             for polls in self._all_samplers()
@@ -257,13 +222,14 @@ class BatchPoller:
         ]
         if not left:
             return
-        channel = Channel(self._config, pool_size=1)  # the transport's own are aborted
+        # The transport's own are aborted.
+        channel = Channel(self._resources.transport.config, pool_size=1)
         try:
             for polls, poll in left:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return
-                send_poll(self._transport, polls, poll, channel, left_s)
+                polls.send(poll, channel, left_s)
         except TinkexError as error:
             logger.debug("could not acknowledge the last results: %s", error)
         finally:
@@ -272,16 +238,3 @@ class BatchPoller:
     def _all_samplers(self) -> List[SamplerPolls]:
         with self._lock:
             return list(self._samplers.values())
-
-    def join(self, deadline: float) -> List[str]:
-        """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
-        return [name for pool in self._pools for name in pool.join(deadline)]
-
-    @property
-    def finalizer_hooks(self) -> List[Callable[[], None]]:
-        """Functions that stop the threads from a finalizer."""
-        return [pool.finalizer_hook for pool in self._pools]
-
-    @property
-    def _pools(self) -> List[WorkerPool]:
-        return [self._submits.pool, self._fetches.pool, self._polls]

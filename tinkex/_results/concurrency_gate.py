@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import threading
-from typing import Any, Callable, Deque, Optional, Set
+from typing import Any, Callable, Deque, Optional, Set, Tuple
 
 from tinkex._results.pending import PendingRequest
 from tinkex.futures import APIFuture
+
+Start = Callable[[PendingRequest[Any]], None]
 
 
 class SampleGate:
@@ -17,25 +19,23 @@ class SampleGate:
 
     Args:
         limit: of requests in flight; None is no limit.
-        start: starts one; must not block.
     """
 
-    def __init__(self, limit: Optional[int], start: Callable[[PendingRequest[Any]], None]) -> None:
+    def __init__(self, limit: Optional[int]) -> None:
         self._limit = limit
-        self._start = start
         # Guards the rest.  Never held while a request is started.
         self._lock = threading.Lock()
-        self._waiting: Deque[PendingRequest[Any]] = collections.deque()
+        self._waiting: Deque[Tuple[PendingRequest[Any], Start]] = collections.deque()
         self._running: Set[APIFuture[Any]] = set()
         self._starting = False
 
-    def enter(self, request: PendingRequest[Any]) -> None:
-        """Start *request* when its turn comes; return immediately."""
+    def enter(self, request: PendingRequest[Any], start: Start) -> None:
+        """Call ``start(request)``, which must not block, once there is room; return immediately."""
         if self._limit is None:
-            self._start(request)
+            start(request)
             return
         with self._lock:
-            self._waiting.append(request)
+            self._waiting.append((request, start))
         self._start_some(self._limit)
 
     def _start_some(self, limit: int) -> None:
@@ -47,7 +47,7 @@ class SampleGate:
                 with self._lock:
                     if self._starting or not self._waiting or len(self._running) >= limit:
                         return
-                    first = self._waiting[0]
+                    first, start = self._waiting[0]
                     if first.future.done():  # cancelled, or closed, while it waited
                         self._waiting.popleft()
                         continue
@@ -55,7 +55,7 @@ class SampleGate:
                     self._running.add(future)
                     self._waiting.popleft()
                 future.on_settled(self._left)
-                self._start(first)
+                start(first)
                 self._starting = False
             except BaseException:  # Ctrl-C, at any call: nothing else would start or settle it
                 if future is not None:

@@ -1,22 +1,44 @@
-"""SamplerPolls: which samples of one sampler are waited for, and until when they may take.
+"""SamplerPolls: the samples of one sampler that are in flight, and the long poll for them.
 
-No I/O and no threads of its own.  The threads that submit add to it, the one that polls takes from
-it, and those that fetch report what they have; see `batch_poll` and `batch_poller`.
+See docs/protocol.md, "Batch polling".  The threads that submit add to it, ``tinkex-batch-i`` polls,
+and those that fetch report what they have; all of them belong to the BatchPoller.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
-from tinkex._api.futures import Completions
+from tinkex._api.futures import read_completions, retrieve_futures
+from tinkex._results.backoff import Backoff
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._results.poll_loop import overdue
-from tinkex.config import Config
-from tinkex.errors import TinkexError
+from tinkex._transport.fast_connection import AnyChannel
+from tinkex._transport.resources import ClientResources
+from tinkex._transport.server_flags import ABSENT
+from tinkex._transport.transport import Reply, Request
+from tinkex.errors import APIConnectionError, APIStatusError, TinkexError
 from tinkex.futures import APIFuture
+
+if TYPE_CHECKING:
+    from tinkex._results.batch_poller import BatchPoller
+    from tinkex._results.cancel_queue import CancelQueue
+
+logger = logging.getLogger(__name__)
+
+ROUTE = "POST retrieve_futures"
+_POLL = Request("POST", "/api/v1/retrieve_futures")
+
+#: With nothing in flight, results are acknowledged after this long, if no poll did it before.
+ACKNOWLEDGE_AFTER_S = 1.0
+#: A poll that only acknowledges may take this long.
+ACKNOWLEDGE_TIMEOUT_S = 5.0
+#: No server holds a poll this long (about 30 s are usual); the next one asks for the same.
+READ_TIMEOUT_S = 60.0
 
 
 class NextPoll(NamedTuple):
@@ -128,42 +150,26 @@ class Submissions:
             return next(iter(self._under_way), self.begun + 1)
 
 
-class Ready(NamedTuple):
-    """A result that can be fetched, and its size in bytes; 0 if that is not known."""
-
-    polls: SamplerPolls
-    request: PendingRequest[Any]
-    size: int
-
-
-class Expected(NamedTuple):
-    """What became of a sample that was accepted.
-
-    Attributes:
-        watched: it is waited for; False if it is to be polled for on its own.
-        starts: no thread polls for the sampler yet.
-        ready: it is done already, and to be fetched.
-    """
-
-    watched: bool
-    starts: bool = False
-    ready: Optional[Ready] = None
-
-
 class SamplerPolls:
-    """The samples of one sampler.  Thread-safe.
+    """The samples of one sampler, and the poll for them.  Thread-safe.
+
+    The poller is an argument, never an attribute, so that both can be collected.
 
     Attributes:
         sampler_id: the sampler.
-        last_contact: when the server last responded to a poll, or there was first something to
-            poll for (monotonic).
     """
 
-    def __init__(self, sampler_id: SamplerId, config: Config, submissions: Submissions) -> None:
+    def __init__(
+        self, sampler_id: SamplerId, resources: ClientResources, submissions: Submissions
+    ) -> None:
         self.sampler_id = sampler_id
-        self.last_contact = 0.0
-        self._config = config
+        self._resources = resources
+        self._transport = resources.transport
+        self._config = resources.transport.config
         self._submissions = submissions
+        # When the server last responded to a poll, or there was first something to poll for
+        # (monotonic).  Written by the thread that polls, and before there is one.
+        self._last_contact = 0.0
         # Guards what follows, but for _wake.
         self._lock = threading.Lock()
         self._tracker = CompletionTracker()
@@ -175,84 +181,149 @@ class SamplerPolls:
 
     # Called by the threads that submit
 
-    def expect(
-        self, request_id: str, request: PendingRequest[Any], may_start: Callable[[], bool]
-    ) -> Expected:
-        """Wait for the result of *request*, which was accepted.
-
-        If no thread polls for the sampler, the caller is to start one, if *may_start* allows it.
-        """
+    def expect(self, request: PendingRequest[Any], poller: BatchPoller) -> None:
+        """Wait for the result of *request*, which was accepted."""
+        request_id = request.future.request_id or ""
         limit_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
+        size: Optional[int] = None
         with self._lock:
             starts = not self._polled
-            if self._per_sample or (starts and not may_start()):
-                return Expected(watched=False)
-            if not self._tracker.waiting:
-                self.last_contact = time.monotonic()
-            self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
-            size = self._tracker.expect(request_id, request)
-            self._polled = True
+            watched = not self._per_sample and (not starts or poller.may_poll())
             idle = self._idle
+            if watched:
+                if not self._tracker.waiting:
+                    self._last_contact = time.monotonic()
+                self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
+                size = self._tracker.expect(request_id, request)
+                self._polled = True
+        if not watched:
+            poller.fall_back(request)
+            return
         if idle:
             self._wake.set()
-        return Expected(True, starts, None if size is None else Ready(self, request, size))
+        if size is None:
+            withdraw = functools.partial(self._withdraw, poller.cancels, request_id)
+            request.future.on_settled(withdraw)
+        else:
+            poller.fetch_soon(self, [(request, size)])
+        if starts:
+            poller.start_poll(self)
 
-    def withdraw(self, request_id: str) -> bool:
-        """Stop waiting for it; False if it was not waited for."""
+    def _withdraw(self, cancels: CancelQueue, request_id: str, future: Any) -> None:
+        """In the thread that settles the future: if it was cancelled, have the server cancel it."""
         with self._lock:
-            return self._tracker.waiting.pop(request_id, None) is not None
+            waited = self._tracker.waiting.pop(request_id, None) is not None
+        if waited and future.cancelled():
+            cancels.put(request_id)
 
     # Called by the thread that polls
 
-    def next_poll(self) -> NextPoll:
-        """What to send; call `wait_for_samples` if nothing is waited for."""
+    def poll(self, poller: BatchPoller, channel: AnyChannel) -> None:
+        """Poll until nothing is waited for and the server knows what was fetched.
+
+        Raises:
+            TinkexError: what ends the polling before that; samples may still be waited for.
+        """
+        backoff = Backoff(self._resources, _POLL)
+        while not self._transport.closing.is_set():
+            with self._lock:
+                sent = self._tracker.next_poll()
+                self._idle = not sent.waiting
+            if sent.waiting:
+                for future, error in self._overdue():
+                    poller.fail(future, error)
+                pause_s = self._poll_once(sent, poller, channel, backoff)
+                if pause_s > 0:
+                    channel.stopped.wait(pause_s)
+            elif not self._was_woken() and self._acknowledge_or_stop(poller, channel):
+                return
+
+    def _poll_once(
+        self, sent: NextPoll, poller: BatchPoller, channel: AnyChannel, backoff: Backoff
+    ) -> float:
+        """Poll once; return the pause before the next poll, or raise what ends the polling."""
+        server, began = self._transport.server, time.monotonic()
         with self._lock:
-            poll = self._tracker.next_poll()
-            self._idle = not poll.waiting
-            return poll
+            limit_s = min(self._config.poll_timeout_s, READ_TIMEOUT_S, self._left_s_locked(began))
+        try:
+            reply = self.send(sent, channel, max(0.05, limit_s))
+        except APIConnectionError as silence:
+            return backoff.after_failure(silence, began)
+        except APIStatusError as refused:  # the server issues no token at present
+            return backoff.after_failure(refused, began, {})
+        self._last_contact = now = time.monotonic()
+        if reply.status >= 300:
+            if reply.status == 408:
+                return backoff.after_pending(now - began)
+            error = self._transport.status_error(_POLL, reply)
+            if error.status in ABSENT:
+                server.note_missing(ROUTE, error.status or 404)
+            return backoff.after_failure(error, began, {})
+        found, pause_s = self._take(sent, reply, poller)
+        server.note_present(ROUTE)
+        if found:
+            backoff.after_news()
+            return pause_s
+        return max(pause_s, backoff.after_pending(now - began))
 
-    def wait_for_samples(self, seconds: float) -> bool:
-        """Block until there is something to poll for; False after *seconds* without it."""
-        woken = self._wake.wait(seconds)
-        self._wake.clear()
-        return woken
+    def send(self, poll: NextPoll, channel: AnyChannel, read_timeout_s: float) -> Reply:
+        """Send *poll* once.  The server does not hold it if nothing is waited for."""
+        return retrieve_futures(
+            self._transport,
+            sampling_session_id=self.sampler_id.sampling_session_id,
+            clone=self.sampler_id.clone,
+            cursor=poll.cursor,
+            retrieved=poll.retrieved,
+            immediate=not poll.waiting,
+            read_timeout_s=read_timeout_s,
+            channel=channel,
+        )
 
-    def wake(self) -> None:
-        """End `wait_for_samples`."""
-        self._wake.set()
-
-    def note_completions(self, sent: NextPoll, completions: Completions) -> List[Ready]:
-        """Take the response to *sent*; return what is to be fetched."""
+    def _take(self, sent: NextPoll, reply: Reply, poller: BatchPoller) -> Tuple[bool, float]:
+        """Have what is done fetched; return whether anything is, and the pause before more."""
+        completions = read_completions(reply)
         oldest = self._submissions.oldest()
         with self._lock:
             ready = self._tracker.note_completions(
                 sent, completions.sizes, completions.cursor, self._submissions.begun
             )
             self._tracker.drop_unwanted(oldest)
-        return [Ready(self, request, size) for request, size in ready]
+        return bool(completions.sizes), poller.fetch_soon(self, ready)
 
-    def unacknowledged(self) -> Optional[NextPoll]:
-        """What to send so that the server knows what was fetched; None if it does."""
+    def _was_woken(self) -> bool:
+        """Block until there is something to poll for; False if there is nothing for a while."""
+        woken = self._wake.wait(ACKNOWLEDGE_AFTER_S)
+        self._wake.clear()
+        return woken
+
+    def wake(self) -> None:
+        """Have the thread that polls look at once whether the client was closed."""
+        self._wake.set()
+
+    def _acknowledge_or_stop(self, poller: BatchPoller, channel: AnyChannel) -> bool:
+        """Acknowledge what was fetched; True if there was nothing left to do and polling stops."""
         oldest = self._submissions.oldest()
         with self._lock:
             self._tracker.drop_unwanted(oldest)
             poll = self._tracker.next_poll()
-            return poll if self._tracker.has_unacknowledged and not poll.waiting else None
+            is_due = self._tracker.has_unacknowledged and not poll.waiting
+        if not is_due:
+            return self._stop(acknowledged=True)
+        try:
+            reply = self.send(poll, channel, ACKNOWLEDGE_TIMEOUT_S)
+            if reply.status < 300:
+                self._take(poll, reply, poller)
+                return False
+            trouble = self._transport.status_error(_POLL, reply).message
+        except TinkexError as error:
+            trouble = error.message
+        logger.debug("could not acknowledge results: %s", trouble)
+        return self._stop(acknowledged=False)  # the next poll does it, or the server drops them
 
-    def last_acknowledgement(self) -> Optional[NextPoll]:
-        """Like `unacknowledged`, once polling is over, whatever is still waited for."""
+    def _stop(self, *, acknowledged: bool) -> bool:
+        """Note that no thread polls any more; False if there is something to poll for."""
         with self._lock:
-            if self._per_sample or not self._tracker.has_unacknowledged:
-                return None
-            return self._tracker.next_poll()._replace(waiting=False)
-
-    def stop(self, *, acknowledge: bool = True) -> bool:
-        """Note that no thread polls any more; False if there is something to poll for.
-
-        Without *acknowledge*, results that were fetched may stay unacknowledged.
-        """
-        with self._lock:
-            if self._tracker.waiting or (acknowledge and not self._tracker.is_idle):
+            if self._tracker.waiting or (acknowledged and not self._tracker.is_idle):
                 return False
             self._polled = self._idle = False
             return True
@@ -268,18 +339,20 @@ class SamplerPolls:
             left, self._tracker.waiting = self._tracker.waiting, {}
             return list(left.values())
 
-    def read_timeout_s(self) -> float:
-        """Seconds until something that is waited for has taken too long, or less."""
+    def last_acknowledgement(self) -> Optional[NextPoll]:
+        """What acknowledges all that was fetched, once polling is over; None if nothing is left."""
         with self._lock:
-            return self._limit_s_locked(time.monotonic())
+            if self._per_sample or not self._tracker.has_unacknowledged:
+                return None
+            return self._tracker.next_poll()._replace(waiting=False)
 
-    def overdue(self) -> List[Tuple[APIFuture[Any], TinkexError]]:
+    def _overdue(self) -> List[Tuple[APIFuture[Any], TinkexError]]:
         """What has taken too long, with the error of each."""
         now = time.monotonic()
         with self._lock:
-            late = self._limit_s_locked(now) <= 0
+            late = self._left_s_locked(now) <= 0
             waiting = list(self._tracker.waiting.values()) if late else []
-        silent_s = now - self.last_contact
+        silent_s = now - self._last_contact
         found = []
         for request in waiting:
             waited_s = now - request.future.entered
@@ -288,17 +361,18 @@ class SamplerPolls:
                 found.append((request.future, error))
         return found
 
-    def _limit_s_locked(self, now: float) -> float:
-        limit_s = self.last_contact + self._no_progress_s - now
+    def _left_s_locked(self, now: float) -> float:
+        """Seconds until something that is waited for has taken too long, or less."""
+        left_s = self._last_contact + self._no_progress_s - now
         oldest = next(iter(self._tracker.waiting.values()), None)
         if oldest is not None and self._config.operation_timeout_s is not None:
             waited_s = now - oldest.future.entered
-            limit_s = min(limit_s, self._config.operation_timeout_s - waited_s)
-        return limit_s
+            left_s = min(left_s, self._config.operation_timeout_s - waited_s)
+        return left_s
 
     # Called by the threads that fetch
 
-    def note_fetched(self, request_id: str) -> None:
-        """Its result was fetched, or is not wanted any more."""
+    def note_fetched(self, request_id: str, future: object = None) -> None:
+        """Its result was fetched, or is not wanted any more; *future* is not used."""
         with self._lock:
             self._tracker.note_fetched(request_id)

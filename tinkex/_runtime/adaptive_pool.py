@@ -7,12 +7,10 @@ import contextlib
 import math
 import threading
 import time
-from typing import Callable, Deque, Generic, Optional, Sequence, TypeVar
+from typing import Deque, Optional, Sequence
 
-from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._runtime.worker_pool import Task, WorkerPool, WorkerPools
 from tinkex.errors import ClientClosedError
-
-T = TypeVar("T")
 
 #: Threads: at least, and at most.
 MIN_THREADS, MAX_THREADS = 2, 64
@@ -26,23 +24,22 @@ _BUSY = 0.4
 _IDLE_S = 5.0
 
 
-class AdaptivePool(Generic[T]):
-    """Calls *run* with each item, in the order given, on a few threads of its own.
+class AdaptivePool:
+    """Runs tasks in the order given, on a few threads of its own.
 
     One thread for each millisecond that the fastest request takes, so that a thousand can be made
     in a second; but few threads while they are busy, since more would only wait for the
-    interpreter.  Thread-safe.  *run* handles its own exceptions.
+    interpreter.  Thread-safe.  Tasks handle their own exceptions.
 
     Attributes:
         pool: the threads.
     """
 
-    def __init__(self, name: str, run: Callable[[T], None]) -> None:
-        self.pool = WorkerPool(name, MIN_THREADS, _IDLE_S)
-        self._run = run
+    def __init__(self, pools: WorkerPools, name: str) -> None:
+        self.pool: WorkerPool = pools.make(name, MIN_THREADS, _IDLE_S)
         # Guards what follows.  Never held while something runs.
         self._lock = threading.Lock()
-        self._waiting: Deque[T] = collections.deque()  # items not begun yet
+        self._waiting: Deque[Task] = collections.deque()  # not begun yet
         self._at_work = 0  # threads of the pool
         self._fastest_s = self._fastest_before_s = math.inf  # in this period, and the one before
         self._period_began = self._counted_from = time.monotonic()
@@ -51,35 +48,35 @@ class AdaptivePool(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """How many items were not begun yet."""
+        """How many tasks were not begun yet."""
         return len(self._waiting)
 
-    def put(self, items: Sequence[T]) -> None:
-        """Queue *items*; does not block.
+    def put(self, tasks: Sequence[Task]) -> None:
+        """Queue *tasks*; does not block.
 
         Raises:
             ClientClosedError: the pool was closed; some may not be run.
         """
         with self._lock:
-            self._waiting.extend(items)
-        self._call(len(items))
+            self._waiting.extend(tasks)
+        self._call(len(tasks))
 
     def run_waiting(self) -> None:
-        """Run queued items until there are none.  For a thread outside the pool that helps out."""
+        """Run queued tasks until there are none.  For a thread outside the pool that helps out."""
         while True:
             with self._lock:
                 if not self._waiting:
                     return
-                item = self._waiting.popleft()
-            self._run_one(item)
+                task = self._waiting.popleft()
+            self._run_one(task)
 
     def _call(self, most: int) -> None:
-        """Wake or start threads; each runs items until there are none, so few calls are needed."""
+        """Wake or start threads; each runs tasks until there are none, so few calls are needed."""
         for _ in range(min(most, self.pool.cap)):
             self.pool.submit(self._work)
 
     def _work(self) -> None:
-        """Run queued items until there are none, or this is one thread too many."""
+        """Run queued tasks until there are none, or this is one thread too many."""
         with self._lock:
             self._at_work += 1
         while True:
@@ -87,12 +84,12 @@ class AdaptivePool(Generic[T]):
                 if not self._waiting or self._at_work > self.pool.cap:
                     self._at_work -= 1
                     return
-                item = self._waiting.popleft()
-            self._run_one(item)
+                task = self._waiting.popleft()
+            self._run_one(task)
 
-    def _run_one(self, item: T) -> None:
+    def _run_one(self, task: Task) -> None:
         began, cpu_s = time.monotonic(), time.thread_time()
-        self._run(item)
+        task()
         wanted = self._note(began, time.monotonic(), time.thread_time() - cpu_s)
         before = self.pool.cap
         if wanted is not None and wanted != before:
@@ -100,9 +97,8 @@ class AdaptivePool(Generic[T]):
             with contextlib.suppress(ClientClosedError):
                 self._call(min(wanted - before, len(self._waiting)))
 
-    def close(self) -> None:
-        """Let the threads end; queued items are dropped.  Does not block."""
-        self.pool.close()
+    def clear(self) -> None:
+        """Drop the tasks that were not begun.  Does not block."""
         with self._lock:
             self._waiting.clear()
 

@@ -2,7 +2,8 @@
 
 With a cap of one it is a serial lane: tasks run one after the other, in the order they came.
 The threads know only the pool's inner state, never its owner, so a forgotten owner can be
-collected; and they are daemons, so the interpreter never waits for them.
+collected, and its pool with it, which then lets the threads end; and they are daemons, so the
+interpreter never waits for them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from typing import Callable, List, Optional
 
 from tinkex.errors import ClientClosedError
@@ -41,7 +43,11 @@ class _State:
         self.draining = False  # refuse new tasks, end after those that are queued
 
     def stop_from_finalizer(self) -> None:
-        """Drain without the lock, which the finalized thread may hold."""
+        """Drain without the lock, which the finalized thread may hold.
+
+        The tasks that are queued then do not need the pool's owner, such as the callbacks of a
+        future that outlives its client.
+        """
         self.draining = True
         self.queue.put(None)
 
@@ -64,6 +70,12 @@ class WorkerPool:
         self._state = _State(name, idle_s)
         self.cap = cap
         self._serial = cap == 1
+        weakref.finalize(self, self._state.stop_from_finalizer).atexit = False
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks were queued and not begun yet."""
+        return self._state.backlog
 
     def submit(self, task: Task) -> None:
         """Queue *task*; does not block.
@@ -156,14 +168,34 @@ class WorkerPool:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return [t.name for t in threads if t.is_alive() and t is not current]
 
-    @property
-    def finalizer_hook(self) -> Callable[[], None]:
-        """What drains the pool from a finalizer: no lock, no reference to the pool.
 
-        Tasks that are still queued then do not need its owner, such as the callbacks of a future
-        that outlives its client.
-        """
-        return self._state.stop_from_finalizer
+class WorkerPools:
+    """The pools of one client, which are closed together.  Thread-safe."""
+
+    def __init__(self) -> None:
+        # Guards _pools.
+        self._lock = threading.Lock()
+        self._pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+    def make(self, name: str, cap: int, idle_s: float = 30.0) -> WorkerPool:
+        """Make a pool, with the arguments of WorkerPool."""
+        pool = WorkerPool(name, cap, idle_s)
+        with self._lock:
+            self._pools.add(pool)
+        return pool
+
+    def close(self) -> None:
+        """See `WorkerPool.close`."""
+        for pool in self._all():
+            pool.close()
+
+    def join(self, deadline: float) -> List[str]:
+        """See `WorkerPool.join`."""
+        return [name for pool in self._all() for name in pool.join(deadline)]
+
+    def _all(self) -> List[WorkerPool]:
+        with self._lock:
+            return list(self._pools)
 
 
 def _work(state: _State) -> None:

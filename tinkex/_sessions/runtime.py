@@ -21,15 +21,14 @@ import time
 import uuid
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Type, TypeVar
 
 from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
-from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session import Session
 from tinkex._transport.resources import ClientResources
 from tinkex.config import Config
-from tinkex.errors import ClientClosedError, TinkexError
+from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
 from tinkex.usage import Ledger
 
@@ -90,10 +89,9 @@ class Runtime:
         self._pid = os.getpid()
         self._closing = threading.Event()
         self._closed = threading.Event()
-        # Guards _closer (the thread that closes, so that only one does) and _lanes.
+        # Guards _closer: the thread that closes, so that only one does.
         self._lock = threading.Lock()
         self._closer: Optional[threading.Thread] = None
-        self._lanes: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
         self.ledger = Ledger(config.budget, config.prices)
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
@@ -122,22 +120,21 @@ class Runtime:
             reported_id = f"sessionless-{uuid.uuid4()}" if session is None else session.session_id
             self.telemetry = open_reporter(config, reported_id)
         report = None if self.telemetry is None else self.telemetry.operation_failed
+        pools = self.resources.pools
         if session is None:
             # Nothing that a future holds refers back to us: what is dropped is collected then.
             self.poller = Poller(self.resources, on_failure=report)
-            self._background = WorkerPool("tinkex-rest", _BACKGROUND_THREADS)
+            self._background = pools.make("tinkex-rest", _BACKGROUND_THREADS)
         else:
-            # explain is a method of ours: a future that waits keeps the runtime, so that a program
-            # may drop its clients and keep their futures.
-            self.poller = Poller(self.resources, self.explain, report)
-            self._background = WorkerPool("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
-        hooks = [*self.poller.finalizer_hooks, self._background.finalizer_hook]
+            # A future that waits keeps the runtime, so that a program may drop its clients and
+            # keep their futures.  Without one there is no cycle: what is dropped ends then.
+            self.poller = Poller(self.resources, session.explain, report, self)
+            self._background = pools.make("tinkex-create", _BACKGROUND_THREADS, idle_s=1.0)
         if self.telemetry is not None:
-            hooks.append(self.telemetry.finalizer_hook)
+            # The pools let their threads end by themselves.  At exit, close_at_exit does it.
+            weakref.finalize(self, self.telemetry.finalizer_hook).atexit = False
             if session is not None and session.owned:
                 self.telemetry.session_started()
-        self._finalizer = weakref.finalize(self, _run_all, hooks)
-        self._finalizer.atexit = False  # close_at_exit does that
         lifecycle.track(self)
         if session is not None:
             with lifecycle.module_lock():
@@ -222,17 +219,6 @@ class Runtime:
         except Exception as error:
             self.poller.fail(future, error)
 
-    def explain(self, error: TinkexError) -> TinkexError:
-        """Return the error to show for failed work of the session; see `Session.explain`."""
-        return self.session.explain(error)
-
-    def new_lane(self, name: str) -> WorkerPool:
-        """Make a serial lane with a thread of that *name*; it is stopped with the runtime."""
-        lane = WorkerPool(name, 1)
-        with self._lock:
-            self._lanes.add(lane)
-        return lane
-
     def close(
         self, status: str = "success", detail: Optional[str] = None, *, timeout_s: float = 5.0
     ) -> None:
@@ -255,18 +241,17 @@ class Runtime:
                 self._closed.wait(max(0.0, deadline - time.monotonic()))
             return
         try:
-            pools = self._stop_work()
+            self._stop_work()
             self.poller.flush_acknowledgements(deadline)
             if self._session is not None:
                 self._session.stop(status, detail, timeout_s=_half_of_rest(deadline))
             if self.telemetry is not None:
                 self._close_telemetry(min(_half_of_rest(deadline), TELEMETRY_S))
-            self._join(pools, deadline)
+            self._join(deadline)
         except BaseException:
             with self._lock:
                 self._closer = None  # Ctrl-C: the next close, at exit at the latest, goes on
             raise
-        self._finalizer.detach()
         lifecycle.untrack(self)
         self._closed.set()
 
@@ -278,15 +263,14 @@ class Runtime:
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
         """See lifecycle.Tracked.  The manager, which is closed after us, finishes the session."""
-        pools = self._stop_work()
+        self._stop_work()
         self.poller.flush_acknowledgements(time.monotonic() + min(timeout_s / 2, 0.25))
-        self._join(pools, time.monotonic() + min(timeout_s / 2, 0.5))
+        self._join(time.monotonic() + min(timeout_s / 2, 0.5))
         if self.telemetry is not None:
             self._close_telemetry(min(timeout_s / 2, 0.5))
-        self._finalizer.detach()
         self._closed.set()
 
-    def _stop_work(self) -> List[WorkerPool]:
+    def _stop_work(self) -> None:
         """Refuse new work, wake every waiter, and have the threads end."""
         self._closing.set()
         self.poller.close(
@@ -294,40 +278,31 @@ class Runtime:
                 "the client was closed before this was done", session_id=self.session_id
             )
         )
-        with self._lock:
-            pools = [*self._lanes, self._background]
-        for pool in pools:
-            pool.close()
         self.resources.abort()
-        return pools
 
     def _close_telemetry(self, timeout_s: float) -> None:
         assert self.telemetry is not None
         session_ends = self._session is not None and self._session.owned
         self.telemetry.close(timeout_s, ended=session_ends)
 
-    def _join(self, pools: List[WorkerPool], deadline: float) -> None:
+    def _join(self, deadline: float) -> None:
         stayed = self.poller.join(deadline)
-        stayed += [name for pool in pools for name in pool.join(deadline)]
         if stayed:
             logger.info("closed, but these threads are still busy: %s", ", ".join(stayed))
 
     def forget_after_fork(self) -> None:
-        """See lifecycle.Tracked: the child must neither use nor end the parent's session."""
-        self._finalizer.detach()
+        """See lifecycle.Tracked: nothing to do, since every method looks at `forked`."""
 
     def __del__(self) -> None:
-        # The finalizer does not show whether close was called: the garbage collector runs it
-        # before this.
         session = getattr(self, "_session", None)
-        if session is None or not session.owned or not hasattr(self, "_finalizer"):
+        if session is None or not session.owned or not hasattr(self, "_background"):
             return
         if self._closer is None and not self._closed.is_set() and not self.forked:
+            # Not with source=self: what records the warning would keep the session alive.
             warnings.warn(
                 f"unclosed ServiceClient of session {session.session_id}, opened at "
                 f"{self._opened_at}; use `with ServiceClient(...)` or close()",
                 ResourceWarning,
-                source=self,
                 stacklevel=2,
             )
 
@@ -343,12 +318,6 @@ def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[s
 def _half_of_rest(deadline: float) -> float:
     """Half of the time that is left, so that what comes after it gets some, too."""
     return max(0.2, (deadline - time.monotonic()) / 2)
-
-
-def _run_all(hooks: List[Callable[[], None]]) -> None:
-    """Runs in a finalizer, at any time in any thread: nothing here may lock or wait."""
-    for hook in hooks:
-        hook()
 
 
 def _callers_line() -> str:

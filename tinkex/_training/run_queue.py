@@ -11,7 +11,6 @@ import functools
 import logging
 import threading
 import uuid
-import weakref
 from typing import Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
@@ -128,8 +127,7 @@ class RunQueue:
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in _service_resends, and will see a refusal
         self.transport = runtime.transport.watched(SendGate(self._rules, self._changed))
-        self._lane = runtime.new_lane(f"tinkex-submit-{model_id}")
-        weakref.finalize(self, self._lane.finalizer_hook).atexit = False
+        self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
         """Have the thread call ``task(future, *args)``; its failure is the future's."""

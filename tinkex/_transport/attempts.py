@@ -53,7 +53,7 @@ class RequestAttempts:
         # limit of the pause is one of the server's flags, which the request for flags must not wait
         # for.
         pause_for_billing = (
-            partial(transport.billing.after_402, may_ask=not request.raw_credential)
+            partial(transport.billing.after_402, None if request.raw_credential else transport)
             if transport.config.on_billing == "wait"
             else None
         )

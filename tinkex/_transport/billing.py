@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from typing import Callable, Optional
+from typing import Optional
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._transport.sender import Sender
+from tinkex._transport.server_flags import flags_for
 from tinkex.errors import TinkexError
 
 logger = logging.getLogger(__name__)
@@ -26,28 +28,24 @@ _LOG_INTERVAL_S = 60.0
 
 
 class BillingPause:
-    """Decides after each 402 whether to wait.  Thread-safe; does not wait itself.
-
-    Attributes:
-        find_limit_s: finds the longest pause out; called once, with the first 402, and may do I/O.
-    """
+    """Decides after each 402 whether to wait.  Thread-safe; does not wait itself."""
 
     def __init__(self, where: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._where = where
         self._clock = clock
         # Guards the rest.  Not held while the limit is found out.
         self._lock = threading.Lock()
-        self.find_limit_s: Optional[Callable[[], float]] = None
+        self._asked = False
         self._limit_s = DEFAULT_LIMIT_S
         self._began = self._last = self._logged = -math.inf
 
-    def after_402(self, *, may_ask: bool = True) -> Optional[float]:
+    def after_402(self, sender: Optional[Sender]) -> Optional[float]:
         """Seconds to wait before the next attempt, or None once the pause has lasted too long.
 
-        *may_ask* is False for the question after the limit itself.
+        The first call asks for the server's flags, by *sender*; None for that request itself.
         """
-        if may_ask:
-            self._ask_for_limit()
+        if sender is not None:
+            self._ask_for_limit(sender)
         now = self._clock.monotonic()
         with self._lock:
             if now - self._last > _NEW_AFTER_S:
@@ -74,13 +72,13 @@ class BillingPause:
             )
         return PAUSE_S
 
-    def _ask_for_limit(self) -> None:
+    def _ask_for_limit(self, sender: Sender) -> None:
         with self._lock:
-            find, self.find_limit_s = self.find_limit_s, None
-        if find is None:
+            asked, self._asked = self._asked, True
+        if asked:
             return
         try:
-            limit_s = find()
+            limit_s = flags_for(sender).billing_exception_max_pause_duration_sec
         except TinkexError as error:
             logger.debug("%s: the longest billing pause is not known: %s", self._where, error)
             return

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import weakref
+from functools import partial
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Iterator, Mapping, Optional, Tuple
 
@@ -93,6 +94,39 @@ def _shut_down(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+class _Tracked(HTTPConnection):
+    """A connection whose socket is listed in *sockets*."""
+
+    def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sockets = sockets
+        self.response_class = sockets.response  # type: ignore[assignment]  # any callable
+
+    def connect(self) -> None:
+        super().connect()
+        self._sockets.add(self.sock)
+
+
+class _TrackedHTTPS(_Tracked, HTTPSConnection):
+    """The same, with TLS."""
+
+
+class _Pool(HTTPConnectionPool):
+    """A pool of such connections."""
+
+    def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
+        self.ConnectionCls = partial(_Tracked, sockets=sockets)  # type: ignore[assignment]
+        super().__init__(*args, **kwargs)
+
+
+class _PoolHTTPS(HTTPSConnectionPool):
+    """The same, with TLS."""
+
+    def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
+        self.ConnectionCls = partial(_TrackedHTTPS, sockets=sockets)  # type: ignore[assignment]
+        super().__init__(*args, **kwargs)
+
+
 class _TrackedAdapter(HTTPAdapter):
     """An adapter whose connections are listed while they live."""
 
@@ -113,29 +147,10 @@ class _TrackedAdapter(HTTPAdapter):
         return manager
 
     def _track(self, manager: urllib3.PoolManager) -> None:
-        sockets = self._sockets
-
-        class TrackedHTTPConnection(HTTPConnection):
-            response_class = staticmethod(sockets.response)  # type: ignore[assignment]  # any callable
-
-            def connect(self) -> None:
-                super().connect()
-                sockets.add(self.sock)
-
-        class TrackedHTTPSConnection(HTTPSConnection):
-            response_class = staticmethod(sockets.response)  # type: ignore[assignment]  # any callable
-
-            def connect(self) -> None:
-                super().connect()
-                sockets.add(self.sock)
-
-        class HTTPPool(HTTPConnectionPool):
-            ConnectionCls = TrackedHTTPConnection
-
-        class HTTPSPool(HTTPSConnectionPool):
-            ConnectionCls = TrackedHTTPSConnection
-
-        manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+        manager.pool_classes_by_scheme = {
+            "http": partial(_Pool, sockets=self._sockets),  # type: ignore[dict-item]  # any callable
+            "https": partial(_PoolHTTPS, sockets=self._sockets),  # type: ignore[dict-item]
+        }
 
 
 class _Session(requests.Session):

@@ -10,9 +10,10 @@ import threading
 from typing import Optional
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.worker_pool import WorkerPools
 from tinkex._transport.billing import BillingPause
 from tinkex._transport.limits import Quota, UnreadLimit, megabytes
-from tinkex._transport.server_flags import ServerFlags, flags_for
+from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.server_state import ServerState
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -90,6 +91,7 @@ class ClientResources:
         unread: how many futures may be unread.
         recorder: counts its work, for `ServiceClient.metrics`.
         billing: how long it waits while the account cannot pay.
+        pools: its threads, but for those of callbacks and of telemetry.
     """
 
     transport: Transport
@@ -97,6 +99,7 @@ class ClientResources:
     unread: UnreadLimit
     recorder: Recorder
     billing: BillingPause
+    pools: WorkerPools
 
     @classmethod
     def open(
@@ -111,14 +114,14 @@ class ClientResources:
         transport = Transport(
             config, closing=closing, clock=clock, recorder=recorder, billing=billing
         )
-        billing.find_limit_s = lambda: flags_for(transport).billing_exception_max_pause_duration_sec
         unread = UnreadLimit(
             config.max_unread,
             raises=config.on_backpressure == "raise",
             closing=closing,
             notice_after_s=config.notice_after_s,
         )
-        return cls(transport, ByteLimits(config, transport.server), unread, recorder, billing)
+        limits = ByteLimits(config, transport.server)
+        return cls(transport, limits, unread, recorder, billing, WorkerPools())
 
     def abort(self) -> None:
         """Abort every request in flight, and wake everything that waits."""

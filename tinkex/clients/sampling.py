@@ -93,7 +93,7 @@ class SamplingClient(BaseClient):
         self._record_stability_info = record_stability_info
         self._no_progress_s = None if retry_config is None else retry_config.no_progress_timeout_s
         limit = None if retry_config is None else retry_config.max_connections
-        self._gate = SampleGate(limit, runtime.poller.submit)
+        self._gate = SampleGate(limit)
         self._sampler = Sampler(
             runtime.resources, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
@@ -385,9 +385,8 @@ class SamplingClient(BaseClient):
         try:
             reservation.bind(future)
             owner = self._account.client
-            self._gate.enter(
-                make(future, owner, self._sampler, request, reservation, self._no_progress_s)
-            )
+            pending = make(future, owner, self._sampler, request, reservation, self._no_progress_s)
+            self._gate.enter(pending, runtime.poller.submit)
         except BaseException:  # Ctrl-C: nothing else would settle it
             future.cancel()
             reservation.release()

@@ -12,13 +12,13 @@ import shutil
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import Engine, EngineInfo
 from tinkex.local.errors import HTTPError
 from tinkex.local.losses.custom_passes import CustomLosses
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
@@ -320,36 +320,37 @@ class Backend:
         sampler_id: str,
         digest: bytes,
         model_path: Optional[str],
-        weights: Callable[[], Optional[Path]],
-        *,
-        follows: Optional[str] = None,
+        weights: Callable[[], WeightsSource],
     ) -> str:
-        """Open the sampler *sampler_id*, and return its id.
+        """Open the sampler *sampler_id*, and return its id; it draws from what *weights* returns.
 
-        *weights* makes the folder of frozen weights, which the sampler owns from then on; None
-        stands for the base model.  With *follows*, the sampler draws from the newest of such
-        weights of that training run.  A repetition with the same *digest* changes nothing; another
-        body is HTTPError 409.
+        A repetition with the same *digest* changes nothing; another body is HTTPError 409.
         """
         session_id = session_of(sampler_id)
         with self._creating:
             known = self._known(sampler_id, digest)
         if known is not None:
             return known
-        folder = weights()  # copies files, or has the engine write them: not under the lock
+        source = weights()  # copies files, or has the engine write them: not under the lock
         with self._creating:
             known = self._known(sampler_id, digest)
             if known is None:
                 self._created[sampler_id] = (digest, sampler_id)
                 self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
-                if follows is not None and folder is not None:
-                    self.scheduler.add_inflight_sampler(sampler_id, session_id, follows, folder)
-                else:
-                    self.scheduler.add_sampler(sampler_id, session_id, folder)
-        if known is not None and folder is not None:  # the same request came twice at the same time
-            shutil.rmtree(folder, ignore_errors=True)
+                self.scheduler.add_sampler(sampler_id, session_id, source)
+        # The same request came twice at the same time.
+        if known is not None and source.folder is not None:
+            shutil.rmtree(source.folder, ignore_errors=True)
         self._end_if_over(session_id)
         return sampler_id
+
+    def frozen(self, checkpoint: Optional[CheckpointRow]) -> WeightsSource:
+        """Return a copy of *checkpoint* to draw from, which outlives it; the base model if None."""
+        if checkpoint is None:
+            return WeightsSource("base", None)
+        # A checkpoint that is saved again under the same name is another one.
+        key = (checkpoint.folder, checkpoint.created_at)
+        return WeightsSource(key, self.store.freeze(checkpoint))
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, known_id = self._created.get(made_id, (digest, None))

@@ -248,12 +248,14 @@ class DeterministicEngine:
     ) -> Iterator[List[Finished]]:
         running: Dict[int, List[_Draw]] = {}
         finished: List[Finished] = []
-        for index, request in enumerate(requests):
-            try:
-                running[index] = self._draws(request, steps)
-            except (EngineError, InvalidInputError) as error:
-                finished.append((index, EngineError(str(error))))
-        while running:
+        taken = 0
+        while running or taken < len(requests):
+            for index in range(taken, len(requests)):
+                try:
+                    running[index] = self._draws(requests[index], steps)
+                except (EngineError, InvalidInputError) as error:
+                    finished.append((index, EngineError(str(error))))
+            taken = len(requests)
             running = {index: draws for index, draws in running.items() if index not in dropped}
             for _ in range(_SLICE):
                 self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
@@ -263,8 +265,6 @@ class DeterministicEngine:
                     finished.append((index, self._response(requests[index], draws, steps)))
             yield finished
             finished = []
-        if finished:
-            yield finished
 
     def _draws(self, request: SampleRequest, steps: int) -> List[_Draw]:
         request.sampling_params.check()

@@ -199,6 +199,9 @@ class Engine(Protocol):
         iterator abandons the rest.  A request that is at fault fails alone.  The tokens of a
         StreamingRequest are reported one by one while a slice is done.
 
+        Requests that are appended to *requests* meanwhile join the batch with the next slice, as
+        long as others in it are not finished.
+
         An index that appears in *dropped* meanwhile needs no result any more: its work ends with
         the slice.
         """

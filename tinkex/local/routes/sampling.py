@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Optional, Sequence
 
 from flask import Response
@@ -12,6 +11,7 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.fields import invalid_input_rejected, optional, required, required_seq_id
 from tinkex.local.http.messages import digest, json_body, json_response
 from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.checks import check_sample
 from tinkex.types import GetSamplerResponse, SampleRequest
 
@@ -47,13 +47,12 @@ class SamplingRoutes(Routes):
         response = {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
         return json_response(response)
 
-    def _weights(self, path: Optional[str]) -> Optional[Path]:
-        """Make a copy of the checkpoint at *path* that stays as it is; None for the base model."""
+    def _weights(self, path: Optional[str]) -> WeightsSource:
         if path is None:
-            return None
+            return self._backend.frozen(None)
         checkpoint = self._backend.checkpoint_at(path)
         self._backend.check_loadable(checkpoint)
-        return self._backend.store.freeze(checkpoint)
+        return self._backend.frozen(checkpoint)
 
     def join(self) -> Response:
         """Count one more client of a sampler."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from flask import Response
@@ -14,6 +13,7 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.fields import metadata, optional, required, required_seq_id, ttl_seconds
 from tinkex.local.http.messages import digest, digest_without, json_body
 from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.checks import check_checkpoint_name
 from tinkex.local.scheduling.lanes import Work
 from tinkex.local.state.encryption import encrypt_files, read_recipients
@@ -123,29 +123,26 @@ class SaveRoutes(Routes):
 
         An inflight one follows the run: every later inflight save updates it too.
         """
-        follows = model_id if _sampler_kind(body) == "inflight" else None
         seq_id = required_seq_id(body, "sampling_session_seq_id")
         return functools.partial(
             self._save_sampler,
             model_id,
             f"{session_of(model_id)}:sample:{seq_id}",
             digest_without(body, "sampling_session_seq_id"),
-            follows,
+            is_inflight=_sampler_kind(body) == "inflight",
         )
 
     def _save_sampler(
-        self, model_id: str, sampler_id: str, digest: bytes, follows: Optional[str]
+        self, model_id: str, sampler_id: str, digest: bytes, *, is_inflight: bool
     ) -> object:
-        self._backend.create_sampler(
-            sampler_id, digest, None, functools.partial(self._current, model_id), follows=follows
-        )
-        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+        def weights() -> WeightsSource:
+            folder = self._backend.store.new_sampler_folder()
+            self._backend.engine.save(model_id, folder, with_optimizer=False)
+            key = model_id if is_inflight else sampler_id
+            return WeightsSource(key, folder, newest=is_inflight)
 
-    def _current(self, model_id: str) -> Path:
-        """Write the weights of a run as they are now, and return their folder."""
-        folder = self._backend.store.new_sampler_folder()
-        self._backend.engine.save(model_id, folder, with_optimizer=False)
-        return folder
+        self._backend.create_sampler(sampler_id, digest, None, weights)
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
 
 def _recipients(route: str, body: Dict[str, Any]) -> List[Any]:

@@ -79,7 +79,7 @@ class StopRule:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A checked request and its results so far."""
+    """A checked request and its results so far; nothing is to come of it once it is *dropped*."""
 
     index: int
     request: SampleRequest
@@ -89,6 +89,12 @@ class Job:
     open_sequences: int
     sequences: List[Optional[SampledSequence]]
     prompt_scores: Optional[PromptScores]
+    dropped: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and its longest continuation."""
+        return self.prompt.size + self.limit
 
 
 def check_request(
