@@ -98,7 +98,9 @@ def fails_at(routes: TinkerRoutes, seq_id: int, error: str) -> None:
 def test_until_the_batch_is_complete_the_run_takes_no_step(embedded: TrainingClient) -> None:
     data = batch()
     bad = [*data[:3], datum(2000), *data[4:]]
-    with pytest.raises(IncompleteGradientError, match=r"1 of 3 parts.* datum 3: model_input holds") as caught:
+    with pytest.raises(
+        IncompleteGradientError, match=r"1 of 3 parts.* datum 3: model_input holds"
+    ) as caught:
         embedded.forward_backward(bad, "cross_entropy").result(PATIENCE_S)
     assert isinstance(caught.value.__cause__, BadRequestError)
     assert "Call forward_backward with the batch again" in str(caught.value)
