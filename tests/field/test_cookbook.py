@@ -154,7 +154,7 @@ def assert_same_training(world: World, runs: List[Run], *metrics: str) -> None:
     assert saved[0] != pytest.approx(world.logprobs(world.sampler), rel=1e-4), "nothing was learnt"
     for run in runs:
         with world.load(run) as training:
-            assert training.get_info().model_data.lora_rank == 8
+            assert training.get_info().lora_rank == 8
 
 
 def test_sl_loop_continues_from_a_checkpoint_and_learns_the_same(world: World) -> None:
@@ -216,7 +216,7 @@ def assert_learnt_from_rewards(world: World, run: Run, reward: str, steps: int) 
     assert norms
     assert all(0.0 < norm < 1e4 for norm in norms)
     with world.load(run) as training:
-        assert training.get_info().model_data.lora_rank == 8
+        assert training.get_info().lora_rank == 8
 
 
 @pytest.mark.parametrize("client", CLIENTS)
