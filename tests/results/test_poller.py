@@ -338,14 +338,14 @@ def test_time_behind_others_of_the_lane_counts_but_a_result_that_is_there_is_fet
     server: ScriptedServer,
 ) -> None:
     never = threading.Event()
-    slow = [f"slow-{number}" for number in range(60)]
+    slow = [f"slow-{number}" for number in range(15)]
     server.on(
         POLL,
         by_request({**{name: Answer(hold=never) for name in slow}, "ready": result()}),
     )
-    with open_poller(server, operation_timeout_s=0.3) as poller:
+    with open_poller(server, operation_timeout_s=0.7) as poller:
         futures, ready = [watch(poller, name) for name in slow], watch(poller, "ready")
-        with promptly():  # not 0.3 s each
+        with promptly():  # not 0.7 s each
             for future in futures:
                 with pytest.raises(OperationTimeoutError):
                     future.result(PATIENCE_S)
