@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tinkex.local import LocalServer
 
 #: How long a stopped thread may take to leave.
-GRACE_S = 5.0
+GRACE_S = 20.0
 
 # Read when huggingface_hub is imported.  Where nothing answers, it would try for a minute.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,6 +75,28 @@ def no_thread_is_left() -> Iterator[None]:
     deferred = sys.modules.get("tinkex._runtime.deferred")
     if deferred is not None:  # failed futures that the test did not read are not the next one's
         deferred.run_deferred()
+
+
+@pytest.fixture(scope="module")
+def untraced_processes() -> Iterator[None]:
+    """Processes that are started are not measured by coverage, which doubles an import of torch.
+
+    What they run of tinkex is measured where other tests run it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
+@pytest.fixture
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is sent again after milliseconds, where the server asks for no longer pause."""
+    from tinkex._results import backoff
+    from tinkex.retry import RetryPolicy
+
+    _, *others = RetryPolicy.__init__.__defaults__  # type: ignore[misc]
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (0.002, *others))
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
 
 
 @pytest.fixture

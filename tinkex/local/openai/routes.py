@@ -104,7 +104,7 @@ class _Endpoint:
         return self._kept_text
 
     def _respond(self, read: Callable[..., Call]) -> Response:
-        body, _ = json_body()
+        body = json_body()
         most = self._backend.settings.limits.max_num_samples
         call = read(body, self._text(), self._backend.info, most)
         self._held.acquire()
