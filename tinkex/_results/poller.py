@@ -66,11 +66,12 @@ class Poller:
         # One bound method each for all futures.
         self._run_callback = self._callbacks.submit
         self._throttle_reason = transport.server.limiter.describe
-        # Guards _outstanding, with what each future keeps, _lanes and _closed.  Never held during
-        # I/O or while a future is settled.
+        # Guards _outstanding, with what each future keeps, _lanes, _undecided and _closed.  Never
+        # held during I/O or while a future is settled.
         self._lock = threading.Lock()
         self._outstanding: Dict[APIFuture[Any], Optional[object]] = {}
         self._lanes: Dict[str, Deque[PendingRequest[Any]]] = {}
+        self._undecided = 0  # requests that wait for the server's flags
         self._closed: Optional[TinkexError] = None
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
@@ -110,7 +111,9 @@ class Poller:
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures that are not settled yet, in no order."""
         with self._lock:
-            return list(self._outstanding)
+            outstanding = list(self._outstanding)
+        # Who waits for a future may wake before the callback that removes it has run.
+        return [future for future in outstanding if not future.done()]
 
     def watch(self, lane: str, request: PendingRequest[Any]) -> None:
         """Poll for *request*, already accepted, after all others of *lane*."""
@@ -133,9 +136,11 @@ class Poller:
         flags = self._transport.server.flags.static
         if request.sampler_id() is None:
             self._samples.submit(request)
-        elif flags is not None:
+        elif flags is not None and not self._undecided:
             self._choose(request, flags)
-        else:
+        else:  # also with known flags: it must not overtake those that waited for them
+            with self._lock:
+                self._undecided += 1
             try:
                 self._asking.submit(functools.partial(self._ask_and_choose, request))
             except ClientClosedError as error:
@@ -143,11 +148,15 @@ class Poller:
 
     def _ask_and_choose(self, request: PendingRequest[Any]) -> None:
         try:
-            flags = flags_for(self._transport, once=True)
-        except TinkexError as error:
-            logger.debug("could not get the server's flags: %s", error)
-            flags = ServerFlags()
-        self._choose(request, flags)
+            try:
+                flags = flags_for(self._transport, once=True)
+            except TinkexError as error:
+                logger.debug("could not get the server's flags: %s", error)
+                flags = ServerFlags()
+            self._choose(request, flags)
+        finally:
+            with self._lock:
+                self._undecided -= 1
 
     def _choose(self, request: PendingRequest[Any], flags: ServerFlags) -> None:
         """Hand *request* to the batch poller, or have a worker poll for it individually."""
