@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict
 
 import numpy as np
 import pytest
-from local.harness import CODECS, Api, HeldEngine, datum, serving
-from support.threads import wait_until
+from local.harness import CODECS, WAIT_S, Api, HeldEngine, datum, serving
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.types import (
@@ -150,8 +149,8 @@ def test_a_run_that_cannot_be_is_refused(api: Api, changes: dict, says: str) -> 
     ("data", "says"),
     [
         ([], "empty"),
-        ([Datum(ModelInput.empty(), {"target_tokens": []})], "datum 0 is empty"),
-        ([datum(), datum(500_000)], "datum 1 holds token 500000"),
+        ([Datum(ModelInput.empty(), {"target_tokens": []})], "datum 0: model_input is empty"),
+        ([datum(), datum(500_000)], "datum 1: model_input holds token 500000"),
         (
             [Datum(ModelInput.from_ints([1]), {"target_tokens": [200_000]})],
             "datum 0: target_tokens holds token 200000",
@@ -358,14 +357,22 @@ def test_polls_beyond_the_cap_are_sent_away(tmp_path: Path) -> None:
         model = api.model()
         request_id = api.hold(model, 1)
         assert engine.holding.wait(20)
+        wait, is_held = api.backend.futures.wait, threading.Event()
+
+        def wait_and_tell(request_id: str, timeout_s: float) -> Any:
+            if timeout_s > 0:
+                is_held.set()
+            return wait(request_id, timeout_s)
+
+        api.backend.futures.wait = wait_and_tell
         held = threading.Thread(target=lambda: api.result(request_id))
         held.start()
-        wait_until(lambda: api.poll(request_id).status_code == 429, "the held one has its place")
+        assert is_held.wait(WAIT_S)
         refused = api.poll(request_id)
         assert refused.status_code == 429
         assert refused.headers["Retry-After"] == "1"
         engine.let_go.set()
-        held.join(20)
+        held.join(WAIT_S)
         assert "metrics" in api.result(request_id)
 
 
@@ -468,7 +475,7 @@ def test_images_are_refused_by_name(api: Api) -> None:
     picture = Datum(ModelInput((ImageChunk(b"x", "png", 3),)), {"target_tokens": [1, 2, 3]})
     detail = api.submit_pass(model, 1, [datum(), picture], expect=400)["detail"]
     assert "datum 1" in detail
-    assert "text only" in detail
+    assert "text tokens only" in detail
     chunk = {"type": "image", "data": "eA==", "format": "png", "expected_tokens": 3}
     body = api.sample_body(api.sampler(model.partition(":")[0]), 0, prompt={"chunks": [chunk]})
     assert "ImageChunk" in api.post("asample", 400, **body)["detail"]

@@ -14,9 +14,9 @@ import time
 import uuid
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import Engine, EngineInfo
 from tinkex.local.errors import HTTPError
+from tinkex.local.fields import invalid_input_rejected
 from tinkex.local.losses.custom_passes import CustomLosses
 from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.lanes import Job, Lane
@@ -25,7 +25,7 @@ from tinkex.local.settings import ServerSettings
 from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
-from tinkex.local.state.rows import CheckpointRow, RunRow
+from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
 from tinkex.local.state.session_table import SessionTable
 from tinkex.local.state.store import KIND_OF, Store
 from tinkex.local.state.telemetry import TelemetrySink
@@ -229,10 +229,8 @@ class Backend:
         Raises:
             HTTPError: 400, not such a path, or not of *kind*; 404, there is none.
         """
-        try:
+        with invalid_input_rejected():
             parsed = ParsedCheckpointTinkerPath.from_tinker_path(str(path))
-        except InvalidInputError as error:
-            raise HTTPError(400, str(error)) from error
         found_kind = KIND_OF[parsed.checkpoint_type]
         if kind is not None and found_kind != kind:
             raise HTTPError(
@@ -283,15 +281,20 @@ class Backend:
 
     # Runs and samplers
 
+    def get_model(self, model_id: str) -> RunRow:
+        """Return the run of a model; HTTPError 404 if it is unknown."""
+        run = self.store.run(model_id)
+        if run is None:
+            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        return run
+
     def check_model(self, model_id: str) -> None:
         """Raise HTTPError 404 or 410 unless *model_id* takes requests."""
         if self.scheduler.has_model(model_id):
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
-        run = self.store.run(model_id)
-        if run is None:
-            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        run = self.get_model(model_id)
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
         raise HTTPError(404, f"model {model_id} was unloaded; load its last checkpoint")
@@ -373,14 +376,18 @@ class Backend:
         if self.scheduler.has_sampler(sampler_id):
             self.check_session(session_of(sampler_id))
             return
+        self.check_session(self.get_sampler(sampler_id).session_id)
+        raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
+
+    def get_sampler(self, sampler_id: str) -> SamplerRow:
+        """Return a sampling session; HTTPError 404 if it is unknown."""
         row = self.store.sampler(sampler_id)
         if row is None:
             raise HTTPError(
                 404,
                 f"sampling session {sampler_id} is unknown; create_sampling_session returns the id",
             )
-        self.check_session(row.session_id)
-        raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
+        return row
 
 
 def session_of(model_or_sampler_id: str) -> str:

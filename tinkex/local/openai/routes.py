@@ -88,12 +88,12 @@ class _Endpoint:
 
     def completions(self) -> Response:
         """Continue prompts."""
-        body, _ = json_body()
+        body = json_body()
         return self._respond(read_completions(body, self._text(), self._backend.info))
 
     def chat_completions(self) -> Response:
         """Reply to a conversation."""
-        body, _ = json_body()
+        body = json_body()
         return self._respond(read_chat(body, self._text(), self._backend.info))
 
     def no_such_route(self, path: str) -> Response:
