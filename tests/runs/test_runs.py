@@ -782,3 +782,19 @@ def test_a_budget_is_kept_over_sessions(local: LocalServer, tmp_path: Path) -> N
                         run.trainer.train_step(step.batch, "cross_entropy", ADAM)
         assert service.usage().tokens.trained <= 8
         wait_until(lambda: service.inflight() == [], "nothing is under way")
+
+
+def test_a_checkpoint_is_noted_after_the_lines_of_its_steps(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    """In a pipeline the checkpoint may be there before the loop has seen its last step."""
+    with open_run(service, tmp_path, save_every=1) as run:
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=4):
+            wait_until(lambda: service.inflight() == [], "all that was submitted is done")
+            assert step.result is not None
+    written = 0
+    for line in (tmp_path / "journal.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        written += entry["kind"] == "step"
+        assert entry["kind"] != "checkpoint" or entry["steps"] <= written
+    assert written == STEPS

@@ -276,6 +276,7 @@ class Run:
 
     def _write_step(self, index: int, metrics: Dict[str, Any]) -> None:
         self._note("step", step=index, metrics=metrics)
+        self._saver.steps_written = max(self._saver.steps_written, index + 1)
 
     # Loops
 
