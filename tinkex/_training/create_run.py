@@ -67,8 +67,9 @@ class NewAdapter:
 
     def create(self, runtime: Runtime) -> NewRun:
         """Make the run.  Raises APIError or RequestFailedError."""
-        accepted = api.create_model(
-            runtime.transport, session_id=runtime.session.session_id, **vars(self)
+        fields = {**vars(self), "lora_config": self.lora_config.to_wire()}
+        accepted = api.submit(
+            runtime.transport, "create_model", session_id=runtime.session.session_id, **fields
         )
         created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
         return NewRun(created.model_id, self.base_model)
@@ -103,8 +104,8 @@ class FromCheckpoint:
         if server.creates_runs_by_loading is False:
             return self._in_two_requests(runtime)
         try:
-            accepted = api.create_model_from_weights(
-                runtime.transport, session_id=session_id, **vars(self)
+            accepted = api.submit(
+                runtime.transport, "load_weights", session_id=session_id, **vars(self)
             )
         except APIStatusError as error:
             # Some servers respond with a plain 500 to a form that they do not know.
@@ -113,9 +114,9 @@ class FromCheckpoint:
                 raise
             logger.info("%s; falling back to create_model + load_weights", error.message)
             made = self._after_refusal(runtime, error)
-            server.note_creates_runs_by_loading(False)
+            server.creates_runs_by_loading = False
             return made
-        server.note_creates_runs_by_loading(True)
+        server.creates_runs_by_loading = True
         loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
         # All servers make the id like this, also those that do not send it (docs/protocol.md,
         # "Training runs").
@@ -144,8 +145,9 @@ class FromCheckpoint:
         )
         created = adapter.create(runtime)
         try:
-            accepted = api.load_weights(
+            accepted = api.submit(
                 runtime.transport,
+                "load_weights",
                 model_id=created.model_id,
                 seq_id=1,
                 path=self.path,

@@ -226,7 +226,7 @@ class TrainingClient(BaseClient):
         self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
     ) -> APIFuture[OptimStepResponse]:
         """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
-        fields = {"params": optim_params_to_wire(optim_params)}
+        fields = optim_params_to_wire(optim_params)
         self._ensure_open("optim_step")
         return self._run.submit("optim_step", OptimStep, fields, after=after)
 
@@ -330,7 +330,7 @@ class TrainingClient(BaseClient):
         fields = {
             "path": check_name(name),
             "ttl_seconds": check_ttl(ttl_seconds),
-            "overwrite": as_flag("overwrite", overwrite),
+            "overwrite": as_flag("overwrite", overwrite) or None,
             "user_metadata": check_metadata(user_metadata),
         }
         return self._submit("save_state", SaveState, fields)
@@ -423,7 +423,7 @@ class TrainingClient(BaseClient):
         return self._submit(
             "save_weights_and_get_sampling_client",
             _SaveAndSample,
-            {"kind": kind},
+            {"kind": None if kind == "snapshot" else kind},
             self._base_model,
             retry_config,
             record_stability_info,
@@ -569,7 +569,7 @@ class TrainingClient(BaseClient):
 class _SaveAndSample(EndpointRequest[SamplingClient]):
     """Saves weights for this session only; the result is a client that samples them."""
 
-    endpoint = staticmethod(api.save_weights_for_sampler)
+    route = "save_weights_for_sampler"
     response_type = SaveWeightsForSamplerResponse
 
     def __init__(
@@ -589,7 +589,7 @@ class _SaveAndSample(EndpointRequest[SamplingClient]):
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
         sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {**self._fields, "sampling_session_seq_id": sampler_seq_id}
+        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
 
     def decode(self, reply: Reply) -> SamplingClient:
