@@ -37,6 +37,7 @@ LAYERS = [
     "_training",
     "_downloads",
     "clients",
+    "runs",
     "lib",
     "as_tinker",
     "local",
@@ -69,6 +70,7 @@ VALUES = {"errors", "_runtime", "types", "wire", "local"}
 #: Upward imports that are meant, and why.
 EXCEPTIONS = {
     ("tinkex.clients.service", "tinkex.local"): "ServiceClient.local() starts the embedded server",
+    ("tinkex.clients.service", "tinkex.runs"): "ServiceClient.open_run() opens a run folder",
 }
 
 #: The only module with coroutines, for programs that have an event loop of their own.

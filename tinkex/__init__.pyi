@@ -50,6 +50,7 @@ from tinkex.errors import (
     ResponseDecodeError as ResponseDecodeError,
     ResultExpiredError as ResultExpiredError,
     RouteMissingError as RouteMissingError,
+    RunFolderError as RunFolderError,
     SequenceLostError as SequenceLostError,
     SessionLostError as SessionLostError,
     TinkerError as TinkerError,
@@ -60,6 +61,9 @@ from tinkex.errors import (
 from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
 from tinkex.metrics import Latency as Latency, Metrics as Metrics
 from tinkex.retry_config import RetryConfig as RetryConfig
+from tinkex.runs.records import read_run as read_run
+from tinkex.runs.run import Run as Run
+from tinkex.runs.step import RunStep as RunStep
 from tinkex.types import (
     AdamOptimizerConfig as AdamOptimizerConfig,
     AdamParams as AdamParams,

@@ -11,6 +11,7 @@
       ClientClosedError               the client was closed, or crossed a fork
       DownloadCancelledError          a download was cancelled; the partial files are kept
       LocalServerError                the embedded server could not start or load its model
+      RunFolderError                  a run folder is in use, damaged, or of another run
       APIError                        the server, or the way to it, failed
         APIConnectionError            no response: DNS, refused, reset, TLS
           APITimeoutError             no response in time
@@ -152,6 +153,10 @@ class DownloadCancelledError(TinkexError):
 
 class LocalServerError(TinkexError):
     """The embedded server could not start, or could not load its model."""
+
+
+class RunFolderError(TinkexError):
+    """The folder of a run cannot be used: in use, of another run, damaged, or not writable."""
 
 
 class APIError(TinkexError):

@@ -183,6 +183,11 @@ class APIFuture(Future[T], Generic[T]):
         return self.done() and (self.cancelled() or super().exception(0) is not None)
 
     @property
+    def was_read(self) -> bool:
+        """Whether `result` or `exception` was called on it, or it has run a callback."""
+        return self._retrieved
+
+    @property
     def entered(self) -> float:
         """When it reached its state (monotonic)."""
         return self._state_since

@@ -365,6 +365,7 @@ def test_a_checkpoint_that_would_hold_later_steps_is_refused(
     step = next(pipeline)
     with pytest.raises(InvalidInputError, match="steps 1 to 2 were submitted before") as caught:
         step.save_state("a")
+    assert "save_every=100" in str(caught.value)
     assert "save_after=100" in str(caught.value)
     with pytest.raises(InvalidInputError, match="the checkpoint would not be that of step 0"):
         step.save_weights_for_sampler("a")
@@ -418,6 +419,82 @@ def test_a_generator_of_batches_may_save_without_emptying_the_pipeline(
     assert loss_of(service, saves[0].result(PATIENCE_S).path) == steps[3].metrics["loss:sum"]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_pipeline_saves_exactly_after_a_step(service: ServiceClient, depth: int) -> None:
+    run = service.create_lora_training_client("deterministic", rank=4)
+    steps = [*run.pipeline([batch(0)] * 9, "cross_entropy", ADAM, depth=depth, save_every=3)]
+    losses = [step.metrics["loss:sum"] for step in steps]
+    assert [step_loss < before for before, step_loss in zip(losses, losses[1:])] == [True] * 8
+    for index in (2, 5):  # the pass of the next step is the first with the weights after it
+        path = steps[index].save_state().result(PATIENCE_S).path
+        assert path.endswith(f"/weights/step-{index + 1}")
+        assert loss_of(service, path) == losses[index + 1]
+    assert steps[8].save_state().result(PATIENCE_S).path.endswith("step-9")
+    with pytest.raises(InvalidInputError, match="has not saved step 3"):
+        steps[3].save_state()
+
+
+def test_a_step_that_is_saved_does_not_hold_up_the_next(
+    server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient
+) -> None:
+    batches = Batches()
+    pipeline = run.pipeline(batches, "cross_entropy", ADAM, depth=3, save_every=2)
+    taken = []
+    for _ in range(6):
+        next(pipeline)
+        taken.append(batches.taken)
+    assert taken == [3, 4, 5, 6, 7, 8]
+    server.wait_for("POST /api/v1/save_weights", 4)
+    order = [r.path.rpartition("/")[2] for r in server.requests()]
+    work = [name for name in order if name in ("forward_backward", "optim_step", "save_weights")]
+    assert work == [*["forward_backward", "optim_step"] * 2, "save_weights"] * 4
+    pipeline.close()
+
+
+def test_a_function_names_the_steps_to_save(routes: TinkerRoutes, run: TrainingClient) -> None:
+    def name(index: int) -> Any:
+        return "last" if index == 3 else None
+
+    steps = run.pipeline(
+        map(batch, range(4)), "cross_entropy", ADAM, save_every=name, save_ttl_seconds=60
+    )
+    assert [*steps][3].save_state().result(PATIENCE_S)
+    (sent,) = routes.submitted("save_weights")
+    assert (sent["path"], sent["ttl_seconds"]) == ("last", 60)
+
+
+def test_the_checkpoint_of_a_step_that_was_not_sent_is_cancelled(
+    server: ScriptedServer, scripted: ServiceClient, routes: TinkerRoutes, run: TrainingClient
+) -> None:
+    let_go = threading.Event()
+    failing = Answer(body={"error": "no such luck", "category": "user"})
+    passes = iter([lambda r: routes.accepted("failing", failing)])
+
+    def accept_pass(received: Received) -> Answer:
+        first = next(passes, None)
+        if first is not None:
+            return first(received)
+        return dataclasses.replace(routes.accept_pass(received), hold=let_go)
+
+    routes.serve("forward_backward", accept_pass)
+
+    def poll(received: Received) -> Answer:
+        if received.json()["request_id"].startswith("failing"):
+            server.wait_for(PASS, 2)
+        return routes.retrieve(received)
+
+    routes.serve("retrieve_future", poll)
+    pipeline = run.pipeline(
+        Batches(), "cross_entropy", ADAM, depth=3, save_every=lambda i: "a" if i == 2 else None
+    )
+    with pytest.raises(RequestFailedError, match="step 0"):
+        next(pipeline)
+    let_go.set()
+    assert [step.index for step in pipeline.drain()] == [1]
+    assert routes.submitted("save_weights") == []
+    assert scripted.inflight() == []
+
+
 def test_a_step_can_be_copied_and_pickled(run: TrainingClient) -> None:
     (step,) = run.pipeline([batch(0)], "cross_entropy", ADAM)
     for other in (pickle.loads(pickle.dumps(step)), copy.deepcopy(step)):
@@ -427,10 +504,11 @@ def test_a_step_can_be_copied_and_pickled(run: TrainingClient) -> None:
     assert dataclasses.asdict(step)["index"] == 0
 
 
-@pytest.mark.parametrize("save_after", [0, -1, 1.5, True, "5"])
-def test_bad_steps_to_save(run: TrainingClient, save_after: Any) -> None:
-    with pytest.raises(InvalidInputError, match="save_after"):
-        run.pipeline([], "cross_entropy", ADAM, save_after=save_after)
+@pytest.mark.parametrize("argument", ["save_after", "save_every"])
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5"])
+def test_bad_steps_to_save(run: TrainingClient, argument: str, steps: Any) -> None:
+    with pytest.raises(InvalidInputError, match=argument):
+        run.pipeline([], "cross_entropy", ADAM, **{argument: steps})
 
 
 # A single step

@@ -135,18 +135,19 @@ def test_a_large_ratio_is_clipped_and_an_infinite_loss_is_an_error(
     ("name", "inputs", "says"),
     [
         ("nonsense", {}, "unknown"),
-        ("ppo", {}, "needs the input 'logprobs'"),
-        ("cross_entropy", {"weights": [1.0, float("nan"), 1.0]}, "holds NaN"),
+        ("ppo", {}, "input 'logprobs' is missing; ppo needs it"),
+        ("cross_entropy", {"logprobs": [0.0] * 3}, "has no input 'logprobs'"),
+        ("cross_entropy", {"weights": [1.0, float("nan"), 1.0]}, "NaN or infinite at token 1"),
         ("cross_entropy", {"weights": [1.0, 1.0]}, "shape"),
-        ("cross_entropy", {"target_tokens": [1, 2, 3, 4]}, "equally long"),
+        ("cross_entropy", {"target_tokens": [1, 2, 3, 4]}, "one target .* per input token"),
         ("cross_entropy", {"target_tokens": [1, 2, 50]}, "holds token 50"),
     ],
 )
 def test_bad_input_is_named(
     engine: DeterministicEngine, name: str, inputs: Dict[str, List[float]], says: str
 ) -> None:
-    good = datum(weights=[1.0] * 3, logprobs=[0.0] * 3, advantages=[0.0] * 3)
-    bad = datum(**inputs)
+    others = {"logprobs": [0.0] * 3, "advantages": [0.0] * 3} if name == "ppo" else {}
+    good, bad = datum(**others), datum(**inputs)
     with pytest.raises(EngineError, match=says) as problem:
         engine.forward_backward("m", [good, bad], name, {})
     assert problem.value.category == "user"

@@ -462,17 +462,18 @@ def test_a_task_that_raises_does_not_take_its_thread_along(
 
 def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture) -> None:
     until = threading.Event()
-    threads = HttpThreads(limit=1)
-    running, waiting = Task(until), Task(until)
-    threads.add_task(running)
-    assert running.begun.wait(20)
+    threads = HttpThreads(limit=2)
+    running, another, waiting = Task(until), Task(until), Task(until)
+    for task in (running, another):
+        threads.add_task(task)
+        assert task.begun.wait(20)
     threads.add_task(waiting)
     assert not threads.shutdown(timeout=0.01)
     assert waiting.cancelled
     late = Task(until)
     threads.add_task(late)
     assert late.cancelled
-    assert "tinkex-http-1" in caplog.text
+    assert "tinkex-http-0, tinkex-http-1" in caplog.text
     until.set()
     assert threads.shutdown(timeout=20)
 

@@ -561,7 +561,7 @@ def test_requests_for_one_model_share_a_batch(api: Api, engine: HeldEngine) -> N
     ]
     for client in clients:
         client.start()
-    while sum(len(lane.queued) for lane in api.backend.scheduler._samplers.values()) < 6:
+    while sum(len(lane.queued) for lane in api.backend.scheduler._lanes.values()) < 6:
         assert not engine.let_go.wait(0.01)
     engine.let_go.set()
     api.result(held)
@@ -569,6 +569,42 @@ def test_requests_for_one_model_share_a_batch(api: Api, engine: HeldEngine) -> N
         client.join(WAIT_S)
     assert len(found) == 3
     assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 6"]
+
+
+def test_requests_of_the_endpoint_and_of_tinker_clients_share_a_batch(
+    api: Api, openai: OpenAI, engine: HeldEngine
+) -> None:
+    model = api.model()
+    path = api.save(model, 1, "x", "save_weights_for_sampler")
+    sampler = api.sampler(api.session(), model_path=path)
+    alone = api.result(api.submit_sample(sampler, 0))
+    expected = openai.complete(model=path)["choices"]
+    held = api.hold(model, 2)
+    assert engine.holding.wait(WAIT_S)
+    engine.log.clear()
+    found: Dict[str, Any] = {}
+
+    def stream() -> None:
+        found["stream"] = OpenAI(api).stream("completions", prompt="hello", model=path)
+
+    def complete() -> None:
+        found["whole"] = OpenAI(api).complete(model=f"deterministic;{path}")
+
+    clients = [threading.Thread(target=stream), threading.Thread(target=complete)]
+    for client in clients:
+        client.start()
+    made = api.submit_sample(sampler, 1)
+    while sum(len(lane.queued) for lane in api.backend.scheduler._lanes.values()) < 3:
+        assert not engine.let_go.wait(0.01)
+    engine.let_go.set()
+    api.result(held)
+    assert api.result(made) == alone
+    for client in clients:
+        client.join(WAIT_S)
+    assert found["whole"]["choices"] == expected
+    streamed = "".join(chunk["choices"][0]["text"] for chunk in found["stream"])
+    assert streamed == expected[0]["text"]
+    assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 3"]
 
 
 def test_samplers_that_are_not_used_make_room(tmp_path: Path) -> None:
@@ -620,12 +656,17 @@ class Stepwise(HeldEngine):
             self.ended.set()
 
 
-def open_stream(server: LocalServer, **body: Any) -> http.client.HTTPResponse:
+def send(server: LocalServer, **body: Any) -> http.client.HTTPConnection:
     parts = urlsplit(server.url)
     connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=WAIT_S)
-    body = {"model": "deterministic", "prompt": "hello", "seed": 1, "stream": True, **body}
+    body = {"model": "deterministic", "prompt": "hello", "seed": 1, **body}
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def open_stream(server: LocalServer, **body: Any) -> http.client.HTTPResponse:
+    connection = send(server, stream=True, **body)
     response = connection.getresponse()
     connection.close()  # of the socket, when the response is
     return response
@@ -644,16 +685,41 @@ def test_tokens_are_sent_as_they_are_drawn() -> None:
         response.close()
 
 
-def test_a_client_that_hangs_up_cancels_its_samples() -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_cancels_its_samples(stream: bool) -> None:
     engine = Stepwise()
     with LocalServer(engine) as server:
-        response = open_stream(server, max_tokens=20_000)
-        assert response.readline().startswith(b"data: {")
-        response.close()
+        connection = send(server, max_tokens=20_000, stream=stream)
+        if stream:
+            response = connection.getresponse()
+            assert response.readline().startswith(b"data: {")
+            response.close()
+        assert engine.sliced.acquire(timeout=WAIT_S)
+        connection.close()
         while not engine.ended.is_set():
             engine.go_on.release()
             engine.sliced.acquire(timeout=0.05)
         assert engine.dropped == [0]
+
+
+def test_a_client_that_hangs_up_while_it_waits_for_the_engine_is_noticed() -> None:
+    """The samples of a request that is queued behind other work are never begun."""
+    engine = Stepwise()
+    with LocalServer(engine) as server:
+        running = send(server, max_tokens=20_000)
+        assert engine.sliced.acquire(timeout=WAIT_S)
+        waiting = send(server, max_tokens=20_000)
+        backend = server._backend
+        queue = backend.scheduler._lanes["base"]
+        while not queue.queued:
+            assert not engine.ended.wait(0.01)
+        waiting.close()
+        while queue.queued:
+            assert not engine.ended.wait(0.01)
+        running.close()
+        engine.go_on.release(100_000)
+        assert engine.ended.wait(WAIT_S)
+        assert engine.log.count("sample 1") == 1
 
 
 def test_a_stream_ends_with_the_server() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from pathlib import Path
@@ -12,31 +13,56 @@ import pytest
 from local.harness import CODECS, Api, HeldEngine, ManualClock, datum, serving
 
 from tinkex.local.engines.engine import EngineError, Finished
-from tinkex.local.scheduling.batches import SampleJob, SamplerLane
+from tinkex.local.scheduling.batches import (
+    Batch,
+    SampleJob,
+    Sampler,
+    SamplerLane,
+    SamplerWeights,
+)
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
 from tinkex.wire.proto_codec import PROTOBUF
 
+WEIGHTS = SamplerWeights("s:sample:0", None)
+
 
 def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:
-    lane = SamplerLane("s:sample:0", "s", None)
+    lane = SamplerLane("base", WEIGHTS)
+    sampler = Sampler("s:sample:0", "s", lane)
     request = SampleRequest(ModelInput.from_ints([1]), num_samples=num_samples)
     lane.queued = deque(
-        SampleJob(str(n), n, request, cost, arrived) for n, cost in enumerate(costs)
+        SampleJob(sampler, str(n), n, request, cost, arrived) for n, cost in enumerate(costs)
     )
     return lane
 
 
+def filled(lane: SamplerLane, limits: SamplingLimits, live_tokens: int) -> List[int]:
+    """The costs of what a new batch takes."""
+    return [job.cost for job in lane.fill(Batch(WEIGHTS), limits, live_tokens)]
+
+
 def test_a_batch_takes_what_fits_and_the_first_always() -> None:
     limits = SamplingLimits(max_live_tokens=100)
-    lane = queued(500, 10)
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [500]
+    assert filled(queued(500, 10), limits, live_tokens=0) == [500]
     lane = queued(60, 30, 20, 5)
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=0)] == [60, 30]
-    assert [job.cost for job in lane.take_batch(limits, live_tokens=80)] == [20]
+    assert filled(lane, limits, live_tokens=0) == [60, 30]
+    assert filled(lane, limits, live_tokens=80) == [20]
     lane = queued(*[1] * 10, num_samples=3)
-    assert len(lane.take_batch(SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
+    assert len(filled(lane, SamplingLimits(max_batch_sequences=9), live_tokens=0)) == 3
+
+
+def test_what_joins_a_batch_fits_without_exception() -> None:
+    limits = SamplingLimits(max_live_tokens=100, max_batch_sequences=3)
+    batch, lane = Batch(WEIGHTS), queued(60, 30, 20)
+    assert [job.cost for job in lane.fill(batch, limits, 0)] == [60, 30]
+    assert lane.fill(batch, limits, 90) == []
+    batch.remove(0)
+    assert [job.cost for job in lane.fill(batch, limits, 30)] == [20]
+    lane = queued(1, 1)
+    assert len(lane.fill(batch, limits, 50)) == 1  # three sequences are there
+    assert batch.unfinished == {1, 2, 3}
 
 
 def test_a_batch_starts_when_requests_stop_coming() -> None:
@@ -44,7 +70,7 @@ def test_a_batch_starts_when_requests_stop_coming() -> None:
     lane = queued(1, arrived=10.0)
     assert not lane.may_start(limits, live_tokens=0, now=10.9)
     assert lane.may_start(limits, live_tokens=0, now=11.0)
-    lane.queued.append(SampleJob("x", 9, lane.queued[0].request, 1, arrived=12.8))
+    lane.queued.append(dataclasses.replace(lane.queued[0], arrived=12.8))
     assert not lane.may_start(limits, live_tokens=0, now=12.9)
     assert lane.may_start(limits, live_tokens=0, now=13.0)  # the first has waited long enough
 
@@ -170,6 +196,122 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
         assert "finished" in api.result(first)["error"]  # abandoned in the middle
 
 
+class Sliced(HeldEngine):
+    """Waits before each slice but the first, and knows the prompts of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sliced = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+        self.batches: List[Sequence[SampleRequest]] = []
+
+    def sample(
+        self,
+        sampler_id: str,
+        requests: Sequence[SampleRequest],
+        dropped: Container[int] = (),
+    ) -> Iterator[List[Finished]]:
+        self.batches.append(requests)
+        for finished in super().sample(sampler_id, requests, dropped):
+            self.sliced.release()
+            assert self.go_on.acquire(timeout=20)
+            yield finished
+
+    def waits_after(self, slices: int) -> None:
+        """Wait until so many more slices are done."""
+        for _ in range(slices):
+            assert self.sliced.acquire(timeout=20)
+
+
+def test_samplers_of_the_same_weights_share_batches_and_others_do_not(tmp_path: Path) -> None:
+    engine = HeldEngine()
+    with serving(tmp_path, engine) as api:
+        sessions = [api.session() for _ in range(2)]
+        model = api.model(sessions[0], 9)
+        path = api.save(model, 1, "x", "save_weights_for_sampler")
+        bases = [api.sampler(session) for session in sessions]
+        tuned = [api.sampler(session, 1, model_path=path) for session in sessions]
+        assert "sequences" in api.result(api.submit_sample(bases[0], 9))
+        assert "sequences" in api.result(api.submit_sample(tuned[0], 9))
+        engine.log.clear()
+        held = api.hold(model, 2)
+        assert engine.holding.wait(20)
+        made = [api.submit_sample(sampler, 0) for sampler in (*bases, *tuned)]
+        engine.let_go.set()
+        values = [api.result(one) for one in made]
+        api.result(held)
+        assert values[0] == values[1]
+        assert [entry for entry in engine.log if entry.startswith("sample")] == ["sample 2"] * 2
+        assert len(engine._samplers) == 2
+
+
+def test_a_request_joins_the_batch_that_runs(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        samplers = [api.sampler(api.session()) for _ in range(2)]
+        params = {"max_tokens": 24, "stop": [], "seed": 3}  # three slices
+        first = api.submit_sample(samplers[0], 0, sampling_params=params)
+        engine.waits_after(1)
+        second = api.submit_sample(samplers[1], 0, sampling_params=params)
+        third = api.submit_sample(samplers[0], 1, sampling_params={**params, "max_tokens": 8})
+        engine.go_on.release(100)
+        values = [api.result(one)["sequences"][0]["tokens"] for one in (first, second, third)]
+        assert values[0] == values[1]
+        assert values[2] == values[0][:8]
+        assert [len(batch) for batch in engine.batches] == [3]
+        assert engine.log == ["sample 1", *["slice"] * 4]
+
+
+def test_the_end_of_a_session_leaves_the_rest_of_a_batch_alone(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        sessions = [api.session() for _ in range(2)]
+        samplers = [api.sampler(session) for session in sessions]
+        params = {"max_tokens": 24, "stop": []}
+        first = api.submit_sample(samplers[0], 0, sampling_params=params)
+        engine.waits_after(1)
+        second = api.submit_sample(samplers[1], 0, sampling_params=params)
+        engine.go_on.release()
+        engine.waits_after(1)
+        third = api.submit_sample(samplers[0], 1)
+        api.post(f"sessions/{sessions[0]}/finish")
+        engine.go_on.release(100)
+        assert "finished" in api.result(first)["error"]
+        assert "finished" in api.result(third)["error"]
+        assert len(api.result(second)["sequences"][0]["tokens"]) == 24
+        assert [len(batch) for batch in engine.batches] == [2]
+        api.post("asample", 410, **api.sample_body(samplers[0], 2))
+        assert "sequences" in api.result(api.submit_sample(samplers[1], 1))
+
+
+def test_newer_weights_of_a_run_are_drawn_from_in_another_batch(tmp_path: Path) -> None:
+    engine = Sliced()
+    with serving(tmp_path, engine) as api:
+        model = api.model()
+
+        def save(seq_id: int) -> str:
+            body = {"model_id": model, "seq_id": seq_id, "kind": "inflight"}
+            made = api.post("save_weights_for_sampler", sampling_session_seq_id=seq_id, **body)
+            return str(api.result(made)["sampling_session_id"])
+
+        sampler = save(1)
+        params = {"max_tokens": 24, "stop": [], "seed": 3}
+        before = api.submit_sample(sampler, 0, sampling_params=params)
+        engine.waits_after(1)
+        api.submit_pass(model, 2)
+        api.step(model, 3)
+        body = {"model_id": model, "seq_id": 4, "kind": "inflight"}
+        api.post("save_weights_for_sampler", sampling_session_seq_id=4, **body)
+        engine.go_on.release()
+        engine.waits_after(1)  # the newer weights are saved after this slice, or the next
+        engine.go_on.release(100)
+        assert len(api.result(before)["sequences"][0]["tokens"]) == 24
+        api.result(api.submit_sample(sampler, 1, sampling_params=params))
+        assert [len(batch) for batch in engine.batches] == [1, 1]
+        api.model(number=1)  # the engine thread has done what came before
+        assert len(list((tmp_path / "samplers").iterdir())) == 1
+
+
 def test_a_request_at_fault_fails_alone(tmp_path: Path) -> None:
     class Picky(HeldEngine):
         def _draws(self, request: SampleRequest, steps: int) -> Any:
@@ -253,7 +395,9 @@ def test_samplers_beyond_the_cap_are_reloaded_when_used(tmp_path: Path) -> None:
     limits = SamplingLimits(gather_s=0.0, max_loaded=2)
     with serving(tmp_path, engine, limits=limits) as api:
         session = api.session()
-        samplers = [api.sampler(session, n) for n in range(3)]
+        model = api.model(session)
+        paths = [api.save(model, n, f"x{n}", "save_weights_for_sampler") for n in (1, 2, 3)]
+        samplers = [api.sampler(session, n, model_path=path) for n, path in enumerate(paths)]
         first = api.result(api.submit_sample(samplers[2], 0))
         assert len(engine._samplers) == 2
         for seq_id in (1, 2):

@@ -150,8 +150,8 @@ def test_a_run_that_cannot_be_is_refused(api: Api, changes: dict, says: str) -> 
     ("data", "says"),
     [
         ([], "empty"),
-        ([Datum(ModelInput.empty(), {"target_tokens": []})], "datum 0 is empty"),
-        ([datum(), datum(500_000)], "datum 1 holds token 500000"),
+        ([Datum(ModelInput.empty(), {"target_tokens": []})], "datum 0: model_input is empty"),
+        ([datum(), datum(500_000)], "datum 1: model_input holds token 500000"),
         (
             [Datum(ModelInput.from_ints([1]), {"target_tokens": [200_000]})],
             "datum 0: target_tokens holds token 200000",
@@ -468,7 +468,7 @@ def test_images_are_refused_by_name(api: Api) -> None:
     picture = Datum(ModelInput((ImageChunk(b"x", "png", 3),)), {"target_tokens": [1, 2, 3]})
     detail = api.submit_pass(model, 1, [datum(), picture], expect=400)["detail"]
     assert "datum 1" in detail
-    assert "text only" in detail
+    assert "text tokens only" in detail
     chunk = {"type": "image", "data": "eA==", "format": "png", "expected_tokens": 3}
     body = api.sample_body(api.sampler(model.partition(":")[0]), 0, prompt={"chunks": [chunk]})
     assert "ImageChunk" in api.post("asample", 400, **body)["detail"]

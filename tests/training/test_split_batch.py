@@ -98,7 +98,9 @@ def fails_at(routes: TinkerRoutes, seq_id: int, error: str) -> None:
 def test_until_the_batch_is_complete_the_run_takes_no_step(embedded: TrainingClient) -> None:
     data = batch()
     bad = [*data[:3], datum(2000), *data[4:]]
-    with pytest.raises(IncompleteGradientError, match=r"1 of 3 parts.* datum 3 holds") as caught:
+    with pytest.raises(
+        IncompleteGradientError, match=r"1 of 3 parts.* datum 3: model_input holds"
+    ) as caught:
         embedded.forward_backward(bad, "cross_entropy").result(PATIENCE_S)
     assert isinstance(caught.value.__cause__, BadRequestError)
     assert "Call forward_backward with the batch again" in str(caught.value)
@@ -542,7 +544,7 @@ def test_a_client_that_closes_says_that_it_was_closed(
 def test_an_index_is_the_callers(embedded: TrainingClient, call: str) -> None:
     data = [*batch(5), datum(2000)]
     error = getattr(embedded, call)(data, "cross_entropy").exception(PATIENCE_S)
-    assert "datum 5 holds token 2003" in str(error)
+    assert "datum 5: model_input holds token 2003" in str(error)
     # Without a gradient the run is as it was.
     step = embedded.optim_step(ADAM).exception(PATIENCE_S)
     assert (step is None) == (call == "forward")

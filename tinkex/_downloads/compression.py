@@ -6,16 +6,25 @@ it stops at the marker that ends the tar.
 
 from __future__ import annotations
 
+import importlib
 import io
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, TypeVar, cast
+from typing import BinaryIO, Callable, Type, TypeVar, cast
 
 from tinkex.errors import ResponseDecodeError
 
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without it
+    LZMAError: Type[Exception] = zlib.error  # type: ignore[no-redef]
+
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
+
+#: How a compressed file starts, and the module that reads it.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}
 
 T = TypeVar("T")
 
@@ -80,7 +89,7 @@ class ArchiveReader:
     def _guarded(self, act: Callable[[], T]) -> T:
         try:
             return act()
-        except (OSError, EOFError, zlib.error, *_lzma_errors()) as error:
+        except (OSError, EOFError, zlib.error, LZMAError) as error:
             raise ResponseDecodeError(
                 f"the archive is damaged: {type(error).__name__}: {error}"
             ) from error
@@ -88,30 +97,11 @@ class ArchiveReader:
 
 def _open(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
-        magic = file.read(6)
+        start = file.read(6)
+    opener = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "io")
     try:
-        if magic.startswith(b"\x1f\x8b"):
-            import gzip
-
-            return cast(BinaryIO, gzip.open(path))
-        if magic.startswith(b"BZh"):
-            import bz2
-
-            return cast(BinaryIO, bz2.open(path))
-        if magic == b"\xfd7zXZ\x00":
-            import lzma
-
-            return cast(BinaryIO, lzma.open(path))
+        return cast(BinaryIO, importlib.import_module(opener).open(path, "rb"))
     except ImportError as error:
         raise ResponseDecodeError(
             f"the archive is compressed in a way that this Python cannot read: {error}"
         ) from error
-    return open(path, "rb")
-
-
-def _lzma_errors() -> Any:
-    try:
-        import lzma
-    except ImportError:
-        return ()
-    return (lzma.LZMAError,)

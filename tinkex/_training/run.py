@@ -15,6 +15,7 @@ again, or a checkpoint has been loaded, which drops the gradient.
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
 
 from tinkex._api import training as api
@@ -52,11 +53,17 @@ class TrainingRun:
         model_id: the server's id of the run.
         last_update: identifies the last request that was queued to change the weights; compared by
             identity.
+        has_gradient: whether a backward pass was queued since.
+        failed_updates: how many backward passes and changes of the weights have failed, or were
+            cancelled.
     """
 
     def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.model_id = model_id
         self.last_update = object()
+        self.has_gradient = False
+        self.failed_updates = 0
+        self._unread_failure: Callable[[], Optional[APIFuture[Any]]] = _nothing
         self._runtime = runtime
         self._queue = RunQueue(runtime, model_id, first_seq_id)
         self._results = PassReader(model_id)
@@ -82,6 +89,8 @@ class TrainingRun:
         future = self.queue(kind, self._send_one, request_type, args, after, counted=after is None)
         if request_type.waits_for_batches:
             self.last_update = object()
+            self.has_gradient = False
+            future.on_settled(self._note_update)
         return future
 
     def submit_pass(self, kind: str, data: List[Datum], loss: Loss) -> APIFuture[Output]:
@@ -109,7 +118,23 @@ class TrainingRun:
         except BaseException:  # Ctrl-C, at any call: the caller does not get it
             future.cancel()
             raise
+        if kind in ("forward_backward", "forward_backward_custom"):
+            self.has_gradient = True
+            future.on_settled(self._note_update)
         return future
+
+    @property
+    def has_unread_failure(self) -> bool:
+        """Whether an update has failed, and the caller has kept its future and not read it yet."""
+        failed = self._unread_failure()
+        return failed is not None and not failed.was_read
+
+    def _note_update(self, future: APIFuture[Any]) -> None:
+        """In the thread that settles *future*, of a backward pass or a change of the weights."""
+        if future.failed():
+            self.failed_updates += 1  # two threads may count one; it is compared for change only
+            if not future.cancelled() and not self.has_unread_failure:
+                self._unread_failure = weakref.ref(future)
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
         """Make a future for a request of this run; ClientClosedError if the session is closed."""
@@ -258,6 +283,10 @@ class TrainingRun:
                 self._flags = ServerFlags()
             self._runtime.resources.limits.adjust()
         return self._flags
+
+
+def _nothing() -> None:
+    return None
 
 
 def _describe_wait() -> str:

@@ -13,7 +13,7 @@ from tinkex._transport.transport import Transport
 from tinkex.cli import status as status_line
 from tinkex.cli.commands import Group, in_flags
 from tinkex.cli.connect import advice, base_url_option, explained
-from tinkex.cli.output import format_option, print_facts, print_json, wants_json
+from tinkex.cli.output import format_option, print_facts
 from tinkex.cli.terminal import ask_secret, echo, echo_error
 from tinkex.config import Config
 from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, CredentialsFile, StoredKey
@@ -40,14 +40,19 @@ def login(base_url: Optional[str]) -> None:
             f"a key{named} is already stored; run `tinkex auth logout` first"
         )
     typed = ask_secret("API key")
-    config = Config.resolve(base_url=base_url, api_key=typed)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url, api_key=typed)
     with explained(config):
         key_id, key = _checked(config, typed)
     file.store_default(key_id, key)
     echo(f"Logged in to {config.host_and_port}{f' as {key.name}' if key.name else ''}.")
     if os.environ.get(KEY_VARIABLE) or os.environ.get(COMMAND_VARIABLE):
         echo_error("A key in the environment takes precedence over this one.")
+
+
+def _config(base_url: Optional[str], api_key: Optional[str] = None) -> Config:
+    config = Config.resolve(base_url=base_url, api_key=api_key)
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    return config
 
 
 def _checked(config: Config, typed: str) -> Tuple[str, StoredKey]:
@@ -86,8 +91,7 @@ def logout(base_url: Optional[str]) -> None:
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
     """Show where the key comes from, and whether the server accepts it: exit code 1 if not."""
     echo(f"Credential: {_source() or 'none'}")
-    config = Config.resolve(base_url=base_url)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url)
     try:
         access.check_access(config)
     except TinkexError as error:
@@ -103,8 +107,7 @@ def status(ctx: click.Context, base_url: Optional[str]) -> None:
 @format_option
 def whoami(base_url: Optional[str]) -> None:
     """Show the owner of the key."""
-    config = Config.resolve(base_url=base_url)
-    status_line.waiting_for(f"waiting for {config.host_and_port}")
+    config = _config(base_url)
     transport = Transport(config)
     try:
         with explained(config):
@@ -115,11 +118,9 @@ def whoami(base_url: Optional[str]) -> None:
                 raise
     finally:
         transport.abort()
-    if wants_json():
-        print_json({"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email})
-        return
     rows = [["User", found.user_urn], ["Organization", found.org_urn], ["Email", found.email or ""]]
-    print_facts("Who am I", [row for row in rows if row[1]])
+    as_json = {"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email}
+    print_facts("Who am I", [row for row in rows if row[1]], as_json=as_json)
 
 
 def _source() -> Optional[str]:

@@ -8,18 +8,11 @@ from typing import Any, Dict, Optional
 
 import click
 
+import tinkex
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import base_url_option, open_admin
-from tinkex.cli.output import (
-    count,
-    format_option,
-    print_csv,
-    print_json,
-    print_table,
-    size,
-    wants_json,
-)
-from tinkex.types import BillingUsageEvent, BillingUsageResponse, CheckpointStorageUsage
+from tinkex.cli.connect import with_admin
+from tinkex.cli.output import count, print_csv, print_table, size
+from tinkex.types import BillingUsageEvent, CheckpointStorageUsage
 
 
 @click.group(cls=Group)
@@ -32,21 +25,19 @@ def billing() -> None:
 @click.argument("end")
 @click.option("--csv", "csv_path", metavar="PATH", help='Write the usage as CSV; "-" is stdout.')
 @click.option("--sessions-csv", metavar="PATH", help="Write its sessions' metadata as CSV.")
-@base_url_option
-@format_option
+@with_admin
 def usage(
+    admin: tinkex.AdminClient,
     start: str,
     end: str,
     csv_path: Optional[str],
     sessions_csv: Optional[str],
-    base_url: Optional[str],
 ) -> None:
     """Show usage from START until before END: whole hours of UTC, at most 14 days.
 
     Examples: 2026-01-31, 2026-01-31T15:00:00Z.
     """
-    with open_admin(base_url) as admin:
-        found = admin.get_billing_usage(start, end).result()
+    found = admin.get_billing_usage(start, end).result()
     if csv_path is not None:
         rows = [_facts(event) for event in found.data]
         columns = list(dict.fromkeys(name for row in [_NO_USAGE, *rows] for name in row))
@@ -58,13 +49,6 @@ def usage(
         print_csv(sessions_csv, ["session_id", "user_metadata"], sessions)
     if "-" in (csv_path, sessions_csv):
         return  # stdout holds the CSV
-    if wants_json():
-        print_json({"data": [], "sessions": {}, "cost_data_through": None, **found.to_wire()})
-    else:
-        _print_usage(found)
-
-
-def _print_usage(found: BillingUsageResponse) -> None:
     through = found.cost_data_through
     known = f"; costs are known until {through:%Y-%m-%d %H:%M}" if through else ""
     print_table(
@@ -81,30 +65,26 @@ def _print_usage(found: BillingUsageResponse) -> None:
             ]
             for event in found.data
         ],
+        as_json={"data": [], "sessions": {}, "cost_data_through": None, **found.to_wire()},
     )
 
 
 @billing.command("checkpoint-storage")
 @click.option("--project-id", metavar="ID", help="Only checkpoints of this project.")
 @click.option("--csv", "csv_path", metavar="PATH", help='Write it as CSV; "-" is stdout.')
-@base_url_option
-@format_option
+@with_admin
 def checkpoint_storage(
-    project_id: Optional[str], csv_path: Optional[str], base_url: Optional[str]
+    admin: tinkex.AdminClient, project_id: Optional[str], csv_path: Optional[str]
 ) -> None:
     """Show the size and cost of the checkpoints stored now."""
-    with open_admin(base_url) as admin:
-        found = admin.get_current_checkpoint_storage_usage(project_id).result()
+    found = admin.get_current_checkpoint_storage_usage(project_id).result()
     rate = found.effective_rate_usd_per_gigabyte_month
     if csv_path is not None:
         columns = [field.name for field in dataclasses.fields(CheckpointStorageUsage)]
         print_csv(csv_path, columns, [[getattr(row, n) for n in columns] for row in found.data])
         if csv_path == "-":
             return
-    if wants_json():
-        rows = [row.to_wire() for row in found.data]
-        print_json({"effective_rate_usd_per_gigabyte_month": rate, "data": rows})
-        return
+    rows = [row.to_wire() for row in found.data]
     per = "" if rate is None else f" at {_usd(rate)} USD per gigabyte and month"
     print_table(
         f"Checkpoints{per}",
@@ -119,6 +99,7 @@ def checkpoint_storage(
             ]
             for row in found.data
         ],
+        as_json={"effective_rate_usd_per_gigabyte_month": rate, "data": rows},
     )
 
 

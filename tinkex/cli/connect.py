@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import click
 
 import tinkex
 from tinkex._api._optional import is_missing_route
 from tinkex.cli import serve, status
+from tinkex.cli.output import format_option
 from tinkex.cli.terminal import echo_error
 from tinkex.config import Config
 from tinkex.errors import (
@@ -71,8 +73,13 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
 def _is_served_here(port: int) -> bool:
     """Return whether an embedded server listens on *port* of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    return is_embedded(connection, "/api/v1/healthz", {})
+
+
+def is_embedded(connection: http.client.HTTPConnection, path: str, headers: Dict[str, str]) -> bool:
+    """Return whether an embedded server responds to *path* on *connection*, which is closed."""
     try:
-        connection.request("GET", "/api/v1/healthz")
+        connection.request("GET", path, headers=headers)
         found = connection.getresponse()
         return found.status == 200 and found.headers.get("Server") == "tinkex"
     except (OSError, http.client.HTTPException):
@@ -110,12 +117,27 @@ def open_rest(base_url: Optional[str]) -> Iterator[tinkex.RestClient]:
         yield rest
 
 
-@contextmanager
-def open_admin(base_url: Optional[str]) -> Iterator[tinkex.AdminClient]:
-    """Open a client for audit and billing; it closes with the block."""
-    config = find_server(base_url)
-    with explained(config), tinkex.AdminClient(base_url=config.base_url) as admin:
-        yield admin
+def with_rest(command: Callable[..., None]) -> Callable[..., None]:
+    """Call *command* with an open RestClient as *rest*; add the options ``--base-url``, ``-f``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, base_url: Optional[str], **given: Any) -> None:
+        with open_rest(base_url) as rest:
+            command(*args, rest=rest, **given)
+
+    return base_url_option(format_option(run))
+
+
+def with_admin(command: Callable[..., None]) -> Callable[..., None]:
+    """Call *command* with an open AdminClient as *admin*; add the options as `with_rest` does."""
+
+    @functools.wraps(command)
+    def run(base_url: Optional[str], **given: Any) -> None:
+        config = find_server(base_url)
+        with explained(config), tinkex.AdminClient(base_url=config.base_url) as admin:
+            command(admin=admin, **given)
+
+    return base_url_option(format_option(run))
 
 
 @contextmanager

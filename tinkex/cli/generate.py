@@ -20,7 +20,7 @@ import tinkex
 from tinkex import types
 from tinkex.cli import status
 from tinkex.cli.commands import in_flags
-from tinkex.cli.connect import base_url_option, check_path
+from tinkex.cli.connect import base_url_option, check_path, is_embedded
 from tinkex.cli.terminal import visible
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, ConfigError, InvalidInputError, RequestFailedError
@@ -196,14 +196,7 @@ def _only_model(service: tinkex.ServiceClient) -> str:
 def _offers_streams(config: Config) -> bool:
     """Return whether the server is an embedded one that can be reached directly."""
     connection = _connect(config, timeout_s=5.0)
-    try:
-        connection.request("GET", _path(config, "models"), headers=_headers(config))
-        response = connection.getresponse()
-        return response.status == 200 and response.headers.get("Server") == "tinkex"
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return is_embedded(connection, _path(config, "models"), _headers(config))
 
 
 def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Optional
 
 import click
 
 from tinkex.cli.commands import Group
 from tinkex.cli.connect import base_url_option, open_rest
-from tinkex.cli.output import count, format_option, print_json, print_table, wants_json
+from tinkex.cli.output import count, format_option, print_table
 from tinkex.errors import NotFoundError
 
 
@@ -32,18 +33,6 @@ def list_models(substring: str, base_url: Optional[str]) -> None:
             f"the server offers no model whose name contains {substring!r}",
             hint=f"It offers {names}." if names else None,
         )
-    if wants_json():
-        listed = [
-            {
-                "model_name": item.model_name,
-                "max_context_length": item.max_context_length,
-                "trainable": item.trainable,
-                "sampleable": item.sampleable,
-            }
-            for item in found
-        ]
-        print_json({"models": listed})
-        return
     print_table(
         count(len(found), "model"),
         ["Model", "Max Context", "Trainable", "Sampleable"],
@@ -56,6 +45,7 @@ def list_models(substring: str, base_url: Optional[str]) -> None:
             ]
             for item in found
         ],
+        as_json={"models": [dataclasses.asdict(item) for item in found]},
     )
 
 

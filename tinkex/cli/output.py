@@ -63,11 +63,25 @@ def print_json(value: Any) -> None:
     echo(text)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table.  Values are never shortened or wrapped, so that they can be copied.
+def print_text(text: str, *, as_json: Any = None) -> None:
+    """Print *text*; *as_json* if JSON was requested, or nothing if that is None."""
+    if not wants_json():
+        echo(text)
+    elif as_json is not None:
+        print_json(as_json)
 
-    On a terminal too narrow for the table, each row is printed as a list of names and values.
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, as_json: Any = None
+) -> None:
+    """Print a table, or *as_json* if that is given and JSON was requested.
+
+    Values are never shortened or wrapped, so that they can be copied.  On a terminal too narrow for
+    the table, each row is printed as a list of names and values.
     """
+    if as_json is not None and wants_json():
+        print_json(as_json)
+        return
     lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *lines)]
     if sum(widths) + 2 * len(widths) - 2 > _columns():
@@ -78,8 +92,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     echo("\n".join([title, "", *(_padded(line, widths) for line in shown)]))
 
 
-def print_facts(title: str, rows: Iterable[Sequence[str]]) -> None:
-    """Print pairs of a name and a value, one per line, without wrapping."""
+def print_facts(title: str, rows: Iterable[Sequence[str]], *, as_json: Any = None) -> None:
+    """Print pairs of a name and a value, one per line, without wrapping; or *as_json*, as above."""
+    if as_json is not None and wants_json():
+        print_json(as_json)
+        return
     pairs = [(name, visible(value, one_line=True)) for name, value in rows]
     echo("\n".join([title, "", _facts(pairs)]))
 

@@ -6,18 +6,10 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 import click
 
+import tinkex
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import base_url_option, fetch_pages, open_rest
-from tinkex.cli.output import (
-    count,
-    format_option,
-    limit_option,
-    print_facts,
-    print_json,
-    print_table,
-    wants_json,
-    when,
-)
+from tinkex.cli.connect import fetch_pages, with_rest
+from tinkex.cli.output import count, limit_option, print_facts, print_table, when
 from tinkex.types import TrainingRun
 
 
@@ -58,42 +50,33 @@ def _columns(_: click.Context, option: click.Parameter, value: str) -> List[str]
     callback=_columns,
     help=f"Columns to show, separated by commas: {', '.join(COLUMNS)}.",
 )
-@base_url_option
-@format_option
-def list_runs(limit: int, columns: List[str], base_url: Optional[str]) -> None:
+@with_rest
+def list_runs(rest: tinkex.RestClient, limit: int, columns: List[str]) -> None:
     """List training runs, most recently used first."""
     total: Optional[int] = None
-    with open_rest(base_url) as rest:
 
-        def fetch(page_size: int, offset: int) -> List[TrainingRun]:
-            nonlocal total
-            page = rest.list_training_runs(limit=page_size, offset=offset).result()
-            total = page.cursor.total_count if page.cursor else None
-            return page.training_runs
+    def fetch(page_size: int, offset: int) -> List[TrainingRun]:
+        nonlocal total
+        page = rest.list_training_runs(limit=page_size, offset=offset).result()
+        total = page.cursor.total_count if page.cursor else None
+        return page.training_runs
 
-        found = fetch_pages(fetch, limit, 100)
-    if wants_json():
-        print_json({"runs": [item.to_wire() for item in found]})
-        return
+    found = fetch_pages(fetch, limit, 100)
     more = total is not None and total > len(found)
     print_table(
         f"{len(found)} of {total} training runs" if more else count(len(found), "training run"),
         [COLUMNS[name][0] for name in columns],
         [[COLUMNS[name][1](item) for name in columns] for item in found],
+        as_json={"runs": [item.to_wire() for item in found]},
     )
 
 
 @run.command("info")
 @click.argument("run_id")
-@base_url_option
-@format_option
-def show_run(run_id: str, base_url: Optional[str]) -> None:
+@with_rest
+def show_run(rest: tinkex.RestClient, run_id: str) -> None:
     """Show one training run."""
-    with open_rest(base_url) as rest:
-        found = rest.get_training_run(run_id).result()
-    if wants_json():
-        print_json(found.to_wire())
-        return
+    found = rest.get_training_run(run_id).result()
     rows = [
         ["Run ID", found.training_run_id],
         ["Base Model", found.base_model],
@@ -109,7 +92,7 @@ def show_run(run_id: str, base_url: Optional[str]) -> None:
         if checkpoint is not None:
             rows.append([label, checkpoint.tinker_path])
     rows += [[f"Metadata: {key}", str(value)] for key, value in (found.user_metadata or {}).items()]
-    print_facts(f"Training run {run_id}", rows)
+    print_facts(f"Training run {run_id}", rows, as_json=found.to_wire())
 
 
 def _lora(found: TrainingRun) -> str:

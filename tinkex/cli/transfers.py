@@ -9,10 +9,10 @@ from typing import Iterator, Optional, Tuple
 
 import click
 
+import tinkex
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import base_url_option, check_path, open_rest
-from tinkex.cli.output import format_option, print_facts, print_json, progress_bar, size, wants_json
-from tinkex.cli.terminal import echo
+from tinkex.cli.connect import check_path, with_rest
+from tinkex.cli.output import print_facts, print_text, progress_bar, size
 from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
 
@@ -25,25 +25,21 @@ from tinkex.types.checkpoint_path import SCHEME
     is_flag=True,
     help="Replace the checkpoint in an existing folder.",
 )
-@base_url_option
-@format_option
-def download(path: str, output: str, force: bool, base_url: Optional[str]) -> None:
+@with_rest
+def download(rest: tinkex.RestClient, path: str, output: str, force: bool) -> None:
     """Download the checkpoint at PATH into a folder named after it.
 
     If it is interrupted, running the same command again resumes it.
     """
     check_path(path)
     dest = Path(output) / _folder_name(path)
-    with open_rest(base_url) as rest, progress_bar("Downloading") as report:
+    with progress_bar("Downloading") as report:
         dest = rest.download_checkpoint(path, dest, progress=report, overwrite=force)
     n_bytes = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
-    if wants_json():
-        facts = {"destination": str(dest), "file_size_bytes": n_bytes}
-        print_json({"checkpoint_path": path, **facts})
-        return
     print_facts(
         "Downloaded",
         [["Checkpoint", path], ["Destination", str(dest)], ["Size", size(n_bytes)]],
+        as_json={"checkpoint_path": path, "destination": str(dest), "file_size_bytes": n_bytes},
     )
 
 
@@ -88,9 +84,9 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     "--ignore-pattern", multiple=True, metavar="GLOB", help="Skip matching files; may be repeated."
 )
 @click.option("--no-model-card", is_flag=True, help="Do not write a README.md.")
-@base_url_option
-@format_option
+@with_rest
 def push_to_hub(
+    rest: tinkex.RestClient,
     path: str,
     repo_id: str,
     public: bool,
@@ -100,11 +96,10 @@ def push_to_hub(
     allow_pattern: Tuple[str, ...],
     ignore_pattern: Tuple[str, ...],
     no_model_card: bool,
-    base_url: Optional[str],
 ) -> None:
     """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
     check_path(path)
-    with open_rest(base_url) as rest, progress_bar("Downloading") as report, _hub_errors(repo_id):
+    with progress_bar("Downloading") as report, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,
             repo_id,
@@ -117,8 +112,5 @@ def push_to_hub(
             add_model_card=not no_model_card,
             progress=report,
         )
-    if wants_json():
-        facts = {"repo_id": repo_id, "revision": revision, "public": public, "url": url}
-        print_json({"checkpoint_path": path, **facts})
-    else:
-        echo(url)
+    facts = {"repo_id": repo_id, "revision": revision, "public": public, "url": url}
+    print_text(url, as_json={"checkpoint_path": path, **facts})

@@ -25,6 +25,7 @@ from typing import (
 )
 
 from tinkex._runtime.numeric import as_int
+from tinkex._training.checks import check_ttl
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -47,6 +48,8 @@ Batch = Iterable[Datum]
 Schedule = Union[OptimParams, Callable[[int], OptimParams]]
 #: Steps to be saved: every n-th, or those for whose index a function returns True.
 SaveAfter = Union[None, int, Callable[[int], bool]]
+#: Steps that the pipeline saves: every n-th, or those for whose index a function returns a name.
+SaveEvery = Union[None, int, Callable[[int], Optional[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,9 @@ class PipelineStep:
     forward_backward: ForwardBackwardOutput
     optim: OptimStepResponse
 
-    #: Set by the pipeline; no field, so that copies and pickles hold the results alone.
+    #: Set by the pipeline; no fields, so that copies and pickles hold the results alone.
     _pipeline: ClassVar[Optional[Pipeline]] = None
+    _saved: ClassVar[Optional[APIFuture[SaveWeightsResponse]]] = None
 
     @property
     def metrics(self) -> Dict[str, float]:
@@ -72,20 +76,31 @@ class PipelineStep:
 
     def save_state(
         self,
-        name: str,
+        name: Optional[str] = None,
         ttl_seconds: Optional[int] = None,
         overwrite: bool = False,
         user_metadata: Optional[Mapping[str, str]] = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Queue saving weights and optimizer state as they are after this step; return immediately.
+        """Save weights and optimizer state as they are after this step; return immediately.
 
-        Arguments and result as for `TrainingClient.save_state`.
+        Without arguments: return the future of the checkpoint that the pipeline has queued behind
+        this step, one of *save_every*.  Otherwise arguments and result are as for
+        `TrainingClient.save_state`.
 
         Raises:
-            InvalidInputError: a later step was submitted already, or the run was trained or loaded
-                otherwise since, so that the checkpoint would hold that, too.  See *save_after* of
+            InvalidInputError: there is no name, and the step is not one of *save_every*.  Or a
+                later step was submitted already, or the run was trained or loaded otherwise since,
+                so that the checkpoint would hold that, too: see *save_every* and *save_after* of
                 `TrainingClient.pipeline`.
         """
+        if name is None:
+            if self._saved is None:
+                raise InvalidInputError(
+                    f"save_state: the pipeline has not saved step {self.index}",
+                    hint="Give a name, or say in advance which steps to save: "
+                    "pipeline(..., save_every=100).",
+                )
+            return self._saved
         trainer = self._trainer_after_this("save_state")
         return trainer.save_state(name, ttl_seconds, overwrite, user_metadata)
 
@@ -127,6 +142,7 @@ class _Sent(NamedTuple):
 
     step_index: int
     step: Step
+    saved: Optional[APIFuture[SaveWeightsResponse]] = None
 
 
 class Pipeline(Iterator[PipelineStep]):
@@ -144,6 +160,8 @@ class Pipeline(Iterator[PipelineStep]):
         adam_params: Schedule,
         depth: int,
         save_after: SaveAfter,
+        save_every: SaveEvery = None,
+        save_ttl_seconds: Optional[int] = None,
     ) -> None:
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
@@ -160,6 +178,10 @@ class Pipeline(Iterator[PipelineStep]):
         self._save_after = save_after
         if save_after is not None and not callable(save_after):
             self._save_after = as_int("save_after", save_after, 1, text=False)
+        self._save_every = save_every
+        if save_every is not None and not callable(save_every):
+            self._save_every = as_int("save_every", save_every, 1, text=False)
+        self._save_ttl_seconds = check_ttl(save_ttl_seconds)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
         self._newest_update = trainer._run.last_update  # that of the newest step
@@ -223,8 +245,8 @@ class Pipeline(Iterator[PipelineStep]):
             raise InvalidInputError(
                 f"{what}: {later} submitted before, so the checkpoint would not be that of step "
                 f"{index}",
-                hint="Say in advance which steps are saved: pipeline(..., save_after=100) for "
-                "every hundredth, or save_after=lambda index: ...; or use depth=1.",
+                hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
+                "save_after=100 if you save them yourself; or use depth=1.",
             )
         if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
@@ -251,11 +273,12 @@ class Pipeline(Iterator[PipelineStep]):
                 return
             try:
                 step = self._submit(index, batch)
+                self._sent.append(_Sent(index, step))
+                self._newest, self._newest_update = index, self._trainer._run.last_update
+                self._save_newest()
             except TinkexError as error:
                 _add_step_to_hint(error, index)
                 raise
-            self._sent.append(_Sent(index, step))
-            self._newest, self._newest_update = index, self._trainer._run.last_update
 
     def _submit(self, index: int, batch: Batch) -> Step:
         params: Any = self._adam_params
@@ -269,6 +292,22 @@ class Pipeline(Iterator[PipelineStep]):
             params, self._trainer.forward_backward_custom, batch, self._loss_fn
         )
 
+    def _save_newest(self) -> None:
+        """Queue a checkpoint behind the newest step, if it is one of *save_every*.
+
+        The run's requests are done in order, so it holds that step, and none after it.
+        """
+        index, step, _ = self._sent[-1]
+        if self._save_every is None:
+            return
+        if callable(self._save_every):
+            name = self._save_every(index)
+        else:
+            name = f"step-{index + 1}" if (index + 1) % self._save_every == 0 else None
+        if name is not None:
+            saved = self._trainer.save_state(name, self._save_ttl_seconds)
+            self._sent[-1] = _Sent(index, step, saved)
+
     def _is_saved_after(self, index: int) -> bool:
         """Whether the caller has announced to save the step *index*."""
         if self._save_after is None:
@@ -278,10 +317,10 @@ class Pipeline(Iterator[PipelineStep]):
         return (index + 1) % self._save_after == 0
 
     def _finish_oldest(self) -> PipelineStep:
-        index, (forward_backward, optim) = self._sent[0]
+        index, (forward_backward, optim), saved = self._sent[0]
         try:
             step = PipelineStep(index, forward_backward.result(), optim.result())
-            object.__setattr__(step, "_pipeline", self)
+            vars(step).update(_pipeline=self, _saved=saved)  # it is frozen
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
             if isinstance(error, TinkexError):
@@ -303,6 +342,8 @@ class Pipeline(Iterator[PipelineStep]):
             sent.step.cancel_if_unsent()
             if not sent.step.forward_backward.cancelled():
                 kept.appendleft(sent)
+            elif sent.saved is not None:
+                sent.saved.cancel()
         self._sent = kept
 
     def _describe_sent(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import weakref
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type, Union
 
 from tinkex import types
 from tinkex._api.encoding_choice import server_dialect
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tinkex._training.loss_tracing import LossRegistry
     from tinkex.clients.rest import RestClient
     from tinkex.clients.training import TrainingClient
+    from tinkex.runs.run import Run
     from tinkex.types import GetServerCapabilitiesResponse, OptimizerConfig
 
 UserMetadata = Optional[Mapping[str, str]]
@@ -325,6 +327,90 @@ class ServiceClient:
             user_metadata,
             weights_access_token,
             with_optimizer=True,
+        )
+
+    def open_run(
+        self,
+        folder: Union[str, os.PathLike[str]],
+        base_model: str,
+        *,
+        rank: int = 32,
+        seed: Optional[int] = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        start_from: Optional[str] = None,
+        user_metadata: UserMetadata = None,
+        optimizer: Optional[OptimizerConfig] = None,
+        config: Optional[Mapping[str, Any]] = None,
+        state: Optional[Mapping[str, Any]] = None,
+        save_every: Optional[int] = 100,
+        save_minutes: Optional[float] = None,
+        ttl_seconds: Optional[int] = 30 * 86400,
+        keep: Optional[int] = 2,
+        on_session_loss: str = "raise",
+        max_session_losses: int = 5,
+        exit_on_sigterm: bool = False,
+        accept_changes: bool = False,
+    ) -> Run:
+        """Begin a training run that is kept in *folder*, or continue the one that is.  Blocks.
+
+        The same program, run again after whatever has ended it, goes on from the last checkpoint,
+        weights, optimizer and all, with the batch after it::
+
+            with service.open_run("runs/poems", "my-model", save_every=50) as run:
+                for step in run.steps(batches):
+                    done = run.trainer.train_step(step.batch, "cross_entropy", AdamParams())
+                    step.log(done.forward_backward.metrics)
+
+        The folder holds the journal, ``journal.jsonl``; checkpoints are on the server.
+
+        Args:
+            folder: made if it is missing; used by one process at a time.
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer:
+                as for `create_lora_training_client`.  Without a *seed* one is chosen and kept.
+            start_from: begin with the weights of this checkpoint and a fresh optimizer; its own
+                rank and layers are used.
+            config: settings of your own, of JSON values, such as the learning rate.
+            state: what `Run.state` holds at first.
+            save_every, save_minutes: save after this many steps, or minutes, since the last time;
+                looked at after each step.  None saves for no such reason.  The last step is saved
+                when the run is closed.
+            ttl_seconds: how long the server keeps these checkpoints, except for the one of the last
+                step; None is for ever.
+            keep: so many of the newest are kept on the server; older ones are deleted.  None keeps
+                all.
+            on_session_loss: ``"raise"``, or ``"resume"`` to go on from the last checkpoint in a new
+                session when the session is lost; the loop's body must be within ``with step:``.
+            max_session_losses: so many sessions are opened before there is another checkpoint;
+                then SessionLostError is raised all the same.
+            exit_on_sigterm: at SIGTERM finish the step, save, and exit with code 143; at the next
+                one exit immediately.  In the main thread only.
+            accept_changes: continue although *config* is not what it was.
+
+        Raises:
+            RunFolderError: the folder is in use, holds a run of another model, of another origin or
+                with another *config*, is damaged or not writable; or the server has none of its
+                checkpoints any more.
+            InvalidInputError: an argument is wrong.
+            TinkexError: the run could not be created or loaded.
+        """
+        from tinkex.runs.run import Run
+        from tinkex.runs.saver import SavePolicy
+        from tinkex.runs.source import RunSource
+
+        layers = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        return Run(
+            self,
+            os.fspath(folder),
+            RunSource(base_model, start_from, rank, seed, layers, user_metadata, optimizer),
+            SavePolicy(save_every, save_minutes, ttl_seconds, keep),
+            config=config,
+            state=state,
+            on_session_loss=on_session_loss,
+            max_session_losses=max_session_losses,
+            exit_on_sigterm=exit_on_sigterm,
+            accept_changes=accept_changes,
         )
 
     def create_sampling_client(

@@ -45,7 +45,7 @@ from tinkex._training.run_queue import RunQueue
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.transport import Reply
 from tinkex.clients.base import BaseClient
-from tinkex.clients.pipeline import Pipeline, SaveAfter, Schedule, Step
+from tinkex.clients.pipeline import Pipeline, SaveAfter, SaveEvery, Schedule, Step
 from tinkex.clients.sampling import SamplingClient
 from tinkex.clients.tokenizers import load_tokenizer
 from tinkex.errors import InvalidInputError, ResponseDecodeError
@@ -259,6 +259,8 @@ class TrainingClient(BaseClient):
         *,
         depth: int = 2,
         save_after: SaveAfter = None,
+        save_every: SaveEvery = None,
+        save_ttl_seconds: Optional[int] = None,
     ) -> Pipeline:
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
@@ -274,27 +276,44 @@ class TrainingClient(BaseClient):
         leaves up to *depth* - 1 steps to be done.
 
         A checkpoint that the loop's body saves holds all steps that were submitted, also those
-        after the one it handles.  To save one exactly, name it in *save_after*, and call its
-        ``save_state`` or ``save_weights_for_sampler``, which raise InvalidInputError if a later
-        step was submitted::
+        after the one it handles.  With *save_every* the pipeline saves: each checkpoint is queued
+        directly behind its step, which it holds and none after it, and the steps after it are not
+        held up::
 
-            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_after=100):
+            for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_every=100):
                 if step.index % 100 == 99:
-                    step.save_state(f"step-{step.index}")
+                    print(step.save_state().result().path)
 
-        After such a step nothing is submitted until the next step is asked for, so that other calls
-        of the body, such as `save_weights_and_get_sampling_client`, find the same weights.
+        To do something else with the weights of exactly one step, such as
+        `save_weights_and_get_sampling_client`, name the step in *save_after*: after it nothing is
+        submitted until the next step is asked for.  There its ``save_state(name)`` and
+        ``save_weights_for_sampler(name)`` work, too, which raise InvalidInputError if a later step
+        was submitted.
 
         Args:
             batches: taken one by one, *depth* - 1 ahead.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
             depth: steps under way together; 1 does one after the other.
-            save_after: the steps that the body saves: 100 for those of index 99, 199 and so on, or
-                a function of the step's index that returns True for them.  None saves none.
+            save_after: the steps after which the body needs their weights: 100 for those of index
+                99, 199 and so on, or a function of the step's index that returns True for them.
+            save_every: the steps to be saved: 100 for those of index 99, 199 and so on, under the
+                names ``step-100``, ``step-200`` and so on, or a function of the step's index that
+                returns a name, or None not to save it.
+            save_ttl_seconds: how long the server keeps what *save_every* saves; None is for ever.
         """
         self._ensure_open("pipeline")
-        return Pipeline(self, batches, loss_fn, loss_fn_config, adam_params, depth, save_after)
+        return Pipeline(
+            self,
+            batches,
+            loss_fn,
+            loss_fn_config,
+            adam_params,
+            depth,
+            save_after,
+            save_every,
+            save_ttl_seconds,
+        )
 
     def _submit_step(
         self,

@@ -12,20 +12,20 @@ import shutil
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import Engine, EngineInfo
 from tinkex.local.errors import HTTPError
+from tinkex.local.fields import invalid_input_rejected
 from tinkex.local.losses.custom_passes import CustomLosses
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
-from tinkex.local.state.rows import CheckpointRow, RunRow
+from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
 from tinkex.local.state.session_table import SessionTable
 from tinkex.local.state.store import KIND_OF, Store
 from tinkex.local.state.telemetry import TelemetrySink
@@ -229,10 +229,8 @@ class Backend:
         Raises:
             HTTPError: 400, not such a path, or not of *kind*; 404, there is none.
         """
-        try:
+        with invalid_input_rejected():
             parsed = ParsedCheckpointTinkerPath.from_tinker_path(str(path))
-        except InvalidInputError as error:
-            raise HTTPError(400, str(error)) from error
         found_kind = KIND_OF[parsed.checkpoint_type]
         if kind is not None and found_kind != kind:
             raise HTTPError(
@@ -283,15 +281,20 @@ class Backend:
 
     # Runs and samplers
 
+    def get_model(self, model_id: str) -> RunRow:
+        """Return the run of a model; HTTPError 404 if it is unknown."""
+        run = self.store.run(model_id)
+        if run is None:
+            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        return run
+
     def check_model(self, model_id: str) -> None:
         """Raise HTTPError 404 or 410 unless *model_id* takes requests."""
         if self.scheduler.has_model(model_id):
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
-        run = self.store.run(model_id)
-        if run is None:
-            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        run = self.get_model(model_id)
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
         raise HTTPError(404, f"model {model_id} was unloaded; load its last checkpoint")
@@ -320,36 +323,37 @@ class Backend:
         sampler_id: str,
         digest: bytes,
         model_path: Optional[str],
-        weights: Callable[[], Optional[Path]],
-        *,
-        follows: Optional[str] = None,
+        weights: Callable[[], WeightsSource],
     ) -> str:
-        """Open the sampler *sampler_id*, and return its id.
+        """Open the sampler *sampler_id*, and return its id; it draws from what *weights* returns.
 
-        *weights* makes the folder of frozen weights, which the sampler owns from then on; None
-        stands for the base model.  With *follows*, the sampler draws from the newest of such
-        weights of that training run.  A repetition with the same *digest* changes nothing; another
-        body is HTTPError 409.
+        A repetition with the same *digest* changes nothing; another body is HTTPError 409.
         """
         session_id = session_of(sampler_id)
         with self._creating:
             known = self._known(sampler_id, digest)
         if known is not None:
             return known
-        folder = weights()  # copies files, or has the engine write them: not under the lock
+        source = weights()  # copies files, or has the engine write them: not under the lock
         with self._creating:
             known = self._known(sampler_id, digest)
             if known is None:
                 self._created[sampler_id] = (digest, sampler_id)
                 self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
-                if follows is not None and folder is not None:
-                    self.scheduler.add_inflight_sampler(sampler_id, session_id, follows, folder)
-                else:
-                    self.scheduler.add_sampler(sampler_id, session_id, folder)
-        if known is not None and folder is not None:  # the same request came twice at the same time
-            shutil.rmtree(folder, ignore_errors=True)
+                self.scheduler.add_sampler(sampler_id, session_id, source)
+        # The same request came twice at the same time.
+        if known is not None and source.folder is not None:
+            shutil.rmtree(source.folder, ignore_errors=True)
         self._end_if_over(session_id)
         return sampler_id
+
+    def frozen(self, checkpoint: Optional[CheckpointRow]) -> WeightsSource:
+        """Return a copy of *checkpoint* to draw from, which outlives it; the base model if None."""
+        if checkpoint is None:
+            return WeightsSource("base", None)
+        # A checkpoint that is saved again under the same name is another one.
+        key = (checkpoint.folder, checkpoint.created_at)
+        return WeightsSource(key, self.store.freeze(checkpoint))
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, known_id = self._created.get(made_id, (digest, None))
@@ -372,14 +376,18 @@ class Backend:
         if self.scheduler.has_sampler(sampler_id):
             self.check_session(session_of(sampler_id))
             return
+        self.check_session(self.get_sampler(sampler_id).session_id)
+        raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
+
+    def get_sampler(self, sampler_id: str) -> SamplerRow:
+        """Return a sampling session; HTTPError 404 if it is unknown."""
         row = self.store.sampler(sampler_id)
         if row is None:
             raise HTTPError(
                 404,
                 f"sampling session {sampler_id} is unknown; create_sampling_session returns the id",
             )
-        self.check_session(row.session_id)
-        raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
+        return row
 
 
 def session_of(model_or_sampler_id: str) -> str:

@@ -54,7 +54,8 @@ class SamplingLimits:
             continuation.  A single request may exceed it; it then runs alone.
         max_num_samples: most continuations of one request; beyond it submissions get 400.
         max_batch_sequences: most continuations in one batch.
-        max_live_batches: most batches of one sampler that advance alternately.
+        max_live_batches: most batches of the same weights that advance alternately; another one
+            starts when the others are full.
         gather_s: a batch starts when no new request came for this long, ...
         gather_most_s: ... or the first one has waited for this long.
         max_loaded: most samplers the engine holds; the one unused longest makes room.

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from tinkex.errors import LocalServerError
 from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.engines.inputs import Row
 from tinkex.local.engines.torch_engine import TorchEngine, tiny
-from tinkex.local.engines.torch_engine.batching import Row
 from tinkex.local.engines.torch_engine.loading import checked_network
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.quiet import quiet

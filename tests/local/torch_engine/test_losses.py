@@ -19,7 +19,7 @@ from local.torch_engine.reference import (
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.local.engines.torch_engine import TorchEngine, network
-from tinkex.local.engines.torch_engine.losses import LOSS_TABLE
+from tinkex.local.engines.torch_engine.losses import token_losses
 from tinkex.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 
 RANK = 4
@@ -366,7 +366,7 @@ def test_an_infinite_loss_is_an_error_that_leaves_the_gradient_alone(
 def test_a_token_that_is_ruled_out_may_have_weight_zero() -> None:
     logprobs = torch.tensor([[-math.inf], [-2.0]])
     weights = torch.tensor([[0.0], [0.5]])
-    losses = LOSS_TABLE["cross_entropy"].of(logprobs, {"weights": weights}, {})
+    losses = token_losses("cross_entropy", logprobs, {"weights": weights}, {})
     assert losses.tolist() == [[0.0], [1.0]]
 
 

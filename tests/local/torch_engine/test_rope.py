@@ -11,8 +11,8 @@ import transformers
 from local.torch_engine.families import CONTEXT, small_config, small_model
 
 from tinkex.local.engines.engine import EngineInfo
+from tinkex.local.engines.inputs import Row
 from tinkex.local.engines.torch_engine import TorchEngine
-from tinkex.local.engines.torch_engine.batching import Row
 from tinkex.local.engines.torch_engine.decoding import prefill
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.quiet import quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -11,7 +12,7 @@ import torch
 from local.torch_engine.reference import Reference, give_random_delta, make_data, relative_error
 from transformers import AutoModelForCausalLM
 
-from tinkex.local.engines.engine import EngineError
+from tinkex.local.engines.engine import EngineError, StreamingRequest
 from tinkex.local.engines.torch_engine import decoding, sample_jobs, sampling
 from tinkex.local.engines.torch_engine.drawing import draw
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
@@ -241,11 +242,81 @@ def test_what_does_not_fit_into_memory_together_runs_one_after_the_other(
         for n, r in enumerate(requests)
     ]
     together = run_all(samplers, "base", requests)
-    monkeypatch.setattr(sampling, "WAVE_TOKENS", 5 * 18)
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 5 * 18)
     in_waves = run_all(samplers, "base", requests)
     for index in together:
         expected = [s.tokens for s in together[index].sequences]
         assert [s.tokens for s in in_waves[index].sequences] == expected
+
+
+def test_requests_that_join_while_others_run_are_drawn_as_if_alone(
+    samplers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts are longer and shorter than those of the rows, some of which have ended."""
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
+    wanted = [request(8, seed=1, samples=2, max_tokens=60), request(20, seed=2, max_tokens=5)]
+    wanted += [request(100, seed=3, samples=3, max_tokens=30), request(3, seed=4, max_tokens=9)]
+    wanted = [
+        dataclasses.replace(
+            asked,
+            sampling_params=dataclasses.replace(asked.sampling_params, seed=seed),
+            prompt_logprobs=seed % 2 == 0,
+        )
+        for seed, asked in enumerate(wanted)
+    ]
+    alone = [run_all(samplers, "tuned", [asked])[0] for asked in wanted]
+    requests = wanted[:2]
+    found: Dict[int, Any] = {}
+    for slices, finished in enumerate(samplers.sample("tuned", requests)):
+        if slices in (2, 4):
+            requests.append(wanted[len(requests)])
+        found.update(finished)
+    assert found.keys() == {0, 1, 2, 3}
+    for index, one in enumerate(alone):
+        assert [s.tokens for s in found[index].sequences] == [s.tokens for s in one.sequences]
+        for mine, theirs in zip(found[index].sequences, one.sequences):
+            assert np.abs(mine.logprobs_np - theirs.logprobs_np).max() < 1e-4
+        if one.prompt_logprobs_np is not None:
+            difference = found[index].prompt_logprobs_np[1:] - one.prompt_logprobs_np[1:]
+            assert np.abs(difference).max() < 1e-4
+
+
+def test_a_request_at_fault_or_dropped_that_joins_later_changes_nothing(samplers: Any) -> None:
+    asked = request(8, seed=1, temperature=0.0, max_tokens=60)
+    expected = run_all(samplers, "base", [asked])[0].sequences[0].tokens
+    requests, dropped = [asked], set()
+    found: Dict[int, Any] = {}
+    for slices, finished in enumerate(samplers.sample("base", requests, dropped)):
+        if slices == 1:
+            requests.append(SampleRequest(prompt_of(4), 0))
+            requests.append(request(5, max_tokens=40))
+        if slices == 2:
+            dropped.add(2)
+        found.update(finished)
+    assert found.keys() == {0, 1}
+    assert "num_samples" in str(found[1])
+    assert found[0].sequences[0].tokens == expected
+
+
+def test_rows_that_run_go_on_between_the_pieces_of_prompts_that_join(
+    samplers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
+    reported: List[int] = []
+    follow = StreamingRequest(
+        prompt_of(5),
+        1,
+        SamplingParams(max_tokens=200, stop=[]),
+        on_token=lambda sampled: reported.append(sampled.token),
+    )
+    requests: List[Any] = [follow]
+    counts: List[int] = []
+    for slices, _ in enumerate(samplers.sample("base", requests)):
+        if slices == 1:
+            requests += [request(30, seed=n, max_tokens=2) for n in range(4)]  # a piece each
+        counts.append(len(reported))
+    steps = [after - before for before, after in zip(counts, counts[1:])]
+    assert steps[1:9] == [0, 8] * 4
 
 
 def test_prompt_logprobs_and_top_k_equal_the_model(samplers: Any) -> None:

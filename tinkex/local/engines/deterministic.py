@@ -23,16 +23,13 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
-    TypedDict,
     Union,
 )
 
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import (
-    LOSSES,
     EngineError,
     EngineInfo,
     Finished,
@@ -41,13 +38,18 @@ from tinkex.local.engines.engine import (
 )
 from tinkex.local.engines.hash_model import (
     END_OF_SEQUENCE,
-    F32,
     HashModel,
-    Inputs,
     digest,
     loss,
     mix,
     shares,
+)
+from tinkex.local.engines.inputs import (
+    check_batch,
+    check_loss,
+    check_sample,
+    check_values,
+    prompt_targets,
 )
 from tinkex.types import (
     AdamParams,
@@ -124,10 +126,7 @@ class DeterministicEngine:
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter."""
-        try:
-            lora.check()
-        except InvalidInputError as error:
-            raise EngineError(str(error)) from error
+        check_values(lora)
         self._adapters[model_id] = _Adapter(lora)
 
     def unload(self, model_id: str) -> None:
@@ -145,29 +144,23 @@ class DeterministicEngine:
     ) -> ForwardBackwardOutput:
         """Compute loss and logprobs of each datum."""
         adapter = self._adapter(model_id)
-        if loss_fn not in LOSSES:
-            raise EngineError(f"loss {loss_fn!r} is unknown; there are {', '.join(LOSSES)}")
-        if not data:
-            raise EngineError("the batch is empty")
-        checked = [self._check(index, datum, loss_fn) for index, datum in enumerate(data)]
+        config = check_loss(loss_fn, loss_fn_config)
+        rows = check_batch(data, loss_fn, config, self._info)
         total = 0.0
         outputs: List[Dict[str, TensorData]] = []
-        for index, inputs in enumerate(checked):
-            tokens, targets = inputs["tokens"], inputs["target_tokens"]
-            positions = np.arange(tokens.size, dtype=np.int64)
+        for index, row in enumerate(rows):
             # Targets may be fewer than tokens: they belong to the last ones.
-            tokens, positions = tokens[-len(targets) :], positions[-len(targets) :]
-            if targets.ndim == 2:
-                tokens, positions = tokens[:, None], positions[:, None]
-            logprobs = self._model.logprobs(tokens, positions, targets, adapter.steps)
-            own = loss(loss_fn, logprobs.astype(np.float64), inputs, loss_fn_config)
+            positions = np.arange(row.tokens.size)[-len(row.targets) :, None]
+            tokens = row.tokens[-len(row.targets) :, None].astype(np.int64)
+            logprobs = self._model.logprobs(tokens, positions, row.targets, adapter.steps)
+            own = loss(loss_fn, logprobs.astype(np.float64), row.inputs, config)
             if not np.isfinite(own):
                 raise EngineError(
                     f"datum {index}: the loss is not finite; its logprobs may belong to another "
                     "model or to other tokens"
                 )
             total += own
-            outputs.append({"logprobs": TensorData.from_numpy(logprobs)})
+            outputs.append({"logprobs": TensorData.from_numpy(logprobs.reshape(row.shape))})
         if not forward_only:
             adapter.gradient = True
         return ForwardBackwardOutput(
@@ -177,10 +170,7 @@ class DeterministicEngine:
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
         """Count a step, if there is a gradient to take it with."""
         adapter = self._adapter(model_id)
-        try:
-            params.check()
-        except InvalidInputError as error:
-            raise EngineError(str(error)) from error
+        check_values(params)
         norm = 1.0 / (1 + adapter.steps) if adapter.gradient else 0.0
         adapter.steps += adapter.gradient
         adapter.optimizer_steps += adapter.gradient
@@ -248,12 +238,14 @@ class DeterministicEngine:
     ) -> Iterator[List[Finished]]:
         running: Dict[int, List[_Draw]] = {}
         finished: List[Finished] = []
-        for index, request in enumerate(requests):
-            try:
-                running[index] = self._draws(request, steps)
-            except (EngineError, InvalidInputError) as error:
-                finished.append((index, EngineError(str(error))))
-        while running:
+        taken = 0
+        while running or taken < len(requests):
+            for index in range(taken, len(requests)):
+                try:
+                    running[index] = self._draws(requests[index], steps)
+                except EngineError as error:
+                    finished.append((index, error))
+            taken = len(requests)
             running = {index: draws for index, draws in running.items() if index not in dropped}
             for _ in range(_SLICE):
                 self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
@@ -263,22 +255,10 @@ class DeterministicEngine:
                     finished.append((index, self._response(requests[index], draws, steps)))
             yield finished
             finished = []
-        if finished:
-            yield finished
 
     def _draws(self, request: SampleRequest, steps: int) -> List[_Draw]:
-        request.sampling_params.check()
-        prompt = request.prompt.to_numpy()
-        if request.num_samples < 1:
-            raise EngineError(f"num_samples is {request.num_samples}; it must be at least 1")
-        self._check_tokens(prompt, "the prompt")
-        room = self._info.context_length - prompt.size
+        prompt, room = check_sample(request, self._info)
         wanted = request.sampling_params.max_tokens
-        if room < 1:
-            raise EngineError(
-                f"the prompt has {prompt.size} tokens; the context of "
-                f"{self._info.context_length} leaves no room for a continuation"
-            )
         most = room if wanted is None else min(wanted, room)
         seed = request.sampling_params.seed
         origin = digest(prompt) if seed is None else seed
@@ -311,15 +291,18 @@ class DeterministicEngine:
 
     def _sampled(self, draw: _Draw) -> SampledToken:
         """Return the newest token of *draw*."""
-        k = draw.request.topk_sample_logprobs
-        top = []
-        if k:
-            before = (
-                draw.tokens[-2] if len(draw.tokens) > 1 else int(draw.request.prompt.to_numpy()[-1])
-            )
-            table = self._model.topk(np.array([before], np.int64), draw.position - 1, k, draw.steps)
-            top = table.rows()[0] or []
+        table = self._topk(draw, len(draw.tokens) - 1)
+        top = [] if table is None else table.rows()[0] or []
         return SampledToken(draw.number, draw.tokens[-1], draw.logprobs[-1], top, draw.stop_reason)
+
+    def _topk(self, draw: _Draw, start: int = 0) -> Optional[TopkLogprobs]:
+        """Return the likeliest tokens in place of those from *start* on, if they were asked for."""
+        k = draw.request.topk_sample_logprobs
+        if not k:
+            return None
+        prompt = draw.request.prompt.to_numpy()
+        previous = np.array([prompt[-1], *draw.tokens[:-1]][start:], dtype=np.int64)
+        return self._model.topk(previous, int(prompt.size) - 1 + start, k, draw.steps)
 
     def _response(
         self, request: SampleRequest, draws: Sequence[_Draw], steps: int
@@ -331,7 +314,7 @@ class DeterministicEngine:
                     str(draw.stop_reason),
                     np.array(draw.tokens, dtype=np.int32),
                     np.array(draw.logprobs, dtype=np.float32),
-                    topk_logprobs_np=self._sampled_topk(request, draw),
+                    topk_logprobs_np=self._topk(draw),
                 )
                 for draw in draws
             ],
@@ -340,10 +323,11 @@ class DeterministicEngine:
 
     def _prompt_facts(
         self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
-    ) -> _PromptFacts:
+    ) -> Dict[str, Any]:
+        """Return what was asked about the prompt, under the names of SampleResponse."""
         before = prompt[:-1].astype(np.int64)
         positions = np.arange(before.size, dtype=np.int64)
-        facts: _PromptFacts = {}
+        facts: Dict[str, Any] = {}
         if request.prompt_logprobs:
             known = self._model.logprobs(before, positions, prompt[1:].astype(np.int64), steps)
             if request.prompt_logprobs_last_n is not None:
@@ -357,14 +341,8 @@ class DeterministicEngine:
                 np.concatenate((np.zeros((1, k), np.int32), table.token_ids)),
                 np.concatenate((np.full((1, k), TOPK_SENTINEL, np.float32), table.logprobs)),
             )
-        if request.target_prompt_logprobs is not None:
-            asked = request.target_prompt_logprobs
-            rows = asked.to_numpy(pad_value=-1)
-            if rows.ndim != 2 or rows.shape[0] != before.size:
-                raise EngineError(
-                    f"target_prompt_logprobs has shape {asked.shape}; it needs {before.size} rows, "
-                    "one per prompt token except the first"
-                )
+        rows = prompt_targets(request, self._info)
+        if rows is not None:
             values = self._model.logprobs(before[:, None], positions[:, None], rows, steps)
             values[rows < 0] = 0.0
             facts["target_prompt_logprobs"] = TensorData.from_numpy(values)
@@ -376,74 +354,10 @@ class DeterministicEngine:
             )
         return facts
 
-    def _sampled_topk(self, request: SampleRequest, draw: _Draw) -> Optional[TopkLogprobs]:
-        if not request.topk_sample_logprobs:
-            return None
-        prompt = request.prompt.to_numpy()
-        previous = np.array([int(prompt[-1]), *draw.tokens[:-1]], dtype=np.int64)
-        last = int(prompt.size) - 1
-        return self._model.topk(previous, last, request.topk_sample_logprobs, draw.steps)
-
     def _adapter(self, model_id: str) -> _Adapter:
         if model_id not in self._adapters:
             raise EngineError(f"model {model_id} is not loaded", "server")
         return self._adapters[model_id]
-
-    def _check_tokens(self, tokens: npt.NDArray[np.int32], what: str) -> None:
-        if not tokens.size:
-            raise EngineError(f"{what} is empty")
-        if tokens.size > self._info.context_length:
-            raise EngineError(
-                f"{what} has {tokens.size} tokens; the context is {self._info.context_length}"
-            )
-        if int(tokens.max()) >= self._info.vocab_size or int(tokens.min()) < 0:
-            raise EngineError(
-                f"{what} holds token {int(tokens.max())}; "
-                f"the vocabulary ends at {self._info.vocab_size - 1}"
-            )
-
-    def _check(self, index: int, datum: Datum, loss_fn: str) -> Inputs:
-        """Return the datum's arrays; EngineError names what is wrong with it."""
-        try:
-            tokens = datum.model_input.to_numpy()
-        except InvalidInputError as error:
-            raise EngineError(f"datum {index}: {error}") from error
-        self._check_tokens(tokens, f"datum {index}")
-        inputs = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
-        needed = (
-            ["target_tokens"]
-            if loss_fn == "cross_entropy"
-            else ["target_tokens", "logprobs", "advantages"]
-        )
-        for name in needed:
-            if name not in inputs:
-                raise EngineError(f"datum {index}: loss {loss_fn} needs the input {name!r}")
-        targets = inputs["target_tokens"]
-        rows = targets.shape[0] if targets.ndim else 0
-        if not 0 < rows <= tokens.size:
-            raise EngineError(
-                f"datum {index}: target_tokens has {rows} rows for {tokens.size} input "
-                "tokens; they must be equally long, or belong to the last tokens"
-            )
-        for name, values in inputs.items():
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise EngineError(f"datum {index}: loss input {name!r} holds NaN or infinity")
-            if values.shape != targets.shape:
-                raise EngineError(
-                    f"datum {index}: loss input {name!r} has shape {values.shape}, "
-                    f"target_tokens {targets.shape}"
-                )
-        self._check_tokens(targets.reshape(-1), f"datum {index}: target_tokens")
-        return {**inputs, "tokens": tokens.astype(np.int64)}
-
-
-class _PromptFacts(TypedDict, total=False):
-    """What was asked about the prompt, under the names of SampleResponse."""
-
-    prompt_logprobs_np: F32
-    topk_prompt_logprobs_np: TopkLogprobs
-    target_prompt_logprobs: TensorData
-    prompt_alt_tokens: PromptAltTokens
 
 
 @dataclasses.dataclass

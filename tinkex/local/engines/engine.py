@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Container,
@@ -34,13 +33,6 @@ from tinkex.types import (
     SampleRequest,
     SampleResponse,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-#: The losses every engine offers; docs/protocol.md, "Losses", defines them.
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "dro")
 
 #: One finished request of a sampling batch: its index, and its result or what went wrong.
 Finished = Tuple[int, Union[SampleResponse, "EngineError"]]
@@ -109,16 +101,6 @@ class StreamingRequest(SampleRequest):
 
     on_token: Optional[Callable[[SampledToken], None]] = None
     stop_at_eos: bool = False
-
-
-def check_sequence_mask(
-    mask: npt.NDArray[np.floating[Any]], advantages: npt.NDArray[np.floating[Any]]
-) -> None:
-    """Raise EngineError unless the ratio of a sequence can be computed with *mask*."""
-    if (mask < 0).any():
-        raise EngineError("sequence_ratio_mask is negative; use 1 for tokens of the sequence, or 0")
-    if not mask.any() and advantages.any():
-        raise EngineError("sequence_ratio_mask is 0 everywhere, so the sequence has no ratio")
 
 
 class Engine(Protocol):
@@ -198,6 +180,9 @@ class Engine(Protocol):
         (often nothing), so that the scheduler can do other work in between; closing the
         iterator abandons the rest.  A request that is at fault fails alone.  The tokens of a
         StreamingRequest are reported one by one while a slice is done.
+
+        Requests that are appended to *requests* meanwhile join the batch with the next slice, as
+        long as others in it are not finished.
 
         An index that appears in *dropped* meanwhile needs no result any more: its work ends with
         the slice.

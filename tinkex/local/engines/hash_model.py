@@ -5,17 +5,17 @@ Pure functions of their arguments; safe from any thread.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Dict, List, Mapping, Tuple, Union
+from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.local.engines.engine import EngineError, check_sequence_mask
+from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, SEQUENCE_MASK
 from tinkex.types import SamplingParams, TopkLogprobs
 from tinkex.types.sampling import TOPK_SENTINEL
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Inputs = Dict[str, npt.NDArray[Any]]
@@ -95,56 +95,31 @@ def shares(params: SamplingParams, steps: int) -> List[float]:
     return cumulative
 
 
-def loss(
-    name: str,
-    logprobs: npt.NDArray[np.float64],
-    inputs: Inputs,
-    config: Mapping[str, Union[float, str]],
-) -> float:
+def loss(name: str, logprobs: F64, inputs: Inputs, config: Mapping[str, float]) -> float:
     """Sum a loss over the tokens of a datum (docs/protocol.md, "Losses").
 
     Infinite where float64 cannot hold the sum.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        return _loss(name, logprobs, inputs, config)
+        return float(_losses(name, logprobs, inputs, config).sum())
 
 
-def _loss(
-    name: str,
-    logprobs: npt.NDArray[np.float64],
-    inputs: Inputs,
-    config: Mapping[str, Union[float, str]],
-) -> float:
+def _losses(name: str, logprobs: F64, inputs: Inputs, config: Mapping[str, float]) -> Any:
     if name == "cross_entropy":
-        return float(-(logprobs * inputs.get("weights", np.ones_like(logprobs))).sum())
-    old, advantages = inputs["logprobs"], inputs["advantages"]
-    weights = inputs.get("weights", np.ones_like(logprobs))
-    difference = logprobs - old.astype(np.float64)
+        return -(logprobs * inputs["weights"])
+    advantages = inputs["advantages"]
+    difference = logprobs - inputs["logprobs"]
     # A token of advantage 0 adds nothing, and 0 times an infinite ratio would be NaN.
     ratio = np.exp(np.where(advantages == 0, 0.0, difference))
-    by_sequence = name == "gspo"
-    clip = (1 - 3e-4, 1 + 4e-4) if by_sequence else (0.8, 1.2)
-    low = inputs.get("clip_low_threshold", _setting(config, "clip_low_threshold", clip[0]))
-    high = inputs.get("clip_high_threshold", _setting(config, "clip_high_threshold", clip[1]))
-    if by_sequence:
-        mask = inputs.get("sequence_ratio_mask", np.ones_like(logprobs))
-        check_sequence_mask(mask, advantages)
+    if name == "importance_sampling":
+        return -ratio * advantages
+    if name == "dro":
+        return -(logprobs * advantages - 0.5 * config["beta"] * difference**2)
+    if name == "gspo":
+        mask = inputs[SEQUENCE_MASK]
         drift = np.where(mask == 0, 0.0, mask * difference)
         ratio = np.exp(np.full_like(ratio, drift.sum() / max(mask.sum(), 1e-30)))
-    if name == "importance_sampling":
-        per_token = -ratio * advantages
-    elif name in ("ppo", "gspo"):
-        per_token = -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
-    elif name == "cispo":
-        per_token = -np.clip(ratio, low, high) * advantages * logprobs
-    else:  # dro
-        beta = _setting(config, "beta", 0.05)
-        per_token = -(logprobs * advantages - 0.5 * beta * difference**2)
-    return float((per_token * weights).sum())
-
-
-def _setting(config: Mapping[str, Union[float, str]], name: str, default: float) -> float:
-    value = config.get(name, default)
-    if isinstance(value, str) or not math.isfinite(value):
-        raise EngineError(f"loss_fn_config: {name} is {value!r}; it must be a finite number")
-    return float(value)
+    clipped = np.clip(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
+    if name == "cispo":
+        return -clipped * advantages * logprobs
+    return -np.minimum(ratio * advantages, clipped * advantages)

@@ -84,13 +84,31 @@ def decompressed(body: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def json_body() -> Tuple[Dict[str, Any], bytes]:
-    """Return the request's JSON object and the bytes it was read from; HTTPError 400 if none."""
+class JsonBody(Dict[str, Any]):
+    """The JSON object that a request carries, and its bytes."""
+
+    def __init__(self, value: Dict[str, Any], raw: bytes) -> None:
+        super().__init__(value)
+        self.raw = raw
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of the bytes: repetitions of one seq_id must have the same body."""
+        return digest(self.raw)
+
+    def digest_without(self, *names: str) -> bytes:
+        """The digest of all but the fields *names*, which may change in a retry."""
+        kept = {name: value for name, value in self.items() if name not in names}
+        return digest(write_json(kept, sort_keys=True))
+
+
+def json_body() -> JsonBody:
+    """Return the request's JSON object; HTTPError 400 if it has none."""
     raw = raw_body()
     value = read_json(raw) if raw else {}
     if not isinstance(value, dict):
         raise HTTPError(400, f"the body must be a JSON object, not {a_type(value)}")
-    return value, raw
+    return JsonBody(value, raw)
 
 
 def page(default_limit: int) -> Tuple[int, int]:
@@ -128,9 +146,3 @@ def idempotency_key() -> Optional[str]:
 def digest(raw: bytes) -> bytes:
     """Return the digest of a body: repetitions of one seq_id must have the same body."""
     return hashlib.blake2b(raw, digest_size=16).digest()
-
-
-def digest_without(body: Dict[str, Any], *names: str) -> bytes:
-    """The digest of a JSON object but for the fields *names*, which may change in a retry."""
-    kept = {name: value for name, value in body.items() if name not in names}
-    return digest(write_json(kept, sort_keys=True))

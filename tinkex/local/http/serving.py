@@ -79,6 +79,9 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             connection_limit=2 * settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
+            # Has it listen while it responds, so that it notices a client that hangs up; views
+            # learn of it by `waitress.client_disconnected` in their environment.
+            channel_request_lookahead=1,
             # Bodies of a few MB are read in few system calls, and never put on disk.
             recv_bytes=1 << 18,
             inbuf_overflow=1 << 27,

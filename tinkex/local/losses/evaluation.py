@@ -6,7 +6,6 @@ is bounded in size before it is computed.  Runs on the engine thread.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import operator
@@ -163,17 +162,12 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
         rows = max(1, tensors[0].shape[0] if tensors[0].dim() else 1)
         size = tensors[0].numel() // rows * max(1, picked)
     elif len(tensors) > 1:
-        size += functools.reduce(
-            operator.mul,
-            (
-                max(one.shape[-place] for one in tensors if one.dim() >= place)
-                for place in range(1, max(one.dim() for one in tensors) + 1)
-            ),
-            1,
+        size += math.prod(
+            max(one.shape[-place] for one in tensors if one.dim() >= place)
+            for place in range(1, max(one.dim() for one in tensors) + 1)
         )
     if node.function in ("expand", "broadcast_to", "view", "reshape"):
-        sizes = [arg for arg in _flat(args) if isinstance(arg, int)]
-        size = functools.reduce(operator.mul, (max(1, abs(one)) for one in sizes), 1)
+        size = math.prod(max(1, abs(arg)) for arg in _flat(args) if isinstance(arg, int))
     if size > _MOST_ELEMENTS:
         raise EngineError(
             f"the custom loss is too large at {node.name} ({node.function}): {size} elements; "

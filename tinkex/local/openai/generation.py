@@ -16,7 +16,7 @@ from tinkex.local.openai.parameters import Call, Prompt
 from tinkex.local.openai.samplers import Sampler, Samplers
 from tinkex.local.openai.text import Text
 from tinkex.local.state.futures import Failure, Outcome
-from tinkex.types import ModelInput, SampledSequence, SampleResponse
+from tinkex.types import ModelInput, SampleResponse
 
 #: Something of the prompt with that index.
 _Event = Tuple[int, Union[SampledToken, Outcome]]
@@ -46,7 +46,7 @@ class Generation:
         self._call = call
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         # A prompt's log-probabilities come with the outcome, and the prompt is shown first.
-        self._token_by_token = call.stream and not (call.echo and call.top is not None)
+        self._scores_prompts = call.echo and call.top is not None
         self._choices: List[List[Choice]] = []
         self._request_ids: List[str] = []
         self._open = set(range(len(call.prompts)))
@@ -75,11 +75,10 @@ class Generation:
         Raises:
             HTTPError: the engine failed.
         """
-        if self._call.echo and self._token_by_token:
-            for index, prompt in enumerate(self._call.prompts):
-                delta = self._echo(prompt, None)
-                for number in range(self._call.n):
-                    yield self._part(index, number, delta)
+        if self._call.echo and not self._scores_prompts:
+            for index in range(len(self._call.prompts)):
+                yield from self._echoes(index, None)
+        held: List[Tuple[int, SampledToken]] = []
         while self._open:
             try:
                 index, event = self._events.get(timeout=pause_s)
@@ -87,13 +86,18 @@ class Generation:
                 yield None
                 continue
             if isinstance(event, SampledToken):
-                yield self._taken(index, event)
+                if self._scores_prompts:
+                    held.append((index, event))
+                else:
+                    yield self._taken(index, event)
                 continue
             self._open.discard(index)
             if isinstance(event, Failure):
                 raise HTTPError(event.status if event.category == "user" else 500, event.message)
-            if not self._token_by_token and isinstance(event.value, SampleResponse):
-                yield from self._read(index, event.value)
+            if self._scores_prompts and isinstance(event.value, SampleResponse):
+                yield from self._echoes(index, event.value)
+                yield from [self._taken(*pair) for pair in held if pair[0] == index]
+                held = [pair for pair in held if pair[0] != index]
 
     def close(self) -> None:
         """Cancel what is not done.  A second call does nothing."""
@@ -107,15 +111,14 @@ class Generation:
 
     def _submit(self, sampler: Sampler, index: int, prompt: Prompt) -> None:
         call = self._call
-        wanted = call.top is not None
         request = StreamingRequest(
             ModelInput.from_ints(prompt.tokens),
             call.n,
             call.params,
-            prompt_logprobs=call.echo and wanted,
+            prompt_logprobs=self._scores_prompts,
             topk_prompt_logprobs=(call.top or 0) if call.echo else 0,
             topk_sample_logprobs=call.top or 0,
-            on_token=self._put(index) if self._token_by_token else None,
+            on_token=self._put(index),
             stop_at_eos=True,
         )
         self._request_ids.append(self._samplers.submit(sampler, request, self._put(index)))
@@ -140,20 +143,12 @@ class Generation:
 
     def _taken(self, index: int, sampled: SampledToken) -> Part:
         delta = self._choices[index][sampled.sequence].take(sampled)
-        return self._part(index, sampled.sequence, delta)
+        return Part(index * self._call.n + sampled.sequence, delta)
 
-    def _part(self, index: int, number: int, delta: Delta) -> Part:
-        return Part(index * self._call.n + number, delta)
-
-    def _read(self, index: int, response: SampleResponse) -> Iterator[Part]:
-        """Yield the parts of a whole response."""
-        if self._call.echo:
-            delta = self._echo(self._call.prompts[index], response)
-            for number in range(self._call.n):
-                yield self._part(index, number, delta)
-        for number, sequence in enumerate(response.sequences):
-            for sampled in _tokens_of(number, sequence):
-                yield self._taken(index, sampled)
+    def _echoes(self, index: int, response: Optional[SampleResponse]) -> List[Part]:
+        """Return the prompt of that index as the beginning of each of its choices."""
+        delta, n = self._echo(self._call.prompts[index], response), self._call.n
+        return [Part(index * n + number, delta) for number in range(n)]
 
     def _echo(self, prompt: Prompt, response: Optional[SampleResponse]) -> Delta:
         """Return the prompt as the beginning of a choice."""
@@ -163,12 +158,3 @@ class Generation:
         tops = None if response is None else response.topk_prompt_logprobs
         delta = read_prompt(self._text, prompt.tokens, logprobs, tops)
         return delta if prompt.text is None else Delta(prompt.text, delta.entries)
-
-
-def _tokens_of(number: int, sequence: SampledSequence) -> Iterator[SampledToken]:
-    tokens, logprobs = sequence.tokens, sequence.logprobs or []
-    tops = sequence.topk_logprobs or [None] * len(tokens)
-    last = len(tokens) - 1
-    for place, (token, logprob, top) in enumerate(zip(tokens, logprobs, tops)):
-        reason = sequence.stop_reason if place == last else None
-        yield SampledToken(number, token, logprob, top or [], reason)

@@ -26,7 +26,8 @@ from tinkex.local.state.rows import CheckpointRow
 
 _log = logging.getLogger(__name__)
 
-#: A stream without a token for this long gets a comment, by which a client that is gone is noticed.
+#: Without a token for this long, a stream gets a comment, and it is checked whether the client of
+#: another request is gone.
 _PAUSE_S = 2.0
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -87,12 +88,12 @@ class _Endpoint:
 
     def completions(self) -> Response:
         """Continue prompts."""
-        body, _ = json_body()
+        body = json_body()
         return self._respond(read_completions(body, self._text(), self._backend.info))
 
     def chat_completions(self) -> Response:
         """Reply to a conversation."""
-        body, _ = json_body()
+        body = json_body()
         return self._respond(read_chat(body, self._text(), self._backend.info))
 
     def no_such_route(self, path: str) -> Response:
@@ -131,9 +132,16 @@ class _Endpoint:
         return response
 
 
+def _never() -> bool:
+    return False
+
+
 def _whole(generation: Generation, writer: Writer, choices: int) -> Dict[str, Any]:
+    is_gone = request.environ.get("waitress.client_disconnected", _never)
     deltas: List[List[Delta]] = [[] for _ in range(choices)]
-    for part in generation.parts():
+    for part in generation.parts(_PAUSE_S):
+        if is_gone():
+            raise HTTPError(499, "the client closed the connection")
         if part is not None and part.delta:
             deltas[part.choice].append(part.delta)
     return writer.response(deltas, usage_of(generation.prompt_tokens, generation.completion_tokens))

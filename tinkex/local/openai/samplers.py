@@ -92,10 +92,10 @@ class Samplers:
         return sampler
 
     def _opened(self, checkpoint: Optional[CheckpointRow]) -> Sampler:
-        folder = None if checkpoint is None else self._backend.store.freeze(checkpoint)
+        source = self._backend.frozen(checkpoint)
         # It is the only one of a session of its own, which ends with it.
         sampler_id = f"openai-{uuid.uuid4()}"
-        self._backend.scheduler.add_sampler(sampler_id, sampler_id, folder)
+        self._backend.scheduler.add_sampler(sampler_id, sampler_id, source)
         return Sampler(sampler_id)
 
     def release(self, sampler: Sampler) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import date, datetime, time, timezone
-from typing import Optional, Sequence
+from typing import Optional
 
-from flask import Response, request
+from flask import request
 
 from tinkex.local.errors import HTTPError
-from tinkex.local.http.messages import json_response
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.types import AuditLogEntry, AuditLogResponse
 
 _EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
@@ -19,11 +18,8 @@ _DAY_S = 86400.0
 class AdminRoutes(Routes):
     """Views for administrators."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [("GET", "audit", self.audit_log)]
-
-    def audit_log(self) -> Response:
+    @route("GET", "audit")
+    def audit_log(self) -> Result:
         """Everything that was done on one day in UTC, oldest first; by default today."""
         event_type = request.args.get("event_type", "all")
         if event_type not in _EVENT_TYPES:
@@ -43,7 +39,7 @@ class AdminRoutes(Routes):
             )
             for row in self._backend.store.audit_log(start, start + _DAY_S, chosen)
         ]
-        return json_response(AuditLogResponse(entries).to_wire())
+        return AuditLogResponse(entries)
 
     def _start_of_day(self, day: Optional[str]) -> float:
         """Return when *day* (``YYYY-MM-DD``) begins; HTTPError 400 if it is no day."""

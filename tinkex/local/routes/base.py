@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, Sequence, Tuple
+import inspect
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, TypeVar, Union
 
 from flask import Response
 
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import required, required_seq_id
-from tinkex.local.http.messages import json_response
+from tinkex.local.http.messages import JsonBody, json_body, json_response
 from tinkex.local.scheduling.lanes import Job, Work
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.rows import CheckpointRow
+from tinkex.types._wire import Wire
 from tinkex.types.checkpoint_path import KINDS
+
+V = TypeVar("V", bound=Callable[..., Any])
 
 #: HTTP method, path (below ``/api/v1/``, unless it is absolute), and the view that responds.
 Rule = Tuple[str, str, Callable[..., Response]]
 
+#: What a view returns; what is not a Response is sent as JSON.
+Result = Union[Response, Wire, Dict[str, Any]]
+
 #: Checks the body of a submission and returns the work to do on the engine thread.
-Prepare = Callable[[str, Dict[str, Any]], Work]
+Prepare = Callable[[str, JsonBody], Work]
+
+
+def route(method: str, path: str) -> Callable[[V], V]:
+    """Have a view of a topic respond to *method* at *path*; may be repeated.
+
+    The view gets the parameters of the path, and the JSON object of the request if it has a
+    parameter *body*.
+    """
+
+    def mark(view: V) -> V:
+        view.__dict__.setdefault("rules", []).append((method, path))
+        return view
+
+    return mark
 
 
 class Routes:
@@ -30,9 +51,20 @@ class Routes:
         self._backend = backend
         self._settings = settings
 
-    def rules(self) -> Sequence[Rule]:
-        """Return which view responds to what."""
-        raise NotImplementedError
+    def rules(self) -> Iterator[Rule]:
+        """Yield which view responds to what."""
+        for view in vars(type(self)).values():
+            for method, path in getattr(view, "rules", ()):
+                takes_body = "body" in inspect.signature(view).parameters
+                yield method, path, functools.partial(self._respond, view, takes_body)
+
+    def _respond(self, view: Callable[..., Result], takes_body: bool, **found: Any) -> Response:
+        if takes_body:
+            found["body"] = json_body()
+        result = view(self, **found)
+        if isinstance(result, Response):
+            return result
+        return json_response(result.to_wire() if isinstance(result, Wire) else result)
 
     def _checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
         """Return a checkpoint; HTTPError 400 or 404 names what is wrong with its address."""
@@ -43,14 +75,15 @@ class Routes:
             )
         return self._backend.checkpoint(run_id, kind, name)
 
-    def _submit(self, body: Dict[str, Any], digest: bytes, prepare: Prepare) -> Response:
+    def _submit(self, body: JsonBody, prepare: Prepare, digest: Optional[bytes] = None) -> Result:
         """Queue the work for a training run, at the ``seq_id`` of its body."""
         model_id, seq_id = required(body, "model_id", str), required_seq_id(body)
-        return self._submit_at(model_id, seq_id, digest, functools.partial(prepare, model_id, body))
+        work = functools.partial(prepare, model_id, body)
+        return self._submit_at(model_id, seq_id, digest or body.digest, work)
 
     def _submit_at(
         self, model_id: str, seq_id: int, digest: bytes, prepare: Callable[[], Work]
-    ) -> Response:
+    ) -> Result:
         """Queue what *prepare* returns at *seq_id*, unless the same body was submitted before.
 
         A request that *prepare* rejects consumes its seq_id, so that the run can go on.
@@ -69,4 +102,4 @@ class Routes:
             request_id = scheduler.submit(
                 model_id, seq_id, digest, Job(f"{model_id}:{seq_id}", work)
             )
-        return json_response({"request_id": request_id, "model_id": model_id})
+        return {"request_id": request_id, "model_id": model_id}

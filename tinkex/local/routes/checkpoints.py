@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import uuid
 from datetime import datetime, timezone
-from typing import Optional, Sequence
+from typing import Optional
 
-from flask import Response, request
+from flask import request
 
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import optional, required, ttl_seconds
 from tinkex.local.http.messages import (
+    JsonBody,
     check_scope,
     idempotency_key,
-    json_body,
-    json_response,
     page,
 )
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.state.rows import CheckpointRow, RunRow
 from tinkex.types import (
     Checkpoint,
@@ -37,56 +36,45 @@ CHECKPOINT = "training_runs/<run_id>/checkpoints/<kind>/<name>"
 class CheckpointRoutes(Routes):
     """Views of what was trained and saved."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("GET", "training_runs", self.list_runs),
-            ("GET", "training_runs/<run_id>", self.describe_run),
-            ("GET", "training_runs/<run_id>/checkpoints", self.list_checkpoints_of),
-            ("GET", "checkpoints", self.list_checkpoints),
-            ("POST", "weights_info", self.weights_info),
-            ("POST", "copy_weights", self.copy),
-            ("DELETE", CHECKPOINT, self.delete),
-            ("POST", f"{CHECKPOINT}/publish", functools.partial(self.set_public, True)),
-            ("DELETE", f"{CHECKPOINT}/publish", functools.partial(self.set_public, False)),
-            ("PUT", f"{CHECKPOINT}/ttl", self.set_ttl),
-        ]
-
     # Lists
 
-    def list_runs(self) -> Response:
+    @route("GET", "training_runs")
+    def list_runs(self) -> Result:
         """A page of the runs, last used first."""
         check_scope()
         limit, offset = page(20)
         project_id = request.args.get("project_id") or None
         rows, total = self._backend.store.runs(limit, offset, project_id)
         runs = [self._run(row) for row in rows]
-        return json_response(TrainingRunsResponse(runs, Cursor(offset, limit, total)).to_wire())
+        return TrainingRunsResponse(runs, Cursor(offset, limit, total))
 
-    def describe_run(self, run_id: str) -> Response:
+    @route("GET", "training_runs/<run_id>")
+    def describe_run(self, run_id: str) -> Result:
         """One run."""
         check_scope()
-        return json_response(self._run(self._backend.get_run(run_id)).to_wire())
+        return self._run(self._backend.get_run(run_id))
 
-    def list_checkpoints_of(self, run_id: str) -> Response:
+    @route("GET", "training_runs/<run_id>/checkpoints")
+    def list_checkpoints_of(self, run_id: str) -> Result:
         """Every checkpoint of a run, newest first."""
         self._backend.get_run(run_id)
         found = [_as_checkpoint(row) for row in self._backend.store.checkpoints_of(run_id)]
-        return json_response(CheckpointsListResponse(found).to_wire())
+        return CheckpointsListResponse(found)
 
-    def list_checkpoints(self) -> Response:
+    @route("GET", "checkpoints")
+    def list_checkpoints(self) -> Result:
         """A page of all checkpoints, newest first."""
         limit, offset = page(100)
         rows, total = self._backend.store.checkpoints(limit, offset)
         found = [_as_checkpoint(row) for row in rows]
         cursor = Cursor(offset, limit, total)
-        return json_response(CheckpointsListResponse(found, cursor).to_wire())
+        return CheckpointsListResponse(found, cursor)
 
     # One checkpoint
 
-    def weights_info(self) -> Response:
+    @route("POST", "weights_info")
+    def weights_info(self, body: JsonBody) -> Result:
         """What a checkpoint was trained from, and how."""
-        body, _ = json_body()
         checkpoint = self._backend.checkpoint_at(required(body, "tinker_path", str))
         run = self._backend.get_run(checkpoint.run_id)
         found = WeightsInfoResponse(
@@ -98,20 +86,18 @@ class CheckpointRoutes(Routes):
             train_attn=run.lora.train_attn,
             optimizer_config=run.optimizer,
         )
-        return json_response(found.to_wire())
+        return found
 
-    def copy(self) -> Response:
+    @route("POST", "copy_weights")
+    def copy(self, body: JsonBody) -> Result:
         """Copy a checkpoint into a run of its own; the same idempotency key, the same copy."""
-        body, _ = json_body()
         copy = functools.partial(
             self._copy,
             self._backend.checkpoint_at(required(body, "source_path", str)),
             optional(body, "destination_project_id", str),
             ttl_seconds(body),
         )
-        return json_response(
-            {"tinker_path": self._backend.idempotency.get(idempotency_key(), copy)}
-        )
+        return {"tinker_path": self._backend.idempotency.get(idempotency_key(), copy)}
 
     def _copy(
         self, source: CheckpointRow, project_id: Optional[str], ttl_s: Optional[float]
@@ -132,26 +118,30 @@ class CheckpointRoutes(Routes):
             raise
         return f"tinker://{copy_id}/{source.kind}/{source.name}"
 
-    def delete(self, run_id: str, kind: str, name: str) -> Response:
+    @route("DELETE", CHECKPOINT)
+    def delete(self, run_id: str, kind: str, name: str) -> Result:
         """Delete a checkpoint."""
         self._backend.store.delete_checkpoint(self._checkpoint(run_id, kind, name))
-        return json_response({})
+        return {}
 
-    def set_public(self, public: bool, run_id: str, kind: str, name: str) -> Response:
+    @route("POST", f"{CHECKPOINT}/publish")
+    @route("DELETE", f"{CHECKPOINT}/publish")
+    def set_public(self, run_id: str, kind: str, name: str) -> Result:
         """Mark a checkpoint as published, or as private."""
+        public = request.method == "POST"
         row = self._checkpoint(run_id, kind, name)
         if row.public is public:
             state = "public" if public else "private"
             raise HTTPError(409, f"{row.tinker_path} is {state} already")
         self._backend.store.set_public(row, public)
-        return json_response({})
+        return {}
 
-    def set_ttl(self, run_id: str, kind: str, name: str) -> Response:
+    @route("PUT", f"{CHECKPOINT}/ttl")
+    def set_ttl(self, body: JsonBody, run_id: str, kind: str, name: str) -> Result:
         """Have a checkpoint expire, or not."""
-        body, _ = json_body()
         ttl_s = ttl_seconds(body)
         self._backend.store.set_ttl(self._checkpoint(run_id, kind, name), ttl_s)
-        return json_response({})
+        return {}
 
     def _run(self, row: RunRow) -> TrainingRun:
         return TrainingRun(

@@ -9,7 +9,7 @@ import functools
 import hashlib
 from email.utils import formatdate
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Optional, Tuple, TypeVar
 
 from flask import Response, request
 
@@ -19,7 +19,7 @@ from tinkex.local.http.admission import SIGNED_PREFIX
 from tinkex.local.http.contents import Content, file_content, files_of, tar_content
 from tinkex.local.http.messages import json_response
 from tinkex.local.http.signatures import Signer
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.routes.checkpoints import CHECKPOINT
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.rows import CheckpointRow, timestamp
@@ -34,16 +34,8 @@ class DownloadRoutes(Routes):
         super().__init__(backend, settings)
         self._signer = Signer(settings.signed_url_lifetime_s, wall=backend.wall)
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("GET", f"{CHECKPOINT}/archive", self.archive_url),
-            ("GET", f"{CHECKPOINT}/external_weights_urls", self.file_urls),
-            ("GET", f"{SIGNED_PREFIX}archive/<run_id>/<kind>/<name>", self.archive),
-            ("GET", f"{SIGNED_PREFIX}files/<run_id>/<kind>/<name>/<path:relative>", self.file),
-        ]
-
-    def archive_url(self, run_id: str, kind: str, name: str) -> Response:
+    @route("GET", f"{CHECKPOINT}/archive")
+    def archive_url(self, run_id: str, kind: str, name: str) -> Result:
         """Redirect to the archive of a checkpoint."""
         self._checkpoint(run_id, kind, name)
         url, expires_at = self._signed(f"archive/{run_id}/{kind}/{name}")
@@ -52,7 +44,8 @@ class DownloadRoutes(Routes):
         response.headers["Expires"] = formatdate(expires_at, usegmt=True)
         return response
 
-    def file_urls(self, run_id: str, kind: str, name: str) -> Response:
+    @route("GET", f"{CHECKPOINT}/external_weights_urls")
+    def file_urls(self, run_id: str, kind: str, name: str) -> Result:
         """List URLs of the files of an exported checkpoint."""
         if kind != "external_weights":
             raise HTTPError(
@@ -66,9 +59,10 @@ class DownloadRoutes(Routes):
         for file in self._read(row, files_of):
             relative = file.relative_to(folder).as_posix()
             urls[relative], expires_at = self._signed(f"files/{run_id}/{kind}/{name}/{relative}")
-        return json_response({"urls": urls, "expires": timestamp(expires_at)})
+        return {"urls": urls, "expires": timestamp(expires_at)}
 
-    def archive(self, run_id: str, kind: str, name: str) -> Response:
+    @route("GET", f"{SIGNED_PREFIX}archive/<run_id>/<kind>/<name>")
+    def archive(self, run_id: str, kind: str, name: str) -> Result:
         """Send a checkpoint as a tar archive."""
         self._check_signature()
         row = self._checkpoint(run_id, kind, name)
@@ -77,7 +71,8 @@ class DownloadRoutes(Routes):
         response.headers["Content-Disposition"] = f'attachment; filename="{name}.tar"'
         return response
 
-    def file(self, run_id: str, kind: str, name: str, relative: str) -> Response:
+    @route("GET", f"{SIGNED_PREFIX}files/<run_id>/<kind>/<name>/<path:relative>")
+    def file(self, run_id: str, kind: str, name: str, relative: str) -> Result:
         """Send one file of a checkpoint."""
         self._check_signature()  # of the complete path: only names that were handed out pass
         row = self._checkpoint(run_id, kind, name)

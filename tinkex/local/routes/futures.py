@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any, Callable, Dict, List, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Tuple, TypeVar
 
 import orjson
 from flask import Response, request
@@ -12,8 +12,8 @@ from flask import Response, request
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import is_number, optional, required, required_seq_id
-from tinkex.local.http.messages import json_body, json_response
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.http.messages import JsonBody
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Failure, Group, Outcome, Waiting
 from tinkex.types import ForwardBackwardOutput, SampleResponse
@@ -58,17 +58,9 @@ class FutureRoutes(Routes):
         self._futures = backend.futures
         self._held = HeldPolls(settings.max_held_polls)
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("POST", "retrieve_future", self.retrieve),
-            ("POST", "retrieve_futures", self.retrieve_completions),
-            ("POST", "cancel_future", self.cancel),
-        ]
-
-    def retrieve(self) -> Response:
+    @route("POST", "retrieve_future")
+    def retrieve(self, body: JsonBody) -> Result:
         """Send the result of one request, or ``try_again`` after a while."""
-        body, _ = json_body()
         request_id = required(body, "request_id", str)
         metadata_only = bool(optional(body, "allow_metadata_only", bool))
         outcome = self._futures.wait(request_id, 0.0)
@@ -87,7 +79,7 @@ class FutureRoutes(Routes):
             encoded, content_type = _encode(outcome.value, accepts_protobuf)
             if metadata_only and len(encoded) > self._settings.metadata_threshold_bytes:
                 size = {"status": "complete_metadata", "response_payload_size": len(encoded)}
-                return json_response(size)
+                return size
         self._futures.fetched(request_id, len(encoded))
         return Response(encoded, mimetype=content_type)
 
@@ -101,20 +93,18 @@ class FutureRoutes(Routes):
             )
         return HTTPError(404, f"request {request_id} is unknown")
 
-    def _try_again(self, request_id: str, waiting: Waiting) -> Response:
+    def _try_again(self, request_id: str, waiting: Waiting) -> Result:
         reason = self._backend.scheduler.why_waiting(waiting.owner, waiting.seq_id)
-        return json_response(
-            {
-                "type": "try_again",
-                "request_id": request_id,
-                "queue_state": "active",
-                "queue_state_reason": reason,
-            }
-        )
+        return {
+            "type": "try_again",
+            "request_id": request_id,
+            "queue_state": "active",
+            "queue_state_reason": reason,
+        }
 
-    def retrieve_completions(self) -> Response:
+    @route("POST", "retrieve_futures")
+    def retrieve_completions(self, body: JsonBody) -> Result:
         """List which samples of one client were done since its last poll."""
-        body, _ = json_body()
         group = self._target(required(body, "target", dict))
         cursor = required_seq_id(body, "prev_cursor")
         longest_s = self._settings.retrieve_hold_s
@@ -130,23 +120,22 @@ class FutureRoutes(Routes):
             done, end = self._held.hold(
                 functools.partial(self._futures.completed, group, cursor, timeout_s)
             )
-        return json_response({"completions": _completions(done), "cursor": end})
+        return {"completions": _completions(done), "cursor": end}
 
     def _target(self, target: Dict[str, Any]) -> Group:
         kind = target.get("type")
         if kind != "sampling_session":
             raise HTTPError(400, f"target {kind!r} is unknown; it must be a sampling_session")
         sampler_id = required(target, "sampling_session_id", str)
-        if self._backend.store.sampler(sampler_id) is None:
-            raise HTTPError(404, f"sampling session {sampler_id} is unknown")
+        self._backend.get_sampler(sampler_id)
         clone = optional(target, "cloned_sampler_id", int) or 0
         if clone < 0:
             raise HTTPError(400, f"cloned_sampler_id is {clone}; the first client is 0")
         return Group(sampler_id, clone)
 
-    def cancel(self) -> Response:
+    @route("POST", "cancel_future")
+    def cancel(self, body: JsonBody) -> Result:
         """Drop a sample that is pending."""
-        body, _ = json_body()
         request_id = required(body, "request_id", str)
         outcome = self._futures.wait(request_id, 0.0)
         if outcome is None and not self._futures.is_gone(request_id):
@@ -159,7 +148,7 @@ class FutureRoutes(Routes):
                     "requests of a training run build on it",
                 )
             self._backend.scheduler.cancel_sample(outcome.owner, request_id)
-        return json_response({})
+        return {}
 
 
 def _timeout_s(body: Dict[str, Any], default: float) -> float:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
-
-from flask import Response
+from typing import Any, Dict, Optional, Tuple
 
 from tinkex.local.backend import session_of
 from tinkex.local.engines.engine import EngineError
-from tinkex.local.errors import HTTPError
 from tinkex.local.fields import metadata, optional, read_wire, required, required_seq_id
-from tinkex.local.http.messages import digest, json_body, json_response
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.http.messages import JsonBody
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.scheduling.checks import check_lora, check_optimizer
 from tinkex.local.scheduling.lanes import Job, Work
 from tinkex.local.state.rows import CheckpointRow
@@ -28,51 +25,39 @@ _ADAMW = {"type": "adamw"}
 class RunRoutes(Routes):
     """Views of training runs."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("POST", "create_model", self.create),
-            ("POST", "load_weights", self.load_weights),
-            ("POST", "unload_model", self.unload),
-            ("POST", "get_info", self.describe),
-        ]
-
-    def create(self) -> Response:
+    @route("POST", "create_model")
+    def create(self, body: JsonBody) -> Result:
         """Queue the creation of a run with a fresh adapter."""
-        body, raw = json_body()
         model_id = self._new_model_id(body)
         self._backend.check_base_model(required(body, "base_model", str))
         lora = read_wire(LoraConfig, optional(body, "lora_config", dict) or {}, "lora_config")
         check_lora(lora)
         check_optimizer(optional(body, "optimizer_config", dict))
-        return self._create_run(
-            model_id, body, digest(raw), lora, functools.partial(self._create_fresh, model_id, lora)
-        )
+        create = functools.partial(self._create_fresh, model_id, lora)
+        return self._create_run(model_id, body, lora, create)
 
-    def load_weights(self) -> Response:
+    @route("POST", "load_weights")
+    def load_weights(self, body: JsonBody) -> Result:
         """Queue the loading of a checkpoint, into a run or into a new one."""
-        body, raw = json_body()
         if body.get("model_id") is None:
-            return self._load_into_new_run(body, digest(raw))
-        return self._submit(body, digest(raw), self._prepare_load)
+            return self._load_into_new_run(body)
+        return self._submit(body, self._prepare_load)
 
-    def unload(self) -> Response:
+    @route("POST", "unload_model")
+    def unload(self, body: JsonBody) -> Result:
         """Queue the end of a run."""
-        body, _ = json_body()
         model_id = required(body, "model_id", str)
         request_id = f"{model_id}:unload"
         if self._backend.futures.wait(request_id, 0.0) is None:  # not requested before
             self._backend.check_model(model_id)
             self._backend.scheduler.unload_model(model_id, request_id)
-        return json_response({"request_id": request_id, "model_id": model_id})
+        return {"request_id": request_id, "model_id": model_id}
 
-    def describe(self) -> Response:
+    @route("POST", "get_info")
+    def describe(self, body: JsonBody) -> Result:
         """What a run trains."""
-        body, _ = json_body()
         model_id = required(body, "model_id", str)
-        run = self._backend.store.run(model_id)
-        if run is None:
-            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
+        run = self._backend.get_model(model_id)
         info = self._backend.info
         found = GetInfoResponse(
             model_id=model_id,
@@ -83,7 +68,7 @@ class RunRoutes(Routes):
             optimizer_config=run.optimizer,
             adapted_modules=self._backend.engine.adapted(run.lora) or None,
         )
-        return json_response({**found.to_wire(), "type": "get_info"})
+        return {**found.to_wire(), "type": "get_info"}
 
     # New runs
 
@@ -92,9 +77,7 @@ class RunRoutes(Routes):
         self._backend.check_session(session_id)
         return f"{session_id}:train:{required_seq_id(body, 'model_seq_id')}"
 
-    def _create_run(
-        self, model_id: str, body: Dict[str, Any], digest: bytes, lora: LoraConfig, create: Work
-    ) -> Response:
+    def _create_run(self, model_id: str, body: JsonBody, lora: LoraConfig, create: Work) -> Result:
         """Queue *create* as request 0 of a new run."""
         add = functools.partial(
             self._backend.store.add_run,
@@ -106,8 +89,8 @@ class RunRoutes(Routes):
             metadata(body),
         )
         job = Job(f"{model_id}:0", create, creates=True)
-        request_id = self._backend.create_run(model_id, digest, job, add)
-        return json_response({"request_id": request_id, "model_id": model_id})
+        request_id = self._backend.create_run(model_id, body.digest, job, add)
+        return {"request_id": request_id, "model_id": model_id}
 
     def _create_fresh(self, model_id: str, lora: LoraConfig) -> object:
         try:
@@ -117,7 +100,7 @@ class RunRoutes(Routes):
             raise
         return {"model_id": model_id, "type": "create_model"}
 
-    def _load_into_new_run(self, body: Dict[str, Any], digest: bytes) -> Response:
+    def _load_into_new_run(self, body: JsonBody) -> Result:
         """Make a run from a checkpoint: form 1 of load_weights."""
         model_id = self._new_model_id(body)
         checkpoint, with_optimizer = self._checkpoint_to_load(body)
@@ -128,7 +111,6 @@ class RunRoutes(Routes):
         return self._create_run(
             model_id,
             body,
-            digest,
             LoraConfig() if source is None else source.lora,
             functools.partial(self._create_from, model_id, checkpoint, with_optimizer),
         )
@@ -149,7 +131,7 @@ class RunRoutes(Routes):
 
     # Loading
 
-    def _prepare_load(self, model_id: str, body: Dict[str, Any]) -> Work:
+    def _prepare_load(self, model_id: str, body: JsonBody) -> Work:
         checkpoint, with_optimizer = self._checkpoint_to_load(body)
         return functools.partial(self._load, model_id, checkpoint, with_optimizer)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
-from flask import Response
-
-from tinkex.local.errors import HTTPError
 from tinkex.local.fields import invalid_input_rejected, optional, required, required_seq_id
-from tinkex.local.http.messages import digest, json_body, json_response
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.http.messages import JsonBody
+from tinkex.local.routes.base import Result, Routes, route
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.checks import check_sample
 from tinkex.types import GetSamplerResponse, SampleRequest
 
@@ -19,18 +16,9 @@ from tinkex.types import GetSamplerResponse, SampleRequest
 class SamplingRoutes(Routes):
     """Views of samplers."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("POST", "create_sampling_session", self.create),
-            ("POST", "join_sampling_session", self.join),
-            ("GET", "samplers/<sampler_id>", self.describe),
-            ("POST", "asample", self.sample),
-        ]
-
-    def create(self) -> Response:
+    @route("POST", "create_sampling_session")
+    def create(self, body: JsonBody) -> Result:
         """Open a sampler of the base model or of a checkpoint."""
-        body, raw = json_body()
         session_id = required(body, "session_id", str)
         self._backend.check_session(session_id)
         seq_id = required_seq_id(body, "sampling_session_seq_id")
@@ -40,42 +28,40 @@ class SamplingRoutes(Routes):
             self._backend.check_base_model(base_model)
         sampler_id = self._backend.create_sampler(
             f"{session_id}:sample:{seq_id}",
-            digest(raw),
+            body.digest,
             path,
             functools.partial(self._weights, path),
         )
         response = {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
-        return json_response(response)
+        return response
 
-    def _weights(self, path: Optional[str]) -> Optional[Path]:
-        """Make a copy of the checkpoint at *path* that stays as it is; None for the base model."""
+    def _weights(self, path: Optional[str]) -> WeightsSource:
         if path is None:
-            return None
+            return self._backend.frozen(None)
         checkpoint = self._backend.checkpoint_at(path)
         self._backend.check_loadable(checkpoint)
-        return self._backend.store.freeze(checkpoint)
+        return self._backend.frozen(checkpoint)
 
-    def join(self) -> Response:
+    @route("POST", "join_sampling_session")
+    def join(self, body: JsonBody) -> Result:
         """Count one more client of a sampler."""
-        body, _ = json_body()
         sampler_id = required(body, "sampling_session_id", str)
         self._backend.check_sampler(sampler_id)
         counter = self._backend.scheduler.join_sampler(sampler_id)
-        return json_response({"client_counter": counter, "type": "join_sampling_session"})
+        return {"client_counter": counter, "type": "join_sampling_session"}
 
-    def describe(self, sampler_id: str) -> Response:
+    @route("GET", "samplers/<sampler_id>")
+    def describe(self, sampler_id: str) -> Result:
         """What a sampler draws from."""
-        row = self._backend.store.sampler(sampler_id)
-        if row is None:
-            raise HTTPError(404, f"sampler {sampler_id} is unknown")
+        row = self._backend.get_sampler(sampler_id)
         sampler = GetSamplerResponse(
             sampler_id, row.base_model, row.model_path, self._backend.info.tokenizer_id
         )
-        return json_response(sampler.to_wire())
+        return sampler
 
-    def sample(self) -> Response:
+    @route("POST", "asample")
+    def sample(self, body: JsonBody) -> Result:
         """Queue a sample request."""
-        body, raw = json_body()
         sampler_id = required(body, "sampling_session_id", str)
         seq_id = required_seq_id(body)
         self._backend.check_sampler(sampler_id)
@@ -83,7 +69,7 @@ class SamplingRoutes(Routes):
             asked = SampleRequest.from_json(body)
         cost = check_sample(self._backend.info, asked, self._backend.settings.limits)
         request_id = self._backend.scheduler.submit_sample(
-            sampler_id, seq_id, digest(raw), asked, cost
+            sampler_id, seq_id, body.digest, asked, cost
         )
         sequence_ids = [f"{request_id}:{index}" for index in range(asked.num_samples)]
-        return json_response({"request_id": request_id, "sample_sequence_ids": sequence_ids})
+        return {"request_id": request_id, "sample_sequence_ids": sequence_ids}

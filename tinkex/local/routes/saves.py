@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
-
-from flask import Response
+from typing import Any, Dict, List, Optional
 
 from tinkex.local.backend import session_of
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import metadata, optional, required, required_seq_id, ttl_seconds
-from tinkex.local.http.messages import digest, digest_without, json_body
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.http.messages import JsonBody
+from tinkex.local.routes.base import Result, Routes, route
+from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.checks import check_checkpoint_name
 from tinkex.local.scheduling.lanes import Work
 from tinkex.local.state.encryption import encrypt_files, read_recipients
@@ -52,36 +50,29 @@ class _Save:
 class SaveRoutes(Routes):
     """Views of what saves the weights of a run."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("POST", "save_weights", self.save),
-            ("POST", "save_weights_for_sampler", self.save_for_sampler),
-            ("POST", "save_weights_external", self.export),
-        ]
-
-    def save(self) -> Response:
+    @route("POST", "save_weights")
+    def save(self, body: JsonBody) -> Result:
         """Queue the saving of a training checkpoint."""
-        return self._submit_save("save_weights", *json_body())
+        return self._submit_save("save_weights", body)
 
-    def export(self) -> Response:
+    @route("POST", "save_weights_external")
+    def export(self, body: JsonBody) -> Result:
         """Queue the export of an adapter for other programs."""
-        return self._submit_save("save_weights_external", *json_body())
+        return self._submit_save("save_weights_external", body)
 
-    def save_for_sampler(self) -> Response:
+    @route("POST", "save_weights_for_sampler")
+    def save_for_sampler(self, body: JsonBody) -> Result:
         """Queue the saving of a sampler checkpoint; without a name, the making of a sampler."""
-        body, raw = json_body()
         if body.get("path") is not None:
-            return self._submit_save("save_weights_for_sampler", body, raw)
+            return self._submit_save("save_weights_for_sampler", body)
         # The official client takes a new sampler number for every retry of the same seq_id.
-        return self._submit(
-            body, digest_without(body, "sampling_session_seq_id"), self._prepare_sampler
-        )
+        digest = body.digest_without("sampling_session_seq_id")
+        return self._submit(body, self._prepare_sampler, digest)
 
-    def _submit_save(self, route: str, body: Dict[str, Any], raw: bytes) -> Response:
-        return self._submit(body, digest(raw), functools.partial(self._prepare_save, route))
+    def _submit_save(self, route: str, body: JsonBody) -> Result:
+        return self._submit(body, functools.partial(self._prepare_save, route))
 
-    def _prepare_save(self, route: str, model_id: str, body: Dict[str, Any]) -> Work:
+    def _prepare_save(self, route: str, model_id: str, body: JsonBody) -> Work:
         if _sampler_kind(body) == "inflight":
             raise HTTPError(400, "inflight weights have no name; leave out the path")
         save = _Save(
@@ -118,34 +109,31 @@ class SaveRoutes(Routes):
             saved["size_bytes"] = backend.checkpoint(model_id, save.kind, save.name).size_bytes
         return saved
 
-    def _prepare_sampler(self, model_id: str, body: Dict[str, Any]) -> Work:
+    def _prepare_sampler(self, model_id: str, body: JsonBody) -> Work:
         """Make a sampler of the weights as they are, without a checkpoint.
 
         An inflight one follows the run: every later inflight save updates it too.
         """
-        follows = model_id if _sampler_kind(body) == "inflight" else None
         seq_id = required_seq_id(body, "sampling_session_seq_id")
         return functools.partial(
             self._save_sampler,
             model_id,
             f"{session_of(model_id)}:sample:{seq_id}",
-            digest_without(body, "sampling_session_seq_id"),
-            follows,
+            body.digest_without("sampling_session_seq_id"),
+            is_inflight=_sampler_kind(body) == "inflight",
         )
 
     def _save_sampler(
-        self, model_id: str, sampler_id: str, digest: bytes, follows: Optional[str]
+        self, model_id: str, sampler_id: str, digest: bytes, *, is_inflight: bool
     ) -> object:
-        self._backend.create_sampler(
-            sampler_id, digest, None, functools.partial(self._current, model_id), follows=follows
-        )
-        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+        def weights() -> WeightsSource:
+            folder = self._backend.store.new_sampler_folder()
+            self._backend.engine.save(model_id, folder, with_optimizer=False)
+            key = model_id if is_inflight else sampler_id
+            return WeightsSource(key, folder, newest=is_inflight)
 
-    def _current(self, model_id: str) -> Path:
-        """Write the weights of a run as they are now, and return their folder."""
-        folder = self._backend.store.new_sampler_folder()
-        self._backend.engine.save(model_id, folder, with_optimizer=False)
-        return folder
+        self._backend.create_sampler(sampler_id, digest, None, weights)
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
 
 def _recipients(route: str, body: Dict[str, Any]) -> List[Any]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Sequence
-
-from flask import Response
-
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
-from tinkex.local.http.messages import json_body, json_response
+from tinkex.local.http.messages import JsonBody
 from tinkex.local.http.signatures import TokenMint
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
 from tinkex.types import GetServerCapabilitiesResponse, SupportedModel
 
@@ -25,72 +21,64 @@ class ServiceRoutes(Routes):
         super().__init__(backend, settings)
         self._mint = mint
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("GET", "healthz", self.health),
-            ("GET", "client/config", self.client_config),
-            ("POST", "client/config", self.client_config),
-            ("GET", "client/dynamic_config", self.dynamic_config),
-            ("POST", "client/dynamic_config", self.dynamic_config),
-            ("GET", "get_server_capabilities", self.capabilities),
-            ("POST", "auth/token", self.exchange_key),
-            ("GET", "auth/apikey/me", self.describe_key),
-            ("DELETE", "auth/apikey/me", self.revoke_key),
-            ("POST", "telemetry", self.keep_telemetry),
-        ]
-
-    def health(self) -> Response:
+    @route("GET", "healthz")
+    def health(self) -> Result:
         """Respond as soon as the server runs."""
-        return json_response({"status": "ok"})
+        return {"status": "ok"}
 
-    def client_config(self) -> Response:
+    @route("GET", "client/config")
+    @route("POST", "client/config")
+    def client_config(self) -> Result:
         """Static flags."""
-        return json_response(self._settings.client_config())
+        return self._settings.client_config()
 
-    def dynamic_config(self) -> Response:
+    @route("GET", "client/dynamic_config")
+    @route("POST", "client/dynamic_config")
+    def dynamic_config(self) -> Result:
         """Flags that clients ask for again and again."""
-        return json_response(self._settings.client_dynamic_config())
+        return self._settings.client_dynamic_config()
 
-    def capabilities(self) -> Response:
+    @route("GET", "get_server_capabilities")
+    def capabilities(self) -> Result:
         """The one model.  Its aliases are understood, and not listed."""
         info = self._backend.info
         model = SupportedModel(
             info.model_name, info.context_length, trainable=True, sampleable=True
         )
-        return json_response(GetServerCapabilitiesResponse([model]).to_wire())
+        return GetServerCapabilitiesResponse([model])
 
-    def exchange_key(self) -> Response:
+    @route("POST", "auth/token")
+    def exchange_key(self) -> Result:
         """Make a token of the key that was sent."""
         settings = self._settings
         claims = {"sub": settings.owner_urn, "org_id": settings.org_id, "iss": "tinkex"}
-        return json_response({"jwt": self._mint.make(claims)})
+        return {"jwt": self._mint.make(claims)}
 
-    def describe_key(self) -> Response:
+    @route("GET", "auth/apikey/me")
+    def describe_key(self) -> Result:
         """Whose key it is: there is one user."""
         has_key = bool(self._settings.api_key)
         org_id = self._settings.org_id
-        return json_response(
-            {
-                "key_id": 0,
-                "name": "local",
-                "note": "set when the server was started" if has_key else "this server has no key",
-                "details": {"org_details": {"name": org_id}, "user_details": {"email": ""}},
-            }
-        )
+        return {
+            "key_id": 0,
+            "name": "local",
+            "note": "set when the server was started" if has_key else "this server has no key",
+            "details": {"org_details": {"name": org_id}, "user_details": {"email": ""}},
+        }
 
-    def revoke_key(self) -> Response:
+    @route("DELETE", "auth/apikey/me")
+    def revoke_key(self) -> Result:
         """Reject it: the key was chosen when the server was started."""
         raise HTTPError(
             403, "this server's key is the one that it was started with; it stays valid"
         )
 
-    def keep_telemetry(self) -> Response:
+    @route("POST", "telemetry")
+    def keep_telemetry(self, body: JsonBody) -> Result:
         """Keep events in memory."""
-        body, raw = json_body()
-        if len(raw) > _MAX_TELEMETRY_BYTES:
+        if len(body.raw) > _MAX_TELEMETRY_BYTES:
             raise HTTPError(
                 413, f"the body is larger than {_MAX_TELEMETRY_BYTES} bytes; send fewer events"
             )
         self._backend.telemetry.add(body)
-        return json_response({"status": "accepted"})
+        return {"status": "accepted"}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Sequence, Type
-
-from flask import Response
+from typing import Any, Dict, Type
 
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import check_kept, optional, required
 from tinkex.local.http.messages import (
+    JsonBody,
     check_scope,
     idempotency_key,
-    json_body,
-    json_response,
     page,
 )
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.routes.session_search import REASONS, Search, project_of, status_of
 from tinkex.local.state.rows import SessionRow, timestamp
 from tinkex.types import GetSessionResponse, ListSessionsResponse
@@ -36,21 +33,9 @@ _FACTS: Dict[str, Type[Any]] = {
 class SessionRoutes(Routes):
     """Views of sessions."""
 
-    def rules(self) -> Sequence[Rule]:
-        """See Routes."""
-        return [
-            ("POST", "create_session", self.create),
-            ("POST", "session_heartbeat", self.heartbeat),
-            ("POST", "sessions/<session_id>/finish", self.finish),
-            ("GET", "sessions", self.list_ids),
-            ("GET", "sessions/<session_id>", self.describe),
-            ("PUT", "sessions/<session_id>/project", self.assign_project),
-            ("POST", "sessions/search", self.search),
-        ]
-
-    def create(self) -> Response:
+    @route("POST", "create_session")
+    def create(self, body: JsonBody) -> Result:
         """Start a session."""
-        body, _ = json_body()
         given = {name: optional(body, name, kind) for name, kind in _FACTS.items()}
         facts = {name: value for name, value in given.items() if value is not None}
         check_kept("the description of the session", facts)
@@ -60,17 +45,17 @@ class SessionRoutes(Routes):
             for name in ("info_message", "warning_message", "error_message")
             if getattr(self._settings, name)
         }
-        return json_response({"session_id": session_id, "type": "create_session", **messages})
+        return {"session_id": session_id, "type": "create_session", **messages}
 
-    def heartbeat(self) -> Response:
+    @route("POST", "session_heartbeat")
+    def heartbeat(self, body: JsonBody) -> Result:
         """Keep a session alive."""
-        body, _ = json_body()
         self._backend.heartbeat(required(body, "session_id", str))
-        return json_response({"type": "session_heartbeat"})
+        return {"type": "session_heartbeat"}
 
-    def finish(self, session_id: str) -> Response:
+    @route("POST", "sessions/<session_id>/finish")
+    def finish(self, body: JsonBody, session_id: str) -> Result:
         """End a session."""
-        body, _ = json_body()
         reason = (optional(body, "reason", dict) or {}).get("type", "success")
         if reason not in REASONS:
             raise HTTPError(400, f"reason {reason!r:.100} is unknown; it must be one of {REASONS}")
@@ -79,15 +64,17 @@ class SessionRoutes(Routes):
             raise HTTPError(400, f"field 'detail' must be of type str, not {detail!r:.100}")
         # Cut, not rejected: a client that ends has no use for an error.
         self._backend.finish_session(session_id, reason, detail and detail[:_DETAIL_CHARACTERS])
-        return json_response({})
+        return {}
 
-    def list_ids(self) -> Response:
+    @route("GET", "sessions")
+    def list_ids(self) -> Result:
         """Ids of sessions, newest first."""
         check_scope()
         rows = self._backend.store.sessions(*page(20))
-        return json_response(ListSessionsResponse([row.session_id for row in rows]).to_wire())
+        return ListSessionsResponse([row.session_id for row in rows])
 
-    def describe(self, session_id: str) -> Response:
+    @route("GET", "sessions/<session_id>")
+    def describe(self, session_id: str) -> Result:
         """What is in a session."""
         check_scope()
         row, store = self._row(session_id), self._backend.store
@@ -97,25 +84,25 @@ class SessionRoutes(Routes):
             user_metadata=row.facts.get("user_metadata"),
             display_name=row.facts.get("display_name"),
         )
-        return json_response(found.to_wire())
+        return found
 
-    def assign_project(self, session_id: str) -> Response:
+    @route("PUT", "sessions/<session_id>/project")
+    def assign_project(self, body: JsonBody, session_id: str) -> Result:
         """Move a session to another project."""
-        body, _ = json_body()
         project_id = required(body, "project_id", str)
         if not project_id:
             raise HTTPError(400, "project_id is empty; name a project")
         self._row(session_id)
         self._backend.store.set_project(session_id, project_id)
-        return json_response({})
+        return {}
 
-    def search(self) -> Response:
+    @route("POST", "sessions/search")
+    def search(self, body: JsonBody) -> Result:
         """A page of the sessions that match, newest first."""
-        body, _ = json_body()
         search = Search.read(body)
         rows, cursor = search.page(self._backend.store.all_sessions(), self._settings.owner_urn)
         summaries = [self._summary(row) for row in rows]
-        return json_response({"sessions": summaries, "next_cursor": cursor})
+        return {"sessions": summaries, "next_cursor": cursor}
 
     def _row(self, session_id: str) -> SessionRow:
         row = self._backend.store.session(session_id)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import orjson
-from flask import Response, request
+from flask import request
 
 from tinkex.local.backend import Backend, session_of
 from tinkex.local.errors import HTTPError
@@ -18,18 +18,21 @@ from tinkex.local.fields import (
     required,
     required_seq_id,
 )
-from tinkex.local.http.messages import digest, json_body, json_response, raw_body
+from tinkex.local.http.messages import JsonBody, digest, raw_body
 from tinkex.local.json_text import check_levels
 from tinkex.local.losses.custom_passes import run_custom_pass
 from tinkex.local.losses.evaluation import has_torch
 from tinkex.local.losses.program import read_program
-from tinkex.local.routes.base import Routes, Rule
+from tinkex.local.routes.base import Result, Routes, Rule, route
 from tinkex.local.scheduling.checks import check_pass
 from tinkex.local.scheduling.lanes import Work
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Success
 from tinkex.types import AdamParams, ForwardBackwardRequest
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
+
+#: Offered if the server's flags say so.
+_CUSTOM_LOSS = "create_custom_loss"
 
 
 class TrainingRoutes(Routes):
@@ -40,33 +43,29 @@ class TrainingRoutes(Routes):
         # A repetition must not get its response before there is a future to poll for.
         self._creating_loss = threading.Lock()
 
-    def rules(self) -> Sequence[Rule]:
+    def rules(self) -> Iterator[Rule]:
         """See Routes."""
-        rules: Sequence[Rule] = [
-            ("POST", "forward_backward", self.forward_backward),
-            ("POST", "forward", self.forward),
-            ("POST", "optim_step", self.optim_step),
-        ]
-        if self._settings.flags.custom_loss_server_side:
-            return [*rules, ("POST", "create_custom_loss", self.create_custom_loss)]
-        return rules
+        offered = self._settings.flags.custom_loss_server_side
+        return (rule for rule in super().rules() if offered or rule[1] != _CUSTOM_LOSS)
 
-    def forward_backward(self) -> Response:
+    @route("POST", "forward_backward")
+    def forward_backward(self) -> Result:
         """Queue a pass."""
         return self._submit_pass(forward_only=False)
 
-    def forward(self) -> Response:
+    @route("POST", "forward")
+    def forward(self) -> Result:
         """Queue a pass without a gradient."""
         return self._submit_pass(forward_only=True)
 
-    def optim_step(self) -> Response:
+    @route("POST", "optim_step")
+    def optim_step(self, body: JsonBody) -> Result:
         """Queue a step of the optimizer."""
-        body, raw = json_body()
-        return self._submit(body, digest(raw), self._prepare_step)
+        return self._submit(body, self._prepare_step)
 
-    def create_custom_loss(self) -> Response:
+    @route("POST", _CUSTOM_LOSS)
+    def create_custom_loss(self, body: JsonBody) -> Result:
         """Keep a loss for the session."""
-        body, raw = json_body()
         session_id = required(body, "session_id", str)
         self._backend.check_session(session_id)
         seq_id = required_seq_id(body, "custom_loss_seq_id")
@@ -76,15 +75,15 @@ class TrainingRoutes(Routes):
         loss_id = f"{session_id}:loss:{seq_id}"
         request_id = f"{loss_id}:create"
         with self._creating_loss:
-            if self._backend.losses.add(loss_id, digest(raw), program):
+            if self._backend.losses.add(loss_id, body.digest, program):
                 created = Success({"loss_id": loss_id, "type": "create_custom_loss"})
                 self._backend.futures.create(request_id, loss_id, 0)
                 self._backend.futures.complete(request_id, created)
-        return json_response({"request_id": request_id})
+        return {"request_id": request_id}
 
     # Steps
 
-    def _prepare_step(self, model_id: str, body: Dict[str, Any]) -> Work:
+    def _prepare_step(self, model_id: str, body: JsonBody) -> Work:
         params = read_wire(AdamParams, _adam_params(body), "adam_params")
         with invalid_input_rejected():
             params.check()
@@ -95,7 +94,7 @@ class TrainingRoutes(Routes):
 
     # Passes
 
-    def _submit_pass(self, *, forward_only: bool) -> Response:
+    def _submit_pass(self, *, forward_only: bool) -> Result:
         raw = raw_body()
         codec = codec_for(request.content_type or "")
         try:

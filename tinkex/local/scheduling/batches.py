@@ -1,7 +1,7 @@
-"""Groups the sample requests of one sampler into batches that advance slice by slice.
+"""Groups the sample requests for the same weights into batches that advance slice by slice.
 
-Pure bookkeeping around the engine's iterators: no thread, no lock.  The queue is guarded by
-the scheduler's lock; the live batches belong to the engine thread alone.
+Pure bookkeeping around the engine's iterators: no thread, no lock.  Queues and samplers are guarded
+by the scheduler's lock; the live batches belong to the engine thread alone.
 """
 
 from __future__ import annotations
@@ -9,29 +9,52 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional, Set
+from typing import Deque, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Optional, Set
 
 from tinkex.local.engines.engine import Finished
 from tinkex.local.scheduling.lanes import SeenIds
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import SampleRequest
 
+#: Most requests of one batch in its lifetime: those that are done stay in its list.
+MAX_BATCH_REQUESTS = 4096
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(eq=False)
 class SampleJob:
-    """One sample request in a queue.  *cost* is its cache in tokens, *arrived* monotonic."""
+    """One sample request.  *cost* is its cache in tokens, *arrived* monotonic.
 
+    *dropped* is set, under the scheduler's lock, once nothing is to come of it any more.
+    """
+
+    sampler: Sampler
     request_id: str
     seq_id: int
     request: SampleRequest
     cost: int
     arrived: float
+    dropped: bool = False
+
+
+class WeightsSource(NamedTuple):
+    """What a sampler draws from.
+
+    Attributes:
+        key: samplers with equal keys have the same weights, and share batches.
+        folder: holds the adapter, and belongs to the scheduler from then on; None is the base
+            model.
+        newest: from now on they take the place of the earlier weights with this key.
+    """
+
+    key: Hashable
+    folder: Optional[Path]
+    newest: bool = False
 
 
 class SamplerWeights:
-    """Frozen weights that one or more samplers draw from, and the engine's name for them.
+    """Frozen weights to draw from, and the engine's name for them.
 
-    They are released when no sampler and no batch uses them any more.
+    They are removed once they are retired, and no batch uses them any more.
 
     Args:
         engine_id: the engine's name for them.
@@ -41,47 +64,64 @@ class SamplerWeights:
     def __init__(self, engine_id: str, folder: Optional[Path]) -> None:
         self.engine_id = engine_id
         self.folder = folder
-        self.samplers = 0  # guarded by the scheduler's lock
-        self.batches = 0  # engine thread only, like the next one
+        self.batches = 0  # engine thread only, like the next two
         self.loaded = False
+        self.retired = False  # no lane uses them any more
 
 
 class Batch:
-    """Requests that the engine works on together."""
+    """Requests that the engine works on together; more may join while it runs."""
 
-    def __init__(self, jobs: List[SampleJob], weights: SamplerWeights) -> None:
-        self.jobs = jobs
+    def __init__(self, weights: SamplerWeights) -> None:
         self.weights = weights
+        self.jobs: List[SampleJob] = []
+        self.requests: List[SampleRequest] = []  # of the jobs; the engine looks at it
         self.slices: Iterator[List[Finished]] = iter(())
-        self.unfinished = set(range(len(jobs)))
+        self.unfinished: Set[int] = set()
         self.dropped: Set[int] = set()  # cancelled while it ran; the engine looks at it
-        self.cost = sum(job.cost for job in jobs)
+        self.sequences = 0  # of the requests that are not finished
+
+    def add(self, job: SampleJob) -> None:
+        """Take in one more request."""
+        self.unfinished.add(len(self.jobs))
+        self.jobs.append(job)
+        self.requests.append(job.request)
+        self.sequences += job.request.num_samples
+
+    def remove(self, index: int) -> SampleJob:
+        """Note that a request is finished, or dropped, and return its job."""
+        self.unfinished.remove(index)
+        job = self.jobs[index]
+        self.sequences -= job.request.num_samples
+        return job
 
 
 class SamplerLane:
-    """The queue of one sampler, and its live batches.
+    """The queue of all samplers that draw from the same weights, and their live batches.
 
-    *follows* is the training run whose newest weights it draws from, if it is an inflight one.
+    *key* identifies what they draw from.
     """
 
-    def __init__(
-        self,
-        sampler_id: str,
-        session_id: str,
-        weights: SamplerWeights,
-        follows: Optional[str] = None,
-    ) -> None:
-        self.sampler_id = sampler_id
-        self.session_id = session_id
+    def __init__(self, key: Hashable, weights: SamplerWeights) -> None:
+        self.key = key
         self.weights = weights
-        self.follows = follows
+        self.samplers = 0
         self.queued: Deque[SampleJob] = deque()
-        self.cancelled: Set[str] = set()  # request ids that were not queued any more
-        self.closed: Optional[str] = None
-        self.wanted = True  # it is to be loaded although nothing is queued yet
+        self.wanted = True  # the weights are to be loaded although nothing is queued yet
         self.live: Deque[Batch] = deque()  # engine thread only
-        self.seen = SeenIds(sampler_id)
-        self.clones = 0  # clients that joined after the first one
+
+    @property
+    def is_over(self) -> bool:
+        """True if no sampler uses it, and none of its batches is live."""
+        return not self.samplers and not self.live
+
+    def drop(self, jobs: Iterable[SampleJob]) -> int:
+        """Drop requests, and return how many of them were queued."""
+        for job in jobs:
+            job.dropped = True
+        before = len(self.queued)
+        self.queued = deque(job for job in self.queued if not job.dropped)
+        return before - len(self.queued)
 
     def starts_at(self, limits: SamplingLimits) -> float:
         """The instant from which the queued requests may form a batch; there must be some."""
@@ -95,16 +135,33 @@ class SamplerLane:
         room = live_tokens == 0 or live_tokens + self.queued[0].cost <= limits.max_live_tokens
         return room and now >= self.starts_at(limits)
 
-    def take_batch(self, limits: SamplingLimits, live_tokens: int) -> List[SampleJob]:
-        """Remove and return the next batch: the first request always, more while they fit."""
-        jobs = [self.queued.popleft()]
-        sequences = jobs[0].request.num_samples
-        tokens = live_tokens + jobs[0].cost
-        while self.queued:
+    def fill(self, batch: Batch, limits: SamplingLimits, live_tokens: int) -> List[SampleJob]:
+        """Move queued requests into *batch* as long as they fit; return them.
+
+        The first one of a new batch fits always.
+        """
+        added: List[SampleJob] = []
+        while self.queued and len(batch.jobs) < MAX_BATCH_REQUESTS:
             job = self.queued[0]
-            sequences += job.request.num_samples
-            tokens += job.cost
-            if sequences > limits.max_batch_sequences or tokens > limits.max_live_tokens:
+            live_tokens += job.cost
+            fits = (
+                live_tokens <= limits.max_live_tokens
+                and batch.sequences + job.request.num_samples <= limits.max_batch_sequences
+            )
+            if not fits and batch.jobs:
                 break
-            jobs.append(self.queued.popleft())
-        return jobs
+            batch.add(self.queued.popleft())
+            added.append(job)
+        return added
+
+
+class Sampler:
+    """A sampler that clients know by its id, and its requests that are not done."""
+
+    def __init__(self, sampler_id: str, session_id: str, lane: SamplerLane) -> None:
+        self.sampler_id = sampler_id
+        self.session_id = session_id
+        self.lane = lane
+        self.jobs: Dict[str, SampleJob] = {}  # by request id
+        self.seen = SeenIds(sampler_id)
+        self.clones = 0  # clients that joined after the first one

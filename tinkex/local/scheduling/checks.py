@@ -6,15 +6,14 @@ and whatever only it knows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from tinkex.errors import InvalidInputError
-from tinkex.local.engines.engine import LOSSES, EngineInfo
+from tinkex.local.engines import inputs
+from tinkex.local.engines.engine import EngineError, EngineInfo
+from tinkex.local.engines.inputs import LOSSES, check_tokens, check_vocabulary
 from tinkex.local.errors import HTTPError
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, LoraConfig, SampleRequest
@@ -50,39 +49,20 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
                 f"datum {index}: its loss inputs, and those before it, have more than "
                 f"{_MAX_CELLS} cells as dense tensors; send smaller batches",
             )
-        try:
-            tokens = datum.model_input.to_numpy()
-        except InvalidInputError as error:
-            raise HTTPError(
-                400, f"datum {index}: {error}; this server's models read text only"
-            ) from error
-        check_tokens(info, tokens, f"datum {index}")
-        targets = datum.loss_fn_inputs.get("target_tokens")
-        if targets is not None and targets.values.size:
-            _check_vocabulary(info, targets.values, f"datum {index}: target_tokens")
+        with _rejected(f"datum {index}: "):
+            check_tokens(datum.model_input, info)
+            targets = datum.loss_fn_inputs.get("target_tokens")
+            if targets is not None and targets.values.size:
+                check_vocabulary("target_tokens", targets.values, info)
 
 
-def check_tokens(info: EngineInfo, tokens: npt.NDArray[np.int32], what: str) -> None:
-    """Check that *tokens* are some, fit into the context and lie in the vocabulary."""
-    if not tokens.size:
-        raise HTTPError(400, f"{what} is empty; it needs at least one token")
-    if tokens.size > info.context_length:
-        raise HTTPError(
-            400,
-            f"{what} has {tokens.size} tokens; {info.model_name} reads at most "
-            f"{info.context_length}: cut it",
-        )
-    _check_vocabulary(info, tokens, what)
-
-
-def _check_vocabulary(info: EngineInfo, tokens: npt.NDArray[np.generic], what: str) -> None:
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= info.vocab_size:
-        raise HTTPError(
-            400,
-            f"{what} holds token {lowest if lowest < 0 else highest}; the vocabulary of "
-            f"{info.model_name} runs from 0 to {info.vocab_size - 1}: use its own tokenizer",
-        )
+@contextlib.contextmanager
+def _rejected(prefix: str = "") -> Iterator[None]:
+    """Make an HTTPError 400 of what the engine would reject."""
+    try:
+        yield
+    except EngineError as error:
+        raise HTTPError(400, f"{prefix}{error}") from error
 
 
 def check_sample(
@@ -90,49 +70,20 @@ def check_sample(
 ) -> int:
     """Check a sample request and return its size: tokens of prompt and continuations."""
     limits = limits or SamplingLimits()
-    _check_counts(info, request, limits)
-    try:
-        tokens = request.prompt.to_numpy()
-    except InvalidInputError as error:
-        raise HTTPError(400, str(error)) from error
-    check_tokens(info, tokens, "the prompt")
-    room = info.context_length - tokens.size
-    if room < 1:
-        raise HTTPError(
-            400,
-            f"the prompt has {tokens.size} tokens; the context of {info.context_length} leaves no "
-            "room for a continuation: cut it",
-        )
-    last_n = request.prompt_logprobs_last_n
-    if last_n is not None and last_n > tokens.size - 1:
-        raise HTTPError(
-            400,
-            f"prompt_logprobs_last_n is {last_n}; the prompt has {tokens.size} tokens, and nothing "
-            "precedes the first",
-        )
-    continuation = min(request.sampling_params.max_tokens or room, room)
-    sampled = request.num_samples * continuation
-    _check_cells(request, int(tokens.size), sampled)
-    return request.num_samples * int(tokens.size) + sampled
-
-
-def _check_counts(info: EngineInfo, request: SampleRequest, limits: SamplingLimits) -> None:
     if request.num_samples > limits.max_num_samples:
         raise HTTPError(
             400,
             f"num_samples is {request.num_samples}; it must be at most {limits.max_num_samples}: "
             "send several requests",
         )
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-        if getattr(request, name) > info.vocab_size:
-            raise HTTPError(
-                400,
-                f"{name} is {getattr(request, name)}; the vocabulary of {info.model_name} has "
-                f"{info.vocab_size} tokens",
-            )
     stop = request.sampling_params.stop
     if stop is not None and not isinstance(stop, str) and len(stop) > _MAX_STOPS:
         raise HTTPError(400, f"stop has {len(stop)} entries; it must have at most {_MAX_STOPS}")
+    with _rejected():
+        prompt, room = inputs.check_sample(request, info)
+    sampled = request.num_samples * min(request.sampling_params.max_tokens or room, room)
+    _check_cells(request, int(prompt.size), sampled)
+    return request.num_samples * int(prompt.size) + sampled
 
 
 def _check_cells(request: SampleRequest, prompt: int, sampled: int) -> None:
@@ -162,10 +113,8 @@ def check_checkpoint_name(name: str) -> str:
 
 def check_lora(lora: LoraConfig) -> None:
     """Check the adapter of a new run."""
-    try:
-        lora.check()
-    except InvalidInputError as error:
-        raise HTTPError(400, str(error)) from error
+    with _rejected():
+        inputs.check_values(lora)
     if lora.rank > _MAX_RANK:
         raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MAX_RANK}")
 

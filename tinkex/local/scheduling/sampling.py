@@ -10,13 +10,13 @@ import logging
 import shutil
 import threading
 from collections import OrderedDict
-from typing import Callable, List, Optional
+from typing import Callable, Optional
 
 from tinkex.local.engines.engine import Engine, EngineError
 from tinkex.local.errors import HTTPError
 from tinkex.local.scheduling.batches import Batch, SampleJob, SamplerLane, SamplerWeights
 from tinkex.local.settings import SamplingLimits
-from tinkex.local.state.futures import Failure, FutureTable, Success
+from tinkex.local.state.futures import Failure, FutureTable, Outcome, Success
 
 _log = logging.getLogger(__name__)
 
@@ -55,42 +55,30 @@ class SamplingWorker:
         """True if `serve` would have something to do for *lane* now."""
         return bool(
             lane.live
-            or lane.closed is not None
             or lane.wanted
+            or not lane.samplers
             or lane.may_start(self._limits, self._live_tokens, now)
         )
 
     def serve(self, lane: SamplerLane) -> None:
-        """Start a batch of an open lane if it may, and do one slice of one of its batches."""
+        """Take queued requests of a lane into batches, and do one slice of one of these."""
         with self._lock:
-            weights = lane.weights
-        if self._load(lane, weights):
-            batch: Optional[Batch] = None
-            with self._lock:
-                if lane.may_start(self._limits, self._live_tokens, self._clock()):
-                    batch = Batch(lane.take_batch(self._limits, self._live_tokens), weights)
-                    self._count_dequeued(len(batch.jobs))
-            if batch is not None:
-                self._start(lane, batch)
-            if lane.live:
-                self._advance(lane)
-        if not lane.live:
-            with self._lock:
-                lane.cancelled.clear()  # those that had finished when they were cancelled
+            weights = lane.weights if lane.samplers else None
+        if weights is not None and self._load(lane, weights):
+            self._take(lane, weights)
+        if lane.live:
+            self._advance(lane)
 
-    def end(self, lane: SamplerLane, why: str) -> None:
-        """Abandon the batches of a closed lane and release its weights."""
+    def end(self, lane: SamplerLane) -> None:
+        """Abandon the batches of a lane, whose requests have failed, and remove its weights."""
         while lane.live:
-            self._end_batch(lane.live.popleft(), why, "user")
-        with self._lock:
-            lane.weights.samplers -= 1
-        self.release(lane.weights)
+            self._end_batch(lane.live.popleft())
+        self.remove(lane.weights)
 
-    def release(self, weights: SamplerWeights) -> None:
-        """Remove *weights* unless a sampler or a batch uses them."""
-        with self._lock:
-            used = weights.samplers > 0
-        if used or weights.batches:
+    def remove(self, weights: SamplerWeights) -> None:
+        """Remove *weights*, which no lane uses any more; if a batch does, when it has ended."""
+        weights.retired = True
+        if weights.batches:
             return
         if weights.loaded:
             self._unload(weights)
@@ -109,89 +97,97 @@ class SamplingWorker:
             try:
                 self._engine.create_sampler(weights.engine_id, weights.folder)
             except Exception as error:
-                failure = failure_of(error, lane.sampler_id)
+                failure = failure_of(error, weights.engine_id)
                 with self._lock:
-                    failed = [job.request_id for job in lane.queued]
-                    self._count_dequeued(len(failed))
-                    lane.queued.clear()
-                for request_id in failed:
-                    self._futures.complete(request_id, failure)
+                    jobs = list(lane.queued)
+                    self._count_dequeued(lane.drop(jobs))
+                for job in jobs:
+                    self._complete(job, failure)
                 return False
             weights.loaded = True
             self._loaded[weights.engine_id] = weights
         self._loaded.move_to_end(weights.engine_id)
         return True
 
-    def _start(self, lane: SamplerLane, batch: Batch) -> None:
-        requests = [job.request for job in batch.jobs]
-        try:
-            batch.slices = self._engine.sample(batch.weights.engine_id, requests, batch.dropped)
-        except Exception as error:
-            failure = failure_of(error, lane.sampler_id)
-            self._fail(batch.jobs, failure.message, failure.category)
+    def _take(self, lane: SamplerLane, weights: SamplerWeights) -> None:
+        """Have queued requests join the live batches that have room, or start another one."""
+        started = Batch(weights)
+        with self._lock:
+            for batch in lane.live:
+                if batch.weights is weights:
+                    self._fill(lane, batch)
+            if lane.may_start(self._limits, self._live_tokens, self._clock()):
+                self._fill(lane, started)
+        if not started.jobs:
             return
-        self._live_tokens += batch.cost
-        batch.weights.batches += 1
-        lane.live.append(batch)
+        weights.batches += 1
+        lane.live.append(started)
+        try:
+            started.slices = self._engine.sample(
+                weights.engine_id, started.requests, started.dropped
+            )
+        except Exception as error:
+            lane.live.remove(started)
+            self._end_batch(started, failure_of(error, weights.engine_id))
+
+    def _fill(self, lane: SamplerLane, batch: Batch) -> None:
+        added = lane.fill(batch, self._limits, self._live_tokens)
+        self._live_tokens += sum(job.cost for job in added)
+        self._count_dequeued(len(added))
 
     def _advance(self, lane: SamplerLane) -> None:
         """Do one slice of the next batch."""
         batch = lane.live.popleft()
-        self._drop_cancelled(lane, batch)
-        if not batch.unfinished:
-            self._end_batch(batch, "", "server")
-            return
-        try:
-            for index, outcome in next(batch.slices):
-                batch.unfinished.discard(index)
-                self._futures.complete(
-                    batch.jobs[index].request_id,
-                    Failure(str(outcome), outcome.category)
-                    if isinstance(outcome, EngineError)
-                    else Success(outcome),
-                )
-        except StopIteration:
-            self._end_batch(batch, "the engine ended without a result", "server")
-        except Exception as error:
-            failure = failure_of(error, lane.sampler_id)
-            self._end_batch(batch, failure.message, failure.category)
+        for index in [index for index in batch.unfinished if batch.jobs[index].dropped]:
+            batch.dropped.add(index)
+            self._remove(batch, index)
+        failure: Optional[Failure] = None
+        if batch.unfinished:
+            try:
+                for index, outcome in next(batch.slices):
+                    self._complete(
+                        self._remove(batch, index),
+                        Failure(str(outcome), outcome.category)
+                        if isinstance(outcome, EngineError)
+                        else Success(outcome),
+                    )
+            except StopIteration:
+                failure = Failure("the engine ended without a result", "server")
+            except Exception as error:
+                failure = failure_of(error, batch.weights.engine_id)
+        if batch.unfinished and failure is None:
+            lane.live.append(batch)
         else:
-            if batch.unfinished:
-                lane.live.append(batch)
-            else:
-                self._end_batch(batch, "", "server")
+            self._end_batch(batch, failure)
 
-    def _drop_cancelled(self, lane: SamplerLane, batch: Batch) -> None:
-        with self._lock:
-            if not lane.cancelled:
-                return
-            gone = {
-                index
-                for index in batch.unfinished
-                if batch.jobs[index].request_id in lane.cancelled
-            }
-            lane.cancelled -= {batch.jobs[index].request_id for index in gone}
-        batch.dropped |= gone
-        batch.unfinished -= gone
-
-    def _end_batch(self, batch: Batch, why: str, category: str) -> None:
-        self._live_tokens -= batch.cost
-        self._fail([batch.jobs[index] for index in sorted(batch.unfinished)], why, category)
+    def _end_batch(self, batch: Batch, failure: Optional[Failure] = None) -> None:
+        """Abandon what is left of a batch; it fails with *failure*, unless it has failed before."""
+        for index in sorted(batch.unfinished):
+            job = self._remove(batch, index)
+            if failure is not None:
+                self._complete(job, failure)
         close = getattr(batch.slices, "close", None)  # a generator has it, a plain iterator not
         if close is not None:
             log_failure("abandon a batch", close)
         batch.weights.batches -= 1
-        self.release(batch.weights)
+        if batch.weights.retired:
+            self.remove(batch.weights)
+
+    def _remove(self, batch: Batch, index: int) -> SampleJob:
+        job = batch.remove(index)
+        self._live_tokens -= job.cost
+        return job
+
+    def _complete(self, job: SampleJob, outcome: Outcome) -> None:
+        with self._lock:
+            job.sampler.jobs.pop(job.request_id, None)
+        self._futures.complete(job.request_id, outcome)
 
     def _unload(self, weights: SamplerWeights) -> None:
         weights.loaded = False
         del self._loaded[weights.engine_id]
         name = weights.engine_id
         log_failure(f"unload {name}", self._engine.unload_sampler, name)
-
-    def _fail(self, jobs: List[SampleJob], why: str, category: str) -> None:
-        for job in jobs:
-            self._futures.complete(job.request_id, Failure(why, category))
 
 
 def log_failure(what: str, action: Callable[..., object], *args: object) -> None:

@@ -13,12 +13,17 @@ import logging
 import threading
 import time
 from collections import deque
-from pathlib import Path
-from typing import Callable, Deque, Dict, List, Optional, Type, Union
+from typing import Callable, Deque, Dict, Hashable, List, Optional, Type, Union
 
 from tinkex.local.engines.engine import Engine
 from tinkex.local.errors import HTTPError
-from tinkex.local.scheduling.batches import SampleJob, SamplerLane, SamplerWeights
+from tinkex.local.scheduling.batches import (
+    SampleJob,
+    Sampler,
+    SamplerLane,
+    SamplerWeights,
+    WeightsSource,
+)
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.sampling import SamplingWorker, failure_of, log_failure
 from tinkex.local.settings import SamplingLimits
@@ -64,13 +69,14 @@ class Scheduler:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._models: Dict[str, Lane] = {}
-        self._samplers: Dict[str, SamplerLane] = {}
+        self._samplers: Dict[str, Sampler] = {}
+        self._lanes: Dict[Hashable, SamplerLane] = {}  # of the samplers, by their keys
         self._rotation: Deque[AnyLane] = deque()  # lanes with something to do
         self._running: Optional[AnyLane] = None  # being served; not in _rotation meanwhile
         self._queued_samples = 0
         self._housekeeping_wanted = False
         self._closing = False
-        self._retired: List[SamplerWeights] = []  # replaced by newer ones
+        self._retired: List[SamplerWeights] = []  # no lane uses them any more
         # Engine thread only.
         self._sampling = SamplingWorker(
             engine, futures, self._limits, self._lock, self._count_dequeued_locked, clock
@@ -186,49 +192,33 @@ class Scheduler:
 
     # Samplers
 
-    def add_sampler(self, sampler_id: str, session_id: str, folder: Optional[Path]) -> None:
-        """Open the queue of a sampler; the engine loads it soon.
-
-        *folder* holds its weights (None: the base model) and is removed when the sampler ends.
-        """
+    def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> None:
+        """Open a sampler; the engine loads its weights soon."""
         with self._wake:
-            weights = SamplerWeights(sampler_id, folder)
-            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights))
-
-    def add_inflight_sampler(
-        self, sampler_id: str, session_id: str, model_id: str, folder: Path
-    ) -> None:
-        """Open the queue of a sampler that follows the weights of a training run.
-
-        The weights in *folder* are the newest: every sampler that follows *model_id* draws from
-        them from its next batch on.
-        """
-        with self._wake:
-            weights = SamplerWeights(f"{sampler_id}:inflight", folder)
-            for lane in self._samplers.values():
-                if lane.follows == model_id and lane.closed is None:
-                    lane.weights.samplers -= 1
-                    self._retired.append(lane.weights)
-                    weights.samplers += 1
-                    lane.weights = weights
-            self._open_sampler_locked(SamplerLane(sampler_id, session_id, weights, model_id))
-
-    def _open_sampler_locked(self, lane: SamplerLane) -> None:
-        lane.weights.samplers += 1
-        self._samplers[lane.sampler_id] = lane
-        self._enqueue_locked(lane)
+            weights = SamplerWeights(sampler_id, source.folder)
+            lane = self._lanes.get(source.key)
+            if lane is None:
+                lane = self._lanes[source.key] = SamplerLane(source.key, weights)
+            elif source.newest:
+                self._retired.append(lane.weights)
+                lane.weights, lane.wanted = weights, True
+            else:  # it has the same weights
+                self._retired.append(weights)
+            lane.samplers += 1
+            self._samplers[sampler_id] = Sampler(sampler_id, session_id, lane)
+            self._enqueue_locked(lane)
 
     def join_sampler(self, sampler_id: str) -> int:
         """Count one more client of a sampler and return its index; the first client is 0."""
         with self._lock:
-            lane = self._open_sampler_lane_locked(sampler_id)
-            lane.clones += 1
-            return lane.clones
+            sampler = self._open_sampler_locked(sampler_id)
+            sampler.clones += 1
+            return sampler.clones
 
     def has_sampler(self, sampler_id: str) -> bool:
         """True if the sampler takes requests."""
         with self._lock:
-            return sampler_id in self._samplers and self._samplers[sampler_id].closed is None
+            return sampler_id in self._samplers
 
     def submit_sample(
         self,
@@ -245,8 +235,8 @@ class Scheduler:
         With *on_done* the outcome is not polled for but passed on (see `FutureTable.create`).
         """
         with self._wake:
-            lane = self._open_sampler_lane_locked(sampler_id)
-            known = lane.seen.find(seq_id, digest)
+            sampler = self._open_sampler_locked(sampler_id)
+            known = sampler.seen.find(seq_id, digest)
             if known is not None:
                 return known
             if self._queued_samples >= self._limits.max_queued:
@@ -262,10 +252,12 @@ class Scheduler:
                 group=group if on_done is None else None,
                 on_done=on_done,
             )
-            lane.seen.add(seq_id, digest, request_id)
-            lane.queued.append(SampleJob(request_id, seq_id, request, cost, self._clock()))
+            sampler.seen.add(seq_id, digest, request_id)
+            job = SampleJob(sampler, request_id, seq_id, request, cost, self._clock())
+            sampler.jobs[request_id] = job
+            sampler.lane.queued.append(job)
             self._queued_samples += 1
-            self._enqueue_locked(lane)
+            self._enqueue_locked(sampler.lane)
             return request_id
 
     def cancel_sample(self, sampler_id: str, request_id: str) -> None:
@@ -274,14 +266,10 @@ class Scheduler:
         Nothing happens if it is done.
         """
         with self._wake:
-            lane = self._samplers.get(sampler_id)
-            if lane is not None:
-                queued = [job for job in lane.queued if job.request_id == request_id]
-                if queued:
-                    lane.queued.remove(queued[0])
-                    self._count_dequeued_locked(1)
-                else:
-                    lane.cancelled.add(request_id)
+            sampler = self._samplers.get(sampler_id)
+            job = None if sampler is None else sampler.jobs.pop(request_id, None)
+            if job is not None:
+                self._count_dequeued_locked(job.sampler.lane.drop([job]))
                 self._wake.notify()
         self._fail([request_id], "the client cancelled the request")
 
@@ -291,9 +279,12 @@ class Scheduler:
         """Fail all queued work of a session and unload its models and samplers soon."""
         failed: List[str] = []
         with self._wake:
-            for lane in self._lanes_locked():
+            for lane in self._models.values():
                 if lane.session_id == session_id and lane.closed is None:
                     failed += self._close_lane_locked(lane, why)
+            for sampler in list(self._samplers.values()):
+                if sampler.session_id == session_id:
+                    failed += self._close_sampler_locked(sampler)
         self._fail(failed, why)
 
     def why_waiting(self, owner: str, seq_id: int) -> str:
@@ -304,15 +295,12 @@ class Scheduler:
             sampler = self._samplers.get(owner)
             if sampler is None:
                 return "ending"
-            for ahead, job in enumerate(sampler.queued):
-                if job.seq_id == seq_id:
+            for ahead, job in enumerate(sampler.lane.queued):
+                if job.sampler is sampler and job.seq_id == seq_id:
                     return f"queued for the next batch, behind {ahead} other(s)"
             return "being sampled"
 
     # Under the lock
-
-    def _lanes_locked(self) -> List[AnyLane]:
-        return [*self._models.values(), *self._samplers.values()]
 
     def _open_lane_locked(self, model_id: str) -> Lane:
         lane = self._models.get(model_id)
@@ -322,26 +310,31 @@ class Scheduler:
             )
         return lane
 
-    def _open_sampler_lane_locked(self, sampler_id: str) -> SamplerLane:
-        lane = self._samplers.get(sampler_id)
-        if lane is None or lane.closed is not None or self._closing:
+    def _open_sampler_locked(self, sampler_id: str) -> Sampler:
+        sampler = self._samplers.get(sampler_id)
+        if sampler is None or self._closing:
             raise HTTPError(404, f"sampler {sampler_id} is not loaded")
-        return lane
+        return sampler
 
     def _enqueue_locked(self, lane: AnyLane) -> None:
         if lane is not self._running and lane not in self._rotation:
             self._rotation.append(lane)
         self._wake.notify()
 
-    def _close_lane_locked(self, lane: AnyLane, why: str) -> List[str]:
+    def _close_lane_locked(self, lane: Lane, why: str) -> List[str]:
         lane.closed = why
         self._enqueue_locked(lane)
-        if isinstance(lane, Lane):
-            return [job.request_id for job in lane.remove_all()]
-        failed = [job.request_id for job in lane.queued]
-        self._count_dequeued_locked(len(failed))
-        lane.queued.clear()
-        return failed
+        return [job.request_id for job in lane.remove_all()]
+
+    def _close_sampler_locked(self, sampler: Sampler) -> List[str]:
+        """Close a sampler, drop its requests, and return their ids."""
+        del self._samplers[sampler.sampler_id]
+        lane, jobs = sampler.lane, sampler.jobs
+        lane.samplers -= 1
+        self._count_dequeued_locked(lane.drop(jobs.values()))
+        sampler.jobs = {}
+        self._enqueue_locked(lane)
+        return list(jobs)
 
     def _count_dequeued_locked(self, samples: int) -> None:
         self._queued_samples -= samples
@@ -367,22 +360,24 @@ class Scheduler:
             if isinstance(lane, Lane):
                 self._run_next_job(lane)
             elif lane is not None:
-                self._sample(lane)
+                self._sampling.serve(lane)
             with self._lock:
                 self._running = None
-                retired, self._retired = self._retired, []
-                if lane is not None and self._has_work_locked(lane):
+                if isinstance(lane, SamplerLane) and lane.is_over:
+                    del self._lanes[lane.key]
+                    self._retired.append(lane.weights)
+                elif lane is not None and self._has_work_locked(lane):
                     self._rotation.append(lane)  # behind those that were queued meanwhile
+                retired, self._retired = self._retired, []
             for weights in retired:
-                self._sampling.release(weights)
+                self._sampling.remove(weights)
         self._shut_down()
 
     def _has_work_locked(self, lane: AnyLane) -> bool:
         if isinstance(lane, Lane):
             ended = lane.closed is not None and lane.model_id in self._models
             return bool(lane.ready) or ended
-        ended = lane.closed is not None and lane.sampler_id in self._samplers
-        return bool(lane.live or lane.queued) or ended
+        return bool(lane.live or lane.queued)
 
     def _do_housekeeping(self) -> float:
         now = self._clock()
@@ -435,23 +430,18 @@ class Scheduler:
         else:
             self._futures.complete(job.request_id, Success(value))
 
-    def _sample(self, lane: SamplerLane) -> None:
-        if lane.closed is None:
-            self._sampling.serve(lane)
-            return
-        self._sampling.end(lane, lane.closed)
-        with self._lock:
-            self._samplers.pop(lane.sampler_id, None)
-
     def _shut_down(self) -> None:
         why = "the server was closed"
         with self._lock:
-            lanes = self._lanes_locked()
             failed: List[str] = []
-            for lane in lanes:
+            for lane in self._models.values():
                 failed += self._close_lane_locked(lane, why)
+            for sampler in list(self._samplers.values()):
+                failed += self._close_sampler_locked(sampler)
+            retired = self._retired
         self._fail(failed, why, "server")
-        for lane in lanes:
-            if isinstance(lane, SamplerLane):
-                self._sampling.end(lane, why)
+        for weights in retired:
+            self._sampling.remove(weights)
+        for sampler_lane in self._lanes.values():
+            self._sampling.end(sampler_lane)
         log_failure("close", self._engine.close)

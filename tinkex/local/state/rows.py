@@ -9,10 +9,15 @@ import dataclasses
 import json
 import sqlite3
 from datetime import datetime, timezone
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar
 
 from tinkex.local.json_text import MAX_LEVELS, levels
 from tinkex.types import LoraConfig
+
+R = TypeVar("R")
+
+#: Columns that hold JSON.
+_JSON = frozenset({"facts", "lora", "optimizer", "user_metadata", "details"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,11 @@ class CheckpointRow:
     user_metadata: Optional[Dict[str, Any]]
 
     @property
+    def key(self) -> Tuple[str, str, str]:
+        """What identifies it: run, kind and name."""
+        return self.run_id, self.kind, self.name
+
+    @property
     def tinker_path(self) -> str:
         """The ``tinker://`` path."""
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
@@ -112,33 +122,13 @@ def _loads(text: str) -> Dict[str, Any]:
     return {name: one for name, one in value.items() if levels(texts[name]) < MAX_LEVELS}
 
 
-def _loads_optional(text: Optional[str]) -> Optional[Dict[str, Any]]:
-    return None if text is None else _loads(text)
-
-
-def session_row(row: sqlite3.Row) -> SessionRow:
-    """Read a row of the table sessions."""
-    return SessionRow(**{**dict(row), "facts": _loads(row["facts"])})
-
-
-def run_row(row: sqlite3.Row) -> RunRow:
-    """Read a row of the table runs."""
-    return RunRow(
-        **{
-            **dict(row),
-            "lora": LoraConfig.from_wire(json.loads(row["lora"])),
-            "optimizer": json.loads(row["optimizer"]),
-            "user_metadata": _loads_optional(row["user_metadata"]),
-        }
-    )
-
-
-def checkpoint_row(row: sqlite3.Row) -> CheckpointRow:
-    """Read a row of the table checkpoints."""
-    facts = {**dict(row), "public": bool(row["public"])}
-    return CheckpointRow(**{**facts, "user_metadata": _loads_optional(row["user_metadata"])})
-
-
-def audit_row(row: sqlite3.Row) -> AuditRow:
-    """Read a row of the table audit."""
-    return AuditRow(**{**dict(row), "details": json.loads(row["details"])})
+def read_row(kind: Type[R], row: sqlite3.Row) -> R:
+    """Read a row of the table of *kind*."""
+    facts: Dict[str, Any] = dict(row)
+    for name in _JSON.intersection(facts):
+        facts[name] = None if facts[name] is None else _loads(facts[name])
+    if "lora" in facts:
+        facts["lora"] = LoraConfig.from_wire(facts["lora"])
+    if "public" in facts:
+        facts["public"] = bool(facts["public"])
+    return kind(**facts)

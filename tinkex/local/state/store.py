@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, TypeVar
 
 from tinkex.local.errors import HTTPError
 from tinkex.local.state.database import Database
@@ -35,22 +35,23 @@ from tinkex.local.state.rows import (
     RunRow,
     SamplerRow,
     SessionRow,
-    audit_row,
-    checkpoint_row,
     dumps,
-    run_row,
-    session_row,
+    read_row,
     timestamp,
 )
 from tinkex.types import LoraConfig
 from tinkex.types.checkpoint_path import KINDS
+
+R = TypeVar("R")
 
 #: Checkpoint type -> path segment.
 KIND_OF = {checkpoint_type: kind for kind, checkpoint_type in KINDS.items()}
 
 _SAMPLER_FOLDER = re.compile("[0-9a-f]{32}")  # uuid4().hex
 
+_KEY = "run_id = ? AND kind = ? AND name = ?"
 _UNEXPIRED = "(checkpoints.expires_at IS NULL OR checkpoints.expires_at > ?)"
+_ONE_CHECKPOINT = f"SELECT * FROM checkpoints WHERE {_KEY}"
 _NEWEST_FIRST = "ORDER BY checkpoints.created_at DESC, checkpoints.rowid DESC"
 
 
@@ -122,17 +123,16 @@ class Store:
 
     def session(self, session_id: str) -> Optional[SessionRow]:
         """Return a session, or None."""
-        rows = self._db.rows("SELECT * FROM sessions WHERE session_id = ?", session_id)
-        return session_row(rows[0]) if rows else None
+        return self._first(SessionRow, "SELECT * FROM sessions WHERE session_id = ?", session_id)
 
     def sessions(self, limit: int, offset: int) -> List[SessionRow]:
         """Return sessions, newest first."""
         sql = "SELECT * FROM sessions ORDER BY created_at DESC, rowid DESC LIMIT ? OFFSET ?"
-        return [session_row(row) for row in self._db.rows(sql, limit, offset)]
+        return self._find(SessionRow, sql, limit, offset)
 
     def all_sessions(self) -> List[SessionRow]:
         """Return every session."""
-        return [session_row(row) for row in self._db.rows("SELECT * FROM sessions")]
+        return self._find(SessionRow, "SELECT * FROM sessions")
 
     def checkpoint_totals(self, session_id: str) -> Tuple[int, int]:
         """Return how many checkpoints the runs of a session have, and their bytes."""
@@ -169,8 +169,7 @@ class Store:
 
     def run(self, run_id: str) -> Optional[RunRow]:
         """Return a run, or None."""
-        rows = self._db.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
-        return run_row(rows[0]) if rows else None
+        return self._first(RunRow, "SELECT * FROM runs WHERE run_id = ?", run_id)
 
     def runs(
         self, limit: int, offset: int, project_id: Optional[str] = None
@@ -184,8 +183,7 @@ class Store:
         sql = (
             f"SELECT runs.* {found} ORDER BY last_request_at DESC, runs.rowid DESC LIMIT ? OFFSET ?"
         )
-        rows = self._db.rows(sql, project_id, project_id, limit, offset)
-        return [run_row(row) for row in rows], total
+        return self._find(RunRow, sql, project_id, project_id, limit, offset), total
 
     def runs_of(self, session_id: str) -> List[str]:
         """Return the ids of a session's runs, oldest first."""
@@ -214,8 +212,7 @@ class Store:
 
     def sampler(self, sampler_id: str) -> Optional[SamplerRow]:
         """Return a sampling session, or None."""
-        rows = self._db.rows("SELECT * FROM samplers WHERE sampler_id = ?", sampler_id)
-        return SamplerRow(*rows[0]) if rows else None
+        return self._first(SamplerRow, "SELECT * FROM samplers WHERE sampler_id = ?", sampler_id)
 
     def samplers_of(self, session_id: str) -> List[str]:
         """Return the ids of a session's samplers, oldest first."""
@@ -289,8 +286,7 @@ class Store:
         now = self.wall()
         folder = str(final.relative_to(self.data_dir))
         expires_at = None if ttl_s is None else now + ttl_s
-        sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
-        replaced = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
+        replaced = self._first(CheckpointRow, _ONE_CHECKPOINT, run_id, kind, name)
         self._db.execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
             run_id, kind, name, now, folder, size, expires_at, dumps(user_metadata),
@@ -302,8 +298,8 @@ class Store:
             size_bytes=size,
             expires_at=_timestamp(expires_at),
         )
-        for old in replaced:
-            shutil.rmtree(self.folder_of(old), ignore_errors=True)
+        if replaced is not None:
+            shutil.rmtree(self.folder_of(replaced), ignore_errors=True)
 
     def check_name_free(self, run_id: str, kind: str, name: str, overwrite: bool) -> None:
         """Raise HTTPError (409) if the checkpoint exists and must not be overwritten."""
@@ -316,16 +312,13 @@ class Store:
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> Optional[CheckpointRow]:
         """Return a checkpoint, or None; an expired one counts as gone."""
-        sql = "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?"
-        found = [checkpoint_row(row) for row in self._db.rows(sql, run_id, kind, name)]
-        if found and found[0].expires_at is not None and found[0].expires_at <= self.wall():
-            return None
-        return found[0] if found else None
+        sql = f"{_ONE_CHECKPOINT} AND {_UNEXPIRED}"
+        return self._first(CheckpointRow, sql, run_id, kind, name, self.wall())
 
     def checkpoints_of(self, run_id: str) -> List[CheckpointRow]:
         """Return a run's checkpoints, newest first."""
         sql = f"SELECT * FROM checkpoints WHERE run_id = ? AND {_UNEXPIRED} {_NEWEST_FIRST}"
-        return [checkpoint_row(row) for row in self._db.rows(sql, run_id, self.wall())]
+        return self._find(CheckpointRow, sql, run_id, self.wall())
 
     def last_checkpoint(self, run_id: str, kind: str) -> Optional[CheckpointRow]:
         """Return a run's newest checkpoint of *kind*, or None."""
@@ -333,15 +326,14 @@ class Store:
             f"SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND {_UNEXPIRED} "
             f"{_NEWEST_FIRST} LIMIT 1"
         )
-        rows = self._db.rows(sql, run_id, kind, self.wall())
-        return checkpoint_row(rows[0]) if rows else None
+        return self._first(CheckpointRow, sql, run_id, kind, self.wall())
 
     def checkpoints(self, limit: int, offset: int) -> Tuple[List[CheckpointRow], int]:
         """Return a page of all checkpoints, newest first, and how many there are."""
         now = self.wall()
         total = self._db.rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
         sql = f"SELECT * FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-        return [checkpoint_row(row) for row in self._db.rows(sql, now, limit, offset)], total
+        return self._find(CheckpointRow, sql, now, limit, offset), total
 
     def folder_of(self, checkpoint: CheckpointRow) -> Path:
         """Return the folder that holds a checkpoint's files."""
@@ -376,27 +368,21 @@ class Store:
         self._audit_checkpoint(checkpoint, event)
 
     def _forget_checkpoint(self, checkpoint: CheckpointRow) -> None:
-        self._db.execute(
-            "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ? AND folder = ?",
-            checkpoint.run_id, checkpoint.kind, checkpoint.name, checkpoint.folder,
-        )  # fmt: skip
+        sql = f"DELETE FROM checkpoints WHERE {_KEY} AND folder = ?"
+        self._db.execute(sql, *checkpoint.key, checkpoint.folder)
 
     def set_public(self, checkpoint: CheckpointRow, public: bool) -> None:
         """Mark a checkpoint as published or not."""
-        self._db.execute(
-            "UPDATE checkpoints SET public = ? WHERE run_id = ? AND kind = ? AND name = ?",
-            int(public), checkpoint.run_id, checkpoint.kind, checkpoint.name,
-        )  # fmt: skip
+        sql = f"UPDATE checkpoints SET public = ? WHERE {_KEY}"
+        self._db.execute(sql, int(public), *checkpoint.key)
         event = "checkpoint.published" if public else "checkpoint.unpublished"
         self._audit_checkpoint(checkpoint, event)
 
     def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
         """Have a checkpoint expire *ttl_s* from now; None keeps it."""
         expires_at = None if ttl_s is None else self.wall() + ttl_s
-        self._db.execute(
-            "UPDATE checkpoints SET expires_at = ? WHERE run_id = ? AND kind = ? AND name = ?",
-            expires_at, checkpoint.run_id, checkpoint.kind, checkpoint.name,
-        )  # fmt: skip
+        sql = f"UPDATE checkpoints SET expires_at = ? WHERE {_KEY}"
+        self._db.execute(sql, expires_at, *checkpoint.key)
         self._audit_checkpoint(
             checkpoint, "checkpoint.ttl_changed", expires_at=_timestamp(expires_at)
         )
@@ -404,8 +390,8 @@ class Store:
     def drop_expired_checkpoints(self) -> None:
         """Delete the checkpoints whose time has come."""
         sql = "SELECT * FROM checkpoints WHERE expires_at <= ?"
-        for row in self._db.rows(sql, self.wall()):
-            self.delete_checkpoint(checkpoint_row(row), "checkpoint.expired")
+        for row in self._find(CheckpointRow, sql, self.wall()):
+            self.delete_checkpoint(row, "checkpoint.expired")
 
     def restore_reserve(self) -> None:
         """Keep room on the disk for changes again, after some was used on a full disk."""
@@ -422,7 +408,7 @@ class Store:
             "SELECT * FROM audit WHERE at >= ? AND at < ? AND (? IS NULL OR event_type = ?) "
             "ORDER BY at, rowid"
         )
-        return [audit_row(row) for row in self._db.rows(sql, start, stop, event_type, event_type)]
+        return self._find(AuditRow, sql, start, stop, event_type, event_type)
 
     def _audit_checkpoint(self, checkpoint: CheckpointRow, event: str, **details: Any) -> None:
         details = {"checkpoint_type": KINDS[checkpoint.kind], **details}
@@ -442,6 +428,13 @@ class Store:
         )  # fmt: skip
 
     # Below
+
+    def _find(self, kind: Type[R], sql: str, *values: Any) -> List[R]:
+        return [read_row(kind, row) for row in self._db.rows(sql, *values)]
+
+    def _first(self, kind: Type[R], sql: str, *values: Any) -> Optional[R]:
+        found = self._find(kind, sql, *values)
+        return found[0] if found else None
 
     def _tidy(self, *, remove_orphans: bool) -> None:
         """After a restart: no session lives, and no weights are kept without their row.

@@ -9,7 +9,7 @@ writes one column.  A prompt's n samples share its prefill.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +37,14 @@ class PrefillPiece:
         start: position of the first column; column c is position start + c.
         features: the network's features, shape (rows, columns, d); padding is garbage.
         cache: keys and values of these prompts so far.
+        is_last: all prompts are computed.
     """
 
     prompts: List[int]
     start: int
     features: torch.Tensor
     cache: Any
+    is_last: bool
 
     def end_of(self, row: int, prompt_length: int) -> Optional[torch.Tensor]:
         """Return a copy of the features (d,) of the prompt's last token, if it is in this piece."""
@@ -64,7 +66,8 @@ def prefill(
     The prompts are computed as the beginnings of sequences with *more_tokens* more.  The caller
     drops each piece before it asks for the next one, so that one is in memory at a time.
     """
-    for group in plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS):
+    groups = plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS)
+    for number, group in enumerate(groups, 1):
         lengths = [prompts[index].size + more_tokens for index in group]
         longest = max(prompts[index].size for index in group)
         padded = np.zeros((len(group), longest), dtype=np.int64)
@@ -85,7 +88,16 @@ def prefill(
                     positions=positions.repeat(len(group), 1),  # XGLM writes into it
                 ),
                 cache,
+                is_last=number == len(groups) and start + piece_tokens >= longest,
             )
+
+
+class Source(NamedTuple):
+    """Where the keys and values of a row come from: a row of *cache*, which begins with them."""
+
+    cache: Any
+    row: int
+    length: int
 
 
 class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to mypy
@@ -123,12 +135,6 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
         self.keys[row, :, first_column:] = layer.keys[source, :, :length]
         self.values[row, :, first_column:] = layer.values[source, :, :length]
 
-    def keep(self, rows: torch.Tensor, first_column: int) -> None:
-        self._keys = self._keys[rows, :, first_column:]
-        self._values = self._values[rows, :, first_column:]
-        self._filled -= first_column
-        self._show()
-
 
 def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
     rows, heads, old, size = buffer.shape
@@ -140,35 +146,52 @@ def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 class DecodeBatch:
     """Rows that are continued one token at a time.
 
-    *sources* holds for each row which (cache, row of it, prompt length) it starts from.  A row may
-    go on after it has ended, beyond *context_length* even; its logits mean nothing then.
+    A row may go on after it has ended, beyond *context_length* even; its logits mean nothing then.
     """
 
-    def __init__(
-        self, network: Network, sources: Sequence[Tuple[Any, int, int]], context_length: int
-    ) -> None:
+    def __init__(self, network: Network, context_length: int) -> None:
         self._network = network
         self._context_length = context_length
-        width = max(length for _, _, length in sources)
-        self._filled = width
+        self._filled = 0
         # First real column of each row; what is left of it is padding.
-        self._starts = [width - length for _, _, length in sources]
-        layers = range(len(sources[0][0].layers))
-        self._cache = Cache(layers=[self._gather(layer, sources, width) for layer in layers])
+        self._starts: List[int] = []
+        self._cache = Cache(layers=[])
 
-    def _gather(
-        self, layer: int, sources: Sequence[Tuple[Any, int, int]], width: int
+    def regroup(self, kept: Sequence[int], added: Sequence[Source]) -> None:
+        """Keep the rows *kept*, in this order, and put a row for each of *added* behind them.
+
+        This copies the cache, without the columns that only dropped rows have used.
+        """
+        lengths = [self._filled - self._starts[row] for row in kept]
+        width = max([*lengths, *(source.length for source in added)], default=0)
+        if not kept:
+            layers = added[0].cache.layers if added else []
+            self._cache = Cache(layers=[DynamicLayer() for _ in layers])
+        for place in range(len(self._cache.layers)):  # one at a time: the cache is large
+            self._cache.layers[place] = self._copied(kept, added, place, width)
+        self._filled = width
+        self._starts = [width - length for length in lengths]
+        self._starts += [width - source.length for source in added]
+
+    def _copied(
+        self, kept: Sequence[int], added: Sequence[Source], place: int, width: int
     ) -> DynamicLayer:
-        if sources[0][0].layers[layer].keys is None:  # a layer of the model without attention
+        """Return one layer of the cache for these rows."""
+        own = self._cache.layers[place] if kept else added[0].cache.layers[place]
+        if own.keys is None:  # a layer of the model without attention
             return DynamicLayer()
+        chosen = torch.tensor(kept, dtype=torch.long, device=self._network.device)
         halves = []
         for name in ("keys", "values"):
-            some = getattr(sources[0][0].layers[layer], name)
-            shape = (len(sources), some.shape[1], width + _SPARE_COLUMNS, some.shape[3])
+            some = getattr(own, name)
+            shape = (len(kept) + len(added), some.shape[1], width + _SPARE_COLUMNS, some.shape[3])
             # Zeros, because what is masked out is still multiplied by zero, and 0 * NaN is NaN.
             buffer = some.new_zeros(shape)
-            for row, (cache, source, length) in enumerate(sources):
-                held = getattr(cache.layers[layer], name)
+            if kept:
+                columns = min(width, self._filled)
+                buffer[: len(kept), :, width - columns : width] = some[chosen, :, -columns:]
+            for row, (cache, source, length) in enumerate(added, len(kept)):
+                held = getattr(cache.layers[place], name)
                 buffer[row, :, width - length : width] = held[source, :, :length]
             halves.append(buffer)
         return _Columns(halves[0], halves[1], width)
@@ -212,14 +235,3 @@ class DecodeBatch:
         for own, other in zip(self._cache.layers, cache.layers):
             if isinstance(own, _Columns):
                 own.put(row, self._starts[row], other, source)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, and the columns that only the dropped ones used."""
-        self._starts = [self._starts[row] for row in rows]
-        first = min(self._starts)
-        self._starts = [start - first for start in self._starts]
-        self._filled -= first
-        chosen = torch.tensor(rows, device=self._network.device)
-        for layer in self._cache.layers:
-            if isinstance(layer, _Columns):
-                layer.keep(chosen, first)

@@ -27,13 +27,12 @@ from typing import (
 import numpy as np
 import torch
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines import models
 from tinkex.local.engines.engine import EngineError, EngineInfo, Finished
+from tinkex.local.engines.inputs import check_batch, check_loss, check_values
 from tinkex.local.engines.torch_engine import adapter_files
 from tinkex.local.engines.torch_engine.adam import Adam, global_norm
 from tinkex.local.engines.torch_engine.adapters import Adapter, AdapterPool
-from tinkex.local.engines.torch_engine.batching import check_batch, check_loss
 from tinkex.local.engines.torch_engine.loading import load_network
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
@@ -148,10 +147,7 @@ class TorchEngine:
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
-        try:
-            lora.check()
-        except InvalidInputError as error:
-            raise EngineError(error.message) from error
+        check_values(lora)
         if model_id in self._runs:
             raise EngineError(f"model {model_id} exists already")
         adapter = self._pool.add(self._pool.make_config(lora), lora.seed)
@@ -212,10 +208,7 @@ class TorchEngine:
         Returns ``grad_norm`` (before clipping) and ``step`` (how many steps so far).
         """
         run = self._run(model_id)
-        try:
-            params.check()
-        except InvalidInputError as error:
-            raise EngineError(error.message) from error
+        check_values(params)
         return run.optimizer.step(params)
 
     def _run(self, model_id: str) -> _Run:

@@ -35,56 +35,17 @@ sequence form times the number of tokens; dro is the per-token form of Direct Re
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Callable, Dict, Mapping, Optional, Tuple
+from typing import Callable, Dict, Mapping
 
 import torch
+
+from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, LOSSES
 
 Inputs = Mapping[str, torch.Tensor]
 Config = Mapping[str, float]
 
-CLIP_LOW = "clip_low_threshold"
-CLIP_HIGH = "clip_high_threshold"
-SEQUENCE_MASK = "sequence_ratio_mask"
-
-#: Among the inputs of a loss that is `Loss.by_sequence`: log s of the sequence that a token is in.
+#: Among the inputs of a loss that reads the ratio of the sequence: log s of the token's sequence.
 SEQUENCE_LOG_RATIO = "sequence_log_ratio"
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """One loss: its formula, and what it reads.
-
-    Attributes:
-        per_token: ``(lp, inputs, config) -> loss of each token``, all of one shape, float32.
-        required: per-token inputs besides ``target_tokens`` that must be given.
-        defaults: per-token inputs that may be left out, and what they are then: the
-            configuration key of the same name if it is given, else this value.
-        config: configuration keys, and their defaults.
-        gate: the input whose zeros take a token out (no loss, no gradient), if there is one;
-            apply it with `Loss.of`, since 0 times an infinite log-probability is not 0.
-        ranks: how many dimensions ``target_tokens`` may have.
-        by_sequence: it reads SEQUENCE_LOG_RATIO, which takes the log-probabilities of all tokens
-            of a datum.
-    """
-
-    per_token: Callable[[torch.Tensor, Inputs, Config], torch.Tensor]
-    required: Tuple[str, ...]
-    defaults: Mapping[str, float]
-    config: Mapping[str, float]
-    gate: Optional[str] = None
-    ranks: Tuple[int, ...] = (1,)
-    by_sequence: bool = False
-
-    @property
-    def inputs(self) -> Tuple[str, ...]:
-        """Every per-token input besides ``target_tokens``."""
-        return (*self.required, *self.defaults)
-
-    def of(self, lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-        """Return the loss of each token, in the shape of *lp*."""
-        losses = self.per_token(lp, inputs, config)
-        return losses if self.gate is None else losses.masked_fill(inputs[self.gate] == 0, 0.0)
 
 
 # The largest exponent whose exponential float32 can hold.
@@ -138,22 +99,19 @@ def _dro(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     return -(lp * inputs["advantages"] - 0.5 * config["beta"] * drift * drift)
 
 
-_SAMPLED = ("logprobs", "advantages")
-_CLIP = {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}
-_SEQUENCE_CLIP = {CLIP_LOW: 1 - 3e-4, CLIP_HIGH: 1 + 4e-4}
-
-LOSS_TABLE: Dict[str, Loss] = {
-    "cross_entropy": Loss(_cross_entropy, (), {"weights": 1.0}, {}, "weights", (1, 2)),
-    "importance_sampling": Loss(_importance_sampling, _SAMPLED, {}, {}, "advantages"),
-    "ppo": Loss(_ppo, _SAMPLED, _CLIP, _CLIP, "advantages"),
-    "cispo": Loss(_cispo, _SAMPLED, _CLIP, _CLIP, "advantages"),
-    "gspo": Loss(
-        _gspo,
-        _SAMPLED,
-        {**_SEQUENCE_CLIP, SEQUENCE_MASK: 1.0},
-        _SEQUENCE_CLIP,
-        "advantages",
-        by_sequence=True,
-    ),
-    "dro": Loss(_dro, _SAMPLED, {}, {"beta": 0.05}),
+_PER_TOKEN: Dict[str, Callable[[torch.Tensor, Inputs, Config], torch.Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "importance_sampling": _importance_sampling,
+    "ppo": _ppo,
+    "cispo": _cispo,
+    "gspo": _gspo,
+    "dro": _dro,
 }
+
+
+def token_losses(loss_fn: str, lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    """Return the loss of each token, float32, in the shape of *lp* and of all *inputs*."""
+    losses = _PER_TOKEN[loss_fn](lp, inputs, config)
+    gate = LOSSES[loss_fn].gate
+    # 0 times an infinite log-probability is not 0.
+    return losses if gate is None else losses.masked_fill(inputs[gate] == 0, 0.0)

@@ -8,9 +8,8 @@ from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.errors import InvalidInputError
 from tinkex.local.engines.engine import EngineError, EngineInfo, StreamingRequest
-from tinkex.local.engines.torch_engine.batching import check_tokens
+from tinkex.local.engines.inputs import check_sample, prompt_targets
 from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.prompt_scores import PromptScores, as_asked
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse, TensorData, TopkLogprobs
@@ -79,7 +78,7 @@ class StopRule:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A checked request and its results so far."""
+    """A checked request and its results so far; nothing is to come of it once it is *dropped*."""
 
     index: int
     request: SampleRequest
@@ -89,39 +88,29 @@ class Job:
     open_sequences: int
     sequences: List[Optional[SampledSequence]]
     prompt_scores: Optional[PromptScores]
+    dropped: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and its longest continuation."""
+        return self.prompt.size + self.limit
 
 
 def check_request(
     index: int, request: SampleRequest, vocabulary: Vocabulary, info: EngineInfo
 ) -> Job:
-    prompt = check_tokens(request.prompt, info)
+    prompt, room = check_sample(request, info)
     params = request.sampling_params
-    try:
-        params.check()
-    except InvalidInputError as error:
-        raise EngineError(error.message) from error
-    if request.num_samples < 1:
-        raise EngineError(f"num_samples is {request.num_samples}; it must be at least 1")
-    room = info.context_length - prompt.size
     limit = room if params.max_tokens is None else params.max_tokens
-    if limit > room or room < 1:
-        asked = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
+    if limit > room:
         raise EngineError(
-            f"a prompt of {prompt.size} tokens{asked}: the context of {info.model_name} holds "
-            f"{info.context_length} tokens. Shorten the prompt or lower max_tokens"
-        )
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if not 0 <= getattr(request, name) <= info.vocab_size:
-            raise EngineError(f"{name} must lie in 0 to {info.vocab_size}")
-    last = request.prompt_logprobs_last_n
-    if last is not None and not 1 <= last <= max(1, prompt.size - 1):
-        raise EngineError(
-            f"prompt_logprobs_last_n is {last}; a prompt of {prompt.size} tokens has "
-            f"{prompt.size - 1} logprobs"
+            f"a prompt of {prompt.size} tokens and max_tokens {limit}: the context of "
+            f"{info.model_name} holds {info.context_length} tokens. Shorten the prompt or lower "
+            "max_tokens"
         )
     if request.prompt_alt_tokens_k:
         raise EngineError("prompt_alt_tokens_k is not supported by this server; leave it at 0")
-    targets = _check_target_prompt(request.target_prompt_logprobs, prompt.size, info)
+    targets = prompt_targets(request, info)
     scores: Optional[PromptScores] = None
     if request.prompt_logprobs or request.topk_prompt_logprobs or targets is not None:
         scores = PromptScores(request, prompt, targets)
@@ -130,25 +119,6 @@ def check_request(
         stop = dataclasses.replace(stop, tokens=stop.tokens | vocabulary.eos_tokens)
     count = request.num_samples
     return Job(index, request, prompt, stop, limit, count, [None] * count, scores)
-
-
-def _check_target_prompt(
-    tensor: Optional[TensorData], length: int, info: EngineInfo
-) -> Optional[npt.NDArray[np.int64]]:
-    """Token ids (length - 1, k) to score at each prompt position; -1 is none."""
-    if tensor is None:
-        return None
-    targets = tensor.to_numpy(pad_value=-1)
-    if tensor.dtype != "int64" or targets.ndim != 2 or targets.shape[0] != length - 1:
-        raise EngineError(
-            f"target_prompt_logprobs is {tensor.dtype} of shape {targets.shape}; it must be int64 "
-            f"of shape ({length - 1}, k): one row per prompt token except the first"
-        )
-    if targets.size and not -1 <= int(targets.min()) <= int(targets.max()) < info.vocab_size:
-        raise EngineError(
-            f"target_prompt_logprobs holds a token outside -1 to {info.vocab_size - 1}"
-        )
-    return targets.astype(np.int64, copy=False)
 
 
 def response_of(job: Job) -> SampleResponse:

@@ -1,14 +1,17 @@
 """Runs sample requests as one batch, a slice at a time.
 
 A SampleRun is a state machine that the engine advances; each advance is about 8 tokens of every
-row, or one piece of prefill.  What a row draws depends on its own request, seed and sample number
-only, not on what else is in the batch (up to float rounding of the matrix products).
+row, or one piece of prefill, alternately if there is both.  Requests that come while it runs are
+prefilled and join the rows; those that end leave them.  What a row draws depends on its own
+request, seed and sample number only, not on what else is in the batch (up to float rounding of
+the matrix products).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Container, Dict, Generator, List, Optional, Sequence, Tuple
+from collections import deque
+from typing import Container, Deque, Dict, Generator, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,7 +23,12 @@ from tinkex.local.engines.engine import (
     SampledToken,
     StreamingRequest,
 )
-from tinkex.local.engines.torch_engine.decoding import DecodeBatch, PrefillPiece, prefill
+from tinkex.local.engines.torch_engine.decoding import (
+    DecodeBatch,
+    PrefillPiece,
+    Source,
+    prefill,
+)
 from tinkex.local.engines.torch_engine.drawing import draw
 from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.network import Network
@@ -35,8 +43,9 @@ from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
 #: Decode steps of one slice.
 SLICE_STEPS = 8
 
-#: Most tokens (prompt and longest continuation, all rows) of one decode batch; more wait.
-WAVE_TOKENS = 131072
+#: Most tokens of one decode batch, counting each row as long as the longest (prompt and longest
+#: continuation); more rows wait.
+BATCH_TOKENS = 131072
 
 # Rows that ended leave the batch once this share of it is idle: leaving copies the cache.
 _IDLE_SHARE = 0.25
@@ -55,6 +64,11 @@ class _Sequence:
     top_tokens: List[List[int]] = dataclasses.field(default_factory=list)
     top_logprobs: List[List[float]] = dataclasses.field(default_factory=list)
     stop_reason: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """True if no more tokens are to be drawn."""
+        return bool(self.stop_reason) or self.job.dropped
 
     def report(self) -> None:
         """Report the newest token, if the request follows them."""
@@ -89,6 +103,9 @@ class SampleRun:
 
     Call `advance` under ``torch.inference_mode`` and with the sampler's adapter active, until
     `done`.
+
+    Args:
+        requests: those that are appended meanwhile join with the next slice.
     """
 
     def __init__(
@@ -99,15 +116,15 @@ class SampleRun:
         requests: Sequence[SampleRequest],
     ) -> None:
         self._network = network
-        self._context_length = info.context_length
+        self._vocabulary = vocabulary
+        self._info = info
+        self._requests = requests
+        self._taken = 0  # of the requests
         self._finished: List[Finished] = []
-        self._jobs: Dict[int, Job] = {}
-        for index, request in enumerate(requests):
-            try:
-                self._jobs[index] = check_request(index, request, vocabulary, info)
-            except EngineError as error:
-                self._finished.append((index, error))
-        self._waves = _plan_waves(list(self._jobs.values()), vocabulary)
+        self._jobs: Dict[int, Job] = {}  # not finished
+        self._waiting: Deque[_Sequence] = deque()
+        self._rows: List[_Sequence] = []  # of the decode batch
+        self._batch = DecodeBatch(network, info.context_length)
         self._steps = self._run()
         self.done = False
 
@@ -120,15 +137,8 @@ class SampleRun:
 
     def drop(self, dropped: Container[int]) -> None:
         """End the requests whose index is in *dropped*, without a result."""
-        gone = [index for index in self._jobs if index in dropped]
-        if not gone:
-            return
-        for index in gone:
-            del self._jobs[index]
-        for wave in self._waves:
-            for sequence in wave:
-                if sequence.job.index in gone and not sequence.stop_reason:
-                    sequence.stop_reason = "dropped"
+        for index in [index for index in self._jobs if index in dropped]:
+            self._jobs.pop(index).dropped = True
 
     def abandon(self, error: EngineError) -> List[Finished]:
         """Give up; return what is finished, and *error* for every request that is not."""
@@ -138,38 +148,80 @@ class SampleRun:
 
     def _run(self) -> Generator[bool, None, None]:
         """Do all the work, yielding True after each slice."""
-        for planned in self._waves:
-            wave = [sequence for sequence in planned if not sequence.stop_reason]
-            if not wave:  # all of them were dropped
-                continue
-            jobs: List[Job] = []
-            for sequence in wave:
-                if not jobs or jobs[-1] is not sequence.job:
-                    jobs.append(sequence.job)
-            sources: Dict[int, Tuple[Any, int, int]] = {}
-            ends: Dict[int, torch.Tensor] = {}
-            for piece in prefill(self._network, [job.prompt for job in jobs]):
-                for row, number in enumerate(piece.prompts):
-                    self._take(piece, row, jobs[number], sources, ends)
-                del piece  # before the next one is computed
+        joining: Optional[Generator[bool, None, None]] = None
+        while True:
+            self._take_requests()
+            if joining is None:
+                admitted = self._admit()
+                joining = self._join(admitted) if admitted else None
+            if joining is not None:
+                if next(joining, None) is None:
+                    joining = None
                 yield True
-            batch = DecodeBatch(
-                self._network, [sources[s.job.index] for s in wave], self._context_length
-            )
-            # One pass through the output layer for all prompts: it is the largest matrix.
-            scores = self._network.logits(torch.stack([ends[job.index] for job in jobs]))
-            numbers = {job.index: number for number, job in enumerate(jobs)}
-            logits = scores[[numbers[sequence.job.index] for sequence in wave]]
-            del sources, ends  # the prefill's cache is as large as the prompts
-            yield from self._decode(wave, batch, logits)
+            if self._rows:
+                yield from self._decode()
+                yield True
+            elif joining is None and not self._waiting and self._taken == len(self._requests):
+                return
 
-    def _take(
+    def _take_requests(self) -> None:
+        """Check the requests that came since, and have their sequences wait."""
+        for index in range(self._taken, len(self._requests)):
+            try:
+                job = check_request(index, self._requests[index], self._vocabulary, self._info)
+            except EngineError as error:
+                self._finished.append((index, error))
+                continue
+            self._jobs[index] = job
+            self._waiting.extend(_sequences_of(job, self._vocabulary))
+        self._taken = len(self._requests)
+
+    def _admit(self) -> List[_Sequence]:
+        """Remove and return the waiting sequences for which there is room, and one in any case."""
+        lengths = [row.job.length for row in self._rows if not row.ended]
+        count, longest = len(lengths), max(lengths, default=0)
+        admitted: List[_Sequence] = []
+        while self._waiting:
+            sequence = self._waiting[0]
+            if not sequence.ended:
+                count, longest = count + 1, max(longest, sequence.job.length)
+                if count > 1 and count * longest > BATCH_TOKENS:
+                    break
+                admitted.append(sequence)
+            self._waiting.popleft()
+        return admitted
+
+    def _join(self, admitted: List[_Sequence]) -> Generator[bool, None, None]:
+        """Prefill, draw the first tokens, and have what goes on join the rows.
+
+        Yields True between pieces of prefill.
+        """
+        jobs = list(dict.fromkeys(sequence.job for sequence in admitted))
+        sources: Dict[Job, Source] = {}
+        ends: Dict[Job, torch.Tensor] = {}
+        for piece in prefill(self._network, [job.prompt for job in jobs]):
+            for row, number in enumerate(piece.prompts):
+                self._take_piece(piece, row, jobs[number], sources, ends)
+            is_last = piece.is_last
+            del piece  # before the next one is computed
+            if not is_last:
+                yield True
+        # One pass through the output layer for all prompts: it is the largest matrix.
+        scores = self._network.logits(torch.stack([ends[job] for job in jobs]))
+        numbers = {job: number for number, job in enumerate(jobs)}
+        self._extend(admitted, scores[[numbers[sequence.job] for sequence in admitted]])
+        going = [sequence for sequence in admitted if not sequence.ended]
+        if going:
+            self._regroup([sources[sequence.job] for sequence in going])
+            self._rows += going
+
+    def _take_piece(
         self,
         piece: PrefillPiece,
         row: int,
         job: Job,
-        sources: Dict[int, Tuple[Any, int, int]],
-        ends: Dict[int, torch.Tensor],
+        sources: Dict[Job, Source],
+        ends: Dict[Job, torch.Tensor],
     ) -> None:
         """Note the results of *piece* for *job*: prompt scores; at its end, the features."""
         if job.prompt_scores is not None:
@@ -177,31 +229,31 @@ class SampleRun:
             job.prompt_scores.add(self._network, piece.start, features)
         end = piece.end_of(row, job.prompt.size)
         if end is not None:
-            sources[job.index] = (piece.cache, row, job.prompt.size)
-            ends[job.index] = end
+            sources[job] = Source(piece.cache, row, job.prompt.size)
+            ends[job] = end
 
-    def _decode(
-        self, wave: List[_Sequence], batch: DecodeBatch, logits: torch.Tensor
-    ) -> Generator[bool, None, None]:
-        rows: List[_Sequence] = list(wave)
-        for step in range(1, 1 << 62):
-            self._extend(rows, logits)
-            alive = [row for row, sequence in enumerate(rows) if not sequence.stop_reason]
-            if not alive:
-                yield True
+    def _regroup(self, added: Sequence[Source] = ()) -> None:
+        """Take the rows that have ended out of the decode batch, and put *added* into it."""
+        alive = [row for row, sequence in enumerate(self._rows) if not sequence.ended]
+        self._batch.regroup(alive, added)
+        self._rows = [self._rows[row] for row in alive]
+
+    def _decode(self) -> Generator[bool, None, None]:
+        """Draw as many tokens for each row as a slice has."""
+        for _ in range(SLICE_STEPS):
+            yield from self._update()
+            logits = self._batch.step([sequence.tokens[-1] for sequence in self._rows])
+            self._extend(self._rows, logits)
+            ended = sum(sequence.ended for sequence in self._rows)
+            if ended >= max(1, _IDLE_SHARE * len(self._rows)):
+                self._regroup()
+            if not self._rows:
                 return
-            if len(rows) - len(alive) >= max(1, _IDLE_SHARE * len(rows)):
-                batch.keep(alive)
-                rows = [rows[row] for row in alive]
-            if step % SLICE_STEPS == 0:
-                yield True
-            yield from self._update(rows, batch)
-            # A row that was dropped before its first token is carried along with any token.
-            logits = batch.step([row.tokens[-1] if row.tokens else 0 for row in rows])
 
-    def _update(self, rows: List[_Sequence], batch: DecodeBatch) -> Generator[bool, None, None]:
+    def _update(self) -> Generator[bool, None, None]:
         """Compute again the rows that grow into a length with other rotary frequencies."""
-        outdated = [row for row in batch.outdated() if not rows[row].stop_reason]
+        rows = self._rows
+        outdated = [row for row in self._batch.outdated() if not rows[row].ended]
         texts = [
             np.append(rows[row].job.prompt, rows[row].tokens[:-1]).astype(np.int32)
             for row in outdated
@@ -209,17 +261,17 @@ class SampleRun:
         for piece in prefill(self._network, texts, more_tokens=1):
             for source, index in enumerate(piece.prompts):
                 if piece.end_of(source, texts[index].size) is not None:
-                    batch.replace(outdated[index], piece.cache, source)
+                    self._batch.replace(outdated[index], piece.cache, source)
             del piece
             yield True
 
     def _extend(self, rows: List[_Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each row that has not ended."""
         params = [sequence.job.request.sampling_params for sequence in rows]
-        uniforms = [0.0 if sequence.stop_reason else sequence.random.random() for sequence in rows]
+        uniforms = [0.0 if sequence.ended else sequence.random.random() for sequence in rows]
         tokens, logprobs = draw(logits, params, uniforms)
         for row, sequence in enumerate(rows):
-            if sequence.stop_reason:
+            if sequence.ended:
                 continue
             sequence.tokens.append(tokens[row])
             sequence.logprobs.append(logprobs[row])
@@ -241,21 +293,11 @@ class SampleRun:
                 del self._jobs[sequence.job.index]
 
 
-def _plan_waves(jobs: Sequence[Job], vocabulary: Vocabulary) -> List[List[_Sequence]]:
-    """Lay the sequences of *jobs* out in batches that fit into memory together."""
-    waves: List[List[_Sequence]] = []
-    room = 0
-    for job in jobs:
-        needed = job.prompt.size + job.limit
-        seed = job.request.sampling_params.seed
-        entropy = None if seed is None else seed & 0xFFFFFFFFFFFFFFFF
-        for number in range(job.request.num_samples):
-            words = None if entropy is None else [entropy, number]
-            text = job.stop.follow(job.prompt, vocabulary)
-            sequence = _Sequence(job, number, np.random.default_rng(words), text)
-            if not waves or needed > room:
-                waves.append([])
-                room = WAVE_TOKENS
-            waves[-1].append(sequence)
-            room -= needed
-    return waves
+def _sequences_of(job: Job, vocabulary: Vocabulary) -> Iterator[_Sequence]:
+    """Yield the sequences of *job*, each with its own random numbers."""
+    seed = job.request.sampling_params.seed
+    entropy = None if seed is None else seed & 0xFFFFFFFFFFFFFFFF
+    for number in range(job.request.num_samples):
+        words = None if entropy is None else [entropy, number]
+        text = job.stop.follow(job.prompt, vocabulary)
+        yield _Sequence(job, number, np.random.default_rng(words), text)

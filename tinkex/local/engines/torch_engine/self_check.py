@@ -7,13 +7,13 @@ in a fraction of a second what would otherwise make every sample fail or, worse,
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from tinkex.local.engines.torch_engine.decoding import DecodeBatch, prefill
+from tinkex.local.engines.torch_engine.decoding import DecodeBatch, Source, prefill
 from tinkex.local.engines.torch_engine.network import Network
 
 # Tokens of the two rows.  The second row is the beginning of the first.
@@ -43,7 +43,7 @@ def find_difference(network: Network) -> Optional[str]:
         return "a token's logits depend on the tokens after it (it is an encoder)"
 
     prompts = [tokens[: length - 1].numpy().astype(np.int32) for length in _LENGTHS]
-    sources: List[Tuple[Any, int, int]] = []
+    sources: List[Source] = []
     for piece in prefill(network, prompts, piece_tokens=_PIECE):
         end = piece.start + piece.features.shape[1]
         odd = _odd_layer(piece.cache, end)
@@ -52,9 +52,10 @@ def find_difference(network: Network) -> Optional[str]:
         error = _error(network.logits(piece.features[0]), expected[0, piece.start : end])
         if error > tolerance:
             return f"a prompt computed with a key-value cache has other logits (by {error:.2g})"
-        sources = [(piece.cache, row, prompts[row].size) for row in range(len(prompts))]
+        sources = [Source(piece.cache, row, prompts[row].size) for row in range(len(prompts))]
 
-    batch = DecodeBatch(network, sources, max(_LENGTHS))
+    batch = DecodeBatch(network, max(_LENGTHS))
+    batch.regroup([], sources)
     logits = batch.step([int(tokens[length - 1]) for length in _LENGTHS])
     for row, length in enumerate(_LENGTHS):
         error = _error(logits[row], expected[row, length - 1])

@@ -9,15 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinkex.local.engines.torch_engine.batching import Row, plan_passes
-from tinkex.local.engines.torch_engine.losses import (
-    CLIP_HIGH,
-    CLIP_LOW,
-    LOSS_TABLE,
-    SEQUENCE_LOG_RATIO,
-    SEQUENCE_MASK,
-    Loss,
-)
+from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_MASK, Row
+from tinkex.local.engines.torch_engine.batching import plan_passes
+from tinkex.local.engines.torch_engine.losses import SEQUENCE_LOG_RATIO, token_losses
 from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, target_logprobs
 
 FloatArray = npt.NDArray[np.float32]
@@ -43,11 +37,10 @@ def run_batch(
 
     The gradient lands in ``.grad`` of whatever parameters of the network require one.
     """
-    loss = LOSS_TABLE[loss_fn]
     result = BatchResult([_NOTHING] * len(rows), [_NOTHING] * len(rows))
     for indices in plan_passes([row.tokens.size for row in rows]):
         chosen = [rows[index] for index in indices]
-        logprobs, losses = _run_pass(network, chosen, loss, config, backward=backward)
+        logprobs, losses = _run_pass(network, chosen, loss_fn, config, backward=backward)
         start = 0
         for index, row in zip(indices, chosen):
             end = start + len(row.targets)
@@ -65,12 +58,12 @@ _NOTHING: FloatArray = np.empty((0, 1), dtype=np.float32)
 def _run_pass(
     network: Network,
     rows: Sequence[Row],
-    loss: Loss,
+    loss_fn: str,
     config: Mapping[str, float],
     *,
     backward: bool,
 ) -> Tuple[FloatArray, FloatArray]:
-    device = network.device
+    loss, device = LOSSES[loss_fn], network.device
     positions = _flat_positions(rows).to(device)
     targets = torch.from_numpy(_join([row.targets for row in rows])).to(device)
     inputs = {
@@ -104,12 +97,12 @@ def _run_pass(
                 leaf = flat.detach()[chunk].requires_grad_(backward and wanted)
                 lp = target_logprobs(network.logits(leaf), targets[chunk])
                 chunk_inputs = {name: values[chunk] for name, values in inputs.items()}
-                token_losses = loss.of(lp, chunk_inputs, config)
+                lost = token_losses(loss_fn, lp, chunk_inputs, config)
                 if gradient is not None and wanted:
-                    torch.autograd.backward(token_losses.sum())
+                    torch.autograd.backward(lost.sum())
                     gradient[chunk] = leaf.grad
                 logprobs[chunk] = lp.detach()
-                losses[chunk] = token_losses.detach()
+                losses[chunk] = lost.detach()
     # Where only the output layer is trained, nothing before it takes part.
     if gradient is not None and flat.requires_grad:
         torch.autograd.backward(flat, gradient)
@@ -189,7 +182,7 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
     new = np.concatenate([values.ravel() for values in result.logprobs])[active].astype(np.float64)
     old = np.concatenate([row.inputs["logprobs"].ravel() for row in rows])[active]
     drift = new - old
-    if LOSS_TABLE[loss_fn].by_sequence:
+    if LOSSES[loss_fn].by_sequence:
         drift = np.concatenate([_mean_drift(r, lp) for r, lp in zip(rows, result.logprobs)])[active]
     ratio = np.exp(np.clip(drift, -80, 80))  # kept finite: metrics travel as JSON
     metrics["ratio:sum"] = float(ratio.sum())

@@ -1,0 +1,784 @@
+"""Runs in a folder, on the embedded server: they continue to the same weights after any end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Type
+
+import numpy as np
+import pytest
+import requests
+from support.threads import wait_until
+
+from tinkex import Run, RunStep, ServiceClient, TrainingClient, read_run, types
+from tinkex._runtime import lifecycle
+from tinkex.errors import (
+    ClientClosedError,
+    InvalidInputError,
+    NoProgressError,
+    RequestFailedError,
+    RunFolderError,
+    SessionLostError,
+)
+from tinkex.local import LocalServer
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.runs.journal import Journal
+from tinkex.types import AdamParams
+
+ADAM = AdamParams(learning_rate=0.01)
+STEPS = 12
+
+
+def batch(index: int) -> List[types.Datum]:
+    tokens = types.TensorData.from_numpy(np.array([index + 2, 2], dtype=np.int64))
+    return [types.Datum(types.ModelInput.from_ints([index + 1, 1]), {"target_tokens": tokens})]
+
+
+BATCHES = [batch(index) for index in range(STEPS)]
+
+
+class Crash(NoProgressError):
+    """Stands for what ends a program so that it saves nothing more."""
+
+
+@contextlib.contextmanager
+def ending_in(error: Optional[Type[BaseException]], match: Optional[str] = None) -> Iterator[None]:
+    """The block raises *error*, somewhere in it."""
+    if error is None:
+        yield
+        return
+    with pytest.raises(error, match=match):
+        yield
+
+
+def open_run(service: ServiceClient, folder: Path, **options: Any) -> Run:
+    return service.open_run(folder, "deterministic", **{"rank": 4, "save_every": 3, **options})
+
+
+def train(run: Run, crash_in: Optional[int] = None, depth: int = 0) -> List[int]:
+    """Do what is left of STEPS steps; return their indices."""
+    done = []
+    steps: Iterator[RunStep[Any]]
+    if depth:
+        steps = run.pipeline(BATCHES, "cross_entropy", ADAM, depth=depth)
+    else:
+        steps = run.steps(BATCHES)
+    for step in steps:
+        if step.index == crash_in:
+            raise Crash("the lights went out")
+        if not depth:
+            result = run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+            step.log(result.forward_backward.metrics)
+        done.append(step.index)
+    return done
+
+
+def losses(folder: Path) -> List[float]:
+    steps = read_run(folder).steps
+    assert [step.index for step in steps] == list(range(len(steps)))
+    return [step.metrics["loss:sum"] for step in steps]
+
+
+def final_loss(service: ServiceClient, folder: Path) -> float:
+    saved = read_run(folder).checkpoints[-1]
+    trainer = service.create_training_client_from_state_with_optimizer(saved.path)
+    return trainer.forward(batch(0), "cross_entropy").result().metrics["loss:sum"]
+
+
+@pytest.fixture
+def expected(service: ServiceClient) -> List[float]:
+    """The losses of a run that nothing has interrupted, with that of the weights at the end."""
+    trainer = service.create_lora_training_client("deterministic", rank=4)
+    found = [
+        trainer.train_step(each, "cross_entropy", ADAM).forward_backward.metrics["loss:sum"]
+        for each in BATCHES
+    ]
+    found.append(trainer.forward(batch(0), "cross_entropy").result().metrics["loss:sum"])
+    assert len(set(found)) == STEPS + 1
+    return found
+
+
+# To be continued
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("crash_in", [0, 1, 3, 7, 11])
+def test_a_run_that_crashed_continues_to_the_same_weights(
+    service: ServiceClient, tmp_path: Path, expected: List[float], crash_in: int, depth: int
+) -> None:
+    with ending_in(Crash), open_run(service, tmp_path) as run:
+        train(run, crash_in, depth)
+    with open_run(service, tmp_path) as run:
+        done = train(run, depth=depth)
+        resumed = run.resumed_from
+    first = resumed.steps if resumed else 0
+    assert done == list(range(first, STEPS))
+    assert first % 3 == 0
+    assert crash_in - 3 - depth <= first <= crash_in + depth
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+def test_a_run_that_crashes_after_each_step(
+    service: ServiceClient, tmp_path: Path, expected: List[float]
+) -> None:
+    for crash_in in range(1, STEPS):
+        with ending_in(Crash), open_run(service, tmp_path, save_every=1) as run:
+            train(run, crash_in)
+    with open_run(service, tmp_path, save_every=1) as run:
+        train(run)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+    assert len(read_run(tmp_path).model_ids) == STEPS
+
+
+def test_a_run_that_is_done_has_no_steps_left(service: ServiceClient, tmp_path: Path) -> None:
+    with open_run(service, tmp_path) as run:
+        assert train(run) == list(range(STEPS))
+    before = read_run(tmp_path).checkpoints
+    assert (before[-1].steps, before[-1].ttl_seconds) == (STEPS, None)
+    with open_run(service, tmp_path) as run:
+        assert train(run) == []
+        assert run.steps_done == STEPS
+    assert read_run(tmp_path).checkpoints == before
+
+
+def test_without_a_seed_the_first_one_is_kept(service: ServiceClient, tmp_path: Path) -> None:
+    with ending_in(Crash), open_run(service, tmp_path) as run:
+        seed = run.record.spec["seed"]
+        train(run, crash_in=1)
+    with open_run(service, tmp_path) as run:
+        assert run.record.spec["seed"] == seed
+        assert run.resumed_from is None
+
+
+def test_several_loops_one_after_the_other(service: ServiceClient, tmp_path: Path) -> None:
+    seen: List[Any] = []
+
+    def epochs(run: Run, crash_in: Optional[int]) -> None:
+        for epoch in range(3):
+            for step in run.steps(BATCHES[:4]):
+                if step.index == crash_in:
+                    raise Crash("the lights went out")
+                seen.append((epoch, step.index))
+                run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+
+    for crash_in in (5, 8, None):
+        with ending_in(Crash if crash_in else None), open_run(service, tmp_path) as run:
+            epochs(run, crash_in)
+    again = [(0, 3), (1, 4)]  # 3 and then 6 steps were saved
+    again2 = [(1, 6), (1, 7)]
+    assert seen == [
+        *[(0, 0), (0, 1), (0, 2), (0, 3), (1, 4)],
+        *again,
+        *[(1, 5), (1, 6), (1, 7)],
+        *again2,
+        *[(2, 8), (2, 9), (2, 10), (2, 11)],
+    ]
+    assert [step.index for step in read_run(tmp_path).steps] == list(range(12))
+
+
+def test_a_loop_within_a_loop_is_refused(service: ServiceClient, tmp_path: Path) -> None:
+    with open_run(service, tmp_path) as run:
+        with ending_in(InvalidInputError, "cannot be nested"):
+            for _ in run.steps(BATCHES):
+                for _ in run.steps(BATCHES):
+                    pass
+
+
+class DataSet:
+    """A sequence that does not say that it is one, and what was read of it."""
+
+    def __init__(self) -> None:
+        self.read: List[int] = []
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> List[types.Datum]:
+        self.read.append(index)
+        return batch(index)
+
+
+def test_only_what_is_needed_is_read_of_a_data_set_or_by_a_function(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    for kind in ("data set", "function", "iterable"):
+        data = DataSet()
+
+        def from_place(first: int, data: DataSet = data) -> Iterator[Any]:
+            return (data[index] for index in range(first, 5))
+
+        batches: Any = {"data set": data, "function": from_place, "iterable": map(batch, range(5))}
+        folder = tmp_path / kind
+        with ending_in(Crash), open_run(service, folder) as run:
+            for step in run.steps(BATCHES[:5]):
+                run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                if step.index == 4:
+                    raise Crash("the lights went out")
+        with open_run(service, folder) as run:
+            assert [step.index for step in run.steps(batches[kind])] == [3, 4]
+        assert data.read == ([] if kind == "iterable" else [3, 4])
+
+
+@pytest.mark.parametrize("batches", [5, None, 1.5])
+def test_batches_of_no_use(service: ServiceClient, tmp_path: Path, batches: Any) -> None:
+    with open_run(service, tmp_path) as run:
+        with pytest.raises(InvalidInputError, match="batches is"):
+            list(run.steps(batches))
+
+
+def test_fewer_batches_than_before(service: ServiceClient, tmp_path: Path) -> None:
+    with open_run(service, tmp_path) as run:
+        train(run)
+    with open_run(service, tmp_path) as run:
+        with pytest.raises(InvalidInputError, match="only 2 batches, but the run has done 12"):
+            list(run.steps(iter(BATCHES[:2])))
+
+
+def test_state_is_restored_with_the_weights(service: ServiceClient, tmp_path: Path) -> None:
+    def draw(run: Run, crash_in: Optional[int]) -> None:
+        rng = np.random.default_rng()
+        for step in run.steps(range(7)):
+            rng.bit_generator.state = run.state["rng"]
+            step.log(drawn=rng.integers(1000))
+            run.state["rng"] = rng.bit_generator.state
+            run.trainer.train_step(batch(0), "cross_entropy", ADAM)
+            if step.index == crash_in:
+                raise Crash("the lights went out")
+
+    first = {"rng": np.random.default_rng(7).bit_generator.state}
+    with ending_in(Crash), open_run(service, tmp_path, state=first) as run:
+        draw(run, 5)
+    with open_run(service, tmp_path, state=first) as run:
+        assert run.resumed_from is not None
+        draw(run, None)
+    rng = np.random.default_rng(7)
+    expected = [int(rng.integers(1000)) for _ in range(7)]
+    assert [step.metrics["drawn"] for step in read_run(tmp_path).steps] == expected
+
+
+def test_start_from_a_checkpoint(service: ServiceClient, tmp_path: Path) -> None:
+    trainer = service.create_lora_training_client("deterministic", rank=4)
+    trainer.train_step(batch(0), "cross_entropy", ADAM)
+    path = trainer.save_state("a").result().path
+    now = trainer.forward(batch(0), "cross_entropy").result().metrics["loss:sum"]
+    with open_run(service, tmp_path, start_from=path) as run:
+        done = run.trainer.forward(batch(0), "cross_entropy").result()
+        assert done.metrics["loss:sum"] == now
+    with pytest.raises(RunFolderError, match=r"another origin: .*start_from was 'tinker://"):
+        open_run(service, tmp_path, start_from=path.replace("/a", "/b"))
+
+
+# What is a step, and what is saved
+
+
+def test_a_step_left_by_break_counts_if_it_has_trained(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with open_run(service, tmp_path) as run:
+        for step in run.steps(BATCHES):
+            if step.index == 4:
+                break
+            run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+        for step in run.steps(BATCHES):
+            run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+            step.log(last=step.index)
+            break
+    record = read_run(tmp_path)
+    assert [step.index for step in record.steps] == [0, 1, 2, 3, 4]
+    assert record.steps[-1].metrics == {"last": 4}
+    newest = record.checkpoints[-1]
+    assert (newest.steps, newest.loop, newest.batch) == (5, 1, 1)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_pipeline_left_by_break_waits_for_what_was_submitted(
+    service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
+) -> None:
+    with open_run(service, tmp_path) as run:
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=depth):
+            if step.index == 4:
+                break
+    assert len(losses(tmp_path)) == read_run(tmp_path).checkpoints[-1].steps == 4 + depth
+    with open_run(service, tmp_path) as run:
+        train(run, depth=depth)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["before training", "after training"])
+def test_ctrl_c_saves_whole_steps_only(
+    service: ServiceClient, tmp_path: Path, trained: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ending_in(KeyboardInterrupt), open_run(service, tmp_path, save_every=2) as run:
+        for step in run.steps(BATCHES):
+            if step.index == 3 and not trained:
+                raise KeyboardInterrupt
+            run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+            if step.index == 3:
+                raise KeyboardInterrupt
+    assert read_run(tmp_path).checkpoints[-1].steps == (2 if trained else 3)
+    assert ("left within a step" in caplog.text) == trained
+
+
+def test_ctrl_c_in_a_pipeline_saves_what_was_sent(
+    service: ServiceClient,
+    tmp_path: Path,
+    expected: List[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ending_in(KeyboardInterrupt), open_run(service, tmp_path) as run:
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=3):
+            if step.index == 4:
+                raise KeyboardInterrupt
+    assert read_run(tmp_path).checkpoints[-1].steps >= 5
+    with open_run(service, tmp_path) as run:
+        train(run, depth=3)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+def test_no_checkpoint_is_made_while_a_gradient_accumulates(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with ending_in(Crash), open_run(service, tmp_path, save_every=1) as run:
+        for step in run.steps(BATCHES):
+            run.trainer.forward_backward(step.batch, "cross_entropy").result()
+            if step.index % 4 == 3:
+                run.trainer.optim_step(ADAM).result()
+            if step.index == 10:
+                raise Crash("the lights went out")
+    assert read_run(tmp_path).checkpoints[-1].steps in (4, 8)  # 8 may not have arrived
+    with open_run(service, tmp_path) as run:
+        assert run.steps_done % 4 == 0
+
+
+def test_a_checkpoint_after_a_failed_step_is_dropped(
+    service: ServiceClient, tmp_path: Path, local: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that reads its results one step late learns of a failure after the save."""
+    fail_in, calls = 2, iter(range(100))
+    whole = DeterministicEngine.forward_backward
+
+    def forward_backward(engine: Any, *args: Any) -> Any:
+        if next(calls) == fail_in:
+            raise RuntimeError("out of memory")
+        return whole(engine, *args)
+
+    monkeypatch.setattr(DeterministicEngine, "forward_backward", forward_backward)
+    with ending_in(RequestFailedError), open_run(service, tmp_path, save_every=1) as run:
+        waiting = None
+        for step in run.steps(BATCHES):
+            passed = run.trainer.forward_backward(step.batch, "cross_entropy")
+            stepped = run.trainer.optim_step(ADAM)
+            if waiting is not None:
+                for future in waiting:
+                    future.result()
+            waiting = (passed, stepped)
+    assert all(saved.steps <= fail_in for saved in read_run(tmp_path).checkpoints)
+
+
+def test_late_metrics_belong_to_their_step(service: ServiceClient, tmp_path: Path) -> None:
+    steps: List[RunStep[Any]] = []
+    with open_run(service, tmp_path) as run:
+        for step in run.steps(range(3)):
+            step.log({"a:sum": 1}, text="x", flag=True, nothing=None)
+            steps.append(step)
+        steps[0].log(late=np.float32(0.5), worst=float("nan"))
+        with pytest.raises(InvalidInputError, match="'b' is of type list"):
+            steps[1].log(b=[1])
+    record = read_run(tmp_path)
+    assert record.steps[0].metrics == {
+        **{"a:sum": 1, "text": "x", "flag": True, "nothing": None},
+        **{"late": 0.5, "worst": "nan"},
+    }
+    assert record.steps[1].metrics == {"a:sum": 1, "text": "x", "flag": True, "nothing": None}
+    for line in (tmp_path / "journal.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    with pytest.raises(ClientClosedError):
+        steps[2].log(more=1)
+
+
+# Checkpoints on the server
+
+
+def names_on_server(service: ServiceClient) -> List[str]:
+    listed = service.create_rest_client().list_user_checkpoints().result().checkpoints
+    return [found.tinker_path for found in listed]
+
+
+def test_older_checkpoints_are_deleted_and_the_others_expire(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with open_run(service, tmp_path, save_every=2, keep=2, ttl_seconds=7200) as run:
+        train(run)
+    kept = read_run(tmp_path).checkpoints
+    assert [saved.ttl_seconds for saved in kept] == [7200, None]
+    assert sorted(names_on_server(service)) == sorted(saved.path for saved in kept)
+    listed = service.create_rest_client().list_user_checkpoints().result().checkpoints
+    assert sorted(found.expires_at is None for found in listed) == [False, True]
+
+
+def test_a_checkpoint_that_is_gone_is_passed_over(
+    service: ServiceClient,
+    tmp_path: Path,
+    expected: List[float],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ending_in(Crash), open_run(service, tmp_path) as run:
+        train(run, crash_in=10)
+    before, newest = read_run(tmp_path).checkpoints
+    rest = service.create_rest_client()
+    rest.delete_checkpoint_from_tinker_path(newest.path).result()
+    with open_run(service, tmp_path) as run:
+        assert run.resumed_from == before
+        assert f"the checkpoint of {newest.steps} steps cannot be loaded" in caplog.text
+        train(run)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+def test_a_run_without_any_checkpoint_left_does_not_begin_anew(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with open_run(service, tmp_path) as run:
+        train(run)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    with LocalServer(DeterministicEngine()) as other, ServiceClient(base_url=other.url) as client:
+        with pytest.raises(RunFolderError, match="has none of the 2 checkpoints") as caught:
+            open_run(client, tmp_path)
+        assert "data_dir" in str(caught.value)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+    with open_run(service, tmp_path) as run:
+        assert run.steps_done == STEPS
+
+
+def test_a_save_whose_response_was_lost_is_found(
+    service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: List[float]
+) -> None:
+    save = TrainingClient.save_state
+
+    def save_twice(trainer: TrainingClient, *args: Any, **options: Any) -> Any:
+        save(trainer, *args, **options)
+        return save(trainer, *args, **options)  # 409: it exists already
+
+    monkeypatch.setattr(TrainingClient, "save_state", save_twice)
+    with open_run(service, tmp_path) as run:
+        train(run)
+    assert read_run(tmp_path).checkpoints[-1].steps == STEPS
+    assert final_loss(service, tmp_path) == expected[-1]
+
+
+def test_saves_that_fail_are_tried_again_three_times(
+    service: ServiceClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = DeterministicEngine.save
+    failing = 2
+
+    def fail(engine: Any, *args: Any, **options: Any) -> Any:
+        nonlocal failing
+        failing -= 1
+        if failing >= 0:
+            raise RuntimeError("no space left")
+        return whole(engine, *args, **options)
+
+    monkeypatch.setattr(DeterministicEngine, "save", fail)
+    with open_run(service, tmp_path) as run:
+        train(run)
+    assert caplog.text.count("was not saved; trying again") == 2
+    assert read_run(tmp_path).checkpoints[-1].steps == STEPS
+    failing = 100
+    with ending_in(RequestFailedError), open_run(service, tmp_path / "b", save_every=1) as run:
+        train(run)
+    assert run.steps_done < STEPS
+
+
+# The folder
+
+
+def test_a_folder_is_for_one_process(service: ServiceClient, tmp_path: Path) -> None:
+    with open_run(service, tmp_path):
+        with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()} on ") as caught:
+            open_run(service, tmp_path)
+        assert "run.close()" in str(caught.value)
+    open_run(service, tmp_path).close()
+
+
+def test_the_child_of_a_fork_does_not_hold_the_folder(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    run = open_run(service, tmp_path)
+    read, write = os.pipe()
+    begun, begin = os.pipe()
+    child = os.fork()
+    if child == 0:  # lives on until the pipe is closed
+        os.close(write)
+        os.write(begin, b".")
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        assert os.read(begun, 1)
+        run.close()
+        open_run(service, tmp_path).close()
+    finally:
+        for end in (write, read, begun, begin):
+            os.close(end)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, "another origin: rank was 4 and is 8"),
+        ({"seed": 3}, "another origin: seed was 2 and is 3"),
+        ({"train_mlp": False}, "another origin: train_mlp was True and is False"),
+        ({"config": {"lr": 2}}, "another config: lr was 1 and is 2"),
+        ({"config": None}, "another config: lr was 1 and is None"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(
+    service: ServiceClient, tmp_path: Path, change: Dict[str, Any], message: str
+) -> None:
+    given = {"config": {"lr": 1}, "seed": 2}
+    open_run(service, tmp_path, **given).close()
+    with pytest.raises(RunFolderError, match=message):
+        open_run(service, tmp_path, **{**given, **change})
+    with pytest.raises(RunFolderError, match="base_model was 'deterministic' and is 'other'"):
+        service.open_run(tmp_path, "other", rank=4, **given)  # type: ignore[arg-type]
+    open_run(service, tmp_path, **given).close()
+    if "config" in change:
+        open_run(service, tmp_path, **{**given, **change}, accept_changes=True).close()
+        assert read_run(tmp_path).config == (change["config"] or {})
+
+
+def test_a_torn_last_line_is_cut_off(
+    service: ServiceClient, tmp_path: Path, expected: List[float]
+) -> None:
+    with ending_in(Crash), open_run(service, tmp_path) as run:
+        train(run, crash_in=8)
+    journal = tmp_path / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        for torn in {1, len(lines[kept]) // 2, len(lines[kept]) - 1}:
+            journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:torn])
+            assert read_run(tmp_path).steps is not None
+            Journal(tmp_path).close()
+            assert journal.read_bytes() == b"".join(lines[:kept])
+    journal.write_bytes(b"".join(lines) + b"\0" * 100)  # as after a power failure
+    with open_run(service, tmp_path) as run:
+        train(run)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", '{"at": 1}', '{"kind": "start"}'])
+def test_a_damaged_line_is_reported(service: ServiceClient, tmp_path: Path, line: str) -> None:
+    open_run(service, tmp_path).close()
+    journal = tmp_path / "journal.jsonl"
+    first, rest = journal.read_text().split("\n", 1)
+    journal.write_text(f"{first}\n{line}\n{rest}")
+    for read in (lambda: open_run(service, tmp_path), lambda: read_run(tmp_path)):
+        with pytest.raises(RunFolderError, match=r"line 2 of .*journal\.jsonl is"):
+            read()
+
+
+def test_lines_of_a_later_version_are_passed_over(service: ServiceClient, tmp_path: Path) -> None:
+    open_run(service, tmp_path).close()
+    with (tmp_path / "journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "weather", "at": 1}\n')
+    open_run(service, tmp_path).close()
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: List[float]
+) -> None:
+    write = os.write
+    room = 2000
+
+    def write_if_there_is_room(file: int, data: Any) -> int:
+        nonlocal room
+        if not data or bytes(data[:1]) != b"{":
+            return write(file, data)
+        if room <= 0:
+            raise OSError(28, "No space left on device")
+        written = write(file, data[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(os, "write", write_if_there_is_room)
+    with pytest.raises(RunFolderError, match=r"cannot write the journal .*No space left") as caught:
+        with open_run(service, tmp_path) as run:
+            train(run)
+    assert "continues from the last checkpoint" in str(caught.value)
+    assert (tmp_path / "journal.jsonl").read_bytes().endswith(b"}\n")
+    room = 10**9
+    with open_run(service, tmp_path) as run:
+        assert run.resumed_from is not None
+        train(run)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(service: ServiceClient, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match=r"cannot use the run folder .*Permission denied"):
+        open_run(service, tmp_path / "a")
+
+
+def test_a_file_in_the_place_of_the_folder(service: ServiceClient, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(RunFolderError, match="cannot use the run folder"):
+        open_run(service, tmp_path / "a")
+    with pytest.raises(RunFolderError, match="cannot read the journal"):
+        read_run(tmp_path / "b")
+
+
+def test_a_run_that_could_not_be_opened_leaves_the_folder_free(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception, match="nonesuch"):
+        service.open_run(tmp_path, "nonesuch", rank=4)
+    lifecycle_size = len(lifecycle._tracked)
+    with pytest.raises(RunFolderError, match="base_model was 'nonesuch'"):
+        open_run(service, tmp_path)
+    assert len(lifecycle._tracked) <= lifecycle_size + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_every": 0}, "save_every"),
+        ({"save_minutes": 0}, "save_minutes"),
+        ({"keep": 0}, "keep"),
+        ({"ttl_seconds": 0}, "ttl_seconds"),
+        ({"on_session_loss": "shrug"}, "on_session_loss"),
+        ({"max_session_losses": 0}, "max_session_losses"),
+        ({"config": {"a": {1}}}, "config cannot be written as JSON"),
+        ({"state": {"a": {1}}}, "state cannot be written as JSON"),
+    ],
+)
+def test_bad_options(
+    service: ServiceClient, tmp_path: Path, options: Dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        open_run(service, tmp_path, **options)
+
+
+def test_saving_by_time(
+    service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("tinkex.runs.saver.time.monotonic", lambda: now)
+    with ending_in(Crash):
+        with open_run(service, tmp_path, save_every=None, save_minutes=2) as run:
+            for step in run.steps(BATCHES):
+                run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                now += 50
+                if step.index == 8:
+                    raise Crash("the lights went out")
+    # The time is looked at after each step: after 150 s, and 150 s later.
+    assert [saved.steps for saved in read_run(tmp_path).checkpoints] == [3, 6]
+
+
+# Lost sessions
+
+
+def end_session(service: ServiceClient) -> None:
+    """Have the server end the session behind the client's back."""
+    url = f"{service.config.base_url}/api/v1/sessions/{service.session_id}/finish"
+    assert requests.post(url, json={"reason": {"type": "success"}}, timeout=10).ok
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_a_lost_session_is_ridden_out(
+    service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
+) -> None:
+    lose_in = [1, 7, 11]
+    sessions = set()
+    with open_run(service, tmp_path, on_session_loss="resume") as run:
+        steps: Iterator[RunStep[Any]] = run.steps(BATCHES)
+        if depth:
+            steps = run.pipeline(BATCHES, "cross_entropy", ADAM, depth=depth)
+        for step in steps:
+            with step:
+                if step.index in lose_in:
+                    lose_in.remove(step.index)
+                    end_session(run.service)
+                sessions.add(run.service.session_id)
+                if not depth:
+                    result = run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                    step.log(result.forward_backward.metrics)
+    assert len(sessions) == 4
+    assert [*losses(tmp_path), final_loss(service_like(service), tmp_path)] == expected
+
+
+_fresh: List[ServiceClient] = []
+
+
+def service_like(service: ServiceClient) -> ServiceClient:
+    """A session like that of *service*, which is lost."""
+    _fresh.append(ServiceClient(base_url=service.config.base_url))
+    return _fresh[-1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_sessions_are_closed() -> Iterator[None]:
+    yield
+    while _fresh:
+        _fresh.pop().close()
+
+
+def test_a_lost_session_is_raised_unless_it_is_to_be_ridden_out(
+    service: ServiceClient, tmp_path: Path, expected: List[float]
+) -> None:
+    with ending_in(SessionLostError), open_run(service, tmp_path) as run:
+        for step in run.steps(BATCHES):
+            with step:
+                if step.index == 7:
+                    end_session(run.service)
+                done = run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                step.log(done.forward_backward.metrics)
+    fresh = service_like(service)
+    with open_run(fresh, tmp_path) as run:
+        train(run)
+    assert [*losses(tmp_path), final_loss(fresh, tmp_path)] == expected
+
+
+def test_sessions_that_are_lost_again_and_again(
+    service: ServiceClient, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("tinkex.runs.run.time.sleep", lambda seconds: None)
+    options = {"on_session_loss": "resume", "max_session_losses": 3, "save_every": None}
+    with ending_in(SessionLostError), open_run(service, tmp_path, **options) as run:
+        for step in run.steps(BATCHES):
+            with step:
+                end_session(run.service)
+                run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+    assert caplog.text.count("continuing in a new session") == 3
+
+
+def test_the_body_must_be_within_the_step_to_ride_out_a_loss(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with open_run(service, tmp_path, on_session_loss="resume") as run:
+        with pytest.raises(InvalidInputError, match="within `with step:`"):
+            for _ in run.steps(BATCHES):
+                pass
+        with pytest.raises(InvalidInputError, match="batches is an iterator"):
+            run.steps(iter(BATCHES))
+
+
+def test_a_budget_is_kept_over_sessions(local: LocalServer, tmp_path: Path) -> None:
+    from tinkex import Budget, BudgetExceededError
+
+    with ServiceClient(base_url=local.url, budget=Budget(tokens=8)) as service:
+        with ending_in(BudgetExceededError):
+            with open_run(service, tmp_path, on_session_loss="resume", save_every=1) as run:
+                for step in run.steps(BATCHES):
+                    with step:
+                        if step.index == 1:
+                            end_session(run.service)
+                        run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+        assert service.usage().tokens.trained <= 8
+        wait_until(lambda: service.inflight() == [], "nothing is under way")

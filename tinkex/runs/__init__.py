@@ -1,0 +1,14 @@
+"""Runs that survive: a folder with a journal, from which a killed training script continues.
+
+`ServiceClient.open_run` opens one; `read_run` reads one, also while it is being written.
+docs/runs.md has the whole story.
+"""
+
+from tinkex.runs.records import (
+    CheckpointRecord as CheckpointRecord,
+    RunRecord as RunRecord,
+    StepRecord as StepRecord,
+    read_run as read_run,
+)
+from tinkex.runs.run import Run as Run
+from tinkex.runs.step import RunStep as RunStep

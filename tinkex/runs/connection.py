@@ -1,0 +1,112 @@
+"""Connection: the session and the training client of a run, and new ones in their place."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Callable, Optional
+
+from tinkex.errors import APIStatusError, RequestFailedError, RunFolderError, TinkexError
+from tinkex.runs.records import CheckpointRecord, RunRecord
+from tinkex.runs.source import RunSource
+
+if TYPE_CHECKING:
+    from tinkex.clients.service import ServiceClient
+    from tinkex.clients.training import TrainingClient
+
+logger = logging.getLogger(__name__)
+
+
+class Connection:
+    """Starts the run on the server, from its newest checkpoint that is there.  For one thread.
+
+    Args:
+        service: of the caller, who closes it.
+        source: what the run is made from.
+        record: of the run.
+        note: adds a line, of a kind and with facts, to the journal and to *record*.
+
+    Attributes:
+        service, trainer: the clients; *trainer* is there after `start`.
+    """
+
+    trainer: TrainingClient
+
+    def __init__(
+        self,
+        service: ServiceClient,
+        source: RunSource,
+        record: RunRecord,
+        note: Callable[..., None],
+    ) -> None:
+        self.service = service
+        self._source = source
+        self._record = record
+        self._note = note
+        self._owned: Optional[ServiceClient] = None
+
+    def start(self) -> Optional[CheckpointRecord]:
+        """Make the training client; return the checkpoint that it continues, if there is one.
+
+        Raises:
+            RunFolderError: the run has checkpoints, but the server has none of them any more.
+            TinkexError: the server could not be asked, or has failed.
+        """
+        found = self._load_newest() if self._record.checkpoints else None
+        if found is None:
+            self.trainer = self._source.create(self.service)
+        self._note(
+            "start",
+            model_id=self.trainer.model_id,
+            session_id=self.service.session_id,
+            steps=found.steps if found else 0,
+            path=found.path if found else None,
+        )
+        return found
+
+    def replace_session(self) -> Optional[CheckpointRecord]:
+        """Open another session like the one that was lost, and `start` in it."""
+        # By its type, because this module is imported by the one that defines it.
+        lost = self.service
+        fresh = type(lost)(config=lost.config, manager=lost._runtime.session.manager)
+        fresh._runtime.ledger = lost._runtime.ledger  # a budget is for the run, not for a session
+        self.close("errored", "the session was lost")
+        self.service = self._owned = fresh
+        return self.start()
+
+    def close(self, status: str = "success", detail: Optional[str] = None) -> None:
+        """Close the training client, and the session if it is not the caller's; idempotent."""
+        if hasattr(self, "trainer"):
+            self.trainer.close()
+        owned, self._owned = self._owned, None
+        if owned is not None:
+            owned.close(status, detail)
+
+    def _load_newest(self) -> CheckpointRecord:
+        checkpoints = self._record.checkpoints[::-1]
+        for checkpoint in checkpoints:
+            try:
+                self.trainer = self._source.restore(self.service, checkpoint.path)
+            except (APIStatusError, RequestFailedError) as error:
+                if not _is_gone(error):
+                    raise
+                refusal: TinkexError = error
+                logger.warning(
+                    "the checkpoint of %d steps cannot be loaded, trying the one before it: %s",
+                    checkpoint.steps,
+                    error.message,
+                )
+            else:
+                return checkpoint
+        raise RunFolderError(
+            f"the server has none of the {len(checkpoints)} checkpoints of this run",
+            hint="Is it the server that the run was made on, with the same account? (An embedded "
+            "server keeps them only with data_dir=...) If they have expired, begin anew in "
+            "another folder.",
+        ) from refusal
+
+
+def _is_gone(error: TinkexError) -> bool:
+    """Whether a checkpoint could not be loaded because of what it is, or because it is not."""
+    return error.status in (404, 410) or (
+        isinstance(error, RequestFailedError) and error.category == "user"
+    )

@@ -1,0 +1,122 @@
+"""Journal: the append-only file of a run folder, one JSON object a line.
+
+A line counts once its line feed is there, and each is on the disk when `append` returns.  So a
+crash can tear the last line only, which is cut off when the journal is opened again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from tinkex.errors import ClientClosedError, RunFolderError
+
+#: One line, decoded; ``kind`` says what it is about.
+Entry = Dict[str, Any]
+
+JOURNAL_NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends to the journal of *folder*, which is locked by this process.  For one thread.
+
+    Attributes:
+        entries: what was in the file when it was opened.
+
+    Raises:
+        RunFolderError: the file cannot be read or written, or is damaged elsewhere than at its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL_NAME
+        self._closed = False
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+            try:
+                self.entries, self._size = read_entries(self._path)
+                os.ftruncate(self._file, self._size)  # a line that a crash has torn
+                os.lseek(self._file, 0, os.SEEK_END)
+                _sync_folder(folder)
+            except BaseException:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise self._failed("open", error) from error
+
+    def append(self, kind: str, **facts: Any) -> Entry:
+        """Append a line, and wait until it is on the disk; return it.
+
+        Raises:
+            RunFolderError: it could not be written, as on a full disk; the file is as before.
+            ClientClosedError: the journal was closed.
+        """
+        if self._closed:
+            raise ClientClosedError(f"the run in {self._path.parent} was closed")
+        entry: Entry = {"kind": kind, "at": round(time.time(), 3), **facts}
+        line = memoryview(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what stays of the line has no line feed
+                os.ftruncate(self._file, self._size)
+                os.lseek(self._file, self._size, os.SEEK_SET)
+            raise self._failed("write", error) from error
+        self._size += len(line)
+        return entry
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._file)
+
+    def _failed(self, what: str, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"cannot {what} the journal {self._path}: {error.strerror or error}",
+            hint="Nothing that it holds is lost. Once the file can be written, run the program "
+            "again: it continues from the last checkpoint.",
+        )
+
+
+def read_entries(path: Path) -> Tuple[List[Entry], int]:
+    """Return the complete lines of the journal at *path*, and how many bytes they take.
+
+    Raises:
+        OSError: the file cannot be read.
+        RunFolderError: a line before the last one is damaged.
+    """
+    content = path.read_bytes()
+    size = content.rfind(b"\n") + 1
+    entries = []
+    for number, line in enumerate(content[:size].split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            entry["kind"] = str(entry["kind"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"line {number} of {path} is damaged",
+                hint="Only the last line can be torn by a crash, so something else has changed the "
+                "file. Remove that line if you know what it was, or start in a new folder.",
+            ) from error
+        entries.append(entry)
+    return entries, size
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file survive a power failure."""
+    with contextlib.suppress(OSError):  # not all systems open folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows

@@ -1,0 +1,133 @@
+"""What the journal of a run says: its configuration, each step once, and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+from tinkex.errors import RunFolderError
+from tinkex.runs.journal import JOURNAL_NAME, Entry, read_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """A step that was done.
+
+    Attributes:
+        index: from 0, over the whole run.
+        at: when it was written, in seconds since the epoch.
+        metrics: what was logged for it.
+    """
+
+    index: int
+    at: float
+    metrics: Dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRecord:
+    """A checkpoint that the run can continue from.
+
+    Attributes:
+        path: its ``tinker://`` path.
+        steps: how many steps it holds.
+        loop, batch: where the run goes on from it: in which of its loops over batches, and at which
+            batch of that loop; both from 0.
+        state: what ``run.state`` held.
+        at: when it was written, in seconds since the epoch.
+        ttl_seconds: how long the server keeps it from then on; None is for ever.
+    """
+
+    path: str
+    steps: int
+    loop: int
+    batch: int
+    state: Dict[str, Any]
+    at: float
+    ttl_seconds: Optional[int] = None
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """A run, as its journal has it.
+
+    Attributes:
+        spec: what it was made from: ``base_model``, ``start_from`` and the arguments of its making.
+        config: the caller's own settings.
+        model_ids: the training runs on the server that it has had, one for each time that it was
+            started or continued.
+        steps: the steps, in order, each once: those that were done again after a checkpoint was
+            loaded have taken the place of the first ones.
+        checkpoints: those not known to be gone, the newest last.
+    """
+
+    spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_ids: List[str] = dataclasses.field(default_factory=list)
+    steps: List[StepRecord] = dataclasses.field(default_factory=list)
+    checkpoints: List[CheckpointRecord] = dataclasses.field(default_factory=list)
+
+    def add(self, entry: Entry) -> None:
+        """Take in one line; lines of other versions' kinds are ignored."""
+        kind = entry["kind"]
+        if kind == "config":
+            self.spec, self.config = entry["spec"], entry["config"]
+        elif kind == "start":
+            self.model_ids.append(entry["model_id"])
+            self.steps = [step for step in self.steps if step.index < entry["steps"]]
+            self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
+        elif kind == "step":
+            self._add_step(entry)
+        elif kind == "checkpoint":
+            names = [field.name for field in dataclasses.fields(CheckpointRecord)]
+            self.checkpoints.append(CheckpointRecord(**{name: entry[name] for name in names}))
+        elif kind == "gone":
+            self.checkpoints = [c for c in self.checkpoints if c.path != entry["path"]]
+
+    def _add_step(self, entry: Entry) -> None:
+        index, at, metrics = entry["step"], entry["at"], entry["metrics"]
+        for place in range(len(self.steps) - 1, -1, -1):  # it is one of the last
+            if self.steps[place].index == index:  # more was logged for it later
+                earlier = self.steps[place]
+                merged = {**earlier.metrics, **metrics}
+                self.steps[place] = StepRecord(index, earlier.at, merged)
+                return
+            if self.steps[place].index < index:
+                break
+        self.steps.append(StepRecord(index, at, metrics))
+
+
+def replay(entries: List[Entry], path: Path) -> RunRecord:
+    """Return what *entries*, of the journal at *path*, come to.
+
+    Raises:
+        RunFolderError: a line lacks something.
+    """
+    record = RunRecord()
+    for number, entry in enumerate(entries, 1):
+        try:
+            record.add(entry)
+        except (KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"line {number} of {path} is not one that this version of tinkex has written: "
+                f"{error!r}",
+                hint="Continue the run with the version that wrote it.",
+            ) from error
+    return record
+
+
+def read_run(folder: Union[str, Path]) -> RunRecord:
+    """Read the journal of a run folder, also while a process is writing to it.
+
+    Raises:
+        RunFolderError: there is no journal, or it is damaged.
+    """
+    path = Path(folder) / JOURNAL_NAME
+    try:
+        entries, _ = read_entries(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot read the journal {path}: {error.strerror or error}"
+        ) from error
+    return replay(entries, path)

@@ -1,0 +1,417 @@
+"""Run: a training run with a folder, from which it continues after whatever ended it.
+
+Used by one thread, and has none of its own: what is due is done between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
+
+from tinkex._runtime.numeric import as_int
+from tinkex._sessions.runtime import outcome_of
+from tinkex.clients.pipeline import Schedule
+from tinkex.errors import (
+    APIError,
+    ClientClosedError,
+    InvalidInputError,
+    RunFolderError,
+    SessionLostError,
+    TinkexError,
+)
+from tinkex.runs.batches import Batches, batches_from
+from tinkex.runs.connection import Connection
+from tinkex.runs.folder_lock import FolderLock
+from tinkex.runs.journal import JOURNAL_NAME, Journal
+from tinkex.runs.piped import PipedSteps
+from tinkex.runs.records import CheckpointRecord, RunRecord, replay
+from tinkex.runs.saver import Place, SavePolicy, Saver
+from tinkex.runs.sigterm import EXIT_CODE, SigtermExit
+from tinkex.runs.source import RunSource, as_json, check_unchanged
+from tinkex.runs.step import RunStep
+
+if TYPE_CHECKING:
+    from tinkex._training.custom_loss import CustomLoss, LossHandle
+    from tinkex.clients.service import ServiceClient
+    from tinkex.clients.training import TrainingClient
+
+logger = logging.getLogger(__name__)
+
+B = TypeVar("B")
+
+#: The longest pause before another new session is tried, in seconds.
+_MAX_PAUSE_S = 60.0
+
+
+#: What `Run.pipeline` passes on: loss_fn, adam_params, loss_fn_config, depth.
+_PipelineArguments = Tuple[Any, Any, Any, int]
+
+
+class Run:
+    """A training run in a folder; `ServiceClient.open_run` makes it, and explains the arguments.
+
+    Use it as a context manager, in one thread.  When the block is left, it saves the last step,
+    unless that failed, or was left in the middle.
+
+    Attributes:
+        folder: where its journal is.
+        record: what the journal says, up to date.
+        config: the settings that were given for it.
+        state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
+            from it: counters, the state of a random generator.
+        resumed_from: the checkpoint that it was continued from; None if it began anew.
+    """
+
+    def __init__(
+        self,
+        service: ServiceClient,
+        folder: Union[str, Path],
+        source: RunSource,
+        policy: SavePolicy,
+        *,
+        config: Optional[Mapping[str, Any]] = None,
+        state: Optional[Mapping[str, Any]] = None,
+        on_session_loss: str = "raise",
+        max_session_losses: int = 5,
+        exit_on_sigterm: bool = False,
+        accept_changes: bool = False,
+    ) -> None:
+        if on_session_loss not in ("raise", "resume"):
+            raise InvalidInputError(
+                f"on_session_loss is {on_session_loss!r}; it must be 'raise' or 'resume'"
+            )
+        self.folder = Path(folder)
+        self.config: Dict[str, Any] = as_json("config", dict(config or {}))
+        self.state: Dict[str, Any] = {}
+        self._first_state = as_json("state", dict(state or {}))
+        self._rides_out = on_session_loss == "resume"
+        self._max_losses = as_int("max_session_losses", max_session_losses, 1, text=False)
+        self._losses = 0  # since the last checkpoint
+        self._loops = 0  # begun so far
+        self._place = Place(0, 0, 0)
+        self._current: Optional[_Current] = None
+        self._piped: Optional[PipedSteps] = None
+        self._closed = False
+        with contextlib.ExitStack() as opened:
+            self._sigterm = SigtermExit() if exit_on_sigterm else None
+            if self._sigterm is not None:
+                opened.callback(self._sigterm.uninstall)
+            self._open_folder(opened, source, accept_changes)
+            self._connection = Connection(service, source, self.record, self._note)
+            opened.callback(self._connection.close)
+            self._saver = Saver(policy, self.record, self._note)
+            self.resumed_from = self._connection.start()
+            self._go_on_from(self.resumed_from)
+            self._opened = opened.pop_all()
+
+    @property
+    def service(self) -> ServiceClient:
+        """The session to work in; another one after a loss was ridden out."""
+        return self._connection.service
+
+    @property
+    def trainer(self) -> TrainingClient:
+        """The client to train with; another one after a loss was ridden out."""
+        return self._connection.trainer
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps are done, over all times that it was continued."""
+        return self._place.steps
+
+    def steps(self, batches: Batches[B]) -> Iterator[RunStep[B]]:
+        """Iterate over the steps that are left to do, one for each batch.
+
+        A step is done when the next one is asked for: then its line is written, and a checkpoint
+        queued if one is due.  A step that the loop leaves by ``break`` counts if an optimizer step
+        was queued in it.  A program may have several such loops, one after the other: when it is
+        continued, those that were done already are empty.
+
+        Args:
+            batches: a sequence; a function that takes the number of batches to leave out and
+                returns an iterable of the others; or an iterable, which is read from its start to
+                the place where the run is.  Each time the program runs, they must be the same, in
+                the same order.
+
+        Raises:
+            InvalidInputError: *batches* is of no use, or the loops are nested.
+            RunFolderError: the journal cannot be written.
+            TinkexError: a checkpoint could not be saved.
+            SystemExit: with *exit_on_sigterm*, after the step in which SIGTERM came.
+        """
+        return self._loop(batches, None)
+
+    def pipeline(
+        self,
+        batches: Batches[Any],
+        loss_fn: Union[str, CustomLoss, LossHandle],
+        adam_params: Schedule,
+        loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
+        *,
+        depth: int = 2,
+    ) -> Iterator[RunStep[Any]]:
+        """Train like `TrainingClient.pipeline`, and iterate like `steps` over what is done.
+
+        The steps have a ``result``, and its metrics are logged.  *adam_params* may be a function of
+        the index of the step in the whole run.  Checkpoints are exact at any *depth*, and do not
+        empty the pipeline.  If the loop is left, the steps that were submitted are waited for when
+        the run is closed, or the next loop begins.
+
+        Args:
+            batches: as for `steps`, of batches of Datum.
+            loss_fn, adam_params, loss_fn_config, depth: as for `TrainingClient.pipeline`.
+        """
+        return self._loop(batches, (loss_fn, adam_params, loss_fn_config, depth))
+
+    def close(self) -> None:
+        """Save the last step, and close journal, folder and training client.  Idempotent.
+
+        Blocks.  Raises TinkexError if it could not be saved; it is closed all the same.
+        """
+        self._close(None)
+
+    def __enter__(self) -> Run:
+        self._ensure_open()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self._close(exc)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Run {self.folder}, {self._place.steps} steps done, {state}>"
+
+    # Opening and closing
+
+    def _open_folder(
+        self, opened: contextlib.ExitStack, source: RunSource, accept_changes: bool
+    ) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            opened.callback(FolderLock(self.folder).release)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot use the run folder {self.folder}: {error.strerror or error}"
+            ) from error
+        self._journal = Journal(self.folder)
+        opened.callback(self._journal.close)
+        self.record: RunRecord = replay(self._journal.entries, self.folder / JOURNAL_NAME)
+        before, spec = self.record.spec, source.spec(self.record.spec)
+        if before:
+            hint = "Choose another folder for another run."
+            check_unchanged(self.folder, "origin", before, spec, hint)
+            if not accept_changes:
+                hint = "Give the same config, another folder, or accept_changes=True."
+                check_unchanged(self.folder, "config", self.record.config, self.config, hint)
+        if not before or self.config != self.record.config:
+            self._note("config", format=1, spec=spec, config=self.config)
+
+    def _close(self, error: Optional[BaseException]) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with self._sigterm_waits(), self._opened:
+            try:
+                if error is None:
+                    self._save_last(may_count=True)
+                elif not isinstance(error, TinkexError) and not self._is_hurried:
+                    self._try_to_save_last()
+            finally:
+                self._saver.close()
+                self._connection.close(*outcome_of(type(error) if error else None))
+
+    def _try_to_save_last(self) -> None:
+        """Save what is done while an error is raised."""
+        try:
+            self._save_last(may_count=False)
+        except TinkexError as failure:
+            logger.warning("the last step was not saved: %s", failure)
+
+    def _save_last(self, *, may_count: bool) -> None:
+        """Save what is done, if a checkpoint can hold just that; *may_count* as for `_settle`."""
+        if self._settle(may_count=may_count) and self._saver.can_save():
+            place = self._place
+            try:
+                self._saver.save_now(place, self.state, for_good=True)
+            except SessionLostError as error:
+                self._ride_out(error)
+                if self._place != place:  # the loops are over: nothing would do the steps again
+                    raise
+                self._saver.save_now(place, self.state, for_good=True)
+        else:
+            logger.warning(
+                "%s was left within a step, which is not saved; it continues from %d steps",
+                self.folder,
+                self.record.checkpoints[-1].steps if self.record.checkpoints else 0,
+            )
+
+    def _ensure_open(self) -> None:
+        if self._closed:
+            raise ClientClosedError(f"{self!r} was closed", hint="Open the folder again.")
+
+    def _note(self, kind: str, **facts: Any) -> None:
+        self.record.add(self._journal.append(kind, **facts))
+
+    def _write_step(self, index: int, metrics: Dict[str, Any]) -> None:
+        self._note("step", step=index, metrics=metrics)
+
+    # Loops
+
+    def _loop(
+        self, batches: Batches[B], pipeline: Optional[_PipelineArguments]
+    ) -> Iterator[RunStep[B]]:
+        """Return what begins a loop, and iterates over what is left to do of it."""
+        self._ensure_open()
+        if self._rides_out and isinstance(batches, Iterator):
+            raise InvalidInputError(
+                "batches is an iterator, which cannot be read again after a lost session",
+                hint="Give a sequence, or a function of the number of batches to leave out.",
+            )
+        return self._iterate(batches, pipeline)
+
+    def _iterate(
+        self, batches: Batches[B], pipeline: Optional[_PipelineArguments]
+    ) -> Iterator[RunStep[B]]:
+        if not self._settle(may_count=True):
+            raise InvalidInputError(
+                "the step before was left half done",
+                hint="Close the run and open it again: it continues from its last checkpoint.",
+            )
+        loop, self._loops = self._loops, self._loops + 1
+        with self._sigterm_waits():
+            while loop >= self._place.loop:  # or it was done before the run was continued
+                if loop > self._place.loop:
+                    self._place = Place(self._place.steps, loop, 0)
+                try:
+                    steps = self._walk(batches, loop)
+                    for step in steps if pipeline is None else self._pipe(steps, pipeline):
+                        yield step
+                        step._end()
+                    self._piped = None
+                    if self._rides_out:  # so that a loss in the next loop does not lead back here
+                        self._saver.save_now(self._place, self.state, for_good=False)
+                except SessionLostError as error:
+                    self._ride_out(error)
+                    continue
+                return
+
+    def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
+        """Yield a step for each batch; one is done, or all queued, when the next is asked for."""
+        for batch in batches_from(batches, self._place.batch):
+            if self._sigterm is not None and self._sigterm.requested:
+                return
+            step = RunStep(self._place.steps, batch, self._write_step, self._rides_out)
+            self._current = _Current(step, self.trainer._run.last_update)
+            yield step
+            if self._place.loop != loop:
+                raise InvalidInputError("loops over the steps of a run cannot be nested")
+            self._advance()
+
+    def _pipe(self, steps: Iterator[RunStep[B]], arguments: _PipelineArguments) -> PipedSteps:
+        self._piped = PipedSteps(steps, self.trainer, self._place, *arguments)
+        return self._piped
+
+    def _advance(self) -> None:
+        """Note that a step is done, or that all of it is queued; save if that is due."""
+        self._current = None
+        self._place = self._place.after(1)
+        if self._saver.after_step(self._place, self.state):
+            self._losses = 0
+
+    def _settle(self, *, may_count: bool) -> bool:
+        """See to a step, or a pipeline, that the loop was left in; False if one is half done.
+
+        Args:
+            may_count: a step that has changed the weights is taken as done; otherwise, after an
+                error, as half done.
+        """
+        piped, self._piped = self._piped, None
+        if piped is not None:
+            self._current = None
+            if not piped.drain():
+                return False
+            self._place = piped.place
+        current, self._current = self._current, None
+        run = self.trainer._run
+        if current is None or (current.last_update is run.last_update and not run.has_gradient):
+            return True
+        if not may_count or run.has_gradient:
+            return False
+        current.step._end()
+        self._advance()
+        return True
+
+    # Signals and lost sessions
+
+    @property
+    def _is_hurried(self) -> bool:
+        return self._sigterm is not None and self._sigterm.is_hurried
+
+    @contextlib.contextmanager
+    def _sigterm_waits(self) -> Iterator[None]:
+        """In the block SIGTERM waits for the end of a step; after it, exit if there was one."""
+        if self._sigterm is None:
+            yield
+            return
+        self._sigterm.in_step = True
+        try:
+            yield
+        finally:
+            self._sigterm.in_step = False
+        if self._sigterm.requested:
+            raise SystemExit(EXIT_CODE)
+
+    def _ride_out(self, error: TinkexError) -> None:
+        """Go on in another session; raise *error* if that is not wanted, or fails repeatedly."""
+        while self._rides_out and self._losses < self._max_losses:
+            pause_s = min(2.0**self._losses, _MAX_PAUSE_S) if self._losses else 0.0
+            self._losses += 1
+            logger.warning("continuing in a new session, after: %s", error)
+            time.sleep(pause_s)
+            try:
+                self._go_on_from(self._connection.replace_session())
+                return
+            except (APIError, SessionLostError) as failure:
+                error = failure
+        raise error
+
+    def _go_on_from(self, checkpoint: Optional[CheckpointRecord]) -> None:
+        """Have place and state be those of *checkpoint*; of the start if there is none."""
+        self._current = self._piped = None
+        self.state.clear()
+        if checkpoint is None:
+            self._place = Place(0, 0, 0)
+            self.state.update(copy.deepcopy(self._first_state))
+        else:
+            self._place = Place(checkpoint.steps, checkpoint.loop, checkpoint.batch)
+            self.state.update(copy.deepcopy(checkpoint.state))
+        self._saver.start(self.service, self.trainer, self._place.steps)
+
+
+class _Current(NamedTuple):
+    """The step that a loop is at, and the run's last update before it."""
+
+    step: RunStep[Any]
+    last_update: object

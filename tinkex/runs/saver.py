@@ -1,0 +1,249 @@
+"""Saver: the checkpoints of a run: when one is due, queueing it, and dropping the older ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional
+
+from tinkex._runtime.numeric import as_int, as_seconds
+from tinkex._training.checks import check_ttl
+from tinkex.errors import (
+    APIError,
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    RequestFailedError,
+)
+from tinkex.futures import APIFuture, discard
+from tinkex.runs.records import RunRecord
+from tinkex.runs.source import as_json
+
+if TYPE_CHECKING:
+    from tinkex.clients.service import ServiceClient
+    from tinkex.clients.training import TrainingClient
+
+logger = logging.getLogger(__name__)
+
+#: So many saves in a row may fail before the run stops.
+_MAX_FAILURES = 3
+
+#: Closing waits this long for older checkpoints to be deleted, in seconds.
+_DELETE_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SavePolicy:
+    """When a run saves by itself, and what it keeps; see `ServiceClient.open_run`.
+
+    Raises:
+        InvalidInputError: a value is of no use.
+    """
+
+    every: Optional[int] = 100
+    minutes: Optional[float] = None
+    ttl_seconds: Optional[int] = None
+    keep: Optional[int] = 2
+
+    def __post_init__(self) -> None:
+        for name, argument in (("every", "save_every"), ("keep", "keep")):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, as_int(argument, value, 1, text=False))
+        minutes = as_seconds("save_minutes", self.minutes)
+        if minutes is not None and minutes <= 0:
+            raise InvalidInputError(f"save_minutes is {self.minutes!r}; it must be positive")
+        object.__setattr__(self, "minutes", minutes)
+        check_ttl(self.ttl_seconds)
+
+    def is_due(self, steps: int, elapsed_s: float) -> bool:
+        """Whether to save now, *steps* and *elapsed_s* seconds after the last time."""
+        if self.every is not None and steps >= self.every:
+            return True
+        return self.minutes is not None and steps > 0 and elapsed_s >= self.minutes * 60
+
+
+class Place(NamedTuple):
+    """Where a run is: *steps* are done, and the next one has batch *batch* of loop *loop*."""
+
+    steps: int
+    loop: int
+    batch: int
+
+    def after(self, steps: int) -> Place:
+        """The place *steps* further on in the same loop."""
+        return Place(self.steps + steps, self.loop, self.batch + steps)
+
+
+class _Save(NamedTuple):
+    """A checkpoint under way."""
+
+    future: APIFuture[Any]
+    name: str
+    place: Place
+    state: Dict[str, Any]
+    ttl_seconds: Optional[int]
+    failed_updates: int
+
+
+class Saver:
+    """Saves a run, one checkpoint at a time.  For one thread.
+
+    Args:
+        policy: when, and what to keep.
+        record: of the run.
+        note: adds a line, of a kind and with facts, to the journal and to *record*.
+    """
+
+    def __init__(self, policy: SavePolicy, record: RunRecord, note: Callable[..., None]) -> None:
+        self._policy = policy
+        self._record = record
+        self._note = note
+        self._pending: Optional[_Save] = None
+        self._deletions: List[APIFuture[None]] = []
+        self._counter = itertools.count(1)
+        self._failures = 0
+
+    def start(self, service: ServiceClient, trainer: TrainingClient, steps: int) -> None:
+        """Go on with *trainer*, which holds *steps*; what was under way is forgotten."""
+        self._service, self._trainer = service, trainer
+        self._rest = service.create_rest_client()
+        if self._pending is not None:
+            discard([self._pending.future])
+        self._pending = None
+        self._deletions = []
+        self._saved_steps = steps
+        self._saved_at = time.monotonic()
+
+    def after_step(self, place: Place, state: Dict[str, Any]) -> bool:
+        """Save if it is due and *place* can be saved; True if an earlier one was finished.
+
+        Does not wait: a checkpoint that is due while another one is under way is made later.
+
+        Raises:
+            TinkexError: saving has failed repeatedly, or the session has ended.
+        """
+        finished = self._pending is not None and self._pending.future.done() and self.finish()
+        elapsed_s = time.monotonic() - self._saved_at
+        due = self._policy.is_due(place.steps - self._saved_steps, elapsed_s)
+        if due and self._pending is None and self.can_save():
+            self._queue(place, state, self._policy.ttl_seconds)
+        return finished
+
+    def can_save(self) -> bool:
+        """Whether a checkpoint would hold all that was done.
+
+        The gradient is not saved; and a failure that the caller has yet to read may mean that a
+        part of a step was not done.
+        """
+        run = self._trainer._run
+        return not (run.has_gradient or run.has_unread_failure)
+
+    def save_now(self, place: Place, state: Dict[str, Any], *, for_good: bool) -> None:
+        """Wait for what is under way; then save *place*, unless that has been done, and wait.
+
+        Args:
+            for_good: without a time to live.
+
+        Raises:
+            TinkexError: it could not be saved.
+        """
+        if self._pending is not None:
+            self.finish()
+        if not self._is_saved(place, for_good):
+            self._failures = _MAX_FAILURES
+            self._queue(place, state, None if for_good else self._policy.ttl_seconds)
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way, note it, and drop older ones; False if it failed.
+
+        Raises:
+            TinkexError: saving has failed repeatedly, or the session has ended.
+        """
+        save, self._pending = self._pending, None
+        assert save is not None
+        try:
+            path = self._path_of(save)
+        except (APIError, RequestFailedError) as error:
+            self._failures += 1
+            if self._failures >= _MAX_FAILURES:
+                raise
+            logger.warning(
+                "the checkpoint of %d steps was not saved; trying again after the next step: %s",
+                save.place.steps,
+                error,
+            )
+            self._saved_steps = -1  # due
+            return False
+        self._failures = 0
+        if self._trainer._run.failed_updates != save.failed_updates:
+            # Of what it was queued behind, something failed afterwards: steps are missing in it.
+            logger.info("dropping %s: a request before it has failed", path)
+            self._delete(path)
+            return False
+        self._note(
+            "checkpoint",
+            path=path,
+            **save.place._asdict(),
+            state=save.state,
+            ttl_seconds=save.ttl_seconds,
+        )
+        self._drop_old()
+        return True
+
+    def close(self) -> None:
+        """Give the deletions under way a moment to be done."""
+        wait(self._deletions, _DELETE_S)
+        self._read_deletions()
+
+    def _is_saved(self, place: Place, for_good: bool) -> bool:
+        newest = self._record.checkpoints[-1] if self._record.checkpoints else None
+        if newest is None:
+            return place.steps == 0
+        same = (newest.steps, newest.loop, newest.batch) == place
+        return same and not (for_good and newest.ttl_seconds is not None)
+
+    def _queue(self, place: Place, state: Dict[str, Any], ttl_seconds: Optional[int]) -> None:
+        """Queue a checkpoint behind all that was asked of the run so far."""
+        name = f"autosave-{place.steps}-{next(self._counter)}"
+        failed_updates = self._trainer._run.failed_updates
+        future = self._trainer.save_state(name, ttl_seconds)
+        self._pending = _Save(
+            future, name, place, as_json("run.state", state), ttl_seconds, failed_updates
+        )
+        self._saved_steps, self._saved_at = place.steps, time.monotonic()
+
+    def _path_of(self, save: _Save) -> str:
+        try:
+            path: str = save.future.result().path
+        except ConflictError:
+            # This name is used once, so what exists is this very checkpoint: the response to the
+            # first attempt was lost.
+            for found in self._rest.list_checkpoints(self._trainer.model_id).result().checkpoints:
+                if found.checkpoint_id.endswith(f"weights/{save.name}") and found.tinker_path:
+                    return found.tinker_path
+            raise
+        return path
+
+    def _drop_old(self) -> None:
+        """Delete the checkpoints beyond those to keep; the journal forgets them first."""
+        keep = self._policy.keep
+        for old in self._record.checkpoints[:-keep] if keep is not None else ():
+            self._note("gone", path=old.path)
+            self._delete(old.path)
+
+    def _delete(self, path: str) -> None:
+        self._read_deletions()
+        self._deletions.append(self._rest.delete_checkpoint_from_tinker_path(path))
+
+    def _read_deletions(self) -> None:
+        """Log deletions that have failed: those checkpoints expire, if they have a time to live."""
+        for deletion in [future for future in self._deletions if future.done()]:
+            self._deletions.remove(deletion)
+            error = deletion.exception()
+            if error is not None and not isinstance(error, NotFoundError):
+                logger.info("an older checkpoint was not deleted: %s", error)

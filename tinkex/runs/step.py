@@ -1,0 +1,106 @@
+"""RunStep: one step of a run, as the loop over `Run.steps` gets it."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generic, Mapping, Optional, Type, TypeVar
+
+from tinkex._runtime.numeric import to_float
+from tinkex.errors import InvalidInputError, SessionLostError
+
+if TYPE_CHECKING:
+    from tinkex.clients.pipeline import PipelineStep
+
+B = TypeVar("B")
+
+
+class RunStep(Generic[B]):
+    """One step.  For one thread.
+
+    Attributes:
+        index: from 0, over the whole run, also after it was continued.
+        batch: what the loop trains on.
+        result: from `Run.pipeline`, the results of its requests; else None.
+
+    ``with step:`` around the loop's body lets `open_run(on_session_loss="resume")` ride out the
+    loss of the session: the SessionLostError ends the body, and the loop goes on from the last
+    checkpoint.
+    """
+
+    def __init__(
+        self, index: int, batch: B, log: Callable[[int, Dict[str, Any]], None], rides_out: bool
+    ) -> None:
+        self.index = index
+        self.batch = batch
+        self.result: Optional[PipelineStep] = None
+        self._log = log
+        self._rides_out = rides_out
+        self._metrics: Optional[Dict[str, Any]] = {}  # None once they were written
+        self._entered = False
+        self._lost: Optional[SessionLostError] = None
+
+    def log(self, metrics: Optional[Mapping[str, Any]] = None, **more: Any) -> None:
+        """Have the journal hold these metrics of this step, with those logged before.
+
+        They are written when the step is done, or immediately if it is already.
+
+        Args:
+            metrics, more: numbers, also of numpy or torch; strings, booleans or None.
+
+        Raises:
+            InvalidInputError: a value is something else.
+            RunFolderError: the journal cannot be written.
+        """
+        given = {**(metrics or {}), **more}
+        found = {str(name): _metric(name, value) for name, value in given.items()}
+        if self._metrics is None:
+            self._log(self.index, found)
+        else:
+            self._metrics.update(found)
+
+    def __enter__(self) -> RunStep[B]:
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> bool:
+        if self._rides_out and isinstance(exc, SessionLostError):
+            self._lost = exc
+        return self._lost is not None
+
+    def __repr__(self) -> str:
+        return f"<RunStep {self.index}>"
+
+    def _end(self) -> None:
+        """Have the step written, with what was logged so far; SessionLostError if it has ended so.
+
+        Raises:
+            InvalidInputError: the session's loss is to be ridden out, and that would not work.
+        """
+        if self._lost is not None:
+            raise self._lost
+        if self._rides_out and not self._entered:
+            raise InvalidInputError(
+                "on_session_loss='resume' needs the body of the loop within `with step:`",
+                hint="for step in run.steps(batches):\n      with step:\n          ...",
+            )
+        metrics, self._metrics = self._metrics, None
+        if metrics is not None:
+            self._log(self.index, metrics)
+
+
+def _metric(name: object, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    number = to_float(value, text=False)
+    if not isinstance(number, (int, float)):
+        raise InvalidInputError(
+            f"the metric {name!r} is of type {type(value).__name__}; it must be a number or text"
+        )
+    # JSON has no NaN and no infinity: they are written as text, which float() reads.
+    return number if isinstance(number, int) or math.isfinite(number) else str(number)
