@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tinkex.local import LocalServer
 
 #: How long a stopped thread may take to leave.
-GRACE_S = 5.0
+GRACE_S = 20.0
 
 # Read when huggingface_hub is imported.  Where nothing answers, it would try for a minute.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Set
+from typing import Dict, Iterator, List, NamedTuple, Set, Tuple, Union
 
 import pytest
 
@@ -146,13 +146,7 @@ def rank(module: str) -> int:
 def imports(module: str, tree: ast.Module) -> Iterator[Import]:
     """Yield what *tree* imports, inside functions and behind TYPE_CHECKING too."""
     is_package = (PACKAGE.parent / module.replace(".", "/")).is_dir()
-    parents: Dict[ast.AST, ast.AST] = {
-        child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)
-    }
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        at_import = runs_at_import(node, parents)
+    for node, at_import in import_statements(tree, True):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         else:
@@ -168,14 +162,20 @@ def imports(module: str, tree: ast.Module) -> Iterator[Import]:
             yield Import(module, target, node.lineno, at_import)
 
 
-def runs_at_import(node: ast.AST, parents: Dict[ast.AST, ast.AST]) -> bool:
-    while node in parents:
-        node = parents[node]
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            return False
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return False
-    return True
+def import_statements(
+    node: ast.AST, at_import: bool
+) -> Iterator[Tuple[Union[ast.Import, ast.ImportFrom], bool]]:
+    """Yield the import statements inside *node*, and whether importing the module runs them."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield node, at_import
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+        isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ):
+        at_import = False
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):  # those of statements
+        inside = getattr(node, field, None)
+        for child in inside if isinstance(inside, list) else []:
+            yield from import_statements(child, at_import)
 
 
 ALL_IMPORTS: List[Import] = [
@@ -292,10 +292,15 @@ def test_heavy_libraries_are_imported_late():
 
 
 def test_no_test_sleeps():
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in sorted(Path(__file__).parent.rglob("test_*.py"))
+    }
     sleeps = [
         f"{path.name}:{node.lineno}"
-        for path in sorted(Path(__file__).parent.rglob("test_*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for path, text in texts.items()
+        if "sleep" in text  # parsing all of them takes seconds
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
     ]
     assert sleeps == [], "wait for an Event that the code really sets"
@@ -311,7 +316,7 @@ def thread_names(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         found: List[ast.expr] = []
         if isinstance(node, ast.Call):
-            called = ast.unparse(node.func).split(".")[-1]
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if called in ("WorkerPool", "AdaptivePool", "make"):
                 found = node.args[:2]
             elif called == "Thread":

@@ -8,7 +8,7 @@ from typing import Any, List
 
 import numpy as np
 import pytest
-from support.scripted_server import ScriptedServer
+from support.scripted_server import PATIENCE_S, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
 import tinkex
@@ -278,4 +278,4 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(
 def test_a_scheme_in_capitals_is_the_same(local: LocalServer, scheme: str) -> None:
     with ServiceClient(base_url=local.url.replace("http", scheme)) as service:
         sampler = service.create_sampling_client(base_model="deterministic")
-        sampler.sample(PROMPT, 1, T.SamplingParams(max_tokens=1)).result(10)
+        sampler.sample(PROMPT, 1, T.SamplingParams(max_tokens=1)).result(PATIENCE_S)

@@ -7,16 +7,26 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
+from support.threads import promptly
 from support.tinker_routes import TinkerRoutes
 
 import tinkex
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+#: Waits that are bounded by seconds last a minute: then they cannot pass for a busy machine.
+PATIENT = """
+from tinkex import ServiceClient
+from tinkex._runtime import lifecycle
+from tinkex._sessions import session_record
+
+lifecycle.EXIT_BUDGET_S = session_record.FINISH_S = 60.0
+ServiceClient.close.__defaults__ = (*ServiceClient.close.__defaults__[:-1], 60.0)
+"""
 
 TRAIN = """
 import sys
@@ -50,7 +60,7 @@ ServiceClient(base_url=sys.argv[1])
 def run_until_waiting(script: str, *arguments: str) -> subprocess.Popen[str]:
     root = str(Path(tinkex.__file__).resolve().parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, "-c", PATIENT + script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,18 +71,19 @@ def run_until_waiting(script: str, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-def interrupt(process: subprocess.Popen[str], within_s: float) -> str:
-    """Send SIGINT; return what the program wrote to stderr on its way out."""
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Send SIGINT; return what the program wrote to stderr on its way out.
+
+    Nothing is waited for; the time is the interpreter's own, on a busy machine.
+    """
     try:
-        began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=PATIENCE_S)
-        took_s = time.monotonic() - began
+        with promptly():
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait(PATIENCE_S)
     assert process.returncode == -signal.SIGINT
-    assert took_s < within_s
     return errors
 
 
@@ -89,8 +100,7 @@ def test_during_result(server: ScriptedServer, style: str) -> None:
     polled = "POST /api/v1/retrieve_future"
     process = run_until_waiting(TRAIN, server.url, style)
     server.wait_for(polled, 2)
-    # Nothing is waited for; the time is the interpreter's own, on a busy machine.
-    assert_only_a_traceback(interrupt(process, within_s=1.5))
+    assert_only_a_traceback(interrupt(process))
     # The server is told how the program ended, even without a `with`.
     assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
 
@@ -100,7 +110,7 @@ def test_during_construction(server: ScriptedServer) -> None:
     process = run_until_waiting(CONSTRUCT, server.url)
     server.wait_for("POST /api/v1/create_session")
     # A session that may still arrive is waited for, a second at most.
-    assert_only_a_traceback(interrupt(process, within_s=2.5))
+    assert_only_a_traceback(interrupt(process))
 
 
 SAMPLE = """
@@ -129,7 +139,7 @@ def test_while_hundreds_of_samples_wait_through_the_batch_poller(
     process = run_until_waiting(SAMPLE, server.url, "300", style)
     server.wait_for("POST /api/v1/asample", 300)
     server.wait_for("POST /api/v1/retrieve_futures")
-    assert_only_a_traceback(interrupt(process, within_s=2.0))
+    assert_only_a_traceback(interrupt(process))
     assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
 
 
@@ -153,7 +163,7 @@ futures = [sampler.sample(types.ModelInput.from_ints([1])) for _ in range(3)]
 def test_while_the_only_thread_waits_for_itself_to_read(server: ScriptedServer) -> None:
     routes = TinkerRoutes(server)
     process = run_until_waiting(UNREAD, server.url)
-    assert_only_a_traceback(interrupt(process, within_s=2.0))
+    assert_only_a_traceback(interrupt(process))
     assert len(routes.submitted("asample")) == 2
 
 
@@ -175,4 +185,4 @@ threading.Event().wait()
 def test_although_source_text_is_executed_on_the_way_out(server: ScriptedServer) -> None:
     TinkerRoutes(server)
     process = run_until_waiting(COMPILE, server.url)
-    assert_only_a_traceback(interrupt(process, within_s=2.0))
+    assert_only_a_traceback(interrupt(process))

@@ -43,7 +43,7 @@ from tinkex.wire.proto_codec import PROTOBUF
 #: Batches start at once: nothing is gathered.
 AT_ONCE = SamplingLimits(gather_s=0.0, gather_most_s=0.0)
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class ManualClock:

@@ -18,7 +18,7 @@ from tinkex.errors import LocalServerError
 #: What a client that was forgotten says.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed ServiceClient:ResourceWarning")
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def local(**settings: Any) -> ServiceClient:

@@ -8,7 +8,6 @@ import json
 import socket
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 from local.harness import Api, HeldEngine, held_datum, serving
-from support.threads import wait_until
+from support.threads import promptly, wait_until
 
 from tinkex import ServiceClient
 from tinkex.errors import LocalServerError
@@ -315,9 +314,8 @@ def test_close_releases_held_polls_and_ends_within_two_seconds() -> None:
         thread.start()
     for _ in polls:
         assert held.acquire(timeout=20)
-    start = time.monotonic()
-    server.close()
-    assert time.monotonic() - start < 2
+    with promptly():
+        server.close()
     for thread in polls:
         thread.join(20)
     assert [answer["type"] for answer in answers] == ["try_again"] * 4
@@ -334,9 +332,8 @@ def test_close_does_not_wait_for_an_engine_in_a_long_turn() -> None:
     )
     send(server, "forward_backward", body, content_type=PROTOBUF.content_type)
     assert engine.holding.wait(20)
-    start = time.monotonic()
-    server.close()
-    assert time.monotonic() - start < 2
+    with promptly():
+        server.close()
     assert own_threads() == ["tinkex-engine"]
     (thread,) = [t for t in threading.enumerate() if t.name == "tinkex-engine"]
     engine.let_go.set()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict
 
 import numpy as np
 import pytest
-from local.harness import CODECS, Api, HeldEngine, datum, serving
-from support.threads import wait_until
+from local.harness import CODECS, WAIT_S, Api, HeldEngine, datum, serving
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.types import (
@@ -358,14 +357,22 @@ def test_polls_beyond_the_cap_are_sent_away(tmp_path: Path) -> None:
         model = api.model()
         request_id = api.hold(model, 1)
         assert engine.holding.wait(20)
+        wait, is_held = api.backend.futures.wait, threading.Event()
+
+        def wait_and_tell(request_id: str, timeout_s: float) -> Any:
+            if timeout_s > 0:
+                is_held.set()
+            return wait(request_id, timeout_s)
+
+        api.backend.futures.wait = wait_and_tell
         held = threading.Thread(target=lambda: api.result(request_id))
         held.start()
-        wait_until(lambda: api.poll(request_id).status_code == 429, "the held one has its place")
+        assert is_held.wait(WAIT_S)
         refused = api.poll(request_id)
         assert refused.status_code == 429
         assert refused.headers["Retry-After"] == "1"
         engine.let_go.set()
-        held.join(20)
+        held.join(WAIT_S)
         assert "metrics" in api.result(request_id)
 
 

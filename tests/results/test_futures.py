@@ -69,7 +69,7 @@ def test_a_result_may_be_an_exception_type_that_waiting_itself_raises() -> None:
     future = new()
     future.try_set_exception(concurrent.futures.TimeoutError("the operation's own"))
     with pytest.raises(concurrent.futures.TimeoutError, match="the operation's own"):
-        future.result(5)
+        future.result(PATIENCE_S)
 
 
 def test_it_is_its_own_future() -> None:

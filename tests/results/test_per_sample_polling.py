@@ -14,7 +14,7 @@ from support.threads import wait_until
 
 from tinkex._results.poller import Poller
 from tinkex._runtime.worker_pool import WorkerPool
-from tinkex._transport.server_flags import ServerFlags
+from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex.futures import APIFuture
 from tinkex.types import UntypedFuture
 
@@ -56,6 +56,30 @@ def test_they_are_begun_in_the_order_in_which_they_were_asked_for(server: Script
         for future in futures:
             future.result(PATIENCE_S)
     assert sent == names
+
+
+def test_a_sample_does_not_overtake_those_that_wait_for_the_flags(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, go = threading.Event(), threading.Event()
+
+    def flags_slowly(*args: Any, **how: Any) -> ServerFlags:
+        flags = flags_for(*args, **how)
+        known.set()
+        assert go.wait(PATIENCE_S)
+        return flags
+
+    monkeypatch.setattr("tinkex._results.poller.flags_for", flags_slowly)
+    sent: List[str] = []
+    server.on(POLL, result)
+    for poller in open_poller(server, max_concurrent_samples=1):
+        futures = [sample(poller, "first", sent=sent)]
+        assert known.wait(PATIENCE_S)
+        futures.append(sample(poller, "second", sent=sent))
+        go.set()
+        for future in futures:
+            future.result(PATIENCE_S)
+    assert sent == ["first", "second"]
 
 
 def test_the_last_one_is_not_passed_over(server: ScriptedServer) -> None:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.threads import wait_until
+from support.threads import PATIENCE_S, wait_until
 
 from tinkex._runtime import late_import
 from tinkex._runtime.late_import import import_late
@@ -21,7 +21,7 @@ def slow_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module that tells that it is being imported, and waits."""
     name = "tinkex_test_slow_module"
     (tmp_path / f"{name}.py").write_text(
-        "import sys\nsys.tinkex_test_begun.set()\nsys.tinkex_test_go_on.wait(10)\nvalue = 7\n"
+        "import sys\nsys.tinkex_test_begun.set()\nsys.tinkex_test_go_on.wait(60)\nvalue = 7\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "tinkex_test_begun", threading.Event(), raising=False)
@@ -40,7 +40,7 @@ def exit_code(pid: int) -> int:
 def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
     importer = threading.Thread(target=import_late, args=(slow_module,))
     importer.start()
-    assert sys.tinkex_test_begun.wait(10)  # type: ignore[attr-defined]
+    assert sys.tinkex_test_begun.wait(PATIENCE_S)  # type: ignore[attr-defined]
     forks = []
 
     def fork() -> None:
@@ -55,7 +55,7 @@ def test_a_fork_waits_for_an_import_of_another_thread(slow_module: str) -> None:
     assert forks == []
     sys.tinkex_test_go_on.set()  # type: ignore[attr-defined]
     for thread in (importer, forker):
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert exit_code(forks[0]) == 7
 
 
@@ -66,13 +66,13 @@ def test_a_fork_does_not_wait_for_an_import_for_ever(
     monkeypatch.setattr(late_import, "_MAX_FORK_WAIT_S", 0.01)
     importer = threading.Thread(target=import_late, args=(slow_module,))
     importer.start()
-    assert sys.tinkex_test_begun.wait(10)  # type: ignore[attr-defined]
+    assert sys.tinkex_test_begun.wait(PATIENCE_S)  # type: ignore[attr-defined]
     pid = os.fork()
     if pid == 0:
         os._exit(len(late_import._importing))
     assert exit_code(pid) == 0
     sys.tinkex_test_go_on.set()  # type: ignore[attr-defined]
-    importer.join(10)
+    importer.join(PATIENCE_S)
     wait_until(lambda: not late_import._importing, "it is done")
 
 

@@ -25,7 +25,7 @@ from tinkex.errors import (
 from tinkex.types import AdamParams, Datum, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-3)
-WAIT_S = 20.0
+WAIT_S = 60.0
 PROMPT = [5, 6, 7, 8, 9]
 #: Stands for the server without a profile.
 EVERYTHING = "everything"

@@ -17,7 +17,7 @@ from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
 KEY = "tml-profiles"
-WAIT_S = 20.0
+WAIT_S = 60.0
 SESSION = {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"}
 #: A word for each way to answer a pending poll is found out with holds this short.
 HOLD_S = 0.05

@@ -14,7 +14,7 @@ from tinkex.config import Config
 from tinkex.errors import APIConnectionError
 from tinkex.types import CreateSessionResponse
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 class FakeNetwork:

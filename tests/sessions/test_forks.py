@@ -67,7 +67,7 @@ def child():
         lambda: trainer.get_info(),
         lambda: sampler.sample(PROMPT),
         lambda: rest.list_training_runs(),
-        lambda: pending.result(5),
+        lambda: pending.result(30),
         service.__enter__,
     ):
         try:
@@ -79,10 +79,10 @@ def child():
     service.close()
     repr(service), repr(trainer)
     assert threading.active_count() == 1, threading.enumerate()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # nothing waits
 
 join(fork(child))
-future.result(10)
+future.result(50)
 print(sample(sampler))
 service.close()
 """
@@ -104,7 +104,7 @@ def child():
 
 pid = fork(child)
 service.close()
-threading.Event().wait(0.3)  # in which the child would beat
+threading.Event().wait(0.5)  # in which the child would beat eight times
 os.close(opener)
 join(pid)
 """

@@ -50,7 +50,7 @@ class Case:
     signal: int = 0
     at: str = CAPABILITIES
     hold: Optional[str] = None
-    within_s: float = 10.0
+    within_s: float = 30.0
 
 
 CASES = [
@@ -194,7 +194,7 @@ CASES = [
     ),
     Case(
         "a server that hangs at exit costs about two seconds, however many clients",
-        "services = [connect() for _ in range(8)]",
+        "services = [connect() for _ in range(30)]",
         hold=finish_route("s0"),
         detail=UNCLOSED,
     ),
@@ -310,7 +310,7 @@ def test_ctrl_c_returns_immediately_and_the_client_stays_usable(
             except KeyboardInterrupt:
                 print("interrupted", flush=True)
             assert sample(sampler) == [7]
-            print(future.result(10).sequences[0].tokens)  # it was not cancelled
+            print(future.result(50).sequences[0].tokens)  # it was not cancelled
     """
     script = Script(tmp_path, body, server.url)
     server.wait_for(POLL)

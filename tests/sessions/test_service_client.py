@@ -14,9 +14,9 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from sessions.fakes import FakeNetwork
-from support.scripted_server import Answer
+from support.scripted_server import PATIENCE_S, Answer
 from support.session_server import BEAT, CREATE, POLL, SessionServer
-from support.threads import race, wait_until
+from support.threads import promptly, race, wait_until
 
 import tinkex
 from tinkex import ServiceClient, errors, types
@@ -65,7 +65,7 @@ def test_a_lost_session_does_not_fail_work_by_itself(
     server.on(BEAT, Answer(410))
     lost = service._runtime.session.manager.lost_reason
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
-    assert sampler.sample(PROMPT).result(10).sequences[0].tokens == [7]  # the server decides
+    assert sampler.sample(PROMPT).result(PATIENCE_S).sequences[0].tokens == [7]  # the server
 
 
 def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
@@ -78,14 +78,14 @@ def test_work_that_fails_then_names_the_lost_session_and_how_to_resume(
     path = "tinker://s0:train:0/weights/a"
     server.on("POST /api/v1/save_weights", Answer(body={"request_id": "save"}))
     server.on(POLL, Answer(body={"path": path}))
-    trainer.save_state("a").result(10)
+    trainer.save_state("a").result(PATIENCE_S)
     server.wait_for(BEAT)
     server.on(BEAT, Answer(410))
     lost = service._runtime.session.manager.lost_reason
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
     server.on("POST /api/v1/asample", Answer(410, {"detail": "session s0 has expired"}))
     with pytest.raises(SessionLostError) as caught:
-        sampler.sample(PROMPT).result(10)
+        sampler.sample(PROMPT).result(PATIENCE_S)
     error = caught.value
     year = time.strftime("%Y-")
     assert f"session s0 was lost (the server ended it or let it expire, at {year}" in str(error)
@@ -105,7 +105,7 @@ def test_without_a_checkpoint_the_error_says_that(server: SessionServer, connect
     wait_until(lambda: lost("s0") is not None, "the session is known to be gone")
     server.on("POST /api/v1/asample", Answer(404, {"detail": "no such session"}))
     with pytest.raises(SessionLostError, match="No checkpoint was saved"):
-        sampler.sample(PROMPT).result(10)
+        sampler.sample(PROMPT).result(PATIENCE_S)
 
 
 def test_a_sampler_of_another_process_needs_a_new_one_from_there(
@@ -120,7 +120,7 @@ def test_a_sampler_of_another_process_needs_a_new_one_from_there(
     server.on("POST /api/v1/asample", Answer(410, {"detail": "session s0 is finished"}))
     try:
         with pytest.raises(SessionLostError, match="have that process make a new sampler") as lost:
-            sampler.sample(PROMPT).result(10)
+            sampler.sample(PROMPT).result(PATIENCE_S)
         assert "checkpoint" not in str(lost.value.hint)
     finally:
         sampler._runtime.close()
@@ -136,7 +136,7 @@ def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
         server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
         for _ in range(2):
             with pytest.raises(SessionLostError, match="no such sampler"):
-                sampler.sample(PROMPT).result(10)
+                sampler.sample(PROMPT).result(PATIENCE_S)
         assert len(server.beats()) == 1
 
 
@@ -147,7 +147,7 @@ def test_a_live_session_is_checked_once_in_a_while(server: SessionServer) -> Non
         server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
         for _ in range(3):
             with pytest.raises(NotFoundError):
-                sampler.sample(PROMPT).result(10)
+                sampler.sample(PROMPT).result(PATIENCE_S)
         assert len(server.beats()) == 1
 
 
@@ -156,7 +156,7 @@ def test_errors_of_a_live_session_stay_unchanged(server: SessionServer, connect:
     sampler = connect().create_sampling_client(base_model="m")
     server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
     with pytest.raises(NotFoundError, match="no such sampler"):
-        sampler.sample(PROMPT).result(10)
+        sampler.sample(PROMPT).result(PATIENCE_S)
 
 
 # 15: settings
@@ -187,7 +187,7 @@ def test_the_environment_is_read_once(
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         sampler = service.create_sampling_client(base_model="m")
-        sampler.sample(PROMPT).result(10)
+        sampler.sample(PROMPT).result(PATIENCE_S)
         server.wait_for(BEAT)
     assert {r.headers["x-api-key"] for r in server.requests()} == {"tml-first"}
 
@@ -201,7 +201,7 @@ def test_clients_with_different_configs_do_not_interfere(server: SessionServer) 
         with first, second:
             limiters = {state_of(c.config).limiter for c in (first, second)}
             assert len(limiters) == 2
-            second.create_sampling_client(base_model="m").sample(PROMPT).result(10)
+            second.create_sampling_client(base_model="m").sample(PROMPT).result(PATIENCE_S)
             first.close()
             beats = len(other.beats())
             other.wait_for(BEAT, beats + 2)
@@ -220,7 +220,7 @@ def test_constructing_blocks_until_the_session_exists(server: SessionServer) -> 
     server.wait_for(CREATE)
     assert made == []
     server.create_hold.set()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     with made[0] as service:
         assert service.session_id == "s0"
 
@@ -296,7 +296,7 @@ def test_creators_block_and_have_future_variants(
     trainers.append(service.create_training_client_from_state_with_optimizer(path))
     assert all(isinstance(t, tinkex.TrainingClient) for t in trainers)
     samplers = [
-        service.create_sampling_client_future(base_model="m").result(10),
+        service.create_sampling_client_future(base_model="m").result(PATIENCE_S),
         service.create_sampling_client("tinker://s0:train:0/sampler_weights/a"),
     ]
     assert all(isinstance(s, tinkex.SamplingClient) for s in samplers)
@@ -311,7 +311,7 @@ def test_a_client_is_its_own_result(server: SessionServer, connect: Connect) -> 
     trainer = service.create_lora_training_client("m")
     sampler = service.create_sampling_client(base_model="m")
     assert trainer.result() is trainer
-    assert sampler.result(timeout=5) is sampler
+    assert sampler.result(timeout=PATIENCE_S) is sampler
     rest = service.create_rest_client()
     assert rest.result() is rest
 
@@ -416,12 +416,12 @@ def test_children_are_tracked_weakly_and_close_without_the_others(
     kept.close()
     with pytest.raises(ClientClosedError, match="closed"):
         kept.get_info()
-    assert sampler.sample(PROMPT).result(10)
+    assert sampler.sample(PROMPT).result(PATIENCE_S)
     with sampler:
         pass
     with pytest.raises(ClientClosedError, match="SamplingClient"):
         sampler.sample(PROMPT)
-    assert service.create_sampling_client(base_model="m").sample(PROMPT).result(10)
+    assert service.create_sampling_client(base_model="m").sample(PROMPT).result(PATIENCE_S)
     server.wait_for(BEAT, len(server.beats()) + 2)
     assert server.reasons() == []
 
@@ -449,7 +449,7 @@ def test_no_child_is_lost_when_its_creation_is_cut_off(
     server.wait_for(POLL)
     service.close()
     with pytest.raises(ClientClosedError):
-        future.result(10)
+        future.result(PATIENCE_S)
     assert server.reasons() == ["success"]  # which frees what was created
 
 
@@ -465,14 +465,13 @@ def test_close_resolves_futures_wakes_waiters_and_ends_the_session(
     samples = [sampler.sample(PROMPT) for _ in range(5)]
     server.wait_for(POLL, 6)
     woken: List[Any] = []
-    waiter = threading.Thread(target=lambda: woken.append(samples[0].exception(10)))
+    waiter = threading.Thread(target=lambda: woken.append(samples[0].exception(PATIENCE_S)))
     waiter.start()
-    began = time.monotonic()
-    done = service.close("errored", "enough")
-    assert time.monotonic() - began < 5
+    with promptly():
+        done = service.close("errored", "enough", timeout_s=PATIENCE_S)
     assert isinstance(done, Future)
     assert done.result(0) is None
-    waiter.join(10)
+    waiter.join(PATIENCE_S)
     assert isinstance(woken[0], ClientClosedError)
     for future in [*samples, trainer]:
         assert isinstance(future.exception(0), ClientClosedError)
@@ -528,9 +527,8 @@ def test_close_is_bounded_when_the_server_hangs(
     server.wait_for(POLL)
     server.finish_answer = Answer(hold=threading.Event())
     server.on(BEAT, Answer(hold=threading.Event()))
-    began = time.monotonic()
-    service.close(timeout_s=1)
-    assert time.monotonic() - began < 5
+    with promptly():
+        service.close(timeout_s=1)
     wait_until(lambda: not tinkex_threads(), "every thread ends")
 
 
@@ -592,15 +590,14 @@ def test_closing_from_a_callback_of_the_client_itself(
     called = threading.Event()
 
     def close_too(future: Any) -> None:
-        service.close("errored")
+        service.close("errored", timeout_s=PATIENCE_S)
         called.set()
 
     sampler.sample(PROMPT).add_done_callback(close_too)
     server.wait_for(POLL)
-    began = time.monotonic()
-    service.close()
-    assert called.wait(10)
-    assert time.monotonic() - began < 4  # neither waits for the other
+    with promptly():  # neither waits for the other
+        service.close(timeout_s=PATIENCE_S)
+        assert called.wait(PATIENCE_S)
     assert server.reasons() == ["success"]
 
 

@@ -8,15 +8,14 @@ import logging
 import queue
 import sys
 import threading
-import time
 from typing import Any, Callable, List, Optional
 
 import pytest
 from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
 from support.clocks import ManualClock
-from support.scripted_server import Answer
+from support.scripted_server import PATIENCE_S, Answer
 from support.session_server import BEAT, CREATE, SessionServer, finish_route
-from support.threads import race, wait_until
+from support.threads import promptly, race, wait_until
 
 from tinkex import errors
 from tinkex._sessions import manager as session_manager
@@ -101,9 +100,8 @@ def test_stop_is_bounded_when_the_server_hangs(server: SessionServer, config: Co
     with SessionManager() as manager:
         session_id = manager.start_session(config)
         server.finish_answer = Answer(hold=threading.Event())
-        began = time.monotonic()
-        manager.stop_session(session_id, timeout_s=0.2)
-        assert time.monotonic() - began < 5
+        with promptly():
+            manager.stop_session(session_id, timeout_s=0.2)
 
 
 def test_many_threads_start_and_stop_sessions_of_different_servers() -> None:
@@ -189,7 +187,7 @@ def test_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
 
         def create(session_id: str) -> CreateSessionResponse:
             if session_id != "s0":
-                assert release.wait(10)
+                assert release.wait(PATIENCE_S)
             return CreateSessionResponse(session_id)
 
         network.on_create = create
@@ -201,7 +199,7 @@ def test_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
         wait_until(lambda: network.beats("s0") >= before + 3, "beats go on meanwhile")
         assert [s.session_id for s in manager.snapshot()] == ["s0"]
         release.set()
-        slow.join(10)
+        slow.join(PATIENCE_S)
         assert {s.session_id for s in manager.snapshot()} == {"s0", "s1"}
     assert all(name.startswith("tinkex-session-") for name in network.threads)
 
@@ -214,7 +212,7 @@ def test_a_session_that_arrives_after_its_caller_gave_up_is_ended(
         release = threading.Event()
 
         def create(session_id: str) -> CreateSessionResponse:
-            assert release.wait(10)
+            assert release.wait(PATIENCE_S)
             return CreateSessionResponse(session_id)
 
         network.on_create = create
@@ -289,7 +287,7 @@ def test_nothing_is_retried_for_a_caller_that_gave_up(server: SessionServer) -> 
     thread.start()
     wait_until(lambda: bool(server.requests(CREATE)), "the first attempt is made")
     link.give_up()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert len(errors) == 1
     assert len(server.requests(CREATE)) == 1
@@ -308,12 +306,12 @@ def test_one_daemon_thread_lives_from_the_first_session_to_the_last() -> None:
         manager.stop_session(first)
         assert thread.is_alive()
         manager.stop_session(second)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
         manager.start_session(A)
         (again,) = heartbeat_threads()
         manager.close()
-        again.join(10)
+        again.join(PATIENCE_S)
         assert not heartbeat_threads()
 
 
@@ -410,7 +408,7 @@ def test_a_hung_host_delays_no_other_host() -> None:
 
         network.on_beat = beat
         manager.start_session(A)
-        assert stuck.wait(10)  # alone, so the heartbeat thread itself hangs in it
+        assert stuck.wait(PATIENCE_S)  # alone, so the heartbeat thread itself hangs in it
         manager.start_session(B)
         manager.start_session(B)
         for session_id in ("s1", "s2"):
@@ -424,7 +422,7 @@ def test_if_no_thread_can_take_over_the_old_one_goes_on(monkeypatch: pytest.Monk
 
         def beat(session_id: str) -> int:
             stuck.set()
-            assert release.wait(10)
+            assert release.wait(PATIENCE_S)
             return 200
 
         def start(thread: threading.Thread) -> None:
@@ -436,7 +434,7 @@ def test_if_no_thread_can_take_over_the_old_one_goes_on(monkeypatch: pytest.Monk
 
         network.on_beat = beat
         manager.start_session(A)
-        assert stuck.wait(10)
+        assert stuck.wait(PATIENCE_S)
         network.on_create = create
         with pytest.raises(ClientClosedError, match="can't start new thread"):
             manager.start_session(B)
@@ -453,17 +451,17 @@ def test_the_thread_that_was_replaced_takes_no_message_from_its_successor() -> N
         def beat(session_id: str) -> int:
             if session_id == "s0":
                 stuck.set()
-                assert release.wait(10)
+                assert release.wait(PATIENCE_S)
             return 200
 
         network.on_beat = beat
         manager.start_session(A)
-        assert stuck.wait(10)
+        assert stuck.wait(PATIENCE_S)
         (first,) = heartbeat_threads()
         manager.start_session(Config("http://b.test", heartbeat_interval_s=3600))
         assert len(heartbeat_threads()) == 2
         release.set()
-        first.join(10)
+        first.join(PATIENCE_S)
         assert not first.is_alive()
         (second,) = heartbeat_threads()
         assert manager._heartbeat._thread is second
@@ -839,7 +837,7 @@ def test_a_suspend_between_two_sessions_has_delayed_no_heartbeat(
     with managed(clock=clock, rand=lambda: 0.0) as (manager, network):
         manager.stop_session(manager.start_session(A))
         for thread in heartbeat_threads():
-            thread.join(10)
+            thread.join(PATIENCE_S)
         clock._wall += 3600  # asleep: the monotonic clock stood still
         manager.start_session(A)
         network.wait_for_beat()
@@ -994,7 +992,7 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
 
         def finish(session_id: str) -> int:
             ending.set()
-            assert release.wait(10)
+            assert release.wait(PATIENCE_S)
             return 200
 
         network.on_finish = finish
@@ -1002,7 +1000,7 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
         manager.start_session(A, owner=owner)
         del owner
         gc.collect()
-        assert ending.wait(10)
+        assert ending.wait(PATIENCE_S)
         assert manager.snapshot() == []
         threading.Timer(0.05, release.set).start()
         manager.close()
@@ -1020,11 +1018,11 @@ def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
 
         def finish(session_id: str) -> int:
             if threading.current_thread() is threading.main_thread():
-                assert posting.wait(10)
+                assert posting.wait(PATIENCE_S)
                 ours_done.set()
             else:
                 posting.set()
-                assert ours_done.wait(10)
+                assert ours_done.wait(PATIENCE_S)
                 wait_until(round_is_waiting, "close to wait")
                 done.set()
             return 200
@@ -1048,7 +1046,7 @@ def test_close_waits_for_the_heartbeat_thread_on_its_way_out(
 
         def drain() -> None:
             leaving.set()
-            assert closing.wait(10)
+            assert closing.wait(PATIENCE_S)
             threading.Event().wait(0.1)  # as on a busy machine
 
         monkeypatch.setattr(manager._heartbeat.workers, "drain", drain)
@@ -1056,7 +1054,7 @@ def test_close_waits_for_the_heartbeat_thread_on_its_way_out(
         session_id = manager.start_session(A)
         (thread,) = heartbeat_threads()
         manager.stop_session(session_id)
-        assert leaving.wait(10)
+        assert leaving.wait(PATIENCE_S)
         manager.close()
         assert not thread.is_alive()
 
@@ -1070,7 +1068,7 @@ def test_a_forgotten_manager_ends_its_sessions_and_its_thread() -> None:
     (thread,) = heartbeat_threads()
     del manager
     gc.collect()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert network.finished == [("s0", "success", "the session manager was dropped")]
 

@@ -22,7 +22,7 @@ from tinkex.local.server import LocalServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Nothing here takes longer than this, in seconds, not even on a busy machine.
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0
 #: What a user would see anyway, and sockets and files that were not closed.
 STRICT = ["-W", "always::ResourceWarning"]
 with contextlib.suppress(PackageNotFoundError):

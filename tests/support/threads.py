@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
 from support.loopback import PATIENCE_S as PATIENCE_S
+
+#: What waits for nothing takes less than this, in seconds, on the busiest machine; a hang takes
+#: PATIENCE_S.
+PROMPT_S = 10.0
 
 
 def race(*functions: Callable[[], Any]) -> List[Any]:
@@ -31,6 +36,18 @@ def race(*functions: Callable[[], Any]) -> List[Any]:
         thread.join(PATIENCE_S)
         assert not thread.is_alive(), "a racing thread hangs"
     return outcomes
+
+
+@contextlib.contextmanager
+def promptly() -> Iterator[None]:
+    """Fail if the block took so long that it must have waited for something.
+
+    That is only true where a wait would last far longer than PROMPT_S: hold it for PATIENCE_S.
+    """
+    began = time.monotonic()
+    yield
+    took_s = time.monotonic() - began
+    assert took_s < PROMPT_S, f"it took {took_s:.1f} s"
 
 
 def wait_until(predicate: Callable[[], bool], what: str) -> None:

@@ -520,7 +520,7 @@ def test_large_results_are_fetched_one_after_the_other(
         def held_back() -> int:
             return sum("large results: 9.0 MB of 0.0 MB" in str(f.status()) for f in futures)
 
-        wait_until(lambda: held_back() == 2, "two wait")
+        wait_until(lambda: held_back() == 2 and fetches != [], "two wait, and one is fetched")
         assert len(fetches) == 1
         go.set()
         for future in futures:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import requests
 from hypothesis import given, strategies as st
-from support.loopback import LoopbackServer
+from support.loopback import PATIENCE_S, LoopbackServer
 from support.properties import several
 from support.raw_server import RawServer
 from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedServer
@@ -226,7 +226,7 @@ def test_abort_breaks_off_what_is_in_flight_and_what_comes(server: ScriptedServe
     thread.start()
     server.wait_for("POST /api/v1/x")
     connection.abort()
-    thread.join(5)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     hold.set()
     assert isinstance(caught[0], requests.ConnectionError)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator
 
 import pytest
 from support.relay import Relay
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
-from support.threads import wait_until
+from support.threads import promptly, wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, types
@@ -107,10 +106,9 @@ def construct(base_url: str, **settings: Any) -> ServiceClient:
 def test_nobody_at_the_address(server: ScriptedServer) -> None:
     port = server.port
     server.close()
-    began = time.monotonic()
-    with pytest.raises(APIConnectionError) as caught:
-        construct(f"http://127.0.0.1:{port}", startup_timeout_s=0.4)
-    assert time.monotonic() - began < 4.0
+    with promptly():
+        with pytest.raises(APIConnectionError) as caught:
+            construct(f"http://127.0.0.1:{port}", startup_timeout_s=0.4)
     text = str(caught.value)
     assert f"127.0.0.1:{port}" in text
     assert "Connection refused" in text
@@ -128,10 +126,9 @@ def test_a_server_that_starts_a_moment_later_is_waited_for(local: LocalServer) -
 
 def test_somebody_who_never_answers(server: ScriptedServer) -> None:
     server.on("POST /api/v1/create_session", Answer(hold=threading.Event()))
-    began = time.monotonic()
-    with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
-        construct(server.url, startup_timeout_s=0.3)
-    assert time.monotonic() - began < 5.0
+    with promptly():
+        with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
+            construct(server.url, startup_timeout_s=0.3)
 
 
 @pytest.mark.parametrize(

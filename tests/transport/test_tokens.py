@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, strategies as st
 from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
-from support.threads import wait_until
+from support.threads import promptly, wait_until
 from support.tinker_routes import TinkerRoutes
 from support.transports import open_transport, quick_config
 
@@ -480,9 +480,8 @@ def test_the_last_word_of_a_process_renews_nothing_that_is_still_good(
     server.on(TOKEN, Answer(hold=threading.Event()))
     clock.advance(3600 - 30)
     farewell = Request("POST", SUBMIT.path, b"{}", read_timeout_s=2.0)
-    began = time.monotonic()
-    assert transport.send_once(farewell).status == 200
-    assert time.monotonic() - began < 2.0
+    with promptly():
+        assert transport.send_once(farewell).status == 200
     assert len(server.requests(TOKEN)) == 1
 
 
@@ -692,11 +691,10 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(
             return False
 
     try:
-        began = time.monotonic()
-        with pytest.raises(CredentialError, match="longer than"):
-            run_command(f"exec 9>'{fifo}'; sleep 60; echo tml-late", threading.Event())
-        wait_until(all_writers_are_gone, "the shell and its sleep have ended")
-        assert time.monotonic() - began < 5.0
+        with promptly():
+            with pytest.raises(CredentialError, match="longer than"):
+                run_command(f"exec 9>'{fifo}'; sleep 60; echo tml-late", threading.Event())
+            wait_until(all_writers_are_gone, "the shell and its sleep have ended")
     finally:
         os.close(reader)
 

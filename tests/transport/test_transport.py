@@ -9,7 +9,6 @@ import logging
 import pickle
 import socket
 import threading
-import time
 import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import pytest
 from support.clocks import ManualClock
 from support.raw_server import RawServer
 from support.scripted_server import CERTIFICATE, PATIENCE_S, Answer, Received, ScriptedServer
-from support.threads import wait_until
+from support.threads import promptly, wait_until
 from support.transports import open_transport, quick_config
 
 from tinkex import errors
@@ -416,12 +415,11 @@ def test_closing_breaks_off_a_tls_request_in_flight() -> None:
         with open_transport(server, ca_bundle=str(CERTIFICATE)) as transport:
             sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
             server.wait_for(route())
-            began = time.monotonic()
-            transport.closing.set()
-            transport.abort()
-            with pytest.raises(ClientClosedError, match="POST /api/v1/asample"):
-                sending.result(PATIENCE_S)
-            assert time.monotonic() - began < 2.0
+            with promptly():
+                transport.closing.set()
+                transport.abort()
+                with pytest.raises(ClientClosedError, match="POST /api/v1/asample"):
+                    sending.result(PATIENCE_S)
 
 
 def test_tls_to_a_plain_port(server: ScriptedServer) -> None:
@@ -463,11 +461,10 @@ def test_closing_wakes_a_retry_that_waits(transport: Transport, server: Scripted
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(transport.send, SUBMIT, RetryPolicy())
         server.wait_for(route())
-        began = time.monotonic()
-        transport.closing.set()
-        with pytest.raises(ClientClosedError, match="POST /api/v1/asample"):
-            sending.result(PATIENCE_S)
-        assert time.monotonic() - began < 2.0
+        with promptly():
+            transport.closing.set()
+            with pytest.raises(ClientClosedError, match="POST /api/v1/asample"):
+                sending.result(PATIENCE_S)
 
 
 def test_closing_wakes_who_waits_for_the_limiter(transport: Transport) -> None:

@@ -66,11 +66,12 @@ class Poller:
         # One bound method each for all futures.
         self._run_callback = self._callbacks.submit
         self._throttle_reason = transport.server.limiter.describe
-        # Guards _outstanding, with what each future keeps, _lanes and _closed.  Never held during
-        # I/O or while a future is settled.
+        # Guards _outstanding, with what each future keeps, _lanes, _undecided and _closed.  Never
+        # held during I/O or while a future is settled.
         self._lock = threading.Lock()
         self._outstanding: Dict[APIFuture[Any], Optional[object]] = {}
         self._lanes: Dict[str, Deque[PendingRequest[Any]]] = {}
+        self._undecided = 0  # requests that wait for the server's flags
         self._closed: Optional[TinkexError] = None
 
     def new_future(self, kind: str, *, counted: bool = False) -> APIFuture[Any]:
@@ -133,9 +134,11 @@ class Poller:
         flags = self._transport.server.flags.static
         if request.sampler_id() is None:
             self._samples.submit(request)
-        elif flags is not None:
+        elif flags is not None and not self._undecided:
             self._choose(request, flags)
-        else:
+        else:  # also with known flags: it must not overtake those that waited for them
+            with self._lock:
+                self._undecided += 1
             try:
                 self._asking.submit(functools.partial(self._ask_and_choose, request))
             except ClientClosedError as error:
@@ -143,11 +146,15 @@ class Poller:
 
     def _ask_and_choose(self, request: PendingRequest[Any]) -> None:
         try:
-            flags = flags_for(self._transport, once=True)
-        except TinkexError as error:
-            logger.debug("could not get the server's flags: %s", error)
-            flags = ServerFlags()
-        self._choose(request, flags)
+            try:
+                flags = flags_for(self._transport, once=True)
+            except TinkexError as error:
+                logger.debug("could not get the server's flags: %s", error)
+                flags = ServerFlags()
+            self._choose(request, flags)
+        finally:
+            with self._lock:
+                self._undecided -= 1
 
     def _choose(self, request: PendingRequest[Any], flags: ServerFlags) -> None:
         """Hand *request* to the batch poller, or have a worker poll for it individually."""
