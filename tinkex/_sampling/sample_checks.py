@@ -15,7 +15,6 @@ from tinkex.errors import (
     a_type,
 )
 from tinkex.types._numbers import as_kept, holds_nan
-from tinkex.types.sampling import TOPK_SENTINEL, TopkLogprobs
 from tinkex.types.tokens import hint_for_model_input
 
 if TYPE_CHECKING:
@@ -150,6 +149,8 @@ def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> Sampl
     if topk is not None:
         missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
         if missing:
+            from tinkex.types.sampling import TOPK_SENTINEL, TopkLogprobs
+
             k = topk.token_ids.shape[1]
             topk = TopkLogprobs(
                 np.concatenate([np.zeros((1, k), np.int32), topk.token_ids]),
