@@ -12,7 +12,8 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.encoding_choice import submit_batch
 from tinkex._api.training import submit
-from tinkex._training.batch import Chunk, Loss, PassReader, in_indices_of_batch
+from tinkex._results.nan_warning import NaNWarning
+from tinkex._training.batch import Chunk, Loss, in_indices_of_batch, read_pass
 from tinkex._training.run_queue import RunQueue, RunRequest
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.transport import Reply
@@ -131,7 +132,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
 
     Args:
         chunk: what it is over.
-        results: reads the outputs.
+        nan_warning: shown once, if logprobs are NaN.
         compress: use zstd, where the encoding allows it.
     """
 
@@ -143,13 +144,13 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         future: APIFuture[ForwardBackwardOutput],
         chunk: Chunk,
         loss: Loss,
-        results: PassReader,
+        nan_warning: NaNWarning,
         compress: bool,
     ) -> None:
         super().__init__(queue, future)
         self._chunk = chunk
         self._loss = loss
-        self._results = results
+        self._nan_warning = nan_warning
         self._compress = compress
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
@@ -169,7 +170,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
         """Read the outputs."""
-        return self._results.read(reply, self._chunk, self._loss)
+        return read_pass(reply, self._chunk, self._loss, self._nan_warning)
 
     def explain(self, error: BaseException) -> BaseException:
         """Return *error* with the indices of the caller's batch."""

@@ -256,10 +256,12 @@ class ServiceClient:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; does not block."""
-        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        from tinkex.clients.new_runs import create_run
+        from tinkex._training.create_run import NewAdapter
+        from tinkex.clients.training import TrainingClient
 
-        return create_run(self._runtime, base_model, lora, user_metadata, optimizer)
+        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        source = NewAdapter(base_model, lora, user_metadata, optimizer)
+        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state(
         self,
@@ -286,17 +288,18 @@ class ServiceClient:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state`; does not block."""
-        from tinkex.clients.new_runs import load_run
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex.clients.training import TrainingClient
 
-        return load_run(
-            self._runtime,
+        source = FromCheckpoint(
             path,
-            base_model,
-            user_metadata,
-            weights_access_token,
-            with_optimizer=False,
-            optimizer=optimizer,
+            optimizer=False,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
+            optimizer_config=optimizer,
         )
+        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -318,16 +321,17 @@ class ServiceClient:
         weights_access_token: Optional[str] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state_with_optimizer`; does not block."""
-        from tinkex.clients.new_runs import load_run
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex.clients.training import TrainingClient
 
-        return load_run(
-            self._runtime,
+        source = FromCheckpoint(
             path,
-            base_model,
-            user_metadata,
-            weights_access_token,
-            with_optimizer=True,
+            optimizer=True,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
         )
+        return TrainingClient.create_future(self._runtime, source)
 
     def open_run(
         self,

@@ -26,6 +26,7 @@ from tinkex._training.checks import (
     check_token,
     check_ttl,
 )
+from tinkex._training.create_run import FromCheckpoint, NewAdapter
 from tinkex._training.custom_loss import (
     CustomLoss,
     LossHandle,
@@ -109,6 +110,27 @@ class TrainingClient(BaseClient):
         self._run = TrainingRun(runtime, model_id, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
         self._mistakes = MistakeWatch(f"run {model_id}")
+
+    @classmethod
+    def create_future(
+        cls, runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]
+    ) -> APIFuture[TrainingClient]:
+        """Create a run from *source*; return immediately.  See `ServiceClient`."""
+        runtime.ensure_open(source.kind)
+        # Reserved here, so that runs are numbered in the order of the calls.
+        model_seq_id = runtime.session.next_model_seq_id()
+
+        def create() -> TrainingClient:
+            run = source.create(runtime, model_seq_id)
+            client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
+            try:
+                client.get_info()  # kept, since this is a background thread anyway
+            except BaseException:
+                client.close()
+                raise
+            return client
+
+        return runtime.run(source.kind, create)
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
