@@ -234,6 +234,14 @@ def test_a_restart_at_a_call(fake: FakeServer, service: ServiceClient, keep_stat
         assert len(found) == keep_state
 
 
+def test_a_restart_while_a_result_is_polled(fake: FakeServer, service: ServiceClient) -> None:
+    trainer = new_run(service)
+    train(trainer, 1)
+    fake.inject("retrieve_future", faults.Restart(after_work=True))
+    with pytest.raises(SessionLostError, match="no longer on the server"):
+        trainer.optim_step(ADAM).result()
+
+
 def test_heartbeats_that_die(fake: FakeServer) -> None:
     with ServiceClient(base_url=fake.url, heartbeat_interval_s=0.02) as service:
         dead = fake.inject("session_heartbeat", faults.Drop(), times=None)

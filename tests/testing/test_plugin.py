@@ -94,6 +94,27 @@ def test_modules():
     assert run_pytest(tmp_path)[-1].startswith("1 passed")
 
 
+def test_a_program_that_has_imported_tinkex_may_start_pytest(tmp_path: Path) -> None:
+    """As if tinkex were installed here: pytest warns of plugins that were imported before."""
+    installed = tmp_path / "tinkex-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: tinkex\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(f"[pytest11]\ntinkex = {PLUGIN}\n")
+    (installed / "RECORD").write_text("tinkex/__init__.py,,\ntinkex/config.py,,\n")
+    (tmp_path / "test_mine.py").write_text("def test_it(tinkex_service): pass\n")
+    program = f"""
+import sys, tinkex, pytest
+options = ["-q", "-p", "no:cacheprovider", "-W", "error", "-c", {os.devnull!r}]
+sys.exit(pytest.main([*options, {str(tmp_path / "test_mine.py")!r}]))
+"""
+    paths = [str(tmp_path), *(path for path in sys.path if path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("PYTEST_DISABLE_PLUGIN_AUTOLOAD", None)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_example_passes() -> None:
     assert run_pytest(EXAMPLE)[-1].startswith("2 passed")
 

@@ -111,7 +111,9 @@ class Poller:
     def inflight(self) -> List[APIFuture[Any]]:
         """The futures that are not settled yet, in no order."""
         with self._lock:
-            return list(self._outstanding)
+            outstanding = list(self._outstanding)
+        # Who waits for a future may wake before the callback that removes it has run.
+        return [future for future in outstanding if not future.done()]
 
     def watch(self, lane: str, request: PendingRequest[Any]) -> None:
         """Poll for *request*, already accepted, after all others of *lane*."""

@@ -20,6 +20,7 @@ from tinkex.errors import (
     APIStatusError,
     ClientClosedError,
     RequestFailedError,
+    ResultExpiredError,
     SessionLostError,
     TinkexError,
 )
@@ -103,7 +104,7 @@ class Session:
         """
         if error.session_id is None:
             error.session_id = self.session_id
-        if not isinstance(error, (APIStatusError, RequestFailedError)):
+        if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
         if error.status in GONE and self.manager.lost_reason(self.session_id) is None:
             with contextlib.suppress(ClientClosedError):

@@ -79,6 +79,7 @@ class Exchange:
         self._script = script
         self._environ = environ
         self._application = application
+        self._stops = script.stops
 
     def work(self) -> Reply:
         """Have the server do what the request asks for, and return its response."""
@@ -90,7 +91,7 @@ class Exchange:
 
     def wait(self, seconds: Optional[float] = None) -> None:
         """Block until the injection is released or the server stops, at most *seconds*."""
-        self._script.wait(self._injection, seconds)
+        self._script.wait(self._injection, seconds, self._stops)
 
 
 class FaultLayer:
@@ -176,6 +177,7 @@ def _hang_up(environ: Environ) -> NoReturn:
 
     # waitress puts a bound method of the connection's channel there.
     channel = environ["waitress.client_disconnected"].__self__
-    with contextlib.suppress(OSError):  # the client was faster
+    # The client, or the end of the server, may have been faster: then there is no socket.
+    with contextlib.suppress(OSError, AttributeError):
         channel.socket.shutdown(socket.SHUT_RDWR)
     raise ClientDisconnected  # which ends the task, and is no error to waitress

@@ -95,17 +95,17 @@ class Journal:
                 groups.setdefault((request.method, request.path, key), []).append(request)
         return [group for group in groups.values() if len(group) > 1]
 
-    def executed(self, run: Any) -> List[str]:
-        """Return what was executed for *run*, in order.
+    def executed(self, run: Any = None) -> List[str]:
+        """Return what was executed for *run*, or for all runs and samplers, in order.
 
         *run* is a `TrainingClient`, a `SamplingClient` or an id.  Entries are ``"create"``,
         ``"forward"``, ``"forward_backward"``, ``"optim_step"``, ``"save"``, ``"export"`` (weights
         for a sampler), ``"load"`` and ``"sample"``, once for each request; work that failed is not
         among them.  A call with many datums may take several requests.
         """
-        wanted = _id_of(run)
+        wanted = None if run is None else _id_of(run)
         with self._lock:
-            return [what for owner, what in self._executed if owner == wanted]
+            return [what for owner, what in self._executed if wanted in (None, owner)]
 
     def executed_steps(self, run: Any) -> int:
         """Return the number of optimizer steps that were executed for *run*."""

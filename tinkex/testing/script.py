@@ -61,14 +61,19 @@ class Script:
             self._stops += 1
             self.changed.notify_all()
 
-    def wait(self, injection: Injection, seconds: Optional[float]) -> None:
+    @property
+    def stops(self) -> int:
+        """How often the server has stopped."""
+        with self.changed:
+            return self._stops
+
+    def wait(self, injection: Injection, seconds: Optional[float], stops: int) -> None:
         """Wait until *injection* is released, but no longer than *seconds*.
 
         Raises:
-            ServerStopped: the server stops.
+            ServerStopped: the server stops, or has stopped more often than *stops*.
         """
         with self.changed:
-            stops = self._stops
             self.changed.wait_for(lambda: injection.is_released or self._stops > stops, seconds)
             if self._stops > stops:
                 raise ServerStopped

@@ -1,0 +1,276 @@
+"""One cell: an operation with a fault at one of its requests, and what is right or wrong then."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+import re
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterator, List, NamedTuple, Optional
+
+from fault_matrix.fault_cases import CASES, FaultCase
+from fault_matrix.operations import (
+    ADAM,
+    MODEL,
+    OPERATIONS,
+    PARAMS,
+    PROMPT,
+    SETTINGS,
+    Operation,
+    World,
+    datum,
+    loss_of,
+    sampled,
+    stepped,
+)
+from tinkex import ServiceClient, errors
+from tinkex.local.settings import ServerSettings
+from tinkex.testing import FakeServer, faults
+
+#: An operation that takes longer hangs.
+MOST_S = 30.0
+#: Threads that were ended may take this long to leave.
+GRACE_S = 5.0
+
+HEARTBEAT = "session_heartbeat"
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Target(NamedTuple):
+    """The request of an operation that a fault strikes."""
+
+    route: str  # "POST /api/v1/optim_step", with * for ids
+    call: int  # among those to this route
+
+
+class Cell(NamedTuple):
+    """An operation, its request, and a fault; by name, so that it can be sent to a process."""
+
+    operation: str
+    target: Target
+    fault: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of a cell; it is good if *wrong* is empty."""
+
+    cell: Cell
+    outcome: str
+    seconds: float
+    wrong: List[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """An operation without a fault: its value, what was executed, and the requests it makes."""
+
+    value: str
+    executed: collections.Counter[str]
+    targets: List[Target]
+
+
+class Outcome(NamedTuple):
+    """The value of an operation, or the error that it raised."""
+
+    value: Any = None
+    error: Optional[BaseException] = None
+
+
+@contextlib.contextmanager
+def world_of(operation: Operation, **settings: Any) -> Iterator[World]:
+    """A server and a client that are ready for *operation*."""
+    server_settings = ServerSettings(retrieve_hold_s=0.5)
+    with tempfile.TemporaryDirectory() as folder, FakeServer(settings=server_settings) as server:
+        service = ServiceClient(base_url=server.url, **{**SETTINGS, **settings})
+        try:
+            world = World(server, Path(folder), service)
+            operation.prepare(world)
+            yield world
+        finally:
+            service.close()
+
+
+@functools.cache
+def baseline(name: str) -> Baseline:
+    """Run the operation without a fault."""
+    operation = OPERATIONS[name]
+    with world_of(operation) as world:
+        began = len(world.server.journal.requests)
+        before = collections.Counter(world.server.journal.executed())
+        value = _readable(operation.run(world), world)
+        made = world.server.journal.requests[began:]
+        executed = collections.Counter(world.server.journal.executed()) - before
+    routes = collections.Counter(
+        _ID.sub("*", f"{request.method} {request.path}")
+        for request in made
+        if not request.path.endswith((HEARTBEAT, "/telemetry"))
+    )
+    targets = [Target(route, 1) for route in routes]
+    targets += [Target(route, count // 2 + 1) for route, count in routes.items() if count >= 4]
+    gc.collect()
+    gc.freeze()  # what is imported by now: collections within cells are fast
+    return Baseline(value, executed, targets)
+
+
+def cells_of(operation: str) -> List[Cell]:
+    """All cells of an operation."""
+    targets = baseline(operation).targets
+    cells = []
+    for case in CASES.values():
+        if case.route == "heartbeat":
+            cells.append(Cell(operation, Target(f"POST /api/v1/{HEARTBEAT}", 1), case.name))
+            continue
+        for target in targets:
+            if case.route in (None, target.route) and (target.call == 1 or case.times == 1):
+                cells.append(Cell(operation, target, case.name))
+    return cells
+
+
+def run_cell(cell: Cell) -> Verdict:
+    """Run a cell, and judge it."""
+    case, expected = CASES[cell.fault], baseline(cell.operation)
+    wrong: List[str] = []
+    before = _leftovers()
+    settings = {"heartbeat_interval_s": 0.05} if case.route == "heartbeat" else {}
+    operation = OPERATIONS[cell.operation]
+    with world_of(operation, **settings) as world:
+        executed_before = collections.Counter(world.server.journal.executed())
+        injection = world.server.inject(
+            cell.target.route, case.fault, call=cell.target.call, times=case.times
+        )
+        began = time.monotonic()
+        outcome = _run(operation, world, injection)
+        seconds = time.monotonic() - began
+        injection.remove()
+        if not injection.struck and case.route != "heartbeat":
+            wrong.append("the fault did not strike")
+        if outcome is None:
+            wrong.append(f"still running after {MOST_S:g} s")
+            outcome = Outcome(error=TimeoutError())
+        elif not case.is_right(outcome.error):
+            wrong.append(f"wrong error: {outcome.error!r:.300}")
+        executed = collections.Counter(world.server.journal.executed()) - executed_before
+        again = executed - expected.executed
+        if case.repeats:
+            again = collections.Counter({w: n for w, n in again.items() if w != "sample"})
+        if again:
+            wrong.append(f"executed more than once: {dict(again)}")
+        if outcome.error is None:
+            value = _readable(outcome.value, world)
+            if value != expected.value:
+                wrong.append(f"wrong value: {value:.200} instead of {expected.value:.200}")
+            if expected.executed - executed:
+                wrong.append(f"not executed: {dict(expected.executed - executed)}")
+        wrong += _use(world, case, outcome)
+        left = world.service.inflight() if cell.operation != "close" else []
+        if left:
+            wrong.append(f"futures left: {left}")
+        # Else the exception's frames keep clients alive.
+        summary = "ok" if outcome.error is None else type(outcome.error).__name__
+        del outcome, left
+    wrong += _left(before)
+    return Verdict(cell, summary, seconds, wrong)
+
+
+def _run(operation: Operation, world: World, injection: Any) -> Optional[Outcome]:
+    """Run the operation in a thread; None if it does not end."""
+    outcomes: List[Outcome] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(Outcome(value=operation.run(world)))
+        except BaseException as error:
+            outcomes.append(Outcome(error=error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    if isinstance(injection.fault, faults.Hold):
+        with contextlib.suppress(TimeoutError):
+            injection.wait(MOST_S)
+        injection.release()
+    thread.join(MOST_S)
+    return outcomes[0] if outcomes else None
+
+
+def _use(world: World, case: FaultCase, outcome: Outcome) -> List[str]:
+    """Use the client after the fault; return what does not work."""
+    wrong: List[str] = []
+    try:
+        session_over = isinstance(outcome.error, errors.SessionLostError) or case.ends_session
+        if session_over or not _is_open(world.service):
+            with ServiceClient(base_url=world.server.url, **SETTINGS) as service:
+                _use_service(service)
+            return wrong
+        if world.trainer is None and world.sampler is None:
+            _use_service(world.service)
+        if world.trainer is not None:
+            steps = world.server.journal.executed_steps(world.trainer)
+            world.trainer.train_step([datum()], "cross_entropy", ADAM)
+            taken = world.server.journal.executed_steps(world.trainer) - steps
+            # A step without a response is sent again before the next request of the run.
+            if taken not in ((1,) if outcome.error is None else (1, 2)):
+                wrong.append("a step after it was not executed once")
+        if world.sampler is not None:
+            sampled(world.sampler.sample(PROMPT, 1, PARAMS).result())
+    except Exception as error:
+        wrong.append(f"not usable afterwards: {error!r:.300}")
+    return wrong
+
+
+def _use_service(service: ServiceClient) -> None:
+    trainer = service.create_lora_training_client(MODEL, rank=4, seed=0)
+    stepped(trainer.train_step([datum()], "cross_entropy", ADAM))
+    loss_of(trainer)
+    sampler = service.create_sampling_client(base_model=MODEL)
+    sampled(sampler.sample(PROMPT, 1, PARAMS).result())
+
+
+def _is_open(service: ServiceClient) -> bool:
+    return "closed" not in repr(service)
+
+
+def _readable(value: Any, world: World) -> str:
+    return _ID.sub("ID", repr(value))
+
+
+class Leftovers(NamedTuple):
+    """Threads and sockets of this process."""
+
+    threads: int
+    sockets: int
+
+
+def _leftovers() -> Leftovers:
+    threads = [t for t in threading.enumerate() if t.name.startswith("tinkex-")]
+    sockets = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            sockets += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return Leftovers(len(threads), sockets)
+
+
+def _left(before: Leftovers) -> List[str]:
+    """Wait for threads and sockets to be gone; return those that stay."""
+    deadline = time.monotonic() + GRACE_S
+    now = _leftovers()
+    while (now.threads > before.threads or now.sockets > before.sockets) and (
+        time.monotonic() < deadline
+    ):
+        gc.collect()  # clients that only a cycle keeps
+        time.sleep(0.02)
+        now = _leftovers()
+    wrong = []
+    if now.threads > before.threads:
+        names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-")]
+        wrong.append(f"threads left: {names}")
+    if now.sockets > before.sockets:
+        wrong.append(f"{now.sockets - before.sockets} sockets left")
+    return wrong

@@ -1,0 +1,85 @@
+"""Cells of the fault matrix: every operation and every fault once, and that a bad cell is found."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any, Iterator, List, Tuple
+
+import pytest
+
+from fault_matrix import cells
+from fault_matrix.cells import Cell, Target, baseline, cells_of, run_cell
+from fault_matrix.fault_cases import CASES, FaultCase
+from fault_matrix.operations import OPERATIONS
+from tinkex import errors
+from tinkex.testing import faults
+
+POLL = "POST /api/v1/retrieve_future"
+
+
+def some() -> Iterator[Tuple[str, str]]:
+    """Yield each fault with the next operation, except those that take seconds to give up."""
+    names = itertools.cycle(OPERATIONS)
+    for case in CASES.values():
+        name = next(names)
+        while case.route == POLL and name in ("construct", "lists", "download", "delete", "close"):
+            name = next(names)
+        if case.times is not None or case.route is not None:
+            yield name, case.name
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Keep the log of the faults out of the report."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("operation", "fault"), list(some()))
+def test_a_cell_is_good(operation: str, fault: str) -> None:
+    found = [cell for cell in cells_of(operation) if cell.fault == fault]
+    # Of an operation with several requests, another one for each fault.
+    cell = found[len(fault) % len(found)]
+    verdict = run_cell(cell)
+    assert verdict.wrong == [], cell
+
+
+def test_the_matrix_has_all_operations_faults_and_requests() -> None:
+    assert len(OPERATIONS) >= 24
+    found = cells_of("optim_step")
+    assert {cell.fault for cell in found} == set(CASES)
+    assert {cell.target.route for cell in found} >= {"POST /api/v1/optim_step", POLL}
+
+
+# A matrix that finds nothing wrong has to be able to
+
+
+def wrong_with(monkeypatch: pytest.MonkeyPatch, case: FaultCase) -> List[str]:
+    baseline("optim_step")
+    monkeypatch.setitem(CASES, case.name, case)
+    return run_cell(Cell("optim_step", Target("POST /api/v1/optim_step", 1), case.name)).wrong
+
+
+def test_a_wrong_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    (wrong,) = wrong_with(monkeypatch, FaultCase("401", faults.Status(401)))
+    assert "wrong error: AuthenticationError" in wrong
+
+
+def test_work_that_is_done_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(exchange: Any) -> Any:
+        (run_id,) = {exchange.request.json()["model_id"]}
+        exchange.server.journal.add_executed(run_id, "optim_step")
+        return exchange.work()
+
+    (wrong,) = wrong_with(monkeypatch, FaultCase("twice", twice))
+    assert wrong == "executed more than once: {'optim_step': 1}"
+
+
+def test_a_hanging_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "MOST_S", 0.2)
+    wrong = wrong_with(
+        monkeypatch, FaultCase("slow", faults.Latency(0.5), errors=(errors.TinkexError,))
+    )
+    assert wrong[0] == "still running after 0.2 s"
