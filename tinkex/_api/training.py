@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Union
+from typing import Any, Mapping, Tuple, Union
 
 from tinkex import types
 from tinkex._api._call import post, read
@@ -14,13 +14,53 @@ from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import Codec, compress
 
+_NEW_RUN = ("session_id", "model_seq_id")
+_OF_RUN = ("model_id", "seq_id")
+
+#: The submissions in JSON, and the fields of each in the order in which they are sent.
+SUBMISSIONS: Mapping[str, Tuple[str, ...]] = {
+    "create_model": (
+        *_NEW_RUN,
+        "base_model",
+        "lora_config",
+        "user_metadata",
+        "optimizer_config",
+    ),
+    # Form 1 makes a new run from a checkpoint, form 2 loads one into a run.
+    "load_weights": (
+        *_NEW_RUN,
+        *_OF_RUN,
+        "path",
+        "optimizer",
+        "base_model",
+        "user_metadata",
+        "weights_access_token",
+        "optimizer_config",
+    ),
+    "optim_step": ("adam_params", "optimizer_params", *_OF_RUN),
+    "save_weights": (*_OF_RUN, "path", "ttl_seconds", "overwrite", "user_metadata"),
+    "save_weights_for_sampler": (
+        *_OF_RUN,
+        "path",
+        "sampling_session_seq_id",
+        "ttl_seconds",
+        "user_metadata",
+        "kind",
+    ),
+    "save_weights_external": (*_OF_RUN, "path", "ttl_seconds", "age_encryption_recipients"),
+    "unload_model": ("model_id",),
+    "create_custom_loss": ("session_id", "custom_loss_seq_id", "name", "inputs", "graph"),
+}
+
 
 def submit(transport: Sender, route: str, **fields: Any) -> types.UntypedFuture:
-    """``POST`` a submission to *route* -> future of its result.
+    """``POST`` one of SUBMISSIONS -> future of its result.
 
     Fields that are None are left out: servers of older protocols refuse what they do not know.
     """
-    body = {name: value for name, value in fields.items() if value is not None}
+    names = SUBMISSIONS[route]
+    assert fields.keys() <= {*names}, fields.keys()
+    body = {name: fields[name] for name in names if fields.get(name) is not None}
     return post(transport, f"/api/v1/{route}", {**body, "type": route}, types.UntypedFuture)
 
 
