@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import weakref
@@ -24,7 +23,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.types.checkpoint_path import check_tinker_path, session_url
+from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
@@ -487,19 +486,10 @@ class ServiceClient:
 
         The future raises RouteMissingError where the server has no such route.
         """
-        from tinkex._training.checks import check_token, check_ttl
-        from tinkex.clients.rest import copy_weights
-
-        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
-        copy = functools.partial(
-            copy_weights,
-            self._runtime.transport,
-            path,
-            self.config.project_id or None,
-            ttl_seconds,
-            check_token(weights_access_token),
+        project_id = self.config.project_id or None
+        return self.create_rest_client()._copy_weights(
+            path, project_id, ttl_seconds, weights_access_token
         )
-        return self._runtime.run("copy_weights", copy)
 
     def get_console_url(self) -> str:
         """The session's page in the hosted service's console."""

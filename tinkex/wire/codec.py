@@ -15,7 +15,6 @@ from tinkex.errors import TinkexError
 
 if TYPE_CHECKING:
     from tinkex.types import (
-        Datum,
         ForwardBackwardOutput,
         ForwardBackwardRequest,
         SampleResponse,
@@ -91,9 +90,6 @@ class Codec(Protocol):
 
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read what `encode_forward_backward` wrote; InvalidInputError if it is malformed."""
-
-    def size_of(self, datum: Datum) -> int:
-        """Return about how many bytes *datum* takes in the body of a submission."""
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""

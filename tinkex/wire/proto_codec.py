@@ -91,10 +91,6 @@ class ProtobufCodec:
                 forward_only=message.forward_only,
             )
 
-    def size_of(self, datum: Datum) -> int:
-        """Estimate the bytes of *datum* in a body by the protocol's rule."""
-        return datum.nbytes
-
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write a ForwardBackwardOutput: one record per run of datums of the same fields.
 
