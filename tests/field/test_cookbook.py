@@ -22,7 +22,7 @@ from field import small_world
 from field.small_world import MODEL, NO_THINKING
 from support.served import tinkex_serve
 
-from tinkex import ServiceClient, TrainingClient, types
+from tinkex import ServiceClient, types
 
 pytest.importorskip("torch")
 if importlib.util.find_spec("tinker_cookbook") is None:
@@ -33,6 +33,7 @@ CLIENTS = {"tinkex": ["-m", "tinkex.as_tinker"], "official": []}
 TESTS = Path(__file__).resolve().parents[1]
 #: On a busy machine with two cores, a recipe of seconds takes minutes.
 PATIENCE_S = 600.0
+KEY = "tml-local"
 RECIPES = "tinker_cookbook.recipes"
 
 
@@ -59,11 +60,15 @@ class Run(NamedTuple):
         return last
 
 
+def connected(url: str) -> ServiceClient:
+    return ServiceClient(base_url=url, api_key=KEY)
+
+
 class World(NamedTuple):
-    """The folder that programs run in, the server, and a checkpoint to start from."""
+    """The folder that programs run in, the URL of the server, and a checkpoint to start from."""
 
     folder: Path
-    service: ServiceClient
+    url: str
     start: str
     sampler: str
 
@@ -75,8 +80,8 @@ class World(NamedTuple):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(TESTS),
             "PYTHONWARNINGS": "ignore",
-            "TINKER_API_KEY": "tml-local",
-            "TINKER_BASE_URL": self.service.config.base_url,
+            "TINKER_API_KEY": KEY,
+            "TINKER_BASE_URL": self.url,
             "TINKER_TELEMETRY": "0",
         }
 
@@ -110,13 +115,16 @@ class World(NamedTuple):
     def logprobs(self, path: str) -> List[float]:
         """Return the logprobs of a few tokens by the sampler's weights at *path*."""
         prompt = types.ModelInput.from_ints(list(range(60, 80)))
-        found = self.service.create_sampling_client(model_path=path).compute_logprobs(prompt)
-        return [value for value in found.result() if value is not None]
+        with connected(self.url) as service:
+            found = service.create_sampling_client(model_path=path).compute_logprobs(prompt)
+            return [value for value in found.result() if value is not None]
 
-    def load(self, run: Run) -> TrainingClient:
-        """Return a client whose weights and optimizer are those of the last checkpoint."""
+    def assert_it_loads(self, run: Run) -> None:
+        """Check that a run can go on from the last checkpoint, with its optimizer."""
         path = run.checkpoint()["state_path"]
-        return self.service.create_training_client_from_state_with_optimizer(path)
+        with connected(self.url) as service:
+            training = service.create_training_client_from_state_with_optimizer(path)
+            assert training.get_info().lora_rank == 8
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +139,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     data_dir = tmp_path_factory.mktemp("server")
     variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     with tinkex_serve(data_dir, model=MODEL, cwd=folder, **variables) as url:
-        with ServiceClient(base_url=url, api_key="tml-local") as service:
+        with connected(url) as service:
             training = service.create_lora_training_client(base_model=MODEL, rank=8, seed=1)
             start = training.save_state("start").result().path
             sampler = training.save_weights_for_sampler("start").result().path
-            yield World(folder, service, start, sampler)
+        yield World(folder, url, start, sampler)
 
 
 def same(first: Any, second: Any) -> bool:
@@ -153,8 +161,7 @@ def assert_same_training(world: World, runs: List[Run], *metrics: str) -> None:
     assert saved[0] == pytest.approx(saved[1], rel=1e-4)
     assert saved[0] != pytest.approx(world.logprobs(world.sampler), rel=1e-4), "nothing was learnt"
     for run in runs:
-        with world.load(run) as training:
-            assert training.get_info().lora_rank == 8
+        world.assert_it_loads(run)
 
 
 def test_sl_loop_continues_from_a_checkpoint_and_learns_the_same(world: World) -> None:
@@ -215,8 +222,7 @@ def assert_learnt_from_rewards(world: World, run: Run, reward: str, steps: int) 
     norms = [row["grad_norm"] for row in run.metrics("grad_norm")]
     assert norms
     assert all(0.0 < norm < 1e4 for norm in norms)
-    with world.load(run) as training:
-        assert training.get_info().lora_rank == 8
+    world.assert_it_loads(run)
 
 
 @pytest.mark.parametrize("client", CLIENTS)
