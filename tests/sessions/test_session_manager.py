@@ -1007,6 +1007,16 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
+def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
+    with managed() as (manager, network):
+        owner = threading.Event()  # anything that can be collected
+        manager.start_session(A, owner=owner)
+        manager._session_workers.close()  # as close does, just before the owner is collected
+        del owner
+        wait_until(lambda: network.finished != [], "the session is finished")
+        assert network.finished == [("s0", "success", "the client was dropped")]
+
+
 def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
     """A process that exits in the middle of a post would cut it in two."""
     with managed() as (manager, network):
