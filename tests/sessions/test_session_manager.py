@@ -1007,6 +1007,27 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
+def test_close_does_not_cut_off_a_finish_that_waits_for_a_thread() -> None:
+    with managed() as (manager, network):
+        owner = threading.Event()  # anything that can be collected
+        manager.start_session(A, owner=owner)
+        busy, release = threading.Event(), threading.Event()
+
+        def occupy() -> None:
+            busy.set()
+            assert release.wait(PATIENCE_S)
+
+        workers = manager._session_workers
+        workers.resize(1)
+        workers.submit(occupy)
+        assert busy.wait(PATIENCE_S)
+        del owner
+        wait_until(lambda: workers._state.backlog == 1, "the end of the session is queued")
+        threading.Timer(0.05, release.set).start()
+        manager.close()
+        assert network.finished == [("s0", "success", "the client was dropped")]
+
+
 def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
     with managed() as (manager, network):
         owner = threading.Event()  # anything that can be collected
