@@ -1081,7 +1081,7 @@ def test_close_waits_for_the_heartbeat_thread_on_its_way_out(
             threading.Event().wait(0.1)  # as on a busy machine
 
         monkeypatch.setattr(manager._heartbeat.workers, "drain", drain)
-        monkeypatch.setattr(manager._session_workers, "close", closing.set)
+        monkeypatch.setattr(manager._session_workers, "drain", closing.set)
         session_id = manager.start_session(A)
         (thread,) = heartbeat_threads()
         manager.stop_session(session_id)
