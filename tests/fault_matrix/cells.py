@@ -139,9 +139,8 @@ def run_cell(cell: Cell) -> Verdict:
     case, expected = CASES[cell.fault], baseline(cell.operation)
     wrong: List[str] = []
     before = _leftovers()
-    settings = {"heartbeat_interval_s": 0.05} if case.route == "heartbeat" else {}
     operation = OPERATIONS[cell.operation]
-    with world_of(operation, **settings) as world:
+    with world_of(operation, **case.settings) as world:
         executed_before = collections.Counter(world.server.journal.executed())
         injection = world.server.inject(
             cell.target.route, case.fault, call=cell.target.call, times=case.times

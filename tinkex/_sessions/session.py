@@ -106,7 +106,11 @@ class Session:
             error.session_id = self.session_id
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
-        if error.status in GONE and self.manager.lost_reason(self.session_id) is None:
+        # Work that was queued fails in its result when the session ends.
+        failed_there = isinstance(error, RequestFailedError) and error.category != "user"
+        if (error.status in GONE or failed_there) and self.manager.lost_reason(
+            self.session_id
+        ) is None:
             with contextlib.suppress(ClientClosedError):
                 self._asking.run(self._ask_whether_gone, self._transport.closing)
         reason = self.manager.lost_reason(self.session_id)
