@@ -77,6 +77,28 @@ def no_thread_is_left() -> Iterator[None]:
         deferred.run_deferred()
 
 
+@pytest.fixture(scope="module")
+def untraced_processes() -> Iterator[None]:
+    """Processes that are started are not measured by coverage, which doubles an import of torch.
+
+    What they run of tinkex is measured where other tests run it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
+@pytest.fixture
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is sent again after milliseconds, where the server asks for no longer pause."""
+    from tinkex._results import backoff
+    from tinkex.retry import RetryPolicy
+
+    _, *others = RetryPolicy.__init__.__defaults__  # type: ignore[misc]
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (0.002, *others))
+    monkeypatch.setattr(backoff, "FIRST_BACKOFF_S", 0.002)
+
+
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     """A real HTTP server that sends the responses a test gives it."""

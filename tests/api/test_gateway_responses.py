@@ -12,6 +12,8 @@ from support.tinker_routes import TinkerRoutes
 
 from tinkex.errors import APIConnectionError, ResponseDecodeError
 
+pytestmark = pytest.mark.usefixtures("short_backoff")
+
 
 @pytest.fixture(scope="module")
 def impatient(no_thread_is_left: None) -> Iterator[Clients]:  # the check comes last

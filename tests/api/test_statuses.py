@@ -18,6 +18,8 @@ import tinkex
 from tinkex import errors, types
 from tinkex.retry_config import RetryConfig
 
+pytestmark = pytest.mark.usefixtures("short_backoff")
+
 SOON = {"retry-after-ms": "1"}
 DETAIL = {"detail": "because"}
 FASTAPI = {"detail": [{"type": "missing", "loc": ["body", "seq_id"], "msg": "Field required"}]}

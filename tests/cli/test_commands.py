@@ -24,6 +24,8 @@ from tinkex.cli.connect import explained, find_server
 from tinkex.config import DEFAULT_BASE_URL
 
 #: As that of `tinkex`, with a key, which every server but the embedded one wants.
+pytestmark = pytest.mark.usefixtures("short_backoff")
+
 ENVIRONMENT = {**environment(None), "TINKER_API_KEY": "tml-1"}
 
 

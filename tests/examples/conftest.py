@@ -11,6 +11,11 @@ if importlib.util.find_spec("torch") is None:
     collect_ignore = ["test_examples.py", "test_quiet.py"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def untraced(untraced_processes: None) -> None:
+    """Most of them import torch."""
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """The deterministic engine, behind the real server."""

@@ -137,15 +137,6 @@ def test_quickstart_names_a_model_the_server_lacks(torch_server, texts):
     assert ended_by(torch_server) == ["errored"]
 
 
-@pytest.mark.parametrize("name", ["training_loop.py", "sampling.py"])
-def test_short_examples_on_a_server(torch_server, name):
-    done = run([str(EXAMPLES / name)], base_url=torch_server.url)
-    assert done.stderr == ""
-    assert done.returncode == 0
-    assert done.stdout
-    assert ended_by(torch_server) == ["success"]
-
-
 def test_the_training_loop_lowers_the_loss_on_the_embedded_server():
     done = run([str(EXAMPLES / "training_loop.py")])
     assert done.stderr == ""

@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List, Tuple
 
 import click
 import pytest
-from support.programs import REPOSITORY, interrupt, run, started
+from support.programs import REPOSITORY, interrupt, run, session_ends, started
 
 import tinkex
 from tinkex.cli.main import cli
@@ -127,10 +127,14 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example(name: str, url: str, names: Dict[str, str]) -> None:
     options = arguments_of(SHORT.get(name, ""), names)
+    before = session_ends(url)
     done = run([str(EXAMPLES[name]), *options], base_url=url)
     assert done.stderr == ""
     assert done.returncode == 0
     assert done.stdout
+    ends = [end for session, end in session_ends(url).items() if session not in before]
+    assert len(ends) == 1
+    assert "ended it: success" in ends[0]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -123,13 +123,18 @@ class Server:
 
     def ends(self) -> List[str]:
         """Return how each session ended, the newest first; ``"live"`` if it lives."""
-        answers = []
-        for session_id in requests_get(f"{self.url}/api/v1/sessions")["sessions"]:
-            reply = requests.post(
-                f"{self.url}/api/v1/session_heartbeat", json={"session_id": session_id}, timeout=10
-            )
-            answers.append("live" if reply.ok else f"{reply.status_code} {reply.text}")
-        return answers
+        return list(session_ends(self.url).values())
+
+
+def session_ends(url: str) -> Dict[str, str]:
+    """Return how each session of a server ended, the newest first; ``"live"`` if it lives."""
+    ends = {}
+    for session_id in requests_get(f"{url}/api/v1/sessions")["sessions"]:
+        reply = requests.post(
+            f"{url}/api/v1/session_heartbeat", json={"session_id": session_id}, timeout=10
+        )
+        ends[session_id] = "live" if reply.ok else f"{reply.status_code} {reply.text}"
+    return ends
 
 
 def requests_get(url: str) -> Any:

@@ -173,6 +173,7 @@ def run(
         yield service.create_lora_training_client("base", rank=8), routes
 
 
+@pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 400, 404, 409, 410, 422])
 def test_a_submission_keeps_its_number_over_the_page_of_a_gateway(
     server: ScriptedServer, run: Tuple[TrainingClient, TinkerRoutes], status: int
@@ -203,6 +204,7 @@ def test_a_number_that_no_server_has_seen_goes_to_the_next_request(
     assert len(numbers) == 1
 
 
+@pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 409, 410, 422])
 @pytest.mark.parametrize(("kind", "body"), [("text/html", HTML), ("application/json", b"")])
 def test_a_poll_is_made_again(
@@ -224,6 +226,7 @@ def test_a_poll_that_meets_a_page_for_good_ends_after_the_outage(
         trainer.optim_step(ADAM).result(PATIENCE_S)
 
 
+@pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize("status", [200, 403, 404])
 def test_a_batch_poll_is_made_again(server: ScriptedServer, status: int) -> None:
     routes = TinkerRoutes(server)

@@ -131,6 +131,7 @@ def test_somebody_who_never_answers(server: ScriptedServer) -> None:
             construct(server.url, startup_timeout_s=0.3)
 
 
+@pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize(
     ("answer", "error", "part"),
     [

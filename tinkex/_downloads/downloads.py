@@ -16,7 +16,7 @@ import random
 import re
 import threading
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 from urllib.parse import urlsplit
 
 import requests
@@ -38,12 +38,15 @@ from tinkex.errors import (
     ResponseDecodeError,
     status_error_type,
 )
-from tinkex.retry import RetryPolicy, retry_after_s
+from tinkex.retry import RetryPolicy, RetryState, retry_after_s
 
 logger = logging.getLogger(__name__)
 
 #: This many URLs may be refused in a row, without a byte in between.
 MAX_REFUSALS = 3
+
+#: Statuses by which a host refuses a URL, perhaps because its signature is too old.
+_REFUSALS = (401, 403, 404, 410)
 
 _CHUNK = 1 << 16  # one read waits for all of it
 _CHECK_EVERY_S = 0.1
@@ -57,76 +60,8 @@ Report = Callable[[int, Optional[int]], None]
 Sign = Callable[[bool], Source]
 
 
-class _TransientFailure(Exception):
-    """The attempt failed in a way that may pass."""
-
-    def __init__(self, error: APIError, hint_s: Optional[float] = None) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.hint_s = hint_s
-
-
-class _Refused(Exception):
-    """The host does not accept the URL (any more)."""
-
-    def __init__(self, error: APIError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
 class _StartOver(Exception):
     """What was fetched so far does not belong to what the host has now."""
-
-
-class _Backoff:
-    """Decides after each failure of one file whether to retry, and when; progress resets it."""
-
-    def __init__(self, part: Part, max_outage_s: float, clock: Clock) -> None:
-        self._part = part
-        self._policy = RetryPolicy(max_elapsed_s=max_outage_s)
-        self._clock = clock
-        self._starts = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._reached = self._part.size
-        self._began = self._clock.monotonic()
-        self._attempts = self._refusals = 0
-
-    def start_over(self) -> None:
-        """Note that the file is fetched from its start again; raise if that is too often."""
-        self._starts += 1
-        if self._starts >= MAX_REFUSALS:
-            raise ResponseDecodeError(
-                f"{self._part.name} changes during the download, or its host sends wrong ranges"
-            )
-
-    def refused(self, error: APIError) -> None:
-        """Note that a URL was refused; raise *error* if that is too often."""
-        if self._part.size > self._reached:
-            self._reset()
-        self._refusals += 1
-        if self._refusals >= MAX_REFUSALS:
-            raise error
-        logger.info("%s; asking for a new URL", error.message)
-
-    def delay_s(self, error: APIError, hint_s: Optional[float]) -> float:
-        """Return the pause before the next attempt, or raise *error*."""
-        if self._part.size > self._reached:  # breaking off now and then is no outage
-            self._reset()
-        self._attempts += 1
-        elapsed_s = self._clock.monotonic() - self._began
-        delay_s = self._policy.delay_s(self._attempts, elapsed_s, hint_s, random.random())
-        if delay_s is None:
-            error.attempts, error.elapsed_s = self._attempts, elapsed_s
-            raise error
-        logger.info(
-            "%s; %d bytes have arrived, next attempt in %.1f s",
-            error.message,
-            self._part.size,
-            delay_s,
-        )
-        return delay_s
 
 
 class Downloader:
@@ -203,9 +138,10 @@ class Downloader:
             DownloadCancelledError, ClientClosedError: see the constructor; the file stays, and
                 `fetch` resumes from there.
         """
-        backoff = _Backoff(part, self._config.max_outage_s, self._clock)
         source: Optional[Source] = None
         signed = False
+        reached, refusals, starts = part.size, 0, 0
+        retries, began = self._new_retries()
         while True:
             self.check()
             if source is None or source.is_stale(self._clock.wall()):
@@ -214,14 +150,37 @@ class Downloader:
             try:
                 return self._attempt(part, source, report)
             except _StartOver:
-                backoff.start_over()
+                starts += 1
+                if starts >= MAX_REFUSALS:
+                    raise ResponseDecodeError(
+                        f"{part.name} changes during the download, or its host sends wrong ranges"
+                    ) from None
                 part.discard()
-            except _Refused as refusal:
-                backoff.refused(refusal.error)
-                source = None
-            except _TransientFailure as trouble:
+            except APIError as error:
                 self.check()
-                self.pause(backoff.delay_s(trouble.error, trouble.hint_s))
+                if part.size > reached:  # breaking off now and then is no outage
+                    reached, refusals = part.size, 0
+                    retries, began = self._new_retries()
+                if error.status in _REFUSALS:
+                    refusals += 1
+                    if refusals >= MAX_REFUSALS:
+                        raise
+                    logger.info("%s; asking for a new URL", error.message)
+                    source = None
+                    continue
+                now = self._clock.monotonic()
+                delay_s = retries.decide(error, now, random.random()).delay_s
+                if delay_s is None:
+                    error.attempts, error.elapsed_s = retries.attempts, now - began
+                    raise
+                message = "%s; %d bytes have arrived, next attempt in %.1f s"
+                logger.info(message, error.message, part.size, delay_s)
+                self.pause(delay_s)
+
+    def _new_retries(self) -> Tuple[RetryState, float]:
+        """Return what decides on retries from now on, and the time now."""
+        began = self._clock.monotonic()
+        return RetryState(RetryPolicy(max_elapsed_s=self._config.max_outage_s), began), began
 
     def _attempt(self, part: Part, source: Source, report: Report) -> int:
         note = Note.load(part.note)
@@ -251,9 +210,8 @@ class Downloader:
             self.check()
             # Not "from error": its text holds the URL, with the signature.
             what = f"the download of {part.name} from {_host(url)} broke off: {root_cause(error)}"
-            if isinstance(error, requests.exceptions.SSLError):
-                raise APIConnectionError(what, retryable=False) from None
-            raise _TransientFailure(APIConnectionError(what)) from None
+            retryable = not isinstance(error, requests.exceptions.SSLError)
+            raise APIConnectionError(what, retryable=retryable) from None
         raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects without end")
 
     def _take(
@@ -308,9 +266,7 @@ class Downloader:
     def _finish(self, part: Part, note: Note, size: int) -> int:
         """Check what has come; return its size."""
         if note.total is not None and size < note.total:  # urllib3 before 2 does not check
-            raise _TransientFailure(
-                APIConnectionError(f"{part.name} broke off at {size} of {note.total} bytes")
-            )
+            raise APIConnectionError(f"{part.name} broke off at {size} of {note.total} bytes")
         if note.total is not None and size > note.total:
             raise _StartOver
         if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
@@ -321,20 +277,15 @@ class Downloader:
             )
         return size
 
-    def _failure(self, name: str, response: requests.Response) -> Exception:
+    def _failure(self, name: str, response: requests.Response) -> APIError:
         status = response.status_code
         headers = {key.lower(): value for key, value in response.headers.items()}
-        hint_s = retry_after_s(headers, self._clock.wall())
-        error = status_error_type(status)(
+        return status_error_type(status)(
             f"{_host(response.url)} responded {status} to the download of {name}",
             status=status,
-            retry_after_s=hint_s,
+            retry_after_s=retry_after_s(headers, self._clock.wall()),
+            retryable=status in (408, 429) or (status >= 500 and status != 501),
         )
-        if status in (401, 403, 404, 410):
-            return _Refused(error)
-        if status in (408, 429) or (status >= 500 and status != 501):
-            return _TransientFailure(error, hint_s)
-        return error
 
     def _channel_for(self, url: str) -> Channel:
         """The channel to the host of *url*, through the proxy that the environment names."""

@@ -11,12 +11,11 @@ import click
 from tinkex import types
 from tinkex.cli import status
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import open_service
 from tinkex.cli.generate import (
-    DEFAULT_LOCAL_MODEL,
     Generator,
     check_model_options,
     model_options,
+    open_generator,
     sampling_options,
     sampling_params,
     write_pieces,
@@ -34,25 +33,18 @@ from tinkex.cli.output import format_option, print_json, wants_json
 def chat(
     ctx: click.Context,
     /,
-    model_path: Optional[str],
-    base_model: Optional[str],
-    base_url: Optional[str],
-    local: bool,
-    data_dir: Optional[str],
     system: Optional[str],
-    **_sampling: Any,
+    **_options: Any,
 ) -> None:
     """Talk to a model: each line of input is a message, the model replies to all of them so far.
 
     "/new" begins a new conversation; the end of the input (Ctrl-D) ends the command.  An embedded
     server streams its replies: they are printed token by token.
     """
-    check_model_options(model_path, base_model, local)
+    check_model_options(ctx)
     params = sampling_params(ctx)
     beginning = [{"role": "system", "content": system}] if system else []
-    local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
-    with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
-        generator = Generator(service, model_path, base_model or local_model)
+    with open_generator(ctx) as generator:
         messages = list(beginning)
         for line in _lines():
             if line == "/new":

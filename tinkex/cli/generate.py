@@ -6,6 +6,7 @@ Everywhere else the text comes in one piece.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import itertools
@@ -20,7 +21,7 @@ import tinkex
 from tinkex import types
 from tinkex.cli import status
 from tinkex.cli.commands import in_flags
-from tinkex.cli.connect import base_url_option, check_path, is_embedded
+from tinkex.cli.connect import base_url_option, check_path, is_embedded, open_service
 from tinkex.cli.terminal import visible
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, ConfigError, InvalidInputError, RequestFailedError
@@ -72,12 +73,23 @@ def sampling_options(command: F) -> F:
     return functools.reduce(lambda made, option: option(made), reversed(_SAMPLING_OPTIONS), command)
 
 
-def check_model_options(model_path: Optional[str], base_model: Optional[str], local: bool) -> None:
-    """Raise UsageError if the options name no model, or two."""
-    if model_path and base_model and not local:
+def check_model_options(ctx: click.Context) -> None:
+    """Raise UsageError if `model_options` name two models, or no checkpoint's path."""
+    given = ctx.params
+    if given["model_path"] and given["base_model"] and not given["local"]:
         raise click.UsageError("give --model-path or --base-model, not both")
-    if model_path:
-        check_path(model_path)
+    if given["model_path"]:
+        check_path(given["model_path"])
+
+
+@contextlib.contextmanager
+def open_generator(ctx: click.Context) -> Iterator[Generator]:
+    """Open a session with the model that `model_options` choose; it ends with the block."""
+    given = ctx.params
+    local_model = (given["base_model"] or DEFAULT_LOCAL_MODEL) if given["local"] else None
+    opened = open_service(given["base_url"], local_model=local_model, data_dir=given["data_dir"])
+    with opened as service:
+        yield Generator(service, given["model_path"], given["base_model"] or local_model)
 
 
 def sampling_params(ctx: click.Context) -> types.SamplingParams:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, List, Optional
+from typing import Any, List
 
 import click
 
 from tinkex import types
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import open_service
 from tinkex.cli.generate import (
-    DEFAULT_LOCAL_MODEL,
     Generator,
     check_model_options,
     model_options,
+    open_generator,
     sampling_options,
     sampling_params,
     write_pieces,
@@ -37,29 +36,22 @@ def sample(
     ctx: click.Context,
     /,
     prompt: str,
-    model_path: Optional[str],
-    base_model: Optional[str],
-    base_url: Optional[str],
-    local: bool,
-    data_dir: Optional[str],
     chat: bool,
     num_samples: int,
-    **_sampling: Any,
+    **_options: Any,
 ) -> None:
     """Continue PROMPT and print the text; "-" reads the prompt from stdin.
 
     Several samples are separated by a line "---".  An embedded server streams a single one: it is
     printed token by token.
     """
-    check_model_options(model_path, base_model, local)
+    check_model_options(ctx)
     if num_samples < 1:
         raise click.UsageError("--num-samples must be at least 1")
     params = sampling_params(ctx)
     text = read_input() if prompt == "-" else prompt
     text.encode()  # raises UnicodeError for invalid text before anything is opened
-    local_model = (base_model or DEFAULT_LOCAL_MODEL) if local else None
-    with open_service(base_url, local_model=local_model, data_dir=data_dir) as service:
-        generator = Generator(service, model_path, base_model or local_model)
+    with open_generator(ctx) as generator:
         tokens = _encode(generator, text, chat)
         if num_samples == 1 and not wants_json():
             write_pieces(generator.pieces(tokens, params))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any, Dict, Iterator, Optional, Type, TypeVar
 
+from tinkex._runtime.numeric import is_finite
 from tinkex.errors import InvalidInputError, TinkexError
 from tinkex.local.errors import HTTPError
 from tinkex.local.json_text import write_json
@@ -66,18 +66,12 @@ def check_kept(name: str, value: object) -> None:
         raise HTTPError(400, f"{name} takes {size} bytes as JSON; at most {_MAX_KEPT_BYTES}")
 
 
-def is_number(value: object) -> bool:
-    """True for a finite number; a bool is none."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
-
-
 def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
     """Return the lifetime of a checkpoint, None for ever; HTTPError 400 out of its range."""
     value = body.get("ttl_seconds")
     if value is None:
         return None
-    if not is_number(value) or not 3600 <= value <= 10 * 366 * 86400:
+    if not is_finite(value) or not 3600 <= value <= 10 * 366 * 86400:
         raise HTTPError(400, f"ttl_seconds is {value!r}; it must lie between 3600 and ten years")
     return float(value)
 

@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def untraced(untraced_processes: None) -> None:
+    """They all import torch."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """For models this small, torch's threads cost more than they bring."""

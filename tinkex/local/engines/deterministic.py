@@ -257,6 +257,7 @@ class DeterministicEngine:
             finished = []
 
     def _draws(self, request: SampleRequest, steps: int) -> List[_Draw]:
+        check_values(request)
         prompt, room = check_sample(request, self._info)
         wanted = request.sampling_params.max_tokens
         most = room if wanted is None else min(wanted, room)

@@ -239,10 +239,11 @@ def check_values(params: Union[AdamParams, LoraConfig, SampleRequest]) -> None:
 def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]:
     """Return the tokens of the prompt, and how many may follow them: at least one.
 
+    *request* itself was checked before, as by `check_values`.
+
     Raises:
-        EngineError: the prompt or a number is at fault.
+        EngineError: the prompt is at fault, or a number that depends on it or on the model.
     """
-    check_values(request)
     prompt = check_tokens(request.prompt, info, "the prompt")
     room = info.context_length - prompt.size
     if room < 1:

@@ -9,9 +9,10 @@ from typing import Any, Callable, Dict, List, Tuple, TypeVar
 import orjson
 from flask import Response, request
 
+from tinkex._runtime.numeric import is_finite
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
-from tinkex.local.fields import is_number, optional, required, required_seq_id
+from tinkex.local.fields import optional, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
@@ -155,7 +156,7 @@ def _timeout_s(body: Dict[str, Any], default: float) -> float:
     value = body.get("timeout")
     if value is None:
         return default
-    if not is_number(value) or value < 0:
+    if not is_finite(value) or value < 0:
         raise HTTPError(400, f"timeout is {value!r}; it must be a number of seconds, 0 or more")
     return float(value)
 

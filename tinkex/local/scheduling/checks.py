@@ -6,15 +6,15 @@ and whatever only it knows.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from tinkex.local.engines import inputs
 from tinkex.local.engines.engine import EngineError, EngineInfo
 from tinkex.local.engines.inputs import LOSSES, check_tokens, check_vocabulary
 from tinkex.local.errors import HTTPError
+from tinkex.local.fields import invalid_input_rejected
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, LoraConfig, SampleRequest
 
@@ -42,27 +42,19 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
         raise HTTPError(400, "the batch is empty; send at least one datum")
     cells = 0
     for index, datum in enumerate(data):
-        cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
-        if cells > _MAX_CELLS:
-            raise HTTPError(
-                400,
-                f"datum {index}: its loss inputs, and those before it, have more than "
-                f"{_MAX_CELLS} cells as dense tensors; send smaller batches",
-            )
-        with _rejected(f"datum {index}: "):
+        try:
+            cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
+            if cells > _MAX_CELLS:
+                raise EngineError(
+                    "its loss inputs, and those before it, have more than "
+                    f"{_MAX_CELLS} cells as dense tensors; send smaller batches"
+                )
             check_tokens(datum.model_input, info)
             targets = datum.loss_fn_inputs.get("target_tokens")
             if targets is not None and targets.values.size:
                 check_vocabulary("target_tokens", targets.values, info)
-
-
-@contextlib.contextmanager
-def _rejected(prefix: str = "") -> Iterator[None]:
-    """Make an HTTPError 400 of what the engine would reject."""
-    try:
-        yield
-    except EngineError as error:
-        raise HTTPError(400, f"{prefix}{error}") from error
+        except EngineError as error:
+            raise HTTPError(400, f"datum {index}: {error}") from error
 
 
 def check_sample(
@@ -79,8 +71,10 @@ def check_sample(
     stop = request.sampling_params.stop
     if stop is not None and not isinstance(stop, str) and len(stop) > _MAX_STOPS:
         raise HTTPError(400, f"stop has {len(stop)} entries; it must have at most {_MAX_STOPS}")
-    with _rejected():
+    try:
         prompt, room = inputs.check_sample(request, info)
+    except EngineError as error:
+        raise HTTPError(400, str(error)) from error
     sampled = request.num_samples * min(request.sampling_params.max_tokens or room, room)
     _check_cells(request, int(prompt.size), sampled)
     return request.num_samples * int(prompt.size) + sampled
@@ -113,8 +107,8 @@ def check_checkpoint_name(name: str) -> str:
 
 def check_lora(lora: LoraConfig) -> None:
     """Check the adapter of a new run."""
-    with _rejected():
-        inputs.check_values(lora)
+    with invalid_input_rejected():
+        lora.check()
     if lora.rank > _MAX_RANK:
         raise HTTPError(400, f"LoRA rank is {lora.rank}; it must be at most {_MAX_RANK}")
 

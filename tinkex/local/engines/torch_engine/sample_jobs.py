@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.local.engines.engine import EngineError, EngineInfo, StreamingRequest
-from tinkex.local.engines.inputs import check_sample, prompt_targets
+from tinkex.local.engines.inputs import check_sample, check_values, prompt_targets
 from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.prompt_scores import PromptScores, as_asked
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse, TensorData, TopkLogprobs
@@ -99,6 +99,7 @@ class Job:
 def check_request(
     index: int, request: SampleRequest, vocabulary: Vocabulary, info: EngineInfo
 ) -> Job:
+    check_values(request)
     prompt, room = check_sample(request, info)
     params = request.sampling_params
     limit = room if params.max_tokens is None else params.max_tokens
