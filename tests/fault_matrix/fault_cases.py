@@ -43,7 +43,9 @@ class FaultCase:
         """True if an operation may end with *error*, or with success if that is None."""
         if error is None or isinstance(error, self.errors):
             return True
-        own = error
+        own: Optional[BaseException] = error
+        if isinstance(error, errors.IncompleteGradientError):  # of a batch in several requests
+            return error.__cause__ is not None and self.is_right(error.__cause__)
         while own is not None:
             if self.status is not None and getattr(own, "status", None) == self.status:
                 return isinstance(error, errors.TinkexError)

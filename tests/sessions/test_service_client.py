@@ -29,7 +29,6 @@ from tinkex.errors import (
     ClientClosedError,
     InvalidInputError,
     NotFoundError,
-    RequestFailedError,
     SessionLostError,
 )
 
@@ -139,22 +138,6 @@ def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
             with pytest.raises(SessionLostError, match="no such sampler"):
                 sampler.sample(PROMPT).result(PATIENCE_S)
         assert len(server.beats()) == 1
-
-
-@pytest.mark.parametrize(
-    ("category", "asks"), [("server", True), ("unknown", True), ("user", False)]
-)
-def test_accepted_work_that_fails_with_its_session_is_a_lost_session(
-    server: SessionServer, category: str, asks: bool
-) -> None:
-    server.serve_work()
-    with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
-        sampler = service.create_sampling_client(base_model="m")
-        server.on(BEAT, Answer(410))
-        server.on(POLL, Answer(body={"error": "session s0 is expired", "category": category}))
-        with pytest.raises(SessionLostError if asks else RequestFailedError, match="is expired"):
-            sampler.sample(PROMPT).result(PATIENCE_S)
-        assert len(server.beats()) == asks
 
 
 def test_a_live_session_is_checked_once_in_a_while(server: SessionServer) -> None:

@@ -285,8 +285,7 @@ class Scheduler:
             for sampler in list(self._samplers.values()):
                 if sampler.session_id == session_id:
                     failed += self._close_sampler_locked(sampler)
-        # Not "user": no other request of the session would work.
-        self._fail(failed, why, "server")
+        self._fail(failed, why)
 
     def why_waiting(self, owner: str, seq_id: int) -> str:
         """Return a sentence on why the request *seq_id* of a run or sampler is not done yet."""
