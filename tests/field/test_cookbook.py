@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -186,6 +187,73 @@ def test_chat_sl_learns_and_evaluates_the_same(world: World) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_dpo_prefers_the_chosen_answers_the_same(world: World) -> None:
+    options = ["batch_size=4", "learning_rate=0.003", f"load_checkpoint_path={world.start}"]
+    runs = world.both("preference.dpo.train", *options, f"renderer_name={NO_THINKING}")
+    metrics = ["dpo_loss", "margin", "chosen_reward", "rejected_reward", "test/nll"]
+    assert_same_training(world, runs, *metrics)
+    steps = runs[0].metrics("dpo_loss", "margin")
+    assert steps[0]["dpo_loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert steps[-1]["margin"] > 0.01
+
+
+def test_prompt_distillation_labels_the_same_and_learns_the_same(world: World) -> None:
+    labelled = []
+    for client in CLIENTS:
+        output = world.folder / f"labels.{client}.jsonl"
+        module = f"{RECIPES}.prompt_distillation.create_data"
+        world.run(client, "-m", module, f"output_file={output}")
+        chats = [row["messages"] for row in read_lines(output)]
+        labelled.append({chat[0]["content"]: chat[1]["content"] for chat in chats})
+    assert labelled == [small_world.SENTENCES, small_world.SENTENCES]
+    # Both train on one file: the sentences of the others may come in another order.
+    options = [f"file_path={world.folder / 'labels.tinkex.jsonl'}", "batch_size=2", "num_epochs=2"]
+    options += ["learning_rate=0.003", f"load_checkpoint_path={world.start}"]
+    runs = world.both("prompt_distillation.train", *options, f"renderer_name={NO_THINKING}")
+    assert_same_training(world, runs, "train_mean_nll", "grad_norm")
+
+
+def assert_learnt_from_rewards(world: World, run: Run, reward: str, steps: int) -> None:
+    """Check that rewards of random samples are what they can be, and that steps were made."""
+    rewards = [row[reward] for row in run.metrics(reward)]
+    assert len(rewards) == steps
+    assert all(0.0 <= value <= 1.0 for value in rewards)
+    assert 0.0 < sum(rewards) < steps
+    norms = [row["grad_norm"] for row in run.metrics("grad_norm")]
+    assert norms
+    assert all(0.0 < norm < 1e4 for norm in norms)
+    world.assert_it_loads(run)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_rl_loop_learns_from_rewards(world: World, client: str) -> None:
+    options = ["batch_size=2", "group_size=16", "max_tokens=32", "lora_rank=8"]
+    run = world.recipe(client, "rl_loop", *options, "loss_fn=importance_sampling")
+    assert_learnt_from_rewards(world, run, "reward/total", steps=2)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_math_rl_learns_from_rewards(world: World, client: str) -> None:
+    options = ["env=arithmetic", "groups_per_batch=4", "group_size=8", "max_steps=1"]
+    options += [f"renderer_name={NO_THINKING}", f"load_checkpoint_path={world.start}"]
+    run = world.recipe(client, "math_rl.train", *options, "loss_fn=gspo")
+    assert_learnt_from_rewards(world, run, "env/all/reward/total", steps=1)
+    # The logprobs of sampling and of training are those of the same weights.
+    (difference,) = run.metrics("optim/kl_sample_train_v2")
+    assert abs(difference["optim/kl_sample_train_v2"]) < 1e-6
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_on_policy_distillation_follows_the_teacher(world: World, client: str) -> None:
+    options = ["dataset=tulu3", "groups_per_batch=2", "group_size=2", "max_steps=1"]
+    options += ["max_tokens=8", f"teacher_model={MODEL}", f"load_checkpoint_path={world.start}"]
+    run = world.recipe(client, "distillation.on_policy_distillation", *options)
+    # The student starts as the teacher.
+    (divergence,) = run.metrics("teacher_kl")
+    assert divergence["teacher_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert run.checkpoint()["state_path"].startswith("tinker://")
+
+
 def test_evaluators_give_the_same_scores(world: World) -> None:
     program = str(Path(__file__).with_name("evaluate.py"))
     scores = [json.loads(world.run(client, program).splitlines()[-1]) for client in CLIENTS]
@@ -193,3 +261,14 @@ def test_evaluators_give_the_same_scores(world: World) -> None:
     assert scores[0]["accuracy"] == pytest.approx(2 / 3)  # of three capitals, one is wrong
     assert scores[0]["eval/gsm8k/score"] == 0.75
     assert scores[0]["eval/gsm8k/num_errors"] == 0.0
+
+
+def test_the_chat_gives_the_same_replies(world: World) -> None:
+    typed = "What is the capital of France?\nn\nWhat is the capital of Italy?\nquit\n"
+    options = [f"base_model={MODEL}", f"model_path={world.sampler}", "temperature=0"]
+    module = "tinker_cookbook.chat_app.tinker_chat_cli"
+    printed = [world.run(client, "-m", module, *options, stdin=typed) for client in CLIENTS]
+    assert printed[0] == printed[1]
+    replies = [part.partition("User: ")[0] for part in printed[0].split("Assistant: ")[1:]]
+    assert [reply.split()[-1] for reply in replies[:1]] == ["Paris"]
+    assert "Milan" in replies[1]

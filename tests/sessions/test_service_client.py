@@ -337,7 +337,7 @@ def test_arguments_are_checked_before_any_request(server: SessionServer, connect
         lambda: service.create_training_client_from_state("weights/a"),
         lambda: service.create_training_client_from_state_with_optimizer("/tmp/weights"),
         lambda: service.create_sampling_client(),
-        lambda: service.create_sampling_client("tinker://r/weights/a", base_model="m"),
+        lambda: service.create_sampling_client("tinker://r/weights/a", base_model=""),
         lambda: service.create_sampling_client("not a path"),
         lambda: service.create_sampling_client(base_model=""),
         lambda: service.close("bored"),
@@ -348,6 +348,16 @@ def test_arguments_are_checked_before_any_request(server: SessionServer, connect
     assert {r.path for r in server.requests()} <= {CREATE.split()[1], BEAT.split()[1]}
     assert service._runtime.session.next_model_seq_id() == 0
     assert service._runtime.session.next_sampler_seq_id() == 0
+
+
+def test_a_checkpoint_may_be_sampled_with_the_name_of_its_base_model(
+    server: SessionServer, connect: Connect
+) -> None:
+    server.serve_work()
+    connect().create_sampling_client("tinker://r/sampler_weights/a", base_model="m")
+    (request,) = server.requests("POST /api/v1/create_sampling_session")
+    assert request.json()["model_path"] == "tinker://r/sampler_weights/a"
+    assert request.json()["base_model"] == "m"
 
 
 def test_a_checkpoint_must_live_for_a_while(server: SessionServer, connect: Connect) -> None:

@@ -113,8 +113,8 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[SamplingClient]:
         """Create the server's sampler; return immediately.  See `ServiceClient`."""
         check_retry_config(retry_config)
-        if (model_path is None) == (base_model is None):
-            raise InvalidInputError("give either model_path or base_model")
+        if model_path is None and base_model is None:
+            raise InvalidInputError("give model_path or base_model")
         if model_path is not None:
             if isinstance(model_path, str) and "://" not in model_path:
                 raise InvalidInputError(
@@ -122,7 +122,7 @@ class SamplingClient(BaseClient):
                     hint=f"A base model is given by name: base_model={model_path!r}.",
                 )
             model_path = check_tinker_path(model_path)
-        else:
+        if base_model is not None:
             base_model = check_model_name(base_model)
         runtime.ensure_open("create_sampling_client")
         number = runtime.session.next_sampler_seq_id()

@@ -423,11 +423,11 @@ class ServiceClient:
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples a checkpoint or a base model (give one).  Blocks.
+        """Return a client that samples a checkpoint or a base model.  Blocks.
 
         Args:
             model_path: of a checkpoint saved for sampling, as the server named it.
-            base_model: a name the server offers.
+            base_model: a name the server offers.  With *model_path*, the checkpoint is sampled.
             retry_config: limits and retries of this one client.
             record_stability_info: have the server record, with each sample, what later training
                 may refer to by its sequence_id.
