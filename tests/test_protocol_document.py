@@ -20,6 +20,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from wire import test_golden
 
 from tinkex import _api as api, types
+from tinkex._api import training
 from tinkex._runtime.clock import SYSTEM_CLOCK
 from tinkex._transport.server_flags import DynamicFlags, ServerFlags
 from tinkex._transport.server_state import state_of
@@ -125,13 +126,14 @@ ARGUMENTS: Dict[str, Any] = {
     "inputs": [{"name": "logprobs", "rank": 1}],
     "kind": "inflight",
     "limit": 1,
-    "lora_config": types.LoraConfig(seed=1),
+    "lora_config": types.LoraConfig(seed=1).to_wire(),
     "model_seq_id": 0,
     "offset": 0,
     "optimizer": True,
     "optimizer_config": {"type": "dimuon"},
     "overwrite": True,
-    "params": {"adam_params": types.AdamParams(weight_decay=0.1, grad_clip_norm=1.0).to_wire()},
+    "adam_params": types.AdamParams(weight_decay=0.1, grad_clip_norm=1.0).to_wire(),
+    "optimizer_params": types.DimuonParams(0.1).to_wire(),
     "policy": RetryPolicy(),
     "retrieved": ["r"],
     "sampling_session_seq_id": 0,
@@ -167,7 +169,7 @@ def _parameters(function: Callable[..., Any]) -> List[str]:
     return list(inspect.signature(function).parameters)
 
 
-def request_of(name: str, function: Callable[..., Any], **changes: Any) -> Request:
+def request_of(name: str, function: Callable[..., Any], /, **changes: Any) -> Request:
     """Return what *function* sends when every argument is given."""
     given: Dict[str, Any] = {}
     for parameter in _parameters(function):
@@ -175,6 +177,8 @@ def request_of(name: str, function: Callable[..., Any], **changes: Any) -> Reque
             given[parameter] = FakeTransport()
         elif parameter == "request":
             given[parameter] = _REQUESTS[name]
+        elif parameter == "fields":
+            continue
         elif parameter.endswith("_timeout_s") or parameter == "timeout_s":
             given[parameter] = 1.0
         else:
@@ -187,6 +191,11 @@ def request_of(name: str, function: Callable[..., Any], **changes: Any) -> Reque
 def sent_requests() -> Iterator[Request]:
     """Yield a request of every endpoint function, and of both kinds of passes."""
     for name, function in endpoint_functions():
+        if name == "submit":
+            for route, fields in training.SUBMISSIONS.items():
+                given = {field: ARGUMENTS.get(field, field) for field in fields}
+                yield request_of(name, function, route=route, **given)
+            continue
         yield request_of(name, function)
         if name == "forward_backward":
             forward = dataclasses.replace(_BATCH, forward_only=True)

@@ -8,6 +8,7 @@ after a cancel is normal, not an error.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -309,7 +310,7 @@ class APIFuture(Future[T], Generic[T]):
         settled already, immediately in this thread.  Its exceptions are logged.
         """
         self._has_callback = True
-        if not self._add_callback(_UserCallback(fn, self._run_callback)):
+        if not self._add_callback(functools.partial(_deliver, fn, self._run_callback)):
             self._note_read()
             _call(fn, self)
 
@@ -435,34 +436,24 @@ class APIFuture(Future[T], Generic[T]):
             logger.log(level, "still waiting: %s", self.status())
 
 
-class _UserCallback:
-    """A callback of the user: runs on the callback thread, and counts as reading the outcome."""
-
-    __slots__ = ("_fn", "_future", "_run")
-
-    def __init__(self, fn: Callable[[Any], object], run: Optional[RunLater]) -> None:
-        self._fn = fn
-        self._run = run
-        self._future: Optional[APIFuture[Any]] = None
-
-    def __call__(self, future: APIFuture[Any]) -> None:
-        self._future = future
-        if self._run is not None:
-            try:
-                self._run(self._call)
-                return
-            except ClientClosedError:  # no callback thread any more, e.g. at interpreter exit
-                pass
-        self._call()
-
-    def _call(self) -> None:
-        future = self._future
-        assert future is not None
+def _deliver(fn: Callable[[Any], object], run: Optional[RunLater], future: APIFuture[Any]) -> None:
+    """In the thread that settles *future*: have *run* call a callback of the user."""
+    if run is not None:
         try:
-            future._note_read()
-            self._fn(future)
-        except BaseException:  # SystemExit too would end the callback thread
-            logger.exception("a callback of %s failed", future.kind)
+            run(functools.partial(_call_user, fn, future))
+            return
+        except ClientClosedError:  # no callback thread any more, e.g. at interpreter exit
+            pass
+    _call_user(fn, future)
+
+
+def _call_user(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
+    """On the callback thread; counts as reading the outcome."""
+    try:
+        future._note_read()
+        fn(future)
+    except BaseException:  # SystemExit too would end the callback thread
+        logger.exception("a callback of %s failed", future.kind)
 
 
 def _run_callbacks(future: Any) -> None:
@@ -507,36 +498,28 @@ def gather(
     parent.  *join* runs in the thread that settles the last child.
     """
     parent.stand_for(children)
-    joint = _Gathered(parent, children, join)
     for child in children:
-        child.on_settled(joint.child_settled)
+        child.on_settled(functools.partial(_child_settled, parent, children, join))
     return parent
 
 
-class _Gathered(Generic[T, U]):
-    """A future that stands for others, and what makes its result of theirs."""
-
-    def __init__(
-        self, parent: APIFuture[U], children: Sequence[APIFuture[T]], join: Callable[[List[T]], U]
-    ) -> None:
-        self._parent = parent
-        self._children = children
-        self._join = join
-
-    def child_settled(self, child: APIFuture[T]) -> None:
-        """In the thread that settles *child*."""
-        parent, children = self._parent, self._children
-        if child.cancelled():
-            parent.cancel()
-            return
-        error = child.exception()
-        if error is not None:
-            if parent.try_set_exception(error):
-                for other in children:
-                    other.cancel()
-            return
-        if all(other.done() for other in children) and not parent.done():
-            try:
-                parent.try_set_result(self._join([other.result() for other in children]))
-            except Exception as failure:
-                parent.try_set_exception(failure)
+def _child_settled(
+    parent: APIFuture[U],
+    children: Sequence[APIFuture[T]],
+    join: Callable[[List[T]], U],
+    child: APIFuture[T],
+) -> None:
+    """In the thread that settles *child*."""
+    if child.cancelled():
+        parent.cancel()
+        return
+    error = child.exception()
+    if error is not None:
+        if parent.try_set_exception(error):
+            for other in children:
+                other.cancel()
+    elif all(other.done() for other in children) and not parent.done():
+        try:
+            parent.try_set_result(join([other.result() for other in children]))
+        except Exception as failure:
+            parent.try_set_exception(failure)

@@ -27,7 +27,7 @@ from support.transports import open_transport, quick_config
 
 import tinkex
 from tinkex import auth
-from tinkex._api.training import load_weights
+from tinkex._api.training import submit
 from tinkex._runtime.clock import SystemClock
 from tinkex._transport import credential_command
 from tinkex._transport.credential_command import run_command
@@ -1065,8 +1065,9 @@ def test_a_weights_access_token_that_is_echoed_is_not_shown(
 
     server.on("POST /api/v1/load_weights", echo)
     with pytest.raises(APIError, match="cannot load with") as caught:
-        load_weights(
+        submit(
             transport,
+            "load_weights",
             model_id="m",
             seq_id=1,
             path="tinker://a/weights/b",

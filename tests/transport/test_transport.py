@@ -25,8 +25,7 @@ from support.transports import open_transport, quick_config
 from tinkex import errors
 from tinkex._transport import billing, channel as channel_module, content_encoding
 from tinkex._transport.attempts import RequestAttempts
-from tinkex._transport.sender import Sender
-from tinkex._transport.transport import Reply, Request, ThreadTransport, Transport
+from tinkex._transport.transport import Reply, Request, Sender, ThreadTransport, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,

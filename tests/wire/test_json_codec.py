@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from tinkex._sampling.sample_checks import align_prompt_logprobs
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.types import (
     Datum,
@@ -21,7 +22,6 @@ from tinkex.types import (
     SampleResponse,
     TensorData,
 )
-from tinkex.wire.codec import align_prompt_logprobs
 from tinkex.wire.json_codec import JSON
 
 

@@ -10,8 +10,7 @@ from urllib.parse import quote, urlencode
 import orjson
 
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.sender import Sender
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.transport import Reply, Request, Sender
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 

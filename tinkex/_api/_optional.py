@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
-from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Sender
 from tinkex.errors import APIStatusError, RouteMissingError
 
 #: How web frameworks answer for a route they do not have; texts about a thing that is missing

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Optional
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.training import forward_backward
-from tinkex._transport.sender import Sender
 from tinkex._transport.server_state import ServerDialect as ServerDialect
+from tinkex._transport.transport import Sender
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import (
@@ -93,9 +93,9 @@ def _submit_as(
     except APIStatusError as error:
         if error.status != 415:
             raise
-        sender.server.note_compression(None)
+        sender.server.compression, sender.server.refuses_compression = None, True
         return forward_backward(sender, codec, request, policy)
-    sender.server.note_compression("zstd")
+    sender.server.compression = "zstd"
     return accepted
 
 
@@ -146,7 +146,7 @@ class _FirstBatch:
             if first.status not in _UNREADABLE:
                 raise
             return self._try_json(first)
-        self._server.note_codec(_protobuf())
+        self._server.codec = _protobuf()
         return accepted
 
     def _try_json(self, first: APIStatusError) -> UntypedFuture:
@@ -158,15 +158,15 @@ class _FirstBatch:
             raise first from error
         except APIStatusError as second:
             if _means_protobuf(self._request, second):
-                self._server.note_codec(_protobuf())
+                self._server.codec = _protobuf()
                 if first.status == 500:  # which may pass, after all
                     return _submit_as(_protobuf(), self._sender, self._request)
                 # 409 is about the seq_id, which the first body has used up: no cause of the error.
                 raise _with_other(first, second) from (None if second.status == 409 else second)
             if first.status == 415:
-                self._server.note_codec(_json())
+                self._server.codec = _json()
             raise _with_other(second, first) from first
-        self._server.note_codec(_json())
+        self._server.codec = _json()
         return accepted
 
 

@@ -7,8 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from tinkex._api._call import encode
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.sender import Sender
-from tinkex._transport.transport import JSON_TYPE, Reply, Request
+from tinkex._transport.transport import JSON_TYPE, Reply, Request, Sender
 from tinkex.errors import ResponseDecodeError
 from tinkex.retry import RetryPolicy
 

@@ -8,7 +8,7 @@ from tinkex import types
 from tinkex._api._call import call, get, post, read, segment
 from tinkex._api._optional import optional_route
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.sender import Sender
+from tinkex._transport.transport import Sender
 
 
 def create_sampling_session(

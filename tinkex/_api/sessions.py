@@ -6,8 +6,7 @@ from typing import Any, Dict, Optional
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
-from tinkex._transport.sender import Sender
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.transport import Reply, Request, Sender
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import NotFoundError, ResponseDecodeError

@@ -7,8 +7,7 @@ from typing import Any, Mapping, Sequence
 
 from tinkex._api._call import encode
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.sender import Sender
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.transport import Reply, Request, Sender
 from tinkex._version import PROTOCOL_VERSION
 
 #: One report may take this long, in seconds.

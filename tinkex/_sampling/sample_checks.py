@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 from tinkex import types
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex.errors import (
     InvalidInputError,
     ResponseDecodeError,
@@ -16,7 +16,6 @@ from tinkex.errors import (
 )
 from tinkex.types._numbers import as_kept, holds_nan
 from tinkex.types.tokens import hint_for_model_input
-from tinkex.wire.codec import align_prompt_logprobs
 
 if TYPE_CHECKING:
     from tinkex.types import SampleRequest, SampleResponse
@@ -129,6 +128,43 @@ def complete_response(
         named = [sequence.named(name) for sequence, name in pairs]
         response = dataclasses.replace(response, sequences=named)
     return response
+
+
+def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> SampleResponse:
+    """Return *response* with one row per prompt token, NaN (no top-k cells) at position 0.
+
+    Some servers send n values for a prompt of n tokens, some n - 1, because the first token has no
+    context.  The codecs do not know n.
+
+    Raises:
+        ResponseDecodeError: there are neither n nor n - 1 rows.
+    """
+    logprobs, topk = response.prompt_logprobs_np, response.topk_prompt_logprobs_np
+    if logprobs is None and topk is None:
+        return response
+    if logprobs is not None:
+        missing = _missing_rows("prompt_logprobs", len(logprobs), prompt_length)
+        logprobs = np.concatenate([np.full(missing, np.nan, np.float32), logprobs])
+        logprobs[:1] = np.nan
+    if topk is not None:
+        missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
+        if missing:
+            from tinkex.types.sampling import TOPK_SENTINEL, TopkLogprobs
+
+            k = topk.token_ids.shape[1]
+            topk = TopkLogprobs(
+                np.concatenate([np.zeros((1, k), np.int32), topk.token_ids]),
+                np.concatenate([np.full((1, k), TOPK_SENTINEL, np.float32), topk.logprobs]),
+            )
+    return dataclasses.replace(response, prompt_logprobs_np=logprobs, topk_prompt_logprobs_np=topk)
+
+
+def _missing_rows(what: str, rows: int, prompt_length: int) -> int:
+    if prompt_length - rows not in (0, 1):
+        raise ResponseDecodeError(
+            f"the server sent {rows} rows of {what} for a prompt of {prompt_length} tokens"
+        )
+    return prompt_length - rows
 
 
 def _check_support(response: SampleResponse, request: SampleRequest) -> None:

@@ -26,7 +26,6 @@ from tinkex._sessions.session_record import (
     HTTPLink,
     LinkFactory,
     ManagerDropped,
-    SessionLink,
     SessionRecord,
 )
 from tinkex._sessions.session_table import HeartbeatPolicy, SessionSnapshot
@@ -218,7 +217,7 @@ class SessionManager:
 class _Creation:
     """A session that a background thread creates for a caller that may give up."""
 
-    def __init__(self, config: Config, link: SessionLink) -> None:
+    def __init__(self, config: Config, link: HTTPLink) -> None:
         self._config = config
         self._link = link
         # Decides between a session that arrives and a caller that gives up: whichever is first

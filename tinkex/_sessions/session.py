@@ -100,13 +100,15 @@ class Session:
         """Return the error to show for failed work: SessionLostError if the session was lost.
 
         Blocks for two seconds at most, to ask the server, if the work failed because something
-        that it needs is not there: the next heartbeat may be seconds away.
+        that it needs is not there, or after it was accepted: the next heartbeat may be seconds
+        away.
         """
         if error.session_id is None:
             error.session_id = self.session_id
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
-        if error.status in GONE and self.manager.lost_reason(self.session_id) is None:
+        may_be_lost = error.status in GONE or isinstance(error, RequestFailedError)
+        if may_be_lost and self.manager.lost_reason(self.session_id) is None:
             with contextlib.suppress(ClientClosedError):
                 self._asking.run(self._ask_whether_gone, self._transport.closing)
         reason = self.manager.lost_reason(self.session_id)

@@ -17,7 +17,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Protocol,
     Set,
     Union,
 )
@@ -73,36 +72,11 @@ if TYPE_CHECKING:
     Inbox = queue.SimpleQueue[Message]
 
 
-class SessionLink(Protocol):
-    """What the session manager needs of a server; tests put their own in its place.
+class HTTPLink:
+    """The connections that keep one session alive; tests put their own in its place.
 
     Each method blocks.  `abort` may be called by another thread and ends the others immediately.
     """
-
-    def create(self) -> CreateSessionResponse:
-        """Create a session; retried for ``startup_timeout_s``.  Raises TinkexError."""
-
-    def give_up(self) -> None:
-        """Let `create` begin no further attempt; the one in flight may still succeed."""
-
-    def beat(self, session_id: str) -> int:
-        """Send one heartbeat, once, and return the status.  Raises TinkexError."""
-
-    def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
-        """Report the end of the session, once; return the status."""
-
-    def drop_idle(self) -> None:
-        """Close idle connections: after a long sleep they are dead."""
-
-    def abort(self) -> None:
-        """Close, and interrupt every request in flight."""
-
-
-LinkFactory = Callable[[Config], SessionLink]
-
-
-class HTTPLink:
-    """The real SessionLink."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -111,29 +85,32 @@ class HTTPLink:
         self._beat_timeout_s = min(HEARTBEAT_TIMEOUT_S, config.heartbeat_interval_s)
 
     def create(self) -> CreateSessionResponse:
-        """See SessionLink."""
+        """Create a session; retried for ``startup_timeout_s``.  Raises TinkexError."""
         return create_session(self._transport, self._config)
 
     def give_up(self) -> None:
-        """See SessionLink."""
+        """Let `create` begin no further attempt; the one in flight may still succeed."""
         self._transport.closing.set()
 
     def beat(self, session_id: str) -> int:
-        """See SessionLink."""
+        """Send one heartbeat, once, and return the status.  Raises TinkexError."""
         return session_heartbeat(self._transport, session_id, timeout_s=self._beat_timeout_s).status
 
     def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
-        """See SessionLink."""
+        """Report the end of the session, once; return the status."""
         return finish_session(self._transport, session_id, status, detail, timeout_s).status
 
     def drop_idle(self) -> None:
-        """See SessionLink."""
+        """Close idle connections: after a long sleep they are dead."""
         self._transport.drop_idle()
 
     def abort(self) -> None:
-        """See SessionLink."""
+        """Close, and interrupt every request in flight."""
         self._transport.closing.set()
         self._transport.abort()
+
+
+LinkFactory = Callable[[Config], HTTPLink]
 
 
 class SessionRecord:
@@ -149,7 +126,7 @@ class SessionRecord:
     """
 
     def __init__(
-        self, session_id: str, link: SessionLink, config: Config, *, owned: bool = True
+        self, session_id: str, link: HTTPLink, config: Config, *, owned: bool = True
     ) -> None:
         self.session_id = session_id
         self.link = link

@@ -22,7 +22,7 @@ from typing import (
 )
 
 from tinkex._results.nan_warning import NaNWarning
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex._transport.server_flags import ServerFlags
 from tinkex._transport.transport import Reply
 from tinkex.errors import (
@@ -150,41 +150,37 @@ def in_indices_of_batch(error: E, first: int, stop: int) -> E:
     return translated
 
 
-class PassReader:
-    """Reads the results of one run's passes.  Thread-safe."""
+def read_pass(
+    reply: Reply, chunk: Chunk, loss: Loss, nan_warning: NaNWarning
+) -> ForwardBackwardOutput:
+    """Decode the result of a pass over *chunk*.
 
-    def __init__(self, model_id: str) -> None:
-        self._nan_warning = NaNWarning(f"run {model_id}")
+    Where the server does not report ``loss:sum``, it is computed from the logprobs, for the two
+    losses that need no more: see `cross_entropy` and `importance_sampling`.
+    Logprobs that are NaN or null stay NaN, with one warning.
 
-    def read(self, reply: Reply, chunk: Chunk, loss: Loss) -> ForwardBackwardOutput:
-        """Decode the result of a pass over *chunk*.
-
-        Where the server does not report ``loss:sum``, it is computed from the logprobs, for the two
-        losses that need no more: see `cross_entropy` and `importance_sampling`.
-        Logprobs that are NaN or null stay NaN, with one warning.
-
-        Raises:
-            ResponseDecodeError: it is malformed, or has not one output for each datum.
-        """
-        data = chunk.data
-        output = codec_for(reply.content_type).decode_output(reply.body)
-        if len(output.loss_fn_outputs) != len(data):
-            raise ResponseDecodeError(
-                f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
-                f"{_count(data, 'datum')}",
-                hint="The result was damaged on its way, or the server is at fault. A backward "
-                "pass was done all the same: the same call again would add the gradient twice.",
-            )
-        with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
-        logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
-        found = None if self._nan_warning.shown else first_where(np.isnan, logprobs)
-        if found is not None:
-            self._nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
-        if loss.name in _LOSSES and "loss:sum" not in output.metrics:
-            loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
-            if loss_sum is not None:
-                output.metrics["loss:sum"] = loss_sum
-        return output
+    Raises:
+        ResponseDecodeError: it is malformed, or has not one output for each datum.
+    """
+    data = chunk.data
+    output = codec_for(reply.content_type).decode_output(reply.body)
+    if len(output.loss_fn_outputs) != len(data):
+        raise ResponseDecodeError(
+            f"the server returned {_count(output.loss_fn_outputs, 'output')} for a batch of "
+            f"{_count(data, 'datum')}",
+            hint="The result was damaged on its way, or the server is at fault. A backward "
+            "pass was done all the same: the same call again would add the gradient twice.",
+        )
+    with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
+    logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
+    found = None if nan_warning.shown else first_where(np.isnan, logprobs)
+    if found is not None:
+        nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
+    if loss.name in _LOSSES and "loss:sum" not in output.metrics:
+        loss_sum = _LOSSES[loss.name](data, output.loss_fn_outputs)
+        if loss_sum is not None:
+            output.metrics["loss:sum"] = loss_sum
+    return output
 
 
 def _count(things: Sequence[object], name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex._runtime.numeric import as_int, is_finite, to_float
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types import Datum, EncodedTextChunk, TensorData

@@ -14,22 +14,26 @@ import dataclasses
 import functools
 import logging
 import re
-from typing import Any, Dict, Mapping, Optional, Type, TypeVar
+from typing import Any, ClassVar, Dict, Mapping, Optional, Type, TypeVar
 
 from tinkex._api import rest, training as api
 from tinkex._api._call import read
 from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
+from tinkex._training.checks import check_metadata, check_token
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.types import (
     CreateModelResponse,
     LoadWeightsResponse,
     LoraConfig,
+    OptimizerConfig,
     UntypedFuture,
     WeightsInfoResponse,
 )
 from tinkex.types._wire import Wire
+from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
+from tinkex.types.optimizer import optimizer_config_to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +59,35 @@ class NewRun:
 class NewAdapter:
     """A run to be made with a new adapter.
 
-    Attributes:
-        model_seq_id: the run's, in its session.
+    Raises:
+        InvalidInputError: a field is wrong.
     """
 
-    model_seq_id: int
+    kind: ClassVar[str] = "create_lora_training_client"
+
     base_model: str
     lora_config: LoraConfig
     user_metadata: Optional[Mapping[str, str]] = None
-    optimizer_config: Optional[Mapping[str, Any]] = None
+    optimizer_config: Optional[OptimizerConfig] = None
 
-    def create(self, runtime: Runtime) -> NewRun:
-        """Make the run.  Raises APIError or RequestFailedError."""
-        accepted = api.create_model(
-            runtime.transport, session_id=runtime.session.session_id, **vars(self)
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "base_model", check_model_name(self.base_model))
+        self.lora_config.check()
+        set_field(self, "user_metadata", check_metadata(self.user_metadata))
+        set_field(self, "optimizer_config", optimizer_config_to_wire(self.optimizer_config))
+
+    def create(self, runtime: Runtime, model_seq_id: int) -> NewRun:
+        """Make the run, number *model_seq_id* of its session.
+
+        Raises APIError or RequestFailedError.
+        """
+        accepted = api.submit(
+            runtime.transport,
+            "create_model",
+            session_id=runtime.session.session_id,
+            model_seq_id=model_seq_id,
+            **{**vars(self), "lora_config": self.lora_config.to_wire()},
         )
         created = wait_for_result(runtime, "create_model", accepted, CreateModelResponse)
         return NewRun(created.model_id, self.base_model)
@@ -79,20 +98,32 @@ class FromCheckpoint:
     """A run to be made from the checkpoint at *path*.
 
     Attributes:
-        model_seq_id: the run's, in its session.
         optimizer: also restore the optimizer's state.
+
+    Raises:
+        InvalidInputError: a field is wrong.
     """
 
-    model_seq_id: int
+    kind: ClassVar[str] = "create_training_client_from_state"
+
     path: str
     optimizer: bool
     base_model: Optional[str] = None
     user_metadata: Optional[Mapping[str, str]] = None
     weights_access_token: Optional[str] = None
-    optimizer_config: Optional[Mapping[str, Any]] = None
+    optimizer_config: Optional[OptimizerConfig] = None
 
-    def create(self, runtime: Runtime) -> NewRun:
-        """Make the run, in the way that the server has.
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "path", check_tinker_path(self.path))
+        set_field(self, "weights_access_token", check_token(self.weights_access_token))
+        if self.base_model is not None:
+            set_field(self, "base_model", check_model_name(self.base_model))
+        set_field(self, "user_metadata", check_metadata(self.user_metadata))
+        set_field(self, "optimizer_config", optimizer_config_to_wire(self.optimizer_config))
+
+    def create(self, runtime: Runtime, model_seq_id: int) -> NewRun:
+        """Make the run, number *model_seq_id* of its session, in the way that the server has.
 
         Raises:
             APIStatusError: the server refuses both ways, or cannot report what the checkpoint was
@@ -101,10 +132,14 @@ class FromCheckpoint:
         """
         server, session_id = runtime.transport.server, runtime.session.session_id
         if server.creates_runs_by_loading is False:
-            return self._in_two_requests(runtime)
+            return self._in_two_requests(runtime, model_seq_id)
         try:
-            accepted = api.create_model_from_weights(
-                runtime.transport, session_id=session_id, **vars(self)
+            accepted = api.submit(
+                runtime.transport,
+                "load_weights",
+                session_id=session_id,
+                model_seq_id=model_seq_id,
+                **vars(self),
             )
         except APIStatusError as error:
             # Some servers respond with a plain 500 to a form that they do not know.
@@ -112,40 +147,39 @@ class FromCheckpoint:
             if not (crashed or _refuses_form(error)):
                 raise
             logger.info("%s; falling back to create_model + load_weights", error.message)
-            made = self._after_refusal(runtime, error)
-            server.note_creates_runs_by_loading(False)
+            made = self._after_refusal(runtime, model_seq_id, error)
+            server.creates_runs_by_loading = False
             return made
-        server.note_creates_runs_by_loading(True)
+        server.creates_runs_by_loading = True
         loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
         # All servers make the id like this, also those that do not send it (docs/protocol.md,
         # "Training runs").
         model_id = loaded.model_id or accepted.model_id
-        return NewRun(model_id or f"{session_id}:train:{self.model_seq_id}", self.base_model)
+        return NewRun(model_id or f"{session_id}:train:{model_seq_id}", self.base_model)
 
-    def _after_refusal(self, runtime: Runtime, refusal: APIStatusError) -> NewRun:
+    def _after_refusal(
+        self, runtime: Runtime, model_seq_id: int, refusal: APIStatusError
+    ) -> NewRun:
         try:
-            return self._in_two_requests(runtime)
+            return self._in_two_requests(runtime, model_seq_id)
         except APIStatusError as error:
             error.hint = error.hint or f"In one request, the response was: {refusal.message}"
             raise error from refusal
 
-    def _in_two_requests(self, runtime: Runtime) -> NewRun:
+    def _in_two_requests(self, runtime: Runtime, model_seq_id: int) -> NewRun:
         """Make the run, then load the checkpoint by its first request."""
         info = self._weights_info(runtime)
         base_model = self.base_model or info.base_model
         # Under the model_seq_id of the request that was refused: if the server has made a run of
         # that after all, it will not make a second one.
         adapter = NewAdapter(
-            self.model_seq_id,
-            base_model,
-            _lora_of(info),
-            self.user_metadata,
-            self._optimizer_config(info),
+            base_model, _lora_of(info), self.user_metadata, self._optimizer_config(info)
         )
-        created = adapter.create(runtime)
+        created = adapter.create(runtime, model_seq_id)
         try:
-            accepted = api.load_weights(
+            accepted = api.submit(
                 runtime.transport,
+                "load_weights",
                 model_id=created.model_id,
                 seq_id=1,
                 path=self.path,
@@ -173,7 +207,7 @@ class FromCheckpoint:
         logger.info("the server does not report the rank of %s; using 32", self.path)
         return WeightsInfoResponse(self.base_model, is_lora=True)
 
-    def _optimizer_config(self, info: WeightsInfoResponse) -> Optional[Mapping[str, Any]]:
+    def _optimizer_config(self, info: WeightsInfoResponse) -> Optional[OptimizerConfig]:
         """The optimizer asked for; else the checkpoint's own, unless it is the usual default."""
         if self.optimizer_config is not None:
             return self.optimizer_config

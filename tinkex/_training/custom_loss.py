@@ -12,7 +12,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex._training.batch import Loss
 from tinkex.errors import ConfigError, InvalidInputError, ResponseDecodeError, a_type
 from tinkex.futures import APIFuture

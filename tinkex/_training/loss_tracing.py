@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 import orjson
 
 from tinkex._api import training as api
+from tinkex._api._optional import optional_route
 from tinkex._runtime.numeric import is_int, to_int
 from tinkex._sessions.runtime import Runtime
 from tinkex._training.create_run import wait_for_result
@@ -272,14 +273,18 @@ class LossRegistry:
         if not self._is_wanted():
             return None
         try:
-            accepted = api.create_custom_loss(
-                runtime.transport,
-                session_id=runtime.session.session_id,
-                custom_loss_seq_id=next(self._seq_ids),
-                name=graph.name,
-                inputs=[{"name": entry.name, "rank": entry.rank} for entry in graph.inputs],
-                graph=graph.graph,
-            )
+            with optional_route(
+                runtime.transport, f"POST {_KIND}", names_nothing=True, ask_once=True
+            ):
+                accepted = api.submit(
+                    runtime.transport,
+                    _KIND,
+                    session_id=runtime.session.session_id,
+                    custom_loss_seq_id=next(self._seq_ids),
+                    name=graph.name,
+                    inputs=[{"name": entry.name, "rank": entry.rank} for entry in graph.inputs],
+                    graph=graph.graph,
+                )
         except RouteMissingError as error:
             logger.info("custom losses are computed here: %s", error.message)
             return None

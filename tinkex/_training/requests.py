@@ -6,12 +6,14 @@ the poller.
 
 from __future__ import annotations
 
-from typing import Any, Callable, ClassVar, Mapping, Optional, Type, TypeVar
+from typing import Any, ClassVar, Mapping, Optional, Type, TypeVar
 
-from tinkex._api import training as api
 from tinkex._api._call import read
+from tinkex._api._optional import optional_route
 from tinkex._api.encoding_choice import submit_batch
-from tinkex._training.batch import Chunk, Loss, PassReader, in_indices_of_batch
+from tinkex._api.training import submit
+from tinkex._results.nan_warning import NaNWarning
+from tinkex._training.batch import Chunk, Loss, in_indices_of_batch, read_pass
 from tinkex._training.run_queue import RunQueue, RunRequest
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.transport import Reply
@@ -32,14 +34,14 @@ T = TypeVar("T")
 
 
 class EndpointRequest(RunRequest[T]):
-    """A request that is one call of a function of `tinkex._api.training`.
+    """A request in JSON.
 
     Args:
-        fields: arguments of the function, besides transport, ``model_id`` and ``seq_id``.
+        fields: of its body, besides ``model_id`` and ``seq_id``.
     """
 
-    #: Sends the request.
-    endpoint: ClassVar[Callable[..., UntypedFuture]]
+    #: What it is sent to.
+    route: ClassVar[str]
     #: What the response is read as.
     response_type: ClassVar[Type[Any]]
     #: All parts of the batches before it must be settled first.
@@ -56,8 +58,12 @@ class EndpointRequest(RunRequest[T]):
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it under its ``seq_id``."""
         queue = self.queue
-        return type(self).endpoint(
-            queue.transport, model_id=queue.model_id, seq_id=self.seq_id, **self._fields
+        return submit(
+            queue.transport,
+            self.route,
+            model_id=queue.model_id,
+            seq_id=self.seq_id,
+            **self._fields,
         )
 
     def decode(self, reply: Reply) -> T:
@@ -69,7 +75,7 @@ class EndpointRequest(RunRequest[T]):
 class OptimStep(EndpointRequest[OptimStepResponse]):
     """See `TrainingClient.optim_step`."""
 
-    endpoint = staticmethod(api.optim_step)
+    route = "optim_step"
     response_type = OptimStepResponse
     waits_for_batches = needs_gradient = True
 
@@ -77,7 +83,7 @@ class OptimStep(EndpointRequest[OptimStepResponse]):
 class SaveState(EndpointRequest[SaveWeightsResponse]):
     """See `TrainingClient.save_state`."""
 
-    endpoint = staticmethod(api.save_weights)
+    route = "save_weights"
     response_type = SaveWeightsResponse
 
     def decode(self, reply: Reply) -> SaveWeightsResponse:
@@ -90,7 +96,7 @@ class SaveState(EndpointRequest[SaveWeightsResponse]):
 class SaveForSampler(EndpointRequest[SaveWeightsForSamplerResponse]):
     """See `TrainingClient.save_weights_for_sampler`."""
 
-    endpoint = staticmethod(api.save_weights_for_sampler)
+    route = "save_weights_for_sampler"
     response_type = SaveWeightsForSamplerResponse
 
     def decode(self, reply: Reply) -> SaveWeightsForSamplerResponse:
@@ -104,14 +110,19 @@ class SaveForSampler(EndpointRequest[SaveWeightsForSamplerResponse]):
 class SaveExternal(EndpointRequest[SaveWeightsExternalResponse]):
     """See `TrainingClient.save_weights_external`."""
 
-    endpoint = staticmethod(api.save_weights_external)
+    route = "save_weights_external"
     response_type = SaveWeightsExternalResponse
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it; RouteMissingError where the server does not have the route."""
+        with optional_route(self.queue.transport, f"POST {self.route}"):
+            return super().send(channel)
 
 
 class Load(EndpointRequest[LoadWeightsResponse]):
     """See `TrainingClient.load_state`."""
 
-    endpoint = staticmethod(api.load_weights)
+    route = "load_weights"
     response_type = LoadWeightsResponse
     waits_for_batches = drops_gradient = True
 
@@ -121,7 +132,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
 
     Args:
         chunk: what it is over.
-        results: reads the outputs.
+        nan_warning: shown once, if logprobs are NaN.
         compress: use zstd, where the encoding allows it.
     """
 
@@ -133,13 +144,13 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         future: APIFuture[ForwardBackwardOutput],
         chunk: Chunk,
         loss: Loss,
-        results: PassReader,
+        nan_warning: NaNWarning,
         compress: bool,
     ) -> None:
         super().__init__(queue, future)
         self._chunk = chunk
         self._loss = loss
-        self._results = results
+        self._nan_warning = nan_warning
         self._compress = compress
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
@@ -159,7 +170,7 @@ class Pass(RunRequest[ForwardBackwardOutput]):
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
         """Read the outputs."""
-        return self._results.read(reply, self._chunk, self._loss)
+        return read_pass(reply, self._chunk, self._loss, self._nan_warning)
 
     def explain(self, error: BaseException) -> BaseException:
         """Return *error* with the indices of the caller's batch."""

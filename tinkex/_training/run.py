@@ -21,9 +21,10 @@ from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._api.encoding_choice import batch_codec
+from tinkex._results.nan_warning import NaNWarning
 from tinkex._results.pending import AcceptedRequest
 from tinkex._sessions.runtime import Runtime
-from tinkex._training.batch import Chunk, Loss, PassReader, check_encoding, cut
+from tinkex._training.batch import Chunk, Loss, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, SplitBatch
 from tinkex._training.requests import EndpointRequest, Pass
 from tinkex._training.run_queue import RunQueue
@@ -66,7 +67,7 @@ class TrainingRun:
         self._unread_failure: Callable[[], Optional[APIFuture[Any]]] = _nothing
         self._runtime = runtime
         self._queue = RunQueue(runtime, model_id, first_seq_id)
-        self._results = PassReader(model_id)
+        self._nan_warning = NaNWarning(f"run {model_id}")
         # Used by the queue's thread alone; the server's flags once they are needed.
         self._gradient = Gradient(self._queue)
         self._flags: Optional[ServerFlags] = None
@@ -271,7 +272,7 @@ class TrainingRun:
                 for later in parts[index:]:
                     later.cancel()
                 return
-            self._queue.send(Pass(self._queue, part, chunk, loss, self._results, compress))
+            self._queue.send(Pass(self._queue, part, chunk, loss, self._nan_warning, compress))
 
     def _server_flags(self) -> ServerFlags:
         """The server's flags; the usual ones if it does not report them."""

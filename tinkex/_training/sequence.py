@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 import re
 from typing import Any, Dict, Generic, List, NamedTuple, Optional, Protocol, TypeVar
 
@@ -273,7 +274,7 @@ class SequenceRules(Generic[R, M]):
         refused, self._refused = self._refused, []
         if refused:
             self.next_seq_id = refused[-1].expected
-        return [entry.request for entry in sorted(refused, key=_seq_id_of)]
+        return [entry.request for entry in sorted(refused, key=operator.attrgetter("seq_id"))]
 
     def withdraw(self, request: R) -> None:
         """*request* will not be resent."""
@@ -284,10 +285,6 @@ class SequenceRules(Generic[R, M]):
         self.next_seq_id = max(self.next_seq_id, seq_id + 1)
         self._last_rejected = False
         self.lost = self._sent = None  # a body takes much memory
-
-
-def _seq_id_of(entry: _Refused) -> int:
-    return entry.seq_id
 
 
 def classify(error: BaseException) -> Outcome:

@@ -71,7 +71,9 @@ class RequestAttempts:
             reply = self._attempt()
             if self._error is None:
                 assert reply is not None
-                self._record_success()
+                if self._request.traffic == "work" and self._request.method == "POST":
+                    took_s = self._transport.clock.monotonic() - self._began
+                    self._transport.recorder.took("submit", took_s)
                 return reply
             delay_s = self._next_delay_s(reply)
             self._request.keep_body()
@@ -148,10 +150,6 @@ class RequestAttempts:
         # An outage of minutes has hundreds of attempts: a few of them are enough for the log.
         level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
         logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay_s)
-
-    def _record_success(self) -> None:
-        if self._request.traffic == "work" and self._request.method == "POST":
-            self._transport.recorder.took("submit", self._transport.clock.monotonic() - self._began)
 
     def _refuse_while_throttled(self) -> None:
         """Raise RateLimitError, instead of sending, while the server asks to be left alone."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
-from tinkex._transport.sender import Sender
 from tinkex._transport.server_flags import flags_for
 from tinkex.errors import TinkexError
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
 
 logger = logging.getLogger(__name__)
 

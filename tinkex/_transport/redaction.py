@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import List, Optional
+from typing import TYPE_CHECKING, List, Optional
 from urllib.parse import urlsplit
 
-from tinkex._transport.request import Reply, Request
-from tinkex._transport.tokens import TokenSource
-from tinkex.config import Config
+if TYPE_CHECKING:
+    from tinkex._transport.request import Reply, Request
+    from tinkex._transport.tokens import TokenSource
+    from tinkex.config import Config
 
 #: Shorter ones are no secrets, and would garble every text that they happen to occur in.
 _MIN_LENGTH = 4

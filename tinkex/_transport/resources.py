@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Optional
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.worker_pool import WorkerPools
@@ -66,19 +65,12 @@ class ByteLimits:
 
     def _resize(self, flags: ServerFlags) -> None:
         config = self._config
-        self.samples.size = _smaller(
-            config.max_sample_bytes, flags.sample_dispatch_bytes_semaphore_size
-        )
-        self.batches.size = _smaller(
-            config.max_batch_bytes, flags.fwdbwd_dispatch_bytes_semaphore_size
-        )
-        self.results.size = _smaller(
-            config.max_result_bytes, flags.inflight_response_bytes_semaphore_size
-        )
-
-
-def _smaller(ours: Optional[int], theirs: int) -> int:
-    return theirs if ours is None else min(ours, theirs)
+        for quota, ours, theirs in (
+            (self.samples, config.max_sample_bytes, flags.sample_dispatch_bytes_semaphore_size),
+            (self.batches, config.max_batch_bytes, flags.fwdbwd_dispatch_bytes_semaphore_size),
+            (self.results, config.max_result_bytes, flags.inflight_response_bytes_semaphore_size),
+        ):
+            quota.size = theirs if ours is None else min(ours, theirs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,18 @@ portal.  It reports nothing about the request: it is an outage, and the request 
 from __future__ import annotations
 
 import re
-from typing import Any, Callable, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Tuple
 
 import orjson
 
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.redaction import Redactor
 from tinkex._transport.redirects import shown
 from tinkex._transport.request import NOT_JSON_HINT, Reply, Request
 from tinkex.errors import APIConnectionError, APIError, ResponseDecodeError, status_error_type
 from tinkex.retry import retry_after_s
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.redaction import Redactor
 
 _HINTS: Mapping[int, str] = {
     401: "Set TINKER_API_KEY (or api_key=) or run `tinkex auth login`: the server asks for a key "

@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar
 
 import orjson
 
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.request import Reply, Request
-from tinkex._transport.sender import Sender
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.retry import RetryPolicy, server_error_behind
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
 
 logger = logging.getLogger(__name__)
 

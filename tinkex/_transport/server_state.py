@@ -62,6 +62,11 @@ class ServerState:
         limiter: holds submissions back after a 429.
         tokens: what requests are authenticated with.
         encoding_search: the search for the encoding of training batches, one at a time.
+        codec: the encoding of training batches that has worked, if any has.
+        compression: the one of training batches that has worked, if any has.
+        refuses_compression: a compressed body was refused.
+        creates_runs_by_loading: whether one request makes a run from a checkpoint; None while not
+            known.
     """
 
     def __init__(self, config: Config, parent: Optional[ServerState] = None) -> None:
@@ -70,15 +75,16 @@ class ServerState:
         self.tokens = TokenSource(config)
         self.encoding_search: SingleFlight[None] = SingleFlight()
         self.pid = os.getpid()
+        # Each is replaced in one step, and read as it is.
+        self.codec: Optional[Codec] = None
+        self.compression: Optional[str] = None
+        self.refuses_compression = False
+        self.creates_runs_by_loading: Optional[bool] = None
         # Guards what follows.  Never held during I/O or logging.
         self._lock = threading.Lock()
         self._notes: Set[str] = set()
-        self._codec: Optional[Codec] = None
-        self._compression: Optional[str] = None
-        self._refuses_compression = False
         self._missing: Dict[str, int] = {}
         self._present: Set[str] = set()
-        self._creates_by_loading: Optional[bool] = None
         if parent is not None:
             self._inherit(parent)
 
@@ -88,34 +94,11 @@ class ServerState:
         Without its lock, which may have been held; the parent's threads are not here, so nothing
         changes what is read.
         """
+        for name in ("codec", "compression", "refuses_compression", "creates_runs_by_loading"):
+            setattr(self, name, getattr(parent, name))
         self._notes = set(parent._notes)
-        self._codec = parent._codec
-        self._compression = parent._compression
-        self._refuses_compression = parent._refuses_compression
         self._missing = dict(parent._missing)
         self._present = set(parent._present)
-        self._creates_by_loading = parent._creates_by_loading
-
-    @property
-    def codec(self) -> Optional[Codec]:
-        """The encoding of training batches that has worked, if any has."""
-        return self._codec
-
-    def note_codec(self, codec: Codec) -> None:
-        """Note that *codec* is the encoding to use."""
-        with self._lock:
-            self._codec = codec
-
-    @property
-    def refuses_compression(self) -> bool:
-        """True if a compressed body was refused."""
-        return self._refuses_compression
-
-    def note_compression(self, name: Optional[str]) -> None:
-        """Note the compression that has worked; None means that the server refuses it."""
-        with self._lock:
-            self._compression = name
-            self._refuses_compression = name is None
 
     def missing_status(self, route: str) -> Optional[int]:
         """The status by which *route* turned out to be missing; None if it did not."""
@@ -137,27 +120,17 @@ class ServerState:
             self._present.add(route)
             self._missing.pop(route, None)
 
-    @property
-    def creates_runs_by_loading(self) -> Optional[bool]:
-        """Whether one request makes a run from a checkpoint; None while not known."""
-        return self._creates_by_loading
-
-    def note_creates_runs_by_loading(self, can: bool) -> None:
-        """Note whether the server makes a run from a checkpoint in one request."""
-        with self._lock:
-            self._creates_by_loading = can
-
     def dialect(self, forced: Optional[Codec] = None) -> ServerDialect:
         """What is known now; *forced* is an encoding that the settings prescribe.
 
         Without the lock, which may have been held when a child was forked that prints this.
         """
-        codec = forced or self._codec
+        codec = forced or self.codec
         return ServerDialect(
             encoding=None if codec is None else codec.name,
-            compression=self._compression,
+            compression=self.compression,
             missing_routes=tuple(sorted(self._missing.copy())),  # copying is atomic
-            creates_runs_by_loading=self._creates_by_loading,
+            creates_runs_by_loading=self.creates_runs_by_loading,
         )
 
     def log_deprecation(self, name: str, headers: Mapping[str, str]) -> None:

@@ -11,14 +11,13 @@ import dataclasses
 import logging
 import random
 import threading
-from typing import List, Mapping, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, List, Mapping, NoReturn, Optional, Tuple
 
 import orjson
 
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.credential_command import COMMAND, run_command
 from tinkex._transport.request import Request
-from tinkex._transport.sender import Sender
 from tinkex._transport.server_flags import ABSENT, ServerFlags, flags_for
 from tinkex.config import Config, check_header
 from tinkex.credentials import is_jwt, read_claims
@@ -30,6 +29,9 @@ from tinkex.errors import (
     CredentialError,
     ResponseDecodeError,
 )
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
 
 logger = logging.getLogger(__name__)
 

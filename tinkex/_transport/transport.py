@@ -10,7 +10,7 @@ import itertools
 import platform
 import threading
 import uuid
-from typing import Callable, Dict, Mapping, NoReturn, Optional
+from typing import Callable, Dict, Mapping, NoReturn, Optional, Union
 
 import requests
 
@@ -240,7 +240,7 @@ class Transport:
 
 
 class ThreadTransport:
-    """A transport as one busy thread uses it, with a connection of its own.  A `Sender`.
+    """A transport as one busy thread uses it, with a connection of its own.
 
     Its requests wait out every 429, whatever the settings: each is one of a sequence, and those
     that follow rely on it.
@@ -272,3 +272,7 @@ class ThreadTransport:
     def send_once(self, request: Request, *, channel: Optional[AnyChannel] = None) -> Reply:
         """See Transport.send_once."""
         return self._transport.send_once(request, channel=channel or self._connection)
+
+
+#: What endpoint functions send with.
+Sender = Union[Transport, ThreadTransport]

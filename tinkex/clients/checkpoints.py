@@ -202,11 +202,13 @@ class _Download:
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        from tinkex.clients.new_runs import load_run  # few downloads need it
+        from tinkex._training.create_run import FromCheckpoint  # few downloads need it
+        from tinkex.clients.training import TrainingClient
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
         with Runtime(self._rest.config, default_manager()) as runtime:
-            trainer = self._wait(load_run(runtime, self._parsed.tinker_path, with_optimizer=False))
+            source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
+            trainer = self._wait(TrainingClient.create_future(runtime, source))
             name = f"download-{uuid.uuid4().hex[:12]}"
             try:
                 saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))

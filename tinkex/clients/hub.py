@@ -8,7 +8,7 @@ import logging
 import tempfile
 from pathlib import Path
 from threading import Event
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from tinkex._api import rest as api
 from tinkex.clients.base import LookupClient
@@ -60,9 +60,9 @@ def push_to_hub(
     if not isinstance(repo_id, str) or not repo_id.strip("/"):
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
     hub = hub or _hub()
-    with _temporary_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
         files = download_checkpoint(
-            rest, tinker_path, folder / "checkpoint", progress=progress, cancel=cancel
+            rest, tinker_path, Path(folder) / "checkpoint", progress=progress, cancel=cancel
         )
         if add_model_card and not (files / "README.md").exists():
             card = _model_card(rest, tinker_path, repo_id, files)
@@ -90,12 +90,6 @@ def _hub() -> Any:
             "pushing to the hub needs huggingface_hub", hint='Run pip install "tinkex[hub]".'
         ) from error
     return HfApi()
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
-        yield Path(folder)
 
 
 def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path) -> str:

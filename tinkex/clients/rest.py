@@ -207,16 +207,24 @@ class RestClient(LookupClient):
         Raises:
             InvalidInputError: there is no project, or an argument is wrong.
         """
-        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
-        weights_access_token = check_token(weights_access_token)
         project_id = destination_project_id or self.config.project_id
         if not project_id:
             raise InvalidInputError(
                 "copy_weights needs a project to copy into",
                 hint="Give destination_project_id, or set TINKER_PROJECT_ID.",
             )
+        return self._copy_weights(path, project_id, ttl_seconds, weights_access_token)
 
-        return self._run(copy_weights, path, project_id, ttl_seconds, weights_access_token)
+    def _copy_weights(
+        self, path: str, project_id: Optional[str], ttl_seconds: Optional[int], token: Optional[str]
+    ) -> APIFuture[str]:
+        return self._run(
+            copy_weights,
+            source_path=check_tinker_path(path),
+            destination_project_id=project_id,
+            ttl_seconds=check_ttl(ttl_seconds),
+            weights_access_token=check_token(token),
+        )
 
     def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
         """Move a session to another project."""
@@ -324,21 +332,9 @@ class RestClient(LookupClient):
     get_current_checkpoint_storage_usage_async = result_of(get_current_checkpoint_storage_usage)
 
 
-def copy_weights(
-    transport: Transport,
-    path: str,
-    project_id: Optional[str],
-    ttl_seconds: Optional[int],
-    weights_access_token: Optional[str],
-) -> str:
+def copy_weights(transport: Transport, **fields: Any) -> str:
     """Copy a checkpoint into a project; return the path of the copy.  Blocks."""
-    return api.copy_weights(
-        transport,
-        source_path=path,
-        destination_project_id=project_id,
-        ttl_seconds=ttl_seconds,
-        weights_access_token=weights_access_token,
-    ).tinker_path
+    return api.copy_weights(transport, **fields).tinker_path
 
 
 def export_session_trace(transport: Transport, session_id: str) -> str:

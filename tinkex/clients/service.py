@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import weakref
@@ -24,7 +23,7 @@ from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
 from tinkex.retry_config import RetryConfig
-from tinkex.types.checkpoint_path import check_tinker_path, session_url
+from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
@@ -256,10 +255,12 @@ class ServiceClient:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; does not block."""
-        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        from tinkex.clients.new_runs import create_run
+        from tinkex._training.create_run import NewAdapter
+        from tinkex.clients.training import TrainingClient
 
-        return create_run(self._runtime, base_model, lora, user_metadata, optimizer)
+        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        source = NewAdapter(base_model, lora, user_metadata, optimizer)
+        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state(
         self,
@@ -286,17 +287,18 @@ class ServiceClient:
         optimizer: Optional[OptimizerConfig] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state`; does not block."""
-        from tinkex.clients.new_runs import load_run
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex.clients.training import TrainingClient
 
-        return load_run(
-            self._runtime,
+        source = FromCheckpoint(
             path,
-            base_model,
-            user_metadata,
-            weights_access_token,
-            with_optimizer=False,
-            optimizer=optimizer,
+            optimizer=False,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
+            optimizer_config=optimizer,
         )
+        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -318,16 +320,17 @@ class ServiceClient:
         weights_access_token: Optional[str] = None,
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state_with_optimizer`; does not block."""
-        from tinkex.clients.new_runs import load_run
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex.clients.training import TrainingClient
 
-        return load_run(
-            self._runtime,
+        source = FromCheckpoint(
             path,
-            base_model,
-            user_metadata,
-            weights_access_token,
-            with_optimizer=True,
+            optimizer=True,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
         )
+        return TrainingClient.create_future(self._runtime, source)
 
     def open_run(
         self,
@@ -483,19 +486,10 @@ class ServiceClient:
 
         The future raises RouteMissingError where the server has no such route.
         """
-        from tinkex._training.checks import check_token, check_ttl
-        from tinkex.clients.rest import copy_weights
-
-        path, ttl_seconds = check_tinker_path(path), check_ttl(ttl_seconds)
-        copy = functools.partial(
-            copy_weights,
-            self._runtime.transport,
-            path,
-            self.config.project_id or None,
-            ttl_seconds,
-            check_token(weights_access_token),
+        project_id = self.config.project_id or None
+        return self.create_rest_client()._copy_weights(
+            path, project_id, ttl_seconds, weights_access_token
         )
-        return self._runtime.run("copy_weights", copy)
 
     def get_console_url(self) -> str:
         """The session's page in the hosted service's console."""

@@ -26,6 +26,7 @@ from tinkex._training.checks import (
     check_token,
     check_ttl,
 )
+from tinkex._training.create_run import FromCheckpoint, NewAdapter
 from tinkex._training.custom_loss import (
     CustomLoss,
     LossHandle,
@@ -109,6 +110,27 @@ class TrainingClient(BaseClient):
         self._run = TrainingRun(runtime, model_id, first_seq_id)
         self._info: Optional[GetInfoResponse] = None
         self._mistakes = MistakeWatch(f"run {model_id}")
+
+    @classmethod
+    def create_future(
+        cls, runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]
+    ) -> APIFuture[TrainingClient]:
+        """Create a run from *source*; return immediately.  See `ServiceClient`."""
+        runtime.ensure_open(source.kind)
+        # Reserved here, so that runs are numbered in the order of the calls.
+        model_seq_id = runtime.session.next_model_seq_id()
+
+        def create() -> TrainingClient:
+            run = source.create(runtime, model_seq_id)
+            client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
+            try:
+                client.get_info()  # kept, since this is a background thread anyway
+            except BaseException:
+                client.close()
+                raise
+            return client
+
+        return runtime.run(source.kind, create)
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
@@ -226,7 +248,7 @@ class TrainingClient(BaseClient):
         self, optim_params: object, after: Optional[APIFuture[ForwardBackwardOutput]] = None
     ) -> APIFuture[OptimStepResponse]:
         """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
-        fields = {"params": optim_params_to_wire(optim_params)}
+        fields = optim_params_to_wire(optim_params)
         self._ensure_open("optim_step")
         return self._run.submit("optim_step", OptimStep, fields, after=after)
 
@@ -349,7 +371,7 @@ class TrainingClient(BaseClient):
         fields = {
             "path": check_name(name),
             "ttl_seconds": check_ttl(ttl_seconds),
-            "overwrite": as_flag("overwrite", overwrite),
+            "overwrite": as_flag("overwrite", overwrite) or None,
             "user_metadata": check_metadata(user_metadata),
         }
         return self._submit("save_state", SaveState, fields)
@@ -442,7 +464,7 @@ class TrainingClient(BaseClient):
         return self._submit(
             "save_weights_and_get_sampling_client",
             _SaveAndSample,
-            {"kind": kind},
+            {"kind": None if kind == "snapshot" else kind},
             self._base_model,
             retry_config,
             record_stability_info,
@@ -588,7 +610,7 @@ class TrainingClient(BaseClient):
 class _SaveAndSample(EndpointRequest[SamplingClient]):
     """Saves weights for this session only; the result is a client that samples them."""
 
-    endpoint = staticmethod(api.save_weights_for_sampler)
+    route = "save_weights_for_sampler"
     response_type = SaveWeightsForSamplerResponse
 
     def __init__(
@@ -608,7 +630,7 @@ class _SaveAndSample(EndpointRequest[SamplingClient]):
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
         sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {**self._fields, "sampling_session_seq_id": sampler_seq_id}
+        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
 
     def decode(self, reply: Reply) -> SamplingClient:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Callable, Optional
 
-from tinkex.errors import APIStatusError, RequestFailedError, RunFolderError, TinkexError
+from tinkex._runtime.numeric import as_int
+from tinkex.errors import (
+    APIError,
+    APIStatusError,
+    RequestFailedError,
+    RunFolderError,
+    SessionLostError,
+    TinkexError,
+)
 from tinkex.runs.records import CheckpointRecord, RunRecord
 from tinkex.runs.source import RunSource
 
@@ -14,6 +23,9 @@ if TYPE_CHECKING:
     from tinkex.clients.training import TrainingClient
 
 logger = logging.getLogger(__name__)
+
+#: The longest pause before another new session is tried, in seconds.
+_MAX_PAUSE_S = 60.0
 
 
 class Connection:
@@ -24,9 +36,11 @@ class Connection:
         source: what the run is made from.
         record: of the run.
         note: adds a line, of a kind and with facts, to the journal and to *record*.
+        max_losses: how many sessions in a row may be lost without progress.
 
     Attributes:
         service, trainer: the clients; *trainer* is there after `start`.
+        losses: how many sessions were lost, or could not be opened, since the last progress.
     """
 
     trainer: TrainingClient
@@ -37,11 +51,14 @@ class Connection:
         source: RunSource,
         record: RunRecord,
         note: Callable[..., None],
+        max_losses: int,
     ) -> None:
         self.service = service
         self._source = source
         self._record = record
         self._note = note
+        self._max_losses = as_int("max_session_losses", max_losses, 1, text=False)
+        self.losses = 0
         self._owned: Optional[ServiceClient] = None
 
     def start(self) -> Optional[CheckpointRecord]:
@@ -63,7 +80,24 @@ class Connection:
         )
         return found
 
-    def replace_session(self) -> Optional[CheckpointRecord]:
+    def ride_out(self, error: TinkexError) -> Optional[CheckpointRecord]:
+        """Open another session, and `start` in it; try again after a while if that fails.
+
+        Raises:
+            TinkexError: *error*, or a later one, after *max_losses*.
+        """
+        while self.losses < self._max_losses:
+            pause_s = min(2.0**self.losses, _MAX_PAUSE_S) if self.losses else 0.0
+            self.losses += 1
+            logger.warning("continuing in a new session, after: %s", error)
+            time.sleep(pause_s)
+            try:
+                return self._replace_session()
+            except (APIError, SessionLostError) as failure:
+                error = failure
+        raise error
+
+    def _replace_session(self) -> Optional[CheckpointRecord]:
         """Open another session like the one that was lost, and `start` in it."""
         # By its type, because this module is imported by the one that defines it.
         lost = self.service

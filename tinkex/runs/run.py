@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import (
@@ -25,26 +24,17 @@ from typing import (
     Union,
 )
 
-from tinkex._runtime.numeric import as_int
 from tinkex._sessions.runtime import outcome_of
 from tinkex.clients.pipeline import Schedule
-from tinkex.errors import (
-    APIError,
-    ClientClosedError,
-    InvalidInputError,
-    RunFolderError,
-    SessionLostError,
-    TinkexError,
-)
+from tinkex.errors import ClientClosedError, InvalidInputError, SessionLostError, TinkexError
 from tinkex.runs.batches import Batches, batches_from
 from tinkex.runs.connection import Connection
-from tinkex.runs.folder_lock import FolderLock
-from tinkex.runs.journal import JOURNAL_NAME, Journal
+from tinkex.runs.folder import RunFolder
 from tinkex.runs.piped import PipedSteps
-from tinkex.runs.records import CheckpointRecord, RunRecord, replay
+from tinkex.runs.records import CheckpointRecord
 from tinkex.runs.saver import Place, SavePolicy, Saver
-from tinkex.runs.sigterm import EXIT_CODE, SigtermExit
-from tinkex.runs.source import RunSource, as_json, check_unchanged
+from tinkex.runs.sigterm import Sigterm
+from tinkex.runs.source import RunSource, as_json
 from tinkex.runs.step import RunStep
 
 if TYPE_CHECKING:
@@ -55,9 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 B = TypeVar("B")
-
-#: The longest pause before another new session is tried, in seconds.
-_MAX_PAUSE_S = 60.0
 
 
 #: What `Run.pipeline` passes on: loss_fn, adam_params, loss_fn_config, depth.
@@ -102,21 +89,25 @@ class Run:
         self.state: Dict[str, Any] = {}
         self._first_state = as_json("state", dict(state or {}))
         self._rides_out = on_session_loss == "resume"
-        self._max_losses = as_int("max_session_losses", max_session_losses, 1, text=False)
-        self._losses = 0  # since the last checkpoint
         self._loops = 0  # begun so far
         self._place = Place(0, 0, 0)
         self._current: Optional[_Current] = None
         self._piped: Optional[PipedSteps] = None
         self._closed = False
         with contextlib.ExitStack() as opened:
-            self._sigterm = SigtermExit() if exit_on_sigterm else None
-            if self._sigterm is not None:
+            self._sigterm = Sigterm()
+            if exit_on_sigterm:
+                self._sigterm.install()
                 opened.callback(self._sigterm.uninstall)
-            self._open_folder(opened, source, accept_changes)
-            self._connection = Connection(service, source, self.record, self._note)
+            files = self._files = RunFolder(self.folder)
+            opened.callback(files.close)
+            self.record = files.record
+            files.check(source.spec(self.record.spec), self.config, accept_changes)
+            self._connection = Connection(
+                service, source, self.record, files.note, max_session_losses
+            )
             opened.callback(self._connection.close)
-            self._saver = Saver(policy, self.record, self._note)
+            self._saver = Saver(policy, self.record, files.note)
             self.resumed_from = self._connection.start()
             self._go_on_from(self.resumed_from)
             self._opened = opened.pop_all()
@@ -205,38 +196,15 @@ class Run:
 
     # Opening and closing
 
-    def _open_folder(
-        self, opened: contextlib.ExitStack, source: RunSource, accept_changes: bool
-    ) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            opened.callback(FolderLock(self.folder).release)
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot use the run folder {self.folder}: {error.strerror or error}"
-            ) from error
-        self._journal = Journal(self.folder)
-        opened.callback(self._journal.close)
-        self.record: RunRecord = replay(self._journal.entries, self.folder / JOURNAL_NAME)
-        before, spec = self.record.spec, source.spec(self.record.spec)
-        if before:
-            hint = "Choose another folder for another run."
-            check_unchanged(self.folder, "origin", before, spec, hint)
-            if not accept_changes:
-                hint = "Give the same config, another folder, or accept_changes=True."
-                check_unchanged(self.folder, "config", self.record.config, self.config, hint)
-        if not before or self.config != self.record.config:
-            self._note("config", format=1, spec=spec, config=self.config)
-
     def _close(self, error: Optional[BaseException]) -> None:
         if self._closed:
             return
         self._closed = True
-        with self._sigterm_waits(), self._opened:
+        with self._sigterm.held(), self._opened:
             try:
                 if error is None:
                     self._save_last(may_count=True)
-                elif not isinstance(error, TinkexError) and not self._is_hurried:
+                elif not isinstance(error, TinkexError) and not self._sigterm.is_hurried:
                     self._try_to_save_last()
             finally:
                 self._saver.close()
@@ -271,11 +239,9 @@ class Run:
         if self._closed:
             raise ClientClosedError(f"{self!r} was closed", hint="Open the folder again.")
 
-    def _note(self, kind: str, **facts: Any) -> None:
-        self.record.add(self._journal.append(kind, **facts))
-
     def _write_step(self, index: int, metrics: Dict[str, Any]) -> None:
-        self._note("step", step=index, metrics=metrics)
+        self._files.note("step", step=index, metrics=metrics)
+        self._saver.steps_written = max(self._saver.steps_written, index + 1)
 
     # Loops
 
@@ -300,7 +266,7 @@ class Run:
                 hint="Close the run and open it again: it continues from its last checkpoint.",
             )
         loop, self._loops = self._loops, self._loops + 1
-        with self._sigterm_waits():
+        with self._sigterm.held():
             while loop >= self._place.loop:  # or it was done before the run was continued
                 if loop > self._place.loop:
                     self._place = Place(self._place.steps, loop, 0)
@@ -320,7 +286,7 @@ class Run:
     def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
         """Yield a step for each batch; one is done, or all queued, when the next is asked for."""
         for batch in batches_from(batches, self._place.batch):
-            if self._sigterm is not None and self._sigterm.requested:
+            if self._sigterm.requested:
                 return
             step = RunStep(self._place.steps, batch, self._write_step, self._rides_out)
             self._current = _Current(step, self.trainer._run.last_update)
@@ -338,7 +304,7 @@ class Run:
         self._current = None
         self._place = self._place.after(1)
         if self._saver.after_step(self._place, self.state):
-            self._losses = 0
+            self._connection.losses = 0
 
     def _settle(self, *, may_count: bool) -> bool:
         """See to a step, or a pipeline, that the loop was left in; False if one is half done.
@@ -363,39 +329,11 @@ class Run:
         self._advance()
         return True
 
-    # Signals and lost sessions
-
-    @property
-    def _is_hurried(self) -> bool:
-        return self._sigterm is not None and self._sigterm.is_hurried
-
-    @contextlib.contextmanager
-    def _sigterm_waits(self) -> Iterator[None]:
-        """In the block SIGTERM waits for the end of a step; after it, exit if there was one."""
-        if self._sigterm is None:
-            yield
-            return
-        self._sigterm.in_step = True
-        try:
-            yield
-        finally:
-            self._sigterm.in_step = False
-        if self._sigterm.requested:
-            raise SystemExit(EXIT_CODE)
-
-    def _ride_out(self, error: TinkexError) -> None:
+    def _ride_out(self, error: SessionLostError) -> None:
         """Go on in another session; raise *error* if that is not wanted, or fails repeatedly."""
-        while self._rides_out and self._losses < self._max_losses:
-            pause_s = min(2.0**self._losses, _MAX_PAUSE_S) if self._losses else 0.0
-            self._losses += 1
-            logger.warning("continuing in a new session, after: %s", error)
-            time.sleep(pause_s)
-            try:
-                self._go_on_from(self._connection.replace_session())
-                return
-            except (APIError, SessionLostError) as failure:
-                error = failure
-        raise error
+        if not self._rides_out:
+            raise error
+        self._go_on_from(self._connection.ride_out(error))
 
     def _go_on_from(self, checkpoint: Optional[CheckpointRecord]) -> None:
         """Have place and state be those of *checkpoint*; of the start if there is none."""

@@ -96,6 +96,9 @@ class Saver:
         policy: when, and what to keep.
         record: of the run.
         note: adds a line, of a kind and with facts, to the journal and to *record*.
+
+    Attributes:
+        steps_written: how many steps have their line in the journal.
     """
 
     def __init__(self, policy: SavePolicy, record: RunRecord, note: Callable[..., None]) -> None:
@@ -115,7 +118,7 @@ class Saver:
             discard([self._pending.future])
         self._pending = None
         self._deletions = []
-        self._saved_steps = steps
+        self._saved_steps = self.steps_written = steps
         self._saved_at = time.monotonic()
 
     def after_step(self, place: Place, state: Dict[str, Any]) -> bool:
@@ -126,12 +129,20 @@ class Saver:
         Raises:
             TinkexError: saving has failed repeatedly, or the session has ended.
         """
-        finished = self._pending is not None and self._pending.future.done() and self.finish()
+        finished = self._can_finish() and self.finish()
         elapsed_s = time.monotonic() - self._saved_at
         due = self._policy.is_due(place.steps - self._saved_steps, elapsed_s)
         if due and self._pending is None and self.can_save():
             self._queue(place, state, self._policy.ttl_seconds)
         return finished
+
+    def _can_finish(self) -> bool:
+        """Whether the checkpoint under way is done, and the lines of all of its steps written.
+
+        A line that is missing in the journal when the run is continued is never written.
+        """
+        save = self._pending
+        return save is not None and save.future.done() and save.place.steps <= self.steps_written
 
     def can_save(self) -> bool:
         """Whether a checkpoint would hold all that was done.

@@ -1,11 +1,12 @@
-"""SigtermExit: SIGTERM lets a run finish its step and save, before the program exits."""
+"""Sigterm: SIGTERM lets a run finish its step and save, before the program exits."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 from tinkex.errors import InvalidInputError
 
@@ -13,36 +14,52 @@ from tinkex.errors import InvalidInputError
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class SigtermExit:
-    """Handles SIGTERM until `uninstall`.  Main thread only, where Python runs signal handlers.
+class Sigterm:
+    """Handles SIGTERM from `install` to `uninstall`.
 
-    The first SIGTERM sets *requested* if a step is being done, which the run looks at after it.
-    The second one, or one at another time, raises SystemExit with *EXIT_CODE*.
+    The first one raises SystemExit with *EXIT_CODE*: at the end of `held`, or immediately if it
+    comes outside.  The second one raises it immediately.
 
     Attributes:
-        in_step: whether to wait for the end of a step.
-        requested: whether the program is to exit after it.
-        is_hurried: whether it is not to wait for anything any more.
-
-    Raises:
-        InvalidInputError: this is not the main thread.
+        requested: whether it has come.
+        is_hurried: whether it has come twice: nothing is to be waited for any more.
     """
 
     def __init__(self) -> None:
+        self.requested = self.is_hurried = False
+        self._held = False
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Handle it from now on.
+
+        Raises:
+            InvalidInputError: this is not the main thread.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise InvalidInputError(
                 "exit_on_sigterm works in the main thread only, because Python handles signals "
                 "there"
             )
-        self.in_step = self.requested = self.is_hurried = False
-        self._before: Any = signal.signal(signal.SIGTERM, self._handle)
+        self._before = signal.signal(signal.SIGTERM, self._handle)
 
     def uninstall(self) -> None:
         """Restore the handler that was there before, unless it was replaced meanwhile."""
         if signal.getsignal(signal.SIGTERM) == self._handle:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block it only sets *requested*; afterwards the program exits."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.requested:
+            raise SystemExit(EXIT_CODE)
+
     def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
         self.requested, self.is_hurried = True, self.requested
-        if self.is_hurried or not self.in_step:
+        if self.is_hurried or not self._held:
             raise SystemExit(EXIT_CODE)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
 
-from tinkex.errors import InvalidInputError, RunFolderError
+from tinkex.errors import InvalidInputError
 from tinkex.types.optimizer import optimizer_config_to_wire
 
 if TYPE_CHECKING:
@@ -81,16 +81,3 @@ def as_json(what: str, value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} cannot be written as JSON: {error}") from error
-
-
-def check_unchanged(folder: object, what: str, was: Mapping[str, Any], now: Any, hint: str) -> None:
-    """Raise RunFolderError if *now* is not what the journal says that it *was*."""
-    changes: List[str] = [
-        f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
-    ]
-    if changes:
-        raise RunFolderError(
-            f"{folder} holds a run with another {what}: {'; '.join(changes)}", hint=hint
-        )

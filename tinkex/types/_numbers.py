@@ -12,7 +12,7 @@ import math
 import sys
 from typing import Any, Callable, Type, TypeVar
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 
 C = TypeVar("C")
 

@@ -15,7 +15,7 @@ from tinkex.types.tokens import as_tokens
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from tinkex._runtime.lazy_numpy import np
+    from tinkex._runtime.late_import import np
 
     TokenArray = npt.NDArray[np.int32]
 else:

@@ -6,7 +6,7 @@ import dataclasses
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Sequence
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types.chunks import CHUNK_TYPES, EncodedTextChunk, ModelInputChunk, chunk_from_json
 from tinkex.types.tokens import as_tokens

@@ -7,7 +7,7 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex._runtime.numeric import convert_fields, is_finite, is_int, to_bool, to_int
 from tinkex.errors import InvalidInputError
 from tinkex.types._numbers import as_kept, numpy_on_demand

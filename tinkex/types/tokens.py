@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 from typing import Any, Mapping
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.types._numbers import SHORT
 

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Iterator, List, Protocol, Type
 
 from tinkex._runtime.late_import import import_late
-from tinkex._runtime.lazy_numpy import np
-from tinkex.errors import ResponseDecodeError, TinkexError
+from tinkex.errors import TinkexError
 
 if TYPE_CHECKING:
     from tinkex.types import (
-        Datum,
         ForwardBackwardOutput,
         ForwardBackwardRequest,
         SampleResponse,
@@ -94,9 +91,6 @@ class Codec(Protocol):
     def decode_forward_backward(self, body: bytes) -> ForwardBackwardRequest:
         """Read what `encode_forward_backward` wrote; InvalidInputError if it is malformed."""
 
-    def size_of(self, datum: Datum) -> int:
-        """Return about how many bytes *datum* takes in the body of a submission."""
-
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write the result of a pass."""
 
@@ -149,40 +143,3 @@ def translating(error_type: Type[TinkexError], doing: str) -> Iterator[None]:
         raise error_type(f"{doing}: {error.message}", hint=error.hint) from error
     except _MALFORMED as error:
         raise error_type(f"{doing}: {str(error) or type(error).__name__}") from error
-
-
-def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> SampleResponse:
-    """Return *response* with one row per prompt token, NaN (no top-k cells) at position 0.
-
-    Some servers send n values for a prompt of n tokens, some n - 1, because the first token has no
-    context.  The codecs do not know n, so the caller, who has the prompt, aligns the rows.
-
-    Raises:
-        ResponseDecodeError: there are neither n nor n - 1 rows.
-    """
-    logprobs, topk = response.prompt_logprobs_np, response.topk_prompt_logprobs_np
-    if logprobs is None and topk is None:
-        return response
-    if logprobs is not None:
-        missing = _missing_rows("prompt_logprobs", len(logprobs), prompt_length)
-        logprobs = np.concatenate([np.full(missing, np.nan, np.float32), logprobs])
-        logprobs[:1] = np.nan
-    if topk is not None:
-        missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
-        if missing:
-            from tinkex.types.sampling import TOPK_SENTINEL, TopkLogprobs
-
-            k = topk.token_ids.shape[1]
-            topk = TopkLogprobs(
-                np.concatenate([np.zeros((1, k), np.int32), topk.token_ids]),
-                np.concatenate([np.full((1, k), TOPK_SENTINEL, np.float32), topk.logprobs]),
-            )
-    return dataclasses.replace(response, prompt_logprobs_np=logprobs, topk_prompt_logprobs_np=topk)
-
-
-def _missing_rows(what: str, rows: int, prompt_length: int) -> int:
-    if prompt_length - rows not in (0, 1):
-        raise ResponseDecodeError(
-            f"the server sent {rows} rows of {what} for a prompt of {prompt_length} tokens"
-        )
-    return prompt_length - rows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 import orjson
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.types import (
     Datum,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from google.protobuf.message import DecodeError, Message
 
-from tinkex._runtime.lazy_numpy import np
+from tinkex._runtime.late_import import np
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.types import (
     Datum,
@@ -90,10 +90,6 @@ class ProtobufCodec:
                 loss_fn_config=_get_loss_fn_config(message),
                 forward_only=message.forward_only,
             )
-
-    def size_of(self, datum: Datum) -> int:
-        """Estimate the bytes of *datum* in a body by the protocol's rule."""
-        return datum.nbytes
 
     def encode_output(self, output: ForwardBackwardOutput) -> bytes:
         """Write a ForwardBackwardOutput: one record per run of datums of the same fields.

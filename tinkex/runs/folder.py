@@ -1,0 +1,73 @@
+"""RunFolder: the files of a run, held by one process."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Mapping
+
+from tinkex.errors import RunFolderError
+from tinkex.runs.folder_lock import FolderLock
+from tinkex.runs.journal import JOURNAL_NAME, Journal
+from tinkex.runs.records import RunRecord, replay
+
+
+class RunFolder:
+    """Holds the folder *path*, which is made if it is missing, until `close`.  For one thread.
+
+    Attributes:
+        record: what the journal says, up to date.
+
+    Raises:
+        RunFolderError: the folder is in use, damaged or not writable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with contextlib.ExitStack() as opened:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                opened.callback(FolderLock(path).release)
+            except OSError as error:
+                raise RunFolderError(
+                    f"cannot use the run folder {path}: {error.strerror or error}"
+                ) from error
+            self._journal = Journal(path)
+            opened.callback(self._journal.close)
+            self.record: RunRecord = replay(self._journal.entries, path / JOURNAL_NAME)
+            self.close = opened.pop_all().close
+
+    def check(self, spec: Mapping[str, Any], config: Mapping[str, Any], accept: bool) -> None:
+        """Compare *spec* and *config* with the journal's; note them if they are new.
+
+        Args:
+            accept: another *config* is no error.
+
+        Raises:
+            RunFolderError: they are of another run.
+        """
+        before = self.record.spec
+        if before:
+            self._compare("origin", before, spec, "Choose another folder for another run.")
+            if not accept:
+                hint = "Give the same config, another folder, or accept_changes=True."
+                self._compare("config", self.record.config, config, hint)
+        if not before or config != self.record.config:
+            self.note("config", format=1, spec=spec, config=config)
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """Add a line to the journal, and to the record; see `Journal.append`."""
+        self.record.add(self._journal.append(kind, **facts))
+
+    def _compare(
+        self, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
+    ) -> None:
+        changes = [
+            f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted({*was, *now})
+            if was.get(name) != now.get(name)
+        ]
+        if changes:
+            raise RunFolderError(
+                f"{self._path} holds a run with another {what}: {'; '.join(changes)}", hint=hint
+            )
