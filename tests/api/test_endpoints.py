@@ -170,6 +170,7 @@ ELSEWHERE = {
     "get_base_model": "get_sampler",
     "get_console_url": "sends nothing",
     "get_sampler_handle": "sends nothing",
+    "open_run": "tests/runs/test_runs.py",
     "get_telemetry": "sends nothing",
     "get_tokenizer": "get_sampler and get_info",
     "inflight": "sends nothing",
