@@ -56,6 +56,10 @@ ATTRIBUTES = [
     Use("waitress.task:ThreadedTaskDispatcher.add_task", "local/http/threads.py"),
     Use("waitress.task:ThreadedTaskDispatcher.set_thread_count", "local/http/threads.py"),
     Use("waitress.task:ThreadedTaskDispatcher.shutdown", "local/http/threads.py"),
+    Use("waitress.channel:ClientDisconnected", "testing/exchange.py"),
+    Use("waitress.channel:HTTPChannel.check_client_disconnected", "testing/exchange.py"),
+    # Without it the server starts more slowly, and works.
+    Use("werkzeug.routing:Rule._compile_builder", "local/app.py"),
     # requests and urllib3: connections are listed, so that they can be broken off.
     Use("requests:Session.resolve_redirects", "_transport/channel.py"),
     Use("requests.adapters:HTTPAdapter.init_poolmanager", "_transport/channel.py"),

@@ -23,6 +23,7 @@ from tinkex.cli.serve import default_data_dir, serve
 from tinkex.errors import LocalServerError
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.types import Datum, ModelInput, SamplingParams
 
 SERVE = [sys.executable, "-c", "from tinkex.cli.serve import serve; serve()"]
 ARGUMENTS = ["--model", "deterministic", "--port", "0"]
@@ -127,6 +128,28 @@ def test_each_request_is_logged_unless_it_is_to_be_quiet(tmp_path: Path, quiet: 
     line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d GET %s %d \d+\.\d ms"
     assert re.fullmatch(line % ("/api/v1/healthz", 200), found)
     assert re.fullmatch(line % ("/nowhere%0Aelse", 404), missing)
+
+
+@pytest.mark.engine
+def test_training_and_sampling_write_no_warnings_of_libraries(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    process, url = start(tmp_path, "--model", "tiny-random", "--quiet")
+    with process:
+        with ServiceClient(base_url=url, api_key="tml-test") as service:
+            trainer = service.create_lora_training_client(base_model="tiny-random", rank=4).result()
+            inputs = {"target_tokens": [2, 3], "weights": [1.0, 1.0]}
+            datum = Datum(ModelInput.from_ints([1, 2]), inputs)
+            trainer.forward_backward([datum], "cross_entropy").result()
+            sampler = trainer.save_weights_and_get_sampling_client()
+            params = SamplingParams(max_tokens=20)
+            sampler.sample(ModelInput.from_ints([1, 2]), 1, params).result()
+        body = b'{"model": "tiny-random", "prompt": "hello"}'
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+        urllib.request.urlopen(request, timeout=20).close()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    assert "Warning" not in err
 
 
 def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 
 from fault_matrix.fault_cases import CASES, FaultCase
 from fault_matrix.operations import (
@@ -139,18 +139,18 @@ def run_cell(cell: Cell) -> Verdict:
     case, expected = CASES[cell.fault], baseline(cell.operation)
     wrong: List[str] = []
     before = _leftovers()
-    settings = {"heartbeat_interval_s": 0.05} if case.route == "heartbeat" else {}
     operation = OPERATIONS[cell.operation]
-    with world_of(operation, **settings) as world:
+    with world_of(operation, **case.settings) as world:
         executed_before = collections.Counter(world.server.journal.executed())
         injection = world.server.inject(
             cell.target.route, case.fault, call=cell.target.call, times=case.times
         )
         began = time.monotonic()
-        outcome = _run(operation, world, injection)
+        outcome = _run(functools.partial(operation.run, world), injection)
         seconds = time.monotonic() - began
         injection.remove()
-        if not injection.struck and case.route != "heartbeat":
+        # How often a result is polled depends on the time that the work takes.
+        if not injection.struck and case.route != "heartbeat" and cell.target.call == 1:
             wrong.append("the fault did not strike")
         if outcome is None:
             wrong.append(f"still running after {MOST_S:g} s")
@@ -169,7 +169,8 @@ def run_cell(cell: Cell) -> Verdict:
                 wrong.append(f"wrong value: {value:.200} instead of {expected.value:.200}")
             if expected.executed - executed:
                 wrong.append(f"not executed: {dict(expected.executed - executed)}")
-        wrong += _use(world, case, outcome)
+        used = _run(functools.partial(_use, world, case, outcome), injection)
+        wrong += [f"not usable within {MOST_S:g} s"] if used is None else used.value
         left = world.service.inflight() if cell.operation != "close" else []
         if left:
             wrong.append(f"futures left: {left}")
@@ -180,19 +181,19 @@ def run_cell(cell: Cell) -> Verdict:
     return Verdict(cell, summary, seconds, wrong)
 
 
-def _run(operation: Operation, world: World, injection: Any) -> Optional[Outcome]:
-    """Run the operation in a thread; None if it does not end."""
+def _run(function: Callable[[], Any], injection: Any) -> Optional[Outcome]:
+    """Call *function* in a thread; None if it does not end."""
     outcomes: List[Outcome] = []
 
     def run() -> None:
         try:
-            outcomes.append(Outcome(value=operation.run(world)))
+            outcomes.append(Outcome(value=function()))
         except BaseException as error:
             outcomes.append(Outcome(error=error))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    if isinstance(injection.fault, faults.Hold):
+    if isinstance(injection.fault, faults.Hold) and not injection.is_released:
         with contextlib.suppress(TimeoutError):
             injection.wait(MOST_S)
         injection.release()
@@ -209,6 +210,9 @@ def _use(world: World, case: FaultCase, outcome: Outcome) -> List[str]:
             with ServiceClient(base_url=world.server.url, **SETTINGS) as service:
                 _use_service(service)
             return wrong
+        if isinstance(outcome.error, errors.IncompleteGradientError):
+            path = world.run.save_state("kept").result().path  # as the error advises
+            world.run.load_state_with_optimizer(path).result()
         if world.trainer is None and world.sampler is None:
             _use_service(world.service)
         if world.trainer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 from tinkex import errors
 from tinkex.testing import faults
@@ -26,6 +26,7 @@ class FaultCase:
         route: it strikes only this route; None strikes whatever the operation requests.
         ends_session: the session is lost; what follows needs a new one.
         repeats: what the server has lost (a sample) may be done again.
+        settings: of the client.
     """
 
     name: str
@@ -36,12 +37,15 @@ class FaultCase:
     route: Optional[str] = None
     ends_session: bool = False
     repeats: bool = False
+    settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def is_right(self, error: Optional[BaseException]) -> bool:
         """True if an operation may end with *error*, or with success if that is None."""
         if error is None or isinstance(error, self.errors):
             return True
-        own = error
+        own: Optional[BaseException] = error
+        if isinstance(error, errors.IncompleteGradientError):  # of a batch in several requests
+            return error.__cause__ is not None and self.is_right(error.__cause__)
         while own is not None:
             if self.status is not None and getattr(own, "status", None) == self.status:
                 return isinstance(error, errors.TinkexError)
@@ -75,6 +79,7 @@ def _statuses() -> List[FaultCase]:
 
 _UNREADABLE = (errors.ResponseDecodeError,)
 _DOWN = (errors.APIConnectionError, errors.InternalServerError, errors.ResponseDecodeError)
+_IMPATIENT = {"startup_timeout_s": 2.0, "max_outage_s": 2.0}
 _LOST = (errors.SessionLostError,)
 
 CASES: Dict[str, FaultCase] = {
@@ -87,13 +92,24 @@ CASES: Dict[str, FaultCase] = {
         FaultCase("drop after work", faults.Drop(after_work=True)),
         FaultCase("drop twice", faults.Drop(), times=2),
         FaultCase("cut in mid-response", faults.Cut()),
-        FaultCase("lost response", faults.LoseResponse()),
+        FaultCase(
+            "lost response",
+            faults.LoseResponse(),
+            settings={"read_timeout_s": 1.0, "poll_timeout_s": 1.5},
+        ),
         FaultCase("trickle", faults.Trickle(0.005)),
         FaultCase("truncated", faults.Truncate(), errors=_UNREADABLE),
         FaultCase("garbled", faults.Garble(), errors=_UNREADABLE),
         *_statuses(),
-        FaultCase("down for ever", faults.Drop(), times=None, errors=_DOWN),
-        FaultCase("503 for ever", faults.Status(503), times=None, status=503, errors=_DOWN),
+        FaultCase("down for ever", faults.Drop(), times=None, errors=_DOWN, settings=_IMPATIENT),
+        FaultCase(
+            "503 for ever",
+            faults.Status(503),
+            times=None,
+            status=503,
+            errors=_DOWN,
+            settings=_IMPATIENT,
+        ),
         FaultCase(
             "expired result",
             faults.ExpireResult(),
@@ -101,7 +117,13 @@ CASES: Dict[str, FaultCase] = {
             route="POST /api/v1/retrieve_future",
             repeats=True,
         ),
-        FaultCase("dead heartbeats", faults.Drop(), times=None, route="heartbeat"),
+        FaultCase(
+            "dead heartbeats",
+            faults.Drop(),
+            times=None,
+            route="heartbeat",
+            settings={"heartbeat_interval_s": 0.05},
+        ),
         FaultCase("session expiry", faults.ExpireSessions(), errors=_LOST, ends_session=True),
         FaultCase("restart", faults.Restart(), errors=_LOST, ends_session=True),
         FaultCase(

@@ -18,12 +18,12 @@ PARAMS = types.SamplingParams(max_tokens=3, stop=[], seed=1)
 #: More datums than one request holds.
 MANY = 1030
 
-#: Of every client in the matrix: it gives up within seconds, not minutes.
+#: Of every client in the matrix: it gives up before an operation counts as hanging.
 SETTINGS = {
-    "read_timeout_s": 1.0,
-    "poll_timeout_s": 1.5,
-    "startup_timeout_s": 6.0,
-    "max_outage_s": 6.0,
+    "read_timeout_s": 20.0,
+    "poll_timeout_s": 20.0,
+    "startup_timeout_s": 20.0,
+    "max_outage_s": 20.0,
 }
 
 

@@ -461,6 +461,7 @@ def test_what_asks_for_nothing_or_changes_nothing_is_taken(openai: OpenAI) -> No
         ("stop", [1]),
         ("stop", 5),
         ("logprobs", -1),
+        ("logprobs", 1 << 40),
         ("echo", 1),
         ("stream", "yes"),
         ("stream_options", {"include_usage": True}),
@@ -494,7 +495,9 @@ def test_a_token_beyond_the_vocabulary_is_refused(openai: OpenAI) -> None:
 
 
 def test_too_many_samples_are_refused(openai: OpenAI) -> None:
-    assert "1024" in openai.refused(None, n=2000)
+    assert "1024" in openai.refused("n", n=2000)
+    assert "2048" in openai.refused("prompt", prompt=["a"] * 3, n=1000)
+    assert openai.chat(400, n=2000)["error"]["param"] == "n"
 
 
 def test_errors_of_the_server_have_openais_form(tmp_path: Path, api: Api) -> None:

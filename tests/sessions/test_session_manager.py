@@ -1007,6 +1007,37 @@ def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() 
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
+def test_close_does_not_cut_off_a_finish_that_waits_for_a_thread() -> None:
+    with managed() as (manager, network):
+        owner = threading.Event()  # anything that can be collected
+        manager.start_session(A, owner=owner)
+        busy, release = threading.Event(), threading.Event()
+
+        def occupy() -> None:
+            busy.set()
+            assert release.wait(PATIENCE_S)
+
+        workers = manager._session_workers
+        workers.resize(1)
+        workers.submit(occupy)
+        assert busy.wait(PATIENCE_S)
+        del owner
+        wait_until(lambda: workers._state.backlog == 1, "the end of the session is queued")
+        threading.Timer(0.05, release.set).start()
+        manager.close()
+        assert network.finished == [("s0", "success", "the client was dropped")]
+
+
+def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
+    with managed() as (manager, network):
+        owner = threading.Event()  # anything that can be collected
+        manager.start_session(A, owner=owner)
+        manager._session_workers.close()  # as close does, just before the owner is collected
+        del owner
+        wait_until(lambda: network.finished != [], "the session is finished")
+        assert network.finished == [("s0", "success", "the client was dropped")]
+
+
 def test_close_waits_for_the_finish_that_a_worker_is_posting() -> None:
     """A process that exits in the middle of a post would cut it in two."""
     with managed() as (manager, network):
@@ -1050,7 +1081,7 @@ def test_close_waits_for_the_heartbeat_thread_on_its_way_out(
             threading.Event().wait(0.1)  # as on a busy machine
 
         monkeypatch.setattr(manager._heartbeat.workers, "drain", drain)
-        monkeypatch.setattr(manager._session_workers, "close", closing.set)
+        monkeypatch.setattr(manager._session_workers, "drain", closing.set)
         session_id = manager.start_session(A)
         (thread,) = heartbeat_threads()
         manager.stop_session(session_id)

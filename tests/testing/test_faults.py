@@ -105,7 +105,16 @@ def test_a_route_that_the_server_lacks_is_an_error(fake: FakeServer, route: str)
 
 
 @pytest.mark.parametrize(
-    "route", ["optim_step", "sessions/*/finish", "sessions/abc/finish", "DELETE *", "POST /v1/*"]
+    "route",
+    [
+        "optim_step",
+        "sessions/*/finish",
+        "sessions/abc/finish",
+        "DELETE *",
+        "POST /v1/*",
+        "DELETE training_runs/*:train:0/checkpoints/weights/mine",
+        "training_runs/*",
+    ],
 )
 def test_routes_that_the_server_has(fake: FakeServer, route: str) -> None:
     fake.inject(route, faults.Drop())

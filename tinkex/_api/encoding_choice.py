@@ -3,13 +3,15 @@
 Servers of today take protobuf only, or JSON only (docs/servers.md).  With ``wire="auto"`` the
 first batch goes out as protobuf; a response that means "I cannot read this" makes us send the
 same batch, under the same seq_id, as JSON.  What worked is kept in the `ServerState`; batches that
-come meanwhile wait for the outcome.  Nothing is sent again after a success.
+come meanwhile wait for the outcome.  Nothing is sent again after a success, or after a refusal of
+what is in the batch.
 
 No threads of its own: it works in the lanes of training runs.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Optional
 
 from tinkex._api._optional import is_missing_route
@@ -29,8 +31,13 @@ from tinkex.wire.codec import (
 if TYPE_CHECKING:
     from tinkex.types import ForwardBackwardRequest, UntypedFuture
 
-#: Statuses of servers that cannot read a body: 415 or 422, 400 about decoding, or a plain 500.
-_UNREADABLE = (400, 415, 422, 500)
+#: What servers write about a body that they cannot read (by its absence: nothing at all), and
+#: rarely about what is in it.  A batch is complete: if a field is missing, it was not found.
+_ABOUT_READING = re.compile(
+    r"\bpars|decod|deseriali|encoding|malformed|json|protobuf|utf-?8|(content|media).?type"
+    r"|missing|required|dictionary|\['body'\]|^(None)?$",
+    re.IGNORECASE,
+)
 
 
 # The codecs are imported by programs that train, not by those that only sample.
@@ -68,7 +75,7 @@ def submit_batch(
     *compress* asks for zstd where the encoding is protobuf.
 
     Raises:
-        APIStatusError: the server refused it (in both encodings, if it was not settled).
+        APIStatusError: the server refused it.
         ClientClosedError: the client was closed meanwhile.
     """
     while True:
@@ -143,7 +150,7 @@ class _FirstBatch:
         try:
             accepted = forward_backward(self._sender, _protobuf(), self._request, policy)
         except APIStatusError as first:
-            if first.status not in _UNREADABLE:
+            if not _is_unreadable(first):
                 raise
             return self._try_json(first)
         self._server.codec = _protobuf()
@@ -161,13 +168,24 @@ class _FirstBatch:
                 self._server.codec = _protobuf()
                 if first.status == 500:  # which may pass, after all
                     return _submit_as(_protobuf(), self._sender, self._request)
-                # 409 is about the seq_id, which the first body has used up: no cause of the error.
-                raise _with_other(first, second) from (None if second.status == 409 else second)
+                raise first from None
             if first.status == 415:
                 self._server.codec = _json()
-            raise _with_other(second, first) from first
+            if (first.status, first.body) != (second.status, second.body):
+                second.hint = second.hint or f"As protobuf, the response was: {first.message}"
+            raise second from first
         self._server.codec = _json()
         return accepted
+
+
+def _is_unreadable(error: APIStatusError) -> bool:
+    """True if *error*, to a batch in protobuf, may mean that the server cannot read it.
+
+    That is 415, a plain 500, or 400 or 422 with words about reading.
+    """
+    if error.status in (400, 422):
+        return _ABOUT_READING.search(str(error.body)) is not None
+    return error.status in (415, 500)
 
 
 def _means_protobuf(request: ForwardBackwardRequest, error: APIStatusError) -> bool:
@@ -177,14 +195,3 @@ def _means_protobuf(request: ForwardBackwardRequest, error: APIStatusError) -> b
     up, and ``forward`` is a route of servers that take JSON.
     """
     return error.status in (409, 415) or (request.forward_only and is_missing_route(error))
-
-
-def _with_other(reported: APIStatusError, other: APIStatusError) -> APIStatusError:
-    """Return *reported* with a hint about the response to the batch in the *other* encoding."""
-    if other.status == 409:
-        return reported
-    if other.body != reported.body or other.status != reported.status:
-        reported.hint = reported.hint or (
-            f"Sent in the other encoding, the response was: {other.message}"
-        )
-    return reported

@@ -209,10 +209,13 @@ class HeartbeatThread:
     def _finish_unowned(self, message: OwnerCollected) -> None:
         """End a session if the owner that was collected was its last."""
         record = self._registry.remove_owner(message.session_id, message.token)
-        if record is not None:
-            self._session_workers.submit(
-                functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
-            )
+        if record is None:
+            return
+        finish = functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
+        try:
+            self._session_workers.submit(finish)
+        except ClientClosedError:  # the manager is being closed, and waits for this thread
+            finish()
 
     def _begin_watch(self) -> None:
         """Take the clocks as they are: a jump while no thread ran has delayed no heartbeat."""

@@ -163,7 +163,7 @@ class SessionManager:
         self._registry.close()
         self._heartbeat.finish_all(status, detail, timeout_s)
         self._heartbeat.close()
-        self._session_workers.close()
+        self._session_workers.drain()  # the ends of dropped sessions may still be queued
         # All connections are closed.  What does not end right away is connecting, or creating a
         # session that no caller waits for any more and that is ended when it arrives.
         now = time.monotonic()

@@ -5,6 +5,7 @@ Threads: those of LocalServer, and "tinkex-restart" while a fault restarts the s
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import threading
@@ -281,18 +282,15 @@ class _Server(LocalServer):
         return backend, FaultLayer(self._owner, self._owner.journal, self._script, app), admission
 
     def has_route(self, pattern: str) -> bool:
-        """True if a route of the application fits *pattern*."""
-        from werkzeug.exceptions import HTTPException
-
+        """True if *pattern* can fit a request to a route of the application."""
         method, _, path = pattern.partition(" ")
-        if "*" in path:
-            names = [f"{m} {rule.rule}" for rule in self._routes.iter_rules() for m in rule.methods]
-            return any(fnmatchcase(name, pattern) for name in names)
-        try:
-            self._routes.bind("").match(path, method="POST" if method == "*" else method)
-        except HTTPException as error:
-            return method == "*" and error.code == 405
-        return True
+        for rule in self._routes.iter_rules():
+            any_of_rule = re.sub(r"<[^>]*>", "*", rule.rule)
+            # Either may be the more general one.
+            fits = fnmatchcase(path, any_of_rule) or fnmatchcase(rule.rule, path)
+            if fits and any(fnmatchcase(name, method) for name in rule.methods):
+                return True
+        return False
 
     def live_sessions(self) -> List[str]:
         from tinkex.local.errors import HTTPError

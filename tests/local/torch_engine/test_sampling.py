@@ -127,7 +127,8 @@ def test_draws_follow_the_distribution() -> None:
     assert shares(top_p=1e-6) == [1, 0, 0, 0]
     assert shares(top_k=3, top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.03)
-    assert shares(temperature=1e-30) == [1, 0, 0, 0]
+    assert shares(temperature=1e-30) == shares(temperature=1e-300) == [1, 0, 0, 0]
+    assert shares(temperature=1e300) == pytest.approx([0.25] * 4, abs=0.03)
     assert shares(temperature=0.0) == [1, 0, 0, 0]
 
 
@@ -135,6 +136,13 @@ def test_a_wide_nucleus_is_found_by_sorting_everything() -> None:
     logits = torch.zeros(1, 1000)
     tokens = {draw(logits, [SamplingParams(top_p=0.999)], [u / 500])[0][0] for u in range(500)}
     assert len(tokens) > 450
+
+
+def test_tokens_that_are_ruled_out_are_so_at_every_temperature() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, -torch.inf, -1.0]])
+    for temperature in (1e-300, 1e-30, 1e30, 1e300):
+        found = draw(logits, [SamplingParams(temperature=temperature)], [0.3])
+        assert found[0] == [0]
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])

@@ -7,13 +7,13 @@ and makes text of them.
 from __future__ import annotations
 
 import queue
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from tinkex.local.engines.engine import SampledToken, StreamingRequest
 from tinkex.local.errors import HTTPError
 from tinkex.local.openai.choices import Choice, Delta, read_prompt
 from tinkex.local.openai.parameters import Call, Prompt
-from tinkex.local.openai.samplers import Sampler, Samplers
+from tinkex.local.openai.samplers import Samplers
 from tinkex.local.openai.text import Text
 from tinkex.local.state.futures import Failure, Outcome
 from tinkex.types import ModelInput, SampleResponse
@@ -47,17 +47,11 @@ class Generation:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         # A prompt's log-probabilities come with the outcome, and the prompt is shown first.
         self._scores_prompts = call.echo and call.top is not None
-        self._choices: List[List[Choice]] = []
-        self._request_ids: List[str] = []
+        self._choices = [self._choices_of(prompt) for prompt in call.prompts]
         self._open = set(range(len(call.prompts)))
-        sampler = samplers.acquire(call.model)
-        self._sampler: Optional[Sampler] = sampler  # None once closed
-        try:
-            for index, prompt in enumerate(call.prompts):
-                self._submit(sampler, index, prompt)
-        except BaseException:
-            self.close()
-            raise
+        puts = [self._put(index) for index in range(len(call.prompts))]
+        requests = [self._request(prompt, put) for prompt, put in zip(call.prompts, puts)]
+        self._request_ids = samplers.submit(call.model, requests, puts)
 
     @property
     def prompt_tokens(self) -> int:
@@ -78,7 +72,7 @@ class Generation:
         if self._call.echo and not self._scores_prompts:
             for index in range(len(self._call.prompts)):
                 yield from self._echoes(index, None)
-        held: List[Tuple[int, SampledToken]] = []
+        held: Dict[int, List[SampledToken]] = {}  # by prompt
         while self._open:
             try:
                 index, event = self._events.get(timeout=pause_s)
@@ -87,7 +81,7 @@ class Generation:
                 continue
             if isinstance(event, SampledToken):
                 if self._scores_prompts:
-                    held.append((index, event))
+                    held.setdefault(index, []).append(event)
                 else:
                     yield self._taken(index, event)
                 continue
@@ -96,46 +90,43 @@ class Generation:
                 raise HTTPError(event.status if event.category == "user" else 500, event.message)
             if self._scores_prompts and isinstance(event.value, SampleResponse):
                 yield from self._echoes(index, event.value)
-                yield from [self._taken(*pair) for pair in held if pair[0] == index]
-                held = [pair for pair in held if pair[0] != index]
+                for sampled in held.pop(index, []):
+                    yield self._taken(index, sampled)
 
     def close(self) -> None:
         """Cancel what is not done.  A second call does nothing."""
-        sampler, self._sampler = self._sampler, None
-        if sampler is None:
-            return
-        for index in self._open:
-            if index < len(self._request_ids):
-                self._samplers.cancel(sampler, self._request_ids[index])
-        self._samplers.release(sampler)
+        self._samplers.cancel([self._request_ids[index] for index in self._open])
+        self._open.clear()
 
-    def _submit(self, sampler: Sampler, index: int, prompt: Prompt) -> None:
+    def _request(
+        self, prompt: Prompt, on_token: Callable[[SampledToken], None]
+    ) -> StreamingRequest:
         call = self._call
-        request = StreamingRequest(
+        return StreamingRequest(
             ModelInput.from_ints(prompt.tokens),
             call.n,
             call.params,
             prompt_logprobs=self._scores_prompts,
             topk_prompt_logprobs=(call.top or 0) if call.echo else 0,
             topk_sample_logprobs=call.top or 0,
-            on_token=self._put(index),
+            on_token=on_token,
             stop_at_eos=True,
         )
-        self._request_ids.append(self._samplers.submit(sampler, request, self._put(index)))
+
+    def _choices_of(self, prompt: Prompt) -> List[Choice]:
+        call = self._call
         offset = len(self._echo(prompt, None).text) if call.echo else 0
-        self._choices.append(
-            [
-                Choice(
-                    self._text,
-                    prompt.tokens,
-                    call.stops,
-                    keep_stop=call.keep_stop,
-                    offset=offset,
-                    empty=call.empty,
-                )
-                for _ in range(call.n)
-            ]
-        )
+        return [
+            Choice(
+                self._text,
+                prompt.tokens,
+                call.stops,
+                keep_stop=call.keep_stop,
+                offset=offset,
+                empty=call.empty,
+            )
+            for _ in range(call.n)
+        ]
 
     def _put(self, index: int) -> Callable[[Union[SampledToken, Outcome]], None]:
         events = self._events

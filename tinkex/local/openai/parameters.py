@@ -15,8 +15,8 @@ from tinkex.local.openai.errors import OpenAIError
 from tinkex.local.openai.text import Text
 from tinkex.types import SamplingParams
 
-#: Most prompts of one request.
-_MOST_PROMPTS = 2048
+#: Most choices of one request: prompts times n.
+_MOST_CHOICES = 2048
 
 #: Completions end after so many tokens unless the request says otherwise.
 _DEFAULT_MAX_TOKENS = 16
@@ -113,16 +113,19 @@ class _Fields:
         value = self._typed(name, "true or false", lambda value: isinstance(value, bool))
         return default if value is None else bool(value)
 
-    def integer(self, name: str, least: Optional[int] = None) -> Optional[int]:
-        """Return an integer, *least* or more."""
+    def integer(
+        self, name: str, least: Optional[int] = None, most: Optional[int] = None
+    ) -> Optional[int]:
+        """Return an integer from *least* to *most*."""
 
         def fits(value: object) -> bool:
             if not isinstance(value, int) or isinstance(value, bool):
                 return False
-            return least is None or value >= least
+            return (least is None or value >= least) and (most is None or value <= most)
 
-        what = "an integer" if least is None else f"an integer, at least {least}"
-        value: Optional[int] = self._typed(name, what, fits)
+        bounds = [f"at least {least}"] if least is not None else []
+        bounds += [f"at most {most}"] if most is not None else []
+        value: Optional[int] = self._typed(name, ", ".join(["an integer", *bounds]), fits)
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -145,25 +148,27 @@ class _Fields:
         return value
 
 
-def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
-    """Read the body of ``completions``; OpenAIError if it is not valid."""
+def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo, most: int) -> Call:
+    """Read the body of ``completions``, with ``n`` up to *most*; OpenAIError if it is not valid."""
     _check_names(body, _OF_COMPLETIONS)
     fields = _Fields(body)
-    prompts = _read_prompts(fields.get("prompt"), text)
+    n = fields.integer("n", 1, most) or 1
+    prompts = _read_prompts(fields.get("prompt"), n, text)
     max_tokens = fields.integer("max_tokens", 0)
     for prompt in prompts:
         _check_context(prompt, max_tokens, info, "prompt")
     if max_tokens is None:
         rooms = [info.context_length - len(prompt.tokens) for prompt in prompts]
         max_tokens = min(_DEFAULT_MAX_TOKENS, *rooms)
-    top = fields.integer("logprobs", 0)
-    return _call(fields, prompts, max_tokens, top, chat=False, echo=fields.flag("echo"))
+    top = fields.integer("logprobs", 0, info.vocab_size)
+    return _call(fields, prompts, n, max_tokens, top, chat=False, echo=fields.flag("echo"))
 
 
-def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
-    """Read the body of ``chat/completions``; OpenAIError if it is not valid."""
+def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo, most: int) -> Call:
+    """Read the body of ``chat/completions``, with ``n`` up to *most*, as for completions."""
     _check_names(body, _OF_CHAT)
     fields = _Fields(body)
+    n = fields.integer("n", 1, most) or 1
     options = dict(fields.mapping("chat_template_kwargs"))
     for name in ("add_generation_prompt", "continue_final_message"):
         if fields.get(name) is not None:
@@ -175,18 +180,19 @@ def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo) -> Call:
         raise OpenAIError("the messages make an empty prompt", "messages")
     max_tokens = fields.integer("max_completion_tokens", 1) or fields.integer("max_tokens", 1)
     _check_context(prompt, max_tokens, info, "messages")
-    top = fields.integer("top_logprobs", 0)
+    top = fields.integer("top_logprobs", 0, info.vocab_size)
     if not fields.flag("logprobs"):
         if top is not None:
             raise OpenAIError("top_logprobs needs logprobs to be true", "top_logprobs")
     elif top is None:
         top = 0
-    return _call(fields, [prompt], max_tokens, top, chat=True, echo=False)
+    return _call(fields, [prompt], n, max_tokens, top, chat=True, echo=False)
 
 
 def _call(
     fields: _Fields,
     prompts: List[Prompt],
+    n: int,
     max_tokens: Optional[int],
     top: Optional[int],
     *,
@@ -216,7 +222,7 @@ def _call(
         chat=chat,
         model=model,
         prompts=prompts,
-        n=fields.integer("n", 1) or 1,
+        n=n,
         params=params,
         stops=stops,
         keep_stop=fields.flag("include_stop_str_in_output"),
@@ -256,7 +262,7 @@ def _read_stops(value: Any) -> Tuple[str, ...]:
     return tuple(stops)
 
 
-def _read_prompts(value: Any, text: Text) -> List[Prompt]:
+def _read_prompts(value: Any, n: int, text: Text) -> List[Prompt]:
     """Read a string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
         raise OpenAIError("prompt is missing", "prompt")
@@ -267,8 +273,12 @@ def _read_prompts(value: Any, text: Text) -> List[Prompt]:
             "prompt must be a string, a list of token ids, or a list of these, and not be empty",
             "prompt",
         )
-    if len(given) > _MOST_PROMPTS:
-        raise OpenAIError(f"there are {len(given)} prompts; at most {_MOST_PROMPTS}", "prompt")
+    if len(given) * n > _MOST_CHOICES:
+        raise OpenAIError(
+            f"{len(given)} prompts with n = {n} make {len(given) * n} choices; at most "
+            f"{_MOST_CHOICES}: send several requests",
+            "prompt",
+        )
     prompts = [
         Prompt(text.encode(one), one) if isinstance(one, str) else Prompt(one) for one in given
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import HTTPException
@@ -88,13 +88,11 @@ class _Endpoint:
 
     def completions(self) -> Response:
         """Continue prompts."""
-        body = json_body()
-        return self._respond(read_completions(body, self._text(), self._backend.info))
+        return self._respond(read_completions)
 
     def chat_completions(self) -> Response:
         """Reply to a conversation."""
-        body = json_body()
-        return self._respond(read_chat(body, self._text(), self._backend.info))
+        return self._respond(read_chat)
 
     def no_such_route(self, path: str) -> Response:
         """Refuse what OpenAI has and this server has not."""
@@ -105,7 +103,10 @@ class _Endpoint:
             self._kept_text = text_of(self._backend.engine)
         return self._kept_text
 
-    def _respond(self, call: Call) -> Response:
+    def _respond(self, read: Callable[..., Call]) -> Response:
+        body = json_body()
+        most = self._backend.settings.limits.max_num_samples
+        call = read(body, self._text(), self._backend.info, most)
         self._held.acquire()
         try:
             generation = Generation(self._samplers, self._text(), call)

@@ -1,7 +1,7 @@
 """The samplers behind model names, which need no session of a client.
 
 Thread-safe; no thread of its own.  A sampler is opened when its model is first asked for, shared
-by all requests for it, and closed when many others were asked for since.
+by all requests for it, and closed when others need its place.
 """
 
 from __future__ import annotations
@@ -10,39 +10,32 @@ import itertools
 import threading
 import uuid
 from collections import OrderedDict
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence
 
 from tinkex.local.backend import Backend
 from tinkex.local.engines.engine import StreamingRequest
 from tinkex.local.errors import HTTPError
 from tinkex.local.openai.errors import OpenAIError
+from tinkex.local.scheduling.batches import Sampler
 from tinkex.local.scheduling.checks import check_sample
 from tinkex.local.state.futures import Outcome
 from tinkex.local.state.rows import CheckpointRow
-
-
-class Sampler:
-    """An open sampler, and how many requests use it now (guarded by the lock of Samplers)."""
-
-    def __init__(self, sampler_id: str) -> None:
-        self.sampler_id = sampler_id
-        self.users = 0
-        self.seq_ids = itertools.count()  # next() is atomic
 
 
 class Samplers:
     """Samplers by model.
 
     Args:
-        backend: opens them; the limit of loaded samplers in its settings is the limit here.
+        backend: opens them; the limit of loaded samplers in its settings is the limit here, too.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._most = backend.settings.limits.max_loaded
-        # Guards the two below; held while a sampler is opened, which links a few files.
+        # Guards the two below; held while a sampler is opened, which links a few files, and while
+        # requests are queued.
         self._lock = threading.Lock()
         self._open: OrderedDict[Any, Sampler] = OrderedDict()  # least recently used first
+        self._seq_ids = itertools.count()
 
     def checkpoint(self, model: str) -> Optional[CheckpointRow]:
         """Return the checkpoint that *model* names; None for the base model.
@@ -72,56 +65,56 @@ class Samplers:
         self._backend.check_loadable(checkpoint)
         return checkpoint
 
-    def acquire(self, model: str) -> Sampler:
-        """Return the sampler of *model*; each call is followed by one of `release`.
+    def submit(
+        self,
+        model: str,
+        requests: Sequence[StreamingRequest],
+        on_done: Sequence[Callable[[Outcome], None]],
+    ) -> List[str]:
+        """Queue *requests* and return their ids; each outcome is passed to its *on_done*.
 
         Raises:
             OpenAIError: 404, there is no such model.
+            HTTPError: 400, a request is not valid; 429, too much is queued.  Nothing is, then.
         """
         checkpoint = self.checkpoint(model)
+        backend, scheduler = self._backend, self._backend.scheduler
+        costs = [check_sample(backend.info, one, backend.settings.limits) for one in requests]
+        ids: List[str] = []
+        try:
+            with self._lock:
+                sampler_id = self._sampler_locked(checkpoint).sampler_id
+                for request, cost, done in zip(requests, costs, on_done):
+                    seq_id = next(self._seq_ids)
+                    ids.append(
+                        scheduler.submit_sample(
+                            sampler_id, seq_id, b"", request, cost, on_done=done
+                        )
+                    )
+        except BaseException:
+            self.cancel(ids)
+            raise
+        return ids
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Have the engine stop working on requests; nothing happens to those that are done."""
+        for request_id in request_ids:
+            sampler_id = request_id.rpartition(":")[0]
+            self._backend.scheduler.cancel_sample(sampler_id, request_id)
+
+    def _sampler_locked(self, checkpoint: Optional[CheckpointRow]) -> Sampler:
+        """Return the sampler of *checkpoint*; if it is opened, others that are idle make room."""
         # A checkpoint that is saved again under the same name is another one.
-        key: Optional[Tuple[str, float]] = None
-        if checkpoint is not None:
-            key = (checkpoint.folder, checkpoint.created_at)
-        with self._lock:
-            sampler = self._open.get(key)
-            if sampler is None:
-                sampler = self._open[key] = self._opened(checkpoint)
-            self._open.move_to_end(key)
-            sampler.users += 1
-        return sampler
-
-    def _opened(self, checkpoint: Optional[CheckpointRow]) -> Sampler:
-        source = self._backend.frozen(checkpoint)
-        # It is the only one of a session of its own, which ends with it.
-        sampler_id = f"openai-{uuid.uuid4()}"
-        self._backend.scheduler.add_sampler(sampler_id, sampler_id, source)
-        return Sampler(sampler_id)
-
-    def release(self, sampler: Sampler) -> None:
-        """Note that a request is done with *sampler*."""
-        with self._lock:
-            sampler.users -= 1
-            idle = [key for key, other in self._open.items() if other.users == 0]
-            excess = max(0, len(self._open) - self._most)
-            closed = [self._open.pop(key) for key in idle[:excess]]
-        for one in closed:
-            self._backend.scheduler.end_session(one.sampler_id, "the sampler was not used")
-
-    def submit(
-        self, sampler: Sampler, request: StreamingRequest, on_done: Callable[[Outcome], None]
-    ) -> str:
-        """Queue *request* and return its id; its outcome is passed to *on_done*.
-
-        Raises:
-            HTTPError: 400, it is not valid; 429, too much is queued.
-        """
-        backend = self._backend
-        cost = check_sample(backend.info, request, backend.settings.limits)
-        return backend.scheduler.submit_sample(
-            sampler.sampler_id, next(sampler.seq_ids), b"", request, cost, on_done=on_done
-        )
-
-    def cancel(self, sampler: Sampler, request_id: str) -> None:
-        """Have the engine stop working on a request; nothing happens if it is done."""
-        self._backend.scheduler.cancel_sample(sampler.sampler_id, request_id)
+        key = checkpoint and (checkpoint.folder, checkpoint.created_at)
+        if key not in self._open:
+            idle = [other for other, sampler in self._open.items() if not sampler.jobs]
+            excess = len(self._open) + 1 - self._backend.settings.limits.max_loaded
+            for other in idle[: max(0, excess)]:
+                closed = self._open.pop(other).sampler_id
+                self._backend.scheduler.end_session(closed, "the sampler was not used")
+            # It is the only one of a session of its own, which ends with it.
+            sampler_id = f"openai-{uuid.uuid4()}"
+            source = self._backend.frozen(checkpoint)
+            self._open[key] = self._backend.scheduler.add_sampler(sampler_id, sampler_id, source)
+        self._open.move_to_end(key)
+        return self._open[key]

@@ -192,8 +192,8 @@ class Scheduler:
 
     # Samplers
 
-    def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> None:
-        """Open a sampler; the engine loads its weights soon."""
+    def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> Sampler:
+        """Open a sampler and return it; the engine loads its weights soon."""
         with self._wake:
             weights = SamplerWeights(sampler_id, source.folder)
             lane = self._lanes.get(source.key)
@@ -205,8 +205,9 @@ class Scheduler:
             else:  # it has the same weights
                 self._retired.append(weights)
             lane.samplers += 1
-            self._samplers[sampler_id] = Sampler(sampler_id, session_id, lane)
+            sampler = self._samplers[sampler_id] = Sampler(sampler_id, session_id, lane)
             self._enqueue_locked(lane)
+            return sampler
 
     def join_sampler(self, sampler_id: str) -> int:
         """Count one more client of a sampler and return its index; the first client is 0."""

@@ -8,6 +8,10 @@ import torch
 
 from tinkex.types import SamplingParams
 
+# Temperatures that float32 holds: dividing zero by zero, or infinity by infinity, makes NaN.
+_LOWEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+_HIGHEST_TEMPERATURE = torch.finfo(torch.float32).max
+
 
 def draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
@@ -15,12 +19,12 @@ def draw(
     """Draw one token per row of float32 *logits* (n, v).
 
     ``uniforms[i]`` in [0, 1) decides row i, by inverting the cumulative distribution, so a row
-    depends on nothing but its own logits, parameters and number.  Temperature 0 takes the
-    likeliest.  Returns the tokens, and their log-probabilities under the logits as they are:
-    temperature 1, nothing cut off.
+    depends on nothing but its own logits, parameters and number.  Temperature 0, or one that is 0
+    in float32, takes the likeliest.  Returns the tokens, and their log-probabilities under the
+    logits as they are: temperature 1, nothing cut off.
     """
     normalizer = torch.logsumexp(logits, -1, keepdim=True)
-    greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+    greedy = [row for row, p in enumerate(params) if p.temperature < _LOWEST_TEMPERATURE]
     # Most requests ask for the model's own distribution; the normalizer is all that takes.
     plain = [row for row, p in enumerate(params) if p.temperature == 1 and not _cuts(p)]
     shaped = sorted(set(range(len(params))) - {*greedy, *plain})
@@ -47,7 +51,9 @@ def _rows(values: torch.Tensor, rows: List[int]) -> torch.Tensor:
 
 def _shaped(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Probabilities after temperature, then top-k, then top-p (renormalizing is left out)."""
-    temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
+    temperatures = torch.tensor(
+        [min(p.temperature, _HIGHEST_TEMPERATURE) for p in params], device=logits.device
+    )
     # Shifted first, so that a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     for row, p in enumerate(params):
