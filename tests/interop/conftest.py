@@ -7,20 +7,17 @@ needs (by default the one that runs the tests); TINKEX_INTEROP_MODEL the model i
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterator, List
+from typing import ContextManager, Iterator, List
 
 import pytest
 from interop.recorder import Recorder
+from support.served import tinkex_serve
 
-SERVE = "from tinkex.cli.serve import serve; serve()"
 MODEL = os.environ.get("TINKEX_INTEROP_MODEL", "deterministic")
 PYTHON = os.environ.get("TINKEX_INTEROP_PYTHON", sys.executable)
 HERE = Path(__file__).resolve().parent
@@ -30,26 +27,9 @@ ROOT = HERE.parents[1]
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[str]:
+def serving(folder: Path, *options: str) -> ContextManager[str]:
     """``tinkex serve`` on a free port; its URL."""
-    command = [PYTHON, "-c", SERVE, "--model", MODEL, "--port", "0", "--data-dir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = folder / "stderr.txt"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as server,
-    ):
-        assert server.stdout is not None
-        ready = server.stdout.readline()
-        found = re.search(r"http://\S+", ready)
-        assert found, f"the server did not start; it said {ready!r} and {log.read_text()!r}"
-        yield found.group()
-        server.terminate()
-        assert server.wait(10) == 0
-    assert "Traceback" not in log.read_text(), log.read_text()
+    return tinkex_serve(folder, *options, model=MODEL, python=PYTHON)
 
 
 @pytest.fixture(scope="session")
