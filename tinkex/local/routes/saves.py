@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, Dict, List, Optional
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, List
 
 from tinkex.local.backend import session_of
 from tinkex.local.errors import HTTPError
@@ -25,26 +25,6 @@ _KINDS = {
     "save_weights_for_sampler": "sampler_weights",
     "save_weights_external": "external_weights",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Save:
-    """One checkpoint that is to be saved, by the route *route*.
-
-    The files are encrypted for *recipients*, if there are any.
-    """
-
-    route: str
-    model_id: str
-    name: str
-    overwrite: bool
-    ttl_s: Optional[float]
-    user_metadata: Optional[Dict[str, Any]]
-    recipients: List[Any]
-
-    @property
-    def kind(self) -> str:
-        return _KINDS[self.route]
 
 
 class SaveRoutes(Routes):
@@ -75,38 +55,42 @@ class SaveRoutes(Routes):
     def _prepare_save(self, route: str, model_id: str, body: JsonBody) -> Work:
         if _sampler_kind(body) == "inflight":
             raise HTTPError(400, "inflight weights have no name; leave out the path")
-        save = _Save(
-            route,
+        store, kind = self._backend.store, _KINDS[route]
+        name = check_checkpoint_name(required(body, "path", str))
+        overwrite = bool(optional(body, "overwrite", bool))
+        saving = functools.partial(
+            store.saving,
             model_id,
-            check_checkpoint_name(required(body, "path", str)),
-            bool(optional(body, "overwrite", bool)),
-            ttl_seconds(body),
-            metadata(body),
-            _recipients(route, body),
+            kind,
+            name,
+            overwrite=overwrite,
+            ttl_s=ttl_seconds(body),
+            user_metadata=metadata(body),
         )
-        self._backend.store.check_name_free(model_id, save.kind, save.name, save.overwrite)
-        return functools.partial(self._save, save)
+        recipients = _recipients(route, body)
+        store.check_name_free(model_id, kind, name, overwrite)
+        return functools.partial(self._save, route, model_id, name, saving, recipients)
 
-    def _save(self, save: _Save) -> object:
-        backend, engine, model_id = self._backend, self._backend.engine, save.model_id
-        with backend.store.saving(
-            model_id,
-            save.kind,
-            save.name,
-            overwrite=save.overwrite,
-            ttl_s=save.ttl_s,
-            user_metadata=save.user_metadata,
-        ) as folder:
-            if save.kind == "external_weights":
+    def _save(
+        self,
+        route: str,
+        model_id: str,
+        name: str,
+        saving: Callable[[], ContextManager[Path]],
+        recipients: List[Any],
+    ) -> object:
+        """Save a checkpoint within *saving*; its files are encrypted for *recipients*, if any."""
+        backend, engine, kind = self._backend, self._backend.engine, _KINDS[route]
+        with saving() as folder:
+            if kind == "external_weights":
                 engine.export(model_id, folder)
-                if save.recipients:
-                    encrypt_files(folder, save.recipients)
+                if recipients:
+                    encrypt_files(folder, recipients)
             else:
-                engine.save(model_id, folder, with_optimizer=save.kind == "weights")
-        path = f"tinker://{model_id}/{save.kind}/{save.name}"
-        saved: Dict[str, Any] = {"path": path, "type": save.route}
-        if save.kind == "external_weights":
-            saved["size_bytes"] = backend.checkpoint(model_id, save.kind, save.name).size_bytes
+                engine.save(model_id, folder, with_optimizer=kind == "weights")
+        saved: Dict[str, Any] = {"path": f"tinker://{model_id}/{kind}/{name}", "type": route}
+        if kind == "external_weights":
+            saved["size_bytes"] = backend.checkpoint(model_id, kind, name).size_bytes
         return saved
 
     def _prepare_sampler(self, model_id: str, body: JsonBody) -> Work:
