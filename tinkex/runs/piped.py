@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING, Any, Deque, Iterator, Mapping, Optional, Union
 
-from tinkex.clients.pipeline import PipelineStep, Schedule
 from tinkex.runs.saver import Place
 from tinkex.runs.step import RunStep
 from tinkex.types import OptimParams
 
 if TYPE_CHECKING:
     from tinkex._training.custom_loss import CustomLoss, LossHandle
+    from tinkex.clients.pipeline import PipelineStep, Schedule
     from tinkex.clients.training import TrainingClient
 
 

@@ -25,7 +25,6 @@ from typing import (
 )
 
 from tinkex._sessions.runtime import outcome_of
-from tinkex.clients.pipeline import Schedule
 from tinkex.errors import ClientClosedError, InvalidInputError, SessionLostError, TinkexError
 from tinkex.runs.batches import Batches, batches_from
 from tinkex.runs.connection import Connection
@@ -39,6 +38,7 @@ from tinkex.runs.step import RunStep
 
 if TYPE_CHECKING:
     from tinkex._training.custom_loss import CustomLoss, LossHandle
+    from tinkex.clients.pipeline import Schedule
     from tinkex.clients.service import ServiceClient
     from tinkex.clients.training import TrainingClient
 
