@@ -17,6 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinkex import _api as api, types
+from tinkex._api import training
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -119,6 +120,11 @@ def endpoint_functions() -> List[Endpoint]:
             continue
         module = importlib.import_module(f"tinkex._api.{info.name}")
         for name, function in _public_functions(module):
+            if function is training.submit:
+                for route, fields in training.SUBMISSIONS.items():
+                    given = {"route": route, **{field: ARGUMENTS.get(field) for field in fields}}
+                    found.append((f"training.{route}", function, given))
+                continue
             parameters = list(inspect.signature(function).parameters.values())
             if not parameters or parameters[0].name != "transport":
                 continue
