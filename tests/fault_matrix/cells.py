@@ -87,7 +87,7 @@ class Outcome(NamedTuple):
 @contextlib.contextmanager
 def world_of(operation: Operation, **settings: Any) -> Iterator[World]:
     """A server and a client that are ready for *operation*."""
-    server_settings = ServerSettings(retrieve_hold_s=0.5)
+    server_settings = ServerSettings(retrieve_hold_s=0.5, missing_seq_id_s=0.2)
     with tempfile.TemporaryDirectory() as folder, FakeServer(settings=server_settings) as server:
         service = ServiceClient(base_url=server.url, **{**SETTINGS, **settings})
         try:

@@ -9,7 +9,7 @@ from local.harness import CODECS, Api, HeldEngine, datum, serving
 
 from tinkex.errors import InvalidInputError
 from tinkex.local.errors import HTTPError
-from tinkex.local.scheduling.lanes import Job, Lane
+from tinkex.local.scheduling.lanes import Job, Lane, Missing
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput
 from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
@@ -41,6 +41,24 @@ def test_a_rejected_number_closes_the_gap() -> None:
     lane.add(1, b"a", None)
     assert ready(lane) == ["b"]
     assert lane.next_seq == 3
+
+
+def test_what_waits_for_a_missing_number_may_be_sent_again_under_it() -> None:
+    lane = Lane("m", "s")
+    lane.add(1, b"a", job("a"))
+    lane.note_missing(10.0)
+    assert lane.missing is None
+    lane.add(4, b"d", job("d"))
+    lane.note_missing(11.0)
+    lane.add(3, b"c", job("c"))
+    lane.note_missing(12.0)
+    assert lane.missing == Missing(2, since=11.0)
+    assert [(seq_id, one.request_id) for seq_id, one in lane.remove_early()] == [(3, "c"), (4, "d")]
+    assert lane.missing is None
+    lane.add(2, b"c", job("c"))
+    lane.add(3, b"d", job("d"))
+    assert lane.find(3, b"d") == "d"
+    assert ready(lane) == ["a", "c", "d"]
 
 
 def test_a_rejected_request_may_be_repeated_and_then_runs() -> None:

@@ -13,7 +13,7 @@ from support.threads import wait_until
 from testing.test_fake_server import ADAM, DATA, new_run, train
 
 from tinkex import ServiceClient
-from tinkex.errors import InvalidInputError, ResultExpiredError, SessionLostError
+from tinkex.errors import BadRequestError, InvalidInputError, ResultExpiredError, SessionLostError
 from tinkex.testing import Exchange, FakeServer, Reply, faults
 
 HEALTH = "/api/v1/healthz"
@@ -249,6 +249,21 @@ def test_a_restart_while_a_result_is_polled(fake: FakeServer, service: ServiceCl
     fake.inject("retrieve_future", faults.Restart(after_work=True))
     with pytest.raises(SessionLostError, match="no longer on the server"):
         trainer.optim_step(ADAM).result()
+
+
+def test_a_refusal_in_the_name_of_the_server_leaves_the_run_usable(
+    fake: FakeServer, service: ServiceClient
+) -> None:
+    trainer = new_run(service)
+    fake.inject("optim_step", faults.Status(400))  # by a gateway: the server never saw it
+    refused = trainer.optim_step(ADAM)
+    with pytest.raises(BadRequestError, match="injected"):
+        refused.result(10)
+    passed, stepped = trainer.forward_backward(DATA, "cross_entropy"), trainer.optim_step(ADAM)
+    passed.result(20)
+    stepped.result(20)
+    assert fake.journal.executed(trainer) == ["create", "forward_backward", "optim_step"]
+    assert fake.journal.duplicates() == []
 
 
 def test_heartbeats_that_die(fake: FakeServer) -> None:

@@ -73,6 +73,7 @@ class Backend:
             self.housekeeping,
             limits=settings.limits,
             max_waiting=settings.max_waiting_per_run,
+            missing_seq_id_s=settings.missing_seq_id_s,
             lane_type=lane_type,
             clock=clock,
         )

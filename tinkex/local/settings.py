@@ -96,6 +96,8 @@ class ServerSettings:
         max_body_bytes: largest request body, compressed or not; beyond it is 413.
         max_waiting_per_run: most requests of one run that wait for a missing seq_id; beyond it
             is 429.
+        missing_seq_id_s: requests of a run wait at least this long for a missing seq_id; then they
+            fail, and clients send them again from that seq_id on.
         signed_url_lifetime_s: a signed URL of a checkpoint's files is valid for this long.
         telemetry_kept: number of telemetry events that are kept, in memory.
         session_ttl_s: a session without a heartbeat for this long expires.
@@ -118,6 +120,7 @@ class ServerSettings:
     metadata_threshold_bytes: int = 1 << 20
     max_body_bytes: int = 256 << 20
     max_waiting_per_run: int = 1024
+    missing_seq_id_s: float = 60.0
     signed_url_lifetime_s: float = 900.0
     telemetry_kept: int = 1000
     session_ttl_s: float = 60.0

@@ -31,12 +31,10 @@ def tinkex_server(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeServer]:
     """A running `tinkex.testing.FakeServer`, which clients without a base_url are sent to."""
-    from tinkex.local.settings import ServerSettings
     from tinkex.testing.server import FakeServer
 
     marker = request.node.get_closest_marker("tinkex_server")
     options = {} if marker is None else dict(marker.kwargs)
-    options.setdefault("settings", ServerSettings(retrieve_hold_s=2.0))
     with FakeServer(**options) as server:
         monkeypatch.setenv("TINKER_BASE_URL", server.url)
         monkeypatch.setenv("TINKER_API_KEY", options.get("api_key") or _KEY)

@@ -50,7 +50,8 @@ class FakeServer:
         context_length: most tokens of prompt and continuation together.
         api_key: what clients must send; None admits everyone on this machine.
         session_ttl_s: a session without a heartbeat for this long expires.
-        settings: everything else about the server.
+        settings: everything else about the server.  By default it holds polls and waits for missing
+            requests for a second or two, not for a minute.
 
     Attributes:
         journal: what was received and executed.
@@ -73,7 +74,9 @@ class FakeServer:
         self._context_length = context_length
         self._api_key = api_key
         self._session_ttl_s = session_ttl_s
-        self._settings = settings
+        # A response that was lost or forged should cost a test little time.
+        quick = ServerSettings(retrieve_hold_s=2.0, missing_seq_id_s=1.0)
+        self._settings = quick if settings is None else settings
         self.journal = Journal()
         self._script = Script()
         self._clock = _Clock()

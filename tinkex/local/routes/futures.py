@@ -66,6 +66,7 @@ class FutureRoutes(Routes):
         metadata_only = bool(optional(body, "allow_metadata_only", bool))
         outcome = self._futures.wait(request_id, 0.0)
         if isinstance(outcome, Waiting):
+            self._backend.scheduler.refuse_early(outcome.owner)
             hold_s = self._settings.retrieve_hold_s
             outcome = self._held.hold(functools.partial(self._futures.wait, request_id, hold_s))
         if outcome is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, deque
-from typing import Callable, Deque, Dict, List, Optional, Tuple
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
 
@@ -48,6 +48,10 @@ class SeenIds:
         if len(self._seen) > self._limit:
             self._seen.popitem(last=False)
 
+    def discard(self, seq_id: int) -> None:
+        """Forget *seq_id*: it may be used for another body."""
+        self._seen.pop(seq_id, None)
+
     def find(self, seq_id: int, digest: bytes) -> Optional[str]:
         """Return the request id of an earlier submission of the same body, or None.
 
@@ -67,6 +71,13 @@ class SeenIds:
         return request_id
 
 
+class Missing(NamedTuple):
+    """A seq_id that has not arrived although later ones have; *since* is in clock seconds."""
+
+    seq_id: int
+    since: float
+
+
 class Lane:
     """The queue of one training run: requests become ready strictly in seq_id order."""
 
@@ -77,6 +88,7 @@ class Lane:
         self.ready: Deque[Job] = deque()
         self.closed: Optional[str] = None  # why nothing is accepted any more
         self.broken: Optional[str] = None  # why the model does not exist
+        self.missing: Optional[Missing] = None
         self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected seq_id
         self._seen = SeenIds(model_id)
 
@@ -117,6 +129,20 @@ class Lane:
     def waits_beyond_a_gap(self, seq_id: int) -> int:
         """Return how many requests wait already if *seq_id* would also wait; else 0."""
         return len(self._early) if seq_id > self.next_seq else 0
+
+    def note_missing(self, now: float) -> None:
+        """Note since when requests wait for the seq_id that is next; call it after `add`."""
+        if not self._early:
+            self.missing = None
+        elif self.missing is None or self.missing.seq_id != self.next_seq:
+            self.missing = Missing(self.next_seq, now)
+
+    def remove_early(self) -> List[Tuple[int, Job]]:
+        """Remove and return what waits for a missing seq_id; its seq_ids may be used again."""
+        early, self._early, self.missing = self._early, {}, None
+        for seq_id in early:
+            self._seen.discard(seq_id)
+        return [(seq_id, job) for seq_id, job in sorted(early.items()) if job is not None]
 
     def remove_all(self) -> List[Job]:
         """Remove and return everything that has not begun."""

@@ -55,6 +55,7 @@ class Scheduler:
         *,
         limits: Optional[SamplingLimits] = None,
         max_waiting: int = 1024,
+        missing_seq_id_s: float = 60.0,
         lane_type: Type[Lane] = Lane,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,6 +65,7 @@ class Scheduler:
         self._housekeeping = housekeeping
         self._limits = limits or SamplingLimits()
         self._max_waiting = max_waiting
+        self._missing_seq_id_s = missing_seq_id_s
         self._clock = clock
         # Guards the queues and the flags below; never held while the engine works.
         self._lock = threading.Lock()
@@ -160,6 +162,7 @@ class Scheduler:
                 job = lane.named(job)
                 self._futures.create(job.request_id, model_id, seq_id)
             lane.add(seq_id, digest, job)
+            lane.note_missing(self._clock())
             if lane.ready:
                 self._enqueue_locked(lane)
             return "" if job is None else job.request_id
@@ -189,6 +192,25 @@ class Scheduler:
                 return
             failed = self._close_lane_locked(lane, why)
         self._fail(failed, why)
+
+    def refuse_early(self, owner: str) -> None:
+        """Fail the requests of a run that have waited too long for a missing seq_id.
+
+        Something between client and server may have refused that request in the server's name:
+        the client counts its seq_id as used, and nothing would ever fill it.  The message is one
+        after which clients send the failed requests again, from the missing seq_id on.
+        """
+        with self._lock:
+            lane = self._models.get(owner)
+            missing = None if lane is None else lane.missing
+            if lane is None or missing is None:
+                return
+            if self._clock() < missing.since + self._missing_seq_id_s:
+                return
+            early = lane.remove_early()
+        for seq_id, job in early:
+            why = f"Sequence conflict: expected {missing.seq_id}, got {seq_id}."
+            self._fail([job.request_id], f"{why} seq_id {missing.seq_id} has not arrived.")
 
     # Samplers
 
