@@ -99,8 +99,13 @@ CASES: Tuple[Case, ...] = (
     ("healthz", sessions.healthz, "GET", "healthz", None, {"status": "ok"}, None),
     (
         "create_model",
-        lambda t: training.create_model(
-            t, session_id="s", model_seq_id=0, base_model="b", lora_config=LORA
+        lambda t: training.submit(
+            t,
+            "create_model",
+            session_id="s",
+            model_seq_id=0,
+            base_model="b",
+            lora_config=LORA.to_wire(),
         ),
         "POST",
         "create_model",
@@ -116,12 +121,13 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "create_model with metadata",
-        lambda t: training.create_model(
+        lambda t: training.submit(
             t,
+            "create_model",
             session_id="s",
             model_seq_id=1,
             base_model="b",
-            lora_config=types.LoraConfig(),
+            lora_config=types.LoraConfig().to_wire(),
             user_metadata={"k": "v"},
         ),
         "POST",
@@ -144,8 +150,13 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "create_model_from_weights",
-        lambda t: training.create_model_from_weights(
-            t, session_id="s", model_seq_id=2, path="tinker://x/weights/a", optimizer=True
+        lambda t: training.submit(
+            t,
+            "load_weights",
+            session_id="s",
+            model_seq_id=2,
+            path="tinker://x/weights/a",
+            optimizer=True,
         ),
         "POST",
         "load_weights",
@@ -161,8 +172,9 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "load_weights",
-        lambda t: training.load_weights(
+        lambda t: training.submit(
             t,
+            "load_weights",
             model_id="m",
             seq_id=4,
             path="tinker://x/weights/a",
@@ -193,7 +205,7 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "optim_step",
-        lambda t: training.optim_step(t, model_id="m", seq_id=2, params=ADAM),
+        lambda t: training.submit(t, "optim_step", model_id="m", seq_id=2, **ADAM),
         "POST",
         "optim_step",
         {"adam_params": ADAM_JSON, "model_id": "m", "seq_id": 2, "type": "optim_step"},
@@ -202,8 +214,8 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "optim_step of another optimizer",
-        lambda t: training.optim_step(
-            t, model_id="m", seq_id=2, params={"optimizer_params": {"type": "dimuon"}}
+        lambda t: training.submit(
+            t, "optim_step", model_id="m", seq_id=2, optimizer_params={"type": "dimuon"}
         ),
         "POST",
         "optim_step",
@@ -218,8 +230,13 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "save_weights_external",
-        lambda t: training.save_weights_external(
-            t, model_id="m", seq_id=3, path="a", age_encryption_recipients=("age1x",)
+        lambda t: training.submit(
+            t,
+            "save_weights_external",
+            model_id="m",
+            seq_id=3,
+            path="a",
+            age_encryption_recipients=["age1x"],
         ),
         "POST",
         "save_weights_external",
@@ -244,8 +261,9 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "create_custom_loss",
-        lambda t: training.create_custom_loss(
+        lambda t: training.submit(
             t,
+            "create_custom_loss",
             session_id="s",
             custom_loss_seq_id=0,
             name="f",
@@ -267,7 +285,7 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "save_weights",
-        lambda t: training.save_weights(t, model_id="m", seq_id=3, path="a"),
+        lambda t: training.submit(t, "save_weights", model_id="m", seq_id=3, path="a"),
         "POST",
         "save_weights",
         {"model_id": "m", "seq_id": 3, "path": "a", "type": "save_weights"},
@@ -276,8 +294,9 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "save_weights in full",
-        lambda t: training.save_weights(
+        lambda t: training.submit(
             t,
+            "save_weights",
             model_id="m",
             seq_id=3,
             path="a",
@@ -301,7 +320,7 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "save_weights_for_sampler by name",
-        lambda t: training.save_weights_for_sampler(t, model_id="m", seq_id=3, path="a"),
+        lambda t: training.submit(t, "save_weights_for_sampler", model_id="m", seq_id=3, path="a"),
         "POST",
         "save_weights_for_sampler",
         {"model_id": "m", "seq_id": 3, "path": "a", "type": "save_weights_for_sampler"},
@@ -310,8 +329,8 @@ CASES: Tuple[Case, ...] = (
     ),
     (
         "save_weights_for_sampler by number",
-        lambda t: training.save_weights_for_sampler(
-            t, model_id="m", seq_id=3, sampling_session_seq_id=0
+        lambda t: training.submit(
+            t, "save_weights_for_sampler", model_id="m", seq_id=3, sampling_session_seq_id=0
         ),
         "POST",
         "save_weights_for_sampler",
@@ -679,7 +698,7 @@ def test_an_answer_that_breaks_the_promise_names_the_route(
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/optim_step", body=body, content_type="application/json")
     with pytest.raises(ResponseDecodeError, match="POST /api/v1/optim_step"):
-        training.optim_step(transport, model_id="m", seq_id=1, params=ADAM)
+        training.submit(transport, "optim_step", model_id="m", seq_id=1, **ADAM)
 
 
 @pytest.mark.parametrize("session_id", [None, "", 7])

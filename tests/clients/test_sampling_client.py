@@ -664,7 +664,7 @@ def test_the_servers_refusals_are_typed_and_sampling_goes_on(sampler: SamplingCl
     ("arguments", "error"),
     [
         ({}, InvalidInputError),
-        ({"model_path": "tinker://x/y", "base_model": "b"}, InvalidInputError),
+        ({"model_path": "tinker://x/y", "base_model": "b"}, BadRequestError),  # not served
         ({"model_path": "weights/a"}, InvalidInputError),
         ({"base_model": ""}, InvalidInputError),
         ({"base_model": "nobody/has-this"}, BadRequestError),
