@@ -76,7 +76,9 @@ def test_the_second_one_exits_immediately(script: List[str], tmp_path: Path) -> 
         process.terminate()  # two that come together count as one
         wait_until_it_is_caught(process)
     stdout, stderr = process.communicate(timeout=1)  # without a line to go on
-    assert (process.returncode, stdout, stderr) == (143, "", "")
+    # A third one, while it exits, has the system's own effect.
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert (stdout, stderr) == ("", "")
     assert read_run(tmp_path).checkpoints == []
 
 

@@ -231,9 +231,9 @@ class Saver:
     def _path_of(self, save: _Save) -> str:
         try:
             path: str = save.future.result().path
-        except ConflictError:
-            # This name is used once, so what exists is this very checkpoint: the response to the
-            # first attempt was lost.
+        except (ConflictError, RequestFailedError):
+            # This name is used once, so if it exists, it is this very checkpoint: the response to
+            # the first attempt was lost.
             for found in self._rest.list_checkpoints(self._trainer.model_id).result().checkpoints:
                 if found.checkpoint_id.endswith(f"weights/{save.name}") and found.tinker_path:
                     return found.tinker_path
