@@ -18,7 +18,7 @@ class Sigterm:
     """Handles SIGTERM from `install` to `uninstall`.
 
     The first one raises SystemExit with *EXIT_CODE*: at the end of `held`, or immediately if it
-    comes outside.  The second one raises it immediately.
+    comes outside.  The second one raises it immediately; later ones do nothing more.
 
     Attributes:
         requested: whether it has come.
@@ -60,6 +60,8 @@ class Sigterm:
             raise SystemExit(EXIT_CODE)
 
     def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
+        if self.is_hurried and not self._held:
+            return  # the program is on its way out; another SystemExit would only disturb that
         self.requested, self.is_hurried = True, self.requested
         if self.is_hurried or not self._held:
             raise SystemExit(EXIT_CODE)
