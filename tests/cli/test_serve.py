@@ -16,7 +16,7 @@ from typing import Tuple
 import pytest
 import requests
 from click.testing import CliRunner
-from support.threads import wait_until
+from support.threads import PATIENCE_S, wait_until
 
 from tinkex import ServiceClient
 from tinkex.cli.serve import default_data_dir, serve
@@ -52,10 +52,10 @@ def test_it_is_ready_when_it_says_so_and_ends_when_told(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process, url = start(tmp_path)
-    with process, urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=20) as answer:
+    with process, urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=PATIENCE_S) as answer:
         assert answer.status == 200
         process.send_signal(number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == code
         assert out == ""
         assert "Traceback" not in err
@@ -69,7 +69,7 @@ def test_it_answers_for_the_hosts_that_it_is_told_of_and_no_others(tmp_path: Pat
             headers = {"Host": host}
             assert requests.get(f"{url}/api/v1/healthz", headers=headers).status_code == status
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=PATIENCE_S)
     result = CliRunner().invoke(serve, [*ARGUMENTS, "--allow-host", "http://a.example"])
     assert result.exit_code == 1
     assert "not the name of a host" in result.output
@@ -99,7 +99,7 @@ def test_the_first_signal_decides_and_further_ones_disturb_nothing(
         wait_until(seen, "it has seen the first signal")
         for _ in range(3):
             process.send_signal(second)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
     assert out == ""
     assert err == ("stopped\n" if code else "")
@@ -114,12 +114,12 @@ def listens(address: Tuple[str, int]) -> bool:
 def test_each_request_is_logged_unless_it_is_to_be_quiet(tmp_path: Path, quiet: bool) -> None:
     process, url = start(tmp_path, *(["--quiet"] if quiet else []))
     with process:
-        with urllib.request.urlopen(f"{url}/api/v1/healthz?secret=1", timeout=20) as answer:
+        with urllib.request.urlopen(f"{url}/api/v1/healthz?secret=1", timeout=PATIENCE_S) as answer:
             assert answer.status == 200
         with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{url}/nowhere%0Aelse", timeout=20)
+            urllib.request.urlopen(f"{url}/nowhere%0Aelse", timeout=PATIENCE_S)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (0, "")
     if quiet:
         assert err == ""
@@ -146,9 +146,9 @@ def test_training_and_sampling_write_no_warnings_of_libraries(tmp_path: Path) ->
         body = b'{"model": "tiny-random", "prompt": "hello"}'
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/v1/completions", body, headers)
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert "Warning" not in err
 
 
@@ -158,10 +158,10 @@ def test_a_log_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
         assert process.stderr is not None
         process.stderr.close()
         for _ in range(3):
-            with urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=20) as answer:
+            with urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=PATIENCE_S) as answer:
                 assert answer.status == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_errors_are_one_message_and_exit_code_1(tmp_path: Path) -> None:
