@@ -42,7 +42,7 @@ def test_a_heartbeat_that_comes_too_late_does_not_revive() -> None:
 def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> None:
     clock = ManualClock()
     engine = HeldEngine()
-    with serving(tmp_path, engine, clock=clock, session_ttl_s=60) as api:
+    with serving(tmp_path, engine, clock=clock, session_ttl_s=60, missing_seq_id_s=999) as api:
         session = api.session()
         model = api.model(session)
         sampler = api.sampler(session)
@@ -51,7 +51,7 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
         api.post("session_heartbeat", session_id=session)
         clock.now += 50
         api.post("session_heartbeat", session_id=session)
-        gap = api.step(model, 9)  # waits for ever
+        gap = api.step(model, 9)  # waits for the others
         engine.log.clear()
         clock.now += 60
         problem = api.post("session_heartbeat", 404, session_id=session)
