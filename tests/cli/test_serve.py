@@ -16,6 +16,7 @@ from typing import Tuple
 import pytest
 import requests
 from click.testing import CliRunner
+from support.programs import STRICT
 from support.threads import PATIENCE_S, wait_until
 
 from tinkex import ServiceClient
@@ -25,7 +26,7 @@ from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.types import Datum, ModelInput, SamplingParams
 
-SERVE = [sys.executable, "-c", "from tinkex.cli.serve import serve; serve()"]
+SERVE = [sys.executable, *STRICT, "-c", "from tinkex.cli.serve import serve; serve()"]
 ARGUMENTS = ["--model", "deterministic", "--port", "0"]
 
 
