@@ -13,10 +13,12 @@ from typing import List
 import pytest
 import requests
 from support.programs import PATIENCE_S, environment
+from support.threads import wait_until
 
 from tinkex import ServiceClient, read_run
-from tinkex.errors import InvalidInputError
+from tinkex.errors import APIConnectionError, InvalidInputError, SessionLostError
 from tinkex.local import LocalServer
+from tinkex.runs.connection import Connection
 
 SCRIPT = """
 import sys
@@ -104,6 +106,34 @@ def test_the_handler_before_is_restored(service: ServiceClient, tmp_path: Path) 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_it_does_not_wait_for_another_session(
+    service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fail(connection: Connection) -> None:
+        tried.append(connection)
+        raise APIConnectionError("down")
+
+    monkeypatch.setattr(Connection, "_replace_session", fail)
+    monkeypatch.setattr(
+        "tinkex.runs.connection.time.sleep",
+        lambda pause_s: signal.raise_signal(signal.SIGTERM) if pause_s else None,
+    )
+
+    def lose_the_session() -> None:
+        with service.open_run(
+            tmp_path, "deterministic", exit_on_sigterm=True, on_session_loss="resume"
+        ) as run:
+            for step in run.steps([1, 2]):
+                with step:
+                    raise SessionLostError("lost")
+
+    with pytest.raises(SystemExit, match="143"):
+        lose_the_session()
+    assert len(tried) == 1
+
+
 def started(command: List[str]) -> subprocess.Popen[str]:
     """Start the script, and wait until it waits."""
     process = subprocess.Popen(
@@ -124,9 +154,12 @@ def wait_until_it_is_caught(process: subprocess.Popen[str]) -> None:
     status = Path(f"/proc/{process.pid}/status")
     if not status.exists():
         pytest.skip("needs /proc")
-    while process.poll() is None and any(
-        int(line.split()[1], 16)
-        for line in status.read_text().splitlines()
-        if line.startswith(("SigPnd", "ShdPnd"))
-    ):
-        pass
+
+    def is_caught() -> bool:
+        return process.poll() is not None or not any(
+            int(line.split()[1], 16)
+            for line in status.read_text().splitlines()
+            if line.startswith(("SigPnd", "ShdPnd"))
+        )
+
+    wait_until(is_caught, "the signal is caught")

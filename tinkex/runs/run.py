@@ -333,7 +333,9 @@ class Run:
         """Go on in another session; raise *error* if that is not wanted, or fails repeatedly."""
         if not self._rides_out:
             raise error
-        self._go_on_from(self._connection.ride_out(error))
+        with self._sigterm.released():  # without a session there is nothing to save
+            found = self._connection.ride_out(error)
+        self._go_on_from(found)
 
     def _go_on_from(self, checkpoint: Optional[CheckpointRecord]) -> None:
         """Have place and state be those of *checkpoint*; of the start if there is none."""

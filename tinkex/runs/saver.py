@@ -43,10 +43,10 @@ class SavePolicy:
         InvalidInputError: a value is of no use.
     """
 
-    every: Optional[int] = 100
-    minutes: Optional[float] = None
-    ttl_seconds: Optional[int] = None
-    keep: Optional[int] = 2
+    every: Optional[int]
+    minutes: Optional[float]
+    ttl_seconds: Optional[int]
+    keep: Optional[int]
 
     def __post_init__(self) -> None:
         for name, argument in (("every", "save_every"), ("keep", "keep")):

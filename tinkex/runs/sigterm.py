@@ -59,6 +59,21 @@ class Sigterm:
         if self.requested:
             raise SystemExit(EXIT_CODE)
 
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Within `held`: in this block the program exits at once, having nothing to save.
+
+        Raises:
+            SystemExit: SIGTERM has come, or comes in the block.
+        """
+        held, self._held = self._held, False
+        if self.requested:
+            raise SystemExit(EXIT_CODE)
+        try:
+            yield
+        finally:
+            self._held = held
+
     def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
         if self.is_hurried and not self._held:
             return  # the program is on its way out; another SystemExit would only disturb that
