@@ -86,4 +86,4 @@ class Batches(Sequence[List[T]]):
 
     def _order_of(self, epoch: int):  # type: ignore[no-untyped-def]
         # RandomState, because its numbers are the same in every release of numpy.
-        return np.random.RandomState([self._seed, epoch]).permutation(len(self._data))
+        return np.random.RandomState([self._seed or 0, epoch]).permutation(len(self._data))
