@@ -29,6 +29,7 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
     "session": ("tinkex.cli.sessions:session", "List and show sessions."),
     "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
+    "train": ("tinkex.cli.train:train", "Fine-tune a model on a file of examples."),
     "version": ("tinkex.cli.main:version", "Print the version."),
 }
 

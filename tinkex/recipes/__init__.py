@@ -7,6 +7,7 @@ docs/training.md has the whole story.
 from tinkex.recipes.batches import Batches as Batches, count_steps as count_steps
 from tinkex.recipes.evaluation import Evaluation as Evaluation, evaluate as evaluate
 from tinkex.recipes.schedules import (
+    Schedule as Schedule,
     constant as constant,
     cosine as cosine,
     linear as linear,
