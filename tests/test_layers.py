@@ -38,6 +38,7 @@ LAYERS = [
     "_downloads",
     "clients",
     "runs",
+    "recipes",
     "lib",
     "as_tinker",
     "local",
