@@ -39,6 +39,7 @@ LAYERS = [
     "_downloads",
     "clients",
     "runs",
+    "recipes",
     "lib",
     "as_tinker",
     "local",
