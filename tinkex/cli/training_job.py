@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +18,8 @@ from tinkex.cli.output import count, print_facts
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
 from tinkex.config import Config
-from tinkex.errors import InvalidInputError, RunFolderError
+from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
+from tinkex.recipes.evaluation import logged
 from tinkex.recipes.prepared import Prepared, split_heldout
 from tinkex.recipes.serving import EMBEDDED, server_folder
 from tinkex.runs import RunRecord
@@ -100,7 +102,9 @@ class _Files:
             self.indices, self.heldout_indices = split_heldout(len(self.training), size, job.seed)
             held = f"{count(size, 'example')} of the file"
         self.config: Dict[str, Any] = {
-            "server": EMBEDDED if job.base_url is None else Config.resolve(base_url=job.base_url).base_url,
+            "server": EMBEDDED
+            if job.base_url is None
+            else Config.resolve(base_url=job.base_url).base_url,
             "method": self.method,
             "data": _describe(self.training),
             "heldout": held,
@@ -122,21 +126,25 @@ def run_job(job: Job) -> None:
     record = _record_so_far(job, files.config)
     if record.sampler is not None and record.config == files.config:
         echo_error(f"The run in {job.out} is finished already.")
-        _report(job, record, None)
+        _report(job, record)
         return
     try:
         with _open_service(job) as service:
-            final = _train(job, files, service)
+            _train(job, files, service)
+    except TinkexError as error:
+        if error.hint is None and _read(job.out).spec:
+            error.hint = "The run continues when the command is run again."
+        raise
     except KeyboardInterrupt:
         saved = _read(job.out).checkpoints
         steps = count(saved[-1].steps if saved else 0, "step")
         echo_error(f"{steps} saved in {job.out}; run the command again to continue.")
         raise
-    _report(job, _read(job.out), final)
+    _report(job, _read(job.out))
 
 
-def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> Optional[float]:
-    """Train, and save the weights for sampling; return the held-out loss at the end."""
+def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> None:
+    """Train, and save the weights for sampling."""
     training, heldout = _prepare(job, files, service)
     given = files.config
     batches = recipes.Batches(
@@ -163,13 +171,17 @@ def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> Optional[f
         outputs = opened.enter_context(loggers.open_loggers(job.out, job.loggers, config=given))
         if run.steps_done:
             echo_error(f"Continuing after {run.steps_done} of {count(len(batches), 'step')}.")
+            _log_again(run, outputs, job.out)
         with TrainingProgress(len(batches), run.steps_done) as progress:
 
             def log(step: int, metrics: Any) -> None:
                 outputs.log(step, metrics)
                 progress.log(step, metrics)
 
-            final = recipes.train_supervised(
+            recipe: Any = recipes.train_supervised
+            if files.method == "dpo":
+                recipe = functools.partial(recipes.train_dpo, beta=job.beta)
+            recipe(
                 run,
                 batches,
                 schedule,
@@ -180,7 +192,14 @@ def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> Optional[f
             )
         status.waiting_for("saving")
         run.save_for_sampler()
-    return final
+
+
+def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
+    """Log what the journal has and the loggers have missed, as steps done while Ctrl-C came."""
+    lines = loggers.read_metrics(folder)
+    first = lines[-1]["step"] + 1 if lines else 0
+    for step in run.record.steps[first : run.steps_done]:
+        outputs.log(step.index, logged(step.metrics))
 
 
 def _prepare(
@@ -264,14 +283,17 @@ def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
         yield service
 
 
-def _report(job: Job, record: RunRecord, final: Optional[float]) -> None:
+def _report(job: Job, record: RunRecord) -> None:
     """Print what became of the run."""
     assert record.sampler is not None
-    first = record.steps[0].metrics.get("heldout_loss") if record.steps else None
+    metrics = loggers.read_metrics(job.out)
+    losses = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
+    first, final = (losses[0], losses[-1]) if losses else (None, None)
+    unit = "" if record.config["method"] == "dpo" else " nats per token"
     facts = {
         "steps": str(record.sampler.steps),
-        "held-out loss before": None if first is None else f"{first:.3f} nats per token",
-        "held-out loss after": None if final is None else f"{final:.3f} nats per token",
+        "held-out loss before": None if first is None else f"{first:.3f}{unit}",
+        "held-out loss after": None if final is None else f"{final:.3f}{unit}",
         "weights": record.sampler.path,
         "talk to it": f"tinkex chat {job.out}",
     }
