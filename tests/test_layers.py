@@ -21,6 +21,7 @@ LAYERS = [
     "_runtime",
     "types",
     "wire",
+    "data",
     "credentials",
     "retry",
     "retry_config",
