@@ -184,7 +184,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._save_ttl_seconds = check_ttl(save_ttl_seconds)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
-        self._newest_update = trainer._run.last_update  # that of the newest step
+        self._newest_update = trainer._run.last_update  # of the newest step
         self._more = True
         self._ended = False
 

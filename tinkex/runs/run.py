@@ -63,7 +63,7 @@ class Run:
         config: the settings that were given for it.
         state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
             from it: counters, the state of a random generator.
-        resumed_from: the checkpoint that it was continued from; None if it began anew.
+        resumed_from: the checkpoint that it was continued from; None if it began from scratch.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Run:
                 the same order.
 
         Raises:
-            InvalidInputError: *batches* is of no use, or the loops are nested.
+            InvalidInputError: *batches* cannot be iterated over, or the loops are nested.
             RunFolderError: the journal cannot be written.
             TinkexError: a checkpoint could not be saved.
             SystemExit: with *exit_on_sigterm*, after the step in which SIGTERM came.
