@@ -71,7 +71,7 @@ def test_a_file_without_examples_is_refused(tmp_path: Path, lines: Any) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="cannot read .*none.jsonl: No such file"):
+    with pytest.raises(InvalidInputError, match=r"cannot read .*none\.jsonl: No such file"):
         open_examples(tmp_path / "none.jsonl")
-    with pytest.raises(InvalidInputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InvalidInputError, match=r"cannot read .*: Is a directory"):
         open_examples(tmp_path)
