@@ -21,6 +21,7 @@ LAYERS = [
     "_runtime",
     "types",
     "wire",
+    "data",
     "loggers",
     "credentials",
     "retry",
