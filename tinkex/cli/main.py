@@ -14,7 +14,7 @@ import click
 
 from tinkex._version import __version__
 from tinkex.cli import terminal
-from tinkex.cli.commands import Command, Group
+from tinkex.cli.commands import Command, Group, verbose_option
 from tinkex.cli.output import format_option
 from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interrupts
 
@@ -76,6 +76,9 @@ def cli() -> None:
     Commands that talk to a server find it by --base-url or TINKER_BASE_URL, and send
     TINKER_API_KEY.
     """
+
+
+cli.params.append(verbose_option())
 
 
 @click.command(cls=Command)
