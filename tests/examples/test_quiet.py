@@ -53,6 +53,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "session export-trace": ("{session}", 1),  # no traces there
     "session info": ("{session}", 0),
     "session list": ("", 0),
+    "status": ("", 0),
     "version": ("", 0),
 }
 #: Runs until it is stopped: tests/cli/test_serve.py.
