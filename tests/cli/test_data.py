@@ -145,7 +145,9 @@ def test_json_has_each_token_with_its_weight(file: Path, cache: None):
 def test_examples_that_are_cut_or_unusable_say_so(file: Path, cache: None):
     done = show(file, "--model", "tiny-random", "--max-tokens", 14, "--line", 2, "--line", 1)
     assert done.returncode == 1
-    assert re.search(r"line 2: completion: 15 tokens, \d of them learnt, cut: its input had 1", done.stdout)
+    assert re.search(
+        r"line 2: completion: 15 tokens, \d of them learnt, cut: its input had 1", done.stdout
+    )
     assert "line 1: conversation: an example has nothing to learn" in done.stdout
 
 
