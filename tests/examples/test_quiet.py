@@ -46,6 +46,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "checkpoint set-ttl": ("{state} --ttl 3600", 0),
     "checkpoint unpublish": ("{state}", 0),
     "doctor": ("", 0),
+    "export": ("{sampler} --merge --to {folder}/merged", 0),
     "model list": ("", 0),
     "run info": ("{run}", 0),
     "run list": ("", 0),
