@@ -48,6 +48,11 @@ def chat_tokens(
     if learn == "last":
         turns = turns[-1:]
     messages = messages[: turns[-1] + 1]  # the rest would be computed, and not be learnt
+    if not turns[0]:
+        raise InvalidInputError(
+            "messages[0] cannot be learnt: it is the assistant's, and no message comes before it",
+            hint='Put a message of the user or the system before it, or give it "weight": 0.',
+        )
     template = _Template(tokenizer, tools)
     text = template.render(messages)
     tail, end_of_turn = template.end_of_turn(messages[:-1])

@@ -176,8 +176,8 @@ def sampled_datum(
     ``logprobs`` and ``advantages`` are 0 on the prompt.
 
     Raises:
-        InvalidInputError: there is no prompt, no token or no log-probability, or *advantage* has
-            another length.
+        InvalidInputError: there is no prompt, no token or no log-probability, or *advantage* is not
+            finite or has another length.
     """
     head = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt)
     tokens = np.concatenate([head.to_numpy(), np.asarray(sequence.tokens_np, dtype=np.int32)])
@@ -187,23 +187,33 @@ def sampled_datum(
             f"the prompt has {head.length} tokens and the sequence {sequence.length}; "
             "there must be one or more of each"
         )
-    if sequence.logprobs_np is None:
+    logprobs = sequence.logprobs_np
+    if logprobs is None or len(logprobs) != sequence.length:
         raise InvalidInputError(
-            "the sampled sequence has no logprobs",
-            hint="They are the sampler's own; the server that sampled it has sent none.",
+            f"the sampled sequence has {sequence.length} tokens and "
+            f"{'no' if logprobs is None else len(logprobs)} logprobs",
+            hint="They are the sampler's own, and come from the server with the tokens.",
         )
-    given = np.asarray(advantage, dtype=np.float32)
+    try:
+        given = np.asarray(advantage, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the advantage is not a number: {error}") from error
     if given.shape not in ((), (sequence.length,)):
         raise InvalidInputError(
-            f"advantage has shape {given.shape}; "
+            f"the advantage has shape {given.shape}; "
             f"it must be a number, or one for each of {sequence.length} tokens"
+        )
+    if not np.isfinite(given).all():
+        raise InvalidInputError(
+            f"the advantage is not finite: {advantage}",
+            hint="Rewards divided by their standard deviation are not if all are the same.",
         )
     zeros = np.zeros(before, dtype=np.float32)
     return Datum(
         ModelInput.from_ints(tokens[:-1]),
         {
             "target_tokens": tokens[1:],
-            "logprobs": np.concatenate([zeros, sequence.logprobs_np]),
+            "logprobs": np.concatenate([zeros, logprobs]),
             "advantages": np.concatenate([zeros, np.broadcast_to(given, sequence.length)]),
         },
     )

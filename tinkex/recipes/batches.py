@@ -1,4 +1,4 @@
-"""Batches: the examples of each step, shuffled anew in each epoch, the same whenever asked for."""
+"""Batches: the examples of each step, shuffled again in each epoch, the same whenever asked for."""
 
 from __future__ import annotations
 
