@@ -50,6 +50,7 @@ LAYERS = [
 LOCAL_LAYERS = [
     "errors",
     "json_text",
+    "proto_bounds",
     "fields",
     "settings",
     "engines",
