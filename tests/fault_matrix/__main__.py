@@ -9,6 +9,7 @@ import argparse
 import collections
 import dataclasses
 import fnmatch
+import gc
 import json
 import logging
 import multiprocessing
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from fault_matrix.cells import Cell, Target, Verdict, cells_of, run_cell
+from fault_matrix.cells import Baseline, Cell, Target, Verdict, baseline, cells_of, run_cell
 from fault_matrix.fault_cases import CASES
 from fault_matrix.operations import OPERATIONS
 
@@ -35,15 +36,14 @@ def main() -> int:
     names = fnmatch.filter(OPERATIONS, arguments.operation)
     level = logging.NOTSET if arguments.log else logging.CRITICAL
     found = read_results(arguments.results)
-    with multiprocessing.get_context("spawn").Pool(
-        arguments.jobs, logging.disable, (level,)
-    ) as pool:
-        by_operation = pool.map(cells_of, names, chunksize=1)
-        cells = [c for cells in by_operation for c in cells]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, prepare, (level,)) as pool:
+        expected = dict(zip(names, pool.map(baseline, names, chunksize=1)))
+        cells = [cell for name in names for cell in cells_of(name, expected[name])]
         cells = [c for c in cells if fnmatch.fnmatch(c.fault, arguments.fault)]
         cells = cells[:: arguments.every]
-        to_run = [cell for cell in cells if cell not in found]
-        for verdict in pool.imap_unordered(run_cell, to_run, chunksize=4):
+        cells.sort(key=lambda cell: list(CASES).index(cell.fault))
+        to_run = [(cell, expected[cell.operation]) for cell in cells if cell not in found]
+        for verdict in pool.imap_unordered(run_one, to_run, chunksize=4):
             found[verdict.cell] = verdict
             keep_result(arguments.results, verdict)
             if verdict.wrong:
@@ -58,6 +58,19 @@ def main() -> int:
         f"the slowest took {slowest.seconds:.1f} s ({_name(slowest.cell)})"
     )
     return 1 if bad else 0
+
+
+def prepare(log_level: int) -> None:
+    """Begin a process of the pool."""
+    logging.disable(log_level)
+    baseline("sample")  # imports nearly everything
+    gc.collect()
+    gc.freeze()  # collections within cells are fast then
+
+
+def run_one(cell: Tuple[Cell, Baseline]) -> Verdict:
+    """Run a cell in a process of the pool."""
+    return run_cell(*cell)
 
 
 def read_results(file: Optional[Path]) -> Dict[Cell, Verdict]:

@@ -65,8 +65,8 @@ class FaultCase:
 
 def _statuses() -> List[FaultCase]:
     cases = []
-    for code in (*PASSING, *REFUSALS, *RARE):
-        for name, body in BODIES.items() if code not in RARE else [("JSON", None)]:
+    for name, body in BODIES.items():
+        for code in (*PASSING, *REFUSALS, *(RARE if name == "JSON" else ())):
             status = code if code in REFUSALS or (code in RARE and code < 500) else None
             extra: Tuple[Type[Exception], ...] = ()
             if code in (404, 410):  # may mean that the session, or the result, is gone
@@ -119,7 +119,6 @@ CASES: Dict[str, FaultCase] = {
         FaultCase("garbled", faults.Garble(), file_errors=_UNREADABLE),
         FaultCase("truncated for ever", faults.Truncate(), times=None, errors=_UNREADABLE),
         FaultCase("garbled for ever", faults.Garble(), times=None, errors=_UNREADABLE),
-        *_statuses(),
         FaultCase("down for ever", faults.Drop(), times=None, errors=_DOWN, settings=_IMPATIENT),
         FaultCase(
             "503 for ever",
@@ -154,5 +153,6 @@ CASES: Dict[str, FaultCase] = {
             errors=(*_LOST, errors.NotFoundError),
             ends_session=True,
         ),
+        *_statuses(),
     ]
 }
