@@ -9,7 +9,6 @@ import argparse
 import collections
 import dataclasses
 import fnmatch
-import gc
 import json
 import logging
 import multiprocessing
@@ -18,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from fault_matrix.cells import Baseline, Cell, Target, Verdict, baseline, cells_of, run_cell
+from fault_matrix.cells import Cell, Target, Verdict, baseline, cells_of, prepare, run_one
 from fault_matrix.fault_cases import CASES
 from fault_matrix.operations import OPERATIONS
 
@@ -30,6 +29,7 @@ def main() -> int:
     parser.add_argument("--fault", default="*", help="name, or pattern, of faults")
     parser.add_argument("--jobs", type=int, default=6, help="processes (they mostly wait)")
     parser.add_argument("--every", type=int, default=1, help="run every Nth cell only")
+    parser.add_argument("--one", action="store_true", help="strike one request of each operation")
     parser.add_argument("--results", type=Path, help="file that keeps what came of the cells")
     parser.add_argument("--log", action="store_true", help="show the client's log")
     arguments = parser.parse_args()
@@ -40,6 +40,7 @@ def main() -> int:
         expected = dict(zip(names, pool.map(baseline, names, chunksize=1)))
         cells = [cell for name in names for cell in cells_of(name, expected[name])]
         cells = [c for c in cells if fnmatch.fnmatch(c.fault, arguments.fault)]
+        cells = one_each(cells) if arguments.one else cells
         cells = cells[:: arguments.every]
         cells.sort(key=lambda cell: list(CASES).index(cell.fault))
         to_run = [(cell, expected[cell.operation]) for cell in cells if cell not in found]
@@ -60,17 +61,12 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def prepare(log_level: int) -> None:
-    """Begin a process of the pool."""
-    logging.disable(log_level)
-    baseline("sample")  # imports nearly everything
-    gc.collect()
-    gc.freeze()  # collections within cells are fast then
-
-
-def run_one(cell: Tuple[Cell, Baseline]) -> Verdict:
-    """Run a cell in a process of the pool."""
-    return run_cell(*cell)
+def one_each(cells: List[Cell]) -> List[Cell]:
+    """Return one cell for each operation and fault, with another request for each fault."""
+    groups: Dict[Tuple[str, str], List[Cell]] = collections.defaultdict(list)
+    for cell in cells:
+        groups[cell.operation, cell.fault].append(cell)
+    return [group[index % len(group)] for index, group in enumerate(groups.values())]
 
 
 def read_results(file: Optional[Path]) -> Dict[Cell, Verdict]:

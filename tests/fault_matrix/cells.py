@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import logging
 import os
 import re
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from fault_matrix.fault_cases import CASES, FaultCase
 from fault_matrix.operations import (
@@ -181,6 +182,19 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
     return Verdict(cell, summary, seconds, wrong)
 
 
+def prepare(log_level: int) -> None:
+    """Begin a process of the pool."""
+    logging.disable(log_level)
+    baseline("sample")  # imports nearly everything
+    gc.collect()
+    gc.freeze()  # collections within cells are fast then
+
+
+def run_one(cell: Tuple[Cell, Baseline]) -> Verdict:
+    """Run a cell in a process of the pool."""
+    return run_cell(*cell)
+
+
 def _run(function: Callable[[], Any], injection: Any) -> Optional[Outcome]:
     """Call *function* in a thread; None if it does not end."""
     outcomes: List[Outcome] = []
@@ -216,8 +230,6 @@ def _use(world: World, case: FaultCase, outcome: Outcome, undone: int) -> List[s
         if isinstance(outcome.error, errors.IncompleteGradientError):
             path = world.run.save_state("kept").result().path  # as the error advises
             world.run.load_state_with_optimizer(path).result()
-        if world.trainer is not None and not _is_open(world.trainer):  # it was unloaded
-            world.trainer = None
         if world.trainer is None and world.sampler is None:
             _use_service(world.service)
         if world.trainer is not None:
@@ -243,8 +255,8 @@ def _use_service(service: ServiceClient) -> None:
     sampled(sampler.sample(PROMPT, 1, PARAMS).result())
 
 
-def _is_open(client: object) -> bool:
-    return "closed" not in repr(client)
+def _is_open(service: ServiceClient) -> bool:
+    return "closed" not in repr(service)
 
 
 def _readable(value: Any, world: World) -> str:

@@ -272,7 +272,8 @@ def _all() -> List[Operation]:
         return passed(world.run.forward(batch, "cross_entropy").result())
 
     def unload(world: World) -> Any:
-        return type(world.run.unload().result()).__name__
+        trainer, world.trainer = world.run, None
+        return type(trainer.unload().result()).__name__
 
     def sample(world: World) -> Any:
         return sampled(world.sampler.sample(PROMPT, 2, PARAMS).result())
