@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -63,6 +64,11 @@ def with_run(world: World) -> None:
     """Make a run that has taken a step, with everything negotiated that a run negotiates."""
     world.trainer = world.service.create_lora_training_client(MODEL, rank=4, seed=0)
     world.run.train_step([datum()], "cross_entropy", ADAM)
+
+
+def with_torch(world: World) -> None:
+    importlib.import_module("torch")  # on a busy machine it takes longer than the operation may
+    with_run(world)
 
 
 def with_checkpoint(world: World) -> None:
@@ -292,9 +298,12 @@ def _all() -> List[Operation]:
         Operation(with_gradient, optim_step),
         Operation(with_run, train_step),
         Operation(with_run, pipeline),
-        Operation(with_run, custom_loss),
+        Operation(with_torch, custom_loss),
         Operation(
-            with_run, custom_loss, "custom_loss, on server", flags={"custom_loss_server_side": True}
+            with_torch,
+            custom_loss,
+            "custom_loss, on server",
+            flags={"custom_loss_server_side": True},
         ),
         Operation(with_run, save),
         Operation(with_run, save_for_sampler),

@@ -6,16 +6,19 @@ from typing import Any, Dict, Optional
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
+from tinkex._api._optional import is_missing_route
 from tinkex._transport.transport import Reply, Request, Sender
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
-from tinkex.errors import NotFoundError, ResponseDecodeError
+from tinkex.errors import APIStatusError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
 #: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
 HEARTBEAT_TIMEOUT_S = 10.0
 
 HEARTBEAT_PATH = "/api/v1/session_heartbeat"
+CAPABILITIES_PATH = "/api/v1/get_server_capabilities"
+HEALTH_PATH = "/api/v1/healthz"
 
 
 def create_session(transport: Sender, config: Config) -> types.CreateSessionResponse:
@@ -64,27 +67,34 @@ def session_heartbeat(
 
 def finish_session(
     transport: Sender, session_id: str, status: str, detail: Optional[str], timeout_s: float
-) -> Reply:
-    """``POST sessions/{id}/finish``, once; returns the response whatever its status."""
+) -> int:
+    """``POST sessions/{id}/finish``, once; returns the status of the response.
+
+    A 404 is about the route: one about the session is returned as 410.
+    """
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
-    return transport.send_once(
-        Request(
-            "POST",
-            path,
-            body,
-            traffic="control",
-            read_timeout_s=timeout_s,
-            empty_response_ok=True,
-        )
+    request = Request(
+        "POST",
+        path,
+        body,
+        traffic="control",
+        read_timeout_s=timeout_s,
+        empty_response_ok=True,
     )
+    reply = transport.send_once(request)
+    if reply.status == 404:
+        error = transport.status_error(request, reply)
+        if isinstance(error, APIStatusError) and not is_missing_route(error):
+            return 410
+    return reply.status
 
 
 def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesResponse:
     """``GET get_server_capabilities``."""
-    return get(transport, "/api/v1/get_server_capabilities", types.GetServerCapabilitiesResponse)
+    return get(transport, CAPABILITIES_PATH, types.GetServerCapabilitiesResponse)
 
 
 def healthz(transport: Sender) -> None:
     """``GET healthz``: raises if the server is not well."""
-    call(transport, "GET", "/api/v1/healthz", reads_response=False)
+    call(transport, "GET", HEALTH_PATH, reads_response=False)
