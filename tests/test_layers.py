@@ -53,6 +53,7 @@ LAYERS = [
 LOCAL_LAYERS = [
     "errors",
     "json_text",
+    "proto_bounds",
     "fields",
     "settings",
     "engines",
