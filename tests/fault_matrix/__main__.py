@@ -36,7 +36,8 @@ def main() -> int:
     names = fnmatch.filter(OPERATIONS, arguments.operation)
     level = logging.NOTSET if arguments.log else logging.CRITICAL
     found = read_results(arguments.results)
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs, prepare, (level,)) as pool:
+    how = level, any("custom_loss" in name for name in names)
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, prepare, how) as pool:
         expected = dict(zip(names, pool.map(baseline, names, chunksize=1)))
         cells = [cell for name in names for cell in cells_of(name, expected[name])]
         cells = [c for c in cells if fnmatch.fnmatch(c.fault, arguments.fault)]
@@ -44,7 +45,7 @@ def main() -> int:
         cells = cells[:: arguments.every]
         cells.sort(key=lambda cell: list(CASES).index(cell.fault))
         to_run = [(cell, expected[cell.operation]) for cell in cells if cell not in found]
-        for verdict in pool.imap_unordered(run_one, to_run, chunksize=4):
+        for verdict in pool.imap_unordered(run_one, to_run, chunksize=8):
             found[verdict.cell] = verdict
             keep_result(arguments.results, verdict)
             if verdict.wrong:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import importlib
 import logging
 import re
 import tempfile
@@ -183,10 +184,12 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
     return Verdict(cell, summary, seconds, wrong)
 
 
-def prepare(log_level: int) -> None:
+def prepare(log_level: int, with_torch: bool) -> None:
     """Begin a process of the pool."""
     logging.disable(log_level)
     baseline("sample")  # imports nearly everything
+    if with_torch:
+        importlib.import_module("torch")
     gc.collect()
     gc.freeze()  # collections within cells are fast then
 
