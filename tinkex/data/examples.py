@@ -7,7 +7,8 @@ opened.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence  # those of typing are slow to check instances of
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from tinkex.errors import InvalidInputError, a_type
 
