@@ -65,6 +65,8 @@ STYLES = [
     pytest.param(templates.LLAMA3, "<|eot_id|>", id="llama3"),
     pytest.param(templates.GEMMA, "<end_of_turn>", id="gemma"),
     pytest.param(templates.PHI, "<|end|>", id="phi"),
+    pytest.param(templates.PHI4, "<|end|>", id="phi4"),
+    pytest.param(templates.COMMAND, "<|END_RESPONSE|><|end|>", id="command"),
     pytest.param(templates.PLAIN, "\n\n", id="plain"),
 ]
 

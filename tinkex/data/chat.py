@@ -108,17 +108,26 @@ class _Template:
     def end_of_turn(self, prompt: Sequence[Message]) -> Tuple[str, str]:
         """Return what follows the content of a reply to *prompt*, and the part that is learnt.
 
-        Learnt is what the model writes to end its turn: all up to the first added token, such as
-        ``<|im_end|>``, where generation stops, but not the newline after it.
+        Learnt is what the model writes to end its turn: the text up to the last added token, such
+        as ``<|im_end|>``, but not the newline after it.  What a template writes only after the last
+        message does not belong to the turn, unless there is nothing else.
         """
-        text = self.render([*prompt, {"role": "assistant", "content": _PROBE}])
-        tail = text.rpartition(_PROBE)[2] if _PROBE in text else ""
+        reply = {"role": "assistant", "content": _PROBE}
+        tail = self._after_probe([*prompt, reply])
+        inside = self._after_probe([*prompt, reply, {"role": "user", "content": "-"}])
         added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
-        ends = [(tail.index(token), len(token)) for token in added if token and token in tail]
-        if not ends:
-            return tail, tail
-        start, length = min(ends, key=lambda found: (found[0], -found[1]))
-        return tail, tail[: start + length]
+        ends = [
+            start + len(token)
+            for token in added
+            if token in tail
+            for start in (tail.index(token), tail.rindex(token))
+        ]
+        in_turn = [end for end in ends if inside.startswith(tail[:end])]
+        return tail, tail[: max(in_turn) if in_turn else min(ends, default=None)]
+
+    def _after_probe(self, messages: Sequence[Message]) -> str:
+        _, found, after = self.render(messages).rpartition(_PROBE)
+        return after if found else ""
 
 
 def _encode(tokenizer: Any, text: str, spans: Sequence[Tuple[int, int]]) -> WeightedTokens:
