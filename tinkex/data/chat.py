@@ -11,15 +11,19 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from tinkex.data.examples import Message, assistant_turns
+from tinkex.data.examples import Message, assistant_turns, has_content
 from tinkex.errors import InvalidInputError
 
 #: The content of a message that shows what the template writes after one.
 _PROBE = "tinkex"
 
-_ALTERNATIVES = (
+_LAST = (
     "Learn the last message only (learn='last'), make an example of each assistant message, or "
     "set a chat template that renders all messages in the same way."
+)
+_SWITCH = (
+    "If the template has a switch for reasoning, set it: tokenizer.chat_template = "
+    "'{% set enable_thinking = false %}' + tokenizer.chat_template"
 )
 
 
@@ -61,20 +65,22 @@ def chat_tokens(
         prompt = template.render(messages[:place], generate=True)
         ended = text if place == turns[-1] else template.render(messages[: place + 1])
         if not ended.startswith(prompt):
-            raise _inexact(place, "does not begin with the prompt for generating it", None)
+            raise _inexact(place, "the template prompts for it with text that it lacks", _SWITCH)
         reply = ended[len(prompt) :]
-        if tail and reply.endswith(tail):
-            reply = reply[: len(reply) - len(tail)] + end_of_turn
+        body = reply[: -len(tail)] if tail and reply.endswith(tail) else reply
+        if has_content(messages[place]) and not body.strip():
+            raise _inexact(place, "the template leaves out what it holds", None)
+        if body != reply:
+            reply = body + end_of_turn
         if not text.startswith(prompt + reply):
-            raise _inexact(place, "is rendered differently once others follow", _ALTERNATIVES)
+            raise _inexact(place, "the template changes it once other messages follow", _LAST)
         spans.append((len(prompt), len(prompt) + len(reply)))
     return _encode(tokenizer, text, spans)
 
 
-def _inexact(place: int, what: str, hint: Optional[str]) -> InvalidInputError:
+def _inexact(place: int, reason: str, hint: Optional[str]) -> InvalidInputError:
     return InvalidInputError(
-        f"the model's chat template does not allow to learn messages[{place}]: the message {what}",
-        hint=hint,
+        f"messages[{place}] cannot be learnt with the model's chat template: {reason}", hint=hint
     )
 
 
@@ -98,7 +104,7 @@ class _Template:
                 list(messages), tools=self._tools, tokenize=False, add_generation_prompt=generate
             )
         except Exception as error:  # a template is a program, and may refuse the messages
-            roles = ", ".join(str(message["role"]) for message in messages)
+            roles = ", ".join(str(message["role"]) for message in messages[:8])
             raise InvalidInputError(
                 f"the model's chat template refuses messages of the roles {roles or 'none'}: "
                 f"{type(error).__name__}: {error}"
@@ -127,7 +133,12 @@ class _Template:
 
     def _after_probe(self, messages: Sequence[Message]) -> str:
         _, found, after = self.render(messages).rpartition(_PROBE)
-        return after if found else ""
+        if not found:
+            raise InvalidInputError(
+                "the model's chat template leaves out the content of messages that is a string",
+                hint="It may be a template for images; set tokenizer.chat_template to another.",
+            )
+        return after
 
 
 def _encode(tokenizer: Any, text: str, spans: Sequence[Tuple[int, int]]) -> WeightedTokens:

@@ -119,12 +119,12 @@ def assistant_turns(name: str, messages: Sequence[Message], first: int = 0) -> L
             if all(message["role"] != "assistant" for message in messages[first:])
             else f"{name!r} has nothing to learn: the weight of each assistant message is 0"
         )
-    if not any(_has_content(messages[place]) for place in found):
+    if not any(has_content(messages[place]) for place in found):
         raise InvalidInputError(f"{name!r} has nothing to learn: assistant messages are empty")
     return found
 
 
-def _has_content(message: Message) -> bool:
+def has_content(message: Message) -> bool:
     content = message.get("content")
     others = message.keys() - {"role", "content", "weight"}
     return bool(content and content.strip()) or any(message[key] for key in others)
