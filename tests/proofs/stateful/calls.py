@@ -12,7 +12,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 from proofs.stateful.witness import Key
 
 #: A future that is not settled by then never will be, in seconds; so is a call that has to return.
-MOST_S = 45.0
+MOST_S = 100.0
 
 _ticks = itertools.count(1)
 
