@@ -523,6 +523,8 @@ class Round:
             yield f"{reply.status}: {reply.body[:500]!r}"
         if sent.must_fail and reply.status < 400:
             yield f"{reply.status} for what must be refused"
+        if any(name.startswith("access-control-") for name in reply.headers):
+            yield "the response lets pages of other sites read it"
         if OUTSIDE in reply.body:
             yield "the response has a file from outside the server's folder"
         if b'"server_error"' in reply.body:
