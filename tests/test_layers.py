@@ -44,6 +44,7 @@ LAYERS = [
     "lib",
     "as_tinker",
     "local",
+    "export",
     "testing",
     "cli",
     "__main__",

@@ -47,6 +47,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "checkpoint unpublish": ("{state}", 0),
     "data show": ("{examples} --model tiny-random", 0),
     "doctor": ("", 0),
+    "export": ("{sampler} --merge --to {folder}/merged", 0),
     "model list": ("", 0),
     "run info": ("{run}", 0),
     "run list": ("", 0),

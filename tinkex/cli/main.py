@@ -26,6 +26,7 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and download checkpoints."),
     "data": ("tinkex.cli.data:data", "See what a model would learn from a file."),
     "doctor": ("tinkex.cli.doctor:doctor", "Check the settings, the network and the server."),
+    "export": ("tinkex.cli.export:export", "Write a trained model for transformers and PEFT."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
