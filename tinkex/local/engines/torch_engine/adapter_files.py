@@ -36,16 +36,14 @@ def write_adapter(
     There is a note with it if merging it takes care.  *for_export* names the weights of the output
     layer as the hosted service does, which is what the cookbook's merging and conversion expect.
     """
-    from safetensors.torch import save_file
-
     renamed = for_export and adapter.output is not None
     own = f"{_PREFIX}{adapter.output}."
     tensors = {}
     for name, value in adapter.parameters.items():
         if renamed and name.startswith(own):
             name = EXPORTED_OUTPUT + name[len(own) :]
-        tensors[name] = value.detach().cpu().contiguous()
-    save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
+        tensors[name] = value.detach()
+    write_tensors(tensors, folder / WEIGHTS_FILE)
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
@@ -53,6 +51,22 @@ def write_adapter(
         base_model = config.base_model_name_or_path
         note = merging_note(base_model, tied=adapter.on_tied_output, exported=renamed)
         (folder / NOTE_FILE).write_text(note, encoding="utf-8")
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write *tensors* into the file *path*.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, str(path), {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
