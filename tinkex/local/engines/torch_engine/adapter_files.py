@@ -35,9 +35,10 @@ def write_adapter(
 
     There is a note with it if merging it takes care.  *for_export* names the weights of the output
     layer as the hosted service does, which is what the cookbook's merging and conversion expect.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        OSError: the files cannot be written.
+    """
     renamed = for_export and adapter.output is not None
     own = f"{_PREFIX}{adapter.output}."
     tensors = {}
@@ -45,7 +46,7 @@ def write_adapter(
         if renamed and name.startswith(own):
             name = EXPORTED_OUTPUT + name[len(own) :]
         tensors[name] = value.detach().cpu().contiguous()
-    save_file(tensors, str(folder / WEIGHTS_FILE), {"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS_FILE)
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
@@ -53,6 +54,17 @@ def write_adapter(
         base_model = config.base_model_name_or_path
         note = merging_note(base_model, tied=adapter.on_tied_output, exported=renamed)
         (folder / NOTE_FILE).write_text(note, encoding="utf-8")
+
+
+def write_tensors(tensors: Dict[str, torch.Tensor], file: Path) -> None:
+    """Write *tensors*, which are contiguous and on the CPU, into *file*; OSError if it fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(file), {"format": "pt"})
+    except SafetensorError as error:  # there is nothing wrong with the tensors: it is the disk
+        raise OSError(str(error)) from error
 
 
 def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:

@@ -225,10 +225,8 @@ class TorchEngine:
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder)
         if with_optimizer:
-            from safetensors.torch import save_file
-
             tensors = {name: t.cpu().contiguous() for name, t in run.optimizer.tensors().items()}
-            save_file(tensors, str(folder / OPTIMIZER_WEIGHTS), {"format": "pt"})
+            adapter_files.write_tensors(tensors, folder / OPTIMIZER_WEIGHTS)
             state = {"type": "adamw", "step": run.optimizer.step_count}
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 
