@@ -120,13 +120,13 @@ def ten_hosts(count: int, seconds: float) -> bool:
         live = sum(servers.facts(url)["live"] for url in healthy)
         print(
             f"{f'close with {count} live, one host hung':38} {took:.2f} s, of which 2 s at most "
-            f"wait for the hung host; {live} sessions were not told"
+            f"wait for the hung host; {live} sessions were not informed"
         )
         return good and took < 3 and live == 0
 
 
 class Told(logging.Handler):
-    """Collects what a user is told."""
+    """Collects the log lines that a user sees."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

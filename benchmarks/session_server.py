@@ -1,4 +1,4 @@
-"""A server of sessions for the benchmarks, in a process of its own: slow, hung or mad as told.
+"""A server of sessions for the benchmarks, in a process of its own: slow, hung or faulty.
 
     python benchmarks/session_server.py [--hosts 10] [--beat-s 0.05] [--ttl-s 60]
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 from typing import Optional
 
+from tinkex._api.sessions import CAPABILITIES_PATH
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
-from tinkex.credentials import COMMAND_VARIABLE, KEY_VARIABLE, read_claims, stored_key
+from tinkex.credentials import (
+    COMMAND_VARIABLE,
+    KEY_VARIABLE,
+    CredentialsFile,
+    read_claims,
+    stored_key,
+)
 from tinkex.errors import APIConnectionError, CredentialError, ResponseDecodeError
 from tinkex.retry import server_error_behind
 from tinkex.types import ApiKeyInfo, GetServerCapabilitiesResponse, WhoamiResponse
@@ -41,6 +48,24 @@ def tinker_has_credentials() -> bool:
     return bool(os.environ.get(COMMAND_VARIABLE, "").strip()) or get_tinker_token() is not None
 
 
+def credential_source() -> Optional[str]:
+    """Where the key or token comes from, as text; None if there is none.
+
+    Raises:
+        CredentialError: the credentials file is needed, and broken.
+    """
+    if os.environ.get(KEY_VARIABLE, "").strip():
+        return f"the environment (${KEY_VARIABLE})"
+    if os.environ.get(COMMAND_VARIABLE, "").strip():
+        return f"a command (${COMMAND_VARIABLE})"
+    try:
+        file = CredentialsFile()
+    except CredentialError:
+        return None  # no home, no file
+    stored = file.default()
+    return None if stored is None else f"{stored.name or 'a key'} ({file.path})"
+
+
 def raise_if_tinker_not_accessible() -> None:
     """Ask the server of the environment for its capabilities, once; return if it responds.
 
@@ -56,7 +81,7 @@ def check_access(config: Config) -> None:
 
     ResponseDecodeError means that the server is not a Tinker server.
     """
-    path = "/api/v1/get_server_capabilities"
+    path = CAPABILITIES_PATH
     reply = _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
     try:
         GetServerCapabilitiesResponse.from_wire(reply.json())
@@ -67,6 +92,19 @@ def check_access(config: Config) -> None:
 def _ask_once(config: Config, request: Request) -> Reply:
     transport = Transport(config)
     try:
+        return ask_once(transport, request)
+    finally:
+        transport.abort()
+
+
+def ask_once(transport: Transport, request: Request) -> Reply:
+    """Send *request* once and return its 2xx response.  Blocks.
+
+    Raises:
+        APIError: any other response, taken for the server's even if it looks like a gateway's, or
+            none.
+    """
+    try:
         reply = transport.send_once(request)
         if not 200 <= reply.status < 300:
             raise transport.status_error(request, reply)
@@ -76,8 +114,6 @@ def _ask_once(config: Config, request: Request) -> Reply:
         if own is None:
             raise
         raise own from None
-    finally:
-        transport.abort()
 
 
 def about_key(config: Config) -> ApiKeyInfo:

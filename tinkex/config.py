@@ -46,7 +46,8 @@ _COUNTS = (
     "max_heartbeat_failures",
 )
 
-_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+#: Name a CA bundle, the first first.
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Config:
         ):
             raise ConfigError(
                 f"the CA bundle {self.ca_bundle!r} does not exist",
-                hint=f"It was set by ca_bundle= or one of {', '.join(_CA_VARIABLES)}.",
+                hint=f"It was set by ca_bundle= or one of {', '.join(CA_VARIABLES)}.",
             )
 
     def _take_numbers(self) -> None:
@@ -241,7 +242,7 @@ class Config:
         given.setdefault("tags", env.get("TINKER_TAGS", ""))
         given.setdefault("telemetry", env.get("TINKER_TELEMETRY", "").strip().lower() in _YES)
         given.setdefault("proxy", proxy_for(base_url))
-        given.setdefault("ca_bundle", next((env[v] for v in _CA_VARIABLES if env.get(v)), None))
+        given.setdefault("ca_bundle", next((env[v] for v in CA_VARIABLES if env.get(v)), None))
         return cls(**given)
 
     @property

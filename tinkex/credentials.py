@@ -49,7 +49,7 @@ class StoredKey:
 
 
 class CredentialsFile:
-    """``~/.tinker/credentials.json``, readable by its owner only.  Every call reads it anew.
+    """``~/.tinker/credentials.json``, readable by its owner only.  Every call reads it again.
 
     Args:
         path: of the file; by default the one in the home folder.

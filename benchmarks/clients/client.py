@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 PROMPT = list(range(1000, 1100))
 BATCH = (64, 1024)
 
-#: So many batches of `Sdk.million`: its CPU is their mean, its extra memory that of the first.
+#: How many batches `Sdk.million` runs: its CPU is their mean, its extra memory that of the first.
 MILLIONS = 5
 
 
@@ -34,7 +34,7 @@ def memory_mib(field: str) -> float:
 def measured(work: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
     """Run *work*; return what it returns and its CPU and wall seconds and memory in MiB."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
-        refs.write("5")  # the peak starts anew
+        refs.write("5")  # resets the peak
     before = memory_mib("VmRSS")
     cpu, wall = time.process_time(), time.perf_counter()
     facts = work()

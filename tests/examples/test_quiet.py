@@ -45,6 +45,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "checkpoint push-hf": ("{sampler} --repo no/where", 1),  # no token, no hub
     "checkpoint set-ttl": ("{state} --ttl 3600", 0),
     "checkpoint unpublish": ("{state}", 0),
+    "doctor": ("", 0),
     "model list": ("", 0),
     "run info": ("{run}", 0),
     "run list": ("", 0),

@@ -16,6 +16,8 @@ from tinkex.retry import RetryPolicy
 HEARTBEAT_TIMEOUT_S = 10.0
 
 HEARTBEAT_PATH = "/api/v1/session_heartbeat"
+CAPABILITIES_PATH = "/api/v1/get_server_capabilities"
+HEALTH_PATH = "/api/v1/healthz"
 
 
 def create_session(transport: Sender, config: Config) -> types.CreateSessionResponse:
@@ -82,9 +84,9 @@ def finish_session(
 
 def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesResponse:
     """``GET get_server_capabilities``."""
-    return get(transport, "/api/v1/get_server_capabilities", types.GetServerCapabilitiesResponse)
+    return get(transport, CAPABILITIES_PATH, types.GetServerCapabilitiesResponse)
 
 
 def healthz(transport: Sender) -> None:
     """``GET healthz``: raises if the server is not well."""
-    call(transport, "GET", "/api/v1/healthz", reads_response=False)
+    call(transport, "GET", HEALTH_PATH, reads_response=False)

@@ -126,7 +126,7 @@ class Downloader:
         """Bring the file of *part* to its full length; return that.
 
         Bytes that are there already are kept if they are of the same version.  Outages are ridden
-        out for ``max_outage_s`` without a byte; a URL that expires or is refused is signed anew.
+        out for ``max_outage_s`` without a byte; a URL that expires or is refused is signed again.
 
         Args:
             part: the file; its folder exists.

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Callable, Mapping, Optional
 
-#: A URL is signed anew this long before it expires, in seconds.
+#: A URL is signed again this long before it expires, in seconds.
 EXPIRY_MARGIN_S = 300.0
 
 _PIECE = 1 << 20
@@ -32,7 +32,7 @@ class Source:
     expires: Optional[datetime] = None
 
     def is_stale(self, wall: float) -> bool:
-        """Whether it has to be signed anew at *wall*, in seconds since the epoch."""
+        """Whether it has to be signed again at *wall*, in seconds since the epoch."""
         return self.expires is not None and self.expires.timestamp() - wall < EXPIRY_MARGIN_S
 
 

@@ -14,7 +14,7 @@ from tinkex.errors import ClientClosedError
 
 #: Threads: at least, and at most.
 MIN_THREADS, MAX_THREADS = 2, 64
-#: The number of threads is decided anew after this many requests.
+#: The number of threads is decided again after this many requests.
 DECIDE_EVERY = 16
 #: The fastest request of this period, in seconds, shows how far away the server is: one that did
 #: not have to wait for the interpreter, and while a program is busy there are few of those.

@@ -7,6 +7,7 @@ clients wait out for minutes.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import urllib.request
 from typing import Optional
@@ -104,6 +105,14 @@ def proxy_for(url: str) -> Optional[str]:
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(parts.scheme) or proxies.get("all") or None
+
+
+def proxy_variable(url: str) -> Optional[str]:
+    """The variable of the environment that names a proxy for URLs like *url*; None without one."""
+    parts = _split(url)
+    schemes = () if parts is None else (parts.scheme, "all")
+    names = [name for scheme in schemes for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper())]
+    return next((name for name in names if os.environ.get(name)), None)
 
 
 def _split(url: str) -> Optional[SplitResult]:

@@ -14,6 +14,8 @@ import threading
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
+from tinkex.errors import ConfigError
+
 #: The longest that a fork waits, in seconds: the forking thread may hold a lock the import needs.
 _MAX_FORK_WAIT_S = 10.0
 
@@ -39,6 +41,27 @@ def import_late(name: str) -> Any:
                 if not _importing[thread]:
                     del _importing[thread]
                     _condition.notify_all()
+    return module
+
+
+def import_extra(name: str, attribute: str, *, user: str, extra: str) -> Any:
+    """Return the optional module *name*, which *user* needs and ``tinkex[extra]`` installs.
+
+    Args:
+        attribute: a name that it must have; a folder of the same name has not.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    hint = f'python -m pip install "tinkex[{extra}]"'
+    try:
+        module = import_late(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and name.startswith(error.name or "?")
+        reason = "which is not installed" if missing else f"which cannot be imported: {error}"
+        raise ConfigError(f"{user} needs {name}, {reason}", hint=hint) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{user} needs {name}, which is not installed", hint=hint)
     return module
 
 

@@ -38,11 +38,11 @@ _lock = threading.Lock()
 # Used as a set that keeps its order: what was opened last is closed first.
 _tracked: weakref.WeakKeyDictionary[Tracked, None] = weakref.WeakKeyDictionary()
 _installed = False
-_hooked_pid = 0  # the multiprocessing child that _hook_multiprocessing has seen to
+_hooked_pid = 0  # the multiprocessing child that _hook_multiprocessing has prepared
 
 
 def module_lock() -> threading.Lock:
-    """The one lock for module-level state; ask for it anew each time, a fork replaces it.
+    """The one lock for module-level state; call this each time, since a fork replaces it.
 
     Hold it for a few statements, without I/O or calls that might take it.
     """

@@ -52,7 +52,7 @@ class SingleFlight(Generic[T]):
         while True:
             with self._lock:
                 flight = self._flight
-                # One that has landed is of no use: what it brought may be out of date.
+                # One that has finished cannot be shared: its result may be out of date.
                 if flight is None or flight.landed.is_set():
                     mine = self._flight = _Flight()
                     break

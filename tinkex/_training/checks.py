@@ -276,7 +276,7 @@ def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]
     found = list(recipients) if is_list else []
     if not found or not all(isinstance(recipient, str) and recipient for recipient in found):
         raise InvalidInputError(
-            f"age_encryption_recipients is {a_type(recipients)} of no use",
+            f"age_encryption_recipients is {a_type(recipients)}, which is not valid",
             hint="Give a list of age public keys, such as 'age1...', or None for no encryption.",
         )
     return found

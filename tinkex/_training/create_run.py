@@ -254,7 +254,7 @@ def _lora_of(info: WeightsInfoResponse) -> LoraConfig:
 
 
 def _unload(runtime: Runtime, model_id: str) -> None:
-    """Have the server drop a run that is of no use, where it can."""
+    """Have the server drop a run that cannot be used, if it supports that."""
     try:
         api.unload_model(runtime.transport, model_id)
     except TinkexError as error:

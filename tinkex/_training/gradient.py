@@ -180,10 +180,10 @@ class SplitBatch:
     def completed_by(self, data: List[Datum], loss: Loss) -> Optional[List[Piece]]:
         """Return how *data* would complete this batch, of which a part is missing.
 
-        *data* is cut where this batch was: cut anew, examples that were replaced, or an encoding
+        *data* is cut where this batch was: otherwise examples that were replaced, or an encoding
         that is known by now, would move the cuts.  Pieces without a part are to be sent, in order.
 
-        Returns None if the gradient would not be that of *data*, or might not be.
+        Returns None if the gradient would not belong to *data*, or might not.
         """
         own, failures = self._contents, self._failures()
         if own is None or own.loss != loss or not self._may_be_completed(failures):

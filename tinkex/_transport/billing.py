@@ -44,7 +44,8 @@ class BillingPause:
     def after_402(self, sender: Optional[Sender]) -> Optional[float]:
         """Seconds to wait before the next attempt, or None once the pause has lasted too long.
 
-        The first call asks for the server's flags, by *sender*; None for that request itself.
+        The first call asks for the server's flags, by *sender*, which is
+        None while that request itself is sent.
         """
         if sender is not None:
             self._ask_for_limit(sender)

@@ -67,7 +67,7 @@ def broken_route(request: Request, times: int) -> str:
     """The hint of an error that has come several *times*, word for word."""
     return (
         f"The server answered the same {times} times: its route {request.name} is broken, or "
-        "breaks over this request. Its log tells why."
+        "breaks over this request. See its log."
     )
 
 

@@ -66,7 +66,7 @@ class Token:
     Attributes:
         renew_at: about half of its life is over.
         urgent_at: it is about to expire.
-        renewable: another one can be had in its place.
+        renewable: another one can be fetched in its place.
         exchanged: the server made it; otherwise it is a key, or what the command printed.
     """
 

@@ -90,7 +90,7 @@ def logout(base_url: Optional[str]) -> None:
 @click.pass_context
 def status(ctx: click.Context, base_url: Optional[str]) -> None:
     """Show where the key comes from, and whether the server accepts it: exit code 1 if not."""
-    echo(f"Credential: {_source() or 'none'}")
+    echo(f"Credential: {access.credential_source() or 'none'}")
     config = _config(base_url)
     try:
         access.check_access(config)
@@ -121,14 +121,3 @@ def whoami(base_url: Optional[str]) -> None:
     rows = [["User", found.user_urn], ["Organization", found.org_urn], ["Email", found.email or ""]]
     as_json = {"user_urn": found.user_urn, "org_urn": found.org_urn, "email": found.email}
     print_facts("Who am I", [row for row in rows if row[1]], as_json=as_json)
-
-
-def _source() -> Optional[str]:
-    """Return where the credential comes from, as text; None if there is none."""
-    if os.environ.get(KEY_VARIABLE, "").strip():
-        return f"the environment (${KEY_VARIABLE})"
-    if os.environ.get(COMMAND_VARIABLE, "").strip():
-        return f"a command (${COMMAND_VARIABLE})"
-    file = CredentialsFile()
-    stored = file.default()
-    return None if stored is None else f"{stored.name or 'a key'} ({file.path})"

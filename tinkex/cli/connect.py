@@ -6,7 +6,7 @@ import functools
 import http.client
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
 
 import click
 
@@ -36,7 +36,7 @@ base_url_option = click.option(
     help="URL of the server (default: TINKER_BASE_URL, or else the hosted service).",
 )
 
-_NO_TINKER_SERVER = (
+NO_TINKER_SERVER = (
     "This does not look like a Tinker server: check base_url, its port and its path. "
     "`tinkex serve` prints its URL."
 )
@@ -51,23 +51,36 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
     Raises:
         ConfigError: no server was found, or a setting is wrong.
     """
-    if (
-        not base_url
-        and not os.environ.get("TINKER_BASE_URL")
-        and not tinkex.auth.tinker_has_credentials()
-    ):
-        if not _is_served_here(serve.DEFAULT_PORT):
+    base_url, source = chosen_server(base_url)
+    if source == _DEFAULT:
+        if not tinkex.auth.tinker_has_credentials():
             raise ConfigError(
                 "no server was given",
                 hint="Give --base-url or set TINKER_BASE_URL (`tinkex serve` starts a server "
                 "here), or set TINKER_API_KEY (or run `tinkex auth login`) for the hosted "
                 f"service{otherwise}.",
             )
-        base_url = f"http://127.0.0.1:{serve.DEFAULT_PORT}"
+    elif source == _SERVED_HERE:
         echo_error(f"Using the server at {base_url}.")
     config = Config.resolve(base_url=base_url)
     status.waiting_for(f"waiting for {config.host_and_port}")
     return config
+
+
+def chosen_server(base_url: Optional[str]) -> Tuple[Optional[str], str]:
+    """Return the base URL that commands use, None for the default, and where it comes from."""
+    if base_url:
+        return base_url, "from --base-url"
+    named = os.environ.get("TINKER_BASE_URL")
+    if named:
+        return named, "from $TINKER_BASE_URL"
+    if not tinkex.auth.tinker_has_credentials() and _is_served_here(serve.DEFAULT_PORT):
+        return f"http://127.0.0.1:{serve.DEFAULT_PORT}", _SERVED_HERE
+    return None, _DEFAULT
+
+
+_SERVED_HERE = "`tinkex serve` on this machine"
+_DEFAULT = "the default"
 
 
 def _is_served_here(port: int) -> bool:
@@ -167,11 +180,11 @@ def advice(error: APIError) -> Optional[str]:
     if error.status is not None and error.status >= 500:
         return "The server, or a proxy in front of it, failed: check its log, or try again later."
     if isinstance(error, ResponseDecodeError):
-        return _NO_TINKER_SERVER
+        return NO_TINKER_SERVER
     if isinstance(error, APIConnectionError):
         return "Is this the address of a Tinker server, and is it running? Check base_url."
     if isinstance(error, APIStatusError) and is_missing_route(error):
-        return _NO_TINKER_SERVER
+        return NO_TINKER_SERVER
     return None
 
 

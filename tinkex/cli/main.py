@@ -24,6 +24,7 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
     "chat": ("tinkex.cli.chat:chat", "Talk to a model."),
     "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and download checkpoints."),
+    "doctor": ("tinkex.cli.doctor:doctor", "Check the settings, the network and the server."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),

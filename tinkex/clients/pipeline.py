@@ -21,6 +21,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Tuple,
     Union,
 )
 
@@ -36,6 +37,7 @@ from tinkex.types import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
+from tinkex.wire.chunking import combine
 
 if TYPE_CHECKING:
     from tinkex._training.custom_loss import CustomLoss, LossHandle
@@ -126,14 +128,26 @@ class PipelineStep:
 
 
 class Step(NamedTuple):
-    """A pass, and the optimizer step after it, that were handed to the run's queue."""
+    """A pass, and the optimizer step after it, that were handed to the run's queue.
+
+    *earlier* are the passes before it whose gradients are added to its own.
+    """
 
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
+    earlier: Tuple[APIFuture[ForwardBackwardOutput], ...] = ()
+
+    @property
+    def passes(self) -> Tuple[APIFuture[ForwardBackwardOutput], ...]:
+        """All passes, in the order in which they are done."""
+        return (*self.earlier, self.forward_backward)
 
     def cancel_if_unsent(self) -> None:
-        """Cancel both, unless the queue has begun the pass: then it needs its optimizer step."""
-        if self.forward_backward.cancel_if_queued():
+        """Cancel all, unless the queue has begun a pass: then it needs its optimizer step."""
+        first, *others = self.passes
+        if first.cancel_if_queued():
+            for future in others:
+                future.cancel()
             self.optim.cancel()
 
 
@@ -162,6 +176,7 @@ class Pipeline(Iterator[PipelineStep]):
         save_after: SaveAfter,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
+        accumulation: int = 1,
     ) -> None:
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
@@ -175,6 +190,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._loss_fn_config = loss_fn_config
         self._adam_params = adam_params
         self._depth = as_int("depth", depth, 1, text=False)
+        self._accumulation = as_int("accumulation", accumulation, 1, text=False)
         self._save_after = save_after
         if save_after is not None and not callable(save_after):
             self._save_after = as_int("save_after", save_after, 1, text=False)
@@ -184,7 +200,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._save_ttl_seconds = check_ttl(save_ttl_seconds)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
-        self._newest_update = trainer._run.last_update  # that of the newest step
+        self._newest_update = trainer._run.last_update  # of the newest step
         self._more = True
         self._ended = False
 
@@ -284,13 +300,24 @@ class Pipeline(Iterator[PipelineStep]):
         params: Any = self._adam_params
         if callable(params):
             params = params(index)
+        earlier: List[APIFuture[ForwardBackwardOutput]] = []
+        try:
+            *parts, last = _split(batch, self._accumulation)
+            for part in parts:
+                earlier.append(self._submit_pass(part))
+                earlier[-1].uncount()
+            step = self._trainer._submit_step(params, self._submit_pass, last)
+        except BaseException:
+            for future in earlier:
+                future.cancel()
+            raise
+        return step._replace(earlier=tuple(earlier))
+
+    def _submit_pass(self, batch: Batch) -> APIFuture[ForwardBackwardOutput]:
+        data: Any = batch  # any iterable will do
         if isinstance(self._loss_fn, str):
-            return self._trainer._submit_step(
-                params, self._trainer.forward_backward, batch, self._loss_fn, self._loss_fn_config
-            )
-        return self._trainer._submit_step(
-            params, self._trainer.forward_backward_custom, batch, self._loss_fn
-        )
+            return self._trainer.forward_backward(data, self._loss_fn, self._loss_fn_config)
+        return self._trainer.forward_backward_custom(data, self._loss_fn)
 
     def _save_newest(self) -> None:
         """Queue a checkpoint behind the newest step, if it is one of *save_every*.
@@ -317,9 +344,11 @@ class Pipeline(Iterator[PipelineStep]):
         return (index + 1) % self._save_after == 0
 
     def _finish_oldest(self) -> PipelineStep:
-        index, (forward_backward, optim), saved = self._sent[0]
+        index, sent, saved = self._sent[0]
         try:
-            step = PipelineStep(index, forward_backward.result(), optim.result())
+            results = [future.result() for future in sent.passes]
+            passed = results[0] if len(results) == 1 else combine(results)
+            step = PipelineStep(index, passed, sent.optim.result())
             vars(step).update(_pipeline=self, _saved=saved)  # it is frozen
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
@@ -340,7 +369,7 @@ class Pipeline(Iterator[PipelineStep]):
         kept: Deque[_Sent] = collections.deque()
         for sent in reversed(self._sent):
             sent.step.cancel_if_unsent()
-            if not sent.step.forward_backward.cancelled():
+            if not sent.step.passes[0].cancelled():
                 kept.appendleft(sent)
             elif sent.saved is not None:
                 sent.saved.cancel()
@@ -351,6 +380,16 @@ class Pipeline(Iterator[PipelineStep]):
             return "nothing else was sent"
         names = ", ".join(str(sent.step_index) for sent in self._sent)
         return f"sent before, and done by the server unless it fails: step {names}"
+
+
+def _split(batch: Batch, count: int) -> List[Batch]:
+    """Split *batch* into *count* parts of nearly the same size; fewer if it has fewer datums."""
+    if count == 1:
+        return [batch]
+    data = list(batch)
+    count = max(1, min(count, len(data)))
+    ends = [len(data) * part // count for part in range(count + 1)]
+    return [data[start:end] for start, end in zip(ends, ends[1:])]
 
 
 def _add_step_to_hint(error: TinkexError, index: int) -> None:

@@ -214,29 +214,29 @@ class SamplingClient(BaseClient):
     ) -> SampleStream:
         """Sample every prompt, many at a time; return an iterator of `Sampled`.
 
-        Nothing is begun before the first result is asked for.  *prompts* is taken as results are
-        handed out, in the thread that asks, so memory does not grow with its length.  To break
-        off, close the iterator, or leave a ``with`` block over it; Ctrl-C does that, too, and so
-        does a loop that is left, once nothing refers to the iterator.  What is in flight is then
-        cancelled.  Threads may share the iterator.
+        Nothing is submitted before the first result is asked for.  *prompts* is read in the thread
+        that iterates, as results are taken, so memory does not grow with its length.  Closing the
+        iterator, leaving a ``with`` block over it, Ctrl-C, and dropping the last reference to it
+        cancel what is in flight.  Threads may share the iterator.
 
         Args:
-            prompts: any iterable, as long as you like.
+            prompts: any iterable, of any length.
             sampling_params, num_samples: as for `sample`, of every prompt.
-            max_in_flight: prompts begun and not handed out, at most; in input order, four times
-                as many with those that wait for an earlier one.  None is the session's
-                ``max_concurrent_samples``.
-            order: in which results come: of ``"completion"`` or of ``"input"``.
-            on_error: a prompt that fails may ``"raise"`` its error and end the iteration,
-                immediately even if earlier prompts are not done; ``"yield"`` a `Sampled` with its
-                error; or be ``"skip"``ped, with one warning at the end.  A closed client always
-                raises.  So does a budget that is used up, once all that was begun is handed out.
+            max_in_flight: how many prompts may be submitted and not returned yet; with
+                ``order="input"`` up to four times as many may be held, waiting for an earlier one.
+                None is the session's ``max_concurrent_samples``.
+            order: ``"completion"`` returns results as they arrive, ``"input"`` in the order of
+                *prompts*.
+            on_error: what a failed prompt does.  ``"raise"`` raises its error immediately and ends
+                the iteration; ``"yield"`` returns a `Sampled` with the error; ``"skip"`` leaves it
+                out, with one warning at the end.  A closed client always raises; a used-up budget
+                raises once everything submitted before was returned.
             progress: True shows a bar on stderr if that is a terminal; a function is called as
                 ``progress(done, failed, total)`` after each prompt, *total* None if unknown.
             options: further arguments of `sample`.
 
         Raises:
-            InvalidInputError: an argument is wrong; of a bad prompt, *on_error* decides.
+            InvalidInputError: an argument is wrong; for a bad prompt, *on_error* decides.
         """
         from tinkex.clients.sample_stream import sample_many
 

@@ -381,11 +381,11 @@ class ServiceClient:
                 when the run is closed.
             ttl_seconds: how long the server keeps these checkpoints, except for the one of the last
                 step; None is for ever.
-            keep: so many of the newest are kept on the server; older ones are deleted.  None keeps
+            keep: how many of the newest are kept on the server; older ones are deleted.  None keeps
                 all.
             on_session_loss: ``"raise"``, or ``"resume"`` to go on from the last checkpoint in a new
                 session when the session is lost; the loop's body must be within ``with step:``.
-            max_session_losses: so many sessions are opened before there is another checkpoint;
+            max_session_losses: how many sessions are opened before there is another checkpoint;
                 then SessionLostError is raised all the same.
             exit_on_sigterm: at SIGTERM finish the step, save, and exit with code 143; at the next
                 one exit immediately.  In the main thread only.

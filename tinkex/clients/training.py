@@ -283,6 +283,7 @@ class TrainingClient(BaseClient):
         save_after: SaveAfter = None,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
+        accumulation: int = 1,
     ) -> Pipeline:
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
@@ -323,6 +324,8 @@ class TrainingClient(BaseClient):
                 names ``step-100``, ``step-200`` and so on, or a function of the step's index that
                 returns a name, or None not to save it.
             save_ttl_seconds: how long the server keeps what *save_every* saves; None is for ever.
+            accumulation: passes per step.  Each batch is split into so many parts of nearly the
+                same size, whose gradients add up before the optimizer step.
         """
         self._ensure_open("pipeline")
         return Pipeline(
@@ -335,6 +338,7 @@ class TrainingClient(BaseClient):
             save_after,
             save_every,
             save_ttl_seconds,
+            accumulation,
         )
 
     def _submit_step(

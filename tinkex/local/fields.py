@@ -67,7 +67,7 @@ def check_kept(name: str, value: object) -> None:
 
 
 def ttl_seconds(body: Dict[str, Any]) -> Optional[float]:
-    """Return the lifetime of a checkpoint, None for ever; HTTPError 400 out of its range."""
+    """Return the lifetime of a checkpoint, None if unlimited; HTTPError 400 if out of range."""
     value = body.get("ttl_seconds")
     if value is None:
         return None

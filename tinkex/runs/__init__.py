@@ -7,6 +7,7 @@ docs/runs.md has the whole story.
 from tinkex.runs.records import (
     CheckpointRecord as CheckpointRecord,
     RunRecord as RunRecord,
+    SamplerRecord as SamplerRecord,
     StepRecord as StepRecord,
     read_run as read_run,
 )

@@ -20,7 +20,7 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
     Nothing is read that is left out, except of a plain iterable, which is advanced.
 
     Raises:
-        InvalidInputError: *batches* is of no use, or a plain iterable has fewer than *first*.
+        InvalidInputError: *batches* is not iterable, or an iterable is shorter than *first*.
     """
     indexed: Any = batches
     if isinstance(batches, Sequence) or _is_indexed(batches):

@@ -134,7 +134,7 @@ class Connection:
         raise RunFolderError(
             f"the server has none of the {len(checkpoints)} checkpoints of this run",
             hint="Is it the server that the run was made on, with the same account? (An embedded "
-            "server keeps them only with data_dir=...) If they have expired, begin anew in "
+            "server keeps them only with data_dir=...) If they have expired, begin again in "
             "another folder.",
         ) from refusal
 

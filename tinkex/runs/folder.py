@@ -46,28 +46,43 @@ class RunFolder:
         Raises:
             RunFolderError: they are of another run.
         """
-        before = self.record.spec
-        if before:
-            self._compare("origin", before, spec, "Choose another folder for another run.")
-            if not accept:
-                hint = "Give the same config, another folder, or accept_changes=True."
-                self._compare("config", self.record.config, config, hint)
-        if not before or config != self.record.config:
+        check_same(self._path, self.record, spec, config, accept)
+        if not self.record.spec or config != self.record.config:
             self.note("config", format=1, spec=spec, config=config)
 
     def note(self, kind: str, **facts: Any) -> None:
         """Add a line to the journal, and to the record; see `Journal.append`."""
         self.record.add(self._journal.append(kind, **facts))
 
-    def _compare(
-        self, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
-    ) -> None:
-        changes = [
-            f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted({*was, *now})
-            if was.get(name) != now.get(name)
-        ]
-        if changes:
-            raise RunFolderError(
-                f"{self._path} holds a run with another {what}: {'; '.join(changes)}", hint=hint
-            )
+
+def check_same(
+    path: Path,
+    record: RunRecord,
+    spec: Mapping[str, Any],
+    config: Mapping[str, Any],
+    accept: bool,
+) -> None:
+    """Raise RunFolderError if *spec* or *config* are not those of *record*, read from *path*.
+
+    An empty record is that of any run.  *accept*: another *config* is no error.
+    """
+    if not record.spec:
+        return
+    _compare(path, "origin", record.spec, spec, "Choose another folder for another run.")
+    if not accept:
+        hint = "Give the same config, another folder, or accept_changes=True."
+        _compare(path, "config", record.config, config, hint)
+
+
+def _compare(
+    path: Path, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
+) -> None:
+    changes = [
+        f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if changes:
+        raise RunFolderError(
+            f"{path} holds a run with another {what}: {'; '.join(changes)}", hint=hint
+        )

@@ -23,7 +23,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             requests of the one before have been queued.
         trainer: of the run.
         first: the place before these steps.
-        loss_fn, adam_params, loss_fn_config, depth: as for `Run.pipeline`.
+        loss_fn, adam_params, loss_fn_config, depth, accumulation: as for `Run.pipeline`.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
         adam_params: Schedule,
         loss_fn_config: Optional[Mapping[str, Union[float, str]]],
         depth: int,
+        accumulation: int,
     ) -> None:
         self._steps = steps
         self._first = first
@@ -44,7 +45,12 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._submitted: Deque[RunStep[Any]] = collections.deque()
         schedule = self._params_of if callable(adam_params) else adam_params
         self._pipeline = trainer.pipeline(
-            self._batches(), loss_fn, schedule, loss_fn_config, depth=depth
+            self._batches(),
+            loss_fn,
+            schedule,
+            loss_fn_config,
+            depth=depth,
+            accumulation=accumulation,
         )
 
     @property

@@ -48,6 +48,21 @@ class CheckpointRecord:
     ttl_seconds: Optional[int] = None
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplerRecord:
+    """Weights that were saved for sampling.
+
+    Attributes:
+        path: their ``tinker://`` path.
+        steps: how many steps they hold.
+        at: when it was written, in seconds since the epoch.
+    """
+
+    path: str
+    steps: int
+    at: float
+
+
 @dataclasses.dataclass
 class RunRecord:
     """A run, as its journal has it.
@@ -60,6 +75,7 @@ class RunRecord:
         steps: the steps, in order, each once: those that were done again after a checkpoint was
             loaded have taken the place of the first ones.
         checkpoints: those not known to be gone, the newest last.
+        sampler: what `Run.save_for_sampler` saved last.
     """
 
     spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,6 +83,7 @@ class RunRecord:
     model_ids: List[str] = dataclasses.field(default_factory=list)
     steps: List[StepRecord] = dataclasses.field(default_factory=list)
     checkpoints: List[CheckpointRecord] = dataclasses.field(default_factory=list)
+    sampler: Optional[SamplerRecord] = None
 
     def add(self, entry: Entry) -> None:
         """Take in one line; lines of other versions' kinds are ignored."""
@@ -82,6 +99,8 @@ class RunRecord:
         elif kind == "checkpoint":
             names = [field.name for field in dataclasses.fields(CheckpointRecord)]
             self.checkpoints.append(CheckpointRecord(**{name: entry[name] for name in names}))
+        elif kind == "sampler":
+            self.sampler = SamplerRecord(entry["path"], entry["steps"], entry["at"])
         elif kind == "gone":
             self.checkpoints = [c for c in self.checkpoints if c.path != entry["path"]]
 

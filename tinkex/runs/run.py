@@ -25,7 +25,13 @@ from typing import (
 )
 
 from tinkex._sessions.runtime import outcome_of
-from tinkex.errors import ClientClosedError, InvalidInputError, SessionLostError, TinkexError
+from tinkex.errors import (
+    ClientClosedError,
+    InvalidInputError,
+    ResponseDecodeError,
+    SessionLostError,
+    TinkexError,
+)
 from tinkex.runs.batches import Batches, batches_from
 from tinkex.runs.connection import Connection
 from tinkex.runs.folder import RunFolder
@@ -47,8 +53,8 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B")
 
 
-#: What `Run.pipeline` passes on: loss_fn, adam_params, loss_fn_config, depth.
-_PipelineArguments = Tuple[Any, Any, Any, int]
+#: What `Run.pipeline` passes on: loss_fn, adam_params, loss_fn_config, depth, accumulation.
+_PipelineArguments = Tuple[Any, Any, Any, int, int]
 
 
 class Run:
@@ -63,7 +69,7 @@ class Run:
         config: the settings that were given for it.
         state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
             from it: counters, the state of a random generator.
-        resumed_from: the checkpoint that it was continued from; None if it began anew.
+        resumed_from: the checkpoint that it was continued from; None if it began from scratch.
     """
 
     def __init__(
@@ -142,7 +148,7 @@ class Run:
                 the same order.
 
         Raises:
-            InvalidInputError: *batches* is of no use, or the loops are nested.
+            InvalidInputError: *batches* cannot be iterated over, or the loops are nested.
             RunFolderError: the journal cannot be written.
             TinkexError: a checkpoint could not be saved.
             SystemExit: with *exit_on_sigterm*, after the step in which SIGTERM came.
@@ -157,6 +163,7 @@ class Run:
         loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
         *,
         depth: int = 2,
+        accumulation: int = 1,
     ) -> Iterator[RunStep[Any]]:
         """Train like `TrainingClient.pipeline`, and iterate like `steps` over what is done.
 
@@ -167,9 +174,26 @@ class Run:
 
         Args:
             batches: as for `steps`, of batches of Datum.
-            loss_fn, adam_params, loss_fn_config, depth: as for `TrainingClient.pipeline`.
+            loss_fn, adam_params, loss_fn_config, depth, accumulation: as for
+                `TrainingClient.pipeline`.
         """
-        return self._loop(batches, (loss_fn, adam_params, loss_fn_config, depth))
+        arguments = (loss_fn, adam_params, loss_fn_config, depth, accumulation)
+        return self._loop(batches, arguments)
+
+    def save_for_sampler(self) -> str:
+        """Save the weights as they are now for sampling, for good; return the path.  Blocks.
+
+        The journal notes it: `RunRecord.sampler`.  Not within a loop over `pipeline`, whose next
+        steps have been submitted already.
+
+        Raises:
+            TinkexError: it could not be saved.
+        """
+        self._ensure_open()
+        steps = self._place.steps
+        path = save_for_sampler(self.trainer, steps)
+        self._files.note("sampler", path=path, steps=steps)
+        return path
 
     def close(self) -> None:
         """Save the last step, and close journal, folder and training client.  Idempotent.
@@ -348,6 +372,18 @@ class Run:
             self._place = Place(checkpoint.steps, checkpoint.loop, checkpoint.batch)
             self.state.update(copy.deepcopy(checkpoint.state))
         self._saver.start(self.service, self.trainer, self._place.steps)
+
+
+def save_for_sampler(trainer: TrainingClient, steps: int, ttl_seconds: Optional[int] = None) -> str:
+    """Save the weights of *trainer*, which hold *steps*, for sampling; return the path.  Blocks.
+
+    Raises:
+        TinkexError: they could not be saved.
+    """
+    path = trainer.save_weights_for_sampler(f"sampler-{steps}", ttl_seconds).result().path
+    if path is None:
+        raise ResponseDecodeError("the server saved weights for sampling, but named no path")
+    return path
 
 
 class _Current(NamedTuple):

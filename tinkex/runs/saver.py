@@ -40,7 +40,7 @@ class SavePolicy:
     """When a run saves by itself, and what it keeps; see `ServiceClient.open_run`.
 
     Raises:
-        InvalidInputError: a value is of no use.
+        InvalidInputError: a value is out of range.
     """
 
     every: Optional[int]

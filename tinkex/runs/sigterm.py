@@ -61,7 +61,7 @@ class Sigterm:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Within `held`: in this block the program exits at once, having nothing to save.
+        """Within `held`: in this block SIGTERM exits immediately, since there is nothing to save.
 
         Raises:
             SystemExit: SIGTERM has come, or comes in the block.

@@ -1,4 +1,4 @@
-"""The faults that a `FakeServer` can be told to have.
+"""Faults for a `FakeServer` to have.
 
 Each is a value that `FakeServer.inject` takes.  A fault of your own is any function of an
 `Exchange` that returns a `Reply`, or None to close the connection without a response.

@@ -18,7 +18,7 @@ from tinkex.types import SamplingParams
 #: Most choices of one request: prompts times n.
 _MOST_CHOICES = 2048
 
-#: Completions end after so many tokens unless the request says otherwise.
+#: Maximum length of a completion, in tokens, unless the request sets one.
 _DEFAULT_MAX_TOKENS = 16
 
 _COMMON = {

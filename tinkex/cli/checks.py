@@ -1,0 +1,447 @@
+"""The checks of ``tinkex doctor``, from the settings to the server.
+
+DNS, TCP and TLS are tried with plain sockets, since an HTTP request reports only the first of them
+that fails; everything else uses the library's own settings and transport.  No threads; each check
+blocks for some seconds at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import ssl
+import statistics
+import time
+from typing import Any, Callable, Dict, Generator, List, Optional, Tuple
+from urllib.parse import urlsplit
+
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+from tinkex._api._optional import is_missing_route
+from tinkex._api.encoding_choice import server_dialect
+from tinkex._api.sessions import (
+    CAPABILITIES_PATH,
+    HEALTH_PATH,
+    create_session,
+    finish_session,
+    session_heartbeat,
+)
+from tinkex._runtime.base_url import proxy_variable
+from tinkex._transport.content_encoding import ACCEPT_ENCODING
+from tinkex._transport.response_errors import GATEWAY_HINT
+from tinkex._transport.server_flags import flags_for
+from tinkex._transport.transport import Reply, Request, Transport
+from tinkex.auth import ask_once, credential_source
+from tinkex.cli.connect import NO_TINKER_SERVER, advice, chosen_server
+from tinkex.config import CA_VARIABLES, DEFAULT_BASE_URL, Config
+from tinkex.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    ConfigError,
+    PermissionDeniedError,
+    ResponseDecodeError,
+    TinkexError,
+)
+from tinkex.types import GetServerCapabilitiesResponse
+
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+
+#: One attempt of anything may take this long, in seconds.
+_PATIENCE_S = 10.0
+#: Requests whose round trips are measured.
+_TRIPS = 5
+
+_CHECK_PROXY = (
+    "Check the proxy's address and log-in, or name the server in no_proxy to go without it."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        status: ``"ok"``, ``"failed"``, or ``"skipped"`` if it does not apply or cannot be made.
+        detail: what was found.
+        fault: whose fault a failure is; None otherwise.
+        advice: what to do about it; None otherwise.
+        ms: how long the check took, in milliseconds.
+    """
+
+    name: str
+    status: str
+    detail: str
+    fault: Optional[str] = None
+    advice: Optional[str] = None
+    ms: float = 0.0
+
+
+class _Skipped(Exception):
+    """The check does not apply, for the reason given."""
+
+
+class _Failed(Exception):
+    """The check found a fault."""
+
+    def __init__(self, detail: str, fault: str, advice: str) -> None:
+        super().__init__(detail)
+        self.fault = fault
+        self.advice = advice
+
+
+class Examination:
+    """Examines the way to one server.  For one thread.
+
+    Args:
+        base_url: of the option ``--base-url``, if it was given.
+    """
+
+    def __init__(self, base_url: Optional[str]) -> None:
+        self._given_url = base_url
+        self._config = Config(DEFAULT_BASE_URL)  # until the settings were read
+        self._transport: Optional[Transport] = None
+        self._session_id: Optional[str] = None
+        self._health: Optional[Request] = None  # a request that the server responds to
+        self._codings: List[str] = []  # of responses
+
+    def run(self, beginning: Callable[[str], object]) -> Generator[Check, None, None]:
+        """Make the checks, one after the other; *beginning* is called with the name of each.
+
+        The session that is opened for them is ended when the generator is closed.
+        """
+        # If one of the first checks fails, those after it could only fail as well.
+        checks: Tuple[Tuple[str, Callable[[], str], bool], ...] = (
+            ("settings", self._check_settings, True),
+            ("key", self._check_key, False),
+            ("proxy", self._check_proxy, True),
+            ("CA bundle", self._check_ca_bundle, True),
+            ("DNS", self._check_dns, True),
+            ("TCP", self._check_tcp, True),
+            ("TLS", self._check_tls, True),
+            ("HTTP", self._check_health, True),
+            ("access", self._check_access, True),
+            ("session", self._check_session, False),
+            ("heartbeat", self._check_heartbeat, False),
+            ("round trip", self._check_round_trip, False),
+            ("encoding", self._check_encoding, False),
+        )
+        stopped_by: Optional[str] = None
+        try:
+            for name, method, stops in checks:
+                if stopped_by is not None:
+                    yield Check(name, SKIPPED, f"needs {stopped_by}")
+                    continue
+                beginning(name)
+                check = self._make(name, method)
+                if stops and check.status == FAILED:
+                    stopped_by = name
+                yield check
+        finally:
+            self._close()
+
+    def _make(self, name: str, method: Callable[[], str]) -> Check:
+        began = time.perf_counter()
+        facts: Dict[str, Any] = {}
+        try:
+            facts.update(status=OK, detail=method())
+        except _Skipped as skipped:
+            facts.update(status=SKIPPED, detail=str(skipped))
+        except _Failed as failed:
+            facts.update(status=FAILED, detail=str(failed), fault=failed.fault)
+            facts.update(advice=failed.advice)
+        except TinkexError as error:
+            fault, remedy = self._blame(error)
+            facts.update(status=FAILED, detail=error.message, fault=fault, advice=remedy)
+        return Check(name, ms=round(1000 * (time.perf_counter() - began), 1), **facts)
+
+    def _close(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        try:
+            if self._session_id is not None:
+                finish_session(transport, self._session_id, "success", "tinkex doctor", 2.0)
+        except TinkexError:
+            pass  # the server ends the session by itself, without heartbeats
+        finally:
+            transport.abort()
+
+    # Settings
+
+    def _check_settings(self) -> str:
+        base_url, source = chosen_server(self._given_url)
+        # Quick, and without a session's patience: a failure is to be seen, not waited out.
+        self._config = Config.resolve(
+            base_url=base_url,
+            startup_timeout_s=_PATIENCE_S / 2,
+            read_timeout_s=_PATIENCE_S,
+            display_name="tinkex doctor",
+        )
+        self._transport = Transport(self._config)
+        return f"base URL {self._config.base_url} ({source})"
+
+    def _check_key(self) -> str:
+        source = credential_source()
+        if source is not None:
+            return f"from {source}"
+        if self._config.base_url == DEFAULT_BASE_URL:
+            raise _Failed(
+                "there is none",
+                "your settings",
+                "Set TINKER_API_KEY or run `tinkex auth login`; for another server, give base_url.",
+            )
+        raise _Skipped("there is none; some servers need none")
+
+    def _check_proxy(self) -> str:
+        if self._config.proxy is None:
+            if proxy_variable(self._config.base_url) is None:
+                raise _Skipped("none is set")
+            raise _Skipped("not for this server: it is on this machine, or no_proxy names it")
+        variable = proxy_variable(self._config.base_url)
+        source = f"${variable}" if variable else "the system's settings"
+        return f"{_host_and_port(self._config.proxy)} (from {source})"
+
+    def _check_ca_bundle(self) -> str:
+        if not self._config.base_url.startswith("https:"):
+            raise _Skipped("not needed for http")
+        self._tls_context()
+        if self._config.ca_bundle is None:
+            return "the built-in one (certifi)"
+        return f"{self._config.ca_bundle} (from {self._ca_source()})"
+
+    def _ca_source(self) -> str:
+        return next((f"${name}" for name in CA_VARIABLES if os.environ.get(name)), "the settings")
+
+    def _tls_context(self) -> ssl.SSLContext:
+        bundle = self._config.ca_bundle or DEFAULT_CA_BUNDLE_PATH
+        try:
+            if os.path.isdir(bundle):
+                return ssl.create_default_context(capath=bundle)
+            return ssl.create_default_context(cafile=bundle)
+        except (OSError, ssl.SSLError) as error:
+            reason = error.strerror or str(error)
+            raise _Failed(
+                f"{bundle} cannot be read as certificates: {reason}",
+                "your settings",
+                f"Have {self._ca_source()} name a file of certificates in PEM format, or unset it.",
+            ) from error
+
+    # The network
+
+    def _address(self) -> Tuple[str, int]:
+        """Return host and port that connections are made to: the proxy's, if there is one."""
+        parts = urlsplit(self._config.proxy or self._config.base_url)
+        default = {"https": 443, "http": 80}.get(parts.scheme, 1080)
+        return str(parts.hostname), parts.port or default
+
+    def _check_dns(self) -> str:
+        host, port = self._address()
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            whose = "the proxy's address" if self._config.proxy else "the base URL"
+            raise _Failed(
+                f"{host} has no address: {reason}",
+                f"{whose}, or this machine's network",
+                f"Check the spelling of {host}, and whether other names resolve here.",
+            ) from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if addresses == [host]:
+            raise _Skipped(f"{host} is an address")
+        return f"{host} is {', '.join(addresses)}"
+
+    def _connect(self) -> socket.socket:
+        host, port = self._address()
+        where = f"{host}:{port}"
+        whose = "the proxy" if self._config.proxy else "the server"
+        try:
+            return socket.create_connection((host, port), self._config.connect_timeout_s)
+        except ConnectionRefusedError as error:
+            raise _Failed(
+                f"nothing listens at {where}: connection refused",
+                f"{whose} (not running, or another port)",
+                _CHECK_PROXY
+                if self._config.proxy
+                else "Start the server (`tinkex serve` starts one here), or correct base_url.",
+            ) from error
+        except socket.timeout as error:
+            raise _Failed(
+                f"{where} did not respond within {self._config.connect_timeout_s:g} s",
+                f"the network: a firewall, or {whose} is down",
+                "Check that this machine may connect to it, and whether a proxy must be set "
+                "(https_proxy).",
+            ) from error
+        except OSError as error:
+            raise _Failed(
+                f"cannot connect to {where}: {error.strerror or error}",
+                "this machine's network",
+                "Check the connection of this machine, and whether a proxy must be set.",
+            ) from error
+
+    def _check_tcp(self) -> str:
+        began = time.perf_counter()
+        with self._connect() as sock:
+            address = str(sock.getpeername()[0])
+        took_ms = 1000 * (time.perf_counter() - began)
+        return f"connected to {address} in {took_ms:.1f} ms"
+
+    def _check_tls(self) -> str:
+        if not self._config.base_url.startswith("https:"):
+            raise _Skipped("not used for http: what is sent can be read on the way")
+        if self._config.proxy:
+            raise _Skipped("made through the proxy, by the next check")
+        host, _ = self._address()
+        context = self._tls_context()
+        with self._connect() as sock:
+            sock.settimeout(_PATIENCE_S)
+            try:
+                with context.wrap_socket(sock, server_hostname=host) as encrypted:
+                    version = encrypted.version()
+                    until = (encrypted.getpeercert() or {}).get("notAfter")
+            except ssl.SSLCertVerificationError as error:
+                raise self._distrust(error.verify_message) from error
+            except (OSError, ssl.SSLError) as error:
+                reason = getattr(error, "reason", None) or error.strerror or str(error)
+                raise _Failed(
+                    f"the handshake failed: {reason}",
+                    "the base URL, or the server",
+                    f"Does the server speak https? If not, base_url is "
+                    f"{self._config.base_url.replace('https:', 'http:', 1)}.",
+                ) from error
+        return f"{version}, certificate valid until {until}"
+
+    def _distrust(self, why: str) -> _Failed:
+        if "self" in why or "issuer" in why:
+            return _Failed(
+                f"the certificate is not trusted: {why}",
+                "the CA bundle (or something that intercepts TLS)",
+                "If your network or server has a CA of its own, set SSL_CERT_FILE to a PEM file "
+                "with its certificate.",
+            )
+        return _Failed(
+            f"the certificate is not valid: {why}",
+            "the server's certificate, or the base URL",
+            "Check the host name in base_url, the server's certificate, and this machine's clock.",
+        )
+
+    # The server
+
+    @property
+    def _open_transport(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
+
+    def _ask(self, path: str, **details: Any) -> Reply:
+        request = Request("GET", path, traffic="control", **details)
+        reply = ask_once(self._open_transport, request)
+        self._health = self._health or request
+        self._codings.append(reply.headers.get("content-encoding", "none"))
+        return reply
+
+    def _check_health(self) -> str:
+        try:
+            reply = self._ask(HEALTH_PATH, empty_response_ok=True)
+        except APIStatusError as error:
+            if is_missing_route(error):
+                raise _Skipped("the server has no route for this") from error
+            if error.status in (401, 403) and not _is_page(error):
+                raise _Skipped("the server wants a key for this") from error
+            raise
+        name = reply.headers.get("server", "")
+        return f"the server is well{f' ({name})' if name else ''}"
+
+    def _check_access(self) -> str:
+        try:
+            reply = self._ask(CAPABILITIES_PATH)
+            found = GetServerCapabilitiesResponse.from_wire(reply.json())
+        except APIStatusError as error:
+            if is_missing_route(error):  # the next check finds out whether it is a Tinker server
+                raise _Skipped("the server has no route that shows it") from error
+            raise
+        names = [model.model_name or "?" for model in found.supported_models]
+        with_key = self._config.api_key or self._config.credential_cmd
+        models = f"{len(names)} models" if len(names) != 1 else names[0]
+        return f"{'the key is accepted' if with_key else 'no key is needed'}; it offers {models}"
+
+    def _check_session(self) -> str:
+        self._session_id = create_session(self._open_transport, self._config).session_id
+        return f"{self._session_id} was created"
+
+    def _check_heartbeat(self) -> str:
+        reply = self._beat()
+        if not 200 <= reply.status < 300:
+            raise _Failed(
+                f"the heartbeat of {self._session_id} was answered with {reply.status}",
+                "the server",
+                "Without heartbeats it ends every session: check its version, and any gateway "
+                "that sends this path elsewhere.",
+            )
+        return f"the server takes heartbeats, every {self._config.heartbeat_interval_s:g} s"
+
+    def _beat(self) -> Reply:
+        if self._session_id is None:
+            raise _Skipped("there is no session")
+        return session_heartbeat(self._open_transport, self._session_id, timeout_s=_PATIENCE_S)
+
+    def _check_round_trip(self) -> str:
+        took_ms = []
+        for _ in range(_TRIPS):
+            began = time.perf_counter()
+            if self._health is not None:
+                self._open_transport.send_once(self._health)
+            else:
+                self._beat()
+            took_ms.append(1000 * (time.perf_counter() - began))
+        middle, most = statistics.median(took_ms), max(took_ms)
+        return f"{middle:.1f} ms (median of {_TRIPS} requests, the longest {most:.1f} ms)"
+
+    def _check_encoding(self) -> str:
+        flags = flags_for(self._open_transport, once=True)
+        known = server_dialect(self._open_transport).encoding
+        batches = known or "protobuf, or JSON if the first one is refused"
+        zstd = ", zstd" if flags.proto_compress_fwdbwd else ""
+        used = ", ".join(dict.fromkeys(self._codings)) or "unknown"
+        return f"batches: {batches}{zstd}; responses: {used} (of {ACCEPT_ENCODING})"
+
+    # Faults
+
+    def _blame(self, error: TinkexError) -> Tuple[str, str]:
+        """Return whose fault *error* is, and what to do about it."""
+        remedy = advice(error) if isinstance(error, APIError) else error.hint
+        if isinstance(error, ConfigError):
+            fault = "your settings"
+        elif _is_page(error):
+            fault = "a proxy, sign-on page or other web server that responds instead"
+            remedy = NO_TINKER_SERVER if error.status in (200, 404) else GATEWAY_HINT
+        elif isinstance(error, (AuthenticationError, PermissionDeniedError)):
+            fault = "the key"
+        elif isinstance(error, APITimeoutError):
+            fault = "the server, or the network"
+        elif isinstance(error, APIConnectionError):
+            fault = "the proxy, or the CA bundle" if self._config.proxy else "the network"
+            remedy = _CHECK_PROXY if self._config.proxy else remedy
+        elif isinstance(error, APIStatusError) and is_missing_route(error):
+            fault = "the base URL"
+        else:
+            fault = "the server"
+        return fault, remedy or "Try again later."
+
+
+def _is_page(error: TinkexError) -> bool:
+    """Return whether the response was a web page."""
+    body = error.body if isinstance(error, APIStatusError) else None
+    return isinstance(error, ResponseDecodeError) or (
+        isinstance(body, str) and body.lstrip().startswith("<")
+    )
+
+
+def _host_and_port(proxy: str) -> str:
+    """Return a proxy's scheme, host and port without the password that its URL may hold."""
+    parts = urlsplit(proxy)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}"

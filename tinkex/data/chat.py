@@ -1,0 +1,166 @@
+"""Conversations as tokens with weights, by the model's own chat template.
+
+What is learnt is what the model has to write: after the prompt that the template makes for
+generation, the rest of the assistant's message up to the end-of-turn token.  A template is a
+program, so that nothing is assumed about its text: it renders the conversation up to each message,
+and each rendering must continue the one before.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from tinkex.data.examples import Message, assistant_turns
+from tinkex.errors import InvalidInputError
+
+#: The content of a message that shows what the template writes after one.
+_PROBE = "tinkex"
+
+_ALTERNATIVES = (
+    "Learn the last message only (learn='last'), make an example of each assistant message, or "
+    "set a chat template that renders all messages in the same way."
+)
+
+
+class WeightedTokens(NamedTuple):
+    """Token ids, and the weight of each as a target."""
+
+    ids: List[int]
+    weights: List[float]
+
+
+def chat_tokens(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    learn: str,
+    *,
+    tools: Optional[Sequence[Mapping[str, Any]]] = None,
+    first: int = 0,
+) -> WeightedTokens:
+    """Return the tokens of *messages* up to the last that is learnt; learn from *first* on.
+
+    Raises:
+        InvalidInputError: there is no template, it refuses the messages or does not render them
+            such that what is to be learnt can be told from the rest; or there is nothing to learn.
+    """
+    turns = assistant_turns("messages", messages, first)
+    if learn == "last":
+        turns = turns[-1:]
+    messages = messages[: turns[-1] + 1]  # the rest would be computed, and not be learnt
+    if not turns[0]:
+        raise InvalidInputError(
+            "messages[0] cannot be learnt: it is the assistant's, and no message comes before it",
+            hint='Put a message of the user or the system before it, or give it "weight": 0.',
+        )
+    template = _Template(tokenizer, tools)
+    text = template.render(messages)
+    tail, end_of_turn = template.end_of_turn(messages[:-1])
+    spans = []
+    for place in turns:
+        prompt = template.render(messages[:place], generate=True)
+        ended = text if place == turns[-1] else template.render(messages[: place + 1])
+        if not ended.startswith(prompt):
+            raise _inexact(place, "does not begin with the prompt for generating it", None)
+        reply = ended[len(prompt) :]
+        if tail and reply.endswith(tail):
+            reply = reply[: len(reply) - len(tail)] + end_of_turn
+        if not text.startswith(prompt + reply):
+            raise _inexact(place, "is rendered differently once others follow", _ALTERNATIVES)
+        spans.append((len(prompt), len(prompt) + len(reply)))
+    return _encode(tokenizer, text, spans)
+
+
+def _inexact(place: int, what: str, hint: Optional[str]) -> InvalidInputError:
+    return InvalidInputError(
+        f"the model's chat template does not allow to learn messages[{place}]: the message {what}",
+        hint=hint,
+    )
+
+
+class _Template:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any, tools: Optional[Sequence[Mapping[str, Any]]]) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InvalidInputError(
+                "the model has no chat template",
+                hint="Use a chat model, set tokenizer.chat_template, or give prompts and "
+                "completions as text.",
+            )
+        self._tokenizer = tokenizer
+        self._tools = None if tools is None else list(tools)
+
+    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        """Return the text of *messages*, with the start of a reply if *generate* is true."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tools=self._tools, tokenize=False, add_generation_prompt=generate
+            )
+        except Exception as error:  # a template is a program, and may refuse the messages
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise InvalidInputError(
+                f"the model's chat template refuses messages of the roles {roles or 'none'}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return text
+
+    def end_of_turn(self, prompt: Sequence[Message]) -> Tuple[str, str]:
+        """Return what follows the content of a reply to *prompt*, and the part that is learnt.
+
+        Learnt is what the model writes to end its turn: all up to the first added token, such as
+        ``<|im_end|>``, where generation stops, but not the newline after it.
+        """
+        text = self.render([*prompt, {"role": "assistant", "content": _PROBE}])
+        tail = text.rpartition(_PROBE)[2] if _PROBE in text else ""
+        added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+        ends = [(tail.index(token), len(token)) for token in added if token and token in tail]
+        if not ends:
+            return tail, tail
+        start, length = min(ends, key=lambda found: (found[0], -found[1]))
+        return tail, tail[: start + length]
+
+
+def _encode(tokenizer: Any, text: str, spans: Sequence[Tuple[int, int]]) -> WeightedTokens:
+    """Return the tokens of *text*, with weight 1 on those of *spans*, which are in order."""
+    cuts = list(chain([0], *spans, [len(text)]))
+    pieces = split_tokens(tokenizer, text, cuts)
+    weights = [[float(place % 2)] * len(piece) for place, piece in enumerate(pieces)]
+    return WeightedTokens(list(chain(*pieces)), list(chain(*weights)))
+
+
+def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> List[List[int]]:
+    """Return the tokens of *text* from each of *cuts* to the next, the first 0, the last its end.
+
+    They are those of the whole text where no token crosses a cut.  Otherwise each piece is encoded
+    for itself, since a model continues the tokens of its prompt as they are.
+
+    Raises:
+        InvalidInputError: the tokenizer can do neither, as pieces come out with other text.
+    """
+
+    def encode(start: int, end: int) -> List[int]:
+        ids: List[int] = tokenizer.encode(text[start:end], add_special_tokens=False)
+        return ids
+
+    def decode(ids: List[int]) -> str:
+        decoded: str = tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    whole = encode(0, len(text))
+    pieces = [encode(start, end) for start, end in zip(cuts, cuts[1:])]
+    joined = list(chain(*pieces))
+    if joined == whole:
+        return pieces
+    # Some tokenizers begin every text with a space.
+    heads = [encode(0, cut) for cut in cuts]
+    if all(whole[: len(head)] == head for head in heads):
+        return [whole[len(head) : len(after)] for head, after in zip(heads, heads[1:])]
+    if decode(joined) == decode(whole):
+        return pieces
+    raise InvalidInputError(
+        "what is to be learnt begins or ends inside a token of this tokenizer",
+        hint="Begin the reply or completion with a letter; end the prompt without a space.",
+    )

@@ -1,0 +1,270 @@
+"""Datums of examples, preferences and samples.
+
+All of them shift the tokens: ``target_tokens[i]`` is the token after input token i.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
+
+from tinkex._runtime.late_import import np
+from tinkex._runtime.numeric import as_int
+from tinkex.data.chat import WeightedTokens, chat_tokens, split_tokens
+from tinkex.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Message,
+    Preference,
+    Text,
+    as_messages,
+)
+from tinkex.errors import InvalidInputError, a_type
+from tinkex.types import Datum, ModelInput, SampledSequence
+
+#: Called with the number of tokens of an example that was cut to ``max_tokens``.
+OnCut = Callable[[int], Any]
+
+
+def example_datum(
+    example: Example,
+    tokenizer: Any,
+    *,
+    learn: str = "all",
+    max_tokens: Optional[int] = None,
+    on_cut: Optional[OnCut] = None,
+) -> Datum:
+    """Return the datum of a conversation, a completion or a text, for ``cross_entropy``.
+
+    Args:
+        learn: of messages, learn ``"all"`` of the assistant's, or only the ``"last"``; of a
+            completion in messages, those of the completion.
+        tokenizer, max_tokens, on_cut: as in `chat_datum`.
+
+    Raises:
+        InvalidInputError: as in `chat_datum`; or *example* is a preference.
+    """
+    if isinstance(example, Conversation):
+        tokens = _of_messages(example.messages, tokenizer, learn, example.tools)
+    elif isinstance(example, Completion):
+        tokens = _of_continuation(
+            example.prompt, example.completion, tokenizer, learn, example.tools
+        )
+    elif isinstance(example, Text):
+        tokens = _of_text("", example.text, tokenizer)
+    elif isinstance(example, Preference):
+        raise InvalidInputError(
+            "a preference is two datums", hint="Make them with preference_data, for DPO."
+        )
+    else:
+        raise InvalidInputError(
+            f"{a_type(example)} is no example", hint="Make one of a dict with parse_example."
+        )
+    return _datum(tokens, max_tokens, on_cut)
+
+
+def chat_datum(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    learn: str = "all",
+    max_tokens: Optional[int] = None,
+    tools: Optional[Sequence[Mapping[str, Any]]] = None,
+    on_cut: Optional[OnCut] = None,
+) -> Datum:
+    """Return the datum of a conversation, as the tokenizer's chat template renders it.
+
+    The weights are 1 on what the model has to write, which is the assistant's messages with the
+    token that ends each, and 0 on everything else.  Messages after the last that is learnt are left
+    out.  docs/data.md has what is learnt, and what is refused.
+
+    Args:
+        messages: dicts with ``role`` and ``content``, and whatever else the template reads.  The
+            content is a string, or a list of text parts, which are joined.  A message of the
+            assistant with ``"weight": 0`` is not learnt.
+        tokenizer: a tokenizer of transformers with a chat template, as from
+            ``trainer.get_tokenizer()``.  It must not be used by several threads at a time.
+        learn: ``"all"`` messages of the assistant, or only the ``"last"``.
+        max_tokens: the longest model input, in tokens; a longer one is cut from the right.
+        tools: JSON schemas of functions, for the template.
+        on_cut: called with the length of the model input when it is cut, in tokens.
+
+    Raises:
+        InvalidInputError: the messages are malformed, the template refuses them or renders them
+            such that they cannot be weighted exactly, or nothing to learn is left.
+    """
+    tokens = _of_messages(messages, tokenizer, learn, tools)
+    return _datum(tokens, max_tokens, on_cut)
+
+
+def completion_datum(
+    prompt: str,
+    completion: str,
+    tokenizer: Any,
+    *,
+    max_tokens: Optional[int] = None,
+    on_cut: Optional[OnCut] = None,
+) -> Datum:
+    """Return the datum of a prompt and its completion, both plain text.
+
+    The weights are 1 on the tokens of *completion* and on the end-of-sequence token after it, and 0
+    on the prompt, which begins as the tokenizer begins every text.  Other arguments are those of
+    `chat_datum`.
+
+    Raises:
+        InvalidInputError: nothing to learn is left, or the tokens cannot be split exactly.
+    """
+    return _datum(_of_text(prompt, completion, tokenizer), max_tokens, on_cut)
+
+
+def text_datum(
+    text: str,
+    tokenizer: Any,
+    *,
+    max_tokens: Optional[int] = None,
+    on_cut: Optional[OnCut] = None,
+) -> Datum:
+    """Return the datum of plain text and the end-of-sequence token, to learn all of it.
+
+    Arguments are those of `chat_datum`.
+
+    Raises:
+        InvalidInputError: there are fewer than two tokens.
+    """
+    return _datum(_of_text("", text, tokenizer), max_tokens, on_cut)
+
+
+def preference_data(
+    preference: Preference,
+    tokenizer: Any,
+    *,
+    max_tokens: Optional[int] = None,
+    on_cut: Optional[OnCut] = None,
+) -> Tuple[Datum, Datum]:
+    """Return the datums of the chosen and of the rejected continuation.
+
+    The weights are 1 on the continuations and 0 on the prompt.  Without a prompt, texts begin to be
+    learnt where their tokens differ.  Arguments are those of `chat_datum`.
+
+    Raises:
+        InvalidInputError: as in `chat_datum`.
+    """
+    both = [
+        _of_continuation(preference.prompt, reply, tokenizer, "all", preference.tools)
+        for reply in (preference.chosen, preference.rejected)
+    ]
+    if preference.prompt == "":
+        for place, (one, other) in enumerate(zip(both[0].ids, both[1].ids)):
+            if one != other:
+                break
+            both[0].weights[place] = both[1].weights[place] = 0.0
+    return _datum(both[0], max_tokens, on_cut), _datum(both[1], max_tokens, on_cut)
+
+
+def sampled_datum(
+    prompt: Union[ModelInput, Sequence[int]],
+    sequence: SampledSequence,
+    advantage: Union[float, Sequence[float]],
+) -> Datum:
+    """Return the datum of a sampled sequence, for ``importance_sampling``, ``ppo`` and the like.
+
+    Args:
+        prompt: the tokens that *sequence* was sampled from, at least one.
+        sequence: m sampled tokens, with their log-probabilities.
+        advantage: of the sequence, or of each of its m tokens.
+
+    ``logprobs`` and ``advantages`` are 0 on the prompt.
+
+    Raises:
+        InvalidInputError: there is no prompt, no token or no log-probability, or *advantage* is not
+            finite or has another length.
+    """
+    head = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt)
+    tokens = np.concatenate([head.to_numpy(), np.asarray(sequence.tokens_np, dtype=np.int32)])
+    before = head.length - 1  # targets that are tokens of the prompt
+    if before < 0 or not sequence.length:
+        raise InvalidInputError(
+            f"the prompt has {head.length} tokens and the sequence {sequence.length}; "
+            "there must be one or more of each"
+        )
+    logprobs = sequence.logprobs_np
+    if logprobs is None or len(logprobs) != sequence.length:
+        raise InvalidInputError(
+            f"the sampled sequence has {sequence.length} tokens and "
+            f"{'no' if logprobs is None else len(logprobs)} logprobs",
+            hint="They are the sampler's own, and come from the server with the tokens.",
+        )
+    try:
+        given = np.asarray(advantage, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the advantage is not a number: {error}") from error
+    if given.shape not in ((), (sequence.length,)):
+        raise InvalidInputError(
+            f"the advantage has shape {given.shape}; "
+            f"it must be a number, or one for each of {sequence.length} tokens"
+        )
+    if not np.isfinite(given).all():
+        raise InvalidInputError(
+            f"the advantage is not finite: {advantage}",
+            hint="Rewards divided by their standard deviation are not if all are the same.",
+        )
+    zeros = np.zeros(before, dtype=np.float32)
+    return Datum(
+        ModelInput.from_ints(tokens[:-1]),
+        {
+            "target_tokens": tokens[1:],
+            "logprobs": np.concatenate([zeros, logprobs]),
+            "advantages": np.concatenate([zeros, np.broadcast_to(given, sequence.length)]),
+        },
+    )
+
+
+def _of_messages(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    learn: str,
+    tools: Optional[Sequence[Mapping[str, Any]]],
+    first: int = 0,
+) -> WeightedTokens:
+    if learn not in ("all", "last"):
+        raise InvalidInputError(f"learn is {learn!r}; it must be 'all' or 'last'")
+    checked = as_messages("messages", messages)
+    return chat_tokens(checked, tokenizer, learn, tools=tools, first=first)
+
+
+def _of_continuation(
+    prompt: Any,
+    continuation: Any,
+    tokenizer: Any,
+    learn: str,
+    tools: Optional[Sequence[Mapping[str, Any]]],
+) -> WeightedTokens:
+    if isinstance(prompt, str):
+        return _of_text(prompt, continuation, tokenizer)
+    return _of_messages([*prompt, *continuation], tokenizer, learn, tools, len(prompt))
+
+
+def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
+    """Return the tokens of both and the end-of-sequence token; learnt is what follows *prompt*."""
+    text = prompt + completion
+    head, tail = split_tokens(tokenizer, text, [0, len(prompt), len(text)])
+    start = tokenizer.bos_token_id
+    if start is not None and start in tokenizer.encode(""):  # it begins every text with it
+        head = [start, *head]
+    if tokenizer.eos_token_id is not None:
+        tail = [*tail, tokenizer.eos_token_id]
+    return WeightedTokens(head + tail, [0.0] * len(head) + [1.0] * len(tail))
+
+
+def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[OnCut]) -> Datum:
+    ids, weights = tokens.ids, tokens.weights
+    length = len(ids) - 1
+    if max_tokens is not None:
+        limit = as_int("max_tokens", max_tokens, 1)
+        ids, weights = ids[: limit + 1], weights[: limit + 1]
+    if not any(weights[1:]):
+        cut = f" in its first {len(ids) - 1} of {length} tokens" if len(ids) <= length else ""
+        raise InvalidInputError(f"an example has nothing to learn{cut}")
+    if len(ids) <= length and on_cut is not None:
+        on_cut(length)
+    return Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": weights[1:]})

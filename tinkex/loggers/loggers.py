@@ -1,0 +1,182 @@
+"""Loggers: sends the metrics of a run to its ``metrics.jsonl``, and to what else is wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, Sequence, Type, Union
+
+from tinkex._runtime.numeric import to_float, to_int
+from tinkex.errors import ClientClosedError, InvalidInputError, a_type
+from tinkex.loggers.files import CsvFile, MetricsFile, Row
+from tinkex.loggers.plot import Plot
+from tinkex.loggers.trackers import TensorBoard, open_trackio, open_wandb
+
+logger = logging.getLogger(__name__)
+
+#: The outputs besides ``metrics.jsonl``.
+NAMES = ("csv", "png", "tensorboard", "wandb", "trackio")
+
+
+class Logger(Protocol):
+    """What recipes log to: `Loggers`, or an object of yours."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of *step*, counted from 0 over the whole run."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Output(Protocol):
+    """One of the places that `Loggers` writes to."""
+
+    def rewind(self, step: int) -> None:
+        """Prepare for *step*: the first one logged, or one before the last one logged."""
+
+    def log(self, step: int, metrics: Row, row: Row) -> None:
+        """Take *metrics*, which are new, and *row*, all metrics of *step* so far."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Loggers:
+    """Sends metrics to several outputs, until it is closed.  For one thread.
+
+    Made by `open_loggers`.  It is a context manager, which closes it.
+    An output that fails is left out from then on, with a warning, since the run is worth more than
+    its plot.  If ``metrics.jsonl`` cannot be written, `log` raises.
+    """
+
+    def __init__(self, file: MetricsFile, others: Mapping[str, Output]) -> None:
+        self._file = file
+        self._others = dict(others)
+        self._step = -1
+        self._row: Optional[Row] = None
+        self._closed = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log *metrics* of *step*; more may be logged for the same step until the next one.
+
+        The first call, and any for a step before the last one, mean that the run was continued
+        there: lines of that step and later ones are dropped from the files.
+
+        Args:
+            step: from 0, over the whole run.
+            metrics: numbers by name; ``"step"`` is not a name.
+
+        Raises:
+            InvalidInputError: a metric is not a number, or is named ``"step"``.
+            RunFolderError: ``metrics.jsonl`` cannot be written, as on a full disk.
+            ClientClosedError: it was closed.
+        """
+        if self._closed:
+            raise ClientClosedError("these loggers were closed")
+        step = to_int(step, text=False)
+        if type(step) is not int or step < 0:
+            raise InvalidInputError(f"step must be an int from 0, not {step!r}")
+        new = _numbers(metrics)
+        rewound = self._row is None or step < self._step
+        earlier = {} if rewound or step > self._step else self._row
+        row = {**(earlier or {}), **new}
+        if rewound:
+            self._file.rewind(step)
+        self._file.log(step, new, row)
+        self._step, self._row = step, row
+        for name, output in list(self._others.items()):
+            with self._left_out_if_it_fails(name):
+                if rewound:
+                    output.rewind(step)
+                output.log(step, new, row)
+
+    def close(self) -> None:
+        """Write what is left, and wait until trackers have sent it; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for name, output in list(self._others.items()):
+            with self._left_out_if_it_fails(name):
+                output.close()
+
+    @contextlib.contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            del self._others[name]
+            logger.warning(
+                "the logger %r failed and is left out from now on: %s", name, error, exc_info=True
+            )
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+def open_loggers(
+    folder: Union[str, Path],
+    names: Sequence[str] = (),
+    *,
+    config: Optional[Mapping[str, Any]] = None,
+    plot_every_s: float = 60.0,
+) -> Loggers:
+    """Open the loggers of a run folder, which is made if it is missing.
+
+    ``metrics.jsonl`` is always written.  Everything lies in *folder*, and is continued when it is
+    opened again, except what trackers have sent to their servers.
+
+    Args:
+        folder: the run folder.
+        names: more outputs, of `NAMES`: ``"csv"``, ``"png"`` (needs ``tinkex[plots]``),
+            ``"tensorboard"``, ``"wandb"`` and ``"trackio"`` (the extras of these names).
+        config: settings of the run, which wandb and trackio keep with it.
+        plot_every_s: seconds between two plots, at least; one is also drawn at the end.
+
+    Raises:
+        InvalidInputError: a name is unknown.
+        ConfigError: a package is not installed, or cannot start.
+        RunFolderError: ``metrics.jsonl`` cannot be written, or is damaged.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if isinstance(names, str) or unknown:
+        hint = f"The loggers are {', '.join(NAMES)}."
+        raise InvalidInputError(f"unknown logger {unknown[0] if unknown else names!r}", hint=hint)
+    path = Path(folder).absolute()
+    file = MetricsFile(path)
+    makers: Dict[str, Callable[[], Output]] = {
+        "csv": lambda: CsvFile(path),
+        "png": lambda: Plot(path, plot_every_s),
+        "tensorboard": lambda: TensorBoard(path),
+        "wandb": lambda: open_wandb(path, config or {}, file.last_step),
+        "trackio": lambda: open_trackio(path, config or {}, file.last_step),
+    }
+    opened: Dict[str, Output] = {}
+    try:
+        for name in dict.fromkeys(names):
+            opened[name] = makers[name]()
+    except BaseException:
+        Loggers(file, opened).close()
+        raise
+    return Loggers(file, opened)
+
+
+def _numbers(metrics: Mapping[str, float]) -> Row:
+    """Return *metrics* as ints and floats of Python."""
+    row: Row = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str) or name == "step":
+            raise InvalidInputError(f"a metric cannot be named {name!r}")
+        row[name] = to_float(value, text=False)
+        if type(row[name]) not in (int, float):
+            raise InvalidInputError(f"the metric {name!r} must be a number, not {a_type(value)}")
+    return row

@@ -1,0 +1,139 @@
+"""TensorBoard, Weights & Biases and trackio, each through the public interface of its package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Mapping
+
+from tinkex._runtime.late_import import import_extra, import_late
+from tinkex.errors import ConfigError
+from tinkex.loggers.files import Row
+
+#: Holds the id by which a run folder's metrics are found again when it is continued.
+ID_NAME = "tracker-id"
+
+
+class TensorBoard:
+    """Writes event files to ``tensorboard/`` in *folder*.  For one thread.
+
+    By tensorboardX, which needs no torch; or else by torch.
+
+    Raises:
+        ConfigError: neither is installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._module = _summary_writers()
+        self._folder = folder / "tensorboard"
+        self._writer: Any = None
+
+    def rewind(self, step: int) -> None:
+        """Have TensorBoard leave out what was written for *step* and later ones."""
+        self.close()
+        # Files are named after the second, and one of the same name would be overwritten.
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        self._writer = self._module.SummaryWriter(
+            str(self._folder), purge_step=step, filename_suffix=suffix
+        )
+
+    def log(self, step: int, metrics: Row, row: Row) -> None:
+        """Add *metrics* of *step*."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the event file, which writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writers() -> Any:
+    user = 'the logger "tensorboard"'
+    try:
+        return import_extra("tensorboardX", "SummaryWriter", user=user, extra="tensorboard")
+    except ConfigError:
+        with contextlib.suppress(ImportError):
+            return import_late("torch.utils.tensorboard")
+        raise
+
+
+class Tracker:
+    """Sends metrics to a run of wandb or trackio, neither of which takes a step back.
+
+    So steps that are done again after a crash are not sent again.  For one thread.
+
+    Args:
+        run: what the package's ``init`` has returned.
+        last_step: the last one that was logged before.
+    """
+
+    def __init__(self, run: Any, last_step: int) -> None:
+        self._run = run
+        self._sent = last_step
+        self._skip_to = last_step
+
+    def rewind(self, step: int) -> None:
+        """Leave out the steps that were sent."""
+        self._skip_to = self._sent
+
+    def log(self, step: int, metrics: Row, row: Row) -> None:
+        """Send *metrics* of *step*, unless that was sent in an earlier part of the run."""
+        if step > self._skip_to:
+            self._run.log(dict(metrics), step=step)
+            self._sent = max(self._sent, step)
+
+    def close(self) -> None:
+        """Wait until the package has sent everything."""
+        self._run.finish()
+
+
+def open_wandb(folder: Path, config: Mapping[str, Any], last_step: int) -> Tracker:
+    """Open the wandb run of *folder*, named after it; settings are read from ``WANDB_...``.
+
+    Raises:
+        ConfigError: wandb is not installed, or cannot start, as without a login.
+    """
+    module = import_extra("wandb", "init", user='the logger "wandb"', extra="wandb")
+    try:
+        run = module.init(
+            project=os.environ.get("WANDB_PROJECT") or "tinkex",
+            dir=str(folder),
+            id=tracker_id(folder),
+            name=folder.name,
+            config=dict(config),
+            resume="allow",
+        )
+    except Exception as error:
+        hint = "Run `wandb login`, or set WANDB_MODE=offline to write to the run folder only."
+        raise ConfigError(f"wandb could not start: {error}", hint=hint) from error
+    return Tracker(run, last_step)
+
+
+def open_trackio(folder: Path, config: Mapping[str, Any], last_step: int) -> Tracker:
+    """Open the trackio run of *folder*, named after it; settings are read from ``TRACKIO_...``.
+
+    Raises:
+        ConfigError: trackio is not installed, or cannot start.
+    """
+    module = import_extra("trackio", "init", user='the logger "trackio"', extra="trackio")
+    try:
+        run = module.init(
+            project=os.environ.get("TRACKIO_PROJECT") or "tinkex",
+            name=f"{folder.name}-{tracker_id(folder)[:8]}",  # its name is its id
+            config=dict(config),
+            resume="allow",
+        )
+    except Exception as error:
+        raise ConfigError(f"trackio could not start: {error}") from error
+    return Tracker(run, last_step)
+
+
+def tracker_id(folder: Path) -> str:
+    """Return the id of the run in *folder*, which is made up the first time."""
+    path = folder / ID_NAME
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,85 @@
+"""Reaches the server of a run folder, and the newest weights that the run has there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Optional, Tuple, Union
+
+from tinkex.clients.service import ServiceClient
+from tinkex.errors import RunFolderError
+from tinkex.runs import RunRecord, read_run
+from tinkex.runs.run import save_for_sampler
+
+logger = logging.getLogger(__name__)
+
+#: What a run's config has as ``server`` for an embedded server with its data in the run folder.
+EMBEDDED = "embedded"
+
+#: How long weights are kept that are saved only to be sampled now, in seconds.
+_TTL_S = 86400
+
+
+def open_service(
+    folder: Union[str, os.PathLike[str]], **settings: Any
+) -> Tuple[ServiceClient, RunRecord]:
+    """Open a session on the server that the run in *folder* was trained on.  Blocks.
+
+    That is the one which ``config["server"]`` of the run names.  Without it, it is an embedded
+    server if its data are in the run folder, and otherwise the one of the environment.
+
+    Args:
+        folder: a run folder.
+        settings: of the client, as for `ServiceClient`; for an embedded server, also those of
+            `ServiceClient.local`.
+
+    Returns:
+        The client, which the caller closes, and what the run's journal says.
+
+    Raises:
+        RunFolderError: there is no run in *folder*.
+        TinkexError: the server cannot be started or reached.
+    """
+    record = read_run(os.fspath(folder))
+    if not record.spec:
+        raise RunFolderError(f"the run in {os.fspath(folder)} has not begun yet")
+    server: Optional[str] = record.config.get("server")
+    data_dir = server_folder(folder)
+    if server == EMBEDDED or (server is None and data_dir.is_dir()):
+        model = record.spec["base_model"]
+        return ServiceClient.local(model, data_dir=str(data_dir), **settings), record
+    if server is not None:
+        settings = {"base_url": server, **settings}
+    return ServiceClient(**settings), record
+
+
+def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
+    """Return the folder for the data of a run's own embedded server."""
+    return Path(folder) / "server"
+
+
+def find_sampler(service: ServiceClient, record: RunRecord) -> str:
+    """Return the ``tinker://`` path of the newest weights of a run that can be sampled.  Blocks.
+
+    A run that was not finished has saved only checkpoints to train on; then the newest one is
+    loaded and saved for sampling, for a day.
+
+    Raises:
+        RunFolderError: nothing was saved yet.
+        TinkexError: the server does not have it any more, or has failed.
+    """
+    newest = record.checkpoints[-1] if record.checkpoints else None
+    sampler = record.sampler
+    if sampler is not None and (newest is None or sampler.steps >= newest.steps):
+        return sampler.path
+    if newest is None:
+        raise RunFolderError(
+            "the run has no checkpoint yet", hint="Train it for longer, or save more often."
+        )
+    logger.info("loading the checkpoint of %d steps", newest.steps)
+    trainer = service.create_training_client_from_state(newest.path, record.spec["base_model"])
+    try:
+        return save_for_sampler(trainer, newest.steps, _TTL_S)
+    finally:
+        trainer.close()

@@ -1,0 +1,72 @@
+"""Supervised training: cross-entropy on examples, with a held-out loss.
+
+The loop is short on purpose: copy it, and change what you need.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
+
+from tinkex.recipes.evaluation import Evaluations, heldout_loss, learnt_weight
+from tinkex.recipes.schedules import Schedule
+from tinkex.runs import Run
+from tinkex.types import Datum
+
+#: Gets the index of a step, and its metrics; `Logger.log` is one.
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def train_supervised(
+    run: Run,
+    batches: Sequence[List[Datum]],
+    schedule: Schedule,
+    *,
+    accumulation: int = 1,
+    heldout: Sequence[Datum] = (),
+    eval_every: Optional[int] = None,
+    log: Optional[Log] = None,
+) -> Optional[float]:
+    """Do the steps of *run* that are left, one for each of *batches*.  Blocks.
+
+    Metrics of a step, in the run's journal and for *log*: ``loss``, in nats per token to learn,
+    before the step; ``tokens`` to learn; ``learning_rate``; and ``heldout_loss`` where that was
+    measured, before the step, too.  That of the weights at the end goes to *log* alone, as a metric
+    of step ``len(batches)``.
+
+    Args:
+        run: from `ServiceClient.open_run`.
+        batches: of data for cross-entropy, such as `Batches`; the same each time.
+        schedule: from `constant`, `linear` or `cosine`, or a function of your own.
+        accumulation: passes per step; each batch is split into so many, whose gradients add up.
+        heldout: data to measure the held-out loss of; none measures none.
+        eval_every: steps between two measurements; None measures only at the start and the end.
+        log: called after each step.
+
+    Returns:
+        The held-out loss at the end; None without *heldout*.
+
+    Raises:
+        TinkexError: a request has failed, or the run could not be saved.
+    """
+    measure = heldout_loss(lambda: run.trainer, heldout) if len(heldout) else None
+    evaluations = Evaluations(batches, measure, eval_every)
+    steps = run.pipeline(
+        evaluations.batches_from, "cross_entropy", schedule, accumulation=accumulation
+    )
+    for step in steps:
+        with step:  # so that open_run(on_session_loss="resume") works
+            assert step.result is not None
+            tokens = learnt_weight(step.batch)
+            metrics: Dict[str, float] = {
+                "loss": step.result.metrics["loss:sum"] / tokens,
+                "tokens": tokens,
+                "learning_rate": schedule(step.index).learning_rate,
+                **evaluations.result(step.index),
+            }
+            step.log(metrics)
+            if log is not None:
+                log(step.index, metrics)
+    final = evaluations.result(len(batches))
+    if final and log is not None:
+        log(len(batches), final)
+    return final.get("heldout_loss")
