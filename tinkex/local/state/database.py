@@ -41,6 +41,8 @@ CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
 CREATE INDEX IF NOT EXISTS samplers_by_session ON samplers (session_id);
 CREATE INDEX IF NOT EXISTS checkpoints_by_time ON checkpoints (created_at, expires_at);
 CREATE INDEX IF NOT EXISTS checkpoints_of_run ON checkpoints (run_id, kind, created_at);
+CREATE INDEX IF NOT EXISTS sessions_by_time ON sessions (created_at);
+CREATE INDEX IF NOT EXISTS runs_by_use ON runs (last_request_at);
 CREATE INDEX IF NOT EXISTS audit_by_time ON audit (at);
 """
 
