@@ -48,6 +48,7 @@ ATTRIBUTES = [
             "channel:HTTPChannel.handle_write",
             "channel:HTTPChannel.total_outbufs_len",
             "parser:HTTPRequestParser.parse_header",
+            "parser:ParsingError",
             "task:WSGITask.service",
             "task:ErrorTask.execute",
             "task:ErrorTask.set_close_on_finish",

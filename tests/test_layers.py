@@ -44,6 +44,7 @@ LAYERS = [
     "lib",
     "as_tinker",
     "local",
+    "export",
     "testing",
     "cli",
     "__main__",
@@ -53,6 +54,7 @@ LAYERS = [
 LOCAL_LAYERS = [
     "errors",
     "json_text",
+    "proto_bounds",
     "fields",
     "settings",
     "engines",

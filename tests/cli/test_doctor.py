@@ -173,7 +173,8 @@ def test_a_web_server_without_any_route_is_no_tinker_server():
 def test_a_wrong_key_is_the_keys_fault_and_never_shown(scripted: SessionServer, monkeypatch):
     key = "tml-secret-of-mine"
     scripted.on(CAPABILITIES, Answer(401, {"detail": f"unknown key {key}"}))
-    with mock.patch("support.programs.environment", _with_key(key)):
+    with_key = {**environment(scripted.url), "TINKER_API_KEY": key}
+    with mock.patch("support.programs.environment", return_value=with_key):
         done = tinkex("doctor", base_url=scripted.url)
         found = checks(tinkex("doctor", "-f", "json", base_url=scripted.url))
     assert found["key"]["detail"] == "from the environment ($TINKER_API_KEY)"
@@ -182,10 +183,6 @@ def test_a_wrong_key_is_the_keys_fault_and_never_shown(scripted: SessionServer, 
     assert "TINKER_API_KEY" in found["access"]["advice"]
     assert key not in done.stdout + done.stderr + str(found)
     assert scripted.created == 0
-
-
-def _with_key(key: str) -> Any:
-    return lambda base_url: {**environment(base_url), "TINKER_API_KEY": key}
 
 
 def test_without_a_key_the_hosted_service_cannot_be_used(monkeypatch):

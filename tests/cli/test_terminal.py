@@ -256,7 +256,7 @@ def test_a_command_says_why_it_tries_again(soon, monkeypatch):
     stderr = Stderr("Connection refused; attempt 1", terminal=False)
     monkeypatch.setattr("sys.stderr", stderr)
     with status.shown("working"):
-        log = logging.getLogger("tinkex._transport.transport")
+        log = logging.getLogger("tinkex._transport.attempts")
         log.debug("cannot reach h:1: Connection refused; attempt %d, next in %.1f s", 1, 2.0)
         assert stderr.written.wait(PATIENCE_S)
 
@@ -336,9 +336,9 @@ def test_a_wrong_path_says_where_paths_are_found(scripted, tmp_path: Path):
 
 
 def test_the_library_is_not_changed_by_a_command(scripted):
-    level = logging.getLogger("tinkex._transport.transport").level
+    level = logging.getLogger("tinkex._transport.attempts").level
     tinkex("model", "list", base_url=scripted.url)
-    assert logging.getLogger("tinkex._transport.transport").level == level
+    assert logging.getLogger("tinkex._transport.attempts").level == level
     assert logging.getLogger("tinkex").handlers == []
     assert library.__version__
 

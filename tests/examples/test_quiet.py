@@ -45,7 +45,9 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "checkpoint push-hf": ("{sampler} --repo no/where", 1),  # no token, no hub
     "checkpoint set-ttl": ("{state} --ttl 3600", 0),
     "checkpoint unpublish": ("{state}", 0),
+    "data show": ("{examples} --model tiny-random", 0),
     "doctor": ("", 0),
+    "export": ("{sampler} --merge --to {folder}/merged", 0),
     "model list": ("", 0),
     "run info": ("{run}", 0),
     "run list": ("", 0),
@@ -53,6 +55,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "session export-trace": ("{session}", 1),  # no traces there
     "session info": ("{session}", 0),
     "session list": ("", 0),
+    "status": ("", 0),
     "version": ("", 0),
 }
 #: Runs until it is stopped: tests/cli/test_serve.py.
@@ -92,6 +95,8 @@ def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
     folder = tmp_path_factory.mktemp("names")
     texts = folder / "texts.txt"
     texts.write_text("ONE, n. A\nnumber.\n\nTWO, n. Another.\n\n\nTHREE, n.\n")
+    examples = folder / "examples.jsonl"
+    examples.write_text('{"prompt": "ONE, n.", "completion": " A number."}\n')
     with tinkex.ServiceClient(base_url=url) as service:
         trainer = service.create_lora_training_client(MODEL, rank=4)
         datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7]})
@@ -104,6 +109,7 @@ def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
             "session": service.session_id,
             "folder": str(folder / "downloads"),
             "texts": str(texts),
+            "examples": str(examples),
         }
 
 

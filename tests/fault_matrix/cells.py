@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 import re
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+
+from support.leftovers import Leftovers
 
 from fault_matrix.fault_cases import CASES, FaultCase
 from fault_matrix.operations import (
@@ -138,7 +139,7 @@ def run_cell(cell: Cell) -> Verdict:
     """Run a cell, and judge it."""
     case, expected = CASES[cell.fault], baseline(cell.operation)
     wrong: List[str] = []
-    before = _leftovers()
+    before = Leftovers.now()
     operation = OPERATIONS[cell.operation]
     with world_of(operation, **case.settings) as world:
         executed_before = collections.Counter(world.server.journal.executed())
@@ -177,7 +178,7 @@ def run_cell(cell: Cell) -> Verdict:
         # Else the exception's frames keep clients alive.
         summary = "ok" if outcome.error is None else type(outcome.error).__name__
         del outcome, left
-    wrong += _left(before)
+    wrong += before.new(GRACE_S)
     return Verdict(cell, summary, seconds, wrong)
 
 
@@ -243,38 +244,3 @@ def _is_open(service: ServiceClient) -> bool:
 
 def _readable(value: Any, world: World) -> str:
     return _ID.sub("ID", repr(value))
-
-
-class Leftovers(NamedTuple):
-    """Threads and sockets of this process."""
-
-    threads: int
-    sockets: int
-
-
-def _leftovers() -> Leftovers:
-    threads = [t for t in threading.enumerate() if t.name.startswith("tinkex-")]
-    sockets = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            sockets += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
-    return Leftovers(len(threads), sockets)
-
-
-def _left(before: Leftovers) -> List[str]:
-    """Wait for threads and sockets to be gone; return those that stay."""
-    deadline = time.monotonic() + GRACE_S
-    now = _leftovers()
-    while (now.threads > before.threads or now.sockets > before.sockets) and (
-        time.monotonic() < deadline
-    ):
-        gc.collect()  # clients that only a cycle keeps
-        time.sleep(0.02)
-        now = _leftovers()
-    wrong = []
-    if now.threads > before.threads:
-        names = [t.name for t in threading.enumerate() if t.name.startswith("tinkex-")]
-        wrong.append(f"threads left: {names}")
-    if now.sockets > before.sockets:
-        wrong.append(f"{now.sockets - before.sockets} sockets left")
-    return wrong

@@ -96,7 +96,10 @@ BODIES: Dict[str, Dict[str, Any]] = {
         "cursor": {"last_created_at": "2026-01-01T00:00:00Z", "last_session_id": "s"},
     },
     "telemetry": {
-        "events": [{"event": "SESSION_START"}], "platform": "x", "sdk_version": "x",
+        "events": [{
+            "event": "GENERIC_EVENT", "event_id": "e", "event_session_index": 0, "severity": "INFO",
+            "timestamp": "2026-01-01T00:00:00Z", "event_name": "n", "event_data": {"a": 1},
+        }], "platform": "x", "sdk_version": "x",
         "session_id": "s", "process_uuid": "p",
     },
     "create_custom_loss": {
@@ -107,7 +110,9 @@ BODIES: Dict[str, Dict[str, Any]] = {
             "nodes": [
                 {"op": "placeholder", "name": "a", "target": "a", "args": [], "kwargs": {}},
                 {"op": "call_function", "name": "b", "target": "torch.sum", "args": [{"ref": "a"}]},
-                {"op": "output", "name": "c", "target": "c", "args": [{"tuple": [{"ref": "b"}]}]},
+                {"op": "output", "name": "c", "target": "c", "args": [
+                    {"tuple": [{"ref": "b"}, {"dict": {"custom/x:sum": {"ref": "b"}}}]},
+                ]},
             ],
         },
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 from urllib.parse import quote
@@ -17,9 +18,12 @@ from tinkex import ServiceClient
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.errors import HTTPError
-from tinkex.local.json_text import MAX_LEVELS, levels, read_json, write_json
+from tinkex.local.json_text import MAX_LEVELS, check_values, levels, read_json, write_json
+from tinkex.local.proto_bounds import check_messages
 from tinkex.local.settings import SamplingLimits, ServerSettings
-from tinkex.types import Datum, ModelInput, TensorData
+from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, TensorData
+from tinkex.wire import tinker_public_pb2 as pb
+from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
 PROFILES = ["hosted", "skyrl-0.3", "skyrl-0.4", "tuft-0.2", "hatchery-0.3"]
@@ -439,3 +443,67 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused(profile: Any) -> None:
             assert 400 <= answer.status_code < 500 or profile == "skyrl-0.4", answer.text
             if profile is None:
                 assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("kind", "route", "repeated"),
+    [
+        (PROTOBUF.content_type, "forward_backward", b"\x1a\0"),  # empty datums
+        (PROTOBUF.content_type, "forward", b"\x1a\x04\x0a\x02\x0a\0"),  # of one empty chunk
+        ("application/json", "forward_backward", b"{},"),
+        ("application/json", "forward", b"1,"),
+        ("application/json", "create_session", b"[],"),
+        ("application/json", "asample", b'{"a":1},'),
+        ("application/json", "telemetry", b'"a",'),
+    ],
+)
+def test_a_few_bytes_that_stand_for_millions_of_objects_are_refused(
+    api: Api, kind: str, route: str, repeated: bytes
+) -> None:
+    size = 64 << 20
+    bomb = zstandard.compress(repeated * (size // len(repeated)))
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    try:
+        answer = api.client.post(
+            f"/api/v1/{route}",
+            data=bomb,
+            content_type=kind,
+            headers={"Content-Encoding": "zstd"},
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert answer.status_code == 413, answer.text
+    assert "smaller" in answer.get_json()["detail"]
+    assert peak < 3 * size
+
+
+def test_a_chunk_of_millions_of_objects_within_one_datum_is_refused(api: Api) -> None:
+    chunks = b"\x0a\x02\x0a\0" * (1 << 18)
+    message = pb.ForwardBackwardRequest(model_id="m", seq_id=1)
+    message.data.add().MergeFromString(chunks)
+    with pytest.raises(HTTPError, match="more than 131072 datums"):
+        check_messages(message.SerializeToString())
+    shape = pb.Tensor(dtype=pb.INT64, shape=[1] * 1000, dense=bytes(8))
+    del message.data[:]
+    message.data.add().loss_fn_inputs["target_tokens"].CopyFrom(shape)
+    sent = api.client.post(
+        "/api/v1/forward_backward",
+        data=message.SerializeToString(),
+        content_type=PROTOBUF.content_type,
+    )
+    assert sent.status_code in (400, 404)
+
+
+@pytest.mark.parametrize("raw", [b"\x1a", b"\x1a\xff\xff\xff\xff\x0f", b"\xff" * 30, b"\x0b\x1a\0"])
+def test_a_malformed_message_is_left_to_the_parser(raw: bytes) -> None:
+    check_messages(bytes(1 << 19))
+    check_messages(b"\x0a\x02mm" * (1 << 16) + raw)
+
+
+def test_a_batch_of_the_largest_usual_size_is_within_the_bounds() -> None:
+    data = [datum() for _ in range(8192)]
+    asked = ForwardBackwardRequest("m", 1, data, "cross_entropy")
+    check_messages(bytes(PROTOBUF.encode_forward_backward(asked)) + b"\x0a\0" * 1000)
+    check_values(bytes(JSON.encode_forward_backward(asked)))

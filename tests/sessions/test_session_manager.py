@@ -1126,6 +1126,19 @@ def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() ->
         assert network.finished == []
 
 
+def test_a_session_that_the_server_does_not_know_leaves_the_others_to_be_finished(
+    server: SessionServer, config: Config
+) -> None:
+    lost = Answer(404, {"detail": "session s0 is unknown; create one, or look at the base URL"})
+    with SessionManager() as manager:
+        first, second = manager.start_session(config), manager.start_session(config)
+        server.finish_answer, good = lost, server.finish_answer
+        manager.stop_session(first)
+        server.finish_answer = good
+        manager.stop_session(second)
+    assert server.reasons(second) == ["success"]
+
+
 def test_finish_goes_to_the_path_of_the_session(server: SessionServer, config: Config) -> None:
     with SessionManager() as manager:
         manager.stop_session(manager.start_session(config), "errored", "disk full")

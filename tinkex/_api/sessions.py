@@ -6,10 +6,11 @@ from typing import Any, Dict, Optional
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
+from tinkex._api._optional import is_missing_route
 from tinkex._transport.transport import Reply, Request, Sender
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
-from tinkex.errors import NotFoundError, ResponseDecodeError
+from tinkex.errors import APIStatusError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
 #: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
@@ -66,20 +67,27 @@ def session_heartbeat(
 
 def finish_session(
     transport: Sender, session_id: str, status: str, detail: Optional[str], timeout_s: float
-) -> Reply:
-    """``POST sessions/{id}/finish``, once; returns the response whatever its status."""
+) -> int:
+    """``POST sessions/{id}/finish``, once; returns the status of the response.
+
+    A 404 is about the route: one about the session is returned as 410.
+    """
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
-    return transport.send_once(
-        Request(
-            "POST",
-            path,
-            body,
-            traffic="control",
-            read_timeout_s=timeout_s,
-            empty_response_ok=True,
-        )
+    request = Request(
+        "POST",
+        path,
+        body,
+        traffic="control",
+        read_timeout_s=timeout_s,
+        empty_response_ok=True,
     )
+    reply = transport.send_once(request)
+    if reply.status == 404:
+        error = transport.status_error(request, reply)
+        if isinstance(error, APIStatusError) and not is_missing_route(error):
+            return 410
+    return reply.status
 
 
 def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesResponse:

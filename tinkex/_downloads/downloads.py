@@ -25,6 +25,7 @@ import urllib3.exceptions
 from tinkex._downloads.part_file import Note, Part, Source, sha256_of
 from tinkex._runtime.base_url import proxy_for
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._transport import request_log
 from tinkex._transport.channel import Channel
 from tinkex._transport.connection_errors import root_cause
 from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
@@ -199,7 +200,10 @@ class Downloader:
             for _ in range(MAX_HOPS + 1):
                 limits = (self._config.connect_timeout_s, self._config.read_timeout_s)
                 channel = self._channel_for(url)
+                began = self._clock.monotonic()
                 with channel.stream(url, headers=headers, timeout=limits) as response:
+                    took_s = self._clock.monotonic() - began
+                    request_log.log_stream("GET", url, response.status_code, 0, took_s)
                     location = response.headers.get("Location")
                     target = next_hop("GET", url, response.status_code, location)
                     if target is not None:

@@ -19,6 +19,7 @@ from typing import Callable, Optional
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
+from tinkex._sessions.process_status import StatusFile
 from tinkex._sessions.registry import SessionRegistry
 from tinkex._sessions.session_record import (
     FINISH_S,
@@ -54,6 +55,7 @@ class HeartbeatThread:
         session_workers: finish the sessions whose owners were collected.
         clock: what everything waits by.
         on_removed: called when a session is lost.
+        status_file: kept up to date, for other processes; None for none.
 
     Attributes:
         workers: send beats when there are several sessions.
@@ -65,7 +67,9 @@ class HeartbeatThread:
         session_workers: WorkerPool,
         clock: Clock,
         on_removed: Optional[RemovalCallback],
+        status_file: Optional[StatusFile] = None,
     ) -> None:
+        self._status_file = status_file
         self.inbox = registry.inbox
         self.on_removed = on_removed
         self._registry = registry
@@ -173,6 +177,8 @@ class HeartbeatThread:
             due, alone = self._registry.queue_due_beats(now, all_sessions=slept)
             self._sending_inline = alone and due > 0
         self._send(due, inline=alone)
+        if self._status_file is not None:  # after the beats, which must not wait for a disk
+            self._status_file.update(self._registry.records(), self._registry.snapshots())
         with self._lock:
             if self._thread is threading.current_thread():
                 self._sending_inline = False
@@ -186,6 +192,8 @@ class HeartbeatThread:
             self._leaving, self._thread = self._thread, None
             workers, self.workers = self.workers, _new_workers()
         workers.drain()  # they may be finishing sessions
+        if self._status_file is not None:
+            self._status_file.remove()
         return True
 
     def _sleep(self) -> float:

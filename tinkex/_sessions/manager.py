@@ -20,6 +20,7 @@ from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.heartbeat import HeartbeatThread, RemovalCallback
+from tinkex._sessions.process_status import FindWork, StatusFile
 from tinkex._sessions.registry import SessionRegistry, closed_error
 from tinkex._sessions.session_record import (
     FINISH_S,
@@ -51,6 +52,8 @@ class SessionManager:
         on_removed: called as ``on_removed(session_id, reason)`` when a session is lost (not when
             it is stopped), in a heartbeat thread, outside every lock.
         clock, rand, open_link: for tests.
+        find_work: the work of the sessions; their status is then written to a file, see
+            `tinkex._sessions.process_status`.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class SessionManager:
         clock: Clock = SYSTEM_CLOCK,
         rand: Callable[[], float] = random.random,
         open_link: LinkFactory = HTTPLink,
+        find_work: Optional[FindWork] = None,
     ) -> None:
         self._clock = clock
         self._rand = rand
         self._on_removed = on_removed
         self._open_link = open_link
+        self._find_work = find_work
         self._start_over()
         lifecycle.track(self)
 
@@ -170,6 +175,8 @@ class SessionManager:
         deadline = min(max(deadline, now + 0.2), now + _LINGER_S)
         self._heartbeat.join(deadline)
         self._session_workers.join(deadline)
+        if self._status_file is not None:
+            self._status_file.remove()
         lifecycle.untrack(self)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
@@ -193,8 +200,10 @@ class SessionManager:
         self._registry = SessionRegistry(self._clock)
         # Its threads leave as soon as they are idle: programs create few sessions.
         self._session_workers = WorkerPool("tinkex-session", 64, idle_s=0.05)
+        work = self._find_work
+        self._status_file = None if work is None else StatusFile(self._clock, work)
         self._heartbeat = HeartbeatThread(
-            self._registry, self._session_workers, self._clock, self._on_removed
+            self._registry, self._session_workers, self._clock, self._on_removed, self._status_file
         )
         self._finalizer = weakref.finalize(self, self._registry.inbox.put, ManagerDropped())
         self._finalizer.atexit = False  # close_at_exit does that
@@ -288,7 +297,10 @@ def default_manager() -> SessionManager:
     with lifecycle.module_lock():
         manager = _default
     if manager is None:
-        manager = SessionManager()  # outside the lock, which tracking takes too
+        from tinkex._sessions.runtime import work_in_flight  # runtimes are above managers
+
+        # Outside the lock, which tracking takes too.
+        manager = SessionManager(find_work=work_in_flight)
         with lifecycle.module_lock():
             manager = _default = _default or manager
     return manager

@@ -21,7 +21,7 @@ import time
 import uuid
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar
 
 from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
@@ -305,6 +305,13 @@ class Runtime:
                 ResourceWarning,
                 stacklevel=2,
             )
+
+
+def work_in_flight() -> Dict[str, List[APIFuture[Any]]]:
+    """Return the unsettled futures of each session of this process, by its id.  Does not block."""
+    with lifecycle.module_lock():
+        runtimes = [item for item in _by_session.items() if item[0][0] == os.getpid()]
+    return {session_id: runtime.poller.inflight() for (_, session_id), runtime in runtimes}
 
 
 def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[str]]:

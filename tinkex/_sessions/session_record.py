@@ -97,8 +97,8 @@ class HTTPLink:
         return session_heartbeat(self._transport, session_id, timeout_s=self._beat_timeout_s).status
 
     def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
-        """Report the end of the session, once; return the status."""
-        return finish_session(self._transport, session_id, status, detail, timeout_s).status
+        """Report the end of the session, once; return the status, 410 if it is unknown."""
+        return finish_session(self._transport, session_id, status, detail, timeout_s)
 
     def drop_idle(self) -> None:
         """Close idle connections: after a long sleep they are dead."""

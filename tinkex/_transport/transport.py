@@ -16,6 +16,7 @@ import requests
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.descriptors import are_exhausted
+from tinkex._transport import request_log
 from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.billing import BillingPause
 from tinkex._transport.channel import Channel
@@ -192,12 +193,18 @@ class Transport:
     ) -> Reply:
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s
         timeout = (min(self.config.connect_timeout_s, read_timeout_s), read_timeout_s)
+        # Not even the time is taken unless the log is on: thousands of requests a second pass here.
+        began = self.clock.monotonic() if request_log.is_on() else None
         try:
             reply = channel.request(
                 request.method, url, headers=headers, body=request.body, timeout=timeout
             )
         except requests.RequestException as error:
+            if began is not None:
+                self._log(request, url, error, began)
             self._raise_no_response(request, error)
+        if began is not None:
+            self._log(request, url, reply, began)
         self.recorder.request(len(request.body or b""), len(reply.body))
         if reply.status == 429:
             self.recorder.count("rate_limited")
@@ -208,6 +215,12 @@ class Transport:
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return self._redactor.reply(reply, request)
+
+    def _log(
+        self, request: Request, url: str, outcome: Union[Reply, Exception], began: float
+    ) -> None:
+        took_s = self.clock.monotonic() - began
+        request_log.log_exchange(request, url, outcome, took_s, self.redact)
 
     def _raise_no_response(self, request: Request, error: requests.RequestException) -> NoReturn:
         # They hold the request with its headers, and so the key.

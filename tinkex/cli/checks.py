@@ -1,22 +1,15 @@
 """The checks of ``tinkex doctor``, from the settings to the server.
 
-DNS, TCP and TLS are tried with plain sockets, since an HTTP request reports only the first of them
-that fails; everything else uses the library's own settings and transport.  No threads; each check
-blocks for some seconds at most.
+Those of the network are in `network_checks`; the server is asked through the library's own
+transport.  No threads; each check blocks for some seconds at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
-import ssl
 import statistics
 import time
 from typing import Any, Callable, Dict, Generator, List, Optional, Tuple
-from urllib.parse import urlsplit
-
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.encoding_choice import server_dialect
@@ -27,14 +20,15 @@ from tinkex._api.sessions import (
     finish_session,
     session_heartbeat,
 )
-from tinkex._runtime.base_url import proxy_variable
 from tinkex._transport.content_encoding import ACCEPT_ENCODING
 from tinkex._transport.response_errors import GATEWAY_HINT
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.auth import ask_once, credential_source
+from tinkex.cli import network_checks
 from tinkex.cli.connect import NO_TINKER_SERVER, advice, chosen_server
-from tinkex.config import CA_VARIABLES, DEFAULT_BASE_URL, Config
+from tinkex.cli.network_checks import CHECK_PROXY, PATIENCE_S, Failed, Skipped
+from tinkex.config import DEFAULT_BASE_URL, Config
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -50,14 +44,8 @@ from tinkex.types import GetServerCapabilitiesResponse
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
-#: One attempt of anything may take this long, in seconds.
-_PATIENCE_S = 10.0
 #: Requests whose round trips are measured.
 _TRIPS = 5
-
-_CHECK_PROXY = (
-    "Check the proxy's address and log-in, or name the server in no_proxy to go without it."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +66,6 @@ class Check:
     fault: Optional[str] = None
     advice: Optional[str] = None
     ms: float = 0.0
-
-
-class _Skipped(Exception):
-    """The check does not apply, for the reason given."""
-
-
-class _Failed(Exception):
-    """The check found a fault."""
-
-    def __init__(self, detail: str, fault: str, advice: str) -> None:
-        super().__init__(detail)
-        self.fault = fault
-        self.advice = advice
 
 
 class Examination:
@@ -117,11 +92,11 @@ class Examination:
         checks: Tuple[Tuple[str, Callable[[], str], bool], ...] = (
             ("settings", self._check_settings, True),
             ("key", self._check_key, False),
-            ("proxy", self._check_proxy, True),
-            ("CA bundle", self._check_ca_bundle, True),
-            ("DNS", self._check_dns, True),
-            ("TCP", self._check_tcp, True),
-            ("TLS", self._check_tls, True),
+            ("proxy", self._of_network(network_checks.check_proxy), True),
+            ("CA bundle", self._of_network(network_checks.check_ca_bundle), True),
+            ("DNS", self._of_network(network_checks.check_dns), True),
+            ("TCP", self._of_network(network_checks.check_tcp), True),
+            ("TLS", self._of_network(network_checks.check_tls), True),
             ("HTTP", self._check_health, True),
             ("access", self._check_access, True),
             ("session", self._check_session, False),
@@ -148,9 +123,9 @@ class Examination:
         facts: Dict[str, Any] = {}
         try:
             facts.update(status=OK, detail=method())
-        except _Skipped as skipped:
+        except Skipped as skipped:
             facts.update(status=SKIPPED, detail=str(skipped))
-        except _Failed as failed:
+        except Failed as failed:
             facts.update(status=FAILED, detail=str(failed), fault=failed.fault)
             facts.update(advice=failed.advice)
         except TinkexError as error:
@@ -170,6 +145,9 @@ class Examination:
         finally:
             transport.abort()
 
+    def _of_network(self, check: Callable[[Config], str]) -> Callable[[], str]:
+        return lambda: check(self._config)
+
     # Settings
 
     def _check_settings(self) -> str:
@@ -177,8 +155,8 @@ class Examination:
         # Quick, and without a session's patience: a failure is to be seen, not waited out.
         self._config = Config.resolve(
             base_url=base_url,
-            startup_timeout_s=_PATIENCE_S / 2,
-            read_timeout_s=_PATIENCE_S,
+            startup_timeout_s=PATIENCE_S / 2,
+            read_timeout_s=PATIENCE_S,
             display_name="tinkex doctor",
         )
         self._transport = Transport(self._config)
@@ -189,145 +167,12 @@ class Examination:
         if source is not None:
             return f"from {source}"
         if self._config.base_url == DEFAULT_BASE_URL:
-            raise _Failed(
+            raise Failed(
                 "there is none",
                 "your settings",
                 "Set TINKER_API_KEY or run `tinkex auth login`; for another server, give base_url.",
             )
-        raise _Skipped("there is none; some servers need none")
-
-    def _check_proxy(self) -> str:
-        if self._config.proxy is None:
-            if proxy_variable(self._config.base_url) is None:
-                raise _Skipped("none is set")
-            raise _Skipped("not for this server: it is on this machine, or no_proxy names it")
-        variable = proxy_variable(self._config.base_url)
-        source = f"${variable}" if variable else "the system's settings"
-        return f"{_host_and_port(self._config.proxy)} (from {source})"
-
-    def _check_ca_bundle(self) -> str:
-        if not self._config.base_url.startswith("https:"):
-            raise _Skipped("not needed for http")
-        self._tls_context()
-        if self._config.ca_bundle is None:
-            return "the built-in one (certifi)"
-        return f"{self._config.ca_bundle} (from {self._ca_source()})"
-
-    def _ca_source(self) -> str:
-        return next((f"${name}" for name in CA_VARIABLES if os.environ.get(name)), "the settings")
-
-    def _tls_context(self) -> ssl.SSLContext:
-        bundle = self._config.ca_bundle or DEFAULT_CA_BUNDLE_PATH
-        try:
-            if os.path.isdir(bundle):
-                return ssl.create_default_context(capath=bundle)
-            return ssl.create_default_context(cafile=bundle)
-        except (OSError, ssl.SSLError) as error:
-            reason = error.strerror or str(error)
-            raise _Failed(
-                f"{bundle} cannot be read as certificates: {reason}",
-                "your settings",
-                f"Have {self._ca_source()} name a file of certificates in PEM format, or unset it.",
-            ) from error
-
-    # The network
-
-    def _address(self) -> Tuple[str, int]:
-        """Return host and port that connections are made to: the proxy's, if there is one."""
-        parts = urlsplit(self._config.proxy or self._config.base_url)
-        default = {"https": 443, "http": 80}.get(parts.scheme, 1080)
-        return str(parts.hostname), parts.port or default
-
-    def _check_dns(self) -> str:
-        host, port = self._address()
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            whose = "the proxy's address" if self._config.proxy else "the base URL"
-            raise _Failed(
-                f"{host} has no address: {reason}",
-                f"{whose}, or this machine's network",
-                f"Check the spelling of {host}, and whether other names resolve here.",
-            ) from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if addresses == [host]:
-            raise _Skipped(f"{host} is an address")
-        return f"{host} is {', '.join(addresses)}"
-
-    def _connect(self) -> socket.socket:
-        host, port = self._address()
-        where = f"{host}:{port}"
-        whose = "the proxy" if self._config.proxy else "the server"
-        try:
-            return socket.create_connection((host, port), self._config.connect_timeout_s)
-        except ConnectionRefusedError as error:
-            raise _Failed(
-                f"nothing listens at {where}: connection refused",
-                f"{whose} (not running, or another port)",
-                _CHECK_PROXY
-                if self._config.proxy
-                else "Start the server (`tinkex serve` starts one here), or correct base_url.",
-            ) from error
-        except socket.timeout as error:
-            raise _Failed(
-                f"{where} did not respond within {self._config.connect_timeout_s:g} s",
-                f"the network: a firewall, or {whose} is down",
-                "Check that this machine may connect to it, and whether a proxy must be set "
-                "(https_proxy).",
-            ) from error
-        except OSError as error:
-            raise _Failed(
-                f"cannot connect to {where}: {error.strerror or error}",
-                "this machine's network",
-                "Check the connection of this machine, and whether a proxy must be set.",
-            ) from error
-
-    def _check_tcp(self) -> str:
-        began = time.perf_counter()
-        with self._connect() as sock:
-            address = str(sock.getpeername()[0])
-        took_ms = 1000 * (time.perf_counter() - began)
-        return f"connected to {address} in {took_ms:.1f} ms"
-
-    def _check_tls(self) -> str:
-        if not self._config.base_url.startswith("https:"):
-            raise _Skipped("not used for http: what is sent can be read on the way")
-        if self._config.proxy:
-            raise _Skipped("made through the proxy, by the next check")
-        host, _ = self._address()
-        context = self._tls_context()
-        with self._connect() as sock:
-            sock.settimeout(_PATIENCE_S)
-            try:
-                with context.wrap_socket(sock, server_hostname=host) as encrypted:
-                    version = encrypted.version()
-                    until = (encrypted.getpeercert() or {}).get("notAfter")
-            except ssl.SSLCertVerificationError as error:
-                raise self._distrust(error.verify_message) from error
-            except (OSError, ssl.SSLError) as error:
-                reason = getattr(error, "reason", None) or error.strerror or str(error)
-                raise _Failed(
-                    f"the handshake failed: {reason}",
-                    "the base URL, or the server",
-                    f"Does the server speak https? If not, base_url is "
-                    f"{self._config.base_url.replace('https:', 'http:', 1)}.",
-                ) from error
-        return f"{version}, certificate valid until {until}"
-
-    def _distrust(self, why: str) -> _Failed:
-        if "self" in why or "issuer" in why:
-            return _Failed(
-                f"the certificate is not trusted: {why}",
-                "the CA bundle (or something that intercepts TLS)",
-                "If your network or server has a CA of its own, set SSL_CERT_FILE to a PEM file "
-                "with its certificate.",
-            )
-        return _Failed(
-            f"the certificate is not valid: {why}",
-            "the server's certificate, or the base URL",
-            "Check the host name in base_url, the server's certificate, and this machine's clock.",
-        )
+        raise Skipped("there is none; some servers need none")
 
     # The server
 
@@ -348,9 +193,9 @@ class Examination:
             reply = self._ask(HEALTH_PATH, empty_response_ok=True)
         except APIStatusError as error:
             if is_missing_route(error):
-                raise _Skipped("the server has no route for this") from error
+                raise Skipped("the server has no route for this") from error
             if error.status in (401, 403) and not _is_page(error):
-                raise _Skipped("the server wants a key for this") from error
+                raise Skipped("the server wants a key for this") from error
             raise
         name = reply.headers.get("server", "")
         return f"the server is well{f' ({name})' if name else ''}"
@@ -361,7 +206,7 @@ class Examination:
             found = GetServerCapabilitiesResponse.from_wire(reply.json())
         except APIStatusError as error:
             if is_missing_route(error):  # the next check finds out whether it is a Tinker server
-                raise _Skipped("the server has no route that shows it") from error
+                raise Skipped("the server has no route that shows it") from error
             raise
         names = [model.model_name or "?" for model in found.supported_models]
         with_key = self._config.api_key or self._config.credential_cmd
@@ -375,7 +220,7 @@ class Examination:
     def _check_heartbeat(self) -> str:
         reply = self._beat()
         if not 200 <= reply.status < 300:
-            raise _Failed(
+            raise Failed(
                 f"the heartbeat of {self._session_id} was answered with {reply.status}",
                 "the server",
                 "Without heartbeats it ends every session: check its version, and any gateway "
@@ -385,8 +230,8 @@ class Examination:
 
     def _beat(self) -> Reply:
         if self._session_id is None:
-            raise _Skipped("there is no session")
-        return session_heartbeat(self._open_transport, self._session_id, timeout_s=_PATIENCE_S)
+            raise Skipped("there is no session")
+        return session_heartbeat(self._open_transport, self._session_id, timeout_s=PATIENCE_S)
 
     def _check_round_trip(self) -> str:
         took_ms = []
@@ -424,7 +269,7 @@ class Examination:
             fault = "the server, or the network"
         elif isinstance(error, APIConnectionError):
             fault = "the proxy, or the CA bundle" if self._config.proxy else "the network"
-            remedy = _CHECK_PROXY if self._config.proxy else remedy
+            remedy = CHECK_PROXY if self._config.proxy else remedy
         elif isinstance(error, APIStatusError) and is_missing_route(error):
             fault = "the base URL"
         else:
@@ -438,10 +283,3 @@ def _is_page(error: TinkexError) -> bool:
     return isinstance(error, ResponseDecodeError) or (
         isinstance(body, str) and body.lstrip().startswith("<")
     )
-
-
-def _host_and_port(proxy: str) -> str:
-    """Return a proxy's scheme, host and port without the password that its URL may hold."""
-    parts = urlsplit(proxy)
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname}{port}"

@@ -35,13 +35,37 @@ class Failed(click.ClickException):
     """An error of the library, in terms of the command line."""
 
 
+_VERBOSE = "tinkex.cli.verbose"
+
+
+def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_VERBOSE] = True
+
+
+def verbose_option() -> click.Option:
+    """Return the option ``--verbose``; it may come before or after the command's name."""
+    return click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_remember_verbose,
+        help="Show each request on stderr, without secrets.",
+    )
+
+
 class Command(click.Command):
     """A command with a status line, whose errors name its own options."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(verbose_option())
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            with status.shown(f"{ctx.command_path}: working") as ctx.obj:
+            verbose = ctx.meta.get(_VERBOSE, False)
+            with status.shown(f"{ctx.command_path}: working", verbose=verbose) as ctx.obj:
                 return super().invoke(ctx)
         except TinkexError as error:
             raise Failed(in_flags(str(error), ctx)) from error

@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import sys
+import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ import click
 
 import tinkex
 from tinkex import types
+from tinkex._transport import request_log
 from tinkex.cli import status
 from tinkex.cli.commands import in_flags
 from tinkex.cli.connect import base_url_option, check_path, is_embedded, open_service
@@ -216,8 +218,13 @@ def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
     connection = _connect(config, timeout_s=_TIMEOUT_S)
     try:
         headers = {**_headers(config), "Content-Type": "application/json"}
-        connection.request("POST", _path(config, "completions"), json.dumps(body), headers)
+        path, content = _path(config, "completions"), json.dumps(body)
+        began = time.monotonic()
+        connection.request("POST", path, content, headers)
         response = connection.getresponse()
+        url = f"http://{config.host_and_port}{path}"
+        took_s = time.monotonic() - began
+        request_log.log_stream("POST", url, response.status, len(content), took_s)
         if response.status != 200:
             raise _failure(json.loads(response.read()))
         for line in response:

@@ -14,7 +14,7 @@ import click
 
 from tinkex._version import __version__
 from tinkex.cli import terminal
-from tinkex.cli.commands import Command, Group
+from tinkex.cli.commands import Command, Group, verbose_option
 from tinkex.cli.output import format_option
 from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interrupts
 
@@ -24,12 +24,15 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "billing": ("tinkex.cli.billing:billing", "Show usage, and the cost of stored checkpoints."),
     "chat": ("tinkex.cli.chat:chat", "Talk to a model."),
     "checkpoint": ("tinkex.cli.checkpoints:checkpoint", "List, change and download checkpoints."),
+    "data": ("tinkex.cli.data:data", "See what a model would learn from a file."),
     "doctor": ("tinkex.cli.doctor:doctor", "Check the settings, the network and the server."),
+    "export": ("tinkex.cli.export:export", "Write a trained model for transformers and PEFT."),
     "model": ("tinkex.cli.models:model", "List the models that the server offers."),
     "run": ("tinkex.cli.runs:run", "List and show training runs."),
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
     "session": ("tinkex.cli.sessions:session", "List and show sessions."),
     "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
+    "status": ("tinkex.cli.activity:status", "Show what is in flight on this machine."),
     "version": ("tinkex.cli.main:version", "Print the version."),
 }
 
@@ -76,6 +79,9 @@ def cli() -> None:
     Commands that talk to a server find it by --base-url or TINKER_BASE_URL, and send
     TINKER_API_KEY.
     """
+
+
+cli.params.append(verbose_option())
 
 
 @click.command(cls=Command)

@@ -33,8 +33,11 @@ _STEPS = (
     "tinkex.clients.checkpoints",
     "tinkex.local.engines.models",
     "tinkex._downloads",
-    "tinkex._transport.transport",
+    "tinkex._transport.attempts",
 )
+
+#: The log of requests, which ``--verbose`` shows.
+_REQUESTS = "tinkex._transport.request_log"
 
 
 class StatusLine:
@@ -126,16 +129,20 @@ class StatusLine:
 
 
 class _LogToStatus(logging.Handler):
-    """Prints warnings above the status line, and shows records of slow steps in it."""
+    """Prints warnings above the status line, and shows records of slow steps in it.
 
-    def __init__(self, line: StatusLine) -> None:
+    If *verbose*, it prints what is worth an INFO, and each request, too.
+    """
+
+    def __init__(self, line: StatusLine, verbose: bool) -> None:
         super().__init__()
         self._line = line
+        self._min_level = logging.INFO if verbose else logging.WARNING
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show or print *record*."""
         try:
-            if record.levelno >= logging.WARNING:
+            if record.levelno >= self._min_level or record.name == _REQUESTS:
                 self._line.print(self.format(record))
             else:
                 self._line.doing = record.getMessage()
@@ -144,23 +151,28 @@ class _LogToStatus(logging.Handler):
 
 
 @contextlib.contextmanager
-def shown(doing: str) -> Iterator[StatusLine]:
-    """Show a status line and the library's log records during the block."""
+def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
+    """Show a status line and the library's log records during the block.
+
+    If *verbose*, each request is printed, too.
+    """
     line = StatusLine(doing, FIRST_S)
-    handler = _LogToStatus(line)
+    handler = _LogToStatus(line, verbose)
     logger = logging.getLogger("tinkex")
-    steps = [logging.getLogger(name) for name in _STEPS]
-    levels = [step.level for step in steps]
+    levels = dict.fromkeys(_STEPS, logging.DEBUG)
+    if verbose:
+        levels.update({logger.name: logging.INFO, _REQUESTS: logging.DEBUG})
+    before = {name: logging.getLogger(name).level for name in levels}
     logger.addHandler(handler)
-    for step in steps:
-        step.setLevel(logging.DEBUG)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     line.start()
     try:
         yield line
     finally:
         line.stop()
-        for step, level in zip(steps, levels):
-            step.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
         logger.removeHandler(handler)
 
 

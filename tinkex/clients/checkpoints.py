@@ -94,6 +94,26 @@ def download_checkpoint(
         APIError: it cannot be had.
         OSError: it cannot be written here.
     """
+    target = fetch_checkpoint(
+        rest, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+    )
+    if (target / MERGING_NOTE).is_file():
+        logger.warning(
+            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
+        )
+    return target
+
+
+def fetch_checkpoint(
+    rest: LookupClient,
+    tinker_path: str,
+    dest: Union[str, Path],
+    *,
+    progress: Optional[Progress] = None,
+    overwrite: bool = False,
+    cancel: Optional[Event] = None,
+) -> Path:
+    """Download as `download_checkpoint` does, for callers that see to the merging themselves."""
     parsed = locate_checkpoint(tinker_path)
     if not isinstance(dest, (str, os.PathLike)):
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
@@ -114,10 +134,6 @@ def download_checkpoint(
             error.hint = f"What has come is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
-    if (target / MERGING_NOTE).is_file():
-        logger.warning(
-            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
-        )
     return target
 
 

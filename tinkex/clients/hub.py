@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Sequence
 
 from tinkex._api import rest as api
 from tinkex.clients.base import LookupClient
-from tinkex.clients.checkpoints import Progress, download_checkpoint
+from tinkex.clients.checkpoints import Progress, fetch_checkpoint
 from tinkex.errors import ConfigError, InvalidInputError, TinkexError
 from tinkex.types.checkpoint_path import locate_checkpoint
 
@@ -61,7 +61,7 @@ def push_to_hub(
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
     hub = hub or _hub()
     with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
-        files = download_checkpoint(
+        files = fetch_checkpoint(
             rest, tinker_path, Path(folder) / "checkpoint", progress=progress, cancel=cancel
         )
         if add_model_card and not (files / "README.md").exists():

@@ -1,7 +1,8 @@
-"""JSON as the embedded server reads and writes it: nested to a bounded depth.
+"""JSON as the embedded server reads and writes it: of a bounded depth and number of values.
 
 What is nested too deeply is rejected when it arrives: if it were stored, every later response that
-shows it would fail.  Pure; no threads.
+shows it would fail.  What has too many values is rejected before it is parsed, since a Python
+object takes many times the bytes of its JSON.  Pure; no threads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from tinkex.local.errors import HTTPError
 #: function of Python stay well below their own limits.
 MAX_LEVELS = 400
 
+#: Most lists and objects of a body, of up to 250 bytes each, and most other values, of up to 100.
+MAX_CONTAINERS = 1 << 20
+MAX_VALUES = 1 << 23
+
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _STRING = re.compile(rb'"[^"]*"')
 _BRACKETS = b"[]{}"
@@ -29,14 +34,28 @@ def read_json(raw: bytes) -> Any:
     """Decode *raw*.
 
     Raises:
-        HTTPError: 400, it is not JSON, or nested too deeply.
+        HTTPError: 400, it is not JSON, or nested too deeply; 413, it has too many values.
     """
+    check_values(raw)
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise HTTPError(400, f"the body is not JSON: {error}") from error
     check_levels(raw)
     return value
+
+
+def check_values(raw: bytes) -> None:
+    """Raise HTTPError 413 if *raw*, which need not be JSON, has too many values."""
+    if len(raw) <= MAX_CONTAINERS:
+        return
+    # Brackets and commas within strings are counted too, which costs nothing but precision.
+    for found, most, what in (
+        (raw.count(b"[") + raw.count(b"{"), MAX_CONTAINERS, "lists and objects"),
+        (raw.count(b","), MAX_VALUES, "values"),
+    ):
+        if found > most:
+            raise HTTPError(413, f"the body has more than {most} {what}; send smaller requests")
 
 
 def check_levels(raw: bytes) -> None:

@@ -104,7 +104,8 @@ class ServerSettings:
         limits: how sampling shares the engine.
     """
 
-    api_key: Optional[str] = None
+    # Left out of repr, and so of logs and of tracebacks that show values.
+    api_key: Optional[str] = dataclasses.field(default=None, repr=False)
     allowed_hosts: Tuple[str, ...] = ()
     jwt: bool = False
     jwt_lifetime_s: float = 3600.0

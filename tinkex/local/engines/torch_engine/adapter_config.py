@@ -25,8 +25,11 @@ _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "
 _WEIGHT = ".weight"
 
 
-def make_config(targets: Targets, chosen: Chosen, rank: int, alpha: int, model_name: str) -> Any:
-    """Return the configuration to save for a new adapter of what is *chosen*."""
+def make_config(targets: Targets, chosen: Chosen, rank: int, alpha: int, base_model: str) -> Any:
+    """Return the configuration to save for a new adapter of what is *chosen*.
+
+    *base_model* is what transformers loads: a folder or a Hugging Face name.
+    """
     import peft
 
     by_weight: List[str] = []
@@ -44,7 +47,7 @@ def make_config(targets: Targets, chosen: Chosen, rank: int, alpha: int, model_n
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model_name,
+        base_model_name_or_path=base_model,
         **options,
     )
 

@@ -71,13 +71,18 @@ class _Root(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
 class AdapterPool:
     """The base model with its adapters; one of them, or none, is active at a time.
 
+    Args:
+        model_name: for messages.
+        source: the folder or Hugging Face name that saved adapters name as their base model.
+
     Attributes:
         targets: what adapters of the model may change.
     """
 
-    def __init__(self, model: Any, model_name: str) -> None:
+    def __init__(self, model: Any, model_name: str, source: Optional[str] = None) -> None:
         self._model = model
         self._model_name = model_name
+        self._source = source or model_name
         self.targets = Targets(model)
         self._adapts_tensors = bool(self.targets.tensors) and adapts_tensors()
         self._root = _Root(model)
@@ -111,7 +116,7 @@ class AdapterPool:
                 self._model_name,
                 left_out,
             )
-        return make_config(self.targets, chosen, lora.rank, LORA_ALPHA, self._model_name)
+        return make_config(self.targets, chosen, lora.rank, LORA_ALPHA, self._source)
 
     def adapted(self, lora: LoraConfig) -> Chosen:
         """Return what an adapter of *lora* changes in this model.  Safe from any thread."""

@@ -81,7 +81,7 @@ class TorchEngine:
         self._info = dataclasses.replace(
             info, eos_tokens=tuple(sorted(self._vocabulary.eos_tokens))
         )
-        self._pool = AdapterPool(network.model, info.model_name)
+        self._pool = AdapterPool(network.model, info.model_name, info.tokenizer_id)
         self._runs: Dict[str, _Run] = {}
         self._samplers: Dict[str, Optional[Adapter]] = {}
 

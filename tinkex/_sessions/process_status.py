@@ -1,0 +1,247 @@
+"""What the clients of this process have in flight, in a small file that ``tinkex status`` reads.
+
+A StatusFile belongs to the default SessionManager, whose heartbeat thread writes it when sessions
+come or go, and every ten seconds: a few hundred bytes in the user's runtime folder, never in the
+home folder, which may be slow or read-only.  It is removed with the last session.  That of a
+process that was killed stays, and is recognized by its process id and start time.  If it cannot be
+written, that is logged at DEBUG; if the environment variable ``TINKEX_NO_STATUS_FILE`` is set, none
+is written.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from tinkex._runtime.clock import Clock
+from tinkex._sessions.session_record import SessionRecord
+from tinkex._sessions.session_table import SessionSnapshot
+from tinkex.futures import APIFuture
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two writings, unless sessions come or go.
+INTERVAL_S = 10.0
+
+OFF_VARIABLE = "TINKEX_NO_STATUS_FILE"
+
+#: A process that cannot be asked for by its id (on Windows) is taken for dead after this long.
+_SILENT_S = 120.0
+
+#: Returns the unsettled futures of each session, by its id.
+FindWork = Callable[[], Mapping[str, Sequence["APIFuture[Any]"]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionStatus:
+    """A session and its work when the file was written; times are seconds since the epoch.
+
+    Attributes:
+        server: its host and port.
+        last_success_at: of its heartbeats, or of its creation.
+        failures: heartbeats that have failed since then.
+        last_error: why the last of them failed.
+        in_flight: operations that were sent and are not done, by their kind.
+        queued: operations that wait to be sent.
+    """
+
+    session_id: str
+    server: str
+    opened_at: float
+    last_success_at: float
+    failures: int
+    last_error: Optional[str]
+    in_flight: Dict[str, int]
+    queued: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessStatus:
+    """A process with open sessions.
+
+    Attributes:
+        pid: its process id.
+        started: what the system has as its start, to recognize a process id that is used again;
+            None where it does not show that.
+        program: the file that it runs; its arguments are not kept, which may hold a key.
+        updated_at: when this was written, in seconds since the epoch.
+        sessions: the oldest first.
+    """
+
+    pid: int
+    started: Optional[str]
+    program: str
+    updated_at: float
+    sessions: Tuple[SessionStatus, ...]
+
+
+class StatusFile:
+    """Writes the status of this process.  Used by one thread at a time, but for `remove`.
+
+    Args:
+        clock: what the interval is measured by.
+        find_work: the work in flight.
+    """
+
+    def __init__(self, clock: Clock, find_work: FindWork) -> None:
+        self._clock = clock
+        self._find_work = find_work
+        self._is_off = bool(os.environ.get(OFF_VARIABLE))
+        program = sys.argv[0] if sys.argv else ""
+        with contextlib.suppress(OSError):  # the working folder was deleted
+            program = os.path.abspath(program) if program else ""
+        self._program = program or "python"
+        self._due = 0.0
+        self._written_ids: Optional[List[str]] = None
+
+    def update(
+        self, records: Sequence[SessionRecord], snapshots: Sequence[SessionSnapshot]
+    ) -> None:
+        """Write the file if it is due, or the sessions are not those of the last time."""
+        if not snapshots:
+            self.remove()
+            return
+        ids = [snapshot.session_id for snapshot in snapshots]
+        now = self._clock.monotonic()
+        if self._is_off or (ids == self._written_ids and now < self._due):
+            return
+        self._due, self._written_ids = now + INTERVAL_S, ids
+        try:
+            self._write(self._status(records, snapshots))
+        except OSError as error:
+            logger.debug("the status file could not be written: %s", error)
+
+    def remove(self) -> None:
+        """Remove the file, if there is one.  Never raises."""
+        if self._written_ids is not None:
+            self._written_ids = None
+            with contextlib.suppress(OSError):
+                _file_of(os.getpid()).unlink()
+
+    def _status(
+        self, records: Sequence[SessionRecord], snapshots: Sequence[SessionSnapshot]
+    ) -> ProcessStatus:
+        work = self._find_work()
+        servers = {record.session_id: record.host for record in records}
+        # Wall times of monotonic ones.
+        lead_s = self._clock.wall() - self._clock.monotonic()
+        sessions = []
+        for found in sorted(snapshots, key=lambda one: one.created):
+            futures = [f for f in work.get(found.session_id, ()) if not f.in_parts]
+            sent = collections.Counter(f.kind for f in futures if f.was_sent)
+            session = SessionStatus(
+                found.session_id,
+                servers.get(found.session_id, "?"),
+                found.created + lead_s,
+                found.last_success + lead_s,
+                found.consecutive_failures,
+                found.last_error,
+                dict(sent),
+                len(futures) - sum(sent.values()),
+            )
+            sessions.append(session)
+        return ProcessStatus(
+            os.getpid(),
+            _start_of(os.getpid()),
+            self._program,
+            self._clock.wall(),
+            tuple(sessions),
+        )
+
+    def _write(self, status: ProcessStatus) -> None:
+        folder = status_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(folder):
+            raise PermissionError(f"{folder} belongs to another user")
+        # Replaced in one step; its name is this thread's own.
+        part = folder / f"{status.pid}.{threading.get_ident()}.part"
+        try:
+            part.write_text(json.dumps(dataclasses.asdict(status)), encoding="utf-8")
+            part.replace(_file_of(status.pid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
+def status_folder() -> Path:
+    """Return the folder of the status files: in ``XDG_RUNTIME_DIR``, or else in that of temporary
+    files.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "tinkex"
+    user = os.getuid() if hasattr(os, "getuid") else "status"  # Windows has one for each user
+    return Path(tempfile.gettempdir()) / f"tinkex-{user}"
+
+
+def read_processes(now: float) -> List[ProcessStatus]:
+    """Return the processes of this user that have sessions, and remove the files of dead ones.
+
+    *now* is seconds since the epoch.
+    """
+    folder = status_folder()
+    try:
+        files = sorted(folder.iterdir()) if _is_ours(folder) else []
+    except OSError:
+        return []
+    found = []
+    for file in files:
+        status = _read(file) if file.suffix == ".json" else None
+        pid = file.name.partition(".")[0]
+        if pid.isdigit() and not _lives(int(pid), status, now):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        elif status is not None:
+            found.append(status)
+    return found
+
+
+def _file_of(pid: int) -> Path:
+    return status_folder() / f"{pid}.json"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether *folder* is a real folder of this user: anybody can make one in /tmp."""
+    found = os.lstat(folder)
+    is_folder = os.path.isdir(folder) and not os.path.islink(folder)
+    return is_folder and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
+
+
+def _read(file: Path) -> Optional[ProcessStatus]:
+    """Return what *file* says; None if it cannot be read, or another version has written it."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        sessions = tuple(SessionStatus(**session) for session in facts.pop("sessions"))
+        return ProcessStatus(sessions=sessions, **facts)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _lives(pid: int, status: Optional[ProcessStatus], now: float) -> bool:
+    """Return whether the process that has written *status* still runs."""
+    if os.name == "nt":  # os.kill would end it
+        return status is not None and now - status.updated_at < _SILENT_S
+    try:
+        os.kill(pid, 0)
+    except OSError:  # there is none, or it is another user's
+        return False
+    return status is None or status.started is None or status.started == _start_of(pid)
+
+
+def _start_of(pid: int) -> Optional[str]:
+    """Return when a process was started, as Linux has it; None on other systems."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

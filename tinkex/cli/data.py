@@ -1,0 +1,193 @@
+"""``tinkex data``: what a model would learn from a file of examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import click
+
+from tinkex.cli import status
+from tinkex.cli.commands import Command, Group
+from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.terminal import echo, visible
+from tinkex.data import (
+    Examples,
+    Preference,
+    example_datum,
+    open_examples,
+    preference_data,
+    weighted_tokens,
+)
+from tinkex.errors import InvalidInputError
+from tinkex.types import Datum
+
+#: A token's text and its weight.
+Token = Tuple[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """A datum of an example, or why there is none.
+
+    Attributes:
+        part: which of the datums of a preference; empty for other examples.
+        cut_from: the tokens that its input would have had, if it was cut.
+    """
+
+    line: int
+    kind: str
+    part: str = ""
+    tokens: Tuple[Token, ...] = ()
+    cut_from: Optional[int] = None
+    error: Optional[str] = None
+
+    @property
+    def title(self) -> str:
+        name = f"line {self.line}: {self.kind}{f' ({self.part})' if self.part else ''}"
+        if self.error is not None:
+            return f"{name}: {self.error}"
+        learnt = sum(weight != 0 for _, weight in self.tokens)
+        cut = "" if self.cut_from is None else f", cut: its input had {self.cut_from}"
+        return f"{name}: {len(self.tokens)} tokens, {learnt} of them learnt{cut}"
+
+    def to_json(self) -> Dict[str, Any]:
+        facts = dataclasses.asdict(self)
+        facts["tokens"] = [{"text": text, "weight": weight} for text, weight in self.tokens]
+        return facts
+
+
+@click.group(cls=Group)
+def data() -> None:
+    """See what a model would learn from a file of examples."""
+
+
+@data.command(cls=Command)
+@click.argument("file", type=click.Path())
+@click.option("--model", required=True, metavar="NAME_OR_PATH",
+              help="Model whose tokenizer and chat template are used: a Hugging Face name, a "
+              "folder, or a name that `tinkex serve` takes.")  # fmt: skip
+@click.option("--line", "lines", type=click.IntRange(min=1), multiple=True, metavar="NUMBER",
+              help="Show the example in this line; may be repeated.")  # fmt: skip
+@click.option("--limit", default=3, show_default=True, type=click.IntRange(min=0),
+              help="Show the first examples, this many; 0 shows all.")  # fmt: skip
+@click.option("--learn", default="all", show_default=True, type=click.Choice(["all", "last"]),
+              help="Of a conversation, learn all of the assistant's messages, or the last.",
+              )  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Cut longer examples.")
+@format_option
+def show(
+    file: str,
+    model: str,
+    lines: Tuple[int, ...],
+    limit: int,
+    learn: str,
+    max_tokens: Optional[int],
+) -> None:
+    """Show the tokens of the examples in FILE (JSONL), coloured by their weight.
+
+    What is learnt is green (yellow for weights other than 1, red for negative ones), everything
+    else is dim.  Without colours, what is learnt stands between {+ and +}, with its weight if that
+    is not 1.  The exit code is 1 if an example cannot be used.
+    """
+    examples = open_examples(file)
+    places = _places(examples, lines, limit)
+    status.waiting_for("loading the tokenizer")
+    tokenizer = _load_tokenizer(model)
+    status.waiting_for("reading the examples")
+    found = itertools.chain.from_iterable(
+        _datums(examples, place, tokenizer, learn, max_tokens) for place in places
+    )
+    if wants_json():
+        shown = list(found)
+        print_json({"examples": [one.to_json() for one in shown]})
+        failed = any(one.error is not None for one in shown)
+    else:
+        failed = False
+        for one in found:
+            failed = failed or one.error is not None
+            _print(one)
+    click.get_current_context().exit(1 if failed else 0)
+
+
+def _places(examples: Examples, lines: Tuple[int, ...], limit: int) -> List[int]:
+    """Return the places of the examples to show."""
+    if not lines:
+        return list(range(min(limit or len(examples), len(examples))))
+    by_line = {examples.line(place): place for place in range(len(examples))}
+    for line in lines:
+        if line not in by_line:
+            raise click.UsageError(f"{examples.path} has no example in line {line}")
+    return [by_line[line] for line in lines]
+
+
+def _load_tokenizer(model: str) -> Any:
+    from tinkex.clients.tokenizers import load_tokenizer
+    from tinkex.local.engines.models import resolve
+
+    return load_tokenizer(resolve(model).source)
+
+
+def _datums(
+    examples: Examples, place: int, tokenizer: Any, learn: str, max_tokens: Optional[int]
+) -> Iterator[_Shown]:
+    example, line = examples[place], examples.line(place)
+    kind = type(example).__name__.lower()
+    cuts: List[int] = []
+    try:
+        made: Dict[str, Datum]
+        if isinstance(example, Preference):
+            both = preference_data(example, tokenizer, max_tokens=max_tokens, on_cut=cuts.append)
+            made = dict(zip(("chosen", "rejected"), both))
+        else:
+            datum = example_datum(
+                example, tokenizer, learn=learn, max_tokens=max_tokens, on_cut=cuts.append
+            )
+            made = {"": datum}
+        for part, datum in made.items():
+            tokens = tuple(weighted_tokens(datum, tokenizer))
+            is_cut = bool(cuts) and len(tokens) - 1 == max_tokens
+            yield _Shown(line, kind, part, tokens, cuts.pop(0) if is_cut else None)
+    except InvalidInputError as error:
+        yield _Shown(line, kind, error=error.message)
+
+
+# Output
+
+
+def _print(shown: _Shown) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+    echo(shown.title)
+    if shown.error is not None:
+        return
+    spans = [(visible(text), weight) for text, weight in _spans(shown.tokens)]
+    if console.color_system is None or console.no_color:
+        echo("".join(_marked(text, weight) for text, weight in spans) + "\n")
+        return
+    with status.hidden():
+        console.print(
+            Text.assemble(*((text, _style(weight)) for text, weight in spans)), end="\n\n"
+        )
+
+
+def _spans(tokens: Tuple[Token, ...]) -> Iterator[Token]:
+    """Join neighbours of the same weight."""
+    for weight, group in itertools.groupby(tokens, key=lambda token: token[1]):
+        yield "".join(text for text, _ in group), weight
+
+
+def _marked(text: str, weight: float) -> str:
+    if weight == 0:
+        return text
+    return f"{{+{text}+}}" if weight == 1 else f"{{+{weight:g}:{text}+}}"
+
+
+def _style(weight: float) -> str:
+    if weight == 0:
+        return "dim"
+    return "red" if weight < 0 else "green" if weight == 1 else "yellow"

@@ -1,0 +1,76 @@
+"""``tinkex export``: a trained model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, Optional
+
+import click
+
+import tinkex
+from tinkex.cli import status
+from tinkex.cli.commands import Command
+from tinkex.cli.connect import advice, base_url_option, check_path, open_rest
+from tinkex.cli.output import format_option, print_facts, progress_bar, size
+from tinkex.errors import APIConnectionError, APIError
+from tinkex.export import export_model
+from tinkex.types.checkpoint_path import SCHEME
+
+
+@click.command(cls=Command)
+@click.argument("source")
+@click.option("--to", "dest", required=True, metavar="FOLDER", help="Folder to create.")
+@click.option("--merge", is_flag=True, help="Merge the adapter into its base model.")
+@click.option(
+    "--base-model",
+    metavar="NAME",
+    help="Base model: a folder or a Hugging Face name (default: what the checkpoint names).",
+)
+@base_url_option
+@format_option
+def export(
+    source: str, dest: str, merge: bool, base_model: Optional[str], base_url: Optional[str]
+) -> None:
+    """Write the trained weights of SOURCE to a folder that transformers loads.
+
+    SOURCE is a run folder, a checkpoint (tinker://...), or the folder of an adapter.  The adapter
+    is written for PEFT's AutoPeftModelForCausalLM; with --merge, the whole model for
+    AutoModelForCausalLM.
+    """
+    status.waiting_for(f"exporting {source}")
+    with progress_bar("Downloading") as report, _client(source, base_url) as rest:
+        folder = export_model(
+            source, dest, merge=merge, base_model=base_model, rest=rest, progress=report
+        )
+    n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    kind = "model" if merge else "adapter"
+    print_facts(
+        "Exported",
+        [
+            ["Source", source],
+            ["Written", kind],
+            ["Destination", str(folder)],
+            ["Size", size(n_bytes)],
+        ],
+        as_json={"source": source, "kind": kind, "destination": str(folder), "size_bytes": n_bytes},
+    )
+
+
+@contextlib.contextmanager
+def _client(source: str, base_url: Optional[str]) -> Iterator[Optional[tinkex.RestClient]]:
+    """Yield a client for a path; a run folder has a server of its own, an adapter needs none."""
+    if source.startswith(SCHEME):
+        check_path(source)
+        with open_rest(base_url) as rest:
+            yield rest
+        return
+    if base_url is not None:
+        raise click.UsageError("--base-url is for a tinker:// path")
+    try:
+        yield None
+    except APIConnectionError as error:
+        error.hint = "The run was trained on this server. Is it running?"
+        raise
+    except APIError as error:
+        error.hint = advice(error)
+        raise

@@ -1,0 +1,173 @@
+"""Export: the weights of a run as a folder that transformers and PEFT load.
+
+`export_model` takes a run folder, a ``tinker://`` path or an adapter that was downloaded, and
+writes the adapter, or the model with the adapter merged into it.  Its command is ``tinkex export``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator, Optional, Tuple, Union
+
+from tinkex._downloads.checkpoint_files import CONFIG_FILE
+from tinkex._downloads.download_folder import check_free
+from tinkex.clients.checkpoints import Progress, fetch_checkpoint
+from tinkex.clients.rest import RestClient
+from tinkex.errors import InvalidInputError, NotFoundError, RunFolderError, TinkexError
+from tinkex.recipes.serving import open_service
+from tinkex.runs import RunRecord
+from tinkex.runs.journal import JOURNAL_NAME
+from tinkex.types.checkpoint_path import SCHEME
+
+
+def export_model(
+    source: Union[str, Path],
+    dest: Union[str, Path],
+    *,
+    merge: bool = False,
+    base_model: Optional[str] = None,
+    rest: Optional[RestClient] = None,
+    progress: Optional[Progress] = None,
+) -> Path:
+    """Write trained weights to the folder *dest*, as transformers and PEFT load them.  Blocks.
+
+    Without *merge*, *dest* gets the adapter, which ``AutoPeftModelForCausalLM.from_pretrained``
+    loads as it is; with it, the whole model, for ``AutoModelForCausalLM`` and for programs that
+    know no adapters.  The tokenizer is beside it in either case.  Merging is exact also for models
+    whose output layer is tied to their embedding.  *dest* is complete, or not there.
+
+    Needs ``pip install "tinkex[local]"``, and the base model (for an adapter, only its
+    configuration and its tokenizer).
+
+    Args:
+        source: a run folder, whose newest checkpoint is taken from the run's server (an embedded
+            server is started for it); the ``tinker://`` path of a checkpoint; or the folder of an
+            adapter, as `RestClient.download_checkpoint` makes it.
+        dest: is made, with its parents; it must not exist or be empty.  ``~`` is the home folder.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
+            what the checkpoint names.
+        rest: a client of the server that has the path; by default one made from the environment.
+        progress: called with the bytes downloaded and their total, or None.
+
+    Returns:
+        The absolute path of *dest*.
+
+    Raises:
+        InvalidInputError: *source* is none of these, is damaged, or does not fit the base model; or
+            *dest* is taken.
+        RunFolderError: the run has no checkpoint.
+        NotFoundError: the server does not have the checkpoint any more.
+        APIError: the server cannot be reached, or has failed.
+        LocalServerError: the base model cannot be had, or a package is missing.
+        TinkexError: *dest* cannot be written, as on a full disk.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
+    try:
+        check_free(target, overwrite=False)
+    except InvalidInputError as error:
+        error.hint = "Choose another folder."
+        raise
+    with _writing(target) as work:
+        adapter, trained_on = _fetch(os.fspath(source), work / "adapter", rest, progress)
+        name = base_model or _named_base(adapter) or trained_on
+        if not name:
+            raise InvalidInputError(
+                f"{source} does not name its base model", hint="Give base_model=..."
+            )
+        _write(adapter, work / "model", name, merge)
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        os.rename(work / "model", target)
+    return target
+
+
+def _write(adapter: Path, dest: Path, base_model: str, merge: bool) -> None:
+    from tinkex.local.engines import models
+
+    models.check_packages("torch", "transformers", "peft", "safetensors")
+    from safetensors import SafetensorError
+
+    base = models.resolve(base_model).source
+    try:
+        if merge:
+            from tinkex.local.engines.torch_engine.merging import merge_adapter
+
+            merge_adapter(adapter, dest, base_model=base)
+        else:
+            from tinkex.local.engines.torch_engine.portable import copy_adapter
+
+            copy_adapter(adapter, dest, base)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside *target*, and report what the system says about it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            yield Path(work)
+    except OSError as error:
+        raise TinkexError(
+            f"cannot write {target}: {error.strerror or error}",
+            hint="Nothing is left there. Free some space, or choose another folder.",
+        ) from error
+
+
+def _fetch(
+    source: str, dest: Path, rest: Optional[RestClient], progress: Optional[Progress]
+) -> Tuple[Path, Optional[str]]:
+    """Return the folder of the adapter, *dest* if it is downloaded, and its base model if known."""
+    if source.startswith(SCHEME):
+        if rest is not None:
+            return _download(rest, source, dest, progress), None
+        with RestClient() as client:
+            return _download(client, source, dest, progress), None
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return folder, None
+    if not (folder / JOURNAL_NAME).is_file():
+        what = "holds neither" if folder.is_dir() else "is neither a tinker:// path nor a folder of"
+        raise InvalidInputError(
+            f"{source} {what} a run ({JOURNAL_NAME}) nor an adapter ({CONFIG_FILE})"
+        )
+    service, record = open_service(folder)
+    with service:
+        path = _newest_checkpoint(record)
+        client = service.create_rest_client()
+        return _download(client, path, dest, progress), record.spec["base_model"]
+
+
+def _newest_checkpoint(record: RunRecord) -> str:
+    newest = record.checkpoints[-1] if record.checkpoints else None
+    sampler = record.sampler
+    if sampler is not None and (newest is None or sampler.steps >= newest.steps):
+        return sampler.path
+    if newest is None:
+        raise RunFolderError(
+            "the run has no checkpoint yet", hint="Train it for longer, or save more often."
+        )
+    return newest.path
+
+
+def _download(rest: RestClient, path: str, dest: Path, progress: Optional[Progress]) -> Path:
+    try:
+        return fetch_checkpoint(rest, path, dest, progress=progress)
+    except NotFoundError as error:
+        error.hint = (
+            "It was deleted, or has expired; `tinkex checkpoint list` shows those that are left."
+        )
+        raise
+
+
+def _named_base(adapter: Path) -> Optional[str]:
+    try:
+        config: Any = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"] or "") or None
+    except (OSError, ValueError, KeyError, TypeError):  # its reader describes what is wrong
+        return None
