@@ -65,6 +65,8 @@ STYLES = [
     pytest.param(templates.LLAMA3, "<|eot_id|>", id="llama3"),
     pytest.param(templates.GEMMA, "<end_of_turn>", id="gemma"),
     pytest.param(templates.PHI, "<|end|>", id="phi"),
+    pytest.param(templates.PHI4, "<|end|>", id="phi4"),
+    pytest.param(templates.COMMAND, "<|END_RESPONSE|><|end|>", id="command"),
     pytest.param(templates.PLAIN, "\n\n", id="plain"),
 ]
 
@@ -158,7 +160,9 @@ def test_reasoning_is_learnt_where_the_template_writes_it() -> None:
     assert learnt(datum, tokenizer) == ["<think>\nHmm\n</think>\n\nFour<|im_end|>"]
     assert_continues_its_prompts(datum, tokenizer, longer)
     for messages in (longer, chat("a", "b", "c", "d")):
-        with pytest.raises(InvalidInputError, match="rendered differently once") as caught:
+        with pytest.raises(
+            InvalidInputError, match="changes it once other messages follow"
+        ) as caught:
             chat_datum(messages, tokenizer)
         assert "messages[1]" in str(caught.value)
         assert "learn='last'" in str(caught.value)
@@ -184,7 +188,7 @@ def test_a_last_message_that_ends_otherwise_is_learnt_alone() -> None:
     start = "<|channel|>final<|message|>"
     found = chat_datum(chat("a", "b", "c", "d"), tokenizer, learn="last")
     assert learnt(found, tokenizer) == [f"{start}d<|return|>"]
-    with pytest.raises(InvalidInputError, match="rendered differently once"):
+    with pytest.raises(InvalidInputError, match="changes it once other messages follow"):
         chat_datum(chat("a", "b", "c", "d"), tokenizer)
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     messages = [*chat("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -195,8 +199,38 @@ def test_a_last_message_that_ends_otherwise_is_learnt_alone() -> None:
 
 def test_a_reply_that_does_not_begin_as_generation_does_is_refused() -> None:
     tokenizer = byte_tokenizer(templates.DEEPSEEK_R1)
-    with pytest.raises(InvalidInputError, match="begin with the prompt for generating it"):
+    with pytest.raises(InvalidInputError, match="prompts for it with text that it lacks"):
         chat_datum(chat("a", "<think>\nhm\n</think>b"), tokenizer)
+
+
+def test_a_switch_may_be_set_in_the_template() -> None:
+    switch = (
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '</think>' }}{% endif %}"
+    )
+    template = templates.DEEPSEEK_R1.replace("<think>\n' }}", "<think>' }}" + switch)
+    template = template.replace("'<|assistant|>' +", "'<|assistant|><think></think>' +")
+    tokenizer = byte_tokenizer(template)
+    with pytest.raises(InvalidInputError, match="has a switch for reasoning, set it"):
+        chat_datum(chat("a", "b"), byte_tokenizer(templates.DEEPSEEK_R1))
+    assert learnt(chat_datum(chat("a", "b"), tokenizer), tokenizer) == ["</think>b<|endoftext|>"]
+    tokenizer.chat_template = "{% set enable_thinking = false %}" + tokenizer.chat_template
+    assert learnt(chat_datum(chat("a", "b"), tokenizer), tokenizer) == ["b<|endoftext|>"]
+
+
+def test_a_template_that_leaves_out_what_a_message_holds_is_refused() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    silent = byte_tokenizer(templates.CHATML)  # knows no tools
+    with pytest.raises(InvalidInputError, match=r"messages\[1\] .* leaves out what it holds"):
+        chat_datum([*chat("a"), call], silent)
+    for_images = byte_tokenizer(
+        templates.CHATML.replace(
+            "message['content'] +", "(message['content'] | selectattr('text') | join) +"
+        )
+    )
+    with pytest.raises(InvalidInputError, match="leaves out the content of messages"):
+        chat_datum(chat("a", "b"), for_images)
+    empty = chat("a", "", "c", "d")
+    assert learnt(chat_datum(empty, silent), silent) == ["<|im_end|>", "d<|im_end|>"]
 
 
 def test_what_the_template_refuses_is_reported_with_its_words() -> None:
@@ -207,7 +241,7 @@ def test_what_the_template_refuses_is_reported_with_its_words() -> None:
     with pytest.raises(InvalidInputError, match="must alternate"):
         chat_datum([*chat("a", "b"), *chat("c", "d")[1:]], mistral)
     assert learnt(chat_datum(chat("a", "b"), mistral), mistral) == ["b</s>"]
-    with pytest.raises(InvalidInputError, match="begin with the prompt"):
+    with pytest.raises(InvalidInputError, match="prompts for it with text"):
         chat_datum(chat("a", "b", system="c"), mistral)
     with pytest.raises(InvalidInputError, match="has no chat template"):
         chat_datum(chat("a", "b"), byte_tokenizer(""))

@@ -9,7 +9,7 @@ ADDED = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
     *("<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|start|>", "<|message|>"),
-    *("<|channel|>", "<|return|>", "<|call|>"),
+    *("<|channel|>", "<|return|>", "<|call|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
 
 CHATML = (
@@ -70,6 +70,18 @@ PHI = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+#: The same without a newline between the two.
+PHI4 = PHI.replace("\n", "")
+
+#: Two tokens end a reply.
+COMMAND = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<|START_RESPONSE|>' + message['content'] + '<|END_RESPONSE|>' }}{% else %}"
+    "{{ message['content'] }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|START_RESPONSE|>' }}{% endif %}"
 )
 
 #: Leaves the reasoning out of all messages but those after the last of the user.

@@ -11,15 +11,19 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from tinkex.data.examples import Message, assistant_turns
+from tinkex.data.examples import Message, assistant_turns, has_content
 from tinkex.errors import InvalidInputError
 
 #: The content of a message that shows what the template writes after one.
 _PROBE = "tinkex"
 
-_ALTERNATIVES = (
+_LAST = (
     "Learn the last message only (learn='last'), make an example of each assistant message, or "
     "set a chat template that renders all messages in the same way."
+)
+_SWITCH = (
+    "If the template has a switch for reasoning, set it: tokenizer.chat_template = "
+    "'{% set enable_thinking = false %}' + tokenizer.chat_template"
 )
 
 
@@ -61,20 +65,22 @@ def chat_tokens(
         prompt = template.render(messages[:place], generate=True)
         ended = text if place == turns[-1] else template.render(messages[: place + 1])
         if not ended.startswith(prompt):
-            raise _inexact(place, "does not begin with the prompt for generating it", None)
+            raise _inexact(place, "the template prompts for it with text that it lacks", _SWITCH)
         reply = ended[len(prompt) :]
-        if tail and reply.endswith(tail):
-            reply = reply[: len(reply) - len(tail)] + end_of_turn
+        body = reply[: -len(tail)] if tail and reply.endswith(tail) else reply
+        if has_content(messages[place]) and not body.strip():
+            raise _inexact(place, "the template leaves out what it holds", None)
+        if body != reply:
+            reply = body + end_of_turn
         if not text.startswith(prompt + reply):
-            raise _inexact(place, "is rendered differently once others follow", _ALTERNATIVES)
+            raise _inexact(place, "the template changes it once other messages follow", _LAST)
         spans.append((len(prompt), len(prompt) + len(reply)))
     return _encode(tokenizer, text, spans)
 
 
-def _inexact(place: int, what: str, hint: Optional[str]) -> InvalidInputError:
+def _inexact(place: int, reason: str, hint: Optional[str]) -> InvalidInputError:
     return InvalidInputError(
-        f"the model's chat template does not allow to learn messages[{place}]: the message {what}",
-        hint=hint,
+        f"messages[{place}] cannot be learnt with the model's chat template: {reason}", hint=hint
     )
 
 
@@ -98,7 +104,7 @@ class _Template:
                 list(messages), tools=self._tools, tokenize=False, add_generation_prompt=generate
             )
         except Exception as error:  # a template is a program, and may refuse the messages
-            roles = ", ".join(str(message["role"]) for message in messages)
+            roles = ", ".join(str(message["role"]) for message in messages[:8])
             raise InvalidInputError(
                 f"the model's chat template refuses messages of the roles {roles or 'none'}: "
                 f"{type(error).__name__}: {error}"
@@ -108,17 +114,31 @@ class _Template:
     def end_of_turn(self, prompt: Sequence[Message]) -> Tuple[str, str]:
         """Return what follows the content of a reply to *prompt*, and the part that is learnt.
 
-        Learnt is what the model writes to end its turn: all up to the first added token, such as
-        ``<|im_end|>``, where generation stops, but not the newline after it.
+        Learnt is what the model writes to end its turn: the text up to the last added token, such
+        as ``<|im_end|>``, but not the newline after it.  What a template writes only after the last
+        message does not belong to the turn, unless there is nothing else.
         """
-        text = self.render([*prompt, {"role": "assistant", "content": _PROBE}])
-        tail = text.rpartition(_PROBE)[2] if _PROBE in text else ""
+        reply = {"role": "assistant", "content": _PROBE}
+        tail = self._after_probe([*prompt, reply])
+        inside = self._after_probe([*prompt, reply, {"role": "user", "content": "-"}])
         added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
-        ends = [(tail.index(token), len(token)) for token in added if token and token in tail]
-        if not ends:
-            return tail, tail
-        start, length = min(ends, key=lambda found: (found[0], -found[1]))
-        return tail, tail[: start + length]
+        ends = [
+            start + len(token)
+            for token in added
+            if token in tail
+            for start in (tail.index(token), tail.rindex(token))
+        ]
+        in_turn = [end for end in ends if inside.startswith(tail[:end])]
+        return tail, tail[: max(in_turn) if in_turn else min(ends, default=None)]
+
+    def _after_probe(self, messages: Sequence[Message]) -> str:
+        _, found, after = self.render(messages).rpartition(_PROBE)
+        if not found:
+            raise InvalidInputError(
+                "the model's chat template leaves out the content of messages that is a string",
+                hint="It may be a template for images; set tokenizer.chat_template to another.",
+            )
+        return after
 
 
 def _encode(tokenizer: Any, text: str, spans: Sequence[Tuple[int, int]]) -> WeightedTokens:

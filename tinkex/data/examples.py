@@ -7,7 +7,8 @@ opened.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence  # those of typing are slow to check instances of
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from tinkex.errors import InvalidInputError, a_type
 
@@ -118,12 +119,12 @@ def assistant_turns(name: str, messages: Sequence[Message], first: int = 0) -> L
             if all(message["role"] != "assistant" for message in messages[first:])
             else f"{name!r} has nothing to learn: the weight of each assistant message is 0"
         )
-    if not any(_has_content(messages[place]) for place in found):
+    if not any(has_content(messages[place]) for place in found):
         raise InvalidInputError(f"{name!r} has nothing to learn: assistant messages are empty")
     return found
 
 
-def _has_content(message: Message) -> bool:
+def has_content(message: Message) -> bool:
     content = message.get("content")
     others = message.keys() - {"role", "content", "weight"}
     return bool(content and content.strip()) or any(message[key] for key in others)
