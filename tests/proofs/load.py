@@ -297,6 +297,8 @@ class Load:
         return max(POINTS, round(full * self._scale))
 
     def _usage(self) -> Both:
+        for service in self._sessions:
+            service.metrics()  # adds up what was counted
         return Both(Usage.now(), self._server.usage())
 
     def _measure(self, kind: str, units: int, work: Callable[[int], None]) -> None:
