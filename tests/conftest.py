@@ -40,6 +40,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Run all tests with a key that none of them may show, if that is wished."""
+    if os.environ.get("TINKEX_CANARY"):
+        from support import canary
+
+        config.pluginmanager.register(canary)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run of many tests of which none did anything: a skip that was meant for a few."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -26,6 +26,10 @@ from tinkex.errors import (
 #: refused an earlier attempt.
 _READ_AND_REFUSED = (400, 404, 410, 422)
 
+#: A damaged response is asked for again, after this pause, until this many were damaged.
+MAX_DAMAGED = 3
+DAMAGED_PAUSE_S = 0.1
+
 #: Pauses a server asks for are obeyed up to this long, in seconds.
 MAX_HINT_S = 60.0
 
@@ -129,13 +133,14 @@ class RetryState:
         self.policy = policy
         self.attempts = 0
         self.repeats = 0
+        self._damaged = 0
         self._last_message: Optional[str] = None
         self._pause_for_billing = pause_for_billing
         self._failing_since = began
 
     def succeeded(self) -> None:
         """Note that the server responded as it should: what fails next is a new outage."""
-        self.attempts = self.repeats = 0
+        self.attempts = self.repeats = self._damaged = 0
         self._failing_since = None
 
     def decide(
@@ -150,13 +155,17 @@ class RetryState:
         """Decide after a failed attempt, which *began* then and ended *now*.
 
         *headers* are those of the server's response; None if there was no response, or one that
-        looks like a gateway's.  *rand* is uniform in [0, 1).
+        looks like a gateway's.  *rand* is uniform in [0, 1).  A ResponseDecodeError is about a
+        response that was damaged on its way.
         """
         self.attempts += 1
         self.repeats = self.repeats + 1 if error.message == self._last_message else 1
         self._last_message = error.message
         own = server_error_behind(error) if headers is None else None
-        if error.status == 402 and self._pause_for_billing is not None:
+        if isinstance(error, ResponseDecodeError):
+            self._damaged += 1
+            delay_s = DAMAGED_PAUSE_S if self._damaged < MAX_DAMAGED else None
+        elif error.status == 402 and self._pause_for_billing is not None:
             delay_s = self._pause_for_billing()
         elif self._is_worth_retrying(error, own, headers):
             hint_s = getattr(own or error, "retry_after_s", None)

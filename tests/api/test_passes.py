@@ -15,6 +15,7 @@ from support.tinker_routes import API, MODEL, TinkerRoutes
 import tinkex
 from tinkex import types
 from tinkex.errors import ResponseDecodeError
+from tinkex.retry import MAX_DAMAGED
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -201,4 +202,4 @@ def test_a_result_that_is_none_is_told_with_its_request(
     server: ScriptedServer, answer: Answer
 ) -> None:
     with pytest.raises(ResponseDecodeError):
-        answered(server, answer)
+        answered(server, *[answer] * MAX_DAMAGED)

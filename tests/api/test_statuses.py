@@ -85,7 +85,7 @@ POLLS = (
     Case(200, errors.RequestFailedError, {"error": "because"}, category="unknown"),
     Case(200, errors.RequestFailedError, {"error": "because", "category": 7},
          category="unknown"),
-    Case(200, errors.ResponseDecodeError, b"no json", "JSON"),
+    Case(200, errors.ResponseDecodeError, b"no json", "JSON", attempts=3),
 )  # fmt: skip
 PENDING = (
     Answer(408, {"detail": "still running"}),

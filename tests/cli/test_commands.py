@@ -29,20 +29,6 @@ pytestmark = pytest.mark.usefixtures("short_backoff")
 ENVIRONMENT = {**environment(None), "TINKER_API_KEY": "tml-1"}
 
 
-@pytest.fixture
-def saved(server: Server) -> str:
-    """A training run with one checkpoint of each kind; returns the training checkpoint's path."""
-    with library.ServiceClient(base_url=server.url) as service:
-        trainer = service.create_lora_training_client(server.model, rank=4)
-        datum = types.Datum(
-            types.ModelInput.from_ints([5, 6, 7]),
-            {"target_tokens": [6, 7, 8], "weights": [1, 1, 1]},
-        )
-        trainer.train_step([datum], "cross_entropy", types.AdamParams())
-        trainer.save_weights_for_sampler("first").result()
-        return trainer.save_state("first").result().path
-
-
 def test_version():
     assert tinkex("version") == (0, f"tinkex {library.__version__}\n", "")
 
@@ -552,6 +538,19 @@ def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypat
     assert (upload["commit_message"], upload["create_pr"]) == ("hello", False)
     assert "README.md" in hub.files
     assert not Path(upload["folder_path"]).exists(), "the copy here is deleted"
+
+
+def test_a_push_without_a_repository_makes_one_named_after_the_checkpoint(
+    server, saved, monkeypatch
+):
+    hub = FakeHub()
+    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
+    done = tinkex("-f", "json", "checkpoint", "push-hf", saved, base_url=server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    repo_id = json.loads(done.stdout)["repo_id"]
+    run_id = saved.partition("//")[2].partition("/")[0].replace(":", "-")
+    assert repo_id == f"me/tinker-{run_id}-weights-first"
+    assert hub.calls[0][1]["repo_id"] == repo_id
 
 
 # Billing

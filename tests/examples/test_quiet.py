@@ -56,6 +56,7 @@ COMMANDS: Dict[str, Tuple[str, int]] = {
     "session info": ("{session}", 0),
     "session list": ("", 0),
     "status": ("", 0),
+    "train": ("{chats} --model tiny-random --out {folder}-run", 0),
     "version": ("", 0),
 }
 #: Runs until it is stopped: tests/cli/test_serve.py.
@@ -93,6 +94,8 @@ def url(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
     """A run with checkpoints of each kind: what the commands are given."""
     folder = tmp_path_factory.mktemp("names")
+    chats = folder / "chats.jsonl"
+    chats.write_text("".join(f'{{"prompt": "{i}=", "completion": "{i}"}}\n' for i in range(40)))
     texts = folder / "texts.txt"
     texts.write_text("ONE, n. A\nnumber.\n\nTWO, n. Another.\n\n\nTHREE, n.\n")
     examples = folder / "examples.jsonl"
@@ -109,6 +112,7 @@ def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
             "session": service.session_id,
             "folder": str(folder / "downloads"),
             "texts": str(texts),
+            "chats": str(chats),
             "examples": str(examples),
         }
 

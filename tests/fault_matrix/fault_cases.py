@@ -12,7 +12,11 @@ from tinkex.testing import faults
 PASSING = (408, 429, 500, 502, 503, 504)
 #: Statuses that are believed, unless they look like a gateway's.
 REFUSALS = (400, 401, 402, 403, 404, 405, 409, 410, 413, 415, 422, 501)
+#: Others of each kind, tried with one body.
+RARE = (302, 406, 451, 505, 520, 529)
 BODIES: Dict[str, Any] = {"JSON": None, "HTML": "<html><h1>Error</h1></html>", "empty": b""}
+
+_UNREADABLE = (errors.ResponseDecodeError,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class FaultCase:
         times: it strikes this often; None strikes for ever.
         status: errors with this status are right ...
         errors: ... and errors of these types; without either, only success is.
+        file_errors: like *errors*, where the fault strikes the download of a file.
         route: it strikes only this route; None strikes whatever the operation requests.
         ends_session: the session is lost; what follows needs a new one.
         repeats: what the server has lost (a sample) may be done again.
@@ -34,18 +39,23 @@ class FaultCase:
     times: Optional[int] = 1
     status: Optional[int] = None
     errors: Tuple[Type[Exception], ...] = ()
+    file_errors: Tuple[Type[Exception], ...] = ()
     route: Optional[str] = None
     ends_session: bool = False
     repeats: bool = False
     settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def is_right(self, error: Optional[BaseException]) -> bool:
-        """True if an operation may end with *error*, or with success if that is None."""
-        if error is None or isinstance(error, self.errors):
+    def is_right(self, error: Optional[BaseException], route: str) -> bool:
+        """True if an operation may end with *error*, or with success if that is None.
+
+        *route* is what the fault has struck.
+        """
+        files = self.file_errors if route.startswith("GET /signed/") else ()
+        if error is None or isinstance(error, (*self.errors, *files)):
             return True
         own: Optional[BaseException] = error
         if isinstance(error, errors.IncompleteGradientError):  # of a batch in several requests
-            return error.__cause__ is not None and self.is_right(error.__cause__)
+            return error.__cause__ is not None and self.is_right(error.__cause__, route)
         while own is not None:
             if self.status is not None and getattr(own, "status", None) == self.status:
                 return isinstance(error, errors.TinkexError)
@@ -55,9 +65,9 @@ class FaultCase:
 
 def _statuses() -> List[FaultCase]:
     cases = []
-    for code in (*PASSING, *REFUSALS):
-        for name, body in BODIES.items():
-            status = code if code in REFUSALS else None
+    for name, body in BODIES.items():
+        for code in (*PASSING, *REFUSALS, *(RARE if name == "JSON" else ())):
+            status = code if code in REFUSALS or (code in RARE and code < 500) else None
             extra: Tuple[Type[Exception], ...] = ()
             if code in (404, 410):  # may mean that the session, or the result, is gone
                 extra = (errors.SessionLostError, errors.ResultExpiredError)
@@ -70,14 +80,21 @@ def _statuses() -> List[FaultCase]:
                     repeats=code in (404, 410),
                 )
             )
-    for code in PASSING:
-        cases.append(FaultCase(f"{code} Retry-After", faults.Status(code, retry_after=0.02)))
+            if name == "JSON" and code in (*PASSING, 401, 404, 409, 501):  # with a header, too
+                fault = faults.Status(code, retry_after=0.02)
+                cases.append(
+                    dataclasses.replace(cases[-1], name=f"{code} Retry-After", fault=fault)
+                )
     for code in (500, 502, 504):
         cases.append(FaultCase(f"{code} after work", faults.Status(code, after_work=True)))
+    for name in ("HTML", "empty"):  # a gateway, or a sign-on page
+        page = faults.Status(200, BODIES[name])
+        cases.append(FaultCase(f"200 {name}", page, file_errors=_UNREADABLE))
+        lost = faults.Status(200, BODIES[name], after_work=True)
+        cases.append(FaultCase(f"200 {name} after work", lost, file_errors=_UNREADABLE))
     return cases
 
 
-_UNREADABLE = (errors.ResponseDecodeError,)
 _DOWN = (errors.APIConnectionError, errors.InternalServerError, errors.ResponseDecodeError)
 _IMPATIENT = {"startup_timeout_s": 2.0, "max_outage_s": 2.0}
 _LOST = (errors.SessionLostError,)
@@ -98,9 +115,10 @@ CASES: Dict[str, FaultCase] = {
             settings={"read_timeout_s": 1.0, "poll_timeout_s": 1.5},
         ),
         FaultCase("trickle", faults.Trickle(0.005)),
-        FaultCase("truncated", faults.Truncate(), errors=_UNREADABLE),
-        FaultCase("garbled", faults.Garble(), errors=_UNREADABLE),
-        *_statuses(),
+        FaultCase("truncated", faults.Truncate(), file_errors=_UNREADABLE),
+        FaultCase("garbled", faults.Garble(), file_errors=_UNREADABLE),
+        FaultCase("truncated for ever", faults.Truncate(), times=None, errors=_UNREADABLE),
+        FaultCase("garbled for ever", faults.Garble(), times=None, errors=_UNREADABLE),
         FaultCase("down for ever", faults.Drop(), times=None, errors=_DOWN, settings=_IMPATIENT),
         FaultCase(
             "503 for ever",
@@ -135,5 +153,6 @@ CASES: Dict[str, FaultCase] = {
             errors=(*_LOST, errors.NotFoundError),
             ends_session=True,
         ),
+        *_statuses(),
     ]
 }

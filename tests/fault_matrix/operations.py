@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from unittest import mock
 
+from fault_matrix.fault_cases import FaultCase
 from tinkex import ServiceClient, TrainingClient, types
+from tinkex._api import archives
+from tinkex._transport.server_flags import ABSENT
 from tinkex.clients.checkpoints import download_checkpoint
+from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.testing import FakeServer
 
 ADAM = types.AdamParams(1e-3)
 MODEL = "deterministic"
 PROMPT = types.ModelInput.from_ints([5, 6, 7])
 PARAMS = types.SamplingParams(max_tokens=3, stop=[], seed=1)
-#: More datums than one request holds.
-MANY = 1030
+#: Of the servers that ask for one.
+KEY = "tml-of-the-fault-matrix"
+#: Datums of a batch, and how many of them one request holds where it takes several.
+MANY = 6
+FEW = {"fwdbwd_max_chunk_len": 2}
 
 #: Of every client in the matrix: it gives up before an operation counts as hanging.
 SETTINGS = {
@@ -37,6 +47,7 @@ class World:
 
     server: FakeServer
     folder: Path
+    settings: Mapping[str, Any]
     service: ServiceClient
     trainer: Optional[TrainingClient] = None
     sampler: Any = None
@@ -53,6 +64,11 @@ def with_run(world: World) -> None:
     """Make a run that has taken a step, with everything negotiated that a run negotiates."""
     world.trainer = world.service.create_lora_training_client(MODEL, rank=4, seed=0)
     world.run.train_step([datum()], "cross_entropy", ADAM)
+
+
+def with_torch(world: World) -> None:
+    importlib.import_module("torch")  # on a busy machine it takes longer than the operation may
+    with_run(world)
 
 
 def with_checkpoint(world: World) -> None:
@@ -92,7 +108,7 @@ def sampled(response: types.SampleResponse) -> Any:
 
 
 def construct(world: World) -> Any:
-    with ServiceClient(base_url=world.server.url, **SETTINGS) as service:
+    with ServiceClient(base_url=world.server.url, **world.settings) as service:
         return service.session_id in world.server.live_sessions()
 
 
@@ -175,8 +191,20 @@ def lists(world: World) -> Any:
 
 def download(world: World) -> Any:
     rest = world.service.create_rest_client()
-    folder = download_checkpoint(rest, world.path, world.folder / "downloaded")
-    return sorted((file.name, file.read_bytes()) for file in folder.rglob("*") if file.is_file())
+    # A server that builds an archive for minutes responds with 503, too.
+    with mock.patch.object(archives, "BUILDING_PAUSE_S", 0.05):
+        folder = download_checkpoint(rest, world.path, world.folder / "downloaded")
+    files = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    state = json.loads(files["deterministic.json"])
+    # An export, of a server without archives, has no optimizer state.
+    return sorted(files), state["lora"], state["steps"]
+
+
+def download_files(world: World) -> Any:
+    rest = world.service.create_rest_client()
+    path = world.run.save_weights_external("files").result().path
+    folder = download_checkpoint(rest, path, world.folder / "downloaded")
+    return sorted(file.name for file in folder.rglob("*") if file.is_file())
 
 
 def delete(world: World) -> Any:
@@ -191,14 +219,41 @@ def close(world: World) -> Any:
 
 
 class Operation:
-    """One operation: made ready without a fault, then run with one."""
+    """One operation: made ready without a fault, then run with one.
+
+    Args:
+        fallback: work that it does besides if the server lacks a route.
+        settings, flags: of the server; with a key in *settings*, clients exchange it for tokens.
+    """
 
     def __init__(
-        self, prepare: Callable[[World], None], run: Callable[[World], Any], name: str = ""
+        self,
+        prepare: Callable[[World], None],
+        run: Callable[[World], Any],
+        name: str = "",
+        *,
+        fallback: Sequence[str] = (),
+        flags: Optional[Mapping[str, Any]] = None,
+        **settings: Any,
     ) -> None:
         self.prepare = prepare
         self.run = run
         self.name = name or run.__name__
+        self._fallback = fallback
+        self._server_settings = ServerSettings(
+            retrieve_hold_s=0.5,
+            missing_seq_id_s=0.2,
+            flags=ClientFlags(**(flags or {})),
+            **settings,
+        )
+
+    def server(self) -> FakeServer:
+        """Make the server that it needs."""
+        return FakeServer(settings=self._server_settings)
+
+    def fallback_to(self, case: FaultCase) -> Sequence[str]:
+        """The work that it may do besides if *case* strikes it."""
+        return self._fallback if case.status in ABSENT else ()
 
 
 def _all() -> List[Operation]:
@@ -218,22 +273,38 @@ def _all() -> List[Operation]:
     def forward(world: World) -> Any:
         return loss_of(world.run)
 
+    def large_forward(world: World) -> Any:
+        batch = [datum(index) for index in range(MANY)]
+        return passed(world.run.forward(batch, "cross_entropy").result())
+
+    def unload(world: World) -> Any:
+        trainer, world.trainer = world.run, None
+        return type(trainer.unload().result()).__name__
+
     def sample(world: World) -> Any:
         return sampled(world.sampler.sample(PROMPT, 2, PARAMS).result())
 
     def logprobs(world: World) -> Any:
         return world.sampler.compute_logprobs(PROMPT).result()
 
+    batch_polling = {"sample_use_retrieve_futures": True}
     operations = [
         Operation(nothing, construct),
         Operation(nothing, create),
         Operation(with_run, forward),
+        Operation(with_run, large_forward, "forward, several requests", flags=FEW),
         Operation(with_run, one_pass, "forward_backward"),
-        Operation(with_run, large_pass, "forward_backward, several requests"),
+        Operation(with_run, large_pass, "forward_backward, several requests", flags=FEW),
         Operation(with_gradient, optim_step),
         Operation(with_run, train_step),
         Operation(with_run, pipeline),
-        Operation(with_run, custom_loss),
+        Operation(with_torch, custom_loss),
+        Operation(
+            with_torch,
+            custom_loss,
+            "custom_loss, on server",
+            flags={"custom_loss_server_side": True},
+        ),
         Operation(with_run, save),
         Operation(with_run, save_for_sampler),
         Operation(with_checkpoint, load),
@@ -245,14 +316,21 @@ def _all() -> List[Operation]:
         Operation(with_run, sampler_of_run),
         Operation(with_sampler, sample),
         Operation(with_sampler, sample_many),
+        Operation(with_sampler, sample, "sample, batch polling", flags=batch_polling),
+        Operation(with_sampler, sample_many, "sample_many, batch polling", flags=batch_polling),
+        Operation(with_sampler, sample, "sample, size first", metadata_threshold_bytes=1),
         Operation(with_sampler, logprobs),
         Operation(with_checkpoint, lists),
-        Operation(with_checkpoint, download),
+        Operation(with_checkpoint, download, fallback=("create", "load", "export")),
+        Operation(with_run, download_files),
         Operation(with_checkpoint, delete),
+        Operation(with_run, unload),
+        Operation(nothing, construct, "construct, with tokens", api_key=KEY, jwt=True),
+        Operation(with_run, train_step, "train_step, with tokens", api_key=KEY, jwt=True),
         Operation(with_run, close),
     ]
     if importlib.util.find_spec("torch") is None:
-        operations = [one for one in operations if one.name != "custom_loss"]
+        operations = [one for one in operations if "custom_loss" not in one.name]
     return operations
 
 

@@ -124,7 +124,7 @@ def test_what_is_not_the_name_of_a_host_cannot_be_allowed(name: str) -> None:
         LocalServer(DeterministicEngine(), settings=ServerSettings(allowed_hosts=(name,)))
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 @pytest.mark.parametrize(
     "headers",
     [

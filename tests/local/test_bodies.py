@@ -95,6 +95,11 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
             (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n", b" 413 "),
             (b"nonsense\r\n\r\n", b" 400 "),
             (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", b" 400 "),
+            (
+                b"GET /api/v1/sessions?limit=\xb2 HTTP/1.1\r\nHost: localhost\r\n"
+                b"Connection: close\r\n\r\n",
+                b" 400 ",
+            ),
             # 413 on Pythons that read numbers of any length.
             (b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b" 4"),
         ]:

@@ -233,8 +233,13 @@ def test_sampling_follows_its_probabilities(engine: DeterministicEngine) -> None
     assert counts[0][0] / 2000 == pytest.approx(float(np.exp(likeliest[0])), abs=0.06)
 
 
-def test_top_p_keeps_the_likeliest(engine: DeterministicEngine) -> None:
-    params = SamplingParams(max_tokens=20, seed=3, stop=[], top_p=0.4)
+@pytest.mark.parametrize(
+    "narrowing", [{"top_p": 0.4}, {"temperature": 1e-30}, {"temperature": 1e-320}]
+)
+def test_a_narrow_choice_keeps_the_likeliest(
+    engine: DeterministicEngine, narrowing: Dict[str, float]
+) -> None:
+    params = SamplingParams(max_tokens=20, seed=3, stop=[], **narrowing)  # type: ignore[arg-type]
     greedy = SamplingParams(max_tokens=20, temperature=0.0, stop=[])
     prompt = ModelInput.from_ints([1, 2, 3])
     narrow, best = (

@@ -13,6 +13,7 @@ from local.harness import WAIT_S
 from support.clocks import ManualClock
 from support.disks import fill, no_room, small_disk
 from support.served import tinkex_serve
+from support.threads import wait_until
 
 from tinkex import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, TrainingClient
 from tinkex.errors import InternalServerError, LocalServerError, RequestFailedError
@@ -127,13 +128,18 @@ def test_what_cannot_be_written_is_refused_without_another_attempt(
         lambda: service.create_sampling_client(path),
         lambda: service.create_lora_training_client("deterministic", rank=4),
     ]
+
+    def refused() -> int:
+        return sum(" 507 " in line for line in requests)
+
     with no_room():
         for change in changes:
             requests.clear()
             with pytest.raises(InternalServerError, match=r"free some space") as caught:
                 change()
             assert caught.value.status == 507
-            assert sum(" 507 " in line for line in requests) == 1
+            wait_until(lambda: refused() > 0, "the response is in the access log")
+            assert refused() == 1
         with pytest.raises(InternalServerError, match=r"free some space"):
             ServiceClient(base_url=service.config.base_url)
     (checkpoint,) = rest.list_user_checkpoints().result().checkpoints

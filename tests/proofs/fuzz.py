@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import faulthandler
+import importlib
 import io
 import itertools
 import logging
@@ -151,6 +152,8 @@ class World:
     """
 
     def __init__(self, folder: Path, api_key: Optional[str], custom_losses: bool) -> None:
+        if custom_losses:
+            importlib.import_module("torch")  # not within the first request that needs it
         self._folder = folder
         self.api_key = api_key
         (folder / "outside").write_bytes(OUTSIDE)
@@ -226,6 +229,13 @@ class World:
 
     def refill(self, custom_losses: bool) -> None:
         """Make again what the requests have ended or deleted."""
+        try:
+            self._refill(custom_losses)
+        except AssertionError:  # a request to unload the model was waiting in its queue
+            self.names["MODEL"] = ""
+            self._refill(custom_losses)
+
+    def _refill(self, custom_losses: bool) -> None:
         names, model = self.names, self.names.get("MODEL", "")
         if "SESSION" not in names or not self.backend._sessions.alive(names["SESSION"], 0.0):
             names["SESSION"] = self.post("create_session")["session_id"]
@@ -513,6 +523,8 @@ class Round:
             yield f"{reply.status}: {reply.body[:500]!r}"
         if sent.must_fail and reply.status < 400:
             yield f"{reply.status} for what must be refused"
+        if any(name.startswith("access-control-") for name in reply.headers):
+            yield "the response lets pages of other sites read it"
         if OUTSIDE in reply.body:
             yield "the response has a file from outside the server's folder"
         if b'"server_error"' in reply.body:

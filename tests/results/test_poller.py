@@ -39,6 +39,7 @@ from tinkex.errors import (
     TinkexError,
 )
 from tinkex.futures import APIFuture
+from tinkex.retry import MAX_DAMAGED
 from tinkex.types import SaveWeightsResponse, UntypedFuture
 
 POLL = "POST /api/v1/retrieve_future"
@@ -240,16 +241,33 @@ def test_a_404_to_the_first_poll_is_not_found(server: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"wrong": "fields"}, b'{"path": "p"'], ids=["wrong fields", "cut off"]
+    "answers",
+    [[Answer(body={"wrong": "fields"})], [Answer(body=b'{"path": "p"')] * MAX_DAMAGED],
+    ids=["wrong fields", "cut off, and again"],
 )
 def test_an_answer_that_cannot_be_read_is_the_futures_error(
-    server: ScriptedServer, body: Any
+    server: ScriptedServer, answers: List[Answer]
 ) -> None:
-    server.on(POLL, Answer(body=body), result("next"))
+    server.on(POLL, *answers, result("next"))
     with open_poller(server) as poller:
         with pytest.raises(ResponseDecodeError):
             watch(poller).result(PATIENCE_S)
         assert watch(poller).result(PATIENCE_S) == "next"
+
+
+@pytest.mark.parametrize("body", [b'{"path": "p"', b"\xff\xfe"], ids=["cut off", "garbled"])
+def test_a_result_that_was_damaged_on_its_way_is_asked_for_again(
+    server: ScriptedServer, body: bytes
+) -> None:
+    server.on(POLL, Answer(body=body), result("intact"))
+    with open_poller(server) as poller:
+        assert watch(poller).result(PATIENCE_S) == "intact"
+
+
+def test_a_404_after_a_damaged_result_means_the_result_is_gone(server: ScriptedServer) -> None:
+    server.on(POLL, Answer(body=b'{"path": "p"'), Answer(404, {"detail": "unknown"}))
+    with open_poller(server) as poller, pytest.raises(ResultExpiredError):
+        watch(poller).result(PATIENCE_S)
 
 
 def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(

@@ -21,6 +21,9 @@ class FakeHub:
         self.files: Dict[str, bytes] = {}
         self.trouble: Any = None
 
+    def whoami(self) -> Dict[str, Any]:
+        return {"type": "user", "name": "me"}
+
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         facts = {"repo_id": repo_id, "private": private, "exist_ok": exist_ok}
         self.calls.append(("create_repo", facts))

@@ -116,6 +116,15 @@ def test_an_outage_is_told_and_not_remembered(transport: Transport, server: Scri
     assert flags_for(transport).fwdbwd_max_chunk_len == 5
 
 
+def test_flags_that_were_damaged_on_their_way_are_not_taken_for_those_of_the_server(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(CONFIG, Answer(body=b'{"fwdbwd_max_'), Answer(body={"fwdbwd_max_chunk_len": 5}))
+    with pytest.raises(APIConnectionError, match="is not JSON"):
+        flags_for(transport, once=True)
+    assert flags_for(transport, once=True).fwdbwd_max_chunk_len == 5
+
+
 def test_a_refused_key_is_told(transport: Transport, server: ScriptedServer) -> None:
     server.on(CONFIG, Answer(401, {"detail": "who are you?"}))
     with pytest.raises(AuthenticationError, match="who are you"):

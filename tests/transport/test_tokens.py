@@ -243,6 +243,14 @@ def test_an_answer_without_a_token_is_a_typed_error_that_does_not_show_it(
     assert "eyJ" not in everything_about(caught.value)
 
 
+def test_a_token_that_was_damaged_on_its_way_is_asked_for_again(
+    transport: Transport, mint: TokenServer, server: ScriptedServer
+) -> None:
+    server.on(TOKEN, Answer(body=b'{"jwt": "eyJ'), mint.exchange)
+    send(transport)
+    assert mint.keys_of_work() == mint.made
+
+
 def test_a_token_that_is_no_jwt_is_good_until_it_is_refused(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:

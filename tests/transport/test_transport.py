@@ -35,7 +35,7 @@ from tinkex.errors import (
     RateLimitError,
     ResponseDecodeError,
 )
-from tinkex.retry import RetryPolicy
+from tinkex.retry import MAX_DAMAGED, RetryPolicy
 from tinkex.wire.codec import Parts
 
 KEY = "tml-secret-4711"
@@ -675,6 +675,33 @@ def test_a_broken_compressed_answer_is_a_connection_error(
     server.on(route(), Answer(body=b"not compressed", headers={"Content-Encoding": encoding}))
     with pytest.raises(APIConnectionError):
         transport.send(SUBMIT, ONCE)
+
+
+@pytest.mark.parametrize("body", [b'{"request_id": "r', b"\x84\xdd\xff"])
+def test_a_success_that_was_damaged_on_its_way_is_asked_for_again(
+    transport: Transport, server: ScriptedServer, body: bytes
+) -> None:
+    server.on(route(), Answer(body=body), Answer(body={"request_id": "r"}))
+    assert transport.send(SUBMIT, QUICK).json() == {"request_id": "r"}
+    first, second = sent(server)
+    assert first.headers["x-idempotency-key"] == second.headers["x-idempotency-key"]
+    assert first.body == second.body
+
+
+def test_a_response_that_is_damaged_each_time_is_an_error_soon(
+    transport: Transport, server: ScriptedServer
+) -> None:
+    server.on(route(), Answer(body=b'{"request_id": "r'))
+    with pytest.raises(ResponseDecodeError, match="asample: the response is not JSON") as caught:
+        transport.send(SUBMIT, QUICK)
+    assert caught.value.maybe_taken
+    assert caught.value.attempts == len(sent(server)) == MAX_DAMAGED
+
+
+def test_what_is_not_read_may_be_anything(transport: Transport, server: ScriptedServer) -> None:
+    server.on(route(), Answer(body=b"ok{"))
+    request = dataclasses.replace(SUBMIT, empty_response_ok=True)
+    assert transport.send(request, ONCE).body == b"ok{"
 
 
 def test_without_zstandard_such_an_answer_is_told_at_once(

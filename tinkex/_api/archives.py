@@ -17,6 +17,7 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.rest import archive_request
 from tinkex._transport.channel import Channel
+from tinkex._transport.response_errors import error_if_damaged
 from tinkex._transport.transport import Reply, Request, Transport
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
 from tinkex.retry import RetryPolicy, RetryState
@@ -66,9 +67,10 @@ def get_checkpoint_archive_url(
         headers: Optional[Mapping[str, str]] = None
         try:
             reply = transport.send_once(request, channel=channel)
-            if reply.status < 400:
+            damaged = error_if_damaged(request, reply)
+            if reply.status < 400 and damaged is None:
                 return _read(transport, request, reply)
-            error, headers = transport.status_error(request, reply), reply.headers
+            error, headers = damaged or transport.status_error(request, reply), reply.headers
         except APIConnectionError as silence:
             error = silence
         now = clock.monotonic()

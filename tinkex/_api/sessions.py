@@ -38,7 +38,7 @@ def create_session(transport: Sender, config: Config) -> types.CreateSessionResp
         "/api/v1/create_session",
         encode(body),
         traffic="control",
-        read_timeout_s=config.startup_timeout_s,
+        read_timeout_s=min(config.read_timeout_s, config.startup_timeout_s),
     )
     policy = RetryPolicy(max_elapsed_s=config.startup_timeout_s, cap_s=4.0)
     try:

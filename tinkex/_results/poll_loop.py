@@ -134,14 +134,20 @@ class PollLoop:
             return self._after_failure(refused, began, {})
         self._last_contact = time.monotonic()
         error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
-        outcome = interpret(
-            reply,
-            error,
-            request_id=request_id,
-            kind=self._future.kind,
-            maybe_lost=self._request.maybe_lost,
-        )
-        return self._act_on(outcome, began)
+        try:
+            outcome = interpret(
+                reply,
+                error,
+                request_id=request_id,
+                kind=self._future.kind,
+                maybe_lost=self._request.maybe_lost,
+            )
+            return self._act_on(outcome, began)
+        except ResponseDecodeError as unreadable:
+            if not reply.is_damaged:
+                raise
+            self._request.maybe_lost = True  # and may be there still
+            return self._after_failure(unreadable, began, {})
 
     def _act_on(self, outcome: Outcome, began: float) -> Optional[float]:
         if isinstance(outcome, Done):

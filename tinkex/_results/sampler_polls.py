@@ -21,7 +21,7 @@ from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.transport import Reply, Request
-from tinkex.errors import APIConnectionError, APIStatusError, TinkexError
+from tinkex.errors import APIConnectionError, APIStatusError, ResponseDecodeError, TinkexError
 from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
@@ -259,7 +259,12 @@ class SamplerPolls:
             if error.status in ABSENT:
                 server.note_missing(ROUTE, error.status or 404)
             return backoff.after_failure(error, began, {})
-        found, pause_s = self._take(sent, reply, poller)
+        try:
+            found, pause_s = self._take(sent, reply, poller)
+        except ResponseDecodeError as unreadable:
+            if not reply.is_damaged:
+                raise
+            return backoff.after_failure(unreadable, began, {})
         server.note_present(ROUTE)
         if found:
             backoff.after_news()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Optional
 
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.request import Reply, Request, broken_route
+from tinkex._transport.response_errors import error_if_damaged
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -62,7 +63,7 @@ class RequestAttempts:
         self._maybe_taken = False  # of all attempts
 
     def run(self) -> Reply:
-        """Send until there is a 2xx response.  Raises as `Transport.send`."""
+        """Send until there is a 2xx response that can be read.  Raises as `Transport.send`."""
         if self._request.encode_s is not None:
             self._transport.recorder.took("encode", self._request.encode_s)
         while True:
@@ -90,6 +91,8 @@ class RequestAttempts:
             return None
         if not 200 <= reply.status < 300:
             self._error = self._transport.status_error(self._request, reply)
+        else:
+            self._error = error_if_damaged(self._request, reply)
         return reply
 
     def _send_in_turn(self) -> Reply:

@@ -90,6 +90,17 @@ class Reply:
         """Lower-case content type, with its parameters."""
         return self.headers.get("content-type", "").lower()
 
+    @property
+    def is_damaged(self) -> bool:
+        """True for a success that is no JSON: if it cannot be read, it was damaged on its way."""
+        if self.status >= 300:
+            return False
+        try:
+            orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            return True
+        return False
+
     def json(self) -> Any:
         """The decoded body; ResponseDecodeError if it is not JSON."""
         try:

@@ -148,6 +148,22 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
     return not plain or start.lower().startswith(_GATEWAY_TEXTS)
 
 
+def error_if_damaged(request: Request, reply: Reply) -> Optional[ResponseDecodeError]:
+    """The error for a success that should be JSON and is not; None if all is well.
+
+    The work was done.  Sent again, under the same key, the request gets its response once more.
+    """
+    if request.empty_response_ok or "protobuf" in reply.content_type or not reply.is_damaged:
+        return None
+    error = ResponseDecodeError(
+        f"{request.name}: the response is not JSON: {describe(request, reply)}",
+        status=reply.status,
+        hint=NOT_JSON_HINT,
+    )
+    error.maybe_taken = True
+    return error
+
+
 def describe(request: Request, reply: Reply) -> str:
     """Status, content type and the beginning of the body, for messages; may hold secrets."""
     kind = reply.content_type.partition(";")[0].strip() or "no content type"

@@ -16,6 +16,7 @@ import orjson
 
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.request import Reply, Request
+from tinkex._transport.response_errors import error_if_damaged
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.retry import RetryPolicy, server_error_behind
@@ -186,6 +187,9 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[Flag
 def _ask_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
     try:
         reply = transport.send_once(request)
+        damaged = error_if_damaged(request, reply)
+        if damaged is not None:
+            raise APIConnectionError(damaged.message, status=reply.status) from damaged
     except APIConnectionError as error:
         own = server_error_behind(error)
         known.gateway_answers += own is not None

@@ -274,7 +274,10 @@ class TokenSource:
         text = _read_jwt(reply.body)
         if text is None:
             # The message leaves the response out: it may hold a token.
-            raise ResponseDecodeError(f"{exchange.name}: the response holds no token in 'jwt'")
+            error = ResponseDecodeError(f"{exchange.name}: the response holds no token in 'jwt'")
+            if reply.is_damaged:
+                raise APIConnectionError(error.message, status=reply.status) from error
+            raise error
         return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import click
@@ -24,6 +25,7 @@ from tinkex.cli.output import format_option, print_json, wants_json
 
 
 @click.command(cls=Command)
+@click.argument("run_folder", required=False, type=click.Path(path_type=Path))
 @model_options
 @click.option("--system", metavar="TEXT", help="Begin the conversation with this system message.")
 @click.option("--max-tokens", default=512, show_default=True, help="Maximum length of a reply.")
@@ -37,6 +39,9 @@ def chat(
     **_options: Any,
 ) -> None:
     """Talk to a model: each line of input is a message, the model replies to all of them so far.
+
+    RUN_FOLDER is what `tinkex train` has written: the newest weights of the run are sampled, on the
+    server that they were trained on.
 
     "/new" begins a new conversation; the end of the input (Ctrl-D) ends the command.  An embedded
     server streams its replies: they are printed token by token.

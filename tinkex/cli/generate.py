@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,7 +24,13 @@ from tinkex import types
 from tinkex._transport import request_log
 from tinkex.cli import status
 from tinkex.cli.commands import in_flags
-from tinkex.cli.connect import base_url_option, check_path, is_embedded, open_service
+from tinkex.cli.connect import (
+    base_url_option,
+    check_path,
+    explained,
+    is_embedded,
+    open_service,
+)
 from tinkex.cli.terminal import visible
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, ConfigError, InvalidInputError, RequestFailedError
@@ -76,8 +83,16 @@ def sampling_options(command: F) -> F:
 
 
 def check_model_options(ctx: click.Context) -> None:
-    """Raise UsageError if `model_options` name two models, or no checkpoint's path."""
+    """Raise UsageError if the options name two models, or no checkpoint's path."""
     given = ctx.params
+    if given["run_folder"] is not None:
+        others = ("model_path", "base_model", "local", "data_dir")
+        flags = [f"--{name.replace('_', '-')}" for name in others if given[name]]
+        if flags:
+            raise click.UsageError(
+                f"{' and '.join(flags)} cannot be used with a run folder, which has a model of "
+                "its own"
+            )
     if given["model_path"] and given["base_model"] and not given["local"]:
         raise click.UsageError("give --model-path or --base-model, not both")
     if given["model_path"]:
@@ -86,12 +101,29 @@ def check_model_options(ctx: click.Context) -> None:
 
 @contextlib.contextmanager
 def open_generator(ctx: click.Context) -> Iterator[Generator]:
-    """Open a session with the model that `model_options` choose; it ends with the block."""
+    """Open a session with the model that the options choose; it ends with the block."""
     given = ctx.params
+    if given["run_folder"] is not None:
+        with _open_run_folder(given["run_folder"], given["base_url"]) as generator:
+            yield generator
+        return
     local_model = (given["base_model"] or DEFAULT_LOCAL_MODEL) if given["local"] else None
     opened = open_service(given["base_url"], local_model=local_model, data_dir=given["data_dir"])
     with opened as service:
         yield Generator(service, given["model_path"], given["base_model"] or local_model)
+
+
+@contextlib.contextmanager
+def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generator]:
+    """Open a session with the newest weights of the run in *folder*; it ends with the block."""
+    from tinkex import recipes
+
+    status.waiting_for(f"opening the server of {folder}")
+    service, record = recipes.open_service(folder, base_url)
+    with service, explained(service.config):
+        status.waiting_for("finding the newest weights")
+        path = recipes.find_sampler(service, record)
+        yield Generator(service, path, record.spec["base_model"])
 
 
 def sampling_params(ctx: click.Context) -> types.SamplingParams:

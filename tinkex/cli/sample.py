@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, List
 
 import click
@@ -25,6 +26,8 @@ from tinkex.errors import InvalidInputError
 
 @click.command(cls=Command)
 @click.argument("prompt")
+@click.option("--run", "run_folder", metavar="FOLDER", type=click.Path(path_type=Path),
+              help="Sample from the newest weights of this run folder.")  # fmt: skip
 @model_options
 @click.option("--chat", is_flag=True, help="Send PROMPT as a chat message instead of raw text.")
 @click.option("--max-tokens", default=128, show_default=True, help="Maximum number of new tokens.")

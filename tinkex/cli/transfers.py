@@ -13,6 +13,7 @@ import tinkex
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import check_path, with_rest
 from tinkex.cli.output import print_facts, print_text, progress_bar, size
+from tinkex.clients.hub import derived_repo_id
 from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
 
@@ -66,9 +67,8 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     "-r",
     "--repo",
     "repo_id",
-    required=True,
     metavar="NAME",
-    help="Repository, such as me/my-model.",
+    help="Repository, such as me/my-model; by default one named after run and checkpoint.",
 )
 @click.option("--public", is_flag=True, help="Create the repository as public.")
 @click.option("--revision", metavar="NAME", help="Branch; created if it does not exist.")
@@ -88,7 +88,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 def push_to_hub(
     rest: tinkex.RestClient,
     path: str,
-    repo_id: str,
+    repo_id: Optional[str],
     public: bool,
     revision: Optional[str],
     commit_message: Optional[str],
@@ -99,6 +99,9 @@ def push_to_hub(
 ) -> None:
     """Push the checkpoint at PATH to the Hugging Face hub (needs the extra "hub")."""
     check_path(path)
+    if repo_id is None:
+        with _hub_errors("the hub"):
+            repo_id = derived_repo_id(path)
     with progress_bar("Downloading") as report, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,

@@ -107,9 +107,9 @@ class LookupClient(BaseClient):
             )
         self._owns_runtime = session is None
         if session is None:
-            session = Runtime(
-                Config.resolve(**settings) if config is None else check_config(config)
-            )
+            config = Config.resolve(**settings) if config is None else check_config(config)
+            settings.clear()  # the key: some tools show the locals of a traceback
+            session = Runtime(config)
         super().__init__(session)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path
 from threading import Event
@@ -17,6 +18,8 @@ from tinkex.errors import ConfigError, InvalidInputError, TinkexError
 from tinkex.types.checkpoint_path import locate_checkpoint
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 96
 
 
 def push_to_hub(
@@ -80,6 +83,21 @@ def push_to_hub(
             ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
         )
     return str(getattr(commit, "pr_url", None) or getattr(commit, "commit_url", commit))
+
+
+def derived_repo_id(tinker_path: str) -> str:
+    """Return the name of a repository for a checkpoint, of the user who is logged in to the hub.
+
+    It is made of the names of run and checkpoint.  Blocks.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed.
+        And what huggingface_hub raises, for example if nobody is logged in.
+    """
+    parsed = locate_checkpoint(tinker_path)
+    name = f"tinker-{parsed.training_run_id}-{parsed.checkpoint_id}"
+    name = re.sub("[^A-Za-z0-9_]+", "-", name)[:_LONGEST_NAME]
+    return f"{_hub().whoami()['name']}/{name.strip('-')}"
 
 
 def _hub() -> Any:

@@ -21,6 +21,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Sequence,
     Tuple,
     Union,
 )
@@ -176,7 +177,6 @@ class Pipeline(Iterator[PipelineStep]):
         save_after: SaveAfter,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
-        accumulation: int = 1,
     ) -> None:
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
@@ -190,7 +190,6 @@ class Pipeline(Iterator[PipelineStep]):
         self._loss_fn_config = loss_fn_config
         self._adam_params = adam_params
         self._depth = as_int("depth", depth, 1, text=False)
-        self._accumulation = as_int("accumulation", accumulation, 1, text=False)
         self._save_after = save_after
         if save_after is not None and not callable(save_after):
             self._save_after = as_int("save_after", save_after, 1, text=False)
@@ -302,7 +301,7 @@ class Pipeline(Iterator[PipelineStep]):
             params = params(index)
         earlier: List[APIFuture[ForwardBackwardOutput]] = []
         try:
-            *parts, last = _split(batch, self._accumulation)
+            *parts, last = _passes_of(batch)
             for part in parts:
                 earlier.append(self._submit_pass(part))
                 earlier[-1].uncount()
@@ -382,14 +381,11 @@ class Pipeline(Iterator[PipelineStep]):
         return f"sent before, and done by the server unless it fails: step {names}"
 
 
-def _split(batch: Batch, count: int) -> List[Batch]:
-    """Split *batch* into *count* parts of nearly the same size; fewer if it has fewer datums."""
-    if count == 1:
-        return [batch]
-    data = list(batch)
-    count = max(1, min(count, len(data)))
-    ends = [len(data) * part // count for part in range(count + 1)]
-    return [data[start:end] for start, end in zip(ends, ends[1:])]
+def _passes_of(batch: Union[Batch, Sequence[Batch]]) -> List[Any]:
+    """Return the batch of each pass of a step: *batch* itself, or its parts if it is of lists."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(p, list) for p in batch):
+        return list(batch)
+    return [batch]
 
 
 def _add_step_to_hint(error: TinkexError, index: int) -> None:

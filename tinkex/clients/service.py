@@ -83,6 +83,7 @@ class ServiceClient:
             config = Config.resolve(**settings)
         elif any(value is not None for value in settings.values()):
             raise InvalidInputError("give either config or single settings, not both")
+        settings.clear()  # the key: some tools show the locals of a traceback
         self._runtime = Runtime(check_config(config), manager or default_manager())
         self._server: Any = None
         self._server_dropper: Any = None

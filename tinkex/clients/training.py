@@ -283,7 +283,6 @@ class TrainingClient(BaseClient):
         save_after: SaveAfter = None,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
-        accumulation: int = 1,
     ) -> Pipeline:
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
@@ -314,7 +313,8 @@ class TrainingClient(BaseClient):
         was submitted.
 
         Args:
-            batches: taken one by one, *depth* - 1 ahead.
+            batches: taken one by one, *depth* - 1 ahead.  A list of lists of Datum is a batch of
+                several passes, whose gradients add up before the optimizer step.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
             depth: steps under way together; 1 does one after the other.
@@ -324,8 +324,6 @@ class TrainingClient(BaseClient):
                 names ``step-100``, ``step-200`` and so on, or a function of the step's index that
                 returns a name, or None not to save it.
             save_ttl_seconds: how long the server keeps what *save_every* saves; None is for ever.
-            accumulation: passes per step.  Each batch is split into so many parts of nearly the
-                same size, whose gradients add up before the optimizer step.
         """
         self._ensure_open("pipeline")
         return Pipeline(
@@ -338,7 +336,6 @@ class TrainingClient(BaseClient):
             save_after,
             save_every,
             save_ttl_seconds,
-            accumulation,
         )
 
     def _submit_step(

@@ -94,6 +94,10 @@ def create_app(
 
 def _admit(admission: Admission) -> None:
     admission.check(head_of(request.environ))
+    try:
+        request.query_string.decode()
+    except UnicodeDecodeError as error:  # views that read the query could not
+        raise HTTPError(400, "the query is not UTF-8; percent-encode it") from error
 
 
 def _rejected(error: HTTPError) -> Response:

@@ -5,8 +5,12 @@ docs/training.md has the whole story.
 """
 
 from tinkex.recipes.batches import Batches as Batches, count_steps as count_steps
+from tinkex.recipes.dpo import dpo_loss as dpo_loss, train_dpo as train_dpo
 from tinkex.recipes.evaluation import Evaluation as Evaluation, evaluate as evaluate
+from tinkex.recipes.reference import Pair as Pair
+from tinkex.recipes.rl import group_data as group_data, train_rl as train_rl
 from tinkex.recipes.schedules import (
+    Schedule as Schedule,
     constant as constant,
     cosine as cosine,
     linear as linear,

@@ -18,6 +18,13 @@ def count_steps(examples: int, batch_size: int, epochs: float = 1.0) -> int:
     return math.ceil(round(examples * epochs) / batch_size)
 
 
+def split_batch(batch: Sequence[T], count: int) -> List[List[T]]:
+    """Split *batch* into *count* parts of nearly the same size; fewer if it has fewer examples."""
+    count = max(1, min(count, len(batch)))
+    ends = [len(batch) * part // count for part in range(count + 1)]
+    return [list(batch[start:end]) for start, end in zip(ends, ends[1:])]
+
+
 class Batches(Sequence[List[T]]):
     """Batches of *data*; examples are read when their batch is asked for.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar
 
 from tinkex._runtime.numeric import as_int
 from tinkex.clients.training import TrainingClient
@@ -113,4 +113,9 @@ def heldout_loss(trainer: Callable[[], TrainingClient], data: Sequence[Datum]) -
     return measure
 
 
-__all__: List[str] = ["Evaluation", "Evaluations", "evaluate", "heldout_loss", "learnt_weight"]
+def logged(metrics: Mapping[str, Any]) -> Dict[str, float]:
+    """Return those of a step's *metrics* in the journal that are for loggers, as numbers.
+
+    The others are sums over the batch, and the server's own count of steps.
+    """
+    return {n: float(value) for n, value in metrics.items() if ":" not in n and n != "step"}

@@ -22,7 +22,7 @@ _TTL_S = 86400
 
 
 def open_service(
-    folder: Union[str, os.PathLike[str]], **settings: Any
+    folder: Union[str, os.PathLike[str]], base_url: Optional[str] = None, **settings: Any
 ) -> Tuple[ServiceClient, RunRecord]:
     """Open a session on the server that the run in *folder* was trained on.  Blocks.
 
@@ -31,6 +31,7 @@ def open_service(
 
     Args:
         folder: a run folder.
+        base_url: of another server that has the run's checkpoints; by default it is found.
         settings: of the client, as for `ServiceClient`; for an embedded server, also those of
             `ServiceClient.local`.
 
@@ -44,14 +45,12 @@ def open_service(
     record = read_run(os.fspath(folder))
     if not record.spec:
         raise RunFolderError(f"the run in {os.fspath(folder)} has not begun yet")
-    server: Optional[str] = record.config.get("server")
+    server: Optional[str] = base_url or record.config.get("server")
     data_dir = server_folder(folder)
     if server == EMBEDDED or (server is None and data_dir.is_dir()):
         model = record.spec["base_model"]
         return ServiceClient.local(model, data_dir=str(data_dir), **settings), record
-    if server is not None:
-        settings = {"base_url": server, **settings}
-    return ServiceClient(**settings), record
+    return ServiceClient(base_url=server, **settings), record
 
 
 def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:

@@ -5,11 +5,12 @@ The loop is short on purpose: copy it, and change what you need.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
-from tinkex.recipes.evaluation import Evaluations, heldout_loss, learnt_weight
+from tinkex.recipes.batches import split_batch
+from tinkex.recipes.evaluation import Evaluations, heldout_loss, learnt_weight, logged
 from tinkex.recipes.schedules import Schedule
-from tinkex.runs import Run
+from tinkex.runs import Run, RunStep
 from tinkex.types import Datum
 
 #: Gets the index of a step, and its metrics; `Logger.log` is one.
@@ -29,9 +30,9 @@ def train_supervised(
     """Do the steps of *run* that are left, one for each of *batches*.  Blocks.
 
     Metrics of a step, in the run's journal and for *log*: ``loss``, in nats per token to learn,
-    before the step; ``tokens`` to learn; ``learning_rate``; and ``heldout_loss`` where that was
-    measured, before the step, too.  That of the weights at the end goes to *log* alone, as a metric
-    of step ``len(batches)``.
+    before the step; ``tokens`` to learn; ``learning_rate``; ``grad_norm`` if the server reports it;
+    and ``heldout_loss`` where that was measured, before the step, too.  That of the weights at the
+    end goes to *log* alone, as a metric of step ``len(batches)``.
 
     Args:
         run: from `ServiceClient.open_run`.
@@ -50,22 +51,25 @@ def train_supervised(
     """
     measure = heldout_loss(lambda: run.trainer, heldout) if len(heldout) else None
     evaluations = Evaluations(batches, measure, eval_every)
-    steps = run.pipeline(
-        evaluations.batches_from, "cross_entropy", schedule, accumulation=accumulation
-    )
-    for step in steps:
+
+    def source(first: int) -> Iterator[List[List[Datum]]]:
+        for batch in evaluations.batches_from(first):
+            yield split_batch(batch, accumulation)
+
+    def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:
+        assert step.result is not None
+        tokens = sum(learnt_weight(part) for part in step.batch)
+        return {
+            "loss": step.result.metrics["loss:sum"] / tokens,
+            "tokens": tokens,
+            "learning_rate": schedule(step.index).learning_rate,
+            **evaluations.result(step.index),
+        }
+
+    for step in run.pipeline(source, "cross_entropy", schedule, metrics=metrics):
         with step:  # so that open_run(on_session_loss="resume") works
-            assert step.result is not None
-            tokens = learnt_weight(step.batch)
-            metrics: Dict[str, float] = {
-                "loss": step.result.metrics["loss:sum"] / tokens,
-                "tokens": tokens,
-                "learning_rate": schedule(step.index).learning_rate,
-                **evaluations.result(step.index),
-            }
-            step.log(metrics)
             if log is not None:
-                log(step.index, metrics)
+                log(step.index, logged(step.metrics))
     final = evaluations.result(len(batches))
     if final and log is not None:
         log(len(batches), final)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING, Any, Deque, Iterator, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Deque, Iterator, Mapping, Optional, Union
 
 from tinkex.runs.saver import Place
 from tinkex.runs.step import RunStep
@@ -23,7 +23,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             requests of the one before have been queued.
         trainer: of the run.
         first: the place before these steps.
-        loss_fn, adam_params, loss_fn_config, depth, accumulation: as for `Run.pipeline`.
+        loss_fn, adam_params, loss_fn_config, depth, metrics: as for `Run.pipeline`.
     """
 
     def __init__(
@@ -35,22 +35,18 @@ class PipedSteps(Iterator[RunStep[Any]]):
         adam_params: Schedule,
         loss_fn_config: Optional[Mapping[str, Union[float, str]]],
         depth: int,
-        accumulation: int,
+        metrics: Optional[Callable[[RunStep[Any]], Mapping[str, Any]]],
     ) -> None:
         self._steps = steps
         self._first = first
         self._finished = 0
         self._handed_out: Optional[RunStep[Any]] = None  # the last one
         self._adam_params = adam_params
+        self._metrics = metrics
         self._submitted: Deque[RunStep[Any]] = collections.deque()
         schedule = self._params_of if callable(adam_params) else adam_params
         self._pipeline = trainer.pipeline(
-            self._batches(),
-            loss_fn,
-            schedule,
-            loss_fn_config,
-            depth=depth,
-            accumulation=accumulation,
+            self._batches(), loss_fn, schedule, loss_fn_config, depth=depth
         )
 
     @property
@@ -73,7 +69,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
         for result in self._pipeline.drain():
             if result.index != self._finished:
                 return False  # the one before it has failed
-            self._finish(result)._end()
+            self._finish(result)._write()  # the loop's body has not seen it
         return True
 
     def _batches(self) -> Iterator[Any]:
@@ -90,4 +86,6 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._finished += 1
         step.result = result
         step.log(result.metrics)
+        if self._metrics is not None:
+            step.log(self._metrics(step))
         return step

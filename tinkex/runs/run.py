@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import (
     TYPE_CHECKING,
     Any,
+    Callable,
     Dict,
     Iterator,
     Mapping,
@@ -53,8 +54,8 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B")
 
 
-#: What `Run.pipeline` passes on: loss_fn, adam_params, loss_fn_config, depth, accumulation.
-_PipelineArguments = Tuple[Any, Any, Any, int, int]
+#: What `Run.pipeline` passes on, in the order of its parameters.
+_PipelineArguments = Tuple[Any, Any, Any, int, Any]
 
 
 class Run:
@@ -163,7 +164,7 @@ class Run:
         loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
         *,
         depth: int = 2,
-        accumulation: int = 1,
+        metrics: Optional[Callable[[RunStep[Any]], Mapping[str, Any]]] = None,
     ) -> Iterator[RunStep[Any]]:
         """Train like `TrainingClient.pipeline`, and iterate like `steps` over what is done.
 
@@ -173,11 +174,13 @@ class Run:
         the run is closed, or the next loop begins.
 
         Args:
-            batches: as for `steps`, of batches of Datum.
-            loss_fn, adam_params, loss_fn_config, depth, accumulation: as for
-                `TrainingClient.pipeline`.
+            batches: as for `steps`, of batches for `TrainingClient.pipeline`.
+            loss_fn, adam_params, loss_fn_config, depth: as for `TrainingClient.pipeline`.
+            metrics: returns further metrics of a step to log, from its batch and its result.
+                Called for every step that is done, also for those that the loop was left before,
+                as by Ctrl-C.
         """
-        arguments = (loss_fn, adam_params, loss_fn_config, depth, accumulation)
+        arguments = (loss_fn, adam_params, loss_fn_config, depth, metrics)
         return self._loop(batches, arguments)
 
     def save_for_sampler(self) -> str:

@@ -36,9 +36,15 @@ class RunStep(Generic[B]):
         self.result: Optional[PipelineStep] = None
         self._log = log
         self._rides_out = rides_out
-        self._metrics: Optional[Dict[str, Any]] = {}  # None once they were written
+        self._metrics: Dict[str, Any] = {}
+        self._written = False
         self._entered = False
         self._lost: Optional[SessionLostError] = None
+
+    @property
+    def metrics(self) -> Dict[str, Any]:
+        """What was logged for this step so far, as the journal has it."""
+        return dict(self._metrics)
 
     def log(self, metrics: Optional[Mapping[str, Any]] = None, **more: Any) -> None:
         """Have the journal hold these metrics of this step, with those logged before.
@@ -54,10 +60,9 @@ class RunStep(Generic[B]):
         """
         given = {**(metrics or {}), **more}
         found = {str(name): _metric(name, value) for name, value in given.items()}
-        if self._metrics is None:
+        self._metrics.update(found)
+        if self._written:
             self._log(self.index, found)
-        else:
-            self._metrics.update(found)
 
     def __enter__(self) -> RunStep[B]:
         self._entered = True
@@ -89,9 +94,13 @@ class RunStep(Generic[B]):
                 "on_session_loss='resume' needs the body of the loop within `with step:`",
                 hint="for step in run.steps(batches):\n      with step:\n          ...",
             )
-        metrics, self._metrics = self._metrics, None
-        if metrics is not None:
-            self._log(self.index, metrics)
+        self._write()
+
+    def _write(self) -> None:
+        """Have the step written, with what was logged so far; once."""
+        if not self._written:
+            self._written = True
+            self._log(self.index, self.metrics)
 
 
 def _metric(name: object, value: Any) -> Any:

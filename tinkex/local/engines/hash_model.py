@@ -87,8 +87,10 @@ def shares(params: SamplingParams, steps: int) -> List[float]:
     if params.temperature == 0:
         return [1.0]
     # In log space; steps sharpen the choice as they raise the log-probabilities.
-    scores = np.log(_WEIGHTS[:count]) * (1.0 + 0.1 * steps) / params.temperature
-    chances = np.exp(scores - scores.max())
+    scores = np.log(_WEIGHTS[:count]) * (1.0 + 0.1 * steps)
+    # Shifted first: a tiny temperature leaves the likeliest, and makes no NaN.
+    with np.errstate(over="ignore"):
+        chances = np.exp((scores - scores.max()) / params.temperature)
     chances /= chances.sum()
     kept = np.cumsum(chances) - chances < params.top_p
     cumulative: List[float] = np.cumsum(chances[kept]).tolist()

@@ -201,12 +201,16 @@ def log_failure(what: str, action: Callable[..., object], *args: object) -> None
 def failure_of(error: Exception, what: str) -> Failure:
     """Return what a request fails with whose work raised *error*.
 
-    An EngineError knows whose fault it is; anything unexpected is the server's, and logged.
+    An EngineError knows whose fault it is; anything unexpected is the server's, and logged.  Of
+    files that cannot be read or written, as on a full disk, the message says enough.
     """
     if isinstance(error, EngineError):
         return Failure(str(error), error.category)
     if isinstance(error, HTTPError):
         category = "user" if error.status < 500 else "server"
         return Failure(error.detail, category, 422 if error.status == 400 else error.status)
+    if isinstance(error, OSError):
+        _log.error("%s failed: %s", what, error)
+        return Failure(f"the server cannot use its files: {error}", "server")
     _log.error("%s failed", what, exc_info=error)
     return Failure(f"the engine failed: {type(error).__name__}: {error}", "server")

@@ -35,9 +35,6 @@ def write_adapter(
 
     There is a note with it if merging it takes care.  *for_export* names the weights of the output
     layer as the hosted service does, which is what the cookbook's merging and conversion expect.
-
-    Raises:
-        OSError: the files cannot be written.
     """
     renamed = for_export and adapter.output is not None
     own = f"{_PREFIX}{adapter.output}."
@@ -45,7 +42,7 @@ def write_adapter(
     for name, value in adapter.parameters.items():
         if renamed and name.startswith(own):
             name = EXPORTED_OUTPUT + name[len(own) :]
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach()
     write_tensors(tensors, folder / WEIGHTS_FILE)
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
@@ -56,15 +53,20 @@ def write_adapter(
         (folder / NOTE_FILE).write_text(note, encoding="utf-8")
 
 
-def write_tensors(tensors: Dict[str, torch.Tensor], file: Path) -> None:
-    """Write *tensors*, which are contiguous and on the CPU, into *file*; OSError if it fails."""
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write *tensors* into the file *path*.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, str(file), {"format": "pt"})
-    except SafetensorError as error:  # there is nothing wrong with the tensors: it is the disk
-        raise OSError(str(error)) from error
+        save_file(contiguous, str(path), {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:

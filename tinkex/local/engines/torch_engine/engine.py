@@ -225,8 +225,7 @@ class TorchEngine:
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder)
         if with_optimizer:
-            tensors = {name: t.cpu().contiguous() for name, t in run.optimizer.tensors().items()}
-            adapter_files.write_tensors(tensors, folder / OPTIMIZER_WEIGHTS)
+            adapter_files.write_tensors(run.optimizer.tensors(), folder / OPTIMIZER_WEIGHTS)
             state = {"type": "adamw", "step": run.optimizer.step_count}
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 

@@ -1,0 +1,118 @@
+"""Ctrl-C ends every command that waits for a server: exit code 130, one line, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from typing import Iterator, Set
+
+import click
+import pytest
+from support.programs import STRICT, environment, interrupt, started
+from support.scripted_server import Answer, Received, ScriptedServer
+
+from tinkex.cli.main import cli
+
+PATH = "tinker://run/weights/a"
+
+#: Each command that asks a server, with arguments.
+COMMANDS = {
+    "auth login": "",
+    "auth logout": "",
+    "auth status": "",
+    "auth whoami": "",
+    "billing checkpoint-storage": "",
+    "billing usage": "2026-01-01 2026-01-02",
+    "chat": "",
+    "checkpoint delete": f"{PATH} -y",
+    "checkpoint download": PATH,
+    "checkpoint info": PATH,
+    "checkpoint list": "",
+    "checkpoint publish": PATH,
+    "checkpoint push-hf": f"{PATH} -r me/model",
+    "checkpoint set-ttl": f"{PATH} --ttl 3600",
+    "checkpoint unpublish": PATH,
+    "doctor": "",
+    "model list": "",
+    "run info": "run",
+    "run list": "",
+    "sample": "hello",
+    "session export-trace": "s-1",
+    "session info": "s-1",
+    "session list": "",
+}
+#: Tested on their own, or without a wait.
+ELSEWHERE = {"data show", "serve", "status", "version", "train", "export"}
+#: They send nothing here: no key is stored, and nothing is typed.
+SILENT = {"auth logout", "auth login"}
+
+
+class DeafServer(ScriptedServer):
+    """Takes every request, and answers none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+
+    def respond(self, received: Received) -> Answer:
+        super().respond(received)
+        self.asked.set()
+        return Answer(hold=threading.Event())
+
+
+@pytest.fixture
+def deaf(tmp_path, monkeypatch) -> Iterator[DeafServer]:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with DeafServer() as server:
+        yield server
+
+
+def names(group: click.Group, prefix: str = "") -> Set[str]:
+    found: Set[str] = set()
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        is_group = isinstance(command, click.Group)
+        found |= names(command, f"{prefix}{name} ") if is_group else {prefix + name}
+    return found
+
+
+def test_no_command_is_left_out():
+    assert names(cli) <= COMMANDS.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SILENT))
+def test_ctrl_c_ends_a_command_that_waits(name: str, deaf: DeafServer):
+    key = "from os import environ as e; e['TINKER_API_KEY'] = 'tml-1'; "
+    code = f"{key}from tinkex.cli.main import main; main()"
+    with started(["-c", code, *name.split(), *COMMANDS[name].split()], deaf.url) as process:
+        assert deaf.asked.wait(60)
+        done = interrupt(process)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "Interrupted."
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_the_check_of_a_key(deaf: DeafServer):
+    process = subprocess.Popen(
+        [sys.executable, *STRICT, "-m", "tinkex", "auth", "login"],
+        env=environment(deaf.url),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.write("tml-secret\n")
+        process.stdin.close()
+        process.stdin = None
+        assert deaf.asked.wait(60)
+        done = interrupt(process)
+    finally:
+        process.kill()
+        process.wait()
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "tml-secret" not in done.stdout + done.stderr

@@ -1,0 +1,375 @@
+"""What ``tinkex train`` does: read and check the examples, open the run, train, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import tinkex
+from tinkex import data, loggers, recipes
+from tinkex.cli import status
+from tinkex.cli.connect import explained, find_server
+from tinkex.cli.output import count, print_facts
+from tinkex.cli.terminal import echo_error
+from tinkex.cli.training_progress import TrainingProgress
+from tinkex.config import Config
+from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
+from tinkex.recipes.evaluation import logged
+from tinkex.recipes.prepared import Prepared, split_heldout
+from tinkex.recipes.serving import EMBEDDED, server_folder
+from tinkex.runs import RunRecord
+from tinkex.runs.folder import check_same
+from tinkex.runs.journal import JOURNAL_NAME
+
+METHODS = ("supervised", "dpo")
+SCHEDULES = ("constant", "linear", "cosine")
+LOGGERS = ("csv", "png", "tensorboard", "wandb", "trackio")
+
+#: Without --heldout, one example of so many is held out, but not more than this many...
+_HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
+#: ... and none of a file with fewer examples than this.
+_HELDOUT_FROM = 40
+
+#: Measurements of the held-out loss in a run, and checkpoints, where the options do not say.
+_PARTS = 10
+#: A checkpoint is saved after this many minutes, too.
+_SAVE_MINUTES = 10.0
+
+_RATES = {"supervised": 2e-4, "dpo": 1e-5}
+
+
+@dataclasses.dataclass
+class Job:
+    """The options of ``tinkex train``."""
+
+    file: Path
+    model: str
+    out: Path
+    method: Optional[str]
+    learn: str
+    rank: int
+    learning_rate: Optional[float]
+    schedule: str
+    warmup: int
+    batch_size: int
+    accumulation: int
+    epochs: float
+    steps: Optional[int]
+    max_tokens: Optional[int]
+    heldout: Optional[str]
+    eval_every: Optional[int]
+    save_every: Optional[int]
+    beta: float
+    seed: int
+    loggers: Tuple[str, ...]
+    skip_bad: bool
+    base_url: Optional[str]
+    accept_changes: bool
+
+    def __post_init__(self) -> None:
+        self.base_url = self.base_url or os.environ.get("TINKER_BASE_URL") or None
+        if self.base_url is None and Path(self.model).is_dir():
+            self.model = str(Path(self.model).resolve())  # `tinkex chat` may run elsewhere
+
+
+class _Files:
+    """The examples of a job, read but not prepared.
+
+    Attributes:
+        method: ``"supervised"`` or ``"dpo"``.
+        config: the settings of the run that decide what is learnt, and where.
+    """
+
+    def __init__(self, job: Job) -> None:
+        status.waiting_for(f"reading {job.file}")
+        self.training = data.open_examples(job.file, skip_bad=job.skip_bad)
+        self.method = _method(job, self.training)
+        self.heldout = self.training
+        self.indices: Any = None  # all
+        self.heldout_indices: Any = None
+        share = _share(job.heldout)
+        if job.heldout is not None and share is None:
+            self.heldout = data.open_examples(job.heldout, skip_bad=job.skip_bad)
+            _method(dataclasses.replace(job, method=self.method), self.heldout)
+            held = _describe(self.heldout)
+        else:
+            size = _heldout_size(len(self.training), share)
+            self.indices, self.heldout_indices = split_heldout(len(self.training), size, job.seed)
+            held = f"{count(size, 'example')} of the file"
+        self.config: Dict[str, Any] = {
+            "server": EMBEDDED
+            if job.base_url is None
+            else Config.resolve(base_url=job.base_url).base_url,
+            "method": self.method,
+            "data": _describe(self.training),
+            "heldout": held,
+            "learning_rate": job.learning_rate or _RATES[self.method],
+            "schedule": job.schedule,
+            "warmup": job.warmup,
+            "batch_size": job.batch_size,
+            "accumulation": job.accumulation,
+            "max_tokens": job.max_tokens,
+            **({"epochs": job.epochs} if job.steps is None else {"steps": job.steps}),
+            **({"beta": job.beta} if self.method == "dpo" else {"learn": job.learn}),
+        }
+
+
+def run_job(job: Job) -> None:
+    """Do what is left of *job*, and print the result."""
+    with _warnings_in_words():
+        files = _Files(job)
+    record = _record_so_far(job, files.config)
+    if record.sampler is not None and record.config == files.config:
+        echo_error(f"The run in {job.out} is finished already.")
+        _report(job, record)
+        return
+    try:
+        with _open_service(job) as service:
+            _train(job, files, service)
+    except TinkexError as error:
+        if error.hint is None and _read(job.out).spec:
+            error.hint = "The run continues when the command is run again."
+        raise
+    except KeyboardInterrupt:
+        saved = _read(job.out).checkpoints
+        steps = count(saved[-1].steps if saved else 0, "step")
+        echo_error(f"{steps} saved in {job.out}; run the command again to continue.")
+        raise
+    _report(job, _read(job.out))
+
+
+def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> None:
+    """Train, and save the weights for sampling."""
+    training, heldout = _prepare(job, files, service)
+    given = files.config
+    batches = recipes.Batches(
+        training, job.batch_size, epochs=job.epochs, steps=job.steps, seed=job.seed
+    )
+    schedule = _schedule(given, len(batches))
+    part = max(1, len(batches) // _PARTS)
+    status.waiting_for("creating the run")
+    with contextlib.ExitStack() as opened:
+        run = opened.enter_context(
+            service.open_run(
+                job.out,
+                job.model,
+                rank=job.rank,
+                seed=job.seed,
+                config=given,
+                save_every=job.save_every or part,
+                save_minutes=_SAVE_MINUTES,
+                on_session_loss="resume",
+                exit_on_sigterm=True,
+                accept_changes=job.accept_changes,
+            )
+        )
+        outputs = opened.enter_context(loggers.open_loggers(job.out, job.loggers, config=given))
+        if run.steps_done:
+            echo_error(f"Continuing after {run.steps_done} of {count(len(batches), 'step')}.")
+            _log_again(run, outputs, job.out)
+        with TrainingProgress(len(batches), run.steps_done) as progress:
+
+            def log(step: int, metrics: Any) -> None:
+                outputs.log(step, metrics)
+                progress.log(step, metrics)
+
+            recipe: Any = recipes.train_supervised
+            if files.method == "dpo":
+                recipe = functools.partial(recipes.train_dpo, beta=job.beta)
+            recipe(
+                run,
+                batches,
+                schedule,
+                accumulation=job.accumulation,
+                heldout=heldout,
+                eval_every=job.eval_every or part,
+                log=log,
+            )
+        status.waiting_for("saving")
+        run.save_for_sampler()
+
+
+def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
+    """Log what the journal has and the loggers have missed, as steps done while Ctrl-C came."""
+    lines = loggers.read_metrics(folder)
+    first = lines[-1]["step"] + 1 if lines else 0
+    for step in run.record.steps[first : run.steps_done]:
+        outputs.log(step.index, logged(step.metrics))
+
+
+def _prepare(
+    job: Job, files: _Files, service: tinkex.ServiceClient
+) -> Tuple[Prepared[Any], Prepared[Any]]:
+    """Return the data to train on and those held out, all of which can be used."""
+    status.waiting_for("loading the tokenizer")
+    tokenizer = service.create_sampling_client(base_model=job.model).get_tokenizer()
+    longest = job.max_tokens or _context_length(service, job.model)
+    cut: List[int] = []
+
+    def prepare(example: data.Example) -> Any:
+        if isinstance(example, data.Preference):
+            return data.preference_data(example, tokenizer, max_tokens=longest, on_cut=cut.append)
+        return data.example_datum(
+            example, tokenizer, learn=job.learn, max_tokens=longest, on_cut=cut.append
+        )
+
+    def checked(done: int, total: int) -> None:
+        status.waiting_for(f"checking examples: {done} of {total}")
+
+    training = Prepared(files.training, prepare, files.indices)
+    heldout = Prepared(files.heldout, prepare, files.heldout_indices)
+    for part in (training, heldout):
+        part.check(skip_bad=job.skip_bad, progress=checked)
+    if cut:
+        echo_error(
+            f"{count(len(cut), 'text')} longer than {longest} tokens were cut; the longest "
+            f"has {max(cut)} tokens."
+        )
+    if len(heldout):
+        status.waiting_for("comparing the held-out examples with the others")
+        _leave_out_overlap(heldout, training, files.heldout is not files.training)
+    if not len(heldout):
+        echo_error("No examples are held out.")
+    return training, heldout
+
+
+def _leave_out_overlap(heldout: Prepared[Any], training: Prepared[Any], is_file: bool) -> None:
+    total = len(heldout)
+    shared = heldout.leave_out(training)
+    if shared and not len(heldout) and is_file:
+        raise InvalidInputError(
+            f"all {total} held-out examples are trained on as well, so their loss would show "
+            "nothing",
+            hint="Give other examples with --heldout, or --heldout 0 for none.",
+        )
+    if shared:
+        echo_error(
+            f"{shared} of {total} held-out examples are trained on as well; they are not used "
+            "for the held-out loss."
+        )
+
+
+def _record_so_far(job: Job, config: Dict[str, Any]) -> RunRecord:
+    """Return what the run folder holds; RunFolderError if it is a run of something else."""
+    if job.out.exists() and not job.out.is_dir():
+        raise RunFolderError(f"{job.out} is not a folder")
+    record = _read(job.out)
+    if record.spec:
+        spec = {**record.spec, "base_model": job.model, "rank": job.rank, "seed": job.seed}
+        check_same(job.out, record, {**spec, "start_from": None}, config, job.accept_changes)
+    return record
+
+
+def _read(folder: Path) -> RunRecord:
+    return tinkex.read_run(folder) if (folder / JOURNAL_NAME).exists() else RunRecord()
+
+
+@contextlib.contextmanager
+def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
+    """Open a session on the server of *job*; it ends with the block."""
+    if job.base_url is None:
+        status.waiting_for(f"loading {job.model}")
+        data_dir = str(server_folder(job.out))
+        with tinkex.ServiceClient.local(job.model, data_dir=data_dir) as service:
+            yield service
+        return
+    config = find_server(job.base_url)
+    with explained(config), tinkex.ServiceClient(base_url=config.base_url) as service:
+        yield service
+
+
+def _report(job: Job, record: RunRecord) -> None:
+    """Print what became of the run."""
+    assert record.sampler is not None
+    metrics = loggers.read_metrics(job.out)
+    losses = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
+    first, final = (losses[0], losses[-1]) if losses else (None, None)
+    unit = "" if record.config["method"] == "dpo" else " nats per token"
+    facts = {
+        "steps": str(record.sampler.steps),
+        "held-out loss before": None if first is None else f"{first:.3f}{unit}",
+        "held-out loss after": None if final is None else f"{final:.3f}{unit}",
+        "weights": record.sampler.path,
+        "talk to it": f"tinkex chat {job.out}",
+    }
+    values = {
+        "folder": str(job.out),
+        "steps": record.sampler.steps,
+        "heldout_loss_before": first,
+        "heldout_loss_after": final,
+        "sampler_path": record.sampler.path,
+    }
+    rows = [(name, value) for name, value in facts.items() if value is not None]
+    print_facts(f"{job.model}, trained in {job.out}", rows, as_json=values)
+
+
+# Settings
+
+
+def _method(job: Job, examples: data.Examples) -> str:
+    """Return the method for *examples*; InvalidInputError if they are of another one."""
+    preferences = data.Preference in examples.kinds
+    if preferences and len(examples.kinds) > 1:
+        raise InvalidInputError(f"{examples.path} has preferences and other examples, too")
+    found = "dpo" if preferences else "supervised"
+    if job.method not in (None, found):
+        raise InvalidInputError(
+            f"{examples.path} has {'' if preferences else 'no '}preferences",
+            hint="--method dpo needs a file of preferences (prompt, chosen, rejected); other "
+            "examples are for --method supervised.",
+        )
+    return found
+
+
+def _share(heldout: Optional[str]) -> Optional[float]:
+    """Return the value of --heldout if it is a share; None if it is a file, or not given."""
+    try:
+        share = float(heldout or "")
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise InvalidInputError(f"--heldout is {heldout}; a share is at least 0, and less than 1")
+    return share
+
+
+def _heldout_size(examples: int, share: Optional[float]) -> int:
+    if share is not None:
+        return min(round(examples * share), examples - 1)
+    return min(examples // _HELDOUT_SHARE, _HELDOUT_MOST) if examples >= _HELDOUT_FROM else 0
+
+
+def _describe(examples: data.Examples) -> str:
+    return f"{count(len(examples), 'example')}, sha256 {examples.fingerprint[:16]}"
+
+
+def _schedule(config: Dict[str, Any], steps: int) -> recipes.Schedule:
+    rate, warmup = config["learning_rate"], config["warmup"]
+    if config["schedule"] == "constant":
+        return recipes.constant(rate, warmup=warmup)
+    make = recipes.linear if config["schedule"] == "linear" else recipes.cosine
+    return make(rate, steps, warmup=warmup)
+
+
+def _context_length(service: tinkex.ServiceClient, model: str) -> Optional[int]:
+    """Return the most tokens that the server takes for *model*; None if it does not say."""
+    for found in service.get_server_capabilities().supported_models:
+        if found.model_name == model:
+            return found.max_context_length
+    return None
+
+
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Print warnings of the block without the place in the code that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                echo_error(f"Warning: {warning.message}")

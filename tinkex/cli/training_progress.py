@@ -1,0 +1,98 @@
+"""The progress of ``tinkex train`` on stderr: a bar on a terminal, otherwise lines.
+
+Used by one thread, and has none of its own; `rich` redraws its bar in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from types import TracebackType
+from typing import Any, Mapping, Optional, Type
+
+from tinkex.cli import status
+from tinkex.cli.terminal import echo_error
+
+#: Seconds between two lines, at least; those with a held-out loss are always written.
+_GAP_S = 5.0
+
+
+class TrainingProgress:
+    """Shows the steps that are done, as `log` reports them, within a ``with`` block.
+
+    Args:
+        steps: of the whole run.
+        done: of those, how many are done already.
+    """
+
+    def __init__(self, steps: int, done: int) -> None:
+        self._steps = steps
+        self._first = done
+        self._heldout: Optional[float] = None
+        self._tokens = 0.0
+        self._began = self._written = time.monotonic()
+        self._bar: Any = None
+        self._shown = contextlib.ExitStack()
+
+    def __enter__(self) -> TrainingProgress:
+        line = status.current()
+        live = line is not None and line.live
+        self._shown.enter_context(status.hidden())
+        if live:
+            self._bar = self._shown.enter_context(_bar(self._steps, self._first))
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self._shown.close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of *step*; those after the last one are of the weights at the end."""
+        measured = "heldout_loss" in metrics
+        self._heldout = metrics.get("heldout_loss", self._heldout)
+        self._tokens += metrics.get("tokens", 0.0)
+        elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        parts = [
+            *([f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []),
+            *([] if self._heldout is None else [f"held-out {self._heldout:.3f}"]),
+            f"{self._tokens / elapsed_s:.0f} tokens/s",
+        ]
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            done = min(step + 1, self._steps)
+            self._bar.update(task, completed=done, shown="  ".join(parts))
+            return
+        if os.environ.get("TINKEX_NO_STATUS"):
+            return
+        now, ends = time.monotonic(), step >= self._steps - 1
+        if measured or ends or now - self._written >= _GAP_S:
+            self._written = now
+            where = f"step {step + 1}/{self._steps}" if step < self._steps else "after training"
+            echo_error(f"{where}: {', '.join(parts)}")
+
+
+def _bar(steps: int, done: int) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    bar.add_task("train", total=steps, completed=done, shown="")
+    return bar

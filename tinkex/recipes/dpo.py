@@ -1,0 +1,133 @@
+"""Direct preference optimization (DPO, Rafailov et al. 2023): learn from pairs of replies.
+
+The loss of a pair is ``-log sigmoid(margin)``, where ``margin = beta * (chosen - rejected)``, and
+either reply counts with its log-probability less that under the reference.
+"""
+
+from __future__ import annotations
+
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+)
+
+from tinkex._runtime.late_import import np
+from tinkex.errors import InvalidInputError
+from tinkex.recipes.batches import split_batch
+from tinkex.recipes.evaluation import Evaluations, logged
+from tinkex.recipes.reference import Pair, Reference, logprob_of, reference_of
+from tinkex.recipes.schedules import Schedule
+from tinkex.recipes.supervised import Log
+from tinkex.runs import Run, RunStep
+from tinkex.types import Datum
+
+if TYPE_CHECKING:
+    import torch
+
+
+def train_dpo(
+    run: Run,
+    batches: Sequence[List[Pair]],
+    schedule: Schedule,
+    *,
+    beta: float = 0.1,
+    reference: Optional[str] = None,
+    accumulation: int = 1,
+    heldout: Sequence[Pair] = (),
+    eval_every: Optional[int] = None,
+    log: Optional[Log] = None,
+) -> Optional[float]:
+    """Do the steps of *run* that are left, one for each of *batches*.  Blocks.  Needs torch.
+
+    Metrics of a step are means over its pairs: ``loss``, ``accuracy`` (the margin is positive) and
+    ``margin``; and ``heldout_loss`` and ``heldout_accuracy`` where they were measured.
+
+    Args:
+        batches: of pairs, such as `Batches`; the same each time.
+        beta: how strongly the reference holds the model back.
+        reference: path of the checkpoint whose model is the reference; by default what the run
+            began with, its *start_from* or the base model.
+        run, schedule, accumulation, heldout, eval_every, log: as for `train_supervised`.
+
+    Returns:
+        The held-out loss at the end; None without *heldout*.
+
+    Raises:
+        TinkexError: a request has failed, or the run could not be saved.
+    """
+    if not beta > 0:
+        raise InvalidInputError(f"beta is {beta}; it must be positive")
+    scorer = Reference(run, reference or run.record.spec["start_from"])
+    scored: List[Datum] = []  # of the held-out pairs
+
+    def measure() -> Callable[[], Mapping[str, float]]:
+        if not scored:
+            scored.extend(scorer.score(heldout))
+        data = [datum for pair in heldout for datum in pair]
+        future = run.trainer.forward(data, "cross_entropy")
+        return lambda: _heldout_metrics(beta, scored, future.result().loss_fn_outputs)
+
+    evaluations = Evaluations(batches, measure if len(heldout) else None, eval_every)
+
+    def source(first: int) -> Iterator[List[List[Datum]]]:
+        for batch in evaluations.batches_from(first):
+            yield [scorer.score(pairs) for pairs in split_batch(batch, accumulation)]
+
+    def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:
+        assert step.result is not None
+        found = step.result.metrics
+        pairs = sum(map(len, step.batch)) / 2
+        return {
+            **{name: found[f"{name}:sum"] / pairs for name in ("loss", "accuracy", "margin")},
+            "learning_rate": schedule(step.index).learning_rate,
+            **evaluations.result(step.index),
+        }
+
+    for step in run.pipeline(source, dpo_loss(beta), schedule, metrics=metrics):
+        with step:
+            if log is not None:
+                log(step.index, logged(step.metrics))
+    final = evaluations.result(len(batches))
+    if final and log is not None:
+        log(len(batches), final)
+    return final.get("heldout_loss")
+
+
+def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]], Any]:
+    """Return the loss for `TrainingClient.forward_backward_custom`: the sum over pairs.
+
+    Data are chosen and rejected replies by turns, with ``weights`` and ``reference_logprob``.
+    """
+
+    def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Any:
+        import torch
+
+        ratios = torch.stack(
+            [
+                (row * datum.loss_fn_inputs["weights"].to_torch()).sum() - reference_of(datum)
+                for datum, row in zip(data, logprobs)
+            ]
+        )
+        margins = beta * (ratios[::2] - ratios[1::2])
+        return -torch.nn.functional.logsigmoid(margins).sum(), {
+            "accuracy:sum": (margins > 0).sum(),
+            "margin:sum": margins.sum(),
+        }
+
+    return loss
+
+
+def _heldout_metrics(
+    beta: float, data: Sequence[Datum], outputs: Sequence[Mapping[str, Any]]
+) -> Dict[str, float]:
+    ratios = np.array([logprob_of(d, output) - reference_of(d) for d, output in zip(data, outputs)])
+    margins = beta * (ratios[::2] - ratios[1::2])
+    loss = np.logaddexp(0.0, -margins).mean()
+    return {"heldout_loss": float(loss), "heldout_accuracy": float((margins > 0).mean())}
