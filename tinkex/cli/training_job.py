@@ -226,9 +226,10 @@ def _prepare(
 
     training = Prepared(files.training, prepare, files.indices, skip_bad=job.skip_bad)
     heldout = Prepared(files.heldout, prepare, files.heldout_indices, skip_bad=job.skip_bad)
+    total = len(training)
+    if training.check(_CHECKED, checked) < total:
+        echo_error(f"Only the first {_CHECKED} of {total} examples were checked.")
     heldout.check(len(heldout), checked)
-    if training.check(_CHECKED, checked) < len(training):
-        echo_error(f"Only the first {_CHECKED} of {len(training)} examples were checked.")
     if cut:
         echo_error(
             f"{count(len(cut), 'text')} longer than {longest} tokens were cut; the longest "
