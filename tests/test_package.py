@@ -37,6 +37,7 @@ def modules_after(statement: str) -> set:
     [
         "import tinkex",
         "import tinkex.types",
+        "import tinkex.data",
         "import tinkex.errors",
         "import tinkex.local.engines.engine",
     ],

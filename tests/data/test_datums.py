@@ -130,6 +130,13 @@ def test_a_preference_is_no_example_of_one_datum() -> None:
         example_datum({"text": "a"}, TOKENIZER)  # type: ignore[arg-type]
 
 
+def test_text_and_messages_do_not_mix() -> None:
+    with pytest.raises(InvalidInputError, match="a prompt or completion is a list, not text"):
+        example_datum(Completion("1+1=", [reply("2")]), TOKENIZER)
+    with pytest.raises(InvalidInputError, match="a prompt or completion is an int, not text"):
+        completion_datum("1+1=", 2, TOKENIZER)  # type: ignore[arg-type]
+
+
 def test_long_examples_are_cut_and_reported() -> None:
     cuts: List[int] = []
     full = completion_datum("1+1=", " two", TOKENIZER, max_tokens=8, on_cut=cuts.append)

@@ -96,7 +96,7 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
         ('{"text": "a"}\r{"text": "b"}\r', "unexpected content after document"),
         ("{\n'text': 'a'\n}", "3 of 3 lines are not examples"),
         ('{"text": "\\ud800"}', "surrogate"),
-        ("[" * 3000, "depth limit exceeded"),
+        ("[" * 50, "line 1: it is not JSON"),
     ],
 )
 def test_files_of_other_formats_are_refused(tmp_path: Path, content: str, message: str) -> None:

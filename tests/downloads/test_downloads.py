@@ -21,6 +21,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from servers.profiles import ProfiledServer
 from support.clocks import ManualClock
+from support.disks import no_room
 from support.hub import FakeHub
 from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
@@ -991,6 +992,17 @@ def test_a_download_from_the_embedded_server_goes_on_too(
     rest.download_checkpoint(saved, tmp_path / "x", progress=lambda done, _: told.append(done))
     assert told == ([] if done_before == size else [done_before, size])
     assert contents(tmp_path / "x") == whole
+
+
+def test_a_download_without_room_leaves_nothing_in_its_place_and_can_be_repeated(
+    service: ServiceClient, saved: str, tmp_path: Path
+) -> None:
+    rest = service.create_rest_client()
+    with no_room(), pytest.raises(OSError, match="too large"):
+        rest.download_checkpoint(saved, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    rest.download_checkpoint(saved, tmp_path / "x")
+    assert list(contents(tmp_path / "x")) == ["deterministic.json"]
 
 
 @pytest.mark.parametrize("profile", ["skyrl-0.3", "tuft-0.2"])

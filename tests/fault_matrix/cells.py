@@ -35,6 +35,7 @@ from fault_matrix.operations import (
     stepped,
 )
 from tinkex import ServiceClient, errors
+from tinkex._transport.server_state import forget_servers
 from tinkex.testing import faults
 
 #: An operation that takes longer hangs.
@@ -90,6 +91,7 @@ class Outcome(NamedTuple):
 @contextlib.contextmanager
 def world_of(operation: Operation, **settings: Any) -> Iterator[World]:
     """A server and a client that are ready for *operation*."""
+    forget_servers()  # an earlier one may have had the same port
     client_settings = {**SETTINGS, "api_key": KEY, **settings}
     with tempfile.TemporaryDirectory() as folder, operation.server() as server:
         service = ServiceClient(base_url=server.url, **client_settings)

@@ -270,7 +270,7 @@ def test_a_copy_that_fails_leaves_no_run(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Store, "copy_files", full)
-    assert "no space" in api.post("copy_weights", 500, source_path=path)["detail"]
+    assert "no space" in api.post("copy_weights", 507, source_path=path)["detail"]
     assert api.get("training_runs")["cursor"]["total_count"] == 1
     assert len(api.get("checkpoints")["checkpoints"]) == 1
 

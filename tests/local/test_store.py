@@ -13,6 +13,7 @@ from tinkex.errors import LocalServerError
 from tinkex.local.errors import HTTPError
 from tinkex.local.state import database
 from tinkex.local.state.database import Reserve
+from tinkex.local.state.storage_error import StorageError
 from tinkex.local.state.store import CheckpointRow, Store
 from tinkex.types import LoraConfig
 
@@ -327,7 +328,7 @@ def test_a_deletion_makes_room_for_itself_once_the_reserve_is_used_up(tmp_path: 
     row = save(store, "a")
     (tmp_path / "reserve").unlink()
     fill_disk(store, lambda: not store.folder_of(row).exists())
-    with pytest.raises(sqlite3.OperationalError, match="full"):
+    with pytest.raises(StorageError, match=r"disk is full.*free some space"):
         store.set_public(row, True)
     store.delete_checkpoint(row)
     assert store.checkpoints_of("s:train:0") == []
@@ -396,7 +397,8 @@ def test_a_start_removes_only_what_a_store_has_made(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.add_run("s:train:0", "s", "base", LoraConfig(), {}, None)
     kept = save(store, "kept")
-    left = store.new_sampler_folder()
+    with store.new_sampler_folder() as left:
+        pass
     orphan = store.folder_of(kept).with_name("orphan")
     orphan.mkdir()
     store.close()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Type
 
 import numpy as np
 import pytest
 import requests
+from support.disks import no_room
+from support.programs import environment
 from support.threads import wait_until
 
 from tinkex import Run, RunStep, ServiceClient, TrainingClient, read_run, types
@@ -617,6 +621,76 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
         assert run.resumed_from is not None
         train(run)
     assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+def test_a_disk_without_room_ends_the_run_and_loses_nothing(
+    service: ServiceClient, tmp_path: Path, expected: List[float]
+) -> None:
+    disk = contextlib.ExitStack()
+    with ending_in(RunFolderError, r"cannot write the journal .*too large"):
+        with open_run(service, tmp_path) as run:
+            for step in run.steps(BATCHES):
+                result = run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                step.log(result.forward_backward.metrics)
+                if step.index == 7:
+                    disk.enter_context(no_room())
+    disk.close()
+    journal = (tmp_path / "journal.jsonl").read_bytes()
+    with no_room(), pytest.raises(RunFolderError, match="cannot use the run folder") as caught:
+        open_run(service, tmp_path)
+    assert "run the program again" in str(caught.value)
+    assert (tmp_path / "journal.jsonl").read_bytes() == journal
+    assert len(read_run(tmp_path).steps) == 7
+    with open_run(service, tmp_path) as run:
+        assert run.resumed_from is not None
+        train(run)
+    assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
+
+
+HOLDING = """
+import sys
+from tinkex import ServiceClient
+with ServiceClient(base_url=sys.argv[1]) as service:
+    with service.open_run(sys.argv[2], "deterministic", rank=4):
+        print("open", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_two_processes_do_not_share_a_folder(
+    local: LocalServer, service: ServiceClient, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", HOLDING, local.url, str(tmp_path)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(local.url),
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(RunFolderError, match=f"in use by process {other.pid} on "):
+            open_run(service, tmp_path)
+        assert len(read_run(tmp_path).model_ids) == 1
+        other.kill()  # the system releases the lock
+    with open_run(service, tmp_path) as run:
+        train(run)
+    assert len(losses(tmp_path)) == STEPS
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("name", ["run.lock", "journal.jsonl"])
+def test_a_run_that_has_become_read_only(service: ServiceClient, tmp_path: Path, name: str) -> None:
+    with open_run(service, tmp_path) as run:
+        train(run)
+    (tmp_path / name).chmod(0o400)
+    with pytest.raises(RunFolderError, match=r"Permission denied[\s\S]*run the program again"):
+        open_run(service, tmp_path)
+    (tmp_path / name).chmod(0o600)
+    assert len(losses(tmp_path)) == STEPS
+    open_run(service, tmp_path).close()
 
 
 @pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write anywhere")

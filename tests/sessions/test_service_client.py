@@ -20,7 +20,7 @@ from support.threads import promptly, race, wait_until
 
 import tinkex
 from tinkex import ServiceClient, errors, types
-from tinkex._sessions import manager as session_manager_module
+from tinkex._sessions import manager as session_manager_module, session
 from tinkex._sessions.manager import SessionManager
 from tinkex._transport.server_state import state_of
 from tinkex.config import Config
@@ -140,11 +140,43 @@ def test_work_that_fails_before_a_heartbeat_could_notice_asks_the_server(
         assert len(server.beats()) == 1
 
 
-def test_a_live_session_is_checked_once_in_a_while(server: SessionServer) -> None:
+def test_a_session_that_is_lost_just_after_it_was_found_alive_is_reported(
+    server: SessionServer,
+) -> None:
     server.serve_work()
     with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
         sampler = service.create_sampling_client(base_model="m")
         server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
+        with pytest.raises(NotFoundError):
+            sampler.sample(PROMPT).result(PATIENCE_S)
+        server.on(BEAT, Answer(404))
+        with pytest.raises(SessionLostError):
+            sampler.sample(PROMPT).result(PATIENCE_S)
+        assert len(server.beats()) == 2
+
+
+def test_a_question_that_a_gateway_answers_is_asked_again(
+    server: SessionServer, short_backoff: None
+) -> None:
+    server.serve_work()
+    answers = iter([Answer(504), Answer(404, b"<html/>", content_type="text/html"), Answer(404)])
+    with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
+        sampler = service.create_sampling_client(base_model="m")
+        server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
+        server.on(BEAT, lambda _: next(answers))
+        with pytest.raises(SessionLostError):
+            sampler.sample(PROMPT).result(PATIENCE_S)
+
+
+def test_a_server_that_does_not_respond_is_asked_once_in_a_while(
+    server: SessionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "ASK_TIMEOUT_S", 0.1)
+    server.serve_work()
+    with ServiceClient(base_url=server.url, api_key="tml-k", heartbeat_interval_s=600) as service:
+        sampler = service.create_sampling_client(base_model="m")
+        server.on("POST /api/v1/asample", Answer(404, {"detail": "no such sampler"}))
+        server.on(BEAT, Answer(503))
         for _ in range(3):
             with pytest.raises(NotFoundError):
                 sampler.sample(PROMPT).result(PATIENCE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -54,6 +55,15 @@ def test_start_returns_the_id_and_stop_ends_it_once(server: SessionServer, confi
     assert server.reasons() == ["errored"]
     assert server.details() == ["why"]
     server.assert_ended_once()
+
+
+def test_a_session_whose_creation_got_no_response_is_asked_for_again(
+    server: SessionServer, config: Config
+) -> None:
+    server.on(CREATE, Answer(hold=threading.Event()), Answer(body={"session_id": "s1"}))
+    impatient = dataclasses.replace(config, read_timeout_s=0.1, startup_timeout_s=PATIENCE_S)
+    with SessionManager() as manager:
+        assert manager.start_session(impatient) == "s1"
 
 
 @pytest.mark.parametrize(

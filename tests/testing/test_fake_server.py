@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeoutError
 from typing import List
 
 import pytest
@@ -221,6 +222,28 @@ def test_a_restart_with_state_keeps_checkpoints(fake: FakeServer, service: Servi
     with ServiceClient(base_url=url) as again:
         resumed = again.create_training_client_from_state_with_optimizer(path)
         assert train(resumed, 1) == losses
+
+
+def test_what_is_called_while_the_server_restarts_waits_for_it(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarting, go_on, start = threading.Event(), threading.Event(), fake._start_locked
+
+    def start_later() -> None:
+        restarting.set()
+        assert go_on.wait(10)
+        start()
+
+    monkeypatch.setattr(fake, "_start_locked", start_later)
+    fake.restart_soon()
+    assert restarting.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        injected = pool.submit(fake.inject, "optim_step", faults.Drop())
+        with pytest.raises(FutureTimeoutError):
+            injected.result(0.05)
+        go_on.set()
+        assert injected.result(10).struck == []
+    assert fake.live_sessions() == []
 
 
 def test_a_restart_without_state_knows_nothing(fake: FakeServer, service: ServiceClient) -> None:

@@ -19,7 +19,15 @@ from tinkex.errors import (
     ResultExpiredError,
     status_error_type,
 )
-from tinkex.retry import MAX_HINT_S, RetryPolicy, left_undone, retry_after_s
+from tinkex.retry import (
+    DAMAGED_PAUSE_S,
+    MAX_DAMAGED,
+    MAX_HINT_S,
+    RetryPolicy,
+    RetryState,
+    left_undone,
+    retry_after_s,
+)
 
 #: Sun, 06 Nov 1994 08:49:37 GMT
 WALL = 784111777.0
@@ -46,6 +54,15 @@ def test_the_servers_wish_goes_first_up_to_a_minute() -> None:
 
 def test_a_wish_for_no_pause_is_not_granted() -> None:
     assert RetryPolicy().delay_s(1, 0.0, 0.0, 0.0) == 0.25
+
+
+def test_damaged_responses_are_asked_for_again_a_few_times_in_a_row() -> None:
+    state = RetryState(RetryPolicy(), 0.0)
+    damaged = ResponseDecodeError("not JSON", status=200)
+    for _ in range(2):
+        delays = [state.decide(damaged, 0.0, 0.0, {}).delay_s for _ in range(MAX_DAMAGED)]
+        assert delays == [DAMAGED_PAUSE_S, DAMAGED_PAUSE_S, None]
+        state.succeeded()
 
 
 def test_no_attempt_begins_after_the_time_is_up() -> None:

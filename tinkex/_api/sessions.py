@@ -59,10 +59,18 @@ def session_heartbeat(
     transport: Sender, session_id: str, *, timeout_s: float = HEARTBEAT_TIMEOUT_S
 ) -> Reply:
     """``POST session_heartbeat``, once; returns the response whatever its status."""
+    return transport.send_once(_heartbeat(session_id, timeout_s))
+
+
+def ask_for_session(transport: Sender, session_id: str, *, timeout_s: float) -> None:
+    """``POST session_heartbeat``, again for *timeout_s* if an attempt fails; raises if all do."""
+    policy = RetryPolicy(max_elapsed_s=timeout_s, max_gateway_answers=None)
+    transport.send(_heartbeat(session_id, timeout_s), policy)
+
+
+def _heartbeat(session_id: str, timeout_s: float) -> Request:
     body = encode({"session_id": session_id, "type": "session_heartbeat"})
-    return transport.send_once(
-        Request("POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=timeout_s)
-    )
+    return Request("POST", HEARTBEAT_PATH, body, traffic="control", read_timeout_s=timeout_s)
 
 
 def finish_session(

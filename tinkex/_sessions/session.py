@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Optional
 
-from tinkex._api.sessions import session_heartbeat
+from tinkex._api.sessions import ask_for_session
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -36,8 +36,8 @@ STATUSES = ("success", "errored", "interrupted")
 #: The statuses of a response about something that the server does not have (any more).
 GONE = (404, 410)
 
-#: Failed work waits at most this long, in seconds, to learn whether its session still lives; then
-#: no other work asks again for a while.
+#: Failed work asks for this long, in seconds, whether its session still lives.  If there was no
+#: response, no other work asks again for a while.
 ASK_TIMEOUT_S, ASK_AGAIN_S = 2.0, 5.0
 
 
@@ -75,9 +75,10 @@ class Session:
         # next() on a count is atomic; an id is used up even if its request fails.
         self._model_seq_ids = itertools.count()
         self._sampler_seq_ids = itertools.count()
-        # Whether the session lives: asked by one thread at a time, and not again before then.
+        # Whether the session lives: asked by one thread at a time, and after a question without a
+        # response not before _ask_again_at.  _alive_at: when the last was sent that found it alive.
         self._asking: SingleFlight[None] = SingleFlight()
-        self._ask_again_at = 0.0
+        self._alive_at = self._ask_again_at = 0.0
         if session_id is None:
             session_id = manager.start_session(config, owner=self)
         else:
@@ -99,7 +100,7 @@ class Session:
     def explain(self, error: TinkexError) -> TinkexError:
         """Return the error to show for failed work: SessionLostError if the session was lost.
 
-        Blocks for two seconds at most, to ask the server, if the work failed because something
+        Blocks for a few seconds at most, to ask the server, if the work failed because something
         that it needs is not there, or after it was accepted: the next heartbeat may be seconds
         away.
         """
@@ -108,9 +109,8 @@ class Session:
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
         may_be_lost = error.status in GONE or isinstance(error, RequestFailedError)
-        if may_be_lost and self.manager.lost_reason(self.session_id) is None:
-            with contextlib.suppress(ClientClosedError):
-                self._asking.run(self._ask_whether_gone, self._transport.closing)
+        if may_be_lost:
+            self._ask_after_failure()
         reason = self.manager.lost_reason(self.session_id)
         if reason is None:
             return error
@@ -138,15 +138,34 @@ class Session:
             "make a new sampler, and keep its ServiceClient open while the sampler is used."
         )
 
+    def _ask_after_failure(self) -> None:
+        """Ask whether the session still lives, unless it is known to be lost."""
+        failed_at = time.monotonic()
+        # The first question may be another thread's, sent before the failure.
+        for _ in range(2):
+            lost = self.manager.lost_reason(self.session_id) is not None
+            if lost or self._alive_at >= failed_at:
+                return
+            with contextlib.suppress(ClientClosedError):
+                self._asking.run(self._ask_whether_gone, self._transport.closing)
+
     def _ask_whether_gone(self) -> None:
-        """Send a heartbeat, unless one showed a moment ago that the session lives."""
-        if time.monotonic() < self._ask_again_at:
+        """Send a heartbeat, again if what comes back is no response of the server."""
+        asked_at = time.monotonic()
+        if asked_at < self._ask_again_at:
             return
         try:
-            reply = session_heartbeat(self._transport, self.session_id, timeout_s=ASK_TIMEOUT_S)
+            ask_for_session(self._transport, self.session_id, timeout_s=ASK_TIMEOUT_S)
+        except APIStatusError as error:
+            if error.status in GONE:
+                self.manager.mark_lost(self.session_id, error.status)
+                return
+            self._note_no_response(error)
         except TinkexError as error:
-            logger.debug("cannot tell whether session %s lives: %s", self.session_id, error)
-            return
-        if reply.status in GONE:
-            self.manager.mark_lost(self.session_id, reply.status)
+            self._note_no_response(error)
+        else:
+            self._alive_at = asked_at
+
+    def _note_no_response(self, error: TinkexError) -> None:
+        logger.debug("cannot tell whether session %s lives: %s", self.session_id, error)
         self._ask_again_at = time.monotonic() + ASK_AGAIN_S

@@ -246,6 +246,9 @@ def _of_continuation(
 
 def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
     """Return the tokens of both and the end-of-sequence token; learnt is what follows *prompt*."""
+    for text in (prompt, completion):
+        if not isinstance(text, str):
+            raise InvalidInputError(f"a prompt or completion is {a_type(text)}, not text")
     text = prompt + completion
     head, tail = split_tokens(tokenizer, text, [0, len(prompt), len(text)])
     start = tokenizer.bos_token_id

@@ -115,7 +115,7 @@ def open_examples(path: Union[str, os.PathLike[str]], *, skip_bad: bool = False)
     """Read and check the file *path*; return its examples (docs/data.md).
 
     Blank lines are left out.  Of the file, 8 bytes a line are kept in memory; a line may have up to
-    64 MiB.  Blocks for about a second for every 100 MB.
+    64 MiB.  Blocks for a second or two for every 100 MB.
 
     Args:
         skip_bad: leave out the lines that are not examples, with a warning.

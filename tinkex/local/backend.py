@@ -8,7 +8,6 @@ engine.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
 from tinkex.local.state.session_table import SessionTable
+from tinkex.local.state.storage_error import StorageError
 from tinkex.local.state.store import KIND_OF, Store
 from tinkex.local.state.telemetry import TelemetrySink
 from tinkex.types import ParsedCheckpointTinkerPath
@@ -82,7 +82,8 @@ class Backend:
         # Guards the table; nothing else is done while it is held.
         self._lock = threading.Lock()
         self._sessions = SessionTable(settings.session_ttl_s)
-        self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start
+        self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start; as is this:
+        self._not_noted: List[str] = []  # sessions that have expired, by the database not yet
         # Serialises the creation of runs and samplers: an id is looked up, then taken.
         # Guards _created: id -> digest of the body, and the id in the response.
         self._creating = threading.Lock()
@@ -104,9 +105,13 @@ class Backend:
         self.scheduler.close(timeout_s)
         with self._lock:
             left = self._sessions.ids()
-        for session_id in left:
-            self.store.end_session(session_id, "lost", "the server was closed")
-        self.store.close()
+        try:
+            for session_id in left:
+                self.store.end_session(session_id, "lost", "the server was closed")
+        except StorageError as error:
+            _log.warning("the end of %d sessions is not in the database: %s", len(left), error)
+        finally:
+            self.store.close()
 
     # Sessions
 
@@ -149,11 +154,14 @@ class Backend:
         """End a session; a second end changes nothing.  HTTPError 404 if it is unknown."""
         with self._lock:
             removed = self._sessions.remove(session_id)
-        if removed:
-            why = f"{reason}, {detail}" if detail else reason
-            self._end_session(session_id, "finished", f"the client ended it: {why}", reason, detail)
-        elif self.store.session(session_id) is None:
-            raise self._over(session_id)
+        if not removed:
+            row = self.store.session(session_id)
+            if row is None:
+                raise self._over(session_id)
+            if row.state != "live":  # else its end could not be noted, on a full disk
+                return
+        why = f"{reason}, {detail}" if detail else reason
+        self._end_session(session_id, "finished", f"the client ended it: {why}", reason, detail)
 
     def _over(self, session_id: str) -> HTTPError:
         row = self.store.session(session_id)
@@ -182,12 +190,13 @@ class Backend:
         end_reason: Optional[str] = None,
         end_detail: Optional[str] = None,
     ) -> None:
-        self.store.end_session(session_id, state, reason, end_reason, end_detail)
+        """Free what a session holds, then note its end: the first is done on a full disk, too."""
         with self._creating:
             for made_id in [made for made in self._created if session_of(made) == session_id]:
                 del self._created[made_id]
         self.losses.drop_session(session_id)
         self.scheduler.end_session(session_id, f"session {session_id} is {state}: {reason}")
+        self.store.end_session(session_id, state, reason, end_reason, end_detail)
 
     def housekeeping(self, now: float) -> float:
         """Expire sessions, drop old results and checkpoints; return when to come again.
@@ -198,8 +207,7 @@ class Backend:
             expired = self._sessions.drop_expired(now)
         for session_id in expired:
             _log.info("session %s expired", session_id)
-            reason = f"no heartbeat for {self._sessions.ttl_s:g} s"
-            self._end_session(session_id, "expired", reason)
+        self._end_expired([*self._not_noted, *expired])
         if now >= self._sweep_due:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
@@ -208,6 +216,17 @@ class Backend:
         with self._lock:
             next_expiry = self._sessions.next_due()
         return self._sweep_due if next_expiry is None else min(self._sweep_due, next_expiry)
+
+    def _end_expired(self, session_ids: List[str]) -> None:
+        """End sessions; those whose end cannot be noted, on a full disk, are tried again later."""
+        self._not_noted = []
+        for session_id in session_ids:
+            reason = f"no heartbeat for {self._sessions.ttl_s:g} s"
+            try:
+                self._end_session(session_id, "expired", reason)
+            except StorageError as error:
+                self._not_noted.append(session_id)
+                _log.warning("the end of session %s is not in the database: %s", session_id, error)
 
     # Names
 
@@ -339,12 +358,16 @@ class Backend:
         with self._creating:
             known = self._known(sampler_id, digest)
             if known is None:
+                try:
+                    self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
+                except BaseException:
+                    source.remove()
+                    raise
                 self._created[sampler_id] = (digest, sampler_id)
-                self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
                 self.scheduler.add_sampler(sampler_id, session_id, source)
         # The same request came twice at the same time.
-        if known is not None and source.folder is not None:
-            shutil.rmtree(source.folder, ignore_errors=True)
+        if known is not None:
+            source.remove()
         self._end_if_over(session_id)
         return sampler_id
 

@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 from tinkex.errors import RunFolderError
 from tinkex.runs.folder_lock import FolderLock
-from tinkex.runs.journal import JOURNAL_NAME, Journal
+from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
 from tinkex.runs.records import RunRecord, replay
 
 
@@ -30,7 +30,7 @@ class RunFolder:
                 opened.callback(FolderLock(path).release)
             except OSError as error:
                 raise RunFolderError(
-                    f"cannot use the run folder {path}: {error.strerror or error}"
+                    f"cannot use the run folder {path}: {error.strerror or error}", hint=WRITABLE
                 ) from error
             self._journal = Journal(path)
             opened.callback(self._journal.close)

@@ -20,6 +20,12 @@ Entry = Dict[str, Any]
 
 JOURNAL_NAME = "journal.jsonl"
 
+#: The remedy where a run folder cannot be written.
+WRITABLE = (
+    "Nothing that it holds is lost. Once it can be written, run the program again: it continues "
+    "from the last checkpoint."
+)
+
 
 class Journal:
     """Appends to the journal of *folder*, which is locked by this process.  For one thread.
@@ -80,8 +86,7 @@ class Journal:
     def _failed(self, what: str, error: OSError) -> RunFolderError:
         return RunFolderError(
             f"cannot {what} the journal {self._path}: {error.strerror or error}",
-            hint="Nothing that it holds is lost. Once the file can be written, run the program "
-            "again: it continues from the last checkpoint.",
+            hint=WRITABLE,
         )
 
 

@@ -5,6 +5,7 @@ Threads: those of LocalServer, and "tinkex-restart" while a fault restarts the s
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -173,13 +174,13 @@ class FakeServer:
 
         The server's clock moves forward by that time; new sessions live as usual.
         """
-        server = self._running()
+        server = self._running(wait=False)
         self._clock.advance(server.settings.session_ttl_s)
         server.request_housekeeping()
 
     def drop_result(self, request_id: str) -> None:
         """Wait for the result of *request_id*, then drop it as if it had been kept for too long."""
-        self._running().drop_result(request_id)
+        self._running(wait=False).drop_result(request_id)
 
     def restart(self, *, keep_state: bool = True) -> None:
         """Stop the server and start it again, on the same port.
@@ -190,7 +191,7 @@ class FakeServer:
         with self._lock:
             if self._closed:
                 return
-            self._running()
+            self._running(wait=False)
             self._stop_locked()
             self._states += not keep_state
             self._start_locked()
@@ -214,8 +215,13 @@ class FakeServer:
 
         return RecordingEngine(self.journal, models, **facts)
 
-    def _running(self) -> _Server:
-        server = self._server
+    def _running(self, *, wait: bool = True) -> _Server:
+        """Return the server, after a restart that is under way.
+
+        What a fault calls must not *wait*: the restart waits for the requests.
+        """
+        with self._lock if wait else contextlib.nullcontext():
+            server = self._server
         if server is None:
             raise LocalServerError("the server is not running", hint="Call start(), or use `with`.")
         return server

@@ -11,8 +11,10 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 from proofs.stateful.witness import Key
 
+from tinkex.errors import TinkexError
+
 #: A future that is not settled by then never will be, in seconds; so is a call that has to return.
-MOST_S = 45.0
+MOST_S = 100.0
 
 _ticks = itertools.count(1)
 
@@ -114,7 +116,9 @@ class Call:
 
     def __repr__(self) -> str:
         state = "pending" if self.outcome is None else repr(self.error or "done")
-        return f"<{self.kind} {self.keys} of {self.owner[-12:]}: {state:.200}>"
+        if isinstance(self.error, TinkexError):
+            state += f", {self.error.attempts} attempts in {self.error.elapsed_s} s"
+        return f"<{self.kind} {self.keys} of {self.owner[-12:]}: {state:.300}>"
 
 
 class Actor:

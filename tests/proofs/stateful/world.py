@@ -114,10 +114,10 @@ class World:
         opened_at = time.monotonic()
         service = ServiceClient(
             base_url=self.server.url,
-            read_timeout_s=0.6,
-            poll_timeout_s=0.8,
-            startup_timeout_s=20.0,
-            max_outage_s=20.0,
+            read_timeout_s=1.0,
+            poll_timeout_s=1.2,
+            startup_timeout_s=60.0,
+            max_outage_s=60.0,
             heartbeat_interval_s=self._heartbeat_s,
         )
         self.scopes.append(Scope(service, opened_at))

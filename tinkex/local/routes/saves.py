@@ -111,8 +111,8 @@ class SaveRoutes(Routes):
         self, model_id: str, sampler_id: str, digest: bytes, *, is_inflight: bool
     ) -> object:
         def weights() -> WeightsSource:
-            folder = self._backend.store.new_sampler_folder()
-            self._backend.engine.save(model_id, folder, with_optimizer=False)
+            with self._backend.store.new_sampler_folder() as folder:
+                self._backend.engine.save(model_id, folder, with_optimizer=False)
             key = model_id if is_inflight else sampler_id
             return WeightsSource(key, folder, newest=is_inflight)
 

@@ -7,6 +7,7 @@ by the scheduler's lock; the live batches belong to the engine thread alone.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import deque
 from pathlib import Path
 from typing import Deque, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Optional, Set
@@ -49,6 +50,11 @@ class WeightsSource(NamedTuple):
     key: Hashable
     folder: Optional[Path]
     newest: bool = False
+
+    def remove(self) -> None:
+        """Remove the files, if no sampler is to draw from them."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class SamplerWeights:

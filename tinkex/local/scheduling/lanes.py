@@ -11,8 +11,9 @@ from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
 
-#: seq_ids that are remembered per run; older ones cannot be repeated.
-MAX_REMEMBERED = 4096
+#: seq_ids that are remembered per run, some 300 bytes each; older ones cannot be repeated.  There
+#: are more of them than requests that may wait for a missing one.
+MAX_REMEMBERED = 2048
 
 
 #: Engine work: called on the engine thread, its value is the result.

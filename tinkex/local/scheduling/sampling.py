@@ -207,7 +207,8 @@ def failure_of(error: Exception, what: str) -> Failure:
     if isinstance(error, EngineError):
         return Failure(str(error), error.category)
     if isinstance(error, HTTPError):
-        return Failure(error.detail, "user", 422 if error.status == 400 else error.status)
+        category = "user" if error.status < 500 else "server"
+        return Failure(error.detail, category, 422 if error.status == 400 else error.status)
     if isinstance(error, OSError):
         _log.error("%s failed: %s", what, error)
         return Failure(f"the server cannot use its files: {error}", "server")

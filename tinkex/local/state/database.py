@@ -11,9 +11,12 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
 _log = logging.getLogger(__name__)
+
+#: SQL, and the values of its parameters.
+Statement = Tuple[Any, ...]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -36,6 +39,10 @@ CREATE TABLE IF NOT EXISTS audit (
     run_id TEXT, tinker_path TEXT);
 CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
 CREATE INDEX IF NOT EXISTS samplers_by_session ON samplers (session_id);
+CREATE INDEX IF NOT EXISTS checkpoints_by_time ON checkpoints (created_at, expires_at);
+CREATE INDEX IF NOT EXISTS checkpoints_of_run ON checkpoints (run_id, kind, created_at);
+CREATE INDEX IF NOT EXISTS sessions_by_time ON sessions (created_at);
+CREATE INDEX IF NOT EXISTS runs_by_use ON runs (last_request_at);
 CREATE INDEX IF NOT EXISTS audit_by_time ON audit (at);
 """
 
@@ -104,8 +111,8 @@ class Database:
         path = ":memory:" if in_memory else str(folder / "tinkex.sqlite3")
         try:
             self._connection = _connect(path)
-        except sqlite3.OperationalError:  # as of a full disk
-            if not self._release_reserve():
+        except sqlite3.OperationalError as error:
+            if not (is_without_room(error) and self._release_reserve()):
                 raise
             self._connection = _connect(path)
         self.restore_reserve()
@@ -118,17 +125,26 @@ class Database:
 
     def execute(self, sql: str, *values: Any) -> None:
         """Change something."""
+        self.change((sql, *values))
+
+    def change(self, *statements: Statement) -> None:
+        """Do all of *statements*, or none of them."""
         with self._lock:
             try:
-                self._connection.execute(sql, values)
+                self._change_locked(statements)
                 return
-            except sqlite3.OperationalError:  # as of a full disk
-                if not self._release_reserve():
+            except sqlite3.OperationalError as error:
+                if not (is_without_room(error) and self._release_reserve()):
                     raise
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # empties the log
-            self._connection.execute(sql, values)
+            self._change_locked(statements)
         _log.warning("%s is on a full disk; the reserve for its database is in use", self._folder)
+
+    def execute_if_possible(self, sql: str, *values: Any) -> None:
+        """Change something that is not worth the reserve: on a full disk, nothing happens."""
+        with self._lock, contextlib.suppress(sqlite3.OperationalError):
+            self._change_locked([(sql, *values)])
 
     def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
         """Return what a query finds."""
@@ -140,8 +156,28 @@ class Database:
         if self._reserve is not None:
             self._reserve.fill()
 
+    def _change_locked(self, statements: Sequence[Statement]) -> None:
+        if len(statements) == 1:
+            sql, *values = statements[0]
+            self._connection.execute(sql, values)
+            return
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            for sql, *values in statements:
+                self._connection.execute(sql, values)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # SQLite may have done it by itself
+                self._connection.execute("ROLLBACK")
+            raise
+
     def _release_reserve(self) -> bool:
         return self._reserve is not None and self._reserve.release()
+
+
+def is_without_room(error: sqlite3.OperationalError) -> bool:
+    """Whether *error* comes of a full disk, a quota, or a limit to the size of files."""
+    return any(reason in str(error) for reason in ("disk is full", "disk I/O error"))
 
 
 def _connect(path: str) -> sqlite3.Connection:

@@ -128,7 +128,7 @@ class FutureTable:
         keep_unfetched_s: float = 3600.0,
         max_finished: int = 20_000,
         max_fetched_bytes: int = 256 << 20,
-        max_gone: int = 100_000,
+        max_gone: int = 20_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keep_fetched_s = keep_fetched_s

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, TypeVar
 
 from tinkex.local.errors import HTTPError
-from tinkex.local.state.database import Database
+from tinkex.local.state.database import Database, Statement, is_without_room
 from tinkex.local.state.folder_lock import FolderLock, folder_errors
 from tinkex.local.state.rows import (
     AuditRow,
@@ -39,6 +39,7 @@ from tinkex.local.state.rows import (
     read_row,
     timestamp,
 )
+from tinkex.local.state.storage_error import storage_errors
 from tinkex.types import LoraConfig
 from tinkex.types.checkpoint_path import KINDS
 
@@ -94,7 +95,7 @@ class Store:
 
     def add_session(self, session_id: str, facts: Dict[str, Any]) -> None:
         """Remember a new session; *facts* describe it."""
-        self._db.execute(
+        self._change(
             "INSERT INTO sessions (session_id, created_at, state, facts, project_id) "
             "VALUES (?, ?, 'live', ?, ?)",
             session_id, self.wall(), json.dumps(facts), facts.get("project_id"),
@@ -109,7 +110,7 @@ class Store:
         end_detail: Optional[str] = None,
     ) -> None:
         """Note that a session ended; only the first end counts."""
-        self._db.execute(
+        self._change(
             "UPDATE sessions SET state = ?, ended_at = ?, reason = ?, end_reason = ?, "
             "end_detail = ? WHERE session_id = ? AND state = 'live'",
             state, self.wall(), reason, end_reason, end_detail, session_id,
@@ -118,8 +119,11 @@ class Store:
     def set_project(self, session_id: str, project_id: str) -> None:
         """Move a session, and the runs in it, to another project."""
         sql = "UPDATE sessions SET project_id = ? WHERE session_id = ?"
-        self._db.execute(sql, project_id, session_id)
-        self._audit("projects", "session.moved", session_id=session_id, project_id=project_id)
+        moved = {"session_id": session_id, "project_id": project_id}
+        self._change_all(
+            (sql, project_id, session_id),
+            self._audited("projects", "session.moved", None, None, moved),
+        )
 
     def session(self, session_id: str) -> Optional[SessionRow]:
         """Return a session, or None."""
@@ -157,7 +161,7 @@ class Store:
     ) -> None:
         """Remember a new training run; without a project of its own it is in its session's."""
         now = self.wall()
-        self._db.execute(
+        self._change(
             "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             run_id, session_id, now, now, base_model, json.dumps(lora.to_wire()),
             json.dumps(optimizer), dumps(user_metadata), project_id,
@@ -165,7 +169,7 @@ class Store:
 
     def drop_run(self, run_id: str) -> None:
         """Forget a run that could not be created."""
-        self._db.execute("DELETE FROM runs WHERE run_id = ?", run_id)
+        self._change("DELETE FROM runs WHERE run_id = ?", run_id)
 
     def run(self, run_id: str) -> Optional[RunRow]:
         """Return a run, or None."""
@@ -197,7 +201,8 @@ class Store:
             if now - self._touched.get(run_id, 0.0) < 1.0:
                 return
             self._touched[run_id] = now
-        self._db.execute("UPDATE runs SET last_request_at = ? WHERE run_id = ?", now, run_id)
+        sql = "UPDATE runs SET last_request_at = ? WHERE run_id = ?"
+        self._db.execute_if_possible(sql, now, run_id)
 
     # Samplers
 
@@ -205,7 +210,7 @@ class Store:
         self, sampler_id: str, session_id: str, base_model: str, model_path: Optional[str]
     ) -> None:
         """Remember a new sampling session."""
-        self._db.execute(
+        self._change(
             "INSERT INTO samplers VALUES (?, ?, ?, ?, ?)",
             sampler_id, session_id, self.wall(), base_model, model_path,
         )  # fmt: skip
@@ -224,12 +229,8 @@ class Store:
 
         HTTPError 404 if the checkpoint is deleted at the same time.
         """
-        target = self.new_sampler_folder()
-        try:
+        with self.new_sampler_folder() as target:
             self.copy_files(checkpoint, target)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
         return target
 
     def copy_files(self, checkpoint: CheckpointRow, target: Path) -> None:
@@ -239,18 +240,25 @@ class Store:
         HTTPError 404 if the checkpoint is deleted at the same time.
         """
         source = self.folder_of(checkpoint)
-        try:
-            shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
-        except OSError as error:
-            if source.exists():
-                raise
-            raise self.missing_files(checkpoint) from error
+        with storage_errors(self.data_dir):
+            try:
+                shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+            except OSError as error:
+                if source.exists():
+                    raise
+                raise self.missing_files(checkpoint) from error
 
-    def new_sampler_folder(self) -> Path:
-        """Make an empty folder for the weights of a sampler."""
+    @contextlib.contextmanager
+    def new_sampler_folder(self) -> Iterator[Path]:
+        """Yield an empty folder for the weights of a sampler; it is removed if the body raises."""
         folder = self.data_dir / "samplers" / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        return folder
+        with storage_errors(self.data_dir):
+            folder.mkdir(parents=True)
+            try:
+                yield folder
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     # Checkpoints
 
@@ -271,35 +279,41 @@ class Store:
         *overwrite* is not set.
         """
         self.check_name_free(run_id, kind, name, overwrite)
-        parent = self._run_folder(run_id) / kind
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-        temporary.mkdir()
-        try:
-            yield temporary
-            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-            final = _free_sibling(parent, name)
-            os.replace(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        now = self.wall()
-        folder = str(final.relative_to(self.data_dir))
-        expires_at = None if ttl_s is None else now + ttl_s
-        replaced = self._first(CheckpointRow, _ONE_CHECKPOINT, run_id, kind, name)
-        self._db.execute(
-            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
-            run_id, kind, name, now, folder, size, expires_at, dumps(user_metadata),
-        )  # fmt: skip
-        row = CheckpointRow(run_id, kind, name, now, folder, size, False, expires_at, user_metadata)
-        self._audit_checkpoint(
-            row,
-            "checkpoint.overwritten" if replaced else "checkpoint.created",
-            size_bytes=size,
-            expires_at=_timestamp(expires_at),
-        )
+        with storage_errors(self.data_dir):
+            parent = self._run_folder(run_id) / kind
+            parent.mkdir(parents=True, exist_ok=True)
+            written = parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+            written.mkdir()
+            try:
+                yield written
+                size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+                written = written.rename(_free_sibling(parent, name))
+                now = self.wall()
+                row = CheckpointRow(
+                    run_id, kind, name, now, str(written.relative_to(self.data_dir)), size, False,
+                    None if ttl_s is None else now + ttl_s, user_metadata,
+                )  # fmt: skip
+                replaced = self._add_checkpoint(row)
+            except BaseException:
+                shutil.rmtree(written, ignore_errors=True)
+                raise
         if replaced is not None:
             shutil.rmtree(self.folder_of(replaced), ignore_errors=True)
+
+    def _add_checkpoint(self, row: CheckpointRow) -> Optional[CheckpointRow]:
+        """Add the row of a checkpoint; return the one that had its name."""
+        replaced = self._first(CheckpointRow, _ONE_CHECKPOINT, *row.key)
+        event = "checkpoint.overwritten" if replaced else "checkpoint.created"
+        expires_at = _timestamp(row.expires_at)
+        self._change_all(
+            ("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+             *row.key, row.created_at, row.folder, row.size_bytes, row.expires_at,
+             dumps(row.user_metadata)),
+            self._audited_checkpoint(
+                row, event, size_bytes=row.size_bytes, expires_at=expires_at
+            ),
+        )  # fmt: skip
+        return replaced
 
     def check_name_free(self, run_id: str, kind: str, name: str, overwrite: bool) -> None:
         """Raise HTTPError (409) if the checkpoint exists and must not be overwritten."""
@@ -332,7 +346,9 @@ class Store:
         """Return a page of all checkpoints, newest first, and how many there are."""
         now = self.wall()
         total = self._db.rows(f"SELECT COUNT(*) FROM checkpoints WHERE {_UNEXPIRED}", now)[0][0]
-        sql = f"SELECT * FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+        # The inner query reads the index alone: rows that *offset* leaves out are not read.
+        page = f"SELECT rowid FROM checkpoints WHERE {_UNEXPIRED} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+        sql = f"SELECT * FROM checkpoints WHERE rowid IN ({page}) {_NEWEST_FIRST}"
         return self._find(CheckpointRow, sql, now, limit, offset), total
 
     def folder_of(self, checkpoint: CheckpointRow) -> Path:
@@ -357,34 +373,38 @@ class Store:
 
         Works on a full disk, too.
         """
-        try:
-            self._forget_checkpoint(checkpoint)
-        except sqlite3.OperationalError:
-            # The disk is full and the reserve used up: the files go first, to make room. Otherwise
-            # they go last, since without its row a folder is removed at the next start.
-            shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
-            self._forget_checkpoint(checkpoint)
+        forget = (
+            (f"DELETE FROM checkpoints WHERE {_KEY} AND folder = ?",
+             *checkpoint.key, checkpoint.folder),
+            self._audited_checkpoint(checkpoint, event),
+        )  # fmt: skip
+        with storage_errors(self.data_dir):
+            try:
+                self._db.change(*forget)
+            except sqlite3.OperationalError as error:
+                if not is_without_room(error):
+                    raise
+                # The reserve is used up: the files go first, to make room. Otherwise they go last,
+                # since without its row a folder is removed at the next start.
+                shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
+                self._db.change(*forget)
         shutil.rmtree(self.folder_of(checkpoint), ignore_errors=True)
-        self._audit_checkpoint(checkpoint, event)
-
-    def _forget_checkpoint(self, checkpoint: CheckpointRow) -> None:
-        sql = f"DELETE FROM checkpoints WHERE {_KEY} AND folder = ?"
-        self._db.execute(sql, *checkpoint.key, checkpoint.folder)
 
     def set_public(self, checkpoint: CheckpointRow, public: bool) -> None:
         """Mark a checkpoint as published or not."""
-        sql = f"UPDATE checkpoints SET public = ? WHERE {_KEY}"
-        self._db.execute(sql, int(public), *checkpoint.key)
         event = "checkpoint.published" if public else "checkpoint.unpublished"
-        self._audit_checkpoint(checkpoint, event)
+        self._change_all(
+            (f"UPDATE checkpoints SET public = ? WHERE {_KEY}", int(public), *checkpoint.key),
+            self._audited_checkpoint(checkpoint, event),
+        )
 
     def set_ttl(self, checkpoint: CheckpointRow, ttl_s: Optional[float]) -> None:
         """Have a checkpoint expire *ttl_s* from now; None keeps it."""
         expires_at = None if ttl_s is None else self.wall() + ttl_s
-        sql = f"UPDATE checkpoints SET expires_at = ? WHERE {_KEY}"
-        self._db.execute(sql, expires_at, *checkpoint.key)
-        self._audit_checkpoint(
-            checkpoint, "checkpoint.ttl_changed", expires_at=_timestamp(expires_at)
+        changed = {"expires_at": _timestamp(expires_at)}
+        self._change_all(
+            (f"UPDATE checkpoints SET expires_at = ? WHERE {_KEY}", expires_at, *checkpoint.key),
+            self._audited_checkpoint(checkpoint, "checkpoint.ttl_changed", **changed),
         )
 
     def drop_expired_checkpoints(self) -> None:
@@ -410,24 +430,35 @@ class Store:
         )
         return self._find(AuditRow, sql, start, stop, event_type, event_type)
 
-    def _audit_checkpoint(self, checkpoint: CheckpointRow, event: str, **details: Any) -> None:
+    def _audited_checkpoint(
+        self, checkpoint: CheckpointRow, event: str, **details: Any
+    ) -> Statement:
         details = {"checkpoint_type": KINDS[checkpoint.kind], **details}
-        self._audit("checkpoints", event, checkpoint.run_id, checkpoint.tinker_path, **details)
+        run_id, path = checkpoint.run_id, checkpoint.tinker_path
+        return self._audited("checkpoints", event, run_id, path, details)
 
-    def _audit(
+    def _audited(
         self,
         event_type: str,
         event: str,
-        run_id: Optional[str] = None,
-        tinker_path: Optional[str] = None,
-        **details: Any,
-    ) -> None:
-        self._db.execute(
+        run_id: Optional[str],
+        tinker_path: Optional[str],
+        details: Dict[str, Any],
+    ) -> Statement:
+        """Return what adds a line to the audit log: together with the change, or not at all."""
+        return (
             "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
             self.wall(), event_type, event, json.dumps(details), run_id, tinker_path,
         )  # fmt: skip
 
     # Below
+
+    def _change(self, sql: str, *values: Any) -> None:
+        self._change_all((sql, *values))
+
+    def _change_all(self, *statements: Statement) -> None:
+        with storage_errors(self.data_dir):
+            self._db.change(*statements)
 
     def _find(self, kind: Type[R], sql: str, *values: Any) -> List[R]:
         return [read_row(kind, row) for row in self._db.rows(sql, *values)]
