@@ -257,6 +257,23 @@ def test_a_first_message_of_the_assistant_is_not_learnt() -> None:
     assert learnt(chat_datum(messages, tokenizer), tokenizer) == ["Bye<|im_end|>"]
 
 
+def test_messages_that_the_template_joins_are_refused() -> None:
+    template = (
+        "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+        "{% if not (loop.last and add_generation_prompt and message.role == 'assistant') %}"
+        "{{ '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}"
+        "{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    assert learnt(chat_datum(chat("a", "b", "c", "d"), tokenizer), tokenizer) == [
+        "b<|end|>",
+        "d<|end|>",
+    ]
+    with pytest.raises(InvalidInputError, match=r"messages\[2\] .* continues the message before"):
+        chat_datum([*chat("a", "b"), {"role": "assistant", "content": "c"}], tokenizer)
+
+
 def test_messages_of_weight_0_are_not_learnt() -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     messages: List[Dict[str, Any]] = [*chat("a", "b", "c", "d", "e", "f")]

@@ -60,7 +60,7 @@ def chat_tokens(
     template = _Template(tokenizer, tools)
     text = template.render(messages)
     tail, end_of_turn = template.end_of_turn(messages[:-1])
-    spans = []
+    spans: List[Tuple[int, int]] = []
     for place in turns:
         prompt = template.render(messages[:place], generate=True)
         ended = text if place == turns[-1] else template.render(messages[: place + 1])
@@ -74,6 +74,8 @@ def chat_tokens(
             reply = body + end_of_turn
         if not text.startswith(prompt + reply):
             raise _inexact(place, "the template changes it once other messages follow", _LAST)
+        if spans and len(prompt) < spans[-1][1]:
+            raise _inexact(place, "the template continues the message before it", _LAST)
         spans.append((len(prompt), len(prompt) + len(reply)))
     return _encode(tokenizer, text, spans)
 
