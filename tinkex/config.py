@@ -97,6 +97,7 @@ class Config:
             server rejects with 429 (in a training run always ``"wait"``): ``"wait"``, or
             ``"raise"`` BackpressureError or RateLimitError immediately.
         telemetry: report sessions and failures to the server; see `tinkex._sessions.telemetry`.
+        tracing: make OpenTelemetry spans of operations and requests; see docs/telemetry.md.
         budget: requests that might exceed it raise `BudgetExceededError` before they are sent.
         prices: `Price` by name of base model; ``"*"`` matches all others.
     """
@@ -135,6 +136,7 @@ class Config:
     max_unread: Optional[int] = 1_000_000
     on_backpressure: str = "wait"
     telemetry: bool = False
+    tracing: bool = False
     budget: Optional[Budget] = None
     prices: Mapping[str, Price] = dataclasses.field(default_factory=dict)
 
@@ -187,7 +189,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not is_int(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer, at least 1")
-        for name in ("quiet", "telemetry"):
+        for name in ("quiet", "telemetry", "tracing"):
             value = to_bool(getattr(self, name))
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}; it must be True or False")

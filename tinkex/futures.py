@@ -33,6 +33,9 @@ from tinkex._runtime.long_wait import LongWait
 from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
 
+if TYPE_CHECKING:
+    from tinkex._transport.tracing import Operation
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -129,6 +132,8 @@ class APIFuture(Future[T], Generic[T]):
     queue_state_reason: Optional[str] = None
     attempts = 0
     last_error: Optional[str] = None
+    #: Its span, if the client makes any.
+    operation: Optional[Operation] = None
     #: Set while it waits for something: describes that.
     waiting_for: Optional[Callable[[], str]] = None
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 from unittest import mock
 
 import pytest
-from support.programs import PATIENCE_S, Done, serving, started, tinkex
-from support.threads import wait_until
+from support.programs import Done, serving, tinkex
 
 import tinkex as library
 from tinkex import loggers, recipes
+from tinkex.cli.output import count
 from tinkex.cli.training_progress import TrainingProgress
 
 pytest.importorskip("torch")
@@ -231,26 +231,26 @@ def test_ctrl_c_while_the_file_is_read(chats: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_ctrl_c_in_the_middle_of_training(chats: Path, out: Path) -> None:
-    command = ["-m", "tinkex", "train", str(chats), "--model", MODEL, "--out", str(out), *SHORT]
-    metrics = out / "metrics.jsonl"
+def test_ctrl_c_while_the_server_computes(chats: Path, out: Path, uninterrupted: Path) -> None:
+    from tinkex.local.engines.torch_engine.engine import TorchEngine
 
-    def has_begun() -> bool:
-        return process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0)
+    main, steps, original = threading.main_thread(), iter(range(3)), TorchEngine.optim_step
 
-    one_thread = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
-    with one_thread, started([*command, "--epochs", "2000"]) as process:
-        wait_until(has_begun, "the first step is done")
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, stdout) == (130, "")
-    assert "Traceback" not in stderr
-    done = library.read_run(out).checkpoints[-1].steps
-    saved = f"{done} step{'' if done == 1 else 's'} saved in {out}"
-    assert f"{saved}; run the command again to continue." in stderr.splitlines()
-    assert stderr.endswith("Interrupted.\n")
+    def optim_step(*arguments: Any) -> Any:
+        if next(steps, None) == 2:
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        return original(*arguments)
+
+    with mock.patch.object(TorchEngine, "optim_step", optim_step):
+        done = train(chats, out)
+    assert (done.returncode, done.stdout) == (130, "")
+    saved = library.read_run(out).checkpoints[-1].steps
+    assert f"{count(saved, 'step')} saved in {out}; run the command again" in done.stderr
+    assert 2 <= saved <= 4
     chat = tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n")
     assert (chat.returncode, chat.stderr) == (0, "")
+    trained(chats, out)
+    assert loggers.read_metrics(out) == loggers.read_metrics(uninterrupted)
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_once_there_is_room(

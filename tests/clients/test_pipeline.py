@@ -63,6 +63,19 @@ def test_it_trains_like_single_steps(service: ServiceClient) -> None:
         assert ours.metrics == {**theirs.forward_backward.metrics, **(theirs.optim.metrics or {})}
 
 
+def test_a_batch_of_lists_is_trained_on_in_several_passes(service: ServiceClient) -> None:
+    first = service.create_lora_training_client("deterministic", rank=4, seed=1)
+    second = service.create_lora_training_client("deterministic", rank=4, seed=1)
+    batches = [[batch(index), batch(index + 1) + batch(index + 2)] for index in range(4)]
+    piped = list(first.pipeline(batches, "cross_entropy", ADAM, depth=3))
+    for step, (one, two) in zip(piped, batches):
+        passes = [second.forward_backward(data, "cross_entropy").result() for data in (one, two)]
+        second.optim_step(ADAM).result()
+        assert len(step.forward_backward.loss_fn_outputs) == 3
+        sums = [passed.metrics["loss:sum"] for passed in passes]
+        assert step.metrics["loss:sum"] == sum(sums)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_so_many_steps_are_under_way(
     server: ScriptedServer, routes: TinkerRoutes, run: TrainingClient, depth: int

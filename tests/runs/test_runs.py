@@ -342,6 +342,36 @@ def test_ctrl_c_in_a_pipeline_saves_what_was_sent(
     assert [*losses(tmp_path), final_loss(service, tmp_path)] == expected
 
 
+@pytest.mark.parametrize("on_session_loss", ["raise", "resume"])
+def test_steps_that_the_loop_did_not_see_have_their_metrics(
+    service: ServiceClient, tmp_path: Path, on_session_loss: str
+) -> None:
+    def metrics(step: RunStep[Any]) -> Dict[str, float]:
+        assert step.result is not None
+        return {"half": step.result.metrics["loss:sum"] / 2}
+
+    options = {"on_session_loss": on_session_loss}
+    with ending_in(KeyboardInterrupt), open_run(service, tmp_path, **options) as run:
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=3, metrics=metrics):
+            with step:
+                if step.index == 4:
+                    assert step.metrics["half"] == step.metrics["loss:sum"] / 2
+                    raise KeyboardInterrupt
+    record = read_run(tmp_path)
+    assert record.checkpoints[-1].steps == len(record.steps) > 5
+    assert [s.metrics["half"] for s in record.steps] == [loss / 2 for loss in losses(tmp_path)]
+
+
+def test_weights_for_sampling_are_in_the_journal(service: ServiceClient, tmp_path: Path) -> None:
+    with open_run(service, tmp_path) as run:
+        train(run)
+        path = run.save_for_sampler()
+    sampler = read_run(tmp_path).sampler
+    assert sampler is not None
+    assert (sampler.path, sampler.steps) == (path, STEPS)
+    assert path.endswith(f"/sampler_weights/sampler-{STEPS}")
+
+
 def test_no_checkpoint_is_made_while_a_gradient_accumulates(
     service: ServiceClient, tmp_path: Path
 ) -> None:

@@ -153,9 +153,13 @@ class Lease:
         self._lock = threading.Lock()
         self._over = False
         self._submitting = False
+        self._operation = future.operation
+        self._span_token: Any = None
         future.on_settled(self._settled)
 
     def __enter__(self) -> Lease:
+        if self._operation is not None:
+            self._span_token = self._operation.attach()
         return self
 
     def __exit__(
@@ -166,6 +170,8 @@ class Lease:
     ) -> None:
         with self._lock:
             self._over = True
+        if self._operation is not None:
+            self._operation.detach(self._span_token)
 
     @contextlib.contextmanager
     def submitting(self) -> Iterator[None]:

@@ -106,6 +106,9 @@ class Poller:
         except BaseException:  # Ctrl-C: nothing else would settle it
             self._forget(future)
             raise
+        if self._transport.tracer is not None:
+            future.operation = self._transport.tracer.operation(kind)
+            future.on_settled(future.operation.end)
         return future
 
     def inflight(self) -> List[APIFuture[Any]]:

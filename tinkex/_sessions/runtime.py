@@ -27,6 +27,7 @@ from tinkex._results.poller import Poller
 from tinkex._runtime import lifecycle
 from tinkex._sessions.session import Session
 from tinkex._transport.resources import ClientResources
+from tinkex._transport.tracing import active
 from tinkex.config import Config
 from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
@@ -213,7 +214,8 @@ class Runtime:
         if future.done():  # cancelled while it waited for a thread
             return
         try:
-            value = work()
+            with active(future.operation):
+                value = work()
             self.transport.config = self.config  # the server is there: max_outage_s from now on
             future.try_set_result(value)
         except Exception as error:

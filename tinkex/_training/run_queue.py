@@ -24,6 +24,7 @@ from tinkex._training.sequence import (
     classify,
     expected_seq_id,
 )
+from tinkex._transport.tracing import active
 from tinkex._transport.transport import Request
 from tinkex.errors import (
     APIError,
@@ -135,7 +136,8 @@ class RunQueue:
 
     def _run(self, task: Callable[..., None], future: APIFuture[Any], args: Sequence[Any]) -> None:
         try:
-            task(future, *args)
+            with active(future.operation):
+                task(future, *args)
         except Exception as error:
             self.runtime.poller.fail(future, error)
 

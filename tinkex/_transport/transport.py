@@ -11,6 +11,7 @@ import platform
 import threading
 import uuid
 from typing import Callable, Dict, Mapping, NoReturn, Optional, Union
+from urllib.parse import urlsplit
 
 import requests
 
@@ -30,6 +31,7 @@ from tinkex._transport.request import JSON_TYPE as JSON_TYPE, Reply as Reply, Re
 from tinkex._transport.response_errors import raise_if_from_gateway, status_error
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, is_invalid_token
+from tinkex._transport.tracing import Tracer
 from tinkex._version import __version__
 from tinkex.config import Config
 from tinkex.errors import APIError, ClientClosedError
@@ -51,6 +53,7 @@ class Transport:
 
     Attributes:
         server: what is known of the server; shared with other transports.
+        tracer: makes spans of operations and requests; None unless ``config.tracing``.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Transport:
         self.recorder = recorder or Recorder()
         self.billing = billing or BillingPause(config.host_and_port, clock)
         self.server = state_of(config)
+        self.tracer = Tracer(config) if config.tracing else None
         # Traffic classes have pools of their own: a long poll must not delay a submission.
         self._connections = Connections(config, self.closing, clock)
         self._redactor = Redactor(config, self.server.tokens)
@@ -189,6 +193,17 @@ class Transport:
         return self._attempt(request, url, {**headers, **private}, channel)
 
     def _attempt(
+        self, request: Request, url: str, headers: Dict[str, str], channel: AnyChannel
+    ) -> Reply:
+        if self.tracer is None or not same_origin(url, self.config.base_url):
+            return self._exchange(request, url, headers, channel)
+        with self.tracer.request(request.method, urlsplit(url).path, headers) as span:
+            reply = self._exchange(request, url, headers, channel)
+            if span is not None:
+                self.tracer.respond(span, reply.status)
+            return reply
+
+    def _exchange(
         self, request: Request, url: str, headers: Mapping[str, str], channel: AnyChannel
     ) -> Reply:
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s

@@ -35,6 +35,9 @@ _HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
 #: ... and none of a file with fewer examples than this.
 _HELDOUT_FROM = 40
 
+#: So many examples are prepared, to find bad ones, before training begins.
+_CHECKED = 20_000
+
 #: Measurements of the held-out loss in a run, and checkpoints, where the options do not say.
 _PARTS = 10
 #: A checkpoint is saved after this many minutes, too.
@@ -221,10 +224,11 @@ def _prepare(
     def checked(done: int, total: int) -> None:
         status.waiting_for(f"checking examples: {done} of {total}")
 
-    training = Prepared(files.training, prepare, files.indices)
-    heldout = Prepared(files.heldout, prepare, files.heldout_indices)
-    for part in (training, heldout):
-        part.check(skip_bad=job.skip_bad, progress=checked)
+    training = Prepared(files.training, prepare, files.indices, skip_bad=job.skip_bad)
+    heldout = Prepared(files.heldout, prepare, files.heldout_indices, skip_bad=job.skip_bad)
+    heldout.check(len(heldout), checked)
+    if training.check(_CHECKED, checked) < len(training):
+        echo_error(f"Only the first {_CHECKED} of {len(training)} examples were checked.")
     if cut:
         echo_error(
             f"{count(len(cut), 'text')} longer than {longest} tokens were cut; the longest "

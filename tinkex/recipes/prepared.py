@@ -29,6 +29,8 @@ KEPT_BYTES = 64 << 20
 
 #: Bad examples that an error describes.
 _LISTED = 5
+#: So many bad examples in a row end the training even where they are left out.
+_MAX_BAD = 100
 
 
 class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
@@ -37,7 +39,8 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
     Args:
         examples: of one file.
         prepare: returns a datum, or a pair of them; raises InvalidInputError.
-        indices: those to use, in order; all by default.
+        indices: those to use, in increasing order; all by default.
+        skip_bad: where an example cannot be prepared, the next one takes its place, with a warning.
     """
 
     def __init__(
@@ -45,10 +48,13 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         examples: Examples,
         prepare: Callable[[Example], P],
         indices: Optional[Sequence[int]] = None,
+        *,
+        skip_bad: bool = False,
     ) -> None:
         self._examples = examples
         self._prepare = prepare
         self._indices: Any = np.arange(len(examples)) if indices is None else np.array(indices, int)
+        self._skip_bad = skip_bad
         self._kept: Dict[int, P] = {}
         self._room = KEPT_BYTES
 
@@ -63,51 +69,70 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         """
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
-        index = int(self._indices[place])
-        found = self._kept.get(index)
-        return self._make(index) if found is None else found
+        first = range(len(self))[place]  # IndexError if it is none
+        for tried in range(_MAX_BAD):
+            try:
+                return self._made(int(self._indices[(first + tried) % len(self)]))
+            except InvalidInputError as error:
+                if not self._skip_bad or tried == _MAX_BAD - 1:
+                    raise
+                logger.warning("left out: %s", error.message)
 
-    def check(self, *, skip_bad: bool = False, progress: Optional[OnProgress] = None) -> None:
-        """Prepare every example once, so that a bad one is found before training begins.
+    def check(self, most: int, progress: Optional[OnProgress] = None) -> int:
+        """Prepare the first examples, so that bad ones are found before training begins.
+
+        With *skip_bad* the bad ones are left out, with one warning.
 
         Args:
-            skip_bad: leave the bad ones out, with a warning.
+            most: so many are checked, to begin soon with a large file.
             progress: called after each.
 
+        Returns:
+            How many were checked.
+
         Raises:
-            InvalidInputError: some cannot be prepared, or all.
+            InvalidInputError: some cannot be prepared; with *skip_bad*, all.
         """
-        bad: List[str] = []
-        good: List[int] = []
-        for done, index in enumerate(self._indices.tolist(), 1):
+        checked = min(most, len(self))
+        bad: List[int] = []
+        messages: List[str] = []
+        for place in range(checked):
             try:
-                self._make(index)
-                good.append(index)
+                self._made(int(self._indices[place]))
             except InvalidInputError as error:
-                bad.append(error.message)
+                bad.append(place)
+                if len(bad) <= _LISTED:
+                    messages.append(error.message)
             if progress is not None:
-                progress(done, len(self))
-        if not bad:
-            return
-        listed = bad[:_LISTED] + (["..."] if len(bad) > _LISTED else [])
-        message = "\n  ".join([f"{len(bad)} of {len(self)} examples cannot be used:", *listed])
-        if not skip_bad or not good:
-            hint = None if skip_bad else "Correct them, or leave them out with skip_bad=True."
-            raise InvalidInputError(message, hint=hint)
-        logger.warning("left out: %s", message)
-        self._indices = np.array(good, int)
+                progress(place + 1, checked)
+        if bad:
+            more = ["..."] if len(bad) > _LISTED else []
+            count = f"{len(bad)} of {checked} examples cannot be used:"
+            message = "\n  ".join([count, *messages, *more])
+            if not self._skip_bad or len(bad) == len(self):
+                hint = None if self._skip_bad else "Correct them, or leave them out: skip_bad=True."
+                raise InvalidInputError(message, hint=hint)
+            logger.warning("left out: %s", message)
+            self._indices = np.delete(self._indices, bad)
+        return checked
 
     def leave_out(self, others: Prepared[P]) -> int:
         """Leave out the examples that *others* has, too; return how many.  Reads all of both."""
-        digests = {index: digest_of(self._examples[index]) for index in self._indices.tolist()}
-        own = set(digests.values())
-        found = (digest_of(others._examples[index]) for index in others._indices.tolist())
-        shared = {digest for digest in found if digest in own}
-        kept = [index for index, digest in digests.items() if digest not in shared]
-        self._indices = np.array(kept, int)
-        return len(digests) - len(kept)
+        own = [digest_of(self._examples[index]) for index in self._indices.tolist()]
+        wanted = set(own)
+        is_other = np.zeros(len(others._examples), bool)
+        is_other[others._indices] = True
+        found = (digest_of(e) for e, other in zip(others._examples, is_other) if other)
+        shared = {digest for digest in found if digest in wanted}
+        kept = [digest not in shared for digest in own]
+        self._indices = self._indices[kept]
+        return len(own) - len(self)
 
-    def _make(self, index: int) -> P:
+    def _made(self, index: int) -> P:
+        """Return example *index* of the file, prepared; kept while there is room for it."""
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
         try:
             made = self._prepare(self._examples[index])
         except InvalidInputError as error:
