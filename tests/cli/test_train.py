@@ -98,6 +98,13 @@ def test_a_newcomer_gets_from_a_file_to_a_chat(chats: Path, out: Path) -> None:
     chat = tinkex("chat", str(out), "--temperature", "0", "--max-tokens", "8", stdin="3+1?\n")
     assert (chat.returncode, chat.stderr) == (0, "")
     assert chat.stdout.endswith("\n")
+    # A reply as long as the context has room for, which is less than the option's default.
+    assert tinkex("chat", str(out), "--temperature", "0", stdin="3+1?\n").returncode == 0
+    refused(
+        tinkex("chat", str(out), "--system", "much " * 600, stdin="3+1?\n"),
+        "fills the model's context of 512",
+        '"/new"',
+    )
     options = ["--run", str(out), "--temperature", "0", "--max-tokens", "8", "--chat"]
     assert tinkex("sample", "3+1?", *options).stdout == chat.stdout
 

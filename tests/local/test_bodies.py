@@ -15,7 +15,7 @@ from local.harness import Api, datum, serving
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.settings import ClientFlags, DynamicClientFlags, ServerSettings
-from tinkex.types import ForwardBackwardRequest
+from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, TensorData
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
@@ -110,6 +110,17 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
             assert status in head.splitlines()[0]
             assert b"Content-Type: application/json" in head
             assert isinstance(json.loads(told)["detail"], str)
+
+
+@pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=["json", "protobuf"])
+@pytest.mark.parametrize("target", [1.0, float("nan"), float("inf")])
+def test_targets_that_are_not_integers_are_refused(api: Api, codec: Any, target: float) -> None:
+    targets = TensorData([target, 1.0], "float32", (2, 2), [0, 1, 2], [0, 1])
+    dense = TensorData([target, 1.0], "float32")
+    for tensor in (targets, dense):
+        bad = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": tensor})
+        answer = api.submit_pass(api.model(), 1, [bad], expect=400, codec=codec)
+        assert "target_tokens are float32; they must be int64" in answer["detail"]
 
 
 def test_other_encodings_are_refused(api: Api) -> None:

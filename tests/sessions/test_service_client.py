@@ -358,7 +358,10 @@ def test_server_capabilities(server: SessionServer, connect: Connect) -> None:
 # 18, 19: checks and counters
 
 
-def test_arguments_are_checked_before_any_request(server: SessionServer, connect: Connect) -> None:
+def test_arguments_are_checked_before_any_request(
+    server: SessionServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)  # with a key, the flags are asked for first
     service = connect()
     calls: List[Callable[[], Any]] = [
         lambda: service.create_lora_training_client(""),

@@ -64,7 +64,8 @@ def _reply(
 ) -> Dict[str, str]:
     """Print the reply to *messages*, and return it as a message."""
     advice = "Use `tinkex sample`, or a model with a template."
-    pieces = generator.pieces(generator.chat_tokens(messages, advice), params)
+    tokens = generator.chat_tokens(messages, advice)
+    pieces = generator.pieces(tokens, generator.fitting(params, len(tokens)))
     if not wants_json():
         return {"role": "assistant", "content": write_pieces(pieces)}
     reply = {"role": "assistant", "content": "".join(pieces)}

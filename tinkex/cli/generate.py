@@ -7,6 +7,7 @@ Everywhere else the text comes in one piece.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import http.client
 import itertools
@@ -33,7 +34,13 @@ from tinkex.cli.connect import (
 )
 from tinkex.cli.terminal import visible
 from tinkex.config import Config
-from tinkex.errors import APIConnectionError, ConfigError, InvalidInputError, RequestFailedError
+from tinkex.errors import (
+    APIConnectionError,
+    ConfigError,
+    InvalidInputError,
+    RequestFailedError,
+    RouteMissingError,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,7 +169,10 @@ class Generator:
         model_path: Optional[str],
         base_model: Optional[str],
     ) -> None:
+        self._service = service
         self._config = service.config
+        self._base_model = base_model
+        self._models: Optional[List[types.SupportedModel]] = None  # None before they were asked for
         if model_path:
             self._model = model_path
             self._sampler = service.create_sampling_client(model_path=model_path)
@@ -198,6 +208,38 @@ class Generator:
         status.waiting_for(f"waiting for {self._config.host_and_port} to sample")
         body = {"model": self._model, "prompt": tokens, "stream": True, **params.to_json()}
         yield from _stream(self._config, {**body, "include_stop_str_in_output": True})
+
+    def fitting(self, params: types.SamplingParams, prompt_tokens: int) -> types.SamplingParams:
+        """Return *params* with no more ``max_tokens`` than the model's context has room for.
+
+        Raises:
+            InvalidInputError: the prompt fills the context.
+        """
+        limit = self._context_length()
+        if limit is None or params.max_tokens is None:
+            return params
+        room = limit - prompt_tokens
+        if room < 1:
+            raise InvalidInputError(
+                f"the conversation has {prompt_tokens} tokens, and fills the model's context of "
+                f"{limit}",
+                hint='Begin a new conversation with "/new".',
+            )
+        return dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
+
+    def _context_length(self) -> Optional[int]:
+        """Return the context length of the model in tokens; None if the server does not say."""
+        if self._models is None:
+            try:
+                self._models = list(self._service.get_server_capabilities().supported_models)
+            except RouteMissingError:  # then the server decides
+                self._models = []
+        lengths = {
+            model.max_context_length
+            for model in self._models
+            if self._base_model in (None, model.model_name)
+        }
+        return lengths.pop() if len(lengths) == 1 else None
 
     def chat_tokens(self, messages: List[Dict[str, str]], advice: str) -> List[int]:
         """Return the tokens of a conversation up to the reply; *advice* if there is no template."""

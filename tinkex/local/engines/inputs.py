@@ -141,7 +141,9 @@ def check_tokens(model_input: ModelInput, info: EngineInfo, what: str = "model_i
 
 
 def check_vocabulary(what: str, tokens: Array, info: EngineInfo) -> None:
-    """Raise EngineError if one of *tokens* is not in the vocabulary."""
+    """Raise EngineError if one of *tokens* is not an integer in the vocabulary."""
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise EngineError(f"{what} are {tokens.dtype}; they must be int64 token ids")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
@@ -185,8 +187,6 @@ def _check_datum(datum: Datum, loss_fn: str, config: Mapping[str, float], info: 
 def _check_targets(
     tensor: TensorData, loss_fn: str, length: int, info: EngineInfo
 ) -> npt.NDArray[np.int64]:
-    if tensor.dtype != "int64":
-        raise EngineError(f"target_tokens are {tensor.dtype}; they must be int64 token ids")
     targets = tensor.to_numpy()
     ranks = LOSSES[loss_fn].ranks
     if targets.ndim not in ranks:

@@ -48,7 +48,9 @@ def raw_body() -> bytes:
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
-        raise HTTPError(415, f"Content-Encoding {encoding!r} is not known here; send zstd or none")
+        raise HTTPError(
+            415, f"Content-Encoding {encoding!r:.100} is not known here; send zstd or none"
+        )
     return decompressed(body, limit)
 
 
