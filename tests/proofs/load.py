@@ -99,12 +99,14 @@ class LoadedServer(LocalServer):
 def serve(folder: str, scale: float, commands: Connection) -> None:
     """Serve on two ports until the command to end; see `Server` for the commands."""
     LoadedServer.kept = round(20_000 * scale)  # so that they are full at the same point
-    batched = ServerSettings(flags=ClientFlags(sample_use_retrieve_futures=True))
+    # A busy machine may keep a process from running for longer than a session lives by default.
+    single = ServerSettings(session_ttl_s=600)
+    batched = dataclasses.replace(single, flags=ClientFlags(sample_use_retrieve_futures=True))
     with contextlib.ExitStack() as opened:
         engines = [GatedEngine(), GatedEngine()]
         servers = [
             opened.enter_context(LoadedServer(engine, data_dir=Path(folder, str(n)), settings=s))
-            for n, (engine, s) in enumerate(zip(engines, (ServerSettings(), batched)))
+            for n, (engine, s) in enumerate(zip(engines, (single, batched)))
         ]
         commands.send([server.url for server in servers])
         while True:
