@@ -14,7 +14,6 @@ import threading
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
-from tinkex.errors import ConfigError
 
 #: The longest that a fork waits, in seconds: the forking thread may hold a lock the import needs.
 _MAX_FORK_WAIT_S = 10.0
@@ -53,6 +52,8 @@ def import_extra(name: str, attribute: str, *, user: str, extra: str) -> Any:
     Raises:
         ConfigError: it is not installed, or cannot be imported.
     """
+    from tinkex.errors import ConfigError  # a program that imports nothing has no need of it
+
     hint = f'python -m pip install "tinkex[{extra}]"'
     try:
         module = import_late(name)
