@@ -14,7 +14,6 @@ import threading
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
-
 #: The longest that a fork waits, in seconds: the forking thread may hold a lock the import needs.
 _MAX_FORK_WAIT_S = 10.0
 
