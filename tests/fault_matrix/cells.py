@@ -169,7 +169,8 @@ def run_cell(cell: Cell, expected: Baseline) -> Verdict:
             wrong.append(f"executed more than once: {dict(again)}")
         if outcome.error is None:
             value = _readable(outcome.value, world)
-            if value != expected.value:
+            is_list_of_nothing = case.forgets and cell.operation == "lists"
+            if value != expected.value and not is_list_of_nothing:
                 wrong.append(f"wrong value: {value:.200} instead of {expected.value:.200}")
             if expected.executed - executed:
                 wrong.append(f"not executed: {dict(expected.executed - executed)}")

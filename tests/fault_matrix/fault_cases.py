@@ -30,6 +30,7 @@ class FaultCase:
         file_errors: like *errors*, where the fault strikes the download of a file.
         route: it strikes only this route; None strikes whatever the operation requests.
         ends_session: the session is lost; what follows needs a new one.
+        forgets: the server has lost everything, so that lists are empty.
         repeats: what the server has lost (a sample) may be done again.
         settings: of the client.
     """
@@ -42,6 +43,7 @@ class FaultCase:
     file_errors: Tuple[Type[Exception], ...] = ()
     route: Optional[str] = None
     ends_session: bool = False
+    forgets: bool = False
     repeats: bool = False
     settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -152,6 +154,7 @@ CASES: Dict[str, FaultCase] = {
             faults.Restart(keep_state=False),
             errors=(*_LOST, errors.NotFoundError),
             ends_session=True,
+            forgets=True,
         ),
         *_statuses(),
     ]
