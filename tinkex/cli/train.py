@@ -33,7 +33,7 @@ from tinkex.cli.training_job import LOGGERS, METHODS, SCHEDULES, Job, run_job
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
               help="Examples per step.")  # fmt: skip
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Passes per step: each batch is split into so many.")  # fmt: skip
+              help="Passes per step, into which each batch is split.")  # fmt: skip
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0,
               show_default=True, help="How often each example is used.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Number of steps, instead of --epochs.")

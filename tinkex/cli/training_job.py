@@ -30,7 +30,7 @@ METHODS = ("supervised", "dpo")
 SCHEDULES = ("constant", "linear", "cosine")
 LOGGERS = ("csv", "png", "tensorboard", "wandb", "trackio")
 
-#: Without --heldout, one example of so many is held out, but not more than this many...
+#: Without --heldout, one example in this many is held out, but not more than this many in total...
 _HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
 #: ... and none of a file with fewer examples than this.
 _HELDOUT_FROM = 40

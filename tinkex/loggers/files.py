@@ -99,7 +99,7 @@ class MetricsFile:
 class CsvFile:
     """Keeps ``metrics.csv`` in *folder* equal to its ``metrics.jsonl``.  For one thread.
 
-    A metric that is new adds a column, for which the file is written anew.
+    A metric that is new adds a column, for which the file is written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,7 +109,7 @@ class CsvFile:
         self._columns: List[str] = []
 
     def rewind(self, step: int) -> None:
-        """Write the file anew with the next line."""
+        """Write the file again with the next line."""
         self._columns = []
 
     def log(self, step: int, metrics: Row, row: Row) -> None:

@@ -84,7 +84,7 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         With *skip_bad* the bad ones are left out, with one warning.
 
         Args:
-            most: so many are checked, to begin soon with a large file.
+            most: how many are checked at most, to begin soon with a large file.
             progress: called after each.
 
         Returns:

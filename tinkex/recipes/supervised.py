@@ -38,7 +38,7 @@ def train_supervised(
         run: from `ServiceClient.open_run`.
         batches: of data for cross-entropy, such as `Batches`; the same each time.
         schedule: from `constant`, `linear` or `cosine`, or a function of your own.
-        accumulation: passes per step; each batch is split into so many, whose gradients add up.
+        accumulation: passes per step, into which each batch is split; their gradients add up.
         heldout: data to measure the held-out loss of; none measures none.
         eval_every: steps between two measurements; None measures only at the start and the end.
         log: called after each step.
