@@ -19,7 +19,7 @@ from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.errors import HTTPError
 from tinkex.local.json_text import MAX_LEVELS, check_values, levels, read_json, write_json
-from tinkex.local.proto_bounds import check_messages
+from tinkex.local.proto_bounds import MAX_MESSAGES, check_messages
 from tinkex.local.settings import SamplingLimits, ServerSettings
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, TensorData
 from tinkex.wire import tinker_public_pb2 as pb
@@ -494,6 +494,53 @@ def test_a_chunk_of_millions_of_objects_within_one_datum_is_refused(api: Api) ->
         content_type=PROTOBUF.content_type,
     )
     assert sent.status_code in (400, 404)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field with a length, as protobuf writes it."""
+    size = b""
+    left = len(content)
+    while left > 0x7F:
+        size, left = size + bytes([left & 0x7F | 0x80]), left >> 7
+    return bytes([number << 3 | 2]) + size + bytes([left]) + content
+
+
+MANY = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        field(1, b"\x0a\0\x12\0" * MANY),  # a chunk that is text and image in turn
+        field(1, field(2, field(4, b"\x08\1" * MANY))),  # dimensions of an image
+        field(2, field(2, b"\x20\0" * (MANY + 1))),  # a shape
+        field(2, field(2, field(4, bytes(MANY)))),  # a packed shape
+        field(2, field(2, b"\x0a\0\x12\0" * MANY)),  # a tensor that is dense and sparse in turn
+        field(2, field(2, field(2, b"\x0a\1x" * MANY))),
+        field(3, b"\x0a\0\x12\0" * MANY),
+        field(4, field(1, b"\x0a\1x" * (MANY + 1))),
+    ],
+)
+def test_millions_of_fields_within_one_message_are_refused(content: bytes) -> None:
+    raw = field(3, content)
+    pb.ForwardBackwardRequest.FromString(raw)  # it is well-formed
+    with pytest.raises(HTTPError, match="more than 1048576 fields"):
+        check_messages(raw)
+
+
+def test_millions_of_fields_within_the_settings_of_a_loss_are_refused() -> None:
+    for raw in (field(5, b"\x0a\1x" * (MANY + 1)), field(7, field(2, b"\x12\0" * (MANY + 1)))):
+        pb.ForwardBackwardRequest.FromString(raw)
+        with pytest.raises(HTTPError, match="more than 1048576 fields"):
+            check_messages(raw)
+
+
+def test_as_many_small_messages_as_are_allowed_have_few_enough_fields() -> None:
+    tensor = pb.Tensor(dtype=pb.INT64, shape=[1, 1], dense=bytes(8))
+    inputs = pb.Datum(loss_fn_inputs={"a": tensor, "b": tensor})
+    inputs.model_input.add().encoded_text.tokens = bytes(4)
+    message = field(3, inputs.SerializeToString())
+    check_messages(message * (MAX_MESSAGES // 4))
 
 
 @pytest.mark.parametrize("raw", [b"\x1a", b"\x1a\xff\xff\xff\xff\x0f", b"\xff" * 30, b"\x0b\x1a\0"])

@@ -369,7 +369,108 @@ def test_weights_for_sampling_are_in_the_journal(service: ServiceClient, tmp_pat
     sampler = read_run(tmp_path).sampler
     assert sampler is not None
     assert (sampler.path, sampler.steps) == (path, STEPS)
-    assert path.endswith(f"/sampler_weights/sampler-{STEPS}")
+    assert path.endswith(f"/sampler_weights/sampler-{STEPS}-1")
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_weights_for_sampling_hold_the_steps_that_the_journal_names(
+    service: ServiceClient, tmp_path: Path, expected: List[float], depth: int
+) -> None:
+    """Also after a loop that was left, and as often as one likes."""
+    with open_run(service, tmp_path) as run:
+        if depth:
+            for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=depth):
+                if step.index == 1:
+                    break
+        else:
+            for step in run.steps(BATCHES):
+                run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+                if step.index == 1:
+                    break
+        paths = [run.save_for_sampler(), run.save_for_sampler()]
+        sampler = run.record.sampler
+        assert sampler is not None
+        assert sampler.path == paths[1] != paths[0]
+        assert sampler.steps == run.steps_done == (1 + depth if depth else 2)
+        assert len(run.record.steps) == sampler.steps
+        probe = run.trainer.forward(batch(run.steps_done), "cross_entropy").result()
+        assert probe.metrics["loss:sum"] == expected[run.steps_done]
+    assert read_run(tmp_path).checkpoints[-1].steps == sampler.steps
+
+
+def test_weights_for_sampling_are_not_saved_within_a_step(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with open_run(service, tmp_path) as run:
+        for step in run.steps(BATCHES[:2]):
+            assert run.save_for_sampler()  # the step has not trained yet
+            assert run.record.sampler is not None
+            assert run.record.sampler.steps == step.index
+            run.trainer.train_step(step.batch, "cross_entropy", ADAM)
+            with pytest.raises(InvalidInputError, match=f"within step {step.index}"):
+                run.save_for_sampler()
+        for _ in run.pipeline(BATCHES, "cross_entropy", ADAM):
+            with pytest.raises(InvalidInputError, match="within step"):
+                run.save_for_sampler()
+        assert run.save_for_sampler()
+        assert run.record.sampler.steps == run.steps_done == 2 + STEPS
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+@pytest.mark.parametrize("on_session_loss", ["raise", "resume"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, InvalidInputError])
+def test_metrics_that_fail_lose_no_step(
+    service: ServiceClient,
+    tmp_path: Path,
+    expected: List[float],
+    error: Type[BaseException],
+    on_session_loss: str,
+    always: bool,
+) -> None:
+    failures = []
+
+    def metrics(step: RunStep[Any]) -> Dict[str, int]:
+        if step.index == 4 or (always and step.index > 4):
+            failures.append(step.index)
+            raise error(f"no metrics of {step.index}")
+        return {"own": step.index}
+
+    options = {"on_session_loss": on_session_loss, "save_every": 100}
+    with ending_in(error, "no metrics of 4"), open_run(service, tmp_path, **options) as run:
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=3, metrics=metrics):
+            with step:
+                pass
+    record = read_run(tmp_path)
+    done = record.checkpoints[-1].steps
+    assert done == len(record.steps) == 7
+    assert losses(tmp_path) == expected[:done]
+    assert failures == ([4, 5, 6] if always else [4])
+    assert [s.metrics.get("own") for s in record.steps] == [
+        None if index in failures else index for index in range(done)
+    ]
+
+
+@pytest.mark.parametrize("ending", ["close", "save_for_sampler", "loop"])
+def test_metrics_that_fail_after_the_loop_was_left_are_raised_when_all_is_done(
+    service: ServiceClient, tmp_path: Path, ending: str
+) -> None:
+    def metrics(step: RunStep[Any]) -> Dict[str, int]:
+        if step.index >= 2:
+            raise ZeroDivisionError(f"no metrics of {step.index}")
+        return {}
+
+    with (
+        ending_in(ZeroDivisionError, "no metrics of 2"),
+        open_run(service, tmp_path, save_every=100) as run,
+    ):
+        for step in run.pipeline(BATCHES, "cross_entropy", ADAM, depth=3, metrics=metrics):
+            if step.index == 1:
+                break
+        if ending == "save_for_sampler":
+            run.save_for_sampler()
+        elif ending == "loop":
+            list(run.steps(BATCHES))
+    assert read_run(tmp_path).checkpoints[-1].steps == len(losses(tmp_path)) == 4
 
 
 def test_no_checkpoint_is_made_while_a_gradient_accumulates(

@@ -1,4 +1,4 @@
-"""How many messages a protobuf body of a pass may hold, checked before it is parsed.
+"""How many messages and fields a protobuf body of a pass may hold, checked before it is parsed.
 
 A message of two bytes becomes some fifty when it is parsed, and a thousand as a Python object.
 Pure; no threads.
@@ -6,37 +6,106 @@ Pure; no threads.
 
 from __future__ import annotations
 
-from typing import Iterator, Tuple
+from typing import Any, Dict, Iterator, Mapping, Tuple
 
 from tinkex.local.errors import HTTPError
 
 #: Most datums, chunks, loss inputs and spans of a request, together.
 MAX_MESSAGES = 1 << 17
 
+#: Most fields inside of them, at any depth, and entries of shapes.  It is more than that many
+#: messages need: a loss input has seven.
+MAX_FIELDS = 1 << 20
+
 #: Bytes of the smallest message.
 _LEAST_BYTES = 2
+
+# The fields of a message that are messages themselves, with theirs, or packed numbers, of which
+# each byte may be one.  All others are a single value.
+_Nested = Mapping[int, Any]
+_PACKED = None
+_VALUES: Dict[int, Any] = {}
+_SPAN: _Nested = {1: _VALUES, 2: _VALUES}
+_CHUNK: _Nested = {1: _VALUES, 2: {4: _VALUES}, 3: _VALUES}
+_TENSOR: _Nested = {2: _VALUES, 4: _PACKED}
+_DATUM: Dict[int, _Nested] = {1: _CHUNK, 2: {2: _TENSOR}, 3: _SPAN, 4: _SPAN}
+_CONFIG: Dict[int, _Nested] = {5: _VALUES, 7: {2: _VALUES}}
 
 _DATA_FIELD = 3
 
 
 def check_messages(raw: bytes) -> None:
-    """Raise HTTPError 413 if *raw*, a ForwardBackwardRequest, holds too many messages."""
+    """Raise HTTPError 413 if *raw*, a ForwardBackwardRequest, holds too many messages or fields."""
     if len(raw) <= MAX_MESSAGES * _LEAST_BYTES:
         return
-    count = 0
+    messages = 0
+    room = MAX_FIELDS
     for number, start, stop in _fields(raw, 0, len(raw)):
-        count += 1
+        messages += 1
         if number == _DATA_FIELD:
-            for _ in _fields(raw, start, stop):
-                count += 1
-                if count > MAX_MESSAGES:
+            for inner, inner_start, inner_stop in _fields(raw, start, stop):
+                messages += 1
+                if messages > MAX_MESSAGES:
                     break
-        if count > MAX_MESSAGES:
+                nested = _DATUM.get(inner)
+                if nested is not None:
+                    room -= _count(raw, inner_start, inner_stop, nested, room)
+        elif number in _CONFIG:
+            room -= _count(raw, start, stop, _CONFIG[number], room)
+        if messages > MAX_MESSAGES:
             raise HTTPError(
                 413,
                 f"the batch has more than {MAX_MESSAGES} datums, chunks and loss inputs; send "
                 "smaller batches",
             )
+        if room < 0:
+            raise HTTPError(
+                413,
+                f"the chunks and loss inputs of the batch have more than {MAX_FIELDS} fields; send "
+                "smaller batches",
+            )
+
+
+def _count(raw: bytes, start: int, stop: int, nested: _Nested, room: int) -> int:
+    """Return how many fields a message has, with those within it; not much more than *room*.
+
+    Like `_fields`, up to one that is malformed; written out, since a batch has many of them.
+    """
+    count = 0
+    while start < stop and count <= room:
+        tag = raw[start]
+        start += 1
+        if tag > 0x7F:
+            tag, start = _varint(raw, start - 1)
+        count += 1
+        kind = tag & 7
+        if kind == 2:
+            if start >= stop:
+                break
+            size = raw[start]
+            start += 1
+            if size > 0x7F:
+                size, start = _varint(raw, start - 1)
+            if size > stop - start:
+                break
+            number = tag >> 3
+            if number in nested:
+                within = nested[number]
+                if within is _PACKED:
+                    count += size
+                elif size:
+                    count += _count(raw, start, start + size, within, room - count)
+            start += size
+        elif kind == 0:
+            if start < stop and raw[start] > 0x7F:
+                _, start = _varint(raw, start)
+            else:
+                start += 1
+        elif kind == 1:
+            start += 8
+        elif kind == 5:
+            start += 4
+    return count
 
 
 def _fields(raw: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
@@ -45,7 +114,11 @@ def _fields(raw: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]
     The parser rejects what is malformed, and has kept nothing but what comes before it.
     """
     while start < stop:
-        tag, start = _varint(raw, start)
+        tag = raw[start]
+        if tag > 0x7F:
+            tag, start = _varint(raw, start)
+        else:
+            start += 1
         kind = tag & 7
         if kind == 0:
             _, start = _varint(raw, start)
@@ -64,7 +137,8 @@ def _fields(raw: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]
 def _varint(raw: bytes, start: int) -> Tuple[int, int]:
     """Return the number at *start*, and where it ends; it may end behind *raw*."""
     value = shift = 0
-    while start < len(raw) and shift < 70:
+    end = len(raw)
+    while start < end and shift < 70:
         byte = raw[start]
         start += 1
         value |= (byte & 0x7F) << shift

@@ -79,6 +79,6 @@ def find_sampler(service: ServiceClient, record: RunRecord) -> str:
     logger.info("loading the checkpoint of %d steps", newest.steps)
     trainer = service.create_training_client_from_state(newest.path, record.spec["base_model"])
     try:
-        return save_for_sampler(trainer, newest.steps, _TTL_S)
+        return save_for_sampler(trainer, f"sampler-{newest.steps}", _TTL_S)
     finally:
         trainer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 from typing import TYPE_CHECKING, Any, Callable, Deque, Iterator, Mapping, Optional, Union
 
 from tinkex.runs.saver import Place
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from tinkex.clients.training import TrainingClient
 
 
+logger = logging.getLogger(__name__)
+
+
 class PipedSteps(Iterator[RunStep[Any]]):
     """Iterates over *steps*, each with its result, by a pipeline over their batches.
 
@@ -24,6 +28,9 @@ class PipedSteps(Iterator[RunStep[Any]]):
         trainer: of the run.
         first: the place before these steps.
         loss_fn, adam_params, loss_fn_config, depth, metrics: as for `Run.pipeline`.
+
+    Attributes:
+        failure: the first exception that *metrics* has raised, if any.
     """
 
     def __init__(
@@ -40,6 +47,8 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._steps = steps
         self._first = first
         self._finished = 0
+        self._incomplete = False  # a step has failed, or its result was not read
+        self.failure: Optional[BaseException] = None
         self._handed_out: Optional[RunStep[Any]] = None  # the last one
         self._adam_params = adam_params
         self._metrics = metrics
@@ -55,21 +64,30 @@ class PipedSteps(Iterator[RunStep[Any]]):
         return self._first.after(self._finished)
 
     def __next__(self) -> RunStep[Any]:
-        self._handed_out = self._finish(next(self._pipeline))
-        return self._handed_out
+        step = self._finish(next(self._pipeline))
+        if self.failure is not None:
+            raise self.failure
+        self._handed_out = step
+        return step
 
     def drain(self) -> bool:
         """Wait for the steps that were sent, and have them written; False if one has failed.
 
+        What *metrics* raises is kept in `failure`: the server has done the step.
+
         Raises:
             TinkexError: one fails.
         """
+        if self._incomplete:
+            return False
+        self._incomplete = True
         if self._handed_out is not None:
             self._handed_out._end()
         for result in self._pipeline.drain():
             if result.index != self._finished:
                 return False  # the one before it has failed
             self._finish(result)._write()  # the loop's body has not seen it
+        self._incomplete = False
         return True
 
     def _batches(self) -> Iterator[Any]:
@@ -87,5 +105,14 @@ class PipedSteps(Iterator[RunStep[Any]]):
         step.result = result
         step.log(result.metrics)
         if self._metrics is not None:
-            step.log(self._metrics(step))
+            try:
+                step.log(self._metrics(step))
+            except BaseException as error:  # Ctrl-C, too: the server has done the step
+                step._write()
+                if isinstance(error, SystemExit):
+                    raise  # nothing is to be waited for any more
+                if self.failure is None:
+                    self.failure = error
+                else:
+                    logger.warning("metrics of step %d failed, too: %r", step.index, error)
         return step

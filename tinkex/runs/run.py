@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 from pathlib import Path
 from types import TracebackType
@@ -97,9 +98,12 @@ class Run:
         self._first_state = as_json("state", dict(state or {}))
         self._rides_out = on_session_loss == "resume"
         self._loops = 0  # begun so far
+        self._running_loop: Optional[int] = None
+        self._samplers = itertools.count(1)
         self._place = Place(0, 0, 0)
         self._current: Optional[_Current] = None
         self._piped: Optional[PipedSteps] = None
+        self._failure: Optional[BaseException] = None  # of metrics, still to be raised
         self._closed = False
         with contextlib.ExitStack() as opened:
             self._sigterm = Sigterm()
@@ -178,7 +182,8 @@ class Run:
             loss_fn, adam_params, loss_fn_config, depth: as for `TrainingClient.pipeline`.
             metrics: returns further metrics of a step to log, from its batch and its result.
                 Called for every step that is done, also for those that the loop was left before,
-                as by Ctrl-C.
+                as by Ctrl-C.  If it fails, the step is logged without them, and the failure raised
+                when the steps that were submitted are done and saved.
         """
         arguments = (loss_fn, adam_params, loss_fn_config, depth, metrics)
         return self._loop(batches, arguments)
@@ -186,15 +191,25 @@ class Run:
     def save_for_sampler(self) -> str:
         """Save the weights as they are now for sampling, for good; return the path.  Blocks.
 
-        The journal notes it: `RunRecord.sampler`.  Not within a loop over `pipeline`, whose next
-        steps have been submitted already.
+        The journal notes it: `RunRecord.sampler`.  A loop that was left is settled first: a step
+        that has trained counts, and the steps that a pipeline has submitted are waited for.
 
         Raises:
+            InvalidInputError: called within a loop over `pipeline`, whose next steps have been
+                submitted already, or within a step that has trained; or a step was left half done.
             TinkexError: it could not be saved.
         """
         self._ensure_open()
+        if self._running_loop is None:
+            self._settle_before()
+        elif self._piped is not None or self._has_trained():
+            raise InvalidInputError(
+                f"save_for_sampler was called within step {self._place.steps}",
+                hint="Call it after the loop. (A loop that was left goes on as long as a variable "
+                "holds its iterator: close() that.)",
+            )
         steps = self._place.steps
-        path = save_for_sampler(self.trainer, steps)
+        path = save_for_sampler(self.trainer, f"sampler-{steps}-{next(self._samplers)}")
         self._files.note("sampler", path=path, steps=steps)
         return path
 
@@ -231,11 +246,21 @@ class Run:
             try:
                 if error is None:
                     self._save_last(may_count=True)
-                elif not isinstance(error, TinkexError) and not self._sigterm.is_hurried:
+                elif self._may_save_after(error):
                     self._try_to_save_last()
             finally:
+                failure = self._failure if error is None else error
                 self._saver.close()
-                self._connection.close(*outcome_of(type(error) if error else None))
+                self._connection.close(*outcome_of(None if failure is None else type(failure)))
+            if error is None:
+                self._raise_failure()
+
+    def _may_save_after(self, error: BaseException) -> bool:
+        """Whether *error* leaves the steps of the server as they are known."""
+        if self._sigterm.is_hurried:
+            return False
+        by_metrics = self._piped is not None and error is self._piped.failure
+        return by_metrics or not isinstance(error, TinkexError)
 
     def _try_to_save_last(self) -> None:
         """Save what is done while an error is raised."""
@@ -287,13 +312,9 @@ class Run:
     def _iterate(
         self, batches: Batches[B], pipeline: Optional[_PipelineArguments]
     ) -> Iterator[RunStep[B]]:
-        if not self._settle(may_count=True):
-            raise InvalidInputError(
-                "the step before was left half done",
-                hint="Close the run and open it again: it continues from its last checkpoint.",
-            )
+        self._settle_before()
         loop, self._loops = self._loops, self._loops + 1
-        with self._sigterm.held():
+        with self._sigterm.held(), self._running(loop):
             while loop >= self._place.loop:  # or it was done before the run was continued
                 if loop > self._place.loop:
                     self._place = Place(self._place.steps, loop, 0)
@@ -309,6 +330,15 @@ class Run:
                     self._ride_out(error)
                     continue
                 return
+
+    @contextlib.contextmanager
+    def _running(self, loop: int) -> Iterator[None]:
+        self._running_loop = loop
+        try:
+            yield
+        finally:
+            if self._running_loop == loop:  # or it was left, and another one has begun since
+                self._running_loop = None
 
     def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
         """Yield a step for each batch; one is done, or all queued, when the next is asked for."""
@@ -333,6 +363,30 @@ class Run:
         if self._saver.after_step(self._place, self.state):
             self._connection.losses = 0
 
+    def _has_trained(self) -> bool:
+        """Whether the step that the loop is at has changed the weights."""
+        current = self._current
+        return current is not None and current.last_update is not self.trainer._run.last_update
+
+    def _settle_before(self) -> None:
+        """See to a loop that was left, before something else is done.
+
+        Raises:
+            InvalidInputError: it was left within a step.
+            BaseException: what `metrics` has raised for one of its steps.
+        """
+        if not self._settle(may_count=True):
+            raise InvalidInputError(
+                "the step before was left half done",
+                hint="Close the run and open it again: it continues from its last checkpoint.",
+            )
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
     def _settle(self, *, may_count: bool) -> bool:
         """See to a step, or a pipeline, that the loop was left in; False if one is half done.
 
@@ -340,12 +394,15 @@ class Run:
             may_count: a step that has changed the weights is taken as done; otherwise, after an
                 error, as half done.
         """
-        piped, self._piped = self._piped, None
+        piped = self._piped
         if piped is not None:
             self._current = None
+            raised = piped.failure
             if not piped.drain():
                 return False
+            self._piped = None
             self._place = piped.place
+            self._failure = piped.failure if raised is None else None
         current, self._current = self._current, None
         run = self.trainer._run
         if current is None or (current.last_update is run.last_update and not run.has_gradient):
@@ -377,13 +434,13 @@ class Run:
         self._saver.start(self.service, self.trainer, self._place.steps)
 
 
-def save_for_sampler(trainer: TrainingClient, steps: int, ttl_seconds: Optional[int] = None) -> str:
-    """Save the weights of *trainer*, which hold *steps*, for sampling; return the path.  Blocks.
+def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[int] = None) -> str:
+    """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
 
     Raises:
         TinkexError: they could not be saved.
     """
-    path = trainer.save_weights_for_sampler(f"sampler-{steps}", ttl_seconds).result().path
+    path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
     if path is None:
         raise ResponseDecodeError("the server saved weights for sampling, but named no path")
     return path
