@@ -63,6 +63,13 @@ def test_a_batch_is_cut_by_what_the_server_takes() -> None:
     assert sizes(cut(data, ServerFlags(fwdbwd_max_chunk_bytes_count=two), PROTOBUF)) == [2, 2, 2, 1]
 
 
+def test_a_batch_is_also_cut_where_the_caller_wants() -> None:
+    data = [datum() for _ in range(7)]
+    flags = ServerFlags(fwdbwd_max_chunk_len=3)
+    assert sizes(cut(data, flags, PROTOBUF, breaks=[1, 6])) == [1, 3, 2, 1]
+    assert sizes(cut(data[2:], flags, PROTOBUF, first=2, breaks=[1, 2, 4, 7])) == [2, 3]
+
+
 @pytest.mark.parametrize("length", [1, 100, 3000])
 def test_bodies_keep_to_the_limit_in_either_encoding(length: int) -> None:
     tokens = np.random.default_rng(length).integers(100_000, 200_000, length)

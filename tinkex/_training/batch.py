@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import (
     TYPE_CHECKING,
+    Collection,
     Iterator,
     List,
     Mapping,
@@ -83,9 +84,15 @@ class Chunk(NamedTuple):
 
 
 def cut(
-    data: Sequence[Datum], flags: ServerFlags, codec: Optional[Codec], first: int = 0
+    data: Sequence[Datum],
+    flags: ServerFlags,
+    codec: Optional[Codec],
+    first: int = 0,
+    breaks: Collection[int] = (),
 ) -> List[Chunk]:
     """Cut a batch, or its datums from index *first* on, into requests as large as possible.
+
+    None of them goes across an index of the batch that is in *breaks*.
 
     A limit in bytes is one of the bodies, so they are measured in the encoding that they will
     have; while *codec* is not known (None), in the larger of the two.
@@ -95,7 +102,8 @@ def cut(
     json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
     if (codec is None or codec.name == JSON.name) and json_at_most > limit:
         sizes = [_json_size(datum) for datum in data]
-    parts = split(sizes, flags.fwdbwd_max_chunk_len, limit)
+    own_breaks = {index - first for index in breaks}
+    parts = split(sizes, flags.fwdbwd_max_chunk_len, limit, own_breaks)
     return [Chunk(list(data[part]), sum(nbytes[part]), first + part.start) for part in parts]
 
 

@@ -213,8 +213,12 @@ def run_custom_pass(
     run: TrainingRun,
     data: List[Datum],
     loss_fn: CustomLoss,
+    breaks: Sequence[int] = (),
 ) -> None:
     """Compute *loss_fn* of *data*, and settle *future*; a task for the queue of *run*.
+
+    *breaks* are the indices, in ascending order, at which a new part of the batch begins: each part
+    has requests, and a call of *loss_fn*, of its own.
 
     Forward for the logprobs; the loss and its gradient; backward with the gradient as weights.  All
     on the queue's thread, so that no other request of the run comes between.  A failure, or a
@@ -226,11 +230,30 @@ def run_custom_pass(
     run.ensure_trainable()
     future.enter("submitting")
     surrogate = Loss("cross_entropy")
-    output = run.run_pass("forward", forward_data(data), surrogate)
-    weighted, metrics = gradient_data(data, output, loss_fn)
+    output = run.run_pass("forward", forward_data(data), surrogate, breaks)
+    weighted, metrics = _gradient_of_parts(data, output, loss_fn, breaks)
     if future.done():
         return  # cancelled: the gradient must not be added
-    run.send_gradient(future, weighted, surrogate, functools.partial(_join, metrics))
+    run.send_gradient(future, weighted, surrogate, functools.partial(_join, metrics), breaks)
+
+
+def _gradient_of_parts(
+    data: Sequence[Datum],
+    output: ForwardBackwardOutput,
+    loss_fn: CustomLoss,
+    breaks: Sequence[int],
+) -> Tuple[List[Datum], Dict[str, Any]]:
+    """Like `gradient_data`, with a call of *loss_fn* for each part; their metrics are combined."""
+    if not breaks:
+        return gradient_data(data, output, loss_fn)
+    weighted: List[Datum] = []
+    reported: List[ForwardBackwardOutput] = []
+    for start, stop in zip([0, *breaks], [*breaks, len(data)]):
+        outputs = output.loss_fn_outputs[start:stop]
+        part, metrics = gradient_data(data[start:stop], ForwardBackwardOutput(outputs, {}), loss_fn)
+        weighted += part
+        reported.append(ForwardBackwardOutput(outputs, metrics))
+    return weighted, dict(combine(reported).metrics)
 
 
 def _join(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any, Callable, List, Optional, Sequence, Type, TypeVar
+from typing import Any, Callable, Collection, List, Optional, Sequence, Type, TypeVar
 
 from tinkex._api import training as api
 from tinkex._api._call import read
@@ -94,12 +94,15 @@ class TrainingRun:
             future.on_settled(self._note_update)
         return future
 
-    def submit_pass(self, kind: str, data: List[Datum], loss: Loss) -> APIFuture[Output]:
+    def submit_pass(
+        self, kind: str, data: List[Datum], loss: Loss, breaks: Collection[int] = ()
+    ) -> APIFuture[Output]:
         """Queue a pass over an entire batch, as one task, so that its chunks stay together.
 
-        *kind* is ``"forward"`` or ``"forward_backward"``; *data* was checked.
+        *kind* is ``"forward"`` or ``"forward_backward"``; *data* was checked.  At each index in
+        *breaks* a new request begins, besides where the server's limits demand one.
         """
-        return self.queue(kind, self._send_batch, data, loss)
+        return self.queue(kind, self._send_batch, data, loss, breaks)
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue unloading the run, once all requests before it are settled."""
@@ -148,22 +151,29 @@ class TrainingRun:
 
     # Called from tasks, on the queue's thread
 
-    def run_pass(self, kind: str, data: List[Datum], loss: Loss) -> Output:
+    def run_pass(
+        self, kind: str, data: List[Datum], loss: Loss, breaks: Collection[int] = ()
+    ) -> Output:
         """Like `submit_pass`, but send it now, and wait for the result.
 
         Meanwhile refused requests are resent: in a plain wait the thread might wait for itself.
         """
         future: APIFuture[Output] = self.new_future(kind)
-        self._send_batch(future, data, loss)
+        self._send_batch(future, data, loss, breaks)
         self._queue.wait_for([future])
         return future.result()
 
     def send_gradient(
-        self, future: APIFuture[Output], data: List[Datum], loss: Loss, join: Join
+        self,
+        future: APIFuture[Output],
+        data: List[Datum],
+        loss: Loss,
+        join: Join,
+        breaks: Collection[int] = (),
     ) -> None:
         """Send a backward pass whose results, made one by *join*, are those of *future*."""
         self.ensure_trainable()
-        chunks = self._cut(data)
+        chunks = self._cut(data, breaks)
         parts = [self.new_future("forward_backward") for _ in chunks]
         if len(parts) > 1:
             batch = SplitBatch(self.model_id, future, parts, join, self._queue.may_repeat)
@@ -212,14 +222,16 @@ class TrainingRun:
 
     # Passes
 
-    def _send_batch(self, future: APIFuture[Output], data: List[Datum], loss: Loss) -> None:
+    def _send_batch(
+        self, future: APIFuture[Output], data: List[Datum], loss: Loss, breaks: Collection[int]
+    ) -> None:
         """Send a batch in as many requests as it takes, one after the other."""
         if not future.begin():  # cancelled while it was queued
             return
         if future.kind == "forward_backward":
-            self._send_gradient_batch(future, data, loss)
+            self._send_gradient_batch(future, data, loss, breaks)
             return
-        chunks = self._cut(data)
+        chunks = self._cut(data, breaks)
         parts = [future]
         if len(chunks) > 1:
             parts = [self.new_future(future.kind) for _ in chunks]
@@ -227,7 +239,7 @@ class TrainingRun:
         self._send_parts(parts, chunks, loss)
 
     def _send_gradient_batch(
-        self, future: APIFuture[Output], data: List[Datum], loss: Loss
+        self, future: APIFuture[Output], data: List[Datum], loss: Loss, breaks: Collection[int]
     ) -> None:
         """Send a batch, or what is missing of one that was added in part.
 
@@ -238,7 +250,7 @@ class TrainingRun:
         added: List[Optional[APIFuture[Output]]] = []
         for piece in pieces:
             if piece.part is None:
-                cuts = self._cut(piece.data, piece.first)
+                cuts = self._cut(piece.data, breaks, piece.first)
             else:
                 cuts = [Chunk(piece.data, 0, piece.first)]  # not sent: its future is settled
             chunks += cuts
@@ -254,10 +266,10 @@ class TrainingRun:
             self._gradient.add(batch, completed)
         self._send_parts(parts, chunks, loss)
 
-    def _cut(self, data: List[Datum], first: int = 0) -> List[Chunk]:
+    def _cut(self, data: List[Datum], breaks: Collection[int], first: int = 0) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
         codec = batch_codec(self._runtime.transport)
-        chunks = cut(data, self._server_flags(), codec, first)
+        chunks = cut(data, self._server_flags(), codec, first, breaks)
         if len(chunks) > 1:
             check_encoding(chunks, codec)
         return chunks

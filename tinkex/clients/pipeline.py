@@ -38,7 +38,6 @@ from tinkex.types import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
-from tinkex.wire.chunking import combine
 
 if TYPE_CHECKING:
     from tinkex._training.custom_loss import CustomLoss, LossHandle
@@ -129,26 +128,14 @@ class PipelineStep:
 
 
 class Step(NamedTuple):
-    """A pass, and the optimizer step after it, that were handed to the run's queue.
-
-    *earlier* are the passes before it whose gradients are added to its own.
-    """
+    """A pass, and the optimizer step after it, that were handed to the run's queue."""
 
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
-    earlier: Tuple[APIFuture[ForwardBackwardOutput], ...] = ()
-
-    @property
-    def passes(self) -> Tuple[APIFuture[ForwardBackwardOutput], ...]:
-        """All passes, in the order in which they are done."""
-        return (*self.earlier, self.forward_backward)
 
     def cancel_if_unsent(self) -> None:
-        """Cancel all, unless the queue has begun a pass: then it needs its optimizer step."""
-        first, *others = self.passes
-        if first.cancel_if_queued():
-            for future in others:
-                future.cancel()
+        """Cancel both, unless the queue has begun the pass: then it needs its optimizer step."""
+        if self.forward_backward.cancel_if_queued():
             self.optim.cancel()
 
 
@@ -299,24 +286,15 @@ class Pipeline(Iterator[PipelineStep]):
         params: Any = self._adam_params
         if callable(params):
             params = params(index)
-        earlier: List[APIFuture[ForwardBackwardOutput]] = []
-        try:
-            *parts, last = _passes_of(batch)
-            for part in parts:
-                earlier.append(self._submit_pass(part))
-                earlier[-1].uncount()
-            step = self._trainer._submit_step(params, self._submit_pass, last)
-        except BaseException:
-            for future in earlier:
-                future.cancel()
-            raise
-        return step._replace(earlier=tuple(earlier))
+        data, breaks = _flatten(batch)
+        return self._trainer._submit_step(params, self._submit_pass, data, breaks)
 
-    def _submit_pass(self, batch: Batch) -> APIFuture[ForwardBackwardOutput]:
-        data: Any = batch  # any iterable will do
-        if isinstance(self._loss_fn, str):
-            return self._trainer.forward_backward(data, self._loss_fn, self._loss_fn_config)
-        return self._trainer.forward_backward_custom(data, self._loss_fn)
+    def _submit_pass(self, data: Any, breaks: List[int]) -> APIFuture[ForwardBackwardOutput]:
+        trainer, loss_fn = self._trainer, self._loss_fn
+        if isinstance(loss_fn, str):
+            config = self._loss_fn_config
+            return trainer._pass("forward_backward", data, loss_fn, config, breaks)
+        return trainer._custom_pass(data, loss_fn, breaks)
 
     def _save_newest(self) -> None:
         """Queue a checkpoint behind the newest step, if it is one of *save_every*.
@@ -345,9 +323,7 @@ class Pipeline(Iterator[PipelineStep]):
     def _finish_oldest(self) -> PipelineStep:
         index, sent, saved = self._sent[0]
         try:
-            results = [future.result() for future in sent.passes]
-            passed = results[0] if len(results) == 1 else combine(results)
-            step = PipelineStep(index, passed, sent.optim.result())
+            step = PipelineStep(index, sent.forward_backward.result(), sent.optim.result())
             vars(step).update(_pipeline=self, _saved=saved)  # it is frozen
         except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
             self._sent.popleft()
@@ -368,7 +344,7 @@ class Pipeline(Iterator[PipelineStep]):
         kept: Deque[_Sent] = collections.deque()
         for sent in reversed(self._sent):
             sent.step.cancel_if_unsent()
-            if not sent.step.passes[0].cancelled():
+            if not sent.step.forward_backward.cancelled():
                 kept.appendleft(sent)
             elif sent.saved is not None:
                 sent.saved.cancel()
@@ -381,11 +357,23 @@ class Pipeline(Iterator[PipelineStep]):
         return f"sent before, and done by the server unless it fails: step {names}"
 
 
-def _passes_of(batch: Union[Batch, Sequence[Batch]]) -> List[Any]:
-    """Return the batch of each pass of a step: *batch* itself, or its parts if it is of lists."""
-    if isinstance(batch, (list, tuple)) and batch and all(isinstance(p, list) for p in batch):
-        return list(batch)
-    return [batch]
+def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
+    """Return the data of a step, and the indices at which each pass after the first one begins.
+
+    Raises InvalidInputError if a pass is empty.
+    """
+    if not (isinstance(batch, (list, tuple)) and batch and all(isinstance(p, list) for p in batch)):
+        return batch, []
+    data: List[Any] = []
+    starts: List[int] = []
+    for number, part in enumerate(batch):
+        if not part:
+            raise InvalidInputError(
+                f"pass {number} of the batch is empty", hint="Give at least one Datum."
+            )
+        starts.append(len(data))
+        data += part
+    return data, starts[1:]
 
 
 def _add_step_to_hint(error: TinkexError, index: int) -> None:

@@ -196,10 +196,19 @@ class TrainingClient(BaseClient):
                 DeprecationWarning,
                 stacklevel=2,
             )
+        return self._custom_pass(data, loss_fn)
+
+    def _custom_pass(
+        self,
+        data: Sequence[Datum],
+        loss_fn: Union[CustomLoss, LossHandle],
+        breaks: Sequence[int] = (),
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Queue a pass with a custom loss; *breaks* as for `_pass`."""
         if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(
             self._runtime.session.session_id
         ):
-            return self._pass_of_handle(data, loss_fn)
+            return self._pass_of_handle(data, loss_fn, breaks)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
         self._mistakes.check_targets(batch)
@@ -213,10 +222,11 @@ class TrainingClient(BaseClient):
             self._run,
             batch,
             loss_fn,
+            breaks,
         )
 
     def _pass_of_handle(
-        self, data: Sequence[Datum], handle: LossHandle
+        self, data: Sequence[Datum], handle: LossHandle, breaks: Sequence[int]
     ) -> APIFuture[ForwardBackwardOutput]:
         """A pass with a custom loss that the server computes."""
         batch = check_batch(data, "custom")
@@ -225,7 +235,7 @@ class TrainingClient(BaseClient):
         self._ensure_open("forward_backward_custom")
         loss = Loss("custom", {"loss_id": str(handle.loss_id)})
         most = Tokens(trained=_length(batch))
-        return self._metered(most, self._run.submit_pass, "forward_backward", batch, loss)
+        return self._metered(most, self._run.submit_pass, "forward_backward", batch, loss, breaks)
 
     def optim_step(
         self,
@@ -314,7 +324,10 @@ class TrainingClient(BaseClient):
 
         Args:
             batches: taken one by one, *depth* - 1 ahead.  A list of lists of Datum is a batch of
-                several passes, whose gradients add up before the optimizer step.
+                several passes, whose gradients add up before the optimizer step.  That is sent when
+                all of them are done; if only some were, IncompleteGradientError is raised, as for
+                a batch of `forward_backward` in several requests.  Errors and results count the
+                examples through all passes.
             loss_fn, loss_fn_config: as for `forward_backward`, or `forward_backward_custom`.
             adam_params: as for `optim_step`, or a function of the step's index, from 0.
             depth: steps under way together; 1 does one after the other.
@@ -542,8 +555,14 @@ class TrainingClient(BaseClient):
         return f"<TrainingClient {self.model_id} of {self._base_model or 'unknown model'}>"
 
     def _pass(
-        self, kind: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
+        self,
+        kind: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: LossConfig,
+        breaks: Sequence[int] = (),
     ) -> APIFuture[ForwardBackwardOutput]:
+        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins."""
         batch = check_batch(data, loss_fn, loss_fn_config)
         self._mistakes.check_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
@@ -552,7 +571,7 @@ class TrainingClient(BaseClient):
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
-        return self._metered(most, self._run.submit_pass, kind, batch, loss)
+        return self._metered(most, self._run.submit_pass, kind, batch, loss, breaks)
 
     def _load(
         self, kind: str, path: str, token: Optional[str], *, optimizer: bool

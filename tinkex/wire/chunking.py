@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Mapping, Sequence
+from typing import Collection, Dict, List, Mapping, Sequence
 
 from tinkex.errors import InvalidInputError
 from tinkex.types import ForwardBackwardOutput
@@ -11,16 +11,20 @@ from tinkex.types import ForwardBackwardOutput
 _UINT64 = (1 << 64) - 1
 
 
-def split(sizes: Sequence[int], max_datums: int, max_bytes: int) -> List[slice]:
+def split(
+    sizes: Sequence[int], max_datums: int, max_bytes: int, breaks: Collection[int] = ()
+) -> List[slice]:
     """Split datums of *sizes* bytes, in order, into slices of at most *max_datums* and *max_bytes*.
 
-    A datum larger than *max_bytes* gets a slice of its own.  No datums give no slices.
+    A datum larger than *max_bytes* gets a slice of its own.  No datums give no slices.  At each
+    index in *breaks* a new slice begins.
     """
     slices: List[slice] = []
     start = filled_bytes = 0
     for index, nbytes in enumerate(sizes):
         filled_bytes += nbytes
-        if index > start and (index - start == max_datums or filled_bytes > max_bytes):
+        full = index - start == max_datums or filled_bytes > max_bytes
+        if index > start and (full or index in breaks):
             slices.append(slice(start, index))
             start, filled_bytes = index, nbytes
     if sizes:
