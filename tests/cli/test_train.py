@@ -81,6 +81,12 @@ def trained(file: Path, out: Path, *options: str, model: str = MODEL) -> Dict[st
     return result
 
 
+def check_silent(done: Done) -> None:
+    """*done* has succeeded without a word, but that this machine was busy."""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("heartbeats ran ")]
+    assert (done.returncode, lines) == (0, [])
+
+
 def weights_of(out: Path) -> bytes:
     """Return the weights that the run saved for sampling at its end."""
     [folder] = (out / "server" / "checkpoints").glob("*/sampler_weights/*")
@@ -92,11 +98,11 @@ def weights_of(out: Path) -> bytes:
 
 def test_a_newcomer_gets_from_a_file_to_a_chat(chats: Path, out: Path) -> None:
     done = train(chats, out)
-    assert (done.returncode, done.stderr) == (0, "")
+    check_silent(done)
     assert f"tinkex chat {out}" in done.stdout
     assert "held-out loss before" in done.stdout
     chat = tinkex("chat", str(out), "--temperature", "0", "--max-tokens", "8", stdin="3+1?\n")
-    assert (chat.returncode, chat.stderr) == (0, "")
+    check_silent(chat)
     assert chat.stdout.endswith("\n")
     # A reply as long as the context has room for, which is less than the option's default.
     assert tinkex("chat", str(out), "--temperature", "0", stdin="3+1?\n").returncode == 0
@@ -175,7 +181,7 @@ def test_a_server_may_be_given(chats: Path, out: Path, tmp_path: Path) -> None:
         assert library.read_run(out).config["server"] == server.url
         assert not (out / "server").exists()
         chat = tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n")
-        assert (chat.returncode, chat.stderr) == (0, "")
+        check_silent(chat)
         assert all("the client ended it: success" in end for end in server.ends())
     assert result["steps"] == 6
 
@@ -255,7 +261,7 @@ def test_ctrl_c_while_the_server_computes(chats: Path, out: Path, uninterrupted:
     assert f"{count(saved, 'step')} saved in {out}; run the command again" in done.stderr
     assert 2 <= saved <= 4
     chat = tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n")
-    assert (chat.returncode, chat.stderr) == (0, "")
+    check_silent(chat)
     trained(chats, out)
     assert loggers.read_metrics(out) == loggers.read_metrics(uninterrupted)
 

@@ -13,6 +13,7 @@ from tinkex import types
 from tinkex.cli import status
 from tinkex.cli.commands import Command
 from tinkex.cli.generate import (
+    ContextFullError,
     Generator,
     check_model_options,
     model_options,
@@ -22,6 +23,7 @@ from tinkex.cli.generate import (
     write_pieces,
 )
 from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.terminal import echo_error
 
 
 @click.command(cls=Command)
@@ -56,7 +58,11 @@ def chat(
                 messages = list(beginning)
                 continue
             messages.append({"role": "user", "content": line})
-            messages.append(_reply(generator, messages, params))
+            try:
+                messages.append(_reply(generator, messages, params))
+            except ContextFullError as error:  # the conversation ends, not the command
+                messages.pop()
+                echo_error(f"Error: {error}")
 
 
 def _reply(

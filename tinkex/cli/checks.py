@@ -198,7 +198,7 @@ class Examination:
                 raise Skipped("the server wants a key for this") from error
             raise
         name = reply.headers.get("server", "")
-        return f"the server is well{f' ({name})' if name else ''}"
+        return f"the server is healthy{f' ({name})' if name else ''}"
 
     def _check_access(self) -> str:
         try:
@@ -226,7 +226,7 @@ class Examination:
                 "Without heartbeats it ends every session: check its version, and any gateway "
                 "that sends this path elsewhere.",
             )
-        return f"the server takes heartbeats, every {self._config.heartbeat_interval_s:g} s"
+        return f"the server accepts heartbeats (one every {self._config.heartbeat_interval_s:g} s)"
 
     def _beat(self) -> Reply:
         if self._session_id is None:

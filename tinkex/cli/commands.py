@@ -20,9 +20,9 @@ from tinkex.errors import TinkexError
 _OTHER_NAMES = {"overwrite": "force"}
 
 _SETTING = re.compile(
-    r"""\b(?P<name>[a-z][a-z_]*)
+    r"""(?<![\w./'"-])(?P<name>[a-z][a-z_]*)  # not in a path, a name or a quotation
         (?P<value>=(?:\.\.\.|"[^"]*"|'[^']*'|\w+(?:[./:-]\w+)*)?)?
-        (?![\w(])""",
+        (?![\w(/'"-])(?!\.\w)""",
     re.VERBOSE,
 )
 _ASIDE = re.compile(r"\s*\((?:or )?(?P<name>[a-z][a-z_]*)=[^()]*\)")

@@ -23,6 +23,7 @@ from tinkex.errors import (
     ConfigError,
     InvalidInputError,
     ResponseDecodeError,
+    RouteMissingError,
     SessionLostError,
 )
 from tinkex.types.checkpoint_path import ParsedCheckpointTinkerPath, locate_checkpoint
@@ -214,3 +215,16 @@ def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int
         if len(page) < wanted:
             break
     return found
+
+
+def context_length(service: tinkex.ServiceClient, model: Optional[str]) -> Optional[int]:
+    """Return the context length of *model* in tokens; None if the server does not say.
+
+    Without a *model*, of the only one that the server has.
+    """
+    try:
+        models = service.get_server_capabilities().supported_models
+    except RouteMissingError:  # then the server decides
+        return None
+    lengths = {found.max_context_length for found in models if model in (None, found.model_name)}
+    return lengths.pop() if len(lengths) == 1 else None

@@ -28,6 +28,7 @@ from tinkex.cli.commands import in_flags
 from tinkex.cli.connect import (
     base_url_option,
     check_path,
+    context_length,
     explained,
     is_embedded,
     open_service,
@@ -39,7 +40,6 @@ from tinkex.errors import (
     ConfigError,
     InvalidInputError,
     RequestFailedError,
-    RouteMissingError,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -154,6 +154,14 @@ def sampling_params(ctx: click.Context) -> types.SamplingParams:
     return params
 
 
+#: Before the server was asked.
+_UNKNOWN = -1
+
+
+class ContextFullError(InvalidInputError):
+    """A conversation fills the context of its model."""
+
+
 class Generator:
     """A model to generate text with, and its tokenizer.
 
@@ -172,7 +180,7 @@ class Generator:
         self._service = service
         self._config = service.config
         self._base_model = base_model
-        self._models: Optional[List[types.SupportedModel]] = None  # None before they were asked for
+        self._context_length: Optional[int] = _UNKNOWN
         if model_path:
             self._model = model_path
             self._sampler = service.create_sampling_client(model_path=model_path)
@@ -213,33 +221,21 @@ class Generator:
         """Return *params* with no more ``max_tokens`` than the model's context has room for.
 
         Raises:
-            InvalidInputError: the prompt fills the context.
+            ContextFullError: the prompt fills the context.
         """
-        limit = self._context_length()
+        if self._context_length is _UNKNOWN:
+            self._context_length = context_length(self._service, self._base_model)
+        limit = self._context_length
         if limit is None or params.max_tokens is None:
             return params
         room = limit - prompt_tokens
         if room < 1:
-            raise InvalidInputError(
+            raise ContextFullError(
                 f"the conversation has {prompt_tokens} tokens, and fills the model's context of "
                 f"{limit}",
                 hint='Begin a new conversation with "/new".',
             )
         return dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
-
-    def _context_length(self) -> Optional[int]:
-        """Return the context length of the model in tokens; None if the server does not say."""
-        if self._models is None:
-            try:
-                self._models = list(self._service.get_server_capabilities().supported_models)
-            except RouteMissingError:  # then the server decides
-                self._models = []
-        lengths = {
-            model.max_context_length
-            for model in self._models
-            if self._base_model in (None, model.model_name)
-        }
-        return lengths.pop() if len(lengths) == 1 else None
 
     def chat_tokens(self, messages: List[Dict[str, str]], advice: str) -> List[int]:
         """Return the tokens of a conversation up to the reply; *advice* if there is no template."""

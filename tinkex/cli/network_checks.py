@@ -146,7 +146,7 @@ def check_tcp(config: Config) -> str:
 def check_tls(config: Config) -> str:
     """Make a TLS handshake with the server, and hang up."""
     if not config.base_url.startswith("https:"):
-        raise Skipped("not used for http: what is sent can be read on the way")
+        raise Skipped("not used with http: traffic is not encrypted")
     if config.proxy:
         raise Skipped("made through the proxy, by the next check")
     host, _ = _address(config)

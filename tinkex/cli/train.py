@@ -34,8 +34,8 @@ from tinkex.cli.training_job import LOGGERS, METHODS, SCHEDULES, Job, run_job
               help="Examples per step.")  # fmt: skip
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, show_default=True,
               help="Passes per step, into which each batch is split.")  # fmt: skip
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0,
-              show_default=True, help="How often each example is used.")  # fmt: skip
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True),
+              help="How often each example is used (default: 1).")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Number of steps, instead of --epochs.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Cut longer examples to this many "
               "tokens (default: what the model takes).")  # fmt: skip
@@ -48,8 +48,8 @@ from tinkex.cli.training_job import LOGGERS, METHODS, SCHEDULES, Job, run_job
               "(default: a tenth of the run).")  # fmt: skip
 @click.option("--beta", type=click.FloatRange(min=0, min_open=True), default=0.1,
               show_default=True, help="For dpo: strength of the reference.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of the adapter and the order of the examples.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True,
+              help="Of the adapter, the order of the examples, and those held out.")  # fmt: skip
 @click.option("--logger", "loggers", multiple=True, type=click.Choice(LOGGERS),
               help="Write metrics here besides metrics.jsonl; may be repeated.")  # fmt: skip
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines and examples out.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import tinkex
 from tinkex import data, loggers, recipes
 from tinkex.cli import status
-from tinkex.cli.connect import explained, find_server
+from tinkex.cli.connect import context_length, explained, find_server
 from tinkex.cli.output import count, print_facts
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
@@ -61,7 +62,7 @@ class Job:
     warmup: int
     batch_size: int
     accumulation: int
-    epochs: float
+    epochs: Optional[float]
     steps: Optional[int]
     max_tokens: Optional[int]
     heldout: Optional[str]
@@ -75,8 +76,18 @@ class Job:
     accept_changes: bool
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "beta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InvalidInputError(f"{name}={value} is not a finite number")
+        if self.epochs is not None and self.steps is not None:
+            raise InvalidInputError("epochs=... and steps=... were both given; give one of them")
+        if self.accumulation > self.batch_size:
+            raise InvalidInputError(
+                f"accumulation={self.accumulation} is more than batch_size={self.batch_size}"
+            )
         self.base_url = self.base_url or os.environ.get("TINKER_BASE_URL") or None
-        if self.base_url is None and Path(self.model).is_dir():
+        if self.base_url is None and (Path(self.model) / "config.json").is_file():
             self.model = str(Path(self.model).resolve())  # `tinkex chat` may run elsewhere
 
 
@@ -117,7 +128,7 @@ class _Files:
             "batch_size": job.batch_size,
             "accumulation": job.accumulation,
             "max_tokens": job.max_tokens,
-            **({"epochs": job.epochs} if job.steps is None else {"steps": job.steps}),
+            **({"epochs": job.epochs or 1.0} if job.steps is None else {"steps": job.steps}),
             **({"beta": job.beta} if self.method == "dpo" else {"learn": job.learn}),
         }
 
@@ -151,7 +162,7 @@ def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> None:
     training, heldout = _prepare(job, files, service)
     given = files.config
     batches = recipes.Batches(
-        training, job.batch_size, epochs=job.epochs, steps=job.steps, seed=job.seed
+        training, job.batch_size, epochs=job.epochs or 1.0, steps=job.steps, seed=job.seed
     )
     schedule = _schedule(given, len(batches))
     part = max(1, len(batches) // _PARTS)
@@ -211,7 +222,7 @@ def _prepare(
     """Return the data to train on and those held out, all of which can be used."""
     status.waiting_for("loading the tokenizer")
     tokenizer = service.create_sampling_client(base_model=job.model).get_tokenizer()
-    longest = job.max_tokens or _context_length(service, job.model)
+    longest = job.max_tokens or context_length(service, job.model)
     cut: List[int] = []
 
     def prepare(example: data.Example) -> Any:
@@ -358,14 +369,6 @@ def _schedule(config: Dict[str, Any], steps: int) -> recipes.Schedule:
         return recipes.constant(rate, warmup=warmup)
     make = recipes.linear if config["schedule"] == "linear" else recipes.cosine
     return make(rate, steps, warmup=warmup)
-
-
-def _context_length(service: tinkex.ServiceClient, model: str) -> Optional[int]:
-    """Return the most tokens that the server takes for *model*; None if it does not say."""
-    for found in service.get_server_capabilities().supported_models:
-        if found.model_name == model:
-            return found.max_context_length
-    return None
 
 
 @contextlib.contextmanager

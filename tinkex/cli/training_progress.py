@@ -57,10 +57,12 @@ class TrainingProgress:
         self._heldout = metrics.get("heldout_loss", self._heldout)
         self._tokens += metrics.get("tokens", 0.0)
         elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        # A bar keeps the last one in view; a line shows what was measured with its step.
+        shown = self._heldout is not None and (measured or self._bar is not None)
         parts = [
             *([f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []),
-            *([] if self._heldout is None else [f"held-out {self._heldout:.3f}"]),
-            f"{self._tokens / elapsed_s:.0f} tokens/s",
+            *([f"held-out {self._heldout:.3f}"] if shown else []),
+            *([f"{self._tokens / elapsed_s:.0f} tokens/s"] if "tokens" in metrics else []),
         ]
         if self._bar is not None:
             task = self._bar.task_ids[0]

@@ -151,11 +151,12 @@ class _LastLine:
             self._start = self._end
         with open(self._path, "r+b", buffering=0) as file:
             try:
+                # First: a crash must not leave the tail of a longer line.
+                file.truncate(self._start)
                 file.seek(self._start)
                 left = memoryview(line)
                 while left:
                     left = left[file.write(left) :]
-                file.truncate()
             except OSError:  # what stays of the line has no line feed
                 file.truncate(self._start)
                 raise

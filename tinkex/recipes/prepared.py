@@ -75,6 +75,8 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
                 return self._made(int(self._indices[(first + tried) % len(self)]))
             except InvalidInputError as error:
                 if not self._skip_bad or tried == _MAX_BAD - 1:
+                    if not self._skip_bad and error.hint is None:
+                        error.hint = "Correct it, or leave it out: skip_bad=True."
                     raise
                 logger.warning("left out: %s", error.message)
 

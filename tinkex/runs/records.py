@@ -90,6 +90,7 @@ class RunRecord:
         kind = entry["kind"]
         if kind == "config":
             self.spec, self.config = entry["spec"], entry["config"]
+            self.sampler = None  # the run goes on with other settings
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
             self.steps = [step for step in self.steps if step.index < entry["steps"]]

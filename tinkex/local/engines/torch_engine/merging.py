@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
@@ -72,6 +73,8 @@ def merge_adapter(
         model, tokenizer = _load(where, chosen)
         merged = _merge(model, tensors, config, f"the adapter in {source} does not fit {name}")
         merged.save_pretrained(str(target))
+        for file in target.glob("*.safetensors"):  # which are made for their owner only
+            shutil.copymode(target / "config.json", file)
         save_tokenizer(tokenizer, target)
     return target
 

@@ -82,4 +82,8 @@ def _outline(base: str) -> Any:
 def _save(tensors: Any, dest: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(tensors, str(dest / WEIGHTS_FILE), {"format": "pt"})
+    path = dest / WEIGHTS_FILE
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files for their owner only
+    save_file(tensors, str(path), {"format": "pt"})
+    path.chmod(mode)
