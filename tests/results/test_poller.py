@@ -214,6 +214,23 @@ def test_failed_work_is_the_futures_error(server: ScriptedServer) -> None:
     assert (caught.value.category, caught.value.request_id) == ("user", "r-6")
 
 
+def test_a_tracer_that_is_interrupted_leaves_no_future_and_no_unread_place(
+    server: ScriptedServer,
+) -> None:
+    class Interrupted:
+        def operation(self, kind: str) -> None:
+            raise KeyboardInterrupt
+
+    with open_poller(server, max_unread=1, on_backpressure="raise") as poller:
+        poller._transport.tracer = Interrupted()  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt) as caught:
+            poller.new_future("sample", counted=True)
+        assert poller.inflight() == []
+        poller._transport.tracer = None
+        poller.new_future("sample", counted=True)  # although the traceback still holds the first
+        assert caught.tb is not None
+
+
 def test_the_session_may_explain_the_error(server: ScriptedServer) -> None:
     server.on(POLL, Answer(404, {"detail": "unknown"}))
 

@@ -22,6 +22,7 @@ import tinkex
 from tinkex import ServiceClient, errors, types
 from tinkex._sessions import manager as session_manager_module, session
 from tinkex._sessions.manager import SessionManager
+from tinkex._transport.limits import MAX_AFTER_429
 from tinkex._transport.server_state import state_of
 from tinkex.config import Config
 from tinkex.errors import (
@@ -166,6 +167,41 @@ def test_a_question_that_a_gateway_answers_is_asked_again(
         server.on(BEAT, lambda _: next(answers))
         with pytest.raises(SessionLostError):
             sampler.sample(PROMPT).result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("obstacle", ["a 402", "a back-off", "requests after a back-off"])
+def test_failed_work_asks_without_a_wait(server: SessionServer, obstacle: str) -> None:
+    with ServiceClient(base_url=server.url, heartbeat_interval_s=600, on_billing="wait") as service:
+        limiter = state_of(service.config).limiter
+        if obstacle == "a 402":
+            server.on(BEAT, Answer(402))
+        elif obstacle == "a back-off":
+            limiter.back_off(2 * PATIENCE_S)
+        else:
+            limiter.back_off(0.0)
+            for _ in range(MAX_AFTER_429):
+                limiter.acquire(lambda _: None, lambda: False)
+        error = errors.RequestFailedError("it failed")
+        asking = service._runtime.session.explain  # type: ignore[union-attr]
+        with promptly():
+            assert race(lambda: asking(error)) == [error]
+        assert len(server.beats()) == (0 if obstacle == "a back-off" else 1)
+
+
+def test_many_failures_of_a_live_session_share_questions(
+    server: SessionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "ALIVE_FOR_S", PATIENCE_S)
+    monkeypatch.setattr(session, "_ROW_GAP_S", PATIENCE_S)
+    with ServiceClient(base_url=server.url, heartbeat_interval_s=600) as service:
+        error = errors.RequestFailedError("it failed")
+        lived = service._runtime.session
+        for _ in range(20):
+            assert lived.explain(error) is error
+        assert len(server.beats()) == session.ALIVE_IN_A_ROW
+        monkeypatch.setattr(session, "ALIVE_FOR_S", 0.0)  # later
+        server.on(BEAT, Answer(404))
+        assert isinstance(lived.explain(error), SessionLostError)
 
 
 def test_a_server_that_does_not_respond_is_asked_once_in_a_while(

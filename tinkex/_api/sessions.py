@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
 from tinkex._api._optional import is_missing_route
-from tinkex._transport.transport import Reply, Request, Sender
+from tinkex._transport.transport import Reply, Request, Sender, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIStatusError, NotFoundError, ResponseDecodeError
@@ -62,10 +62,13 @@ def session_heartbeat(
     return transport.send_once(_heartbeat(session_id, timeout_s))
 
 
-def ask_for_session(transport: Sender, session_id: str, *, timeout_s: float) -> None:
-    """``POST session_heartbeat``, again for *timeout_s* if an attempt fails; raises if all do."""
+def ask_for_session(transport: Transport, session_id: str, *, timeout_s: float) -> None:
+    """``POST session_heartbeat``, again for *timeout_s* if an attempt fails; raises if all do.
+
+    Work that has failed waits for it, so a 429 or 402 is not waited out.
+    """
     policy = RetryPolicy(max_elapsed_s=timeout_s, max_gateway_answers=None)
-    transport.send(_heartbeat(session_id, timeout_s), policy)
+    transport.send(_heartbeat(session_id, timeout_s), policy, urgent=True)
 
 
 def _heartbeat(session_id: str, timeout_s: float) -> Request:

@@ -89,26 +89,31 @@ class Poller:
         counted = counted and unread.counts
         if counted:
             unread.acquire(kind)
-        future: APIFuture[Any] = APIFuture(
-            kind,
-            notice_after_s=self._config.notice_after_s,
-            run_callback=self._run_callback,
-            throttle_reason=self._throttle_reason,
-        )
-        if counted:
-            future.on_read(unread.release)
-        future.on_settled(self._forget)
+        future: Optional[APIFuture[Any]] = None
         try:
+            future = APIFuture(
+                kind,
+                notice_after_s=self._config.notice_after_s,
+                run_callback=self._run_callback,
+                throttle_reason=self._throttle_reason,
+            )
+            if counted:
+                future.on_read(unread.release)
+            future.on_settled(self._forget)
             with self._lock:
                 if self._closed is not None:
                     raise self._closed
                 self._outstanding[future] = None if self._keeps is None else self._keeps()
-        except BaseException:  # Ctrl-C: nothing else would settle it
-            self._forget(future)
+            if self._transport.tracer is not None:
+                future.operation = self._transport.tracer.operation(kind)
+                future.on_settled(future.operation.end)
+        except BaseException:  # Ctrl-C: nothing else would settle it, or read it
+            if future is not None:
+                self._forget(future)
+                future.uncount()
+            elif counted:
+                unread.release()
             raise
-        if self._transport.tracer is not None:
-            future.operation = self._transport.tracer.operation(kind)
-            future.on_settled(future.operation.end)
         return future
 
     def inflight(self) -> List[APIFuture[Any]]:

@@ -177,8 +177,8 @@ class HeartbeatThread:
             due, alone = self._registry.queue_due_beats(now, all_sessions=slept)
             self._sending_inline = alone and due > 0
         self._send(due, inline=alone)
-        if self._status_file is not None:  # after the beats, which must not wait for a disk
-            self._status_file.update(self._registry.records(), self._registry.snapshots())
+        if self._status_file is not None:
+            self._status_file.update()
         with self._lock:
             if self._thread is threading.current_thread():
                 self._sending_inline = False
@@ -193,7 +193,7 @@ class HeartbeatThread:
             workers, self.workers = self.workers, _new_workers()
         workers.drain()  # they may be finishing sessions
         if self._status_file is not None:
-            self._status_file.remove()
+            self._status_file.update()
         return True
 
     def _sleep(self) -> float:

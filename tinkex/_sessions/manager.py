@@ -4,7 +4,8 @@ It is a SessionRegistry and a HeartbeatThread, and the sessions' beginning and e
 
 Threads, all daemons: ``tinkex-heartbeat`` and its workers (see heartbeat.py), from the first
 session to the last; ``tinkex-session-i`` create sessions, so that a caller can give up at any time
-and a session that arrives late is ended, and end forgotten ones.
+and a session that arrives late is ended, and end forgotten ones; ``tinkex-status-file`` writes
+the status file (see process_status.py).
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ class SessionManager:
         deadline = time.monotonic() + timeout_s
         self._registry.close()
         self._heartbeat.finish_all(status, detail, timeout_s)
+        if self._status_file is not None:
+            self._status_file.update()  # there is no session left: its thread removes it and ends
         self._heartbeat.close()
         self._session_workers.drain()  # the ends of dropped sessions may still be queued
         # All connections are closed.  What does not end right away is connecting, or creating a
@@ -176,7 +179,7 @@ class SessionManager:
         self._heartbeat.join(deadline)
         self._session_workers.join(deadline)
         if self._status_file is not None:
-            self._status_file.remove()
+            self._status_file.join(deadline)
         lifecycle.untrack(self)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
@@ -201,7 +204,7 @@ class SessionManager:
         # Its threads leave as soon as they are idle: programs create few sessions.
         self._session_workers = WorkerPool("tinkex-session", 64, idle_s=0.05)
         work = self._find_work
-        self._status_file = None if work is None else StatusFile(self._clock, work)
+        self._status_file = None if work is None else StatusFile(self._registry, self._clock, work)
         self._heartbeat = HeartbeatThread(
             self._registry, self._session_workers, self._clock, self._on_removed, self._status_file
         )

@@ -1,11 +1,13 @@
 """What the clients of this process have in flight, in a small file that ``tinkex status`` reads.
 
-A StatusFile belongs to the default SessionManager, whose heartbeat thread writes it when sessions
-come or go, and every ten seconds: a few hundred bytes in the user's runtime folder, never in the
-home folder, which may be slow or read-only.  It is removed with the last session.  That of a
-process that was killed stays, and is recognized by its process id and start time.  If it cannot be
-written, that is logged at DEBUG; if the environment variable ``TINKEX_NO_STATUS_FILE`` is set, none
-is written.
+A StatusFile belongs to the default SessionManager.  It is written when sessions come or go, and
+every ten seconds: a few hundred bytes in the user's runtime folder, never in the home folder, which
+may be slow or read-only.  It is removed with the last session.  That of a process that was killed
+stays, and is recognized by its process id and start time.  If it cannot be written, that is logged
+at DEBUG; if the environment variable ``TINKEX_NO_STATUS_FILE`` is set, none is written.
+
+A thread of its own, ``tinkex-status-file``, writes and removes it, from the first session to the
+last: a disk may hang, and must delay neither heartbeats nor a close.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex._runtime.clock import Clock
+from tinkex._sessions.registry import SessionRegistry
 from tinkex._sessions.session_record import SessionRecord
 from tinkex._sessions.session_table import SessionSnapshot
 from tinkex.futures import APIFuture
@@ -85,14 +89,16 @@ class ProcessStatus:
 
 
 class StatusFile:
-    """Writes the status of this process.  Used by one thread at a time, but for `remove`.
+    """Keeps the status of this process in a file.  Thread-safe; only `join` blocks.
 
     Args:
+        registry: the sessions.
         clock: what the interval is measured by.
         find_work: the work in flight.
     """
 
-    def __init__(self, clock: Clock, find_work: FindWork) -> None:
+    def __init__(self, registry: SessionRegistry, clock: Clock, find_work: FindWork) -> None:
+        self._registry = registry
         self._clock = clock
         self._find_work = find_work
         self._is_off = bool(os.environ.get(OFF_VARIABLE))
@@ -100,32 +106,73 @@ class StatusFile:
         with contextlib.suppress(OSError):  # the working folder was deleted
             program = os.path.abspath(program) if program else ""
         self._program = program or "python"
+        # Set when the file is to be brought up to date.  Updates that come while one is written are
+        # one: the thread looks at the registry when it begins.
+        self._outdated = threading.Event()
+        # Guards what follows.  Never held during I/O.
+        self._lock = threading.Lock()
+        self._thread: Optional[threading.Thread] = None
         self._due = 0.0
-        self._written_ids: Optional[List[str]] = None
+        self._ids: List[str] = []  # the sessions at the latest update
 
-    def update(
-        self, records: Sequence[SessionRecord], snapshots: Sequence[SessionSnapshot]
-    ) -> None:
-        """Write the file if it is due, or the sessions are not those of the last time."""
-        if not snapshots:
-            self.remove()
+    def update(self) -> None:
+        """Have the thread write the file if it is due, or if sessions have come or gone.
+
+        The thread is started if there are sessions and it does not run.
+        """
+        if self._is_off:
             return
-        ids = [snapshot.session_id for snapshot in snapshots]
+        ids = [record.session_id for record in self._registry.records()]
         now = self._clock.monotonic()
-        if self._is_off or (ids == self._written_ids and now < self._due):
-            return
-        self._due, self._written_ids = now + INTERVAL_S, ids
-        try:
-            self._write(self._status(records, snapshots))
-        except OSError as error:
-            logger.debug("the status file could not be written: %s", error)
+        with self._lock:
+            if ids == self._ids and (not ids or now < self._due):
+                return
+            self._ids, self._due = ids, now + INTERVAL_S
+            self._outdated.set()
+            if ids and self._thread is None:
+                self._start_thread_locked()
 
-    def remove(self) -> None:
-        """Remove the file, if there is one.  Never raises."""
-        if self._written_ids is not None:
-            self._written_ids = None
-            with contextlib.suppress(OSError):
-                _file_of(os.getpid()).unlink()
+    def join(self, deadline: float) -> None:
+        """Wait until *deadline* (monotonic) for the thread, which ends when no session is left."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _start_thread_locked(self) -> None:
+        thread = threading.Thread(target=self._run, name="tinkex-status-file", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # interpreter shutdown, or too many threads: tried again when due
+            self._thread = None
+
+    def _run(self) -> None:
+        """Keep the file up to date until there is no session left, then remove it."""
+        while True:
+            self._outdated.wait()
+            self._outdated.clear()
+            if self._write_or_remove():
+                continue
+            with self._lock:
+                self._ids = []
+                # Sessions may have come since, whose update has found this thread running.
+                if not self._outdated.is_set():
+                    self._thread = None
+                    return
+
+    def _write_or_remove(self) -> bool:
+        """Write the file, or remove it and return False if there is no session.  Never raises."""
+        records, snapshots = self._registry.records(), self._registry.snapshots()
+        try:
+            if snapshots:
+                self._write(self._status(records, snapshots))
+            else:
+                _file_of(os.getpid()).unlink(missing_ok=True)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a user's log handler may fail, too
+                logger.debug("the status file could not be written or removed: %s", error)
+        return bool(snapshots)
 
     def _status(
         self, records: Sequence[SessionRecord], snapshots: Sequence[SessionSnapshot]

@@ -40,6 +40,11 @@ GONE = (404, 410)
 #: response, no other work asks again for a while.
 ASK_TIMEOUT_S, ASK_AGAIN_S = 2.0, 5.0
 
+#: Where many parts of the work fail, each would ask.  After this many responses that the session
+#: lives, each less than a second after the one before, the latest counts for this long, in seconds.
+ALIVE_IN_A_ROW, ALIVE_FOR_S = 3, 0.2
+_ROW_GAP_S = 1.0
+
 
 class Session:
     """A live session.  Thread-safe.
@@ -79,6 +84,7 @@ class Session:
         # response not before _ask_again_at.  _alive_at: when the last was sent that found it alive.
         self._asking: SingleFlight[None] = SingleFlight()
         self._alive_at = self._ask_again_at = 0.0
+        self._alive_in_a_row = 0
         if session_id is None:
             session_id = manager.start_session(config, owner=self)
         else:
@@ -141,6 +147,8 @@ class Session:
     def _ask_after_failure(self) -> None:
         """Ask whether the session still lives, unless it is known to be lost."""
         failed_at = time.monotonic()
+        if self._alive_in_a_row >= ALIVE_IN_A_ROW and failed_at - self._alive_at < ALIVE_FOR_S:
+            return
         # The first question may be another thread's, sent before the failure.
         for _ in range(2):
             lost = self.manager.lost_reason(self.session_id) is not None
@@ -158,14 +166,18 @@ class Session:
             ask_for_session(self._transport, self.session_id, timeout_s=ASK_TIMEOUT_S)
         except APIStatusError as error:
             if error.status in GONE:
+                self._alive_in_a_row = 0
                 self.manager.mark_lost(self.session_id, error.status)
                 return
             self._note_no_response(error)
         except TinkexError as error:
             self._note_no_response(error)
         else:
+            in_a_row = asked_at - self._alive_at < _ROW_GAP_S
+            self._alive_in_a_row = self._alive_in_a_row + 1 if in_a_row else 1
             self._alive_at = asked_at
 
     def _note_no_response(self, error: TinkexError) -> None:
         logger.debug("cannot tell whether session %s lives: %s", self.session_id, error)
+        self._alive_in_a_row = 0
         self._ask_again_at = time.monotonic() + ASK_AGAIN_S

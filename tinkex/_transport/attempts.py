@@ -30,6 +30,7 @@ class RequestAttempts:
 
     Args:
         waits: waits while the server asks to be left alone (429); otherwise that is an error.
+        urgent: waits neither for a place among the requests after a 429 nor out a 402.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class RequestAttempts:
         channel: Optional[AnyChannel],
         *,
         waits: bool,
+        urgent: bool = False,
     ) -> None:
         self._transport = transport
         self._request = request
         self._channel = channel
         self._waits = waits
+        self._urgent = urgent
         self._limiter = transport.server.limiter
         # Aborting the transport stops every channel, too.
         self._stop = transport.closing if channel is None else channel.stopped
@@ -55,7 +58,7 @@ class RequestAttempts:
         # for.
         pause_for_billing = (
             partial(transport.billing.after_402, None if request.raw_credential else transport)
-            if transport.config.on_billing == "wait"
+            if transport.config.on_billing == "wait" and not urgent
             else None
         )
         self._retries = RetryState(policy, self._began, pause_for_billing=pause_for_billing)
@@ -98,7 +101,7 @@ class RequestAttempts:
     def _send_in_turn(self) -> Reply:
         """Send one attempt when the limiter of this server and key lets it go."""
         # Nearly always; a place of the limiter would take a lock that all clients share.
-        if not self._limiter.throttled:
+        if self._urgent or not self._limiter.throttled:
             self._pause(0.0)
             return self._send()
         self._limiter.acquire(self._pause, self._is_stopped)

@@ -107,11 +107,14 @@ class Transport:
         *,
         channel: Optional[AnyChannel] = None,
         waits: Optional[bool] = None,
+        urgent: bool = False,
     ) -> Reply:
         """Send until there is a 2xx response or *policy* gives up.
 
         *waits*: whether to wait while the server asks to be left alone (429).  By default that is
-        a setting for work, and True for all other requests.
+        a setting for work, and True for all other requests.  *urgent*: to wait for nothing but
+        responses and the pauses of *policy*, neither while the server asks to be left alone nor
+        while the account cannot pay (402), whatever the settings.
 
         Raises:
             APIStatusError, ResponseDecodeError: the server's last response.
@@ -119,10 +122,12 @@ class Transport:
             APIConnectionError: no response within the policy's time.
             ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
-        if waits is None:
+        if urgent:
+            waits = False
+        elif waits is None:
             is_work = request.traffic == "work" and not request.raw_credential
             waits = not is_work or self.config.on_backpressure == "wait"
-        return RequestAttempts(self, request, policy, channel, waits=waits).run()
+        return RequestAttempts(self, request, policy, channel, waits=waits, urgent=urgent).run()
 
     def send_once(
         self,
