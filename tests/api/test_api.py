@@ -650,7 +650,7 @@ def test_heartbeat_returns_any_answer(mocked: responses.RequestsMock, transport:
 
 def test_finish_sends_its_nulls(mocked: responses.RequestsMock, transport: Transport) -> None:
     mocked.add("POST", f"{BASE}/api/v1/sessions/s/finish", status=404, json={"detail": "Not Found"})
-    assert sessions.finish_session(transport, "s", "errored", None, 2.0).status == 404
+    assert sessions.finish_session(transport, "s", "errored", None, 2.0) == 404
     assert json.loads(sent(mocked).body) == {"reason": {"type": "errored"}, "detail": None}
 
 

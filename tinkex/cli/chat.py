@@ -52,7 +52,7 @@ def chat(
     params = sampling_params(ctx)
     beginning = [{"role": "system", "content": system}] if system else []
     with open_generator(ctx) as generator:
-        messages = list(beginning)
+        messages, failed = list(beginning), False
         for line in _lines():
             if line == "/new":
                 messages = list(beginning)
@@ -63,6 +63,9 @@ def chat(
             except ContextFullError as error:  # the conversation ends, not the command
                 messages.pop()
                 echo_error(f"Error: {error}")
+                failed = True
+    if failed and (sys.stdin is None or not sys.stdin.isatty()):  # a person has seen it
+        ctx.exit(1)
 
 
 def _reply(
