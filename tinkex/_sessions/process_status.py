@@ -155,24 +155,24 @@ class StatusFile:
             if self._write_or_remove():
                 continue
             with self._lock:
-                self._ids = []
                 # Sessions may have come since, whose update has found this thread running.
                 if not self._outdated.is_set():
-                    self._thread = None
+                    self._ids, self._thread = [], None
                     return
 
     def _write_or_remove(self) -> bool:
         """Write the file, or remove it and return False if there is no session.  Never raises."""
-        records, snapshots = self._registry.records(), self._registry.snapshots()
+        # As `update` does: a session that ends may for a moment be in only one of the two.
+        records = self._registry.records()
         try:
-            if snapshots:
-                self._write(self._status(records, snapshots))
+            if records:
+                self._write(self._status(records, self._registry.snapshots()))
             else:
                 _file_of(os.getpid()).unlink(missing_ok=True)
         except Exception as error:
             with contextlib.suppress(Exception):  # a user's log handler may fail, too
                 logger.debug("the status file could not be written or removed: %s", error)
-        return bool(snapshots)
+        return bool(records)
 
     def _status(
         self, records: Sequence[SessionRecord], snapshots: Sequence[SessionSnapshot]
