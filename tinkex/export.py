@@ -17,9 +17,8 @@ from tinkex._downloads.checkpoint_files import CONFIG_FILE
 from tinkex._downloads.download_folder import check_free
 from tinkex.clients.checkpoints import Progress, fetch_checkpoint
 from tinkex.clients.rest import RestClient
-from tinkex.errors import InvalidInputError, NotFoundError, RunFolderError, TinkexError
+from tinkex.errors import InvalidInputError, NotFoundError, TinkexError
 from tinkex.recipes.serving import open_service
-from tinkex.runs import RunRecord
 from tinkex.runs.journal import JOURNAL_NAME
 from tinkex.types.checkpoint_path import SCHEME
 
@@ -138,21 +137,9 @@ def _fetch(
         )
     service, record = open_service(folder)
     with service:
-        path = _newest_checkpoint(record)
+        path = record.newest_weights().path
         client = service.create_rest_client()
         return _download(client, path, dest, progress), record.spec["base_model"]
-
-
-def _newest_checkpoint(record: RunRecord) -> str:
-    newest = record.checkpoints[-1] if record.checkpoints else None
-    sampler = record.sampler
-    if sampler is not None and (newest is None or sampler.steps >= newest.steps):
-        return sampler.path
-    if newest is None:
-        raise RunFolderError(
-            "the run has no checkpoint yet", hint="Train it for longer, or save more often."
-        )
-    return newest.path
 
 
 def _download(rest: RestClient, path: str, dest: Path, progress: Optional[Progress]) -> Path:

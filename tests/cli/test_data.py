@@ -88,8 +88,14 @@ def test_a_model_without_a_tokenizer_is_one_clear_error(file: Path):
 def test_an_interrupt_ends_it_while_it_waits(tmp_path: Path):
     pipe = tmp_path / "examples.jsonl"
     os.mkfifo(pipe)
-    code = "import signal, tinkex.cli.data as d, time; d.open_examples = lambda _: time.sleep(600)"
-    code += "; from tinkex.cli.main import main; print('begun', flush=True); main()"
+    code = """
+import time, tinkex.cli.data, tinkex.cli.main
+def open_examples(*_, **__):
+    print("begun", flush=True)
+    time.sleep(600)
+tinkex.cli.data.open_examples = open_examples
+tinkex.cli.main.main()
+"""
     with started(["-c", code, "data", "show", str(pipe), "--model", "m"]) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"

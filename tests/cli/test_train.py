@@ -197,7 +197,7 @@ def test_texts_and_completions_are_learnt_too(tmp_path: Path) -> None:
 
 
 def interrupting(target: str, after: int = 0) -> Any:
-    """Press Ctrl-C at a call of *target*, after so many of them."""
+    """Press Ctrl-C at a call of *target*, after that many calls."""
     module, _, name = target.rpartition(".")
     owner: Any = __import__("pkgutil").resolve_name(module)
     original = getattr(owner, name)

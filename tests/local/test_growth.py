@@ -9,7 +9,7 @@ from proofs.load import ADAM, DATA, PARAMS, PROMPT, Server, Usage
 
 from tinkex import ServiceClient
 
-#: The work is done so many times while it is measured,
+#: How often the work is done while it is measured,
 UNITS = 100
 #: and before that. The server keeps the last 40 results.
 WARM_UP = 50

@@ -670,7 +670,7 @@ def test_the_child_of_a_fork_does_not_hold_the_folder(
         ({"seed": 3}, "another origin: seed was 2 and is 3"),
         ({"train_mlp": False}, "another origin: train_mlp was True and is False"),
         ({"config": {"lr": 2}}, "another config: lr was 1 and is 2"),
-        ({"config": None}, "another config: lr was 1 and is None"),
+        ({"config": None}, "another config: lr was 1 and is not given"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(

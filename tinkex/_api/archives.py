@@ -67,7 +67,9 @@ def get_checkpoint_archive_url(
         headers: Optional[Mapping[str, str]] = None
         try:
             reply = transport.send_once(request, channel=channel)
-            damaged = error_if_damaged(request, reply)
+            # Of another type, it may be the archive itself, which another try would not mend.
+            is_json = not reply.content_type or "json" in reply.content_type
+            damaged = error_if_damaged(request, reply) if is_json else None
             if reply.status < 400 and damaged is None:
                 return _read(transport, request, reply)
             error, headers = damaged or transport.status_error(request, reply), reply.headers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping, Optional, Tuple, Union
+from typing import Any, List, Mapping, Optional, Tuple, Union
 
 import orjson
 
@@ -84,6 +84,10 @@ class Reply:
     headers: Mapping[str, str] = dataclasses.field(repr=False)
     body: bytes = dataclasses.field(repr=False)
     read_s: float = dataclasses.field(default=0.0, repr=False, compare=False)
+    #: The decoded body, from `is_damaged` to `json`: both decode it, once together.
+    _decoded: List[Any] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     @property
     def content_type(self) -> str:
@@ -96,13 +100,15 @@ class Reply:
         if self.status >= 300:
             return False
         try:
-            orjson.loads(self.body)
+            self._decoded[:] = [orjson.loads(self.body)]
         except orjson.JSONDecodeError:
             return True
         return False
 
     def json(self) -> Any:
-        """The decoded body; ResponseDecodeError if it is not JSON."""
+        """The decoded body, the caller's own; ResponseDecodeError if it is not JSON."""
+        if self._decoded:
+            return self._decoded.pop()
         try:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError as error:

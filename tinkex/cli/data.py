@@ -11,9 +11,10 @@ import click
 
 from tinkex.cli import status
 from tinkex.cli.commands import Command, Group
-from tinkex.cli.output import format_option, print_json, wants_json
+from tinkex.cli.output import format_option, print_json, wants_json, warnings_in_words
 from tinkex.cli.terminal import echo, visible
 from tinkex.data import (
+    Example,
     Examples,
     Preference,
     example_datum,
@@ -72,11 +73,12 @@ def data() -> None:
 @click.option("--line", "lines", type=click.IntRange(min=1), multiple=True, metavar="NUMBER",
               help="Show the example in this line; may be repeated.")  # fmt: skip
 @click.option("--limit", default=3, show_default=True, type=click.IntRange(min=0),
-              help="Show the first examples, this many; 0 shows all.")  # fmt: skip
+              help="Number of examples to show; 0 shows all.")  # fmt: skip
 @click.option("--learn", default="all", show_default=True, type=click.Choice(["all", "last"]),
               help="Of a conversation, learn all of the assistant's messages, or the last.",
               )  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Cut longer examples.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad lines out.")
 @format_option
 def show(
     file: str,
@@ -85,6 +87,7 @@ def show(
     limit: int,
     learn: str,
     max_tokens: Optional[int],
+    skip_bad: bool,
 ) -> None:
     """Show the tokens of the examples in FILE (JSONL), coloured by their weight.
 
@@ -92,7 +95,8 @@ def show(
     else is dim.  Without colours, what is learnt stands between {+ and +}, with its weight if that
     is not 1.  The exit code is 1 if an example cannot be used.
     """
-    examples = open_examples(file)
+    with warnings_in_words():
+        examples = open_examples(file, skip_bad=skip_bad)
     places = _places(examples, lines, limit)
     status.waiting_for("loading the tokenizer")
     tokenizer = _load_tokenizer(model)
@@ -130,26 +134,31 @@ def _load_tokenizer(model: str) -> Any:
     return load_tokenizer(resolve(model).source)
 
 
+def _made(
+    example: Example, tokenizer: Any, learn: str, max_tokens: Optional[int]
+) -> Dict[str, Datum]:
+    """Return the datums of an example, by the part of it that each is of."""
+    if isinstance(example, Preference):
+        both = preference_data(example, tokenizer, max_tokens=max_tokens)
+        return dict(zip(("chosen", "rejected"), both))
+    return {"": example_datum(example, tokenizer, learn=learn, max_tokens=max_tokens)}
+
+
 def _datums(
     examples: Examples, place: int, tokenizer: Any, learn: str, max_tokens: Optional[int]
 ) -> Iterator[_Shown]:
     example, line = examples[place], examples.line(place)
     kind = type(example).__name__.lower()
-    cuts: List[int] = []
     try:
-        made: Dict[str, Datum]
-        if isinstance(example, Preference):
-            both = preference_data(example, tokenizer, max_tokens=max_tokens, on_cut=cuts.append)
-            made = dict(zip(("chosen", "rejected"), both))
-        else:
-            datum = example_datum(
-                example, tokenizer, learn=learn, max_tokens=max_tokens, on_cut=cuts.append
-            )
-            made = {"": datum}
+        made = _made(example, tokenizer, learn, max_tokens)
+        cuts: Dict[str, int] = {}  # by part, the length of what was cut
+        if max_tokens is not None:
+            for part, datum in _made(example, tokenizer, learn, None).items():
+                if datum.model_input.length > max_tokens:
+                    cuts[part] = datum.model_input.length
         for part, datum in made.items():
             tokens = tuple(weighted_tokens(datum, tokenizer))
-            is_cut = bool(cuts) and len(tokens) - 1 == max_tokens
-            yield _Shown(line, kind, part, tokens, cuts.pop(0) if is_cut else None)
+            yield _Shown(line, kind, part, tokens, cuts.get(part))
     except InvalidInputError as error:
         yield _Shown(line, kind, error=error.message)
 

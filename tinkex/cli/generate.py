@@ -30,6 +30,7 @@ from tinkex.cli.connect import (
     check_path,
     context_length,
     explained,
+    find_server,
     is_embedded,
     open_service,
 )
@@ -126,6 +127,8 @@ def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generato
     from tinkex import recipes
 
     status.waiting_for(f"opening the server of {folder}")
+    if base_url is None and recipes.server_of(folder) is None:  # a script has opened the run
+        base_url = find_server(None).base_url
     service, record = recipes.open_service(folder, base_url)
     with service, explained(service.config):
         status.waiting_for("finding the newest weights")

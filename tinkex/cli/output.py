@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import unicodedata
+import warnings
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVa
 import click
 
 from tinkex.cli import status
-from tinkex.cli.terminal import echo, visible
+from tinkex.cli.terminal import echo, echo_error, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -191,3 +192,15 @@ def when(instant: Optional[datetime], now: Optional[datetime] = None) -> str:
         if seconds >= length:
             return f"{count(int(seconds // length), unit)} ago"
     return "just now"
+
+
+@contextmanager
+def warnings_in_words() -> Iterator[None]:
+    """Print warnings of the block without the place in the code that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                echo_error(f"Warning: {warning.message}")

@@ -9,7 +9,8 @@ import click
 
 from tinkex.cli.commands import Command
 from tinkex.cli.output import format_option
-from tinkex.cli.training_job import LOGGERS, METHODS, SCHEDULES, Job, run_job
+from tinkex.cli.training_job import METHODS, SCHEDULES, Job, run_job
+from tinkex.loggers import NAMES
 
 
 @click.command(cls=Command)
@@ -50,7 +51,7 @@ from tinkex.cli.training_job import LOGGERS, METHODS, SCHEDULES, Job, run_job
               show_default=True, help="For dpo: strength of the reference.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True,
               help="Of the adapter, the order of the examples, and those held out.")  # fmt: skip
-@click.option("--logger", "loggers", multiple=True, type=click.Choice(LOGGERS),
+@click.option("--logger", "loggers", multiple=True, type=click.Choice(NAMES),
               help="Write metrics here besides metrics.jsonl; may be repeated.")  # fmt: skip
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines and examples out.")
 @click.option("--base-url", metavar="URL", help="URL of the server (default: TINKER_BASE_URL, or "

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -15,7 +14,7 @@ import tinkex
 from tinkex import data, loggers, recipes
 from tinkex.cli import status
 from tinkex.cli.connect import context_length, explained, find_server
-from tinkex.cli.output import count, print_facts
+from tinkex.cli.output import count, print_facts, warnings_in_words
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
 from tinkex.config import Config
@@ -29,7 +28,6 @@ from tinkex.runs.journal import JOURNAL_NAME
 
 METHODS = ("supervised", "dpo")
 SCHEDULES = ("constant", "linear", "cosine")
-LOGGERS = ("csv", "png", "tensorboard", "wandb", "trackio")
 
 #: Without --heldout, one example in this many is held out, but not more than this many in total...
 _HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
@@ -135,7 +133,7 @@ class _Files:
 
 def run_job(job: Job) -> None:
     """Do what is left of *job*, and print the result."""
-    with _warnings_in_words():
+    with warnings_in_words():
         files = _Files(job)
     record = _record_so_far(job, files.config)
     if record.sampler is not None and record.config == files.config:
@@ -369,15 +367,3 @@ def _schedule(config: Dict[str, Any], steps: int) -> recipes.Schedule:
         return recipes.constant(rate, warmup=warmup)
     make = recipes.linear if config["schedule"] == "linear" else recipes.cosine
     return make(rate, steps, warmup=warmup)
-
-
-@contextlib.contextmanager
-def _warnings_in_words() -> Iterator[None]:
-    """Print warnings of the block without the place in the code that they come from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for warning in caught:
-                echo_error(f"Warning: {warning.message}")

@@ -4,7 +4,7 @@ Each trains in a run folder (`ServiceClient.open_run`), so that it continues whe
 docs/training.md has the whole story.
 """
 
-from tinkex.recipes.batches import Batches as Batches, count_steps as count_steps
+from tinkex.recipes.batches import Batches as Batches
 from tinkex.recipes.dpo import dpo_loss as dpo_loss, train_dpo as train_dpo
 from tinkex.recipes.evaluation import Evaluation as Evaluation, evaluate as evaluate
 from tinkex.recipes.reference import Pair as Pair
@@ -18,5 +18,6 @@ from tinkex.recipes.schedules import (
 from tinkex.recipes.serving import (
     find_sampler as find_sampler,
     open_service as open_service,
+    server_of as server_of,
 )
 from tinkex.recipes.supervised import train_supervised as train_supervised

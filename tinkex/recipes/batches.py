@@ -13,11 +13,6 @@ from tinkex.errors import InvalidInputError
 T = TypeVar("T")
 
 
-def count_steps(examples: int, batch_size: int, epochs: float = 1.0) -> int:
-    """Return the number of batches of *batch_size* in *epochs* passes over *examples*."""
-    return math.ceil(round(examples * epochs) / batch_size)
-
-
 def split_batch(batch: Sequence[T], count: int) -> List[List[T]]:
     """Split *batch* into *count* parts of nearly the same size; fewer if it has fewer examples."""
     count = max(1, min(count, len(batch)))

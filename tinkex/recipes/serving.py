@@ -45,12 +45,29 @@ def open_service(
     record = read_run(os.fspath(folder))
     if not record.spec:
         raise RunFolderError(f"the run in {os.fspath(folder)} has not begun yet")
-    server: Optional[str] = base_url or record.config.get("server")
-    data_dir = server_folder(folder)
-    if server == EMBEDDED or (server is None and data_dir.is_dir()):
-        model = record.spec["base_model"]
-        return ServiceClient.local(model, data_dir=str(data_dir), **settings), record
+    server = base_url or server_of(folder, record)
+    if server == EMBEDDED:
+        model, data_dir = record.spec["base_model"], str(server_folder(folder))
+        return ServiceClient.local(model, data_dir=data_dir, **settings), record
     return ServiceClient(base_url=server, **settings), record
+
+
+def server_of(
+    folder: Union[str, os.PathLike[str]], record: Optional[RunRecord] = None
+) -> Optional[str]:
+    """Return the base URL of the server that the run in *folder* was trained on.
+
+    `EMBEDDED` is an embedded server with its data in the folder; None if the run names none.
+
+    Args:
+        record: what the journal says; by default it is read.
+
+    Raises:
+        RunFolderError: the journal cannot be read.
+    """
+    record = record or read_run(os.fspath(folder))
+    server: Optional[str] = record.config.get("server")
+    return EMBEDDED if server is None and server_folder(folder).is_dir() else server
 
 
 def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
@@ -68,14 +85,9 @@ def find_sampler(service: ServiceClient, record: RunRecord) -> str:
         RunFolderError: nothing was saved yet.
         TinkexError: the server does not have it any more, or has failed.
     """
-    newest = record.checkpoints[-1] if record.checkpoints else None
-    sampler = record.sampler
-    if sampler is not None and (newest is None or sampler.steps >= newest.steps):
-        return sampler.path
-    if newest is None:
-        raise RunFolderError(
-            "the run has no checkpoint yet", hint="Train it for longer, or save more often."
-        )
+    newest = record.newest_weights()
+    if newest is record.sampler:
+        return newest.path
     logger.info("loading the checkpoint of %d steps", newest.steps)
     trainer = service.create_training_client_from_state(newest.path, record.spec["base_model"])
     try:

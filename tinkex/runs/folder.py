@@ -70,15 +70,19 @@ def check_same(
         return
     _compare(path, "origin", record.spec, spec, "Choose another folder for another run.")
     if not accept:
-        hint = "Give the same config, another folder, or accept_changes=True."
+        hint = "Give the same settings, another folder, or accept_changes=True."
         _compare(path, "config", record.config, config, hint)
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _compare(
     path: Path, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
 ) -> None:
     changes = [
-        f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {_shown(was.get(name))} and is {_shown(now.get(name))}"
         for name in sorted({*was, *now})
         if was.get(name) != now.get(name)
     ]

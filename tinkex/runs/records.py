@@ -85,6 +85,21 @@ class RunRecord:
     checkpoints: List[CheckpointRecord] = dataclasses.field(default_factory=list)
     sampler: Optional[SamplerRecord] = None
 
+    def newest_weights(self) -> Union[SamplerRecord, CheckpointRecord]:
+        """Return the newest weights that were saved, those for sampling before the others.
+
+        Raises:
+            RunFolderError: nothing was saved yet.
+        """
+        newest = self.checkpoints[-1] if self.checkpoints else None
+        if self.sampler is not None and (newest is None or self.sampler.steps >= newest.steps):
+            return self.sampler
+        if newest is None:
+            raise RunFolderError(
+                "the run has no checkpoint yet", hint="Train it for longer, or save more often."
+            )
+        return newest
+
     def add(self, entry: Entry) -> None:
         """Take in one line; lines of other versions' kinds are ignored."""
         kind = entry["kind"]
@@ -147,7 +162,11 @@ def read_run(folder: Union[str, Path]) -> RunRecord:
     try:
         entries, _ = read_entries(path)
     except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
         raise RunFolderError(
-            f"cannot read the journal {path}: {error.strerror or error}"
+            f"cannot read the journal {path}: {error.strerror or error}",
+            hint=f"{folder} is not a run folder, or nothing has run in it yet."
+            if missing
+            else None,
         ) from error
     return replay(entries, path)

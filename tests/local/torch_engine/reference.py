@@ -119,3 +119,13 @@ def relative_error(found: Any, expected: Any) -> float:
     found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def logprobs_of(datum: Datum, model: Any) -> np.ndarray:
+    """Return what a model of transformers gives to the targets of *datum*."""
+    ids = torch.tensor(datum.model_input.to_numpy().astype(np.int64))[None]
+    targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64))
+    with torch.no_grad():
+        rows = torch.log_softmax(model(ids).logits[0].double(), -1)
+    found: np.ndarray = rows[range(len(targets)), targets].numpy()
+    return found

@@ -12,7 +12,7 @@ from typing import Any, Dict
 import numpy as np
 import pytest
 import torch
-from local.torch_engine.reference import give_random_delta, make_data
+from local.torch_engine.reference import give_random_delta, logprobs_of, make_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,15 +22,6 @@ from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.types import LoraConfig
 
 (DATUM,) = make_data([40])
-
-
-def logprobs(model: Any) -> np.ndarray:
-    ids = torch.tensor(DATUM.model_input.to_numpy().astype(np.int64))[None]
-    targets = torch.tensor(DATUM.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64))
-    with torch.no_grad():
-        rows = torch.log_softmax(model(ids).logits[0].double(), -1)
-    found: np.ndarray = rows[range(len(targets)), targets].numpy()
-    return found
 
 
 def trained(engine: Any, folder: Path, lora: LoraConfig) -> np.ndarray:
@@ -69,7 +60,7 @@ def test_a_merged_model_computes_what_was_trained(base: str, tmp_path: Path, how
     merged = merge_adapter(folder, tmp_path / "new" / "merged")
     assert tokenizer_class(merged) == "PreTrainedTokenizerFast"
     model = AutoModelForCausalLM.from_pretrained(str(merged))
-    assert np.abs(logprobs(model) - expected).max() < 1e-4
+    assert np.abs(logprobs_of(DATUM, model) - expected).max() < 1e-4
     assert not json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
     again = TorchEngine.from_pretrained(str(merged), device="cpu")
     again.create("fresh", LoraConfig(rank=4, seed=1))
@@ -86,7 +77,7 @@ def test_a_tied_model_stays_tied_if_its_output_layer_was_not_trained(
     expected = trained(engine, tmp_path / "adapter", lora)
     merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(str(merged))
-    assert np.abs(logprobs(model) - expected).max() < 1e-4
+    assert np.abs(logprobs_of(DATUM, model) - expected).max() < 1e-4
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -109,7 +100,7 @@ def test_the_note_beside_an_adapter_on_a_tied_output_layer_says_how(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of PEFT, about transformers and about tied weights
         exec(by_hand.replace("path/of/this/folder", str(tmp_path / "adapter")), names)
-    assert np.abs(logprobs(names["model"]) - expected).max() < 1e-4
+    assert np.abs(logprobs_of(DATUM, names["model"]) - expected).max() < 1e-4
     code = with_tinkex.replace("path/of/this/folder", str(tmp_path / "adapter"))
     exec(code.replace("path/of/the/merged/model", str(tmp_path / "merged")), names)
     assert (tmp_path / "merged" / "config.json").is_file()

@@ -78,7 +78,8 @@ class FolderLock:
             )
         return LocalServerError(
             f"the data directory {self._data_dir} is in use by another tinkex server",
-            hint="Stop that server, or choose another folder with --data-dir or data_dir=...",
+            hint="Stop that server, or the `tinkex train`, `chat` or `export` that uses the run in "
+            "it; or choose another folder with --data-dir or data_dir=...",
         )
 
 
