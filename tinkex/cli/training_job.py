@@ -144,8 +144,10 @@ def run_job(job: Job) -> None:
         with _open_service(job) as service:
             _train(job, files, service)
     except TinkexError as error:
-        if error.hint is None and _read(job.out).spec:
-            error.hint = "The run continues when the command is run again."
+        # Of bad input, the same would come again.
+        if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
+            hints = (error.hint, "The run continues when the command is run again.")
+            error.hint = " ".join(hint for hint in hints if hint)
         raise
     except KeyboardInterrupt:
         saved = _read(job.out).checkpoints
