@@ -26,6 +26,8 @@ PROMPT = types.ModelInput.from_ints([1])
 HOLD_A_SESSION = """
 import sys, time
 import tinkex
+from tinkex._sessions import process_status
+process_status.FIRST_S = 0.0
 service = tinkex.ServiceClient(base_url=sys.argv[1], heartbeat_interval_s=0.05)
 print("open", flush=True)
 if "stay" in sys.argv:
@@ -37,6 +39,7 @@ if "stay" in sys.argv:
 def folder(tmp_path, monkeypatch) -> Path:
     """Where status files are written, of the tests alone."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(process_status, "FIRST_S", 0.0)
     return tmp_path / "tinkex"
 
 

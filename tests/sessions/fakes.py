@@ -123,6 +123,21 @@ class HandTurned:
         return snapshot
 
 
+class Oversleeping:
+    """An inbox in which waiting takes longer than it should."""
+
+    def __init__(self, bench: HandTurned, by_s: float) -> None:
+        self._bench = bench
+        self._by_s = by_s
+
+    def get(self, timeout: float) -> Any:
+        self._bench.clock.advance(timeout + self._by_s)
+        raise queue.Empty
+
+    def put(self, message: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def hand_turned(**how: Any) -> Iterator[HandTurned]:
     bench = HandTurned(**how)

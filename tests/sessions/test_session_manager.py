@@ -6,13 +6,12 @@ import dataclasses
 import gc
 import json
 import logging
-import queue
 import sys
 import threading
 from typing import Any, Callable, List, Optional
 
 import pytest
-from sessions.fakes import HandTurned, answering, hand_turned, managed, raising
+from sessions.fakes import HandTurned, Oversleeping, answering, hand_turned, managed, raising
 from support.clocks import ManualClock
 from support.scripted_server import PATIENCE_S, Answer
 from support.session_server import BEAT, CREATE, SessionServer, finish_route
@@ -867,21 +866,6 @@ def test_a_very_long_interval_is_waited_for_in_short_sleeps(
     assert bench.clock.monotonic() - began == 60
     assert len(bench.network.sent) == 1
     assert messages(caplog) == []
-
-
-class Oversleeping:
-    """An inbox in which waiting takes longer than it should."""
-
-    def __init__(self, bench: HandTurned, by_s: float) -> None:
-        self._bench = bench
-        self._by_s = by_s
-
-    def get(self, timeout: float) -> Any:
-        self._bench.clock.advance(timeout + self._by_s)
-        raise queue.Empty
-
-    def put(self, message: Any) -> None:
-        pass
 
 
 def test_a_thread_woken_much_too_late_warns_once(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
+from sessions.fakes import Oversleeping, hand_turned
 from support.scripted_server import PATIENCE_S
 from support.session_server import SessionServer
 from support.threads import promptly, wait_until
@@ -25,6 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the file is written, only when sessions come or go."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(process_status, "INTERVAL_S", 3600.0)
+    monkeypatch.setattr(process_status, "FIRST_S", 0.0)
     return tmp_path / "tinkex"
 
 
@@ -117,6 +119,46 @@ def test_the_file_of_the_next_session_is_not_removed_with_the_last(
             disk.release()
             assert disk.done.wait(PATIENCE_S)
             wait_until(lambda: listed() == ["s1"], "the file of the next session")
+
+
+def status_threads() -> List[str]:
+    return [t.name for t in threading.enumerate() if t.name == "tinkex-status-file"]
+
+
+def test_a_session_shorter_than_a_second_writes_nothing_and_starts_no_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_status, "FIRST_S", 1.0)
+    with hand_turned(find_work=dict) as bench:
+        first = bench.start(heartbeat_interval_s=0.25)
+        bench.iterate()
+        bench.iterate(0.5)
+        assert not status_threads()
+        bench.manager.stop_session(first)
+        bench.iterate()
+        bench.take_over()
+        bench.start(heartbeat_interval_s=0.25)
+        bench.iterate()
+        bench.iterate(0.75)
+        assert not status_threads()
+        assert not folder.exists()
+        bench.iterate(0.25)
+        wait_until(lambda: len(list(folder.glob("*.json"))) == 1, "the file was written")
+        assert status_threads() == ["tinkex-status-file"]
+
+
+def test_the_heartbeat_thread_wakes_for_the_first_writing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_status, "FIRST_S", 1.0)
+    with hand_turned(find_work=dict) as bench:
+        bench.start(heartbeat_interval_s=10.0)
+        bench.iterate()
+        began = bench.clock.monotonic()
+        bench.heartbeat.inbox = Oversleeping(bench, 0.0)  # type: ignore[assignment] # a fake
+        bench.heartbeat.run_once()
+        assert bench.clock.monotonic() - began == 1.0
+        wait_until(lambda: listed() == ["s0"], "the file was written")
 
 
 def test_a_close_leaves_neither_file_nor_thread(server: SessionServer, folder: Path) -> None:

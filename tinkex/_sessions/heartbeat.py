@@ -202,6 +202,8 @@ class HeartbeatThread:
         Returns how much later than wanted the thread was woken, in seconds.
         """
         due = self._registry.next_due()
+        if due is not None and self._status_file is not None:
+            due = min(due, self._status_file.next_due() or due)
         began = self._clock.monotonic()
         sleep_s = MAX_SLEEP_S if due is None else min(MAX_SLEEP_S, max(0.0, due - began))
         try:

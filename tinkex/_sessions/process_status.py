@@ -1,13 +1,14 @@
 """What the clients of this process have in flight, in a small file that ``tinkex status`` reads.
 
-A StatusFile belongs to the default SessionManager.  It is written when sessions come or go, and
-every ten seconds: a few hundred bytes in the user's runtime folder, never in the home folder, which
-may be slow or read-only.  It is removed with the last session.  That of a process that was killed
-stays, and is recognized by its process id and start time.  If it cannot be written, that is logged
-at DEBUG; if the environment variable ``TINKEX_NO_STATUS_FILE`` is set, none is written.
+A StatusFile belongs to the default SessionManager.  It is written a second after the first session
+came, when others come or go, and every ten seconds: a few hundred bytes in the user's runtime
+folder, never in the home folder, which may be slow or read-only.  It is removed with the last
+session.  That of a process that was killed stays, and is recognized by its process id and start
+time.  If it cannot be written, that is logged at DEBUG; if the environment variable
+``TINKEX_NO_STATUS_FILE`` is set, none is written.
 
-A thread of its own, ``tinkex-status-file``, writes and removes it, from the first session to the
-last: a disk may hang, and must delay neither heartbeats nor a close.
+A thread of its own, ``tinkex-status-file``, writes and removes it, from that second on until the
+last session has ended: a disk may hang, and must delay neither heartbeats nor a close.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from tinkex._sessions.session_table import SessionSnapshot
 from tinkex.futures import APIFuture
 
 logger = logging.getLogger(__name__)
+
+#: Seconds from the first session to the first writing.  Short scripts need no file, and a thread
+#: that is busy while the main one begins a wait makes it likelier that Python loses a Ctrl-C: a
+#: signal that comes between the last check and the wait is handled when the wait ends.
+FIRST_S = 1.0
 
 #: Seconds between two writings, unless sessions come or go.
 INTERVAL_S = 10.0
@@ -112,25 +118,36 @@ class StatusFile:
         # Guards what follows.  Never held during I/O.
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
-        self._due = 0.0
         self._ids: List[str] = []  # the sessions at the latest update
+        self._due = 0.0  # monotonic; matters while there are sessions
 
     def update(self) -> None:
-        """Have the thread write the file if it is due, or if sessions have come or gone.
-
-        The thread is started if there are sessions and it does not run.
-        """
+        """Have the thread write the file if it is due, or if sessions have come or gone."""
         if self._is_off:
             return
         ids = [record.session_id for record in self._registry.records()]
         now = self._clock.monotonic()
         with self._lock:
-            if ids == self._ids and (not ids or now < self._due):
+            if ids != self._ids:
+                # Without a thread, there is no file yet.
+                if self._thread is not None:
+                    self._due = now
+                elif not self._ids:
+                    self._due = now + FIRST_S
+                self._ids = ids
+            elif not ids:
                 return
-            self._ids, self._due = ids, now + INTERVAL_S
+            if now < self._due or (not ids and self._thread is None):
+                return
+            self._due = now + INTERVAL_S
             self._outdated.set()
-            if ids and self._thread is None:
+            if self._thread is None:
                 self._start_thread_locked()
+
+    def next_due(self) -> Optional[float]:
+        """Return when `update` is to be called next (monotonic); None if that does not matter."""
+        with self._lock:
+            return self._due if self._ids else None
 
     def join(self, deadline: float) -> None:
         """Wait until *deadline* (monotonic) for the thread, which ends when no session is left."""

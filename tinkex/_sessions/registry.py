@@ -5,14 +5,14 @@ Plain data behind one lock.  It knows no thread and does no I/O.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex._runtime.clock import Clock
+from tinkex._runtime.inbox import Inbox
 from tinkex._sessions.beat_queue import BeatQueue
-from tinkex._sessions.session_record import MAX_WORKERS, SessionRecord
+from tinkex._sessions.session_record import MAX_WORKERS, Message, SessionRecord
 from tinkex._sessions.session_table import (
     HeartbeatPolicy,
     SessionSnapshot,
@@ -20,9 +20,6 @@ from tinkex._sessions.session_table import (
     Verdict,
 )
 from tinkex.errors import ClientClosedError, InvalidInputError
-
-if TYPE_CHECKING:
-    from tinkex._sessions.session_record import Inbox
 
 #: The reasons of this many lost sessions are remembered: dropped clients never ask for theirs.
 MAX_LOST = 1000
@@ -48,7 +45,7 @@ class SessionRegistry:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.inbox: Inbox = queue.SimpleQueue()  # finalizers may put into no other (bpo-32576)
+        self.inbox: Inbox[Message] = Inbox()
         self._clock = clock
         # Guards everything below.  Never held during I/O, logging or callbacks.
         self._lock = threading.Lock()

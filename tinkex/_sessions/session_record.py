@@ -28,6 +28,7 @@ from tinkex._api.sessions import (
     session_heartbeat,
 )
 from tinkex._runtime.clock import Clock
+from tinkex._runtime.inbox import Inbox
 from tinkex._sessions.beat_queue import BeatQueue
 from tinkex._transport.server_flags import ABSENT
 from tinkex._transport.server_state import state_of
@@ -35,8 +36,6 @@ from tinkex._transport.transport import Transport
 from tinkex.config import Config
 
 if TYPE_CHECKING:
-    import queue
-
     from tinkex.types import CreateSessionResponse
 
 logger = logging.getLogger(__name__)
@@ -67,9 +66,6 @@ class ManagerDropped(NamedTuple):
 
 
 Message = Union[Wake, OwnerCollected, ManagerDropped]
-
-if TYPE_CHECKING:
-    Inbox = queue.SimpleQueue[Message]
 
 
 class HTTPLink:
@@ -138,7 +134,7 @@ class SessionRecord:
         # Without any, the session lives until it is stopped.
         self._owners: Dict[object, weakref.finalize[Any, Any]] = {}
 
-    def add_owner(self, owner: object, inbox: Inbox) -> None:
+    def add_owner(self, owner: object, inbox: Inbox[Message]) -> None:
         """Have *inbox* get an OwnerCollected message when *owner* is collected."""
         token = object()
         finalizer = weakref.finalize(owner, inbox.put, OwnerCollected(self.session_id, token))

@@ -22,6 +22,7 @@ from tinkex._api._call import encode
 from tinkex._api.telemetry import send_telemetry
 from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.inbox import Inbox
 from tinkex._sessions.telemetry_events import failed_request, is_user_error, unhandled, user_error
 from tinkex._transport.channel import Channel
 from tinkex._transport.server_flags import ABSENT
@@ -85,8 +86,7 @@ class Reporter:
         self._began = clock.monotonic()
         # Of its own: the session's transport is closed before the last report is sent.
         self._transport = Transport(config, closing=threading.Event())
-        # A SimpleQueue, because finalizers post to it (bpo-32576).
-        self._queue: queue.SimpleQueue[Union[Event, str]] = queue.SimpleQueue()
+        self._queue: Inbox[Union[Event, str]] = Inbox()  # finalizers post to it
         # Guards what follows, and the order of events.  Never held during I/O.
         self._lock = threading.Lock()
         self._next_index = 0

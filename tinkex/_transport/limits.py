@@ -15,6 +15,7 @@ import threading
 from typing import Callable, Deque, Iterator, Optional, Protocol, Set
 
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.inbox import Inbox
 from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import BackpressureError, ClientClosedError
 
@@ -161,7 +162,7 @@ class UnreadLimit:
     """Limits the futures that a client has given out and that were not read yet.
 
     A future is read with `result`, `exception` or a callback, or when it is collected.  Readers and
-    finalizers release a place by a put into a SimpleQueue, which is safe anywhere.  Thread-safe.
+    finalizers release a place by a put into an Inbox, which is safe anywhere.  Thread-safe.
 
     A thread that waits here cannot read, so a program that has no other one waits forever.  That
     cannot be known, since any thread may come to read: the log warns of the danger.
@@ -180,7 +181,7 @@ class UnreadLimit:
         self._raises = raises
         self._closing = closing
         self._notice_after_s = notice_after_s
-        self._released: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._released: Inbox[None] = Inbox()
         # Guards _count, which those in _released are still part of, and _submitters.
         self._lock = threading.Lock()
         self._count = 0

@@ -128,10 +128,11 @@ def _places(examples: Examples, lines: Tuple[int, ...], limit: int) -> List[int]
 
 
 def _load_tokenizer(model: str) -> Any:
-    from tinkex.clients.tokenizers import load_tokenizer
+    from tinkex.clients.tokenizers import WITHOUT_TOKENIZER, load_tokenizer
     from tinkex.local.engines.models import resolve
 
-    return load_tokenizer(resolve(model).source)
+    # Needs no extra to tell that it has none.
+    return load_tokenizer(model if model == WITHOUT_TOKENIZER else resolve(model).source)
 
 
 def _made(

@@ -22,6 +22,8 @@ from typing import Iterator, Optional
 
 import click
 
+from tinkex._runtime.inbox import Inbox
+
 #: Seconds without output before the first line.
 FIRST_S = 1.5
 _REDRAW_S = 1.0
@@ -57,7 +59,7 @@ class StatusLine:
         self._began = time.monotonic()
         self._drawn = 0  # columns drawn on the terminal; used by the thread only
         # Lines to print; None ends the thread.
-        self._inbox: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+        self._inbox: Inbox[Optional[str]] = Inbox()
         self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:

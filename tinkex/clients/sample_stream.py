@@ -28,6 +28,7 @@ from typing import (
 )
 
 from tinkex._runtime.deferred import call_from_finalizer
+from tinkex._runtime.inbox import Inbox
 from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import (
     BackpressureError,
@@ -133,7 +134,7 @@ class _Run:
         self._on_error = on_error
         self._progress = progress
         self._notice_after_s = notice_after_s
-        self._settled: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()  # None: stop
+        self._settled: Inbox[Optional[int]] = Inbox()  # None: stop
         self._stopped = False
         self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
         # Finished, in input order not yet due; by index.

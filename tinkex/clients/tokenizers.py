@@ -14,7 +14,7 @@ _LLAMA3 = "meta-llama/Llama-3"
 _LLAMA3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 
 #: The embedded server's engine without a model.
-_WITHOUT_TOKENIZER = "deterministic"
+WITHOUT_TOKENIZER = "deterministic"
 
 # Guarded by lifecycle.module_lock().
 _cache: Dict[str, Any] = {}
@@ -53,7 +53,7 @@ def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
 
 
 def _load(name: str) -> Any:
-    if name == _WITHOUT_TOKENIZER:  # the hub would be asked for it, which takes a minute offline
+    if name == WITHOUT_TOKENIZER:  # the hub would be asked for it, which takes a minute offline
         raise TinkexError(
             f"the model {name!r} has no tokenizer: it is for tests, and its token t is chr(t)",
             hint="Give it token ids; or use 'tiny-random', which has one.",

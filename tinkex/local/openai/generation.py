@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+from tinkex._runtime.inbox import Inbox
 from tinkex.local.engines.engine import SampledToken, StreamingRequest
 from tinkex.local.errors import HTTPError
 from tinkex.local.openai.choices import Choice, Delta, read_prompt
@@ -44,7 +45,7 @@ class Generation:
         self._samplers = samplers
         self._text = text
         self._call = call
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._events: Inbox[_Event] = Inbox()
         # A prompt's log-probabilities come with the outcome, and the prompt is shown first.
         self._scores_prompts = call.echo and call.top is not None
         self._choices = [self._choices_of(prompt) for prompt in call.prompts]
