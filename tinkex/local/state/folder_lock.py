@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
 
 
@@ -72,14 +73,17 @@ class FolderLock:
         if here:
             return LocalServerError(
                 f"the data directory {self._data_dir} is in use by another server of this process",
-                hint="Close the ServiceClient or LocalServer that uses it first, e.g. with "
-                "service.close() before a notebook cell is run again; or choose another folder "
-                "with --data-dir or data_dir=...",
+                hint=ErrorText(
+                    "Close the ServiceClient or LocalServer that uses it first, e.g. with "
+                    "service.close() before a notebook cell is run again; or choose another "
+                    "folder with ",
+                    _DATA_DIR,
+                    ".",
+                ),
             )
         return LocalServerError(
             f"the data directory {self._data_dir} is in use by another tinkex server",
-            hint="Stop that server, or the `tinkex train`, `chat` or `export` that uses the run in "
-            "it; or choose another folder with --data-dir or data_dir=...",
+            hint=ErrorText("Stop that server, or choose another folder with ", _DATA_DIR, "."),
         )
 
 
@@ -106,10 +110,15 @@ def folder_errors(data_dir: Path) -> Iterator[None]:
             reason = "it is a file"
         raise LocalServerError(
             f"cannot use the data directory {data_dir}: {reason}",
-            hint="Choose a folder that can be written, on a disk with free space, with "
-            "--data-dir or data_dir=...",
+            hint=ErrorText(
+                "Choose a folder that can be written, on a disk with free space, with ",
+                _DATA_DIR,
+                ".",
+            ),
         ) from error
 
+
+_DATA_DIR = Setting("data_dir", ...)
 
 #: How long a new server waits for one that is closing, in seconds.
 _ENDING_S = 5.0
