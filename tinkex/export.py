@@ -77,7 +77,7 @@ def export_model(
         if not name:
             raise InvalidInputError(
                 f"{source} does not name its base model",
-                hint=ErrorText("Give ", Setting("base_model", ...), "."),
+                hint=ErrorText("Give ", Setting("base_model", ...)),
             )
         _write(adapter, work / "model", name, merge)
         if target.is_dir():

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
+from support.disks import no_room
 
 from tinkex import AdamParams, ServiceClient, read_run
-from tinkex.errors import RunFolderError
+from tinkex.errors import LocalServerError, RunFolderError
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.recipes import find_sampler, open_service, server_of
@@ -106,3 +107,19 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     folder.write_text("")
     with pytest.raises(RunFolderError, match=f"cannot use the run folder {folder}"):
         start_server(folder, "deterministic")
+
+
+def test_a_disk_that_is_full(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "server").mkdir()
+    with (
+        no_room(),
+        pytest.raises(RunFolderError, match=f"cannot use the run folder {folder}: ") as e,
+    ):
+        start_server(folder, "deterministic")
+    assert "data_dir" not in str(e.value)
+
+
+def test_a_model_that_cannot_be_had_is_no_error_of_the_folder(folder: Path) -> None:
+    with pytest.raises(LocalServerError, match="nosuch"):
+        start_server(folder, "nosuch")

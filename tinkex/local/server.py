@@ -383,7 +383,7 @@ def _bind_error(host: str, port: int, error: OSError) -> LocalServerError:
     hints = {
         errno.EACCES: ErrorText("Choose a port above 1023 with ", *_PORT),
         errno.EADDRNOTAVAIL: ErrorText(
-            "Give an address of this machine with ", Setting("host", ...), "."
+            "Give an address of this machine with ", Setting("host", ...)
         ),
     }
     return LocalServerError(

@@ -91,18 +91,19 @@ def start_server(
     try:
         data.mkdir(parents=True, exist_ok=True)
         return ServiceClient.local(model, data_dir=str(data), **settings)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot use the run folder {os.fspath(folder)}: {error.strerror or error}",
-            hint=WRITABLE,
-        ) from error
-    except LocalServerError as error:
-        if not isinstance(error.__cause__, BlockingIOError):  # that of a lock which is held
+    except (OSError, LocalServerError) as error:
+        cause = error.__cause__ if isinstance(error, LocalServerError) else error
+        if isinstance(error, LocalServerError) and error.data_dir is None:
             raise
+        if isinstance(cause, BlockingIOError):
+            raise RunFolderError(
+                f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
+                hint="Wait until the `tinkex train`, `chat`, `sample` or `export` that uses it has "
+                "ended, or stop it; a client in a notebook is closed by service.close().",
+            ) from error
+        reason = getattr(cause, "strerror", None) or cause
         raise RunFolderError(
-            f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
-            hint="Wait until the `tinkex train`, `chat`, `sample` or `export` that uses it has "
-            "ended, or stop it; a client in a notebook is closed by service.close().",
+            f"cannot use the run folder {os.fspath(folder)}: {reason}", hint=WRITABLE
         ) from error
 
 

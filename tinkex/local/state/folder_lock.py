@@ -71,19 +71,16 @@ class FolderLock:
 
     def _in_use(self, *, here: bool) -> LocalServerError:
         if here:
-            return LocalServerError(
+            return _unusable(
+                self._data_dir,
                 f"the data directory {self._data_dir} is in use by another server of this process",
-                hint=ErrorText(
-                    "Close the ServiceClient or LocalServer that uses it first, e.g. with "
-                    "service.close() before a notebook cell is run again; or choose another "
-                    "folder with ",
-                    _DATA_DIR,
-                    ".",
-                ),
+                "Close the ServiceClient or LocalServer that uses it first, e.g. with "
+                "service.close() before a notebook cell is run again; or choose another folder",
             )
-        return LocalServerError(
+        return _unusable(
+            self._data_dir,
             f"the data directory {self._data_dir} is in use by another tinkex server",
-            hint=ErrorText("Stop that server, or choose another folder with ", _DATA_DIR, "."),
+            "Stop that server, or choose another folder",
         )
 
 
@@ -108,17 +105,19 @@ def folder_errors(data_dir: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):  # from mkdir, where a folder would have done
             reason = "it is a file"
-        raise LocalServerError(
+        raise _unusable(
+            data_dir,
             f"cannot use the data directory {data_dir}: {reason}",
-            hint=ErrorText(
-                "Choose a folder that can be written, on a disk with free space, with ",
-                _DATA_DIR,
-                ".",
-            ),
+            "Choose a folder that can be written, on a disk with free space",
         ) from error
 
 
-_DATA_DIR = Setting("data_dir", ...)
+def _unusable(data_dir: Path, message: str, remedy: str) -> LocalServerError:
+    hint = ErrorText(f"{remedy}, with ", Setting("data_dir", ...))
+    error = LocalServerError(message, hint=hint)
+    error.data_dir = str(data_dir)
+    return error
+
 
 #: How long a new server waits for one that is closing, in seconds.
 _ENDING_S = 5.0

@@ -70,7 +70,7 @@ def merge_adapter(
     if not name:
         raise InvalidInputError(
             f"{source} does not name its base model",
-            hint=ErrorText("Give ", Setting("base_model", ...), "."),
+            hint=ErrorText("Give ", Setting("base_model", ...)),
         )
     where = models.resolve(os.fspath(name)).source
     with quiet():
