@@ -178,7 +178,7 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(LocalServerError, match="in use by another") as problem:
         Store(tmp_path)
-    assert "data_dir=..." in str(problem.value)
+    assert "--data-dir" in str(problem.value)
     store.close()
     Store(tmp_path).close()
 

@@ -18,18 +18,20 @@ class Setting(NamedTuple):
         value: what it is set to; Ellipsis is a value for the reader to choose, None names the
             argument alone.
         aside: text around it, with ``{}`` in its place, which makes no sense without it.
+        option: an option of `tinkex serve` of the same meaning, to be named as well.
     """
 
     name: str
     value: Any = None
     aside: str = "{}"
+    option: Optional[str] = None
 
     def __str__(self) -> str:
         if self.value is None:
             shown = self.name
         else:
             shown = f"{self.name}={'...' if self.value is ... else repr(self.value)}"
-        return self.aside.format(shown)
+        return self.aside.format(shown if self.option is None else f"{self.option}, {shown}")
 
 
 #: Returns the text for a setting; None where there is none, as in another program's options.

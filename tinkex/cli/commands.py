@@ -18,7 +18,7 @@ from tinkex.cli import status
 from tinkex.errors import TinkexError
 
 #: Setting of the library -> the parameter of commands with another name.
-_OTHER_NAMES = {"overwrite": "force", "base_model": "model"}
+_OTHER_NAMES = {"overwrite": "force"}
 
 
 class Failed(click.ClickException):

@@ -352,9 +352,9 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
         raise LocalServerError(
             f"binding to {host} would let everybody on the network in",
             hint=ErrorText(
-                "Set a key with ",
-                Setting("api_key", ...),
-                f", e.g. tml-{secrets.token_hex(16)}, or bind to 127.0.0.1.",
+                "Set a key (",
+                Setting("api_key", ..., option="--api-key"),
+                f"), e.g. tml-{secrets.token_hex(16)}, or bind to 127.0.0.1.",
             ),
         )
 
@@ -371,19 +371,19 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 #: The end of a sentence about choosing another port.
-_PORT = (Setting("port", ...), "; 0 takes a free one.")
+_PORT = (Setting("port", ..., option="--port"), "); 0 takes a free one.")
 
 
 def _bind_error(host: str, port: int, error: OSError) -> LocalServerError:
     if error.errno == errno.EADDRINUSE:
         return LocalServerError(
             f"port {port} on {host} is in use",
-            hint=ErrorText("Stop the program that uses it, or choose another port with ", *_PORT),
+            hint=ErrorText("Stop the program that uses it, or choose another port (", *_PORT),
         )
     hints = {
-        errno.EACCES: ErrorText("Choose a port above 1023 with ", *_PORT),
+        errno.EACCES: ErrorText("Choose a port above 1023 (", *_PORT),
         errno.EADDRNOTAVAIL: ErrorText(
-            "Give an address of this machine with ", Setting("host", ...)
+            "Give an address of this machine (", Setting("host", ..., option="--host"), ")."
         ),
     }
     return LocalServerError(

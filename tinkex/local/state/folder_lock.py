@@ -113,7 +113,7 @@ def folder_errors(data_dir: Path) -> Iterator[None]:
 
 
 def _unusable(data_dir: Path, message: str, remedy: str) -> LocalServerError:
-    hint = ErrorText(f"{remedy}, with ", Setting("data_dir", ...))
+    hint = ErrorText(f"{remedy} (", Setting("data_dir", ..., option="--data-dir"), ").")
     error = LocalServerError(message, hint=hint)
     error.data_dir = str(data_dir)
     return error
