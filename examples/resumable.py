@@ -1,10 +1,15 @@
 """Train in a run folder: kill this script at any time, run it again, and it continues.
 
-Runs on the server in TINKER_BASE_URL, or on an embedded one whose checkpoints are in the folder.
+    python examples/resumable.py                               # on the embedded server
+    python examples/resumable.py --base-url URL --model NAME --out runs/mine
+
+The loop is your own here; recipes (supervised_chat.py, dpo.py, rl.py) continue in the same way.  At
+SIGTERM the step is finished and saved; after anything else, the last checkpoint is continued from.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -15,15 +20,12 @@ import numpy as np
 import tinkex
 from tinkex import AdamParams, Datum, ModelInput
 
-MODEL = os.environ.get("TINKEX_EXAMPLE_MODEL", "smollm2-135m")
-STEPS = 20
 
-
-def connect(folder: Path) -> tinkex.ServiceClient:
-    """Open a session."""
-    if "TINKER_BASE_URL" in os.environ:
-        return tinkex.ServiceClient()
-    return tinkex.ServiceClient.local(MODEL, data_dir=str(folder / "server"))
+def connect(options: argparse.Namespace) -> tinkex.ServiceClient:
+    """Open a session on the given server, or on one started here that keeps its data in --out."""
+    if options.base_url:
+        return tinkex.ServiceClient(base_url=options.base_url)
+    return tinkex.ServiceClient.local(options.model, data_dir=str(options.out / "server"))
 
 
 def make_batch(index: int) -> List[Datum]:
@@ -33,25 +35,35 @@ def make_batch(index: int) -> List[Datum]:
 
 
 def main() -> None:
-    """Train what is left of STEPS steps, and print the losses of all."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/resumable")
+    """Train what is left of the steps, and print what the folder has in the end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/resumable"))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--base-url", default=os.environ.get("TINKER_BASE_URL"))
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+
+    settings = {"steps": options.steps}  # kept in the folder: another number is refused later
     with (
-        connect(folder) as service,
+        connect(options) as service,
         service.open_run(
-            folder, MODEL, rank=8, save_every=5, config={"steps": STEPS}, exit_on_sigterm=True
+            options.out, options.model, rank=8, save_every=5, config=settings, exit_on_sigterm=True
         ) as run,
     ):
         if run.resumed_from is not None:
             print(f"continuing after {run.steps_done} steps")
-        for step in run.steps([make_batch(index) for index in range(STEPS)]):
-            rate = AdamParams(learning_rate=0.01 * (1 - step.index / STEPS))
+        for step in run.steps([make_batch(index) for index in range(options.steps)]):
+            rate = AdamParams(learning_rate=0.01 * (1 - step.index / options.steps))
             done = run.trainer.train_step(step.batch, "cross_entropy", rate)
             step.log(done.forward_backward.metrics)
             print(f"step {step.index}: loss {done.forward_backward.metrics['loss:sum']:.3f}")
-    record = tinkex.read_run(folder)
+    record = tinkex.read_run(options.out)
     print(f"{len(record.steps)} steps in {len(record.model_ids)} parts")
     print(record.checkpoints[-1].path)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except tinkex.TinkexError as error:
+        sys.exit(f"Error: {error}")

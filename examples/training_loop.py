@@ -1,38 +1,58 @@
-"""The shortest training program: teach a model one fact.
+"""Write a training loop of your own: the next step runs while you read the results of this one.
 
-Runs on the embedded server, or on the one in TINKER_BASE_URL.
+    python examples/training_loop.py                           # on the embedded server
+    python examples/training_loop.py --base-url URL --model NAME
+
+It teaches a model one fact.  Loops that are ready to use: supervised_chat.py, dpo.py and rl.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from typing import Optional
 
 import tinkex
-from tinkex import types
+from tinkex import AdamParams
+from tinkex.data import text_datum
 
-MODEL = os.environ.get("TINKEX_EXAMPLE_MODEL", "smollm2-135m")
 TEXT = "Question: Who keeps the lighthouse?\nAnswer: A heron called Bartholomew."
 
 
-def connect() -> tinkex.ServiceClient:
-    """Open a session."""
-    if "TINKER_BASE_URL" in os.environ:
-        return tinkex.ServiceClient()
-    return tinkex.ServiceClient.local(MODEL)
+def connect(model: str, base_url: Optional[str]) -> tinkex.ServiceClient:
+    """Open a session on the given server, or on one started here."""
+    if base_url:
+        return tinkex.ServiceClient(base_url=base_url)
+    return tinkex.ServiceClient.local(model)
 
 
 def main() -> None:
-    """Train for ten steps, printing the loss."""
-    with connect() as service:
-        trainer = service.create_lora_training_client(MODEL, rank=8, seed=0)
-        tokens = trainer.get_tokenizer().encode(TEXT)
-        inputs = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
-        datum = types.Datum(types.ModelInput.from_ints(tokens[:-1]), inputs)
-        for index in range(1, 11):
-            step = trainer.train_step([datum], "cross_entropy", types.AdamParams(1e-3))
-            loss = step.forward_backward.metrics["loss:sum"] / len(inputs["weights"])
-            print(f"step {index:2}: loss per token {loss:.3f}")
+    """Print the loss of each step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--base-url", default=os.environ.get("TINKER_BASE_URL"))
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+
+    def schedule(step: int) -> AdamParams:
+        """Decrease the learning rate linearly to zero."""
+        return AdamParams(learning_rate=2e-3 * (1 - step / options.steps))
+
+    with connect(options.model, options.base_url) as service:
+        trainer = service.create_lora_training_client(options.model, rank=8, seed=0)
+        datum = text_datum(TEXT, trainer.get_tokenizer())
+        learnt = datum.loss_fn_inputs["weights"].to_numpy().sum()
+        batches = ([datum] for _ in range(options.steps))  # a generator: made as they are needed
+        with trainer.pipeline(batches, "cross_entropy", schedule, depth=2) as steps:
+            for step in steps:
+                loss = step.metrics["loss:sum"] / learnt  # losses are sums over tokens
+                print(f"step {step.index:2}: loss per token {loss:.3f}")
+        print(f"{service.usage().tokens.trained} tokens trained")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except tinkex.TinkexError as error:
+        sys.exit(f"Error: {error}")

@@ -8,12 +8,29 @@ import pytest
 from support.programs import Server, serving
 
 if importlib.util.find_spec("torch") is None:
-    collect_ignore = ["test_examples.py", "test_quiet.py"]
+    collect_ignore = ["test_examples.py", "test_quiet.py", "test_training_examples.py"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def untraced(untraced_processes: None) -> None:
     """Most of them import torch."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tiny model is made once, away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
+        yield
+
+
+@pytest.fixture
+def torch_server(tmp_path: Path) -> Iterator[Server]:
+    """The torch engine with the tiny model, behind the real server."""
+    from tinkex.local.server import load_engine
+
+    with serving(load_engine("tiny-random"), tmp_path / "server") as running:
+        yield running
 
 
 @pytest.fixture

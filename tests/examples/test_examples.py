@@ -1,4 +1,4 @@
-"""The examples and `tinkex sample`, run as processes, with torch and a tiny model."""
+"""The quickstart, README's program and `tinkex sample`, as processes, with a tiny model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterator, List
+from typing import List
 
 import pytest
 from support.programs import (
@@ -15,7 +15,6 @@ from support.programs import (
     Server,
     interrupt,
     run,
-    serving,
     started,
     tinkex,
 )
@@ -25,23 +24,6 @@ pytestmark = pytest.mark.engine
 EXAMPLES = REPOSITORY / "examples"
 QUICKSTART = str(EXAMPLES / "quickstart.py")
 MODEL = "tiny-random"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model is made once, away from the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
-        patch.setenv("TINKEX_EXAMPLE_MODEL", MODEL)
-        yield
-
-
-@pytest.fixture
-def torch_server(tmp_path: Path) -> Iterator[Server]:
-    from tinkex.local.server import load_engine
-
-    with serving(load_engine(MODEL), tmp_path / "server") as running:
-        yield running
 
 
 @pytest.fixture
@@ -137,15 +119,6 @@ def test_quickstart_names_a_model_the_server_lacks(torch_server, texts):
     assert ended_by(torch_server) == ["errored"]
 
 
-def test_the_training_loop_lowers_the_loss_on_the_embedded_server():
-    done = run([str(EXAMPLES / "training_loop.py")])
-    assert done.stderr == ""
-    assert done.returncode == 0
-    losses = [float(loss) for loss in re.findall(r"loss per token ([\d.]+)", done.stdout)]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0]
-
-
 def test_the_readmes_program_runs(tmp_path):
     (program,) = re.findall(
         r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
@@ -159,10 +132,14 @@ def test_the_readmes_program_runs(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_short_examples_are_short():
-    for name in ("training_loop.py", "sampling.py"):
-        assert len((EXAMPLES / name).read_text().splitlines()) <= 40
-    assert len(Path(QUICKSTART).read_text().splitlines()) <= 270
+def test_examples_are_short_and_have_tests():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    scripts = [path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
+    assert len(scripts) >= 13
+    for script in scripts:
+        assert f'"{script.name}"' in tests, f"{script.name} has no test"
+        lines = len(script.read_text().splitlines())
+        assert lines < (270 if script.name == "quickstart.py" else 100), script.name
 
 
 def test_sample_prints_the_text_and_ends_its_session(torch_server):

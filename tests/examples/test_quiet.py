@@ -1,8 +1,8 @@
 """In a normal run the user sees no warning, neither ours nor one of a library below us.
 
-Each example and each command runs as a process of its own, with Python's default warnings, before
-a server with the real engine; stderr must be empty.  ``tox -e latest`` runs this with the newest
-releases of everything.
+Each command runs as a process of its own, with Python's default warnings, before a server with the
+real engine; stderr must be empty.  ``tox -e latest`` runs this with the newest releases of
+everything.  `support.programs.run_example` requires the same of the examples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List, Tuple
 
 import click
 import pytest
-from support.programs import REPOSITORY, interrupt, run, session_ends, started
+from support.programs import interrupt, run, started
 
 import tinkex
 from tinkex.cli.main import cli
@@ -22,11 +22,6 @@ from tinkex.types import AdamParams, Datum, ModelInput
 pytestmark = pytest.mark.engine
 
 MODEL = "tiny-random"
-EXAMPLES = {path.stem: path for path in sorted((REPOSITORY / "examples").glob("*.py"))}
-#: What an example needs to be short; {texts} is a file of text.
-SHORT = {
-    "quickstart": "--steps 1 --batch-size 2 --model tiny-random --data {texts} --heldout {texts}"
-}
 
 #: Every command, with arguments it can take on the embedded server, and its exit code there.
 COMMANDS: Dict[str, Tuple[str, int]] = {
@@ -65,11 +60,9 @@ ELSEWHERE = {"serve"}
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model is made once; nothing of the user's own is read or written."""
+    """Nothing of the user's own is read or written."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINKEX_CACHE", str(tmp_path_factory.mktemp("models")))
-        patch.setenv("TINKEX_EXAMPLE_MODEL", MODEL)
         for name in ("HOME", "XDG_CONFIG_HOME", "HF_HOME"):
             patch.setenv(name, str(home))
         yield
@@ -96,8 +89,6 @@ def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
     folder = tmp_path_factory.mktemp("names")
     chats = folder / "chats.jsonl"
     chats.write_text("".join(f'{{"prompt": "{i}=", "completion": "{i}"}}\n' for i in range(40)))
-    texts = folder / "texts.txt"
-    texts.write_text("ONE, n. A\nnumber.\n\nTWO, n. Another.\n\n\nTHREE, n.\n")
     examples = folder / "examples.jsonl"
     examples.write_text('{"prompt": "ONE, n.", "completion": " A number."}\n')
     with tinkex.ServiceClient(base_url=url) as service:
@@ -111,7 +102,6 @@ def names(url: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
             "run": trainer.get_info().model_id,
             "session": service.session_id,
             "folder": str(folder / "downloads"),
-            "texts": str(texts),
             "chats": str(chats),
             "examples": str(examples),
         }
@@ -133,19 +123,6 @@ def arguments_of(line: str, names: Dict[str, str]) -> List[str]:
 
 def test_no_command_is_left_out() -> None:
     assert set(leaves(cli)) == COMMANDS.keys() | ELSEWHERE
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example(name: str, url: str, names: Dict[str, str]) -> None:
-    options = arguments_of(SHORT.get(name, ""), names)
-    before = session_ends(url)
-    done = run([str(EXAMPLES[name]), *options], base_url=url)
-    assert done.stderr == ""
-    assert done.returncode == 0
-    assert done.stdout
-    ends = [end for session, end in session_ends(url).items() if session not in before]
-    assert len(ends) == 1
-    assert "ended it: success" in ends[0]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -63,6 +63,21 @@ def run(
     )
 
 
+def run_example(name: str, *options: str, server: Optional[Server] = None) -> str:
+    """Run ``examples/NAME`` to its end, on *server* if given; return what it printed.
+
+    It must succeed, with nothing on stderr, and end its session.
+    """
+    before = server.ends() if server else []
+    done = run([str(REPOSITORY / "examples" / name), *options], server.url if server else None)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    if server:
+        (end,) = server.ends()[: -len(before) or None]
+        assert "ended it: success" in end
+    return done.stdout
+
+
 class Done(NamedTuple):
     """How a command ended, and what it printed."""
 
