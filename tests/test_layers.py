@@ -23,6 +23,7 @@ LAYERS = [
     "wire",
     "data",
     "loggers",
+    "plot",
     "credentials",
     "retry",
     "retry_config",
@@ -65,12 +66,13 @@ LOCAL_LAYERS = [
     "http",
     "routes",
     "openai",
+    "page",
     "app",
     "server",
 ]
 
 #: What the embedded server shares with the client, so that each can be tested against the other.
-VALUES = {"errors", "_runtime", "types", "wire", "local"}
+VALUES = {"_version", "errors", "_runtime", "types", "wire", "local"}
 
 #: Upward imports that are meant, and why.
 EXCEPTIONS = {
@@ -109,6 +111,7 @@ HEAVY_ALLOWED = {
     "tinkex.local.app": {"flask", "werkzeug"},
     "tinkex.local.http": {"flask", "werkzeug", "waitress"},
     "tinkex.local.openai": {"flask", "werkzeug"},
+    "tinkex.local.page": {"flask"},
     "tinkex.local.routes": {"flask", "werkzeug"},
     "tinkex.local.server": {"flask", "werkzeug", "waitress"},
     "tinkex.local.engines.torch_engine": {"torch", "transformers", "peft", "safetensors", "gguf"},

@@ -135,7 +135,7 @@ def test_the_readmes_program_runs(tmp_path):
 def test_examples_are_short_and_have_tests():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     scripts = [path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
-    assert len(scripts) >= 8
+    assert len(scripts) >= 13
     for script in scripts:
         assert f'"{script.name}"' in tests, f"{script.name} has no test"
         lines = len(script.read_text().splitlines())

@@ -84,3 +84,28 @@ def test_dpo_makes_the_model_prefer_the_chosen_replies(
     margins = numbers("margin", stdout)
     assert margins[0] == pytest.approx(0.0, abs=0.001)
     assert margins[-1] > 1
+
+
+def test_an_evaluation_through_the_openai_endpoint_finds_what_was_learnt(
+    torch_server: Server,
+) -> None:
+    options = ["--model", MODEL, "--learning-rate", "0.01"]
+    stdout = run_example("evaluate_openai.py", *options, server=torch_server)
+    before, after = re.findall(r"(\d) of 4 right: (\S+)", stdout)
+    assert before[1] == MODEL
+    assert after[1].endswith("/sampler_weights/trained")
+    assert int(after[0]) == 4 > int(before[0])
+
+
+def test_a_run_that_was_moved_to_another_server_is_the_same_there(tmp_path: Path) -> None:
+    stdout = run_example("move_run.py", "--model", MODEL, "--out", str(tmp_path / "moved"))
+    urls = re.findall(r"^step \d: loss [\d.]+ on (\S+)$", stdout, re.M)
+    assert len(urls) == 10
+    assert len(set(urls[:5])) == len(set(urls[5:])) == 1
+    assert urls[0] != urls[5]
+    losses = numbers("loss", stdout)
+    assert losses == sorted(losses, reverse=True)
+    assert float(stdout.split()[-1]) < 1e-5
+    here, there = (read_run(tmp_path / "moved" / name) for name in ("here", "there"))
+    assert [len(here.steps), len(there.steps)] == [5, 10]
+    assert there.steps[:5] == here.steps

@@ -95,7 +95,8 @@ def serve(
             with server, status.hidden():
                 echo(
                     f"tinkex is ready: {model} at {server.url}   "
-                    f"(export TINKER_BASE_URL={server.url}; Ctrl-C stops it)"
+                    f"(open it in a browser to watch it; export TINKER_BASE_URL={server.url}; "
+                    "Ctrl-C stops it)"
                 )
                 code = signals.wait()
     except Ended as ended:

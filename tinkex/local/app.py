@@ -18,6 +18,7 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import Admission, head_of
 from tinkex.local.http.messages import MAX_BODY, json_response
 from tinkex.local.openai import routes as openai
+from tinkex.local.page.routes import PageRoutes
 from tinkex.local.routes.admin import AdminRoutes
 from tinkex.local.routes.checkpoints import CheckpointRoutes
 from tinkex.local.routes.downloads import DownloadRoutes
@@ -42,6 +43,7 @@ _TOPICS = (
     CheckpointRoutes,
     DownloadRoutes,
     AdminRoutes,
+    PageRoutes,
 )
 
 

@@ -21,6 +21,7 @@ from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
+from tinkex.local.state.activity import Activity
 from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
@@ -67,6 +68,7 @@ class Backend:
         self.info: EngineInfo = engine.info
         self.store = store
         self.futures = FutureTable(clock=clock) if futures is None else futures
+        self.activity = Activity(clock, store.wall)
         self.scheduler = Scheduler(
             engine,
             self.futures,
@@ -75,6 +77,7 @@ class Backend:
             max_waiting=settings.max_waiting_per_run,
             missing_seq_id_s=settings.missing_seq_id_s,
             lane_type=lane_type,
+            on_sampled=self.activity.sampled,
             clock=clock,
         )
         self.wall = store.wall
@@ -137,6 +140,11 @@ class Backend:
             alive = self._sessions.beat(session_id, self._clock())
         if not alive:
             raise self._over(session_id)
+
+    def heartbeat_ages(self) -> Dict[str, float]:
+        """Return the seconds since the last heartbeat of each session that lives."""
+        with self._lock:
+            return self._sessions.ages(self._clock())
 
     def has_sessions(self) -> bool:
         """True if a session lives."""
@@ -374,10 +382,10 @@ class Backend:
     def frozen(self, checkpoint: Optional[CheckpointRow]) -> WeightsSource:
         """Return a copy of *checkpoint* to draw from, which outlives it; the base model if None."""
         if checkpoint is None:
-            return WeightsSource("base", None)
+            return WeightsSource("base", None, name=self.info.model_name)
         # A checkpoint that is saved again under the same name is another one.
         key = (checkpoint.folder, checkpoint.created_at)
-        return WeightsSource(key, self.store.freeze(checkpoint))
+        return WeightsSource(key, self.store.freeze(checkpoint), name=checkpoint.tinker_path)
 
     def _known(self, made_id: str, digest: bytes) -> Optional[str]:
         known_digest, known_id = self._created.get(made_id, (digest, None))

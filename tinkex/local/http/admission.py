@@ -32,6 +32,12 @@ SIGNED_PREFIX = "/signed/"
 #: ``Authorization: Bearer``.
 OPENAI_PREFIXES = ("/oai/api/v1/", "/v1/")
 
+#: The files of the web page.  They are the same on every server: its data needs the key.
+PAGE_FILES_PREFIX = "/page/files/"
+
+_OPEN_PATHS = ("/", "/api/v1/healthz")
+_OPEN_PREFIXES = (PAGE_FILES_PREFIX, SIGNED_PREFIX)
+
 _CONTENT_TYPES = (JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, "application/protobuf")
 
 _HEADERS = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "X_API_KEY", "AUTHORIZATION")
@@ -219,8 +225,11 @@ def _with_port(host: str, default: str) -> Optional[str]:
 
 
 def _needs_no_key(path: str) -> bool:
-    """True for what everyone may fetch: health, and URLs that carry a signature themselves."""
-    return path == "/api/v1/healthz" or path.startswith(SIGNED_PREFIX)
+    """True for what everyone may fetch.
+
+    That is health, the files of the page, and URLs that carry a signature themselves.
+    """
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 
 def _check_content_type(head: Head) -> None:

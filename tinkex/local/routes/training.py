@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 import orjson
 from flask import request
@@ -29,7 +29,7 @@ from tinkex.local.scheduling.checks import check_pass
 from tinkex.local.scheduling.lanes import Work
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Success
-from tinkex.types import AdamParams, ForwardBackwardRequest
+from tinkex.types import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
 
 #: Offered if the server's flags say so.
@@ -91,7 +91,9 @@ class TrainingRoutes(Routes):
         return functools.partial(self._step, model_id, params)
 
     def _step(self, model_id: str, params: AdamParams) -> object:
-        return {"metrics": self._backend.engine.optim_step(model_id, params)}
+        metrics = self._backend.engine.optim_step(model_id, params)
+        self._backend.activity.stepped(model_id)
+        return {"metrics": metrics}
 
     # Passes
 
@@ -115,6 +117,21 @@ class TrainingRoutes(Routes):
         )
 
     def _prepare_pass(self, asked: ForwardBackwardRequest) -> Work:
+        work = self._prepared(asked)
+        return work if asked.forward_only else functools.partial(self._noted, asked, work)
+
+    def _noted(
+        self, asked: ForwardBackwardRequest, work: Callable[[], ForwardBackwardOutput]
+    ) -> object:
+        """Do *work*, on the engine thread, and note what it was."""
+        activity = self._backend.activity
+        started = activity.clock()
+        output = work()
+        tokens = sum(datum.model_input.length for datum in asked.data)
+        activity.passed(asked.model_id, tokens, output.metrics, started)
+        return output
+
+    def _prepared(self, asked: ForwardBackwardRequest) -> Callable[[], ForwardBackwardOutput]:
         if asked.loss_fn == "custom" and self._backend.settings.flags.custom_loss_server_side:
             return self._prepare_custom(asked)
         check_pass(self._backend.info, asked.loss_fn, asked.data)
@@ -127,7 +144,7 @@ class TrainingRoutes(Routes):
             forward_only=asked.forward_only,
         )
 
-    def _prepare_custom(self, asked: ForwardBackwardRequest) -> Work:
+    def _prepare_custom(self, asked: ForwardBackwardRequest) -> Callable[[], ForwardBackwardOutput]:
         loss_id = asked.loss_fn_config.get("loss_id")
         program = self._backend.losses.find(loss_id)
         if program is None or session_of(str(loss_id)) != session_of(asked.model_id):

@@ -45,11 +45,13 @@ class WeightsSource(NamedTuple):
         folder: holds the adapter, and belongs to the scheduler from then on; None is the base
             model.
         newest: from now on they take the place of the earlier weights with this key.
+        name: of the weights, to be shown: a base model, a ``tinker://`` path, or the id of a run.
     """
 
     key: Hashable
     folder: Optional[Path]
     newest: bool = False
+    name: str = ""
 
     def remove(self) -> None:
         """Remove the files, if no sampler is to draw from them."""
@@ -65,11 +67,13 @@ class SamplerWeights:
     Args:
         engine_id: the engine's name for them.
         folder: holds the adapter, and is removed with the weights; None is the base model.
+        name: see `WeightsSource`.
     """
 
-    def __init__(self, engine_id: str, folder: Optional[Path]) -> None:
+    def __init__(self, engine_id: str, folder: Optional[Path], name: str = "") -> None:
         self.engine_id = engine_id
         self.folder = folder
+        self.name = name
         self.batches = 0  # engine thread only, like the next two
         self.loaded = False
         self.retired = False  # no lane uses them any more

@@ -127,6 +127,11 @@ class Lane:
                 self.ready.append(arrived)
             self.next_seq += 1
 
+    @property
+    def waiting(self) -> int:
+        """How many requests have not begun."""
+        return len(self.ready) + len(self._early)
+
     def waits_beyond_a_gap(self, seq_id: int) -> int:
         """Return how many requests wait already if *seq_id* would also wait; else 0."""
         return len(self._early) if seq_id > self.next_seq else 0

@@ -10,15 +10,19 @@ import logging
 import shutil
 import threading
 from collections import OrderedDict
-from typing import Callable, Optional
+from typing import Callable, Optional, cast
 
 from tinkex.local.engines.engine import Engine, EngineError
 from tinkex.local.errors import HTTPError
 from tinkex.local.scheduling.batches import Batch, SampleJob, SamplerLane, SamplerWeights
 from tinkex.local.settings import SamplingLimits
 from tinkex.local.state.futures import Failure, FutureTable, Outcome, Success
+from tinkex.types import SampleRequest, SampleResponse
 
 _log = logging.getLogger(__name__)
+
+#: Gets the name of the weights, a request, its response, and when the request arrived (monotonic).
+OnSampled = Callable[[str, SampleRequest, SampleResponse, float], None]
 
 
 class SamplingWorker:
@@ -31,6 +35,7 @@ class SamplingWorker:
         lock: guards the lanes' queues; taken for moments, never while the engine works.
         count_dequeued: called under the lock with the number of requests that left a queue.
         clock: monotonic seconds.
+        on_sampled: called on the engine thread for each request that is done, without a lock.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class SamplingWorker:
         lock: threading.Lock,
         count_dequeued: Callable[[int], None],
         clock: Callable[[], float],
+        on_sampled: Optional[OnSampled] = None,
     ) -> None:
         self._engine = engine
         self._futures = futures
@@ -48,6 +54,7 @@ class SamplingWorker:
         self._lock = lock
         self._count_dequeued = count_dequeued
         self._clock = clock
+        self._on_sampled = on_sampled
         self._loaded: OrderedDict[str, SamplerWeights] = OrderedDict()  # least recently used first
         self._live_tokens = 0
 
@@ -181,6 +188,10 @@ class SamplingWorker:
     def _complete(self, job: SampleJob, outcome: Outcome) -> None:
         with self._lock:
             job.sampler.jobs.pop(job.request_id, None)
+            name = job.sampler.lane.weights.name
+        if self._on_sampled is not None and isinstance(outcome, Success):
+            response = cast(SampleResponse, outcome.value)
+            self._on_sampled(name, job.request, response, job.arrived)
         self._futures.complete(job.request_id, outcome)
 
     def _unload(self, weights: SamplerWeights) -> None:

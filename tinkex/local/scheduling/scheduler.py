@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, Hashable, List, Optional, Type, Union
+from typing import Callable, Deque, Dict, Hashable, List, NamedTuple, Optional, Type, Union
 
 from tinkex.local.engines.engine import Engine
 from tinkex.local.errors import HTTPError
@@ -25,7 +25,12 @@ from tinkex.local.scheduling.batches import (
     WeightsSource,
 )
 from tinkex.local.scheduling.lanes import Job, Lane
-from tinkex.local.scheduling.sampling import SamplingWorker, failure_of, log_failure
+from tinkex.local.scheduling.sampling import (
+    OnSampled,
+    SamplingWorker,
+    failure_of,
+    log_failure,
+)
 from tinkex.local.settings import SamplingLimits
 from tinkex.local.state.futures import Failure, FutureTable, Group, Outcome, Success
 from tinkex.types import SampleRequest
@@ -39,6 +44,20 @@ AnyLane = Union[Lane, SamplerLane]
 
 #: Does what has become due and returns the instant (monotonic) at which to call again.
 Housekeeping = Callable[[float], float]
+
+
+class Queues(NamedTuple):
+    """What waits, and what is being sampled.
+
+    Attributes:
+        runs: requests that wait, by run; a run that takes no requests any more is not here.
+        samples: sample requests that wait.
+        sampling: sample requests that are being worked on.
+    """
+
+    runs: Dict[str, int]
+    samples: int
+    sampling: int
 
 
 class Scheduler:
@@ -57,6 +76,7 @@ class Scheduler:
         max_waiting: int = 1024,
         missing_seq_id_s: float = 60.0,
         lane_type: Type[Lane] = Lane,
+        on_sampled: Optional[OnSampled] = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -81,7 +101,13 @@ class Scheduler:
         self._retired: List[SamplerWeights] = []  # no lane uses them any more
         # Engine thread only.
         self._sampling = SamplingWorker(
-            engine, futures, self._limits, self._lock, self._count_dequeued_locked, clock
+            engine,
+            futures,
+            self._limits,
+            self._lock,
+            self._count_dequeued_locked,
+            clock,
+            on_sampled,
         )
         self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
 
@@ -217,7 +243,7 @@ class Scheduler:
     def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> Sampler:
         """Open a sampler and return it; the engine loads its weights soon."""
         with self._wake:
-            weights = SamplerWeights(sampler_id, source.folder)
+            weights = SamplerWeights(sampler_id, source.folder, source.name)
             lane = self._lanes.get(source.key)
             if lane is None:
                 lane = self._lanes[source.key] = SamplerLane(source.key, weights)
@@ -309,6 +335,17 @@ class Scheduler:
                 if sampler.session_id == session_id:
                     failed += self._close_sampler_locked(sampler)
         self._fail(failed, why)
+
+    def queues(self) -> Queues:
+        """Return how much waits."""
+        with self._lock:
+            open_lanes = [lane for lane in self._models.values() if lane.closed is None]
+            unfinished = sum(len(sampler.jobs) for sampler in self._samplers.values())
+            return Queues(
+                {lane.model_id: lane.waiting for lane in open_lanes},
+                self._queued_samples,
+                unfinished - self._queued_samples,
+            )
 
     def why_waiting(self, owner: str, seq_id: int) -> str:
         """Return a sentence on why the request *seq_id* of a run or sampler is not done yet."""

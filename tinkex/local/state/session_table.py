@@ -56,6 +56,10 @@ class SessionTable:
         """The instant at which the next session expires, or None."""
         return next(iter(self._due.values()), None)
 
+    def ages(self, now: float) -> Dict[str, float]:
+        """Return the seconds since the last heartbeat, or creation, of each session."""
+        return {session_id: now + self.ttl_s - due for session_id, due in self._due.items()}
+
     def ids(self) -> List[str]:
         """Return the ids of all sessions in the table."""
         return list(self._due)

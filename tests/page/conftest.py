@@ -1,0 +1,69 @@
+"""A headless Chromium for the tests of the page; without one they are left out, and say why."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Callable, Iterator, List
+
+import pytest
+
+#: No GPU, no sandbox (CI runs as root), and no requests of the browser's own.
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+#: Milliseconds within which something is shown, on a busy machine.
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, driven by Playwright, which is to download none of its own."""
+    reason = "the page was not tested in a browser: "
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason=f"{reason}playwright is not installed"
+    )
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip(f"{reason}there is no chromium (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page at a URL; what it reports as an error fails the test, unless it is awaited."""
+    contexts: List[Any] = []
+    errors: List[str] = []
+
+    def open_page(url: str, allowed: str = "", **options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on(
+            "console",
+            lambda message: (
+                errors.append(message.text)
+                if message.type in ("error", "warning")
+                and not (allowed and allowed in message.text)
+                else None
+            ),
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []

@@ -1,0 +1,8 @@
+"""The web page of the embedded server, at ``/``: what goes on, and a box to try a prompt.
+
+See docs/page.md.  Modules and files:
+
+- `state`: what the page shows, as JSON
+- `routes`: the HTTP routes
+- ``index.html``, ``page.css``, ``icon.svg``, and in ``*.js`` what runs in the browser
+"""

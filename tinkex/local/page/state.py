@@ -1,0 +1,158 @@
+"""What the page shows, as JSON: the store's rows, the scheduler's queues, and recent activity."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Dict, List, Optional
+
+from tinkex._version import __version__
+from tinkex.local.backend import Backend
+from tinkex.local.json_text import write_json
+from tinkex.local.openai.text import Text, text_of, token_name
+from tinkex.local.state.activity import KeptSample, RunProgress
+from tinkex.local.state.rows import CheckpointRow, RunRow, SessionRow
+
+#: Rows of each table, at most; of sessions, besides those that live.
+_MOST_ROWS = 50
+
+
+class PageState:
+    """Reads the state of a server.  Thread-safe."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._started_at = backend.wall()
+        self._kept_text: Optional[Text] = None
+
+    def since(self, cursor: str) -> Dict[str, Any]:
+        """Return what is new to a page that was given *cursor* the last time; ``""`` has nothing.
+
+        A cursor of an earlier server, or a malformed one, counts as none.
+        """
+        activity = self._backend.activity
+        epoch, _, known = cursor.partition(".")
+        version, _, digest = known.partition(".") if epoch == activity.epoch else ("0", "", "")
+        number = int(version) if version.isdecimal() and len(version) < 18 else 0
+        recent = activity.since(number)
+        ages = self._backend.heartbeat_ages()
+        tables = self._tables(list(ages))
+        new_digest = hashlib.blake2b(write_json(tables), digest_size=8).hexdigest()
+        queues = self._backend.scheduler.queues()
+        return {
+            "cursor": f"{activity.epoch}.{recent.version}.{new_digest}",
+            "fresh": number == 0,
+            "now": self._backend.wall(),
+            "server": self._server(),
+            "heartbeats": {session_id: round(age, 1) for session_id, age in ages.items()},
+            "queue": queues._asdict(),
+            "tokens": {
+                "trained": [round(count, 1) for count in recent.trained],
+                "sampled": [round(count, 1) for count in recent.sampled],
+                "total_trained": recent.total_trained,
+                "total_sampled": recent.total_sampled,
+            },
+            "curves": {run_id: _curve(run) for run_id, run in recent.runs.items()},
+            "samples": [self._sample(sample) for sample in recent.samples],
+            "tables": None if new_digest == digest else tables,
+        }
+
+    def _server(self) -> Dict[str, Any]:
+        tokenizer = self._backend.engine.tokenizer
+        return {
+            "version": __version__,
+            "model": self._backend.info.model_name,
+            "context_length": self._backend.info.context_length,
+            # A model without a tokenizer reads a conversation as lines.
+            "chat": tokenizer is None or bool(tokenizer.chat_template),
+            "started_at": self._started_at,
+            "session_ttl_s": self._backend.settings.session_ttl_s,
+        }
+
+    def _tables(self, live: List[str]) -> Dict[str, Any]:
+        store = self._backend.store
+        sessions = {row.session_id: row for row in store.sessions(_MOST_ROWS, 0)}
+        for session_id in live[-_MOST_ROWS:]:
+            row = None if session_id in sessions else store.session(session_id)
+            if row is not None:
+                sessions[session_id] = row
+        runs, runs_count = store.runs(_MOST_ROWS, 0)
+        checkpoints, checkpoints_count = store.checkpoints(_MOST_ROWS, 0)
+        return {
+            "sessions": [_session(row) for row in sessions.values()],
+            # Not in the order of their last requests, which changes all the time.
+            "runs": [_run(row) for row in sorted(runs, key=lambda row: -row.created_at)],
+            "runs_count": runs_count,
+            "checkpoints": [_checkpoint(row) for row in checkpoints],
+            "checkpoints_count": checkpoints_count,
+        }
+
+    def _sample(self, sample: KeptSample) -> Dict[str, Any]:
+        text = self._text()
+        return {
+            "id": sample.version,
+            "at": sample.at,
+            "model": sample.model,
+            "prompt": text.decode(sample.prompt),
+            "prompt_length": sample.prompt_length,
+            "tokens": [token_name(text.bytes_of(token)) for token in sample.tokens],
+            "logprobs": sample.logprobs,
+            "length": sample.length,
+            "sequences": sample.sequences,
+            "stop_reason": sample.stop_reason,
+        }
+
+    def _text(self) -> Text:
+        if self._kept_text is None:  # made twice by two threads, it is the same
+            self._kept_text = text_of(self._backend.engine)
+        return self._kept_text
+
+
+def _curve(run: RunProgress) -> Dict[str, Any]:
+    return {
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "loss": run.loss,
+        "at": run.at,
+        "stride": run.stride,
+        "start": run.start,
+        "point_steps": run.point_steps,
+        # Six digits: twice as short.
+        "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],
+    }
+
+
+def _session(row: SessionRow) -> Dict[str, Any]:
+    return {
+        "id": row.session_id,
+        "name": row.facts.get("display_name"),
+        "client": row.facts.get("sdk_version"),
+        "created_at": row.created_at,
+        "state": row.state,
+        "ended_at": row.ended_at,
+        "reason": row.reason,
+    }
+
+
+def _run(row: RunRow) -> Dict[str, Any]:
+    name = (row.user_metadata or {}).get("name")
+    return {
+        "id": row.run_id,
+        "session_id": row.session_id,
+        "created_at": row.created_at,
+        "base_model": row.base_model,
+        "rank": row.lora.rank,
+        "name": name if isinstance(name, str) else None,
+    }
+
+
+def _checkpoint(row: CheckpointRow) -> Dict[str, Any]:
+    return {
+        "path": row.tinker_path,
+        "run_id": row.run_id,
+        "kind": row.kind,
+        "name": row.name,
+        "created_at": row.created_at,
+        "expires_at": row.expires_at,
+        "size_bytes": row.size_bytes,
+        "public": row.public,
+    }

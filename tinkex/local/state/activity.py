@@ -1,0 +1,253 @@
+"""What the server has done lately: losses, samples and tokens, for its web page.
+
+In memory and bounded; what the store or the scheduler knows is not repeated here.  The engine
+thread notes what it has done, HTTP threads read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from typing import Callable, Deque, Dict, List, Mapping, NamedTuple, Optional
+
+from tinkex.local.state.curve import Curve, TokenRate
+from tinkex.types import (
+    SampledSequence,
+    SampleRequest,
+    SampleResponse,
+)
+
+#: Runs whose losses are kept, those that were trained last: 120 KB each.
+MOST_RUNS = 64
+
+#: Samples that are kept, the latest.
+MOST_SAMPLES = 20
+
+#: Of a sample, this many tokens at the end of the prompt and at the start of what was sampled.
+_PROMPT_TOKENS = 200
+_SAMPLED_TOKENS = 300
+
+
+class KeptSample(NamedTuple):
+    """The first sequence of a response.
+
+    Attributes:
+        version: samples after it have greater ones.
+        at: seconds since the epoch.
+        model: a base model, a ``tinker://`` path, or the id of a run.
+        prompt: the last tokens of the prompt.
+        tokens: the first tokens that were sampled.
+        logprobs: theirs, or None.
+        prompt_length, length: how many tokens there were.
+        sequences: how many sequences the response has.
+        stop_reason: ``"stop"`` or ``"length"``.
+    """
+
+    version: int
+    at: float
+    model: str
+    prompt: List[int]
+    tokens: List[int]
+    logprobs: Optional[List[float]]
+    prompt_length: int
+    length: int
+    sequences: int
+    stop_reason: str
+
+
+class RunProgress(NamedTuple):
+    """A run, and the part of its curve that the reader does not have.
+
+    Attributes:
+        steps: steps of the optimizer.
+        tokens: tokens of all forward_backward passes.
+        loss: loss per token of the last step; None if it had no pass.
+        at: when it was last trained, in seconds since the epoch.
+        stride: how many steps each point stands for.
+        start: index of the first point.
+        point_steps, point_losses: the points from there on.
+    """
+
+    steps: int
+    tokens: int
+    loss: Optional[float]
+    at: float
+    stride: int
+    start: int
+    point_steps: List[int]
+    point_losses: List[float]
+
+
+class Recent(NamedTuple):
+    """What is new to a reader.
+
+    Attributes:
+        version: to come back with.
+        runs: those that were trained since, by id.
+        samples: those drawn since, oldest first.
+        trained, sampled: tokens in each of the last seconds, oldest first.
+        total_trained, total_sampled: tokens since the server started.
+    """
+
+    version: int
+    runs: Dict[str, RunProgress]
+    samples: List[KeptSample]
+    trained: List[float]
+    sampled: List[float]
+    total_trained: int
+    total_sampled: int
+
+
+class _Run:
+    def __init__(self) -> None:
+        self.curve = Curve()
+        self.version = 0
+        self.steps = 0
+        self.tokens = 0
+        self.at = 0.0
+        self.loss: Optional[float] = None
+        self.loss_sum = 0.0  # of the passes since the last step
+        self.loss_weight = 0.0
+
+
+class Activity:
+    """Remembers losses, samples and tokens.  Thread-safe; no I/O.
+
+    Args:
+        clock: monotonic seconds.
+        wall: seconds since the epoch.
+
+    Attributes:
+        epoch: identifies this object: versions of others mean nothing to it.
+        clock: as given.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.epoch = uuid.uuid4().hex[:8]
+        self.clock = clock
+        self._wall = wall
+        # Guards everything below.  Held for microseconds; by a reader that has nothing yet, for
+        # as long as it takes to copy the curves (a millisecond).
+        self._lock = threading.Lock()
+        self._version = 0
+        self._runs: OrderedDict[str, _Run] = OrderedDict()  # least recently trained first
+        self._samples: Deque[KeptSample] = deque(maxlen=MOST_SAMPLES)
+        self._trained = TokenRate()
+        self._sampled = TokenRate()
+        self._total_trained = 0
+        self._total_sampled = 0
+
+    def passed(
+        self, run_id: str, tokens: int, metrics: Mapping[str, float], started: float
+    ) -> None:
+        """Note a forward_backward pass over *tokens* that began at *started* (of `clock`)."""
+        loss = metrics.get("loss:sum")
+        # Weights of a custom loss may be negative, and mean no loss per token.
+        weights = (metrics.get("weights:sum"), metrics.get("tokens:sum"), float(tokens))
+        weight = next((one for one in weights if one is not None and one > 0), 0.0)
+        now, at = self.clock(), self._wall()
+        with self._lock:
+            run = self._touched_locked(run_id, at)
+            run.tokens += tokens
+            if loss is not None and weight:
+                run.loss_sum += loss
+                run.loss_weight += weight
+            self._trained.add(tokens, started, now)
+            self._total_trained += tokens
+
+    def stepped(self, run_id: str) -> None:
+        """Note a step of the optimizer: its loss is that of the passes since the last one."""
+        at = self._wall()
+        with self._lock:
+            run = self._touched_locked(run_id, at)
+            run.steps += 1
+            run.loss = run.loss_sum / run.loss_weight if run.loss_weight else None
+            if run.loss is not None:
+                run.curve.add(run.steps, run.loss, run.version)
+            run.loss_sum = run.loss_weight = 0.0
+
+    def sampled(
+        self, model: str, request: SampleRequest, response: SampleResponse, started: float
+    ) -> None:
+        """Note a response that was worked on since *started* (of `clock`)."""
+        tokens = sum(sequence.length for sequence in response.sequences)
+        now = self.clock()
+        # A request for log-probabilities alone has to sample one token, which is of no interest.
+        scores = request.prompt_logprobs and request.sampling_params.max_tokens == 1
+        kept = None if scores or not response.sequences else response.sequences[0]
+        made = None if kept is None else _kept(model, request, kept, len(response.sequences))
+        at = self._wall()
+        with self._lock:
+            self._version += 1
+            if made is not None:
+                self._samples.append(made._replace(version=self._version, at=at))
+            self._sampled.add(tokens, started, now)
+            self._total_sampled += tokens
+
+    def since(self, version: int) -> Recent:
+        """Return what has happened after *version*; 0 has seen nothing."""
+        now = self.clock()
+        with self._lock:
+            return Recent(
+                self._version,
+                {
+                    run_id: _progress(run, version)
+                    for run_id, run in self._runs.items()
+                    if run.version > version
+                },
+                [sample for sample in self._samples if sample.version > version],
+                self._trained.window(now),
+                self._sampled.window(now),
+                self._total_trained,
+                self._total_sampled,
+            )
+
+    def _touched_locked(self, run_id: str, at: float) -> _Run:
+        run = self._runs.get(run_id)
+        if run is None:
+            run = self._runs[run_id] = _Run()
+            if len(self._runs) > MOST_RUNS:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(run_id)
+        self._version += 1
+        run.version = self._version
+        run.at = at
+        return run
+
+
+def _progress(run: _Run, version: int) -> RunProgress:
+    curve = run.curve
+    start = curve.start_after(version)
+    return RunProgress(
+        run.steps,
+        run.tokens,
+        run.loss,
+        run.at,
+        curve.stride,
+        start,
+        curve.steps[start:].tolist(),
+        curve.losses[start:].tolist(),
+    )
+
+
+def _kept(
+    model: str, request: SampleRequest, sequence: SampledSequence, sequences: int
+) -> KeptSample:
+    # Engines read text only.
+    prompt, logprobs = request.prompt.to_numpy(), sequence.logprobs_np
+    return KeptSample(
+        0,
+        0.0,
+        model,
+        prompt[-_PROMPT_TOKENS:].tolist(),
+        sequence.tokens_np[:_SAMPLED_TOKENS].tolist(),
+        None if logprobs is None else logprobs[:_SAMPLED_TOKENS].tolist(),
+        len(prompt),
+        sequence.length,
+        sequences,
+        sequence.stop_reason,
+    )
