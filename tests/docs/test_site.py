@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pydoc
 import re
-from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Dict, Iterator, List, Set, Tuple
 
@@ -115,7 +115,9 @@ def public_names(module: ModuleType) -> List[str]:
 
 def documented() -> Tuple[Set[int], str]:
     """Return what the directives of docs/api document, by identity, and the pages' text."""
-    text = "\n".join(page.path.read_text(encoding="utf-8") for page in PAGES if "/api/" in page.name)
+    text = "\n".join(
+        page.path.read_text(encoding="utf-8") for page in PAGES if "/api/" in page.name
+    )
     found: Set[int] = set()
     for kind, name in re.findall(r"^\.\. auto(\w+):: (\S+)", text, re.M):
         if kind == "module":
@@ -123,11 +125,9 @@ def documented() -> Tuple[Set[int], str]:
             values = [getattr(module, inner) for inner in public_names(module)]
             found |= {id(value) for value in values if inspect.getdoc(value)}
         else:
-            path = PurePosixPath(name.replace(".", "/"))
-            module = importlib.import_module(".".join(path.parent.parts[:2]))
-            for inner in path.parts[len(module.__name__.split(".")) :]:
-                module = getattr(module, inner)
-            found.add(id(module))
+            value = pydoc.locate(name)
+            assert value is not None, name
+            found.add(id(value))
     return found, text
 
 
