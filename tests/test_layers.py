@@ -23,6 +23,7 @@ LAYERS = [
     "wire",
     "data",
     "loggers",
+    "plot",
     "credentials",
     "retry",
     "retry_config",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, List, Mapping, Sequence, Tuple
 
 from tinkex._runtime.late_import import import_extra
 from tinkex.loggers.files import Row, read_metrics, replace_file
@@ -18,6 +19,9 @@ PANELS = ("loss", "reward")
 #: A plot costs at most this part of the run's time.
 _SHARE = 0.01
 
+#: The lines of a run, as `read_metrics` returns them.
+Rows = Sequence[Mapping[str, Any]]
+
 
 class Plot:
     """Draws ``metrics.png`` in *folder* with matplotlib, at most every *every_s* seconds.
@@ -29,10 +33,7 @@ class Plot:
     """
 
     def __init__(self, folder: Path, every_s: float) -> None:
-        # Without pyplot, which keeps figures and chooses a window system.
-        self._figures = import_extra(
-            "matplotlib.figure", "Figure", user='the logger "png"', extra="plots"
-        )
+        self._figures = import_figures('the logger "png"')
         self._folder = folder
         self._every_s = every_s
         self._due = time.monotonic() + every_s
@@ -58,23 +59,90 @@ class Plot:
     def _draw(self) -> None:
         self._drawn = True
         rows = read_metrics(self._folder)
-        panels = panels_of(rows)
-        figure = self._figures.Figure(figsize=(8, 4 * len(panels)), layout="constrained")
-        for axes, names in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-            for name in names:
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                sparse = len(points) < len(rows) / 2
-                axes.plot(*zip(*points), label=name, marker="o" if sparse else None)
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.3)
-            axes.legend()
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=120)
-        replace_file(self._folder / PNG_NAME, image.getvalue())
+        figure = draw(self._figures, {"": rows}, panels_of(rows))
+        replace_file(self._folder / PNG_NAME, png_of(figure))
 
 
-def panels_of(rows: List[Dict[str, Any]]) -> List[List[str]]:
+def import_figures(user: str) -> Any:
+    """Return ``matplotlib.figure``, which *user* needs; ConfigError if it is not installed.
+
+    It is used without pyplot, which keeps figures and chooses a window system.
+    """
+    return import_extra("matplotlib.figure", "Figure", user=user, extra="plots")
+
+
+def panels_of(rows: Rows) -> List[List[str]]:
     """Return the names of the metrics in each panel: those in `PANELS`, or else all in one."""
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name != "step"]
     panels = [[name for name in names if word in name.lower()] for word in PANELS]
     return [panel for panel in panels if panel] or [names]
+
+
+def draw(
+    figures: Any,
+    runs: Mapping[str, Rows],
+    panels: Sequence[Sequence[str]],
+    *,
+    smoothing: float = 0.0,
+    log_scale: bool = False,
+) -> Any:
+    """Return a new figure of ``matplotlib.figure`` with the curves of *runs*, by their labels.
+
+    Args:
+        figures: what `import_figures` returns.
+        runs: the lines of each run.
+        panels: the names of the metrics in each panel.
+        smoothing: weight of what was before in a moving average, from 0 to below 1; with more than
+            0, the curves as they are stand behind it.
+        log_scale: logarithmic vertical axes.
+    """
+    figure = figures.Figure(figsize=(8, 4 * len(panels)), layout="constrained")
+    for axes, names in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        for label, rows in runs.items():
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                if points:
+                    title = label if label and len(names) == 1 else f"{label} {name}".strip()
+                    sparse = len(points) < len(rows) / 2
+                    _draw_curve(axes, points, title, "o" if sparse else None, smoothing)
+        axes.set_xlabel("step")
+        if len(runs) > 1 and len(names) == 1:
+            axes.set_ylabel(names[0])
+        if log_scale:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def png_of(figure: Any) -> bytes:
+    """Return *figure* as a PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def smoothed(values: Sequence[float], weight: float) -> List[float]:
+    """Return the exponential moving average of *values*, corrected for its start; nan is skipped.
+
+    The page of the embedded server draws the same.
+    """
+    found: List[float] = []
+    total = norm = 0.0
+    for value in values:
+        if not math.isnan(value):
+            total = total * weight + value * (1 - weight)
+            norm = norm * weight + (1 - weight)
+        found.append(total / norm if norm else math.nan)
+    return found
+
+
+def _draw_curve(
+    axes: Any, points: List[Tuple[int, float]], title: str, marker: Any, smoothing: float
+) -> None:
+    if not smoothing:
+        axes.plot(*zip(*points), label=title, marker=marker)
+        return
+    steps, values = zip(*points)
+    (line,) = axes.plot(steps, smoothed(values, smoothing), label=title, marker=marker)
+    axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=1, zorder=1)

@@ -1,0 +1,101 @@
+"""The curves of runs in a notebook: `plot` draws what their loggers have written.
+
+Needs matplotlib (``pip install "tinkex[plots]"``).  The same curves as in ``metrics.png`` and on
+the page of the embedded server.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
+
+from tinkex.errors import InvalidInputError, a_type
+from tinkex.loggers.files import read_metrics
+from tinkex.loggers.plot import Rows, draw, import_figures, panels_of, png_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot"]
+
+#: A run folder, or metrics as `tinkex.loggers.read_metrics` returns them.
+Source = Union[str, "os.PathLike[str]", Sequence[Mapping[str, Any]]]
+
+
+def plot(
+    *runs: Source,
+    metrics: Optional[Sequence[str]] = None,
+    smoothing: float = 0.6,
+    log_scale: bool = False,
+) -> Figure:
+    """Draw the metrics of runs by step, each metric of several runs in one panel.
+
+    ::
+
+        from tinkex.plot import plot
+
+        plot("runs/poems")
+        plot("runs/a", "runs/b", metrics=["loss"], log_scale=True)
+
+    A notebook shows the figure that is the last value of a cell; ``savefig`` writes it to a file.
+    Runs may be going on.  Reads the files anew with each call; safe from any thread.
+
+    Args:
+        runs: run folders, or metrics: dicts with ``"step"``.
+        metrics: names, a panel for each; by default the losses, and the rewards if there are any.
+        smoothing: weight of what was before in the moving average that is drawn over the curve,
+            from 0 (none) to below 1.
+        log_scale: logarithmic vertical axes.
+
+    Raises:
+        InvalidInputError: nothing is to be drawn, or an argument is out of range.
+        RunFolderError: a folder has no ``metrics.jsonl`` that can be read.
+        ConfigError: matplotlib is not installed.
+    """
+    if not runs:
+        raise InvalidInputError("there is nothing to plot", hint="Give run folders, or metrics.")
+    if not 0 <= smoothing < 1:
+        raise InvalidInputError(f"smoothing is {smoothing!r}; it must be from 0 to below 1")
+    if isinstance(metrics, str):
+        raise InvalidInputError(f"metrics is {metrics!r}; it must be a list of names")
+    figures = import_figures("tinkex.plot")
+    rows_of = _labelled(runs)
+    every_row = [row for rows in rows_of.values() for row in rows]
+    panels = panels_of(every_row) if metrics is None else [[name] for name in metrics]
+    known = {name for row in every_row for name in row} - {"step"}
+    unknown = [name for names in panels for name in names if name not in known]
+    if unknown or not known:
+        what = f"no metric {unknown[0]!r}" if unknown else "no metrics"
+        raise InvalidInputError(
+            f"the runs have {what}; they have {', '.join(sorted(known)) or 'none yet'}"
+        )
+    if len(rows_of) > 1:  # curves of several runs are compared one metric at a time
+        panels = [[name] for names in panels for name in names]
+    figure = draw(figures, rows_of, panels, smoothing=smoothing, log_scale=log_scale)
+    # What a notebook asks an object for; matplotlib's own is there only once pyplot was imported.
+    figure._repr_png_ = lambda: png_of(figure)
+    return figure
+
+
+def _labelled(runs: Sequence[Source]) -> Dict[str, Rows]:
+    """Return the rows of each run by its label: the name of its folder, or its place."""
+    found: Dict[str, Rows] = {}
+    for place, run in enumerate(runs, 1):
+        if isinstance(run, (str, os.PathLike)):
+            name = Path(run).absolute().name
+            found[os.fspath(run) if name in found else name] = read_metrics(Path(run))
+        else:
+            found[f"run {place}"] = _checked(run)
+    return found if len(runs) > 1 else {"": next(iter(found.values()))}
+
+
+def _checked(run: object) -> List[Mapping[str, Any]]:
+    rows: List[Any] = list(run) if isinstance(run, Sequence) else [run]
+    for row in rows:
+        if not isinstance(row, Mapping) or "step" not in row:
+            raise InvalidInputError(
+                f"{a_type(row)} is no line of metrics",
+                hint='Give a run folder, or dicts with "step", as read_metrics(folder) returns.',
+            )
+    return rows
