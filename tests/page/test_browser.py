@@ -252,7 +252,7 @@ def test_a_prompt_is_continued_token_by_token(server: LocalServer, opened: Opene
     assert 1 <= shown <= 12
     page.locator("#try-output .t").first.hover()
     assert "%" in page.locator("#tip").inner_text()
-    page.focus("#try-output > div")
+    page.focus("#try-output > span")
     page.keyboard.press("Home")
     assert "%" in page.locator("#news").inner_text()
     page.locator(".segments span", has_text="Chat").click()

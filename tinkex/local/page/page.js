@@ -125,7 +125,9 @@ function take(news) {
   state.queue = news.queue;
   state.server = news.server;
   if (news.tables) state.tables = news.tables;
-  for (const [id, run] of Object.entries(news.curves)) {
+  // By their ids, so that the runs of a session have the same colours wherever they are looked at.
+  const curves = Object.entries(news.curves).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
+  for (const [id, run] of curves) {
     state.progress.set(id, run);
     if (!run.point_steps.length && !state.curves.has(id)) continue;
     const curve = curveOf(id);
@@ -329,7 +331,7 @@ function makeRun(run) {
   const cells = ["", "wide", "num", "num", "num wide", ""].map((name) => make("td", name));
   cells[0].append(label);
   cells[1].textContent = run.base_model ? `${run.base_model}, rank ${run.rank}` : "";
-  cells[5].append(make("span", "badge"));
+  cells[5].append(make("span", "badge"), make("span", "muted wide"));
   row.append(...cells);
   return row;
 }
@@ -349,9 +351,10 @@ function updateRun(row, run) {
   const waiting = state.queue.runs[run.id];
   const idle = progress ? now() - progress.at : Infinity;
   const [kind, text] = waiting === undefined ? ["", "not loaded"]
-    : waiting > 0 || idle < 5 ? ["good", waiting ? `training, ${compact(waiting)} queued` : "training"]
+    : waiting > 0 || idle < 5 ? ["good", "training"]
     : ["", progress ? `idle ${span(idle)}` : "loaded"];
-  const badge = row.cells[5].firstChild;
+  const [badge, queued] = row.cells[5].children;
+  setText(queued, waiting ? `, ${compact(waiting)} queued` : "");
   badge.className = `badge ${kind}`;
   setText(badge, text);
 }
