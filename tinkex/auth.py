@@ -10,6 +10,7 @@ import os
 from typing import Optional
 
 from tinkex._api.sessions import CAPABILITIES_PATH
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -152,7 +153,11 @@ def whoami(transport: Transport) -> WhoamiResponse:
     if not config.api_key and not config.credential_cmd:
         raise CredentialError(
             f"there is no key for {config.host_and_port}",
-            hint="Set TINKER_API_KEY (or api_key=) or run `tinkex auth login`.",
+            hint=ErrorText(
+                "Set TINKER_API_KEY",
+                Setting("api_key", ..., aside=" (or {})"),
+                " or run `tinkex auth login`.",
+            ),
         )
     token = transport.token_for(Request("GET", "/api/v1/auth/token"))
     claims = None if token is None else read_claims(token.text)

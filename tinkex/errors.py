@@ -152,7 +152,14 @@ class DownloadCancelledError(TinkexError):
 
 
 class LocalServerError(TinkexError):
-    """The embedded server could not start, or could not load its model."""
+    """The embedded server could not start, or could not load its model.
+
+    Attributes:
+        data_dir: the data directory, if it is the reason; ``__cause__`` is then the system's error,
+            a BlockingIOError if another server uses it.
+    """
+
+    data_dir: Optional[str] = None
 
 
 class RunFolderError(TinkexError):

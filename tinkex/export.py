@@ -15,6 +15,7 @@ from typing import Any, Iterator, Optional, Tuple, Union
 
 from tinkex._downloads.checkpoint_files import CONFIG_FILE
 from tinkex._downloads.download_folder import check_free
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.clients.checkpoints import Progress, fetch_checkpoint
 from tinkex.clients.rest import RestClient
 from tinkex.errors import InvalidInputError, NotFoundError, TinkexError
@@ -75,7 +76,8 @@ def export_model(
         name = base_model or _named_base(adapter) or trained_on
         if not name:
             raise InvalidInputError(
-                f"{source} does not name its base model", hint="Give base_model=..."
+                f"{source} does not name its base model",
+                hint=ErrorText("Give ", Setting("base_model", ...)),
             )
         _write(adapter, work / "model", name, merge)
         if target.is_dir():

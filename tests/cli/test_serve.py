@@ -191,6 +191,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_model_is_loaded(
         result = CliRunner().invoke(serve, [*ARGUMENTS, "--data-dir", str(tmp_path)])
         assert result.exit_code == 1
         assert f"{tmp_path} is in use" in result.output
+        assert "choose another folder (--data-dir).\n" in result.output
         with pytest.raises(LocalServerError, match="in use by another server of this process"):
             ServiceClient.local("deterministic", data_dir=str(tmp_path))
     (tmp_path / "file").write_text("")

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,14 +20,16 @@ from support.programs import PATIENCE_S, STRICT, Server, environment, run, tinke
 from support.scripted_server import Answer, Received, ScriptedServer
 
 import tinkex as library
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.cli import status
-from tinkex.cli.commands import in_flags
+from tinkex.cli.commands import error_in_flags, in_flags
 from tinkex.cli.deletions import delete
 from tinkex.cli.main import run_command
 from tinkex.cli.sample import sample
 from tinkex.cli.serve import serve
 from tinkex.cli.terminal import visible
 from tinkex.cli.transfers import download
+from tinkex.errors import InvalidInputError
 
 CAPABILITIES = "GET /api/v1/get_server_capabilities"
 #: No code page of Windows has all of these.
@@ -291,30 +294,49 @@ def context(command: click.Command, arguments: List[str]) -> click.Context:
 PATH = "tinker://run/weights/a"
 
 
+OVERWRITE = Setting("overwrite", True)
+BASE_URL = Setting("base_url")
+API_KEY = Setting("api_key", ..., aside=" (or {})")
+
+
 @pytest.mark.parametrize(
-    ("command", "arguments", "text", "said"),
+    ("command", "arguments", "parts", "said"),
     [
-        (download, [PATH], "another folder, or overwrite=True.", "folder, or --force."),
-        (sample, ["hi"], "max_tokens is 0; it must", "--max-tokens is 0; it must"),
-        (sample, ["hi"], "top_p=2.0 and stop words", "--top-p 2.0 and stop words"),
-        (sample, ["hi"], "and base_url right?", "and --base-url right?"),
-        (sample, ["hi"], "set X (or api_key=) or log in", "set X or log in"),
-        (serve, [], "Set a key (--api-key, api_key=...), e.g. x", "Set a key (--api-key), e.g. x"),
-        (serve, [], "with --data-dir or data_dir=...", "with --data-dir"),
-        (serve, [], 'Use device="cpu".', "Use --device cpu."),
-        (delete, [PATH], "overwrite=True and max_tokens", "overwrite=True and max_tokens"),
+        (download, [PATH], ("another folder, or ", OVERWRITE, "."), "another folder, or --force."),
+        (sample, ["hi"], (Setting("max_tokens"), " is 0"), "--max-tokens is 0"),
+        (sample, ["hi"], (Setting("top_p", 2.0), " and stop words"), "--top-p 2.0 and stop words"),
+        (sample, ["hi"], ("Is ", BASE_URL, " right?"), "Is --base-url right?"),
+        (sample, ["hi"], ("set X", API_KEY, " or log in"), "set X or log in"),
+        (serve, [], ("set X", API_KEY, " or log in"), "set X (or --api-key) or log in"),
+        (serve, [], ("with ", Setting("data_dir", ...)), "with --data-dir"),
+        (serve, [], ("Use ", Setting("device", "cpu"), "."), "Use --device cpu."),
+        (delete, [PATH], (OVERWRITE, " or ", Setting("seed")), "overwrite=True or seed"),
+        (sample, ["hi"], ("runs/seed=1, ", "max_tokens=2"), "runs/seed=1, max_tokens=2"),
     ],
 )  # fmt: skip
-def test_errors_name_options_and_not_arguments(command, arguments, text, said, monkeypatch):
+def test_errors_name_options_and_not_arguments(command, arguments, parts, said, monkeypatch):
     monkeypatch.delenv("TINKER_BASE_URL", raising=False)
-    assert said in in_flags(text, context(command, arguments))
+    shown = context(command, arguments)
+    assert in_flags(ErrorText(*parts), shown) == said
+    extended = ErrorText("seed=1: ", ErrorText(*parts))
+    assert in_flags(extended, shown) == f"seed=1: {said}"
+    error = InvalidInputError("seed=1", hint=ErrorText(*parts), request_id="r1")
+    assert (
+        error_in_flags(pickle.loads(pickle.dumps(error)), shown) == f"seed=1 (request r1)\n  {said}"
+    )
+
+
+def test_errors_name_arguments_in_a_program():
+    assert ErrorText("give ", Setting("port", ...)) == "give port=..."
+    assert ErrorText(Setting("name", "x"), " or ", OVERWRITE) == "name='x' or overwrite=True"
+    assert ErrorText("set X", API_KEY, " or log in") == "set X (or api_key=...) or log in"
 
 
 def test_errors_name_the_variable_that_named_the_server(monkeypatch):
     monkeypatch.setenv("TINKER_BASE_URL", "nonsense")
-    assert in_flags("base_url 'nonsense'", context(sample, ["hi"])) == "TINKER_BASE_URL 'nonsense'"
-    given = context(sample, ["hi", "--base-url", "x"])
-    assert in_flags("base_url 'x'", given) == "--base-url 'x'"
+    text = ErrorText(BASE_URL, " 'x'")
+    assert in_flags(text, context(sample, ["hi"])) == "TINKER_BASE_URL 'x'"
+    assert in_flags(text, context(sample, ["hi", "--base-url", "x"])) == "--base-url 'x'"
 
 
 def test_wrong_numbers_are_wrong_usage(scripted):

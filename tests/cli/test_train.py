@@ -299,7 +299,7 @@ def refused(done: Done, *parts: str) -> None:
 def test_a_broken_line_is_named_and_can_be_left_out(chats: Path, out: Path) -> None:
     lines = chats.read_text().splitlines(keepends=True)
     chats.write_text("".join([*lines[:4], "{broken\n", *lines[5:]]))
-    refused(train(chats, out), str(chats), "line 5: it is not JSON")
+    refused(train(chats, out), str(chats), "line 5: it is not JSON", "leave them out: --skip-bad.")
     assert not out.exists()
     done = train(chats, out, "--skip-bad")
     assert done.returncode == 0
@@ -439,8 +439,27 @@ def test_a_folder_in_use(chats: Path, out: Path) -> None:
     trained(chats, out)
     service, _ = recipes.open_service(out)
     with service:
-        refused(train(chats, out, "--epochs", "2", "--accept-changes"), "in use")
-        refused(tinkex("chat", str(out)), "in use")
+        in_use = f"the run folder {out} is in use"
+        for done in (
+            train(chats, out, "--epochs", "2", "--accept-changes"),
+            tinkex("chat", str(out)),
+            tinkex("export", str(out), "--to", str(out.with_name("exported"))),
+        ):
+            refused(done, in_use, "Wait until the `tinkex train`")
+            assert "data-dir" not in done.stderr
+
+
+def test_a_run_of_a_script_with_a_local_server_is_chatted_with(tmp_path: Path, out: Path) -> None:
+    for data_dir in (tmp_path / "data", None):
+        given = None if data_dir is None else str(data_dir)
+        with library.ServiceClient.local(MODEL, data_dir=given) as service:
+            with service.open_run(out, MODEL, rank=4) as run:
+                run.save_for_sampler()
+        chat = tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n")
+        if data_dir is not None:
+            check_silent(chat)
+        else:
+            refused(chat, "was started without a data_dir", "Train it again")
 
 
 def test_chat_needs_a_run_that_was_trained(tmp_path: Path, out: Path) -> None:

@@ -18,7 +18,13 @@ class Recorder:
         self.logged = []
         self.closed = 0
 
+    def define_metric(self, name, step_metric):
+        self.x_axis = name, step_metric
+
     def log(self, metrics, step=None):
+        if step is None:  # wandb
+            assert self.x_axis == ("*", "step")
+            step = metrics.pop("step")
         self.logged.append((step, metrics))
 
     def add_scalar(self, tag, scalar_value, global_step=None):
@@ -68,6 +74,21 @@ def test_a_tracker_gets_each_step_once_in_one_run(tmp_path, install, make, made,
     assert before.options[identity] == after.options[identity]
     log_steps(tmp_path / "second", name, range(1))
     assert made[-1].options[identity] != before.options[identity]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_each_step_of_a_finished_run_that_goes_on(
+    tmp_path, install, make, made, name
+):
+    install(name, init=make)
+    for steps in (2, 4):
+        with open_loggers(tmp_path, [name]) as loggers:
+            for step in range(2 if steps == 4 else 0, steps):
+                loggers.log(step, {"loss": float(step)})
+            loggers.log(steps, {"heldout_loss": 9.0})
+    before, after = made
+    assert before.logged == [(0, {"loss": 0.0}), (1, {"loss": 1.0}), (2, {"heldout_loss": 9.0})]
+    assert after.logged == [(2, {"loss": 2.0}), (3, {"loss": 3.0}), (4, {"heldout_loss": 9.0})]
 
 
 def test_more_metrics_of_the_same_step_are_sent_as_they_come(tmp_path, install, make, made):

@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
 from tinkex._api._optional import is_missing_route
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.transport import Reply, Request, Sender, Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
@@ -44,8 +45,10 @@ def create_session(transport: Sender, config: Config) -> types.CreateSessionResp
     try:
         reply = transport.send(request, policy)
     except NotFoundError as error:
-        error.hint = error.hint or (
-            f"Is base_url {config.base_url} right, path prefix and all? /api/v1 is added to it."
+        error.hint = error.hint or ErrorText(
+            "Is ",
+            Setting("base_url"),
+            f" {config.base_url} right, path prefix and all? /api/v1 is added to it.",
         )
         raise
     created = read(types.CreateSessionResponse, reply, request.name)

@@ -22,6 +22,7 @@ from tinkex._downloads.checkpoint_files import (
 )
 from tinkex._downloads.extraction import safe_parts
 from tinkex._downloads.part_file import Part
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 
 #: The hidden folder inside of a destination that exists.
@@ -150,8 +151,11 @@ def check_free(target: Path, overwrite: bool) -> None:
     if not overwrite and any(path.name != INSIDE for path in target.iterdir()):
         raise InvalidInputError(
             f"{target} exists already, and is not empty",
-            hint="Choose another folder, or overwrite=True: that replaces the files of a "
-            "checkpoint in it, and leaves the others alone.",
+            hint=ErrorText(
+                "Choose another folder, or ",
+                Setting("overwrite", True),
+                ": that replaces the files of a checkpoint in it, and leaves the others alone.",
+            ),
         )
 
 

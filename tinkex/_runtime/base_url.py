@@ -13,6 +13,7 @@ import urllib.request
 from typing import Optional
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import ConfigError
 
 #: A host name, of labels that the resolver takes; in brackets, an IPv6 address.
@@ -41,18 +42,20 @@ def normal_base_url(url: object) -> str:
     if parts is None or parts.scheme not in ("http", "https"):
         shown = "(not shown: it may hold a password)" if "@" in str(url) else repr(url)
         raise ConfigError(
-            f"base_url {shown} is not an http(s) URL",
+            ErrorText(Setting("base_url"), f" {shown} is not an http(s) URL"),
             hint=_suggestion(text),
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
-            f"the base_url of {parts.hostname} holds a user name or password",
+            ErrorText(
+                "the ", Setting("base_url"), f" of {parts.hostname} holds a user name or password"
+            ),
             hint="It would end up in logs. Send it as a header: "
             "default_headers_overrides={'Authorization': 'Basic ...'}.",
         )
     if parts.query or parts.fragment or "?" in text or "#" in text:
         raise ConfigError(
-            f"base_url {url!r} holds a query or a fragment",
+            ErrorText(Setting("base_url"), f" {url!r} holds a query or a fragment"),
             hint="Give the address only, up to the path: /api/v1 is added to it.",
         )
     path = quote(_BARE_PERCENT.sub("%25", parts.path), safe=_PATH_CHARACTERS).rstrip("/")

@@ -13,6 +13,7 @@ import math
 import operator
 from typing import Any, Iterable, Optional, Type
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import InvalidInputError, TinkexError
 
 _FLAGS = {
@@ -99,7 +100,8 @@ def as_int(
     if is_int(number, least) and (most is None or number <= most):
         return int(number)
     limits = f"{least} or more" if most is None else f"{least} to {most}"
-    raise error(f"{what} is {value!r}; it must be an integer, {limits}{otherwise}")
+    message = ErrorText(Setting(what), f" is {value!r}; it must be an integer, {limits}{otherwise}")
+    raise error(message)
 
 
 def as_flag(what: str, value: Any) -> bool:
@@ -111,7 +113,7 @@ def as_flag(what: str, value: Any) -> bool:
     flag = to_bool(value)
     if isinstance(flag, bool):
         return flag
-    raise InvalidInputError(f"{what} is {value!r}; it must be True or False")
+    raise InvalidInputError(ErrorText(Setting(what), f" is {value!r}; it must be True or False"))
 
 
 def as_seconds(
@@ -127,7 +129,11 @@ def as_seconds(
         return None
     if type(number) in (int, float) and not math.isnan(number):
         return float(number)
-    raise error(f"{what} is {value!r}; it must be a number of seconds, or None for no limit")
+    raise error(
+        ErrorText(
+            Setting(what), f" is {value!r}; it must be a number of seconds, or None for no limit"
+        )
+    )
 
 
 def _plain(value: Any, text: bool) -> Any:

@@ -11,6 +11,7 @@ import requests
 import urllib3.exceptions
 
 from tinkex._runtime import descriptors
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.request import Request
 from tinkex.config import DEFAULT_BASE_URL, Config
 from tinkex.errors import APIConnectionError, APITimeoutError, InvalidInputError, TinkexError
@@ -51,7 +52,11 @@ def connection_error(
     if _in_handshake(error):
         mute = APITimeoutError(
             f"{where} did not answer the TLS handshake of {request.name}",
-            hint=f"Does it speak https? If not, base_url is {_plain(config.base_url)}.",
+            hint=ErrorText(
+                "Does it speak https? If not, ",
+                Setting("base_url"),
+                f" is {_plain(config.base_url)}.",
+            ),
         )
         mute.maybe_taken = False
         return mute
@@ -103,11 +108,14 @@ def _plain(url: str) -> str:
 
 def _advice(config: Config) -> str:
     if config.base_url == DEFAULT_BASE_URL:
-        return (
-            f"{config.base_url} is the default. For another server give base_url=, or set "
-            "TINKER_BASE_URL (`tinkex serve` prints its own)."
+        return ErrorText(
+            f"{config.base_url} is the default. For another server give ",
+            Setting("base_url", ...),
+            ", or set TINKER_BASE_URL (`tinkex serve` prints its own).",
         )
-    return f"Is the server running at {config.base_url}, and base_url right?"
+    return ErrorText(
+        f"Is the server running at {config.base_url}, and ", Setting("base_url"), " right?"
+    )
 
 
 def _is_stalled_body(error: requests.RequestException) -> bool:

@@ -7,12 +7,15 @@ from typing import Any, List, Mapping, Optional, Tuple, Union
 
 import orjson
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import ResponseDecodeError
 from tinkex.wire.codec import Parts
 
 JSON_TYPE = "application/json"
 
-NOT_JSON_HINT = "Is base_url the address of a Tinker server, and its path prefix right?"
+NOT_JSON_HINT = ErrorText(
+    "Is ", Setting("base_url"), " the address of a Tinker server, and its path prefix right?"
+)
 
 Body = Union[bytes, Parts, None]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Tuple
 
 import orjson
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.redirects import shown
 from tinkex._transport.request import NOT_JSON_HINT, Reply, Request
 from tinkex.errors import APIConnectionError, APIError, ResponseDecodeError, status_error_type
@@ -22,15 +23,20 @@ if TYPE_CHECKING:
     from tinkex._transport.redaction import Redactor
 
 _HINTS: Mapping[int, str] = {
-    401: "Set TINKER_API_KEY (or api_key=) or run `tinkex auth login`: the server asks for a key "
-    "that it knows.",
+    401: ErrorText(
+        "Set TINKER_API_KEY",
+        Setting("api_key", ..., aside=" (or {})"),
+        " or run `tinkex auth login`: the server asks for a key that it knows.",
+    ),
     402: "The account cannot pay for this: check its billing set-up.",
     403: "The key is known but may not do this.",
 }
 
-GATEWAY_HINT = (
+GATEWAY_HINT = ErrorText(
     "Something between this machine and the server (a proxy, load balancer or sign-on page) seems "
-    "to have answered. If it does so again, check base_url and its path prefix."
+    "to have answered. If it does so again, check ",
+    Setting("base_url"),
+    " and its path prefix.",
 )
 
 #: Characters of a body that are shown.
@@ -72,7 +78,11 @@ def status_error(
 def _hint(reply: Reply) -> Optional[str]:
     if 300 <= reply.status < 400:
         where = shown(reply.headers.get("location", ""))
-        return f"The server redirects to {where}, which is not followed. Is base_url right?"
+        return ErrorText(
+            f"The server redirects to {where}, which is not followed. Is ",
+            Setting("base_url"),
+            " right?",
+        )
     return _HINTS.get(reply.status)
 
 

@@ -96,8 +96,8 @@ def status(ctx: click.Context, base_url: Optional[str]) -> None:
         access.check_access(config)
     except TinkexError as error:
         remedy = advice(error) if isinstance(error, APIError) else error.hint
-        reason = f"{error.message}\n  {remedy}" if remedy else error.message
-        echo(in_flags(f"Access to {config.host_and_port}: no, {reason}", ctx))
+        reason = "\n  ".join(in_flags(text, ctx) for text in (error.message, remedy) if text)
+        echo(f"Access to {config.host_and_port}: no, {reason}")
         ctx.exit(1)
     echo(f"Access to {config.host_and_port}: yes")
 

@@ -20,6 +20,7 @@ from tinkex._api.sessions import (
     finish_session,
     session_heartbeat,
 )
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.content_encoding import ACCEPT_ENCODING
 from tinkex._transport.response_errors import GATEWAY_HINT
 from tinkex._transport.server_flags import flags_for
@@ -170,7 +171,11 @@ class Examination:
             raise Failed(
                 "there is none",
                 "your settings",
-                "Set TINKER_API_KEY or run `tinkex auth login`; for another server, give base_url.",
+                ErrorText(
+                    "Set TINKER_API_KEY or run `tinkex auth login`; for another server, give ",
+                    Setting("base_url"),
+                    ".",
+                ),
             )
         raise Skipped("there is none; some servers need none")
 

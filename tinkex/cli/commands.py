@@ -6,29 +6,19 @@ group suggests corrections for misspelt commands.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
-import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.cli import status
 from tinkex.errors import TinkexError
 
 #: Setting of the library -> the parameter of commands with another name.
 _OTHER_NAMES = {"overwrite": "force"}
-
-_SETTING = re.compile(
-    r"""(?<![\w./'"-])(?P<name>[a-z][a-z_]*)  # not in a path, a name or a quotation
-        (?P<value>=(?:\.\.\.|"[^"]*"|'[^']*'|\w+(?:[./:-]\w+)*)?)?
-        (?![\w(/'"-])(?!\.\w)""",
-    re.VERBOSE,
-)
-_ASIDE = re.compile(r"\s*\((?:or )?(?P<name>[a-z][a-z_]*)=[^()]*\)")
-
-#: Repetitions that remain of "--port, port=..." and "--port or port=...".
-_TWICE = re.compile(r"(--[\w-]+)(?:,| or) \1\b")
 
 
 class Failed(click.ClickException):
@@ -68,7 +58,7 @@ class Command(click.Command):
             with status.shown(f"{ctx.command_path}: working", verbose=verbose) as ctx.obj:
                 return super().invoke(ctx)
         except TinkexError as error:
-            raise Failed(in_flags(str(error), ctx)) from error
+            raise Failed(error_in_flags(error, ctx)) from error
         except UnicodeError as error:  # in an argument or in stdin
             raise Failed(f"the input is not valid text: {error}") from error
 
@@ -110,27 +100,28 @@ class Group(click.Group):
 
 
 def in_flags(text: str, ctx: click.Context) -> str:
-    """Return *text* with the names of settings replaced by command-line options.
+    """Return *text*, of an error, with command-line options for the settings that it names.
 
-    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.  A setting in
-    parentheses that the command lacks is removed.
+    ``overwrite=True`` becomes ``--force``, ``max_tokens`` ``--max-tokens``.
     """
+    if not isinstance(text, ErrorText):
+        return text
     flags = _flags(ctx)
 
-    def aside(found: re.Match[str]) -> str:
-        return found.group() if found["name"] in flags else ""
+    def option(setting: Setting) -> Optional[str]:
+        flag = flags.get(setting.name)
+        is_given = not any(setting.value is value for value in (None, ..., True))
+        return f"{flag} {setting.value}" if flag is not None and is_given else flag
 
-    def flag(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"] or ""
-        if name not in flags or not (value or "_" in name):  # otherwise an ordinary word
-            return found.group()
-        takes_value = flags[name].startswith("--") and value not in ("", "=", "=...", "=True")
-        return f"{flags[name]} {value[1:].strip(_QUOTES)}" if takes_value else flags[name]
-
-    return _TWICE.sub(r"\1", _SETTING.sub(flag, _ASIDE.sub(aside, text)))
+    return text.naming(option)
 
 
-_QUOTES = "\"'"
+def error_in_flags(error: TinkexError, ctx: click.Context) -> str:
+    """Return the text of *error*, message and hint, as `in_flags` does."""
+    shown = copy.copy(error)
+    shown.message = in_flags(error.message, ctx)
+    shown.hint = None if error.hint is None else in_flags(error.hint, ctx)
+    return str(shown)
 
 
 def _flags(ctx: click.Context) -> Dict[str, str]:
@@ -140,7 +131,7 @@ def _flags(ctx: click.Context) -> Dict[str, str]:
         for option in ctx.command.params
         if isinstance(option, click.Option) and option.name
     }
-    flags.update({ours: flags[name] for ours, name in _OTHER_NAMES.items() if name in flags})
+    flags = {**{ours: flags[name] for ours, name in _OTHER_NAMES.items() if name in flags}, **flags}
     if ctx.params.get("base_url") is None and os.environ.get("TINKER_BASE_URL"):
         flags["base_url"] = "TINKER_BASE_URL"
     return flags

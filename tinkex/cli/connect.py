@@ -12,6 +12,7 @@ import click
 
 import tinkex
 from tinkex._api._optional import is_missing_route
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.cli import serve, status
 from tinkex.cli.output import format_option
 from tinkex.cli.terminal import echo_error
@@ -37,9 +38,10 @@ base_url_option = click.option(
     help="URL of the server (default: TINKER_BASE_URL, or else the hosted service).",
 )
 
-NO_TINKER_SERVER = (
-    "This does not look like a Tinker server: check base_url, its port and its path. "
-    "`tinkex serve` prints its URL."
+NO_TINKER_SERVER = ErrorText(
+    "This does not look like a Tinker server: check ",
+    Setting("base_url"),
+    ", its port and its path. `tinkex serve` prints its URL.",
 )
 
 
@@ -170,7 +172,7 @@ def explained(config: Config) -> Iterator[None]:
 def explain(error: APIError, config: Config) -> None:
     """Add the server of *config* and advice to *error*."""
     if config.host_and_port not in error.message:
-        error.message = f"{config.host_and_port}: {error.message}"
+        error.message = ErrorText(f"{config.host_and_port}: ", error.message)
     error.hint = advice(error)
 
 
@@ -183,7 +185,11 @@ def advice(error: APIError) -> Optional[str]:
     if isinstance(error, ResponseDecodeError):
         return NO_TINKER_SERVER
     if isinstance(error, APIConnectionError):
-        return "Is this the address of a Tinker server, and is it running? Check base_url."
+        return ErrorText(
+            "Is this the address of a Tinker server, and is it running? Check ",
+            Setting("base_url"),
+            ".",
+        )
     if isinstance(error, APIStatusError) and is_missing_route(error):
         return NO_TINKER_SERVER
     return None

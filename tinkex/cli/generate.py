@@ -24,7 +24,7 @@ import tinkex
 from tinkex import types
 from tinkex._transport import request_log
 from tinkex.cli import status
-from tinkex.cli.commands import in_flags
+from tinkex.cli.commands import error_in_flags
 from tinkex.cli.connect import (
     base_url_option,
     check_path,
@@ -127,7 +127,7 @@ def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generato
     from tinkex import recipes
 
     status.waiting_for(f"opening the server of {folder}")
-    if base_url is None and recipes.server_of(folder) is None:  # a script has opened the run
+    if base_url is None and recipes.server_of(folder) is None:  # an older version made the run
         base_url = find_server(None).base_url
     service, record = recipes.open_service(folder, base_url)
     with service, explained(service.config):
@@ -153,7 +153,7 @@ def sampling_params(ctx: click.Context) -> types.SamplingParams:
     try:
         params.check()
     except InvalidInputError as error:
-        raise click.UsageError(in_flags(str(error), ctx)) from error
+        raise click.UsageError(error_in_flags(error, ctx)) from error
     return params
 
 

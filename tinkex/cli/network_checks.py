@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from tinkex._runtime.base_url import proxy_variable
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.config import CA_VARIABLES, Config
 
 #: One attempt of anything may take this long, in seconds.
@@ -117,7 +118,11 @@ def _connect(config: Config) -> socket.socket:
             f"{whose} (not running, or another port)",
             CHECK_PROXY
             if config.proxy
-            else "Start the server (`tinkex serve` starts one here), or correct base_url.",
+            else ErrorText(
+                "Start the server (`tinkex serve` starts one here), or correct ",
+                Setting("base_url"),
+                ".",
+            ),
         ) from error
     except socket.timeout as error:
         raise Failed(
@@ -164,8 +169,11 @@ def check_tls(config: Config) -> str:
             raise Failed(
                 f"the handshake failed: {reason}",
                 "the base URL, or the server",
-                f"Does the server speak https? If not, base_url is "
-                f"{config.base_url.replace('https:', 'http:', 1)}.",
+                ErrorText(
+                    "Does the server speak https? If not, ",
+                    Setting("base_url"),
+                    f" is {config.base_url.replace('https:', 'http:', 1)}.",
+                ),
             ) from error
     return f"{version}, certificate valid until {until}"
 
@@ -181,7 +189,11 @@ def _distrust(why: str) -> Failed:
     return Failed(
         f"the certificate is not valid: {why}",
         "the server's certificate, or the base URL",
-        "Check the host name in base_url, the server's certificate, and this machine's clock.",
+        ErrorText(
+            "Check the host name in ",
+            Setting("base_url"),
+            ", the server's certificate, and this machine's clock.",
+        ),
     )
 
 

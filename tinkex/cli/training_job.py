@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import tinkex
 from tinkex import data, loggers, recipes
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.cli import status
 from tinkex.cli.connect import context_length, explained, find_server
 from tinkex.cli.output import count, print_facts, warnings_in_words
@@ -21,7 +22,7 @@ from tinkex.config import Config
 from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
 from tinkex.recipes.evaluation import logged
 from tinkex.recipes.prepared import Prepared, split_heldout
-from tinkex.recipes.serving import EMBEDDED, server_folder
+from tinkex.recipes.serving import EMBEDDED, start_server
 from tinkex.runs import RunRecord
 from tinkex.runs.folder import check_same
 from tinkex.runs.journal import JOURNAL_NAME
@@ -77,12 +78,17 @@ class Job:
         for name in ("learning_rate", "epochs", "beta"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise InvalidInputError(f"{name}={value} is not a finite number")
+                raise InvalidInputError(ErrorText(Setting(name, value), " is not a finite number"))
         if self.epochs is not None and self.steps is not None:
-            raise InvalidInputError("epochs=... and steps=... were both given; give one of them")
+            both = ErrorText(Setting("epochs"), " and ", Setting("steps"), " were both given")
+            raise InvalidInputError(both, hint="Give one of them.")
         if self.accumulation > self.batch_size:
             raise InvalidInputError(
-                f"accumulation={self.accumulation} is more than batch_size={self.batch_size}"
+                ErrorText(
+                    Setting("accumulation", self.accumulation),
+                    " is more than ",
+                    Setting("batch_size", self.batch_size),
+                )
             )
         self.base_url = self.base_url or os.environ.get("TINKER_BASE_URL") or None
         if self.base_url is None and (Path(self.model) / "config.json").is_file():
@@ -146,8 +152,8 @@ def run_job(job: Job) -> None:
     except TinkexError as error:
         # Of bad input, the same would come again.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
-            hints = (error.hint, "The run continues when the command is run again.")
-            error.hint = " ".join(hint for hint in hints if hint)
+            earlier = (error.hint, " ") if error.hint else ()
+            error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
         raise
     except KeyboardInterrupt:
         saved = _read(job.out).checkpoints
@@ -290,8 +296,7 @@ def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
     """Open a session on the server of *job*; it ends with the block."""
     if job.base_url is None:
         status.waiting_for(f"loading {job.model}")
-        data_dir = str(server_folder(job.out))
-        with tinkex.ServiceClient.local(job.model, data_dir=data_dir) as service:
+        with start_server(job.out, job.model) as service:
             yield service
         return
     config = find_server(job.base_url)

@@ -86,6 +86,7 @@ class ServiceClient:
         settings.clear()  # the key: some tools show the locals of a traceback
         self._runtime = Runtime(check_config(config), manager or default_manager())
         self._server: Any = None
+        self._local: Optional[Mapping[str, Optional[str]]] = None
         self._server_dropper: Any = None
 
     @classmethod
@@ -133,6 +134,11 @@ class ServiceClient:
             server.close()
             raise
         client._server = server
+        # What starts the same server again, for the journals of runs.
+        client._local = {
+            "model": os.path.abspath(model) if os.path.isdir(model) else model,
+            "data_dir": None if data_dir is None else str(server.data_dir.absolute()),
+        }
         # With the runtime, which all clients made from this one hold on to.
         client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False

@@ -31,6 +31,7 @@ from typing import (
 
 import orjson
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.data.examples import Example, parse_example
 from tinkex.errors import InvalidInputError
 
@@ -132,11 +133,12 @@ def open_examples(path: Union[str, os.PathLike[str]], *, skip_bad: bool = False)
             raise InvalidInputError(f"{name} changed while it was read")
     lines = len(index.offsets) + len(index.left_out)
     if bad_lines:
-        noun = "line is not an example" if bad_lines == 1 else "lines are not examples"
+        kind = "is not an example" if bad_lines == 1 else "are not examples"
         listed = [*bad, *(["..."] if bad_lines > len(bad) else [])]
-        message = "\n  ".join([f"{bad_lines} of {lines} {noun} in {name}:", *listed])
+        message = "\n  ".join([f"{bad_lines} of {lines} lines {kind} in {name}:", *listed])
         if not skip_bad or not index.offsets:
-            raise InvalidInputError(message, hint=_HINT)
+            advice = (" Correct them, or leave them out: ", Setting("skip_bad", True), ".")
+            raise InvalidInputError(message, hint=ErrorText(_HINT, *(() if skip_bad else advice)))
         warnings.warn(f"left out: {message}", stacklevel=2)
     if not index.offsets:
         raise InvalidInputError(f"{name} has no examples: it is empty", hint=_HINT)

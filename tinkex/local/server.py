@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Tuple, Union
 
 from tinkex._runtime import lifecycle
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engines.engine import Engine
@@ -336,7 +337,9 @@ def _settled(
 
 def _as_folder(data_dir: object) -> Optional[Path]:
     if not isinstance(data_dir, (str, os.PathLike, type(None))):
-        raise InvalidInputError(f"data_dir is {data_dir!r}; it must be a path, or None")
+        raise InvalidInputError(
+            ErrorText(Setting("data_dir"), f" is {data_dir!r}; it must be a path, or None")
+        )
     return None if data_dir is None else Path(data_dir).expanduser()
 
 
@@ -348,8 +351,11 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
     if not is_loopback(host.lower()) and not api_key:
         raise LocalServerError(
             f"binding to {host} would let everybody on the network in",
-            hint=f"Set a key (--api-key, api_key=...), e.g. tml-{secrets.token_hex(16)}, "
-            "or bind to 127.0.0.1.",
+            hint=ErrorText(
+                "Set a key (",
+                Setting("api_key", ..., option="--api-key"),
+                f"), e.g. tml-{secrets.token_hex(16)}, or bind to 127.0.0.1.",
+            ),
         )
 
 
@@ -364,16 +370,21 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+#: The end of a sentence about choosing another port.
+_PORT = (Setting("port", ..., option="--port"), "); 0 takes a free one.")
+
+
 def _bind_error(host: str, port: int, error: OSError) -> LocalServerError:
     if error.errno == errno.EADDRINUSE:
         return LocalServerError(
             f"port {port} on {host} is in use",
-            hint="Stop the program that uses it, or choose another port (--port, port=...); "
-            "0 takes a free one.",
+            hint=ErrorText("Stop the program that uses it, or choose another port (", *_PORT),
         )
     hints = {
-        errno.EACCES: "Choose a port above 1023 (--port, port=...); 0 takes a free one.",
-        errno.EADDRNOTAVAIL: "Give an address of this machine (--host, host=...).",
+        errno.EACCES: ErrorText("Choose a port above 1023 (", *_PORT),
+        errno.EADDRNOTAVAIL: ErrorText(
+            "Give an address of this machine (", Setting("host", ..., option="--host"), ")."
+        ),
     }
     return LocalServerError(
         f"cannot bind to {host}:{port}: {error.strerror or error}",

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple, Union
 
 from tinkex.errors import RunFolderError
 
@@ -50,6 +50,7 @@ class MetricsFile:
 
     Attributes:
         last_step: the last step that was in the file when it was opened; -1 if it was empty.
+        last_row: the names of its metrics.
 
     Raises:
         RunFolderError: the file cannot be written, or is damaged elsewhere than in its last line.
@@ -59,11 +60,13 @@ class MetricsFile:
         self._path = folder / METRICS_NAME
         self._line = _LastLine(self._path)
         self.last_step = -1
+        self.last_row: FrozenSet[str] = frozenset()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path.touch()
             for _, line in _lines(self._path):
                 self.last_step = line["step"]
+                self.last_row = frozenset(line.keys() - {"step"})
         except OSError as error:
             raise self._failed(error) from error
 

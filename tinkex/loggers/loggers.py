@@ -157,8 +157,8 @@ def open_loggers(
         "csv": lambda: CsvFile(path),
         "png": lambda: Plot(path, plot_every_s),
         "tensorboard": lambda: TensorBoard(path),
-        "wandb": lambda: open_wandb(path, config or {}, file.last_step),
-        "trackio": lambda: open_trackio(path, config or {}, file.last_step),
+        "wandb": lambda: open_wandb(path, config or {}, file),
+        "trackio": lambda: open_trackio(path, config or {}, file),
     }
     opened: Dict[str, Output] = {}
     try:

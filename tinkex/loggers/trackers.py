@@ -6,11 +6,11 @@ import contextlib
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 from tinkex._runtime.late_import import import_extra, import_late
 from tinkex.errors import ConfigError
-from tinkex.loggers.files import Row
+from tinkex.loggers.files import MetricsFile, Row
 
 #: Holds the id by which a run folder's metrics are found again when it is continued.
 ID_NAME = "tracker-id"
@@ -61,36 +61,46 @@ def _summary_writers() -> Any:
 
 
 class Tracker:
-    """Sends metrics to a run of wandb or trackio, neither of which takes a step back.
+    """Sends metrics to a run of wandb or trackio, neither of which replaces what it has.
 
-    So steps that are done again after a crash are not sent again.  For one thread.
+    So steps that are done again after a crash are not sent again.  Of the last step that was sent,
+    metrics that are new are: a run that was finished and goes on trains the step whose row held the
+    held-out loss at its end.  For one thread.
 
     Args:
         run: what the package's ``init`` has returned.
-        last_step: the last one that was logged before.
+        file: what was logged before.
+        send: sends metrics of a step.
     """
 
-    def __init__(self, run: Any, last_step: int) -> None:
+    def __init__(self, run: Any, file: MetricsFile, send: Callable[[int, Row], object]) -> None:
         self._run = run
-        self._sent = last_step
-        self._skip_to = last_step
+        self._send = send
+        self._sent = file.last_step
+        self._sent_names = set(file.last_row)  # of that step
+        self._skip_to = self._sent
 
     def rewind(self, step: int) -> None:
         """Leave out the steps that were sent."""
         self._skip_to = self._sent
 
     def log(self, step: int, metrics: Row, row: Row) -> None:
-        """Send *metrics* of *step*, unless that was sent in an earlier part of the run."""
-        if step > self._skip_to:
-            self._run.log(dict(metrics), step=step)
-            self._sent = max(self._sent, step)
+        """Send *metrics* of *step*, but not what was sent in an earlier part of the run."""
+        if step == self._skip_to:
+            metrics = {n: value for n, value in metrics.items() if n not in self._sent_names}
+        if step < self._skip_to or not metrics:
+            return
+        self._send(step, dict(metrics))
+        if step > self._sent:
+            self._sent, self._sent_names = step, set()
+        self._sent_names |= metrics.keys()
 
     def close(self) -> None:
         """Wait until the package has sent everything."""
         self._run.finish()
 
 
-def open_wandb(folder: Path, config: Mapping[str, Any], last_step: int) -> Tracker:
+def open_wandb(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> Tracker:
     """Open the wandb run of *folder*, named after it; settings are read from ``WANDB_...``.
 
     Raises:
@@ -106,13 +116,15 @@ def open_wandb(folder: Path, config: Mapping[str, Any], last_step: int) -> Track
             config=dict(config),
             resume="allow",
         )
+        # wandb's own count of steps takes nothing for a step that it has seen.
+        run.define_metric("*", step_metric="step")
     except Exception as error:
         hint = "Run `wandb login`, or set WANDB_MODE=offline to write to the run folder only."
         raise ConfigError(f"wandb could not start: {error}", hint=hint) from error
-    return Tracker(run, last_step)
+    return Tracker(run, file, lambda step, metrics: run.log({"step": step, **metrics}))
 
 
-def open_trackio(folder: Path, config: Mapping[str, Any], last_step: int) -> Tracker:
+def open_trackio(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> Tracker:
     """Open the trackio run of *folder*, named after it; settings are read from ``TRACKIO_...``.
 
     Raises:
@@ -128,7 +140,7 @@ def open_trackio(folder: Path, config: Mapping[str, Any], last_step: int) -> Tra
         )
     except Exception as error:
         raise ConfigError(f"trackio could not start: {error}") from error
-    return Tracker(run, last_step)
+    return Tracker(run, file, lambda step, metrics: run.log(metrics, step=step))
 
 
 def tracker_id(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Generic, List, Optional, Sequence, Tuple
 
 import orjson
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.late_import import np
 from tinkex.data import Example, Examples
 from tinkex.errors import InvalidInputError
@@ -31,6 +32,7 @@ KEPT_BYTES = 64 << 20
 _LISTED = 5
 #: So many bad examples in a row end the training even where they are left out.
 _MAX_BAD = 100
+_SKIP_BAD = Setting("skip_bad", True)
 
 
 class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
@@ -76,7 +78,7 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
             except InvalidInputError as error:
                 if not self._skip_bad or tried == _MAX_BAD - 1:
                     if not self._skip_bad and error.hint is None:
-                        error.hint = "Correct it, or leave it out: skip_bad=True."
+                        error.hint = ErrorText("Correct it, or leave it out: ", _SKIP_BAD, ".")
                     raise
                 logger.warning("left out: %s", error.message)
 
@@ -112,7 +114,11 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
             count = f"{len(bad)} of {checked} examples cannot be used:"
             message = "\n  ".join([count, *messages, *more])
             if not self._skip_bad or len(bad) == len(self):
-                hint = None if self._skip_bad else "Correct them, or leave them out: skip_bad=True."
+                hint = (
+                    None
+                    if self._skip_bad
+                    else ErrorText("Correct them, or leave them out: ", _SKIP_BAD, ".")
+                )
                 raise InvalidInputError(message, hint=hint)
             logger.warning("left out: %s", message)
             self._indices = np.delete(self._indices, bad)

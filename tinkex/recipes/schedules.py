@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any, Callable
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError
 from tinkex.types import AdamParams
@@ -68,7 +69,9 @@ def _schedule(
     steps = as_int("steps", steps, 0 if decay is _constant else 1, text=False)
     warmup = as_int("warmup", warmup, 0, text=False)
     if decay is not _constant and warmup >= steps:
-        raise InvalidInputError(f"warmup is {warmup}; it must be less than the {steps} steps")
+        raise InvalidInputError(
+            ErrorText(Setting("warmup"), f" is {warmup}; it must be less than the {steps} steps")
+        )
     return functools.partial(_params_of, params, decay, steps, warmup)
 
 

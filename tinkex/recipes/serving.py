@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Optional, Tuple, Union
 
 from tinkex.clients.service import ServiceClient
-from tinkex.errors import RunFolderError
+from tinkex.errors import LocalServerError, RunFolderError
 from tinkex.runs import RunRecord, read_run
+from tinkex.runs.journal import WRITABLE
 from tinkex.runs.run import save_for_sampler
 
 logger = logging.getLogger(__name__)
 
-#: What a run's config has as ``server`` for an embedded server with its data in the run folder.
+#: In the place of a base URL: an embedded server.  As ``server`` in a run's config, one with its
+#: data in the run folder.
 EMBEDDED = "embedded"
 
 #: How long weights are kept that are saved only to be sampled now, in seconds.
@@ -27,7 +29,7 @@ def open_service(
     """Open a session on the server that the run in *folder* was trained on.  Blocks.
 
     That is the one which ``config["server"]`` of the run names.  Without it, it is an embedded
-    server if its data are in the run folder, and otherwise the one of the environment.
+    server if its data are in the run folder, and otherwise the one that the journal names.
 
     Args:
         folder: a run folder.
@@ -39,17 +41,70 @@ def open_service(
         The client, which the caller closes, and what the run's journal says.
 
     Raises:
-        RunFolderError: there is no run in *folder*.
+        RunFolderError: there is no run in *folder*; or it is in use, or its data are gone, where
+            its server is an embedded one.
         TinkexError: the server cannot be started or reached.
     """
     record = read_run(os.fspath(folder))
     if not record.spec:
         raise RunFolderError(f"the run in {os.fspath(folder)} has not begun yet")
     server = base_url or server_of(folder, record)
-    if server == EMBEDDED:
-        model, data_dir = record.spec["base_model"], str(server_folder(folder))
-        return ServiceClient.local(model, data_dir=data_dir, **settings), record
-    return ServiceClient(base_url=server, **settings), record
+    if server != EMBEDDED:
+        return ServiceClient(base_url=server, **settings), record
+    if _is_in_folder(folder, record):
+        return start_server(folder, record.spec["base_model"], **settings), record
+    assert record.server is not None
+    data_dir = record.server.data_dir
+    if data_dir is None or not os.path.isdir(data_dir):
+        reason = (
+            "was started without a data_dir, so that its data were removed with it"
+            if data_dir is None
+            else f"kept its data in {data_dir}, which is gone"
+        )
+        raise RunFolderError(
+            f"the weights of the run in {os.fspath(folder)} cannot be had: it was trained on an "
+            f"embedded server that {reason}",
+            hint="Train it again, with ServiceClient.local(model, data_dir=...).",
+        )
+    model = record.server.model or record.spec["base_model"]
+    return start_server(folder, model, data_dir=data_dir, **settings), record
+
+
+def start_server(
+    folder: Union[str, os.PathLike[str]],
+    model: str,
+    *,
+    data_dir: Optional[str] = None,
+    **settings: Any,
+) -> ServiceClient:
+    """Start the embedded server of the run in *folder*; its data are in `server_folder`.  Blocks.
+
+    Args:
+        data_dir: where its data are instead.
+        model, settings: as for `ServiceClient.local`.
+
+    Raises:
+        RunFolderError: the run is in use, or its folder cannot be written.
+        TinkexError: the server cannot be started.
+    """
+    data = Path(data_dir or server_folder(folder))
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        return ServiceClient.local(model, data_dir=str(data), **settings)
+    except (OSError, LocalServerError) as error:
+        cause = error.__cause__ if isinstance(error, LocalServerError) else error
+        if isinstance(error, LocalServerError) and error.data_dir is None:
+            raise
+        if isinstance(cause, BlockingIOError):
+            raise RunFolderError(
+                f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
+                hint="Wait until the `tinkex train`, `chat`, `sample` or `export` that uses it has "
+                "ended, or stop it; a client in a notebook is closed by service.close().",
+            ) from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise RunFolderError(
+            f"cannot use the run folder {os.fspath(folder)}: {reason}", hint=WRITABLE
+        ) from error
 
 
 def server_of(
@@ -57,7 +112,7 @@ def server_of(
 ) -> Optional[str]:
     """Return the base URL of the server that the run in *folder* was trained on.
 
-    `EMBEDDED` is an embedded server with its data in the folder; None if the run names none.
+    `EMBEDDED` is an embedded server; None if the run names none.
 
     Args:
         record: what the journal says; by default it is read.
@@ -66,8 +121,18 @@ def server_of(
         RunFolderError: the journal cannot be read.
     """
     record = record or read_run(os.fspath(folder))
-    server: Optional[str] = record.config.get("server")
-    return EMBEDDED if server is None and server_folder(folder).is_dir() else server
+    if _is_in_folder(folder, record):
+        return EMBEDDED
+    named: Optional[str] = record.config.get("server")
+    if named is not None or record.server is None:
+        return named
+    return record.server.base_url or EMBEDDED
+
+
+def _is_in_folder(folder: Union[str, os.PathLike[str]], record: RunRecord) -> bool:
+    """Whether the server of the run is an embedded one with its data in *folder*."""
+    named = record.config.get("server")
+    return named == EMBEDDED or (named is None and server_folder(folder).is_dir())
 
 
 def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:

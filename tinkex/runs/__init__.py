@@ -8,6 +8,7 @@ from tinkex.runs.records import (
     CheckpointRecord as CheckpointRecord,
     RunRecord as RunRecord,
     SamplerRecord as SamplerRecord,
+    ServerRecord as ServerRecord,
     StepRecord as StepRecord,
     read_run as read_run,
 )

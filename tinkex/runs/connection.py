@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Callable, Optional
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.numeric import as_int
 from tinkex.errors import (
     APIError,
@@ -60,6 +61,8 @@ class Connection:
         self._max_losses = as_int("max_session_losses", max_losses, 1, text=False)
         self.losses = 0
         self._owned: Optional[ServiceClient] = None
+        # Of the caller's client: those that replace it know an embedded server by its URL alone.
+        self._server = service._local or {"base_url": service.config.base_url}
 
     def start(self) -> Optional[CheckpointRecord]:
         """Make the training client; return the checkpoint that it continues, if there is one.
@@ -75,6 +78,7 @@ class Connection:
             "start",
             model_id=self.trainer.model_id,
             session_id=self.service.session_id,
+            server={name: value for name, value in self._server.items() if value is not None},
             steps=found.steps if found else 0,
             path=found.path if found else None,
         )
@@ -133,9 +137,11 @@ class Connection:
                 return checkpoint
         raise RunFolderError(
             f"the server has none of the {len(checkpoints)} checkpoints of this run",
-            hint="Is it the server that the run was made on, with the same account? (An embedded "
-            "server keeps them only with data_dir=...) If they have expired, begin again in "
-            "another folder.",
+            hint=ErrorText(
+                "Is it the server that the run was made on, with the same account?",
+                Setting("data_dir", ..., aside=" (An embedded server keeps them only with {}.)"),
+                " If they have expired, begin again in another folder.",
+            ),
         ) from refusal
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, List, Mapping, Union
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import RunFolderError
 from tinkex.runs.folder_lock import FolderLock
 from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
@@ -70,7 +71,8 @@ def check_same(
         return
     _compare(path, "origin", record.spec, spec, "Choose another folder for another run.")
     if not accept:
-        hint = "Give the same settings, another folder, or accept_changes=True."
+        accepted = Setting("accept_changes", True)
+        hint = ErrorText("Give the same settings, another folder, or ", accepted, ".")
         _compare(path, "config", record.config, config, hint)
 
 
@@ -81,12 +83,12 @@ def _shown(value: Any) -> str:
 def _compare(
     path: Path, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
 ) -> None:
-    changes = [
-        f"{name} was {_shown(was.get(name))} and is {_shown(now.get(name))}"
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
-    ]
+    changes: List[Union[str, Setting]] = []
+    for name in sorted({*was, *now}):
+        if was.get(name) != now.get(name):
+            values = f" was {_shown(was.get(name))} and is {_shown(now.get(name))}"
+            changes += ["; " if changes else ": ", Setting(name), values]
     if changes:
         raise RunFolderError(
-            f"{path} holds a run with another {what}: {'; '.join(changes)}", hint=hint
+            ErrorText(f"{path} holds a run with another {what}", *changes), hint=hint
         )

@@ -63,6 +63,22 @@ class SamplerRecord:
     at: float
 
 
+@dataclasses.dataclass(frozen=True)
+class ServerRecord:
+    """The server of a run: one at a URL, or an embedded one (`ServiceClient.local`).
+
+    Attributes:
+        base_url: None for an embedded server, which has another one each time.
+        model: what an embedded server was started with; a folder as an absolute path.
+        data_dir: where an embedded server keeps the run, as an absolute path; None if it was
+            started without one, so that its data were removed with it.
+    """
+
+    base_url: Optional[str] = None
+    model: Optional[str] = None
+    data_dir: Optional[str] = None
+
+
 @dataclasses.dataclass
 class RunRecord:
     """A run, as its journal has it.
@@ -76,6 +92,7 @@ class RunRecord:
             loaded have taken the place of the first ones.
         checkpoints: those not known to be gone, the newest last.
         sampler: what `Run.save_for_sampler` saved last.
+        server: where it was started or continued last; None if an older version has written it.
     """
 
     spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -84,6 +101,7 @@ class RunRecord:
     steps: List[StepRecord] = dataclasses.field(default_factory=list)
     checkpoints: List[CheckpointRecord] = dataclasses.field(default_factory=list)
     sampler: Optional[SamplerRecord] = None
+    server: Optional[ServerRecord] = None
 
     def newest_weights(self) -> Union[SamplerRecord, CheckpointRecord]:
         """Return the newest weights that were saved, those for sampling before the others.
@@ -108,6 +126,8 @@ class RunRecord:
             self.sampler = None  # the run goes on with other settings
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
+            if "server" in entry:
+                self.server = ServerRecord(**entry["server"])
             self.steps = [step for step in self.steps if step.index < entry["steps"]]
             self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
         elif kind == "step":

@@ -7,6 +7,7 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._runtime.late_import import np
 from tinkex._runtime.numeric import convert_fields, is_finite, is_int, to_bool, to_int
 from tinkex.errors import InvalidInputError
@@ -60,26 +61,42 @@ class SamplingParams:
         """Raise InvalidInputError if a value is out of range or of the wrong type."""
         if self.max_tokens is not None and not is_int(self.max_tokens, 1):
             raise InvalidInputError(
-                f"max_tokens is {self.max_tokens!r}; it must be an integer, at least 1, or None"
+                ErrorText(
+                    Setting("max_tokens"),
+                    f" is {self.max_tokens!r}; it must be an integer, at least 1, or None",
+                )
             )
         if self.seed is not None and not is_int(self.seed):
-            raise InvalidInputError(f"seed is {self.seed!r}; it must be an integer, or None")
+            raise InvalidInputError(
+                ErrorText(Setting("seed"), f" is {self.seed!r}; it must be an integer, or None")
+            )
         if not (is_finite(self.temperature) and self.temperature >= 0):
             raise InvalidInputError(
-                f"temperature is {self.temperature!r}; it must be a finite number, 0 or more"
+                ErrorText(
+                    Setting("temperature"),
+                    f" is {self.temperature!r}; it must be a finite number, 0 or more",
+                )
             )
         if not (is_finite(self.top_p) and 0 < self.top_p <= 1):
-            raise InvalidInputError(f"top_p is {self.top_p!r}; it must be a number in (0, 1]")
+            raise InvalidInputError(
+                ErrorText(Setting("top_p"), f" is {self.top_p!r}; it must be a number in (0, 1]")
+            )
         if not is_int(self.top_k, -1) or self.top_k == 0:
             raise InvalidInputError(
-                f"top_k is {self.top_k!r}; it must be an integer, at least 1, or -1 for all"
+                ErrorText(
+                    Setting("top_k"),
+                    f" is {self.top_k!r}; it must be an integer, at least 1, or -1 for all",
+                )
             )
         if self.stop is not None and not isinstance(self.stop, str):
             items = self.stop if isinstance(self.stop, (list, tuple)) else (None,)
             if not (all(isinstance(i, str) for i in items) or all(is_int(i) for i in items)):
                 raise InvalidInputError(
-                    f"stop is {excerpt(self.stop, 100)}; it must be a string, a list of strings "
-                    "or a list of token ids"
+                    ErrorText(
+                        Setting("stop"),
+                        f" is {excerpt(self.stop, 100)}; it must be a string, a list of strings "
+                        "or a list of token ids",
+                    )
                 )
 
     def to_json(self) -> Dict[str, Any]:
@@ -167,7 +184,10 @@ class SampleRequest:
         """Raise InvalidInputError if a value or a sampling parameter is out of range."""
         if not is_int(self.num_samples, 1):
             raise InvalidInputError(
-                f"num_samples is {self.num_samples!r}; it must be an integer, at least 1"
+                ErrorText(
+                    Setting("num_samples"),
+                    f" is {self.num_samples!r}; it must be an integer, at least 1",
+                )
             )
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
             if not is_int(getattr(self, name), 0):

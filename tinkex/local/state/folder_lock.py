@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
 
 
@@ -70,16 +71,16 @@ class FolderLock:
 
     def _in_use(self, *, here: bool) -> LocalServerError:
         if here:
-            return LocalServerError(
+            return _unusable(
+                self._data_dir,
                 f"the data directory {self._data_dir} is in use by another server of this process",
-                hint="Close the ServiceClient or LocalServer that uses it first, e.g. with "
-                "service.close() before a notebook cell is run again; or choose another folder "
-                "with --data-dir or data_dir=...",
+                "Close the ServiceClient or LocalServer that uses it first, e.g. with "
+                "service.close() before a notebook cell is run again; or choose another folder",
             )
-        return LocalServerError(
+        return _unusable(
+            self._data_dir,
             f"the data directory {self._data_dir} is in use by another tinkex server",
-            hint="Stop that server, or the `tinkex train`, `chat` or `export` that uses the run in "
-            "it; or choose another folder with --data-dir or data_dir=...",
+            "Stop that server, or choose another folder",
         )
 
 
@@ -104,11 +105,18 @@ def folder_errors(data_dir: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):  # from mkdir, where a folder would have done
             reason = "it is a file"
-        raise LocalServerError(
+        raise _unusable(
+            data_dir,
             f"cannot use the data directory {data_dir}: {reason}",
-            hint="Choose a folder that can be written, on a disk with free space, with "
-            "--data-dir or data_dir=...",
+            "Choose a folder that can be written, on a disk with free space",
         ) from error
+
+
+def _unusable(data_dir: Path, message: str, remedy: str) -> LocalServerError:
+    hint = ErrorText(f"{remedy} (", Setting("data_dir", ..., option="--data-dir"), ").")
+    error = LocalServerError(message, hint=hint)
+    error.data_dir = str(data_dir)
+    return error
 
 
 #: How long a new server waits for one that is closing, in seconds.

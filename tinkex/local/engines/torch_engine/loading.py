@@ -8,6 +8,7 @@ from typing import Any, List, Tuple
 
 import torch
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
 from tinkex.local.engines import models
 from tinkex.local.engines.torch_engine.network import Network
@@ -36,7 +37,7 @@ def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Netwo
         except (RuntimeError, AssertionError) as error:
             raise LocalServerError(
                 f"cannot put {what} on device {device!r}: {_first_lines(error)}",
-                hint='Use device="cpu".',
+                hint=ErrorText("Use ", Setting("device", "cpu"), "."),
             ) from error
         return checked_network(model, what), tokenizer
 

@@ -9,6 +9,7 @@ from typing import Any, Dict, Optional, Union
 
 import torch
 
+from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engines import models
 from tinkex.local.engines.engine import EngineError
@@ -67,7 +68,10 @@ def merge_adapter(
         raise InvalidInputError(str(error), hint=_ADAPTER) from error
     name = base_model or config.base_model_name_or_path
     if not name:
-        raise InvalidInputError(f"{source} does not name its base model", hint="Give base_model.")
+        raise InvalidInputError(
+            f"{source} does not name its base model",
+            hint=ErrorText("Give ", Setting("base_model", ...)),
+        )
     where = models.resolve(os.fspath(name)).source
     with quiet():
         model, tokenizer = _load(where, chosen)
