@@ -6,8 +6,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 found="$(uv pip compile --quiet --universal --python-version 3.9 --no-annotate --no-header \
-    --extra age --extra browser --extra dev --extra hub --extra local --extra otel --extra plots \
-    --extra testing --extra tests --extra zstd setup.cfg)"
+    --extra age --extra browser --extra dev --extra hub --extra local --extra notebook --extra otel \
+    --extra plots --extra testing --extra tests --extra zstd setup.cfg)"
 {
     echo "# The versions that the tests run with (tox.ini).  Written by tests/constrain.sh."
     echo "$found" | grep -vE '^(cuda|nvidia|triton)'

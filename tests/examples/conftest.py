@@ -8,7 +8,12 @@ import pytest
 from support.programs import Server, serving
 
 if importlib.util.find_spec("torch") is None:
-    collect_ignore = ["test_examples.py", "test_quiet.py", "test_training_examples.py"]
+    collect_ignore = [
+        "test_examples.py",
+        "test_notebook.py",
+        "test_quiet.py",
+        "test_training_examples.py",
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,8 @@ from tinkex.loggers import NAMES
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True,
               help="Rank of the LoRA adapter.")  # fmt: skip
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True),
-              help="After warm-up (default: 2e-4; for dpo 1e-5).")  # fmt: skip
+              help="After warm-up (default: 2e-4, or 5e-4 without --base-url; for dpo 1e-5).",
+              )  # fmt: skip
 @click.option("--schedule", type=click.Choice(SCHEDULES), default="linear", show_default=True,
               help="How the learning rate decreases.")  # fmt: skip
 @click.option("--warmup", type=click.IntRange(min=0), default=0, show_default=True,

@@ -44,6 +44,10 @@ _PARTS = 10
 _SAVE_MINUTES = 10.0
 
 _RATES = {"supervised": 2e-4, "dpo": 1e-5}
+#: For supervised training on the embedded server: the narrower a model, the higher the best rate,
+#: and the models that one machine trains are narrow.  (After 24 steps of smollm2-135m on 190 chats,
+#: the held-out loss was 1.24 with 2e-4, and 0.28 with 1e-3, which wider models would not bear.)
+_RATE_HERE = 5e-4
 
 
 @dataclasses.dataclass
@@ -126,7 +130,7 @@ class _Files:
             "method": self.method,
             "data": _describe(self.training),
             "heldout": held,
-            "learning_rate": job.learning_rate or _RATES[self.method],
+            "learning_rate": job.learning_rate or _default_rate(job, self.method),
             "schedule": job.schedule,
             "warmup": job.warmup,
             "batch_size": job.batch_size,
@@ -366,6 +370,11 @@ def _heldout_size(examples: int, share: Optional[float]) -> int:
 
 def _describe(examples: data.Examples) -> str:
     return f"{count(len(examples), 'example')}, sha256 {examples.fingerprint[:16]}"
+
+
+def _default_rate(job: Job, method: str) -> float:
+    here = job.base_url is None and method == "supervised"
+    return _RATE_HERE if here else _RATES[method]
 
 
 def _schedule(config: Dict[str, Any], steps: int) -> recipes.Schedule:
