@@ -36,7 +36,7 @@ from tinkex.errors import (
     ResponseDecodeError,
 )
 from tinkex.retry import MAX_DAMAGED, RetryPolicy
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 KEY = "tml-secret-4711"
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')
