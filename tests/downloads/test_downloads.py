@@ -29,7 +29,8 @@ from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
 from tinkex._downloads import downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
-from tinkex._transport.transport import Reply, Transport
+from tinkex._transport.request import Reply
+from tinkex._transport.transport import Transport
 from tinkex.clients import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (

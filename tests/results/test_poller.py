@@ -22,8 +22,8 @@ from tinkex._results import backoff, poll_loop
 from tinkex._results.poller import Poller
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport import billing
+from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags
-from tinkex._transport.transport import Reply
 from tinkex.errors import (
     APIConnectionError,
     BillingError,

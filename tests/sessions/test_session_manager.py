@@ -22,7 +22,8 @@ from tinkex._sessions import manager as session_manager
 from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
 from tinkex._sessions.manager import SessionManager
 from tinkex._sessions.session_record import MAX_WORKERS, HTTPLink
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.request import Request
+from tinkex._transport.transport import Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APITimeoutError, ClientClosedError, InvalidInputError

@@ -13,7 +13,7 @@ from support.transports import open_resources
 from tinkex._api._call import read
 from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
 from tinkex.types import SaveWeightsResponse, UntypedFuture

@@ -31,9 +31,10 @@ from tinkex._api.training import submit
 from tinkex._runtime.clock import SystemClock
 from tinkex._transport import credential_command
 from tinkex._transport.credential_command import run_command
+from tinkex._transport.request import Request
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, TokenSource
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.credentials import CredentialsFile, StoredKey, read_claims
 from tinkex.errors import (

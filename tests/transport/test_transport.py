@@ -25,7 +25,8 @@ from support.transports import open_transport, quick_config
 from tinkex import errors
 from tinkex._transport import billing, channel as channel_module, content_encoding
 from tinkex._transport.attempts import RequestAttempts
-from tinkex._transport.transport import Reply, Request, Sender, ThreadTransport, Transport
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Sender, ThreadTransport, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
