@@ -1,4 +1,4 @@
-"""A poller whose server has the batch poller's flag, and tells what is done as a test has it."""
+"""A poller whose server has the batch poller's flag, and reports what is done as a test sets it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sample(
     sampler: SamplerId = SAMPLER,
     sent: Optional[List[str]] = None,
 ) -> APIFuture[Any]:
-    """A sample, accepted under *name* once *before* is set; *sent* is told before that."""
+    """A sample, accepted under *name* once *before* is set; its name is added to *sent* before that."""
     future: APIFuture[Any] = poller.new_future("sample")
 
     def send(channel: Any) -> UntypedFuture:

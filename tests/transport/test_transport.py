@@ -758,8 +758,8 @@ def test_a_deprecation_is_told_once(
     with pytest.raises(errors.NotFoundError):
         transport.send(SUBMIT, QUICK)
     transport.send(SUBMIT, QUICK)
-    told = [r for r in caplog.records if f"goes away, {level}" in r.getMessage()]
-    assert [(r.levelno, route() in r.getMessage()) for r in told] == [(expected, True)]
+    notes = [r for r in caplog.records if f"goes away, {level}" in r.getMessage()]
+    assert [(r.levelno, route() in r.getMessage()) for r in notes] == [(expected, True)]
 
 
 def test_the_headers_of_what_stands_before_the_server_come_from_the_environment(
