@@ -79,7 +79,7 @@ def sample(
     sampler: SamplerId = SAMPLER,
     sent: Optional[List[str]] = None,
 ) -> APIFuture[Any]:
-    """A sample, accepted under *name* once *before* is set; *sent* gets its name when it is sent."""
+    """A sample, accepted under *name* once *before* is set; *sent* lists what was sent."""
     future: APIFuture[Any] = poller.new_future("sample")
 
     def send(channel: Any) -> UntypedFuture:
