@@ -16,6 +16,7 @@ from typing import Optional
 import tinkex
 from tinkex import AdamParams
 from tinkex.data import text_datum
+from tinkex.recipes import learnt_weight
 
 TEXT = "Question: Who keeps the lighthouse?\nAnswer: A heron called Bartholomew."
 
@@ -42,11 +43,10 @@ def main() -> None:
     with connect(options.model, options.base_url) as service:
         trainer = service.create_lora_training_client(options.model, rank=8, seed=0)
         datum = text_datum(TEXT, trainer.get_tokenizer())
-        learnt = datum.loss_fn_inputs["weights"].to_numpy().sum()
         batches = ([datum] for _ in range(options.steps))  # a generator: made as they are needed
         with trainer.pipeline(batches, "cross_entropy", schedule, depth=2) as steps:
             for step in steps:
-                loss = step.metrics["loss:sum"] / learnt  # losses are sums over tokens
+                loss = step.metrics["loss:sum"] / learnt_weight([datum])  # losses are sums
                 print(f"step {step.index:2}: loss per token {loss:.3f}")
         print(f"{service.usage().tokens.trained} tokens trained")
 

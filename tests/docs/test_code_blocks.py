@@ -26,6 +26,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "docs/data.md": ("torch",),
     "docs/index.md": ("torch",),
     "docs/losses.md": ("torch",),
+    "docs/metrics.md": ("matplotlib",),
     "docs/openai.md": ("torch", "openai"),
     "docs/telemetry.md": ("opentelemetry.sdk",),
     "docs/training.md": ("torch",),

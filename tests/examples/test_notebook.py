@@ -13,7 +13,10 @@ from support.programs import REPOSITORY, run
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(find_spec("nbclient") is None, reason="needs the extra 'notebook'"),
+    pytest.mark.skipif(
+        not all(map(find_spec, ["ipykernel", "matplotlib", "nbclient"])),
+        reason="needs the extras 'notebook' and 'plots'",
+    ),
 ]
 
 NOTEBOOK = REPOSITORY / "examples" / "notebook.ipynb"
@@ -52,11 +55,10 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path: Path) -> None:
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 1
     assert re.search(r"^tinker://\S+/sampler_weights/trained$", printed, re.M)
-    opened, before, after, closed = (
-        "".join(output["data"]["text/plain"])
-        for output in found
-        if output["output_type"] == "execute_result"
-    )
+    shown = [output["data"] for output in found if output["output_type"] == "execute_result"]
+    opened, before, curve, after, closed = ("".join(data["text/plain"]) for data in shown)
     assert opened.endswith("open>")
     assert closed.endswith("closed>")
     assert before != after
+    assert curve.startswith("<Figure")
+    assert shown[2]["image/png"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Dict
 
 import pytest
@@ -91,3 +93,23 @@ def test_a_flask_worker_serves_concurrent_requests_with_one_session() -> None:
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, stdout, stderr) == (0, "", "")
         assert sessions(fake) == 1
+
+
+def test_each_example_reports_a_model_that_the_server_lacks(tmp_path: Path) -> None:
+    names = "dpo evaluate_openai flask_worker resumable rl rollouts sample_many supervised_chat"
+    with FakeServer() as fake, ExitStack() as stack:
+        processes = {}
+        for name in [*names.split(), "training_loop"]:
+            script = str(REPOSITORY / "examples" / f"{name}.py")
+            options = ["--model", "missing", "--base-url", fake.url]
+            if "--out" in Path(script).read_text():
+                options += ["--out", str(tmp_path / name)]
+            processes[name] = stack.enter_context(started([script, *options]))
+        for name, process in processes.items():
+            _, stderr = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 1, name
+            assert stderr.startswith("Error: "), stderr
+            assert "base model 'missing' is not served here" in stderr
+            assert "Traceback" not in stderr
+            assert "Warning" not in stderr
+        assert sessions(fake) == len(processes)

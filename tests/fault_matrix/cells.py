@@ -133,6 +133,8 @@ def cells_of(operation: str, expected: Baseline) -> List[Cell]:
             later = target.call > 1  # then the kind of the response makes no other difference
             if later and (case.times != 1 or isinstance(case.fault, faults.Status)):
                 continue
+            if target.route.startswith("DELETE ") and case.name == "200 empty":
+                continue  # what a deletion gets that was done: nothing can tell that it was not
             if case.route in (None, target.route):
                 cells.append(Cell(operation, target, case.name))
     return cells

@@ -60,7 +60,7 @@ def test_an_empty_server_says_so(server: LocalServer, opened: Opened) -> None:
     wait_for_text(page, "#model", "deterministic")
     assert page.locator("#no-curves").is_visible()
     assert f"TINKER_BASE_URL={server.url}" in page.locator("#hint").inner_text()
-    for name in ("runs", "sessions", "checkpoints", "samples"):
+    for name in ("curves", "sessions", "checkpoints", "samples"):
         assert page.locator(f"#no-{name}").is_visible()
 
 
@@ -188,7 +188,7 @@ def test_a_server_with_a_key_asks_for_it_first(opened: Opened) -> None:
         assert page.locator("#main").is_hidden()
         page.fill("#key", "tml-wrong")
         page.click("#gate button")
-        wait_for_text(page, "#gate-error", "not the one of this server")
+        wait_for_text(page, "#gate-error", "This is not the key of this server.")
         page.fill("#key", "tml-secret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#main", state="visible")
@@ -252,7 +252,7 @@ def test_a_prompt_is_continued_token_by_token(server: LocalServer, opened: Opene
     assert 1 <= shown <= 12
     page.locator("#try-output .t").first.hover()
     assert "%" in page.locator("#tip").inner_text()
-    page.focus("#try-output > div")
+    page.focus("#try-output > span")
     page.keyboard.press("Home")
     assert "%" in page.locator("#news").inner_text()
     page.locator(".segments span", has_text="Chat").click()

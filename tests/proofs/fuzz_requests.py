@@ -216,6 +216,9 @@ VALID: List[Tuple[str, str, Optional[Dict[str, Any]]]] = [
     ("GET", "@archive", None),
     ("GET", "@file", None),
     ("GET", "/api/v1/audit", None),
+    ("GET", "/", None),
+    ("GET", "/page/files/page.js", None),
+    ("GET", "/page/state", None),
     *(
         (method, f"{root}/{path}", body)
         for root in ("/v1", "/oai/api/v1")

@@ -10,7 +10,14 @@ import pytest
 
 from tinkex import AdamParams, Datum, ModelInput, Run, ServiceClient, read_run
 from tinkex.errors import NoProgressError
-from tinkex.recipes import Batches, evaluate, find_sampler, linear, train_supervised
+from tinkex.recipes import (
+    Batches,
+    evaluate,
+    find_sampler,
+    learnt_weight,
+    linear,
+    train_supervised,
+)
 
 STEPS = 12
 
@@ -67,7 +74,8 @@ def test_losses_are_means_per_token_to_learn(service: ServiceClient, tmp_path: P
     assert first["learning_rate"] == 0.005
     assert first["heldout_loss"] == evaluate(trainer, HELDOUT)
     total = trainer.forward(HELDOUT, "cross_entropy").result().metrics["loss:sum"]
-    assert first["heldout_loss"] == total / 4
+    assert first["heldout_loss"] == total / learnt_weight(HELDOUT)
+    assert learnt_weight(HELDOUT) == 3 + 1  # all of a datum without weights
     assert final is not None
     assert final < first["heldout_loss"]
 

@@ -63,11 +63,11 @@ export class Curve {
   }
 }
 
-/** Steps between ticks that read well: 1, 2 or 5 times a power of ten. */
+/** Steps between ticks that read well: 1, 2, 2.5 or 5 times a power of ten. */
 function nice(span, most) {
   const rough = span / Math.max(1, most);
   const power = 10 ** Math.floor(Math.log10(rough));
-  return [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
+  return [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough) * power;
 }
 
 function linearTicks(low, high, most) {
@@ -197,7 +197,7 @@ export class Chart {
     context.lineWidth = 1;
     context.textBaseline = "middle";
     context.textAlign = "right";
-    const most = Math.max(2, Math.floor(area.height / 44));
+    const most = Math.max(2, Math.floor(area.height / 38));
     for (const tick of this.log ? logTicks(range.low, range.high, most + 2) : linearTicks(range.low, range.high, most)) {
       const place = Math.round(y(tick)) + 0.5;
       context.strokeStyle = colour("--line");
@@ -209,7 +209,7 @@ export class Chart {
       context.fillText(tickText(tick), area.x - 8, place);
     }
     context.textBaseline = "top";
-    for (const tick of linearTicks(range.first, range.last, Math.max(2, Math.floor(area.width / 90)))) {
+    for (const tick of linearTicks(range.first, range.last, Math.max(2, Math.floor(area.width / 72)))) {
       if (!Number.isInteger(tick)) continue;
       const place = x(tick);
       context.textAlign = place > area.x + area.width - 16 ? "right" : place < area.x + 6 ? "left" : "center";

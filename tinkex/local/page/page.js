@@ -47,7 +47,7 @@ async function poll() {
   } catch (error) {
     if (error.status === 401) {
       state.asking = null;
-      return askForKey(sessionStorage.getItem(KEY) ? error.message : "");
+      return askForKey(sessionStorage.getItem(KEY) ? "This is not the key of this server." : "");
     }
     // A fault of this page's own must show, and not pass for a server that is gone.
     if (!(error instanceof TypeError || error.name === "AbortError" || error.status)) console.error(error);
@@ -79,6 +79,7 @@ function askForKey(problem) {
   $("forget").hidden = true;
   $("pause").hidden = true;
   $("link").hidden = true;
+  $("footer").hidden = true;
   $("gate").hidden = false;
   $("gate-error").textContent = problem;
   sessionStorage.removeItem(KEY);
@@ -88,7 +89,7 @@ function askForKey(problem) {
 
 function begin() {
   $("gate").hidden = true;
-  $("main").hidden = false;
+  $("main").hidden = $("footer").hidden = false;
   $("pause").hidden = false;
   $("link").hidden = false;
   $("forget").hidden = !sessionStorage.getItem(KEY);
@@ -103,7 +104,7 @@ $("gate-form").addEventListener("submit", async (event) => {
     begin();
     $("main").focus();
   } catch (error) {
-    askForKey(error.status ? error.message : "The server does not respond.");
+    askForKey(error.status === 401 ? "This is not the key of this server." : error.status ? error.message : "The server does not respond.");
   }
 });
 $("forget").addEventListener("click", () => {
@@ -125,7 +126,9 @@ function take(news) {
   state.queue = news.queue;
   state.server = news.server;
   if (news.tables) state.tables = news.tables;
-  for (const [id, run] of Object.entries(news.curves)) {
+  // By their ids, so that the runs of a session have the same colours wherever they are looked at.
+  const curves = Object.entries(news.curves).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
+  for (const [id, run] of curves) {
     state.progress.set(id, run);
     if (!run.point_steps.length && !state.curves.has(id)) continue;
     const curve = curveOf(id);
@@ -299,11 +302,11 @@ function showRuns(changed) {
   const known = new Set(state.tables.runs.map((run) => run.id));
   const others = [...state.progress.keys()].filter((id) => !known.has(id));
   const runs = [...state.tables.runs, ...others.map((id) => ({ id, base_model: "", rank: null, name: null }))];
-  $("no-runs").hidden = runs.length > 0;
-  $("runs").closest("table").hidden = !runs.length;
+  $("runs").closest(".scroll").hidden = !runs.length;
   keyed($("runs"), runs, (run) => run.id, makeRun, updateRun);
   const any = chart.curves.some((curve) => curve.steps.length);
   $("no-curves").hidden = any;
+  $("loss").classList.toggle("none-yet", !any);
   $("chart").tabIndex = any ? 0 : -1;
   if (changed) {
     chart.redraw();
@@ -329,7 +332,7 @@ function makeRun(run) {
   const cells = ["", "wide", "num", "num", "num wide", ""].map((name) => make("td", name));
   cells[0].append(label);
   cells[1].textContent = run.base_model ? `${run.base_model}, rank ${run.rank}` : "";
-  cells[5].append(make("span", "badge"));
+  cells[5].append(make("span", "badge"), make("span", "muted wide"));
   row.append(...cells);
   return row;
 }
@@ -349,9 +352,10 @@ function updateRun(row, run) {
   const waiting = state.queue.runs[run.id];
   const idle = progress ? now() - progress.at : Infinity;
   const [kind, text] = waiting === undefined ? ["", "not loaded"]
-    : waiting > 0 || idle < 5 ? ["good", waiting ? `training, ${compact(waiting)} queued` : "training"]
+    : waiting > 0 || idle < 5 ? ["good", "training"]
     : ["", progress ? `idle ${span(idle)}` : "loaded"];
-  const badge = row.cells[5].firstChild;
+  const [badge, queued] = row.cells[5].children;
+  setText(queued, waiting ? `, ${compact(waiting)} queued` : "");
   badge.className = `badge ${kind}`;
   setText(badge, text);
 }

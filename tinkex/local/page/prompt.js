@@ -76,12 +76,21 @@ export function setUpPrompt(fetchApi, modelName) {
       : ["v1/completions", { ...shared, prompt: text, logprobs: TOP }];
   }
 
+  /** Shows one button in the place of the other; the focus stays in it. */
+  function swap(busy) {
+    const [from, to] = busy ? [$("try-run"), $("try-stop")] : [$("try-stop"), $("try-run")];
+    const focused = document.activeElement === from;
+    from.hidden = true;
+    to.hidden = false;
+    if (focused) to.focus();
+  }
+
   async function run() {
     if (running) return;
     const [path, body] = bodyOf();
     const abort = (running = new AbortController());
     const output = $("try-output");
-    const inner = document.createElement("div");
+    const inner = document.createElement("span");
     if (body.prompt) {
       const prompt = document.createElement("span");
       prompt.className = "prompt";
@@ -93,8 +102,7 @@ export function setUpPrompt(fetchApi, modelName) {
     output.hidden = false;
     output.setAttribute("aria-busy", "true");
     $("try-error").textContent = $("try-status").textContent = "";
-    $("try-run").disabled = true;
-    $("try-stop").hidden = false;
+    swap(true);
     const logprobs = [];
     const started = performance.now();
     let first = 0, reason = null, stopped = false;
@@ -121,8 +129,7 @@ export function setUpPrompt(fetchApi, modelName) {
       running = null;
       output.setAttribute("aria-busy", "false");
       output.hidden = !logprobs.length && !reason;
-      $("try-run").disabled = false;
-      $("try-stop").hidden = true;
+      swap(false);
     }
     if (logprobs.length || reason) {
       const seconds = (performance.now() - first) / 1000;

@@ -92,10 +92,10 @@ class PageState:
             "id": sample.version,
             "at": sample.at,
             "model": sample.model,
-            "prompt": text.decode(sample.prompt),
+            "prompt": text.decode(sample.prompt.tolist()),
             "prompt_length": sample.prompt_length,
-            "tokens": [token_name(text.bytes_of(token)) for token in sample.tokens],
-            "logprobs": sample.logprobs,
+            "tokens": [token_name(text.bytes_of(token)) for token in sample.tokens.tolist()],
+            "logprobs": None if sample.logprobs is None else sample.logprobs.tolist(),
             "length": sample.length,
             "sequences": sample.sequences,
             "stop_reason": sample.stop_reason,
@@ -115,7 +115,7 @@ def _curve(run: RunProgress) -> Dict[str, Any]:
         "at": run.at,
         "stride": run.stride,
         "start": run.start,
-        "point_steps": run.point_steps,
+        "point_steps": run.point_steps.tolist(),
         # Six digits: twice as short.
         "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],
     }

@@ -15,7 +15,7 @@ function bytesOf(name) {
 export function percent(logprob) {
   if (logprob === null || logprob === undefined) return "";
   const value = Math.exp(logprob) * 100;
-  return value >= 99.95 ? "100 %" : value >= 10 ? `${value.toFixed(1)} %` : value >= 0.01 ? `${value.toFixed(2)} %` : "< 0.01 %";
+  return value >= 99.95 ? "100 %" : value >= 1 ? `${value.toFixed(1)} %` : value >= 0.01 ? `${value.toFixed(2)} %` : "< 0.01 %";
 }
 
 /** How a token is written where it stands alone: blanks and line feeds are made visible. */

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from array import array
 from collections import OrderedDict, deque
-from typing import Callable, Deque, Dict, List, Mapping, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Mapping, NamedTuple, Optional
 
 from tinkex.local.state.curve import Curve, TokenRate
 from tinkex.types import (
@@ -18,6 +19,15 @@ from tinkex.types import (
     SampleRequest,
     SampleResponse,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    TokenArray = npt.NDArray[np.int32]
+    FloatArray = npt.NDArray[np.float32]
+else:  # numpy is imported once there are tokens
+    FloatArray = TokenArray = Any
 
 #: Runs whose losses are kept, those that were trained last: 120 KB each.
 MOST_RUNS = 64
@@ -48,9 +58,9 @@ class KeptSample(NamedTuple):
     version: int
     at: float
     model: str
-    prompt: List[int]
-    tokens: List[int]
-    logprobs: Optional[List[float]]
+    prompt: TokenArray
+    tokens: TokenArray
+    logprobs: Optional[FloatArray]
     prompt_length: int
     length: int
     sequences: int
@@ -76,8 +86,8 @@ class RunProgress(NamedTuple):
     at: float
     stride: int
     start: int
-    point_steps: List[int]
-    point_losses: List[float]
+    point_steps: array[int]
+    point_losses: array[float]
 
 
 class Recent(NamedTuple):
@@ -131,7 +141,7 @@ class Activity:
         self.clock = clock
         self._wall = wall
         # Guards everything below.  Held for microseconds; by a reader that has nothing yet, for
-        # as long as it takes to copy the curves (a millisecond).
+        # as long as it takes to copy the arrays of all curves.
         self._lock = threading.Lock()
         self._version = 0
         self._runs: OrderedDict[str, _Run] = OrderedDict()  # least recently trained first
@@ -229,8 +239,8 @@ def _progress(run: _Run, version: int) -> RunProgress:
         run.at,
         curve.stride,
         start,
-        curve.steps[start:].tolist(),
-        curve.losses[start:].tolist(),
+        curve.steps[start:],
+        curve.losses[start:],
     )
 
 
@@ -243,9 +253,9 @@ def _kept(
         0,
         0.0,
         model,
-        prompt[-_PROMPT_TOKENS:].tolist(),
-        sequence.tokens_np[:_SAMPLED_TOKENS].tolist(),
-        None if logprobs is None else logprobs[:_SAMPLED_TOKENS].tolist(),
+        prompt[-_PROMPT_TOKENS:].copy(),
+        sequence.tokens_np[:_SAMPLED_TOKENS].copy(),
+        None if logprobs is None else logprobs[:_SAMPLED_TOKENS].copy(),
         len(prompt),
         sequence.length,
         sequences,
