@@ -13,7 +13,7 @@ author = "the authors of tinkex"
 version = release = tinkex.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence"]
 # Links to headings of other pages, as GitHub makes them: testing.md#faults.
 myst_heading_anchors = 3
 
@@ -30,6 +30,10 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = "tinkex"
+html_static_path = ["_static"]
+html_css_files = ["tinkex.css"]
+# At the root of the site; its links go to the pages' sources, which are copied with it.
+html_extra_path = ["llms.txt"]
 html_theme_options = {"navigation_with_keys": True}
 
 

@@ -24,13 +24,17 @@ MODEL = "smollm2-135m"
 NEEDS: Dict[str, Tuple[str, ...]] = {
     "README.md": ("torch",),
     "docs/data.md": ("torch",),
+    "docs/export.md": ("torch",),
     "docs/index.md": ("torch",),
     "docs/losses.md": ("torch",),
     "docs/metrics.md": ("matplotlib",),
     "docs/openai.md": ("torch", "openai"),
     "docs/telemetry.md": ("opentelemetry.sdk",),
     "docs/training.md": ("torch",),
-    "docs/export.md": ("torch",),
+    "docs/tutorials/chat.md": ("torch",),
+    "docs/tutorials/dpo.md": ("torch",),
+    "docs/tutorials/evaluation.md": ("torch", "openai"),
+    "docs/tutorials/rl.md": ("torch",),
 }
 PAGES = [page for page in read_pages() if page.of("python")]
 #: Blocks that no test can run: `<!-- test: skip ... -->` in the page.
