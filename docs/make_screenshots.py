@@ -131,12 +131,23 @@ def take(browser: Any, url: str, name: str, full_page: bool, **options: Any) -> 
     image = Image.open(io.BytesIO(page.screenshot(full_page=full_page)))
     context.close()
     IMAGES.mkdir(exist_ok=True)
-    # By coverage: by frequency, the few green and red pixels would lose their colours.
-    image = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    image.save(IMAGES / name, optimize=True)
+    with_palette(image.convert("RGB")).save(IMAGES / name, optimize=True)
     size = (IMAGES / name).stat().st_size
     if size > MOST_BYTES:
         raise SystemExit(f"{name} has {size} bytes; at most {MOST_BYTES}: show less of the page")
+
+
+def with_palette(image: Any) -> Any:
+    """Return *image* in 256 colours: the most frequent ones as they are, the others approximated.
+
+    The few pixels of a green dot would otherwise lose their colour, or large areas change theirs.
+    """
+    colours = sorted(image.getcolors(1 << 24), reverse=True)[:128]
+    frequent = [part for _, colour in colours for part in colour]
+    others = image.quantize(256 - len(colours), Image.Quantize.MAXCOVERAGE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((frequent + others)[: 3 * 256])
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def main() -> None:

@@ -111,7 +111,14 @@ def test_the_version_is_the_metadatas():
 
 #: Of use in the source tree only.
 NOT_SHIPPED = {"regenerate.sh"}
-DATA_FILES = ["__init__.pyi", "types/__init__.pyi", "py.typed", "wire/tinker_public.proto"]
+DATA_FILES = [
+    "__init__.pyi",
+    "local/page/index.html",
+    "local/page/page.js",
+    "types/__init__.pyi",
+    "py.typed",
+    "wire/tinker_public.proto",
+]
 
 
 @pytest.mark.parametrize("name", DATA_FILES)
