@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -194,9 +195,12 @@ def traced(act: Callable[[], Any]) -> str:
 
 
 def call_figures() -> Dict[str, str]:
-    """Trace one training pass and one sample, after one of each for what happens only once."""
+    """Trace the first training pass and the first sample, in all threads that they start."""
     import tinkex
     from tinkex import types
+    from tinkex._sessions.process_status import OFF_VARIABLE
+
+    os.environ[OFF_VARIABLE] = "1"  # its thread starts during the calls, and is no part of them
 
     folder = tempfile.TemporaryDirectory()  # that of another server may be in use
     serve = [sys.executable, "-m", "tinkex", "serve", "--model", "deterministic", "--port", "0"]

@@ -22,9 +22,9 @@ from wire import test_golden
 from tinkex import _api as api, types
 from tinkex._api import training
 from tinkex._runtime.clock import SYSTEM_CLOCK
+from tinkex._transport.request import Request
 from tinkex._transport.server_flags import DynamicFlags, ServerFlags
 from tinkex._transport.server_state import state_of
-from tinkex._transport.transport import Request
 from tinkex.config import Config
 from tinkex.local.app import create_app
 from tinkex.local.backend import Backend

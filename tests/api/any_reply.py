@@ -101,7 +101,7 @@ ARGUMENTS: Dict[str, Any] = {
     "tinker_path": "tinker://m/weights/a",
     "ttl_seconds": None,
 }
-#: Where a name does not tell enough.
+#: Where a name is not enough.
 SPECIAL: Dict[Tuple[str, str], Any] = {
     ("get_checkpoint_archive_url", "pause"): lambda seconds: None,
     ("asample", "request"): types.SampleRequest(types.ModelInput.from_ints([1])),
@@ -273,7 +273,7 @@ replies = st.builds(
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Tell whether *value* is what the annotation *hint* promises, all the way down."""
+    """Return whether *value* is what the annotation *hint* promises, all the way down."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
         return True

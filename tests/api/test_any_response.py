@@ -1,4 +1,4 @@
-"""Whatever a server answers, wherever, becomes a typed error or a result of the promised type."""
+"""Any response of any server becomes a typed error or a result of the promised type."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from support.properties import several
 from tinkex import types
 from tinkex._api._call import read
 from tinkex._results.outcomes import Announced, Done, Failed, Pending, Trouble, interpret
+from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.request import Reply, Request
-from tinkex._transport.transport import Transport
+from tinkex._transport.transport import Sender, Transport
 from tinkex.errors import TinkexError
 from tinkex.wire.codec import codec_for
 
 FUNCTIONS = endpoint_functions()
+#: Types of their parameters, which their modules import for type checkers only.
+PARAMETERS = {"Transport": Transport, "Sender": Sender, "AnyChannel": AnyChannel}
 RESULTS = (
     types.CreateModelResponse,
     types.LoadWeightsResponse,
@@ -55,7 +58,7 @@ def test_an_endpoint(transport: CannedTransport, endpoint: Endpoint, reply: Repl
         result = function(transport, **arguments)
     except TinkexError:
         return
-    promised = typing.get_type_hints(function)["return"]
+    promised = typing.get_type_hints(function, localns=PARAMETERS)["return"]
     assert conforms(result, promised), f"{result!r} is not {promised}"
 
 

@@ -267,7 +267,7 @@ def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
     )
 
 
-# Many at once
+# Many concurrently
 
 
 def test_many_first_batches_at_once_settle_it_once(

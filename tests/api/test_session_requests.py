@@ -211,7 +211,7 @@ def test_telemetry_is_sent_only_if_asked_for(
 
 
 def test_requests_that_no_server_must_have_are_not_sent_unasked(server: ScriptedServer) -> None:
-    """The whole loop against a server of older days: nothing but its routes is asked for."""
+    """The complete loop against an older server: only routes that it has are requested."""
     with opened(server, wire="json") as service:
         trainer = service.create_lora_training_client("b", rank=8)
         datum = types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [2]})
@@ -222,9 +222,9 @@ def test_requests_that_no_server_must_have_are_not_sent_unasked(server: Scripted
     asked = {request.path for request in server.requests()} - {f"{API}session_heartbeat"}
     old = {"create_session", "create_model", "get_info", "forward_backward", "optim_step"}
     old |= {"save_weights", "save_weights_for_sampler", "asample", "retrieve_future"}
-    told = {"client/config", "client/dynamic_config", "sessions/session-1/finish"}
+    reporting = {"client/config", "client/dynamic_config", "sessions/session-1/finish"}
     assert {f"{API}{route}" for route in old} <= asked
-    assert asked <= {f"{API}{route}" for route in old | told}
+    assert asked <= {f"{API}{route}" for route in old | reporting}
 
 
 def test_every_request_of_a_session_is_authenticated(server: ScriptedServer) -> None:

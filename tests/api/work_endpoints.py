@@ -211,7 +211,7 @@ _LEAST_SAMPLES = {"sequences": [{"stop_reason": "length", "tokens": [5]}]}
 
 
 def _told(response):
-    """What a sample response tells, comparable with ==."""
+    """What a sample response holds, comparable with ==."""
     return {
         "sequences": [(s.stop_reason, s.tokens, s.logprobs, s.topk_logprobs)
                       for s in response.sequences],

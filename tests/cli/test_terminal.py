@@ -106,7 +106,7 @@ def test_wrong_usage_is_not_reported_on_stdout_if_stderr_is_closed(capsys, monke
 
 @pytest.fixture
 def closed_pipe() -> Iterator[int]:
-    """The end to write to of a pipe that nobody reads."""
+    """The end to write to of a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     yield write

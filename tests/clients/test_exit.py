@@ -50,7 +50,7 @@ def run_to_the_end(server: ScriptedServer, samples: int) -> float:
 
 @pytest.fixture
 def routes(server: ScriptedServer) -> TinkerRoutes:
-    """Each sampler's first sample is done at once, the others never are."""
+    """Each sampler's first sample is done immediately, the others never are."""
     made = TinkerRoutes(server)
     made.serve("client/config", Answer(body={"sample_use_retrieve_futures": True}))
     made.serve("retrieve_futures", tell_of_the_first)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a program waits: it ends at once, and with nothing but its own traceback."""
+"""Ctrl-C while a program waits: it ends immediately, with nothing but its own traceback."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_during_result(server: ScriptedServer, style: str) -> None:
     process = run_until_waiting(TRAIN, server.url, style)
     server.wait_for(polled, 2)
     assert_only_a_traceback(interrupt(process))
-    # The server is told how the program ended, even without a `with`.
+    # The server learns how the program ended, even without a `with`.
     assert [f["reason"] for f in routes.finished] == [{"type": "interrupted"}]
 
 

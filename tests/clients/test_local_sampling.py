@@ -78,7 +78,7 @@ def test_all_that_can_be_asked_of_a_prompt(client: ServiceClient) -> None:
         base_model="deterministic", retry_config=RetryConfig(), record_stability_info=True
     )
     targets = types.TensorData.from_numpy(np.array([[17, 1], [900, 2], [3, 4]]))
-    whole = sampler.sample(
+    response = sampler.sample(
         PROMPT,
         2,
         PARAMS,
@@ -88,19 +88,19 @@ def test_all_that_can_be_asked_of_a_prompt(client: ServiceClient) -> None:
         target_prompt_logprobs=targets,
         prompt_alt_tokens_k=2,
     ).result(PATIENCE_S)
-    logprobs = whole.prompt_logprobs
+    logprobs = response.prompt_logprobs
     assert logprobs is not None
     assert logprobs[0] is None
-    found = whole.target_prompt_logprobs
+    found = response.target_prompt_logprobs
     assert found is not None
     assert found.shape == (3, 2)
     assert found.to_numpy()[:, 0].tolist() == logprobs[1:]  # of the prompt's own tokens
-    assert whole.topk_prompt_logprobs is not None
-    assert [row and len(row) for row in whole.topk_prompt_logprobs] == [None, 3, 3, 3]
-    draws = whole.prompt_alt_tokens
+    assert response.topk_prompt_logprobs is not None
+    assert [row and len(row) for row in response.topk_prompt_logprobs] == [None, 3, 3, 3]
+    draws = response.prompt_alt_tokens
     assert draws is not None
     assert draws.tokens.shape == draws.logprobs.shape == (3, 2)
-    for sequence in whole.sequences:
+    for sequence in response.sequences:
         assert sequence.sequence_id
         assert sequence.topk_logprobs is not None
         assert len(sequence.topk_logprobs) == len(sequence.tokens)
@@ -108,19 +108,19 @@ def test_all_that_can_be_asked_of_a_prompt(client: ServiceClient) -> None:
 
 def test_the_last_logprobs_alone(client: ServiceClient) -> None:
     sampler = client.create_sampling_client(base_model="deterministic")
-    whole = sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
-    assert sampler.compute_logprobs(PROMPT, 2).result(PATIENCE_S) == [None, None, *whole[2:]]
+    response = sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
+    assert sampler.compute_logprobs(PROMPT, 2).result(PATIENCE_S) == [None, None, *response[2:]]
 
 
 def test_sparse_targets_come_back_sparse(client: ServiceClient) -> None:
     sampler = client.create_sampling_client(base_model="deterministic")
-    whole = sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
+    response = sampler.compute_logprobs(PROMPT).result(PATIENCE_S)
     sparse = types.TensorData([17, 3], "int64", (3, 8), [0, 1, 1, 2], [6, 0])
     found = sampler.sample(PROMPT, target_prompt_logprobs=sparse).result(PATIENCE_S)
     assert found.target_prompt_logprobs is not None
     dense = found.target_prompt_logprobs.to_numpy()
-    assert dense[0, 6] == whole[1]
-    assert dense[2, 0] == whole[3]
+    assert dense[0, 6] == response[1]
+    assert dense[2, 0] == response[3]
     assert np.count_nonzero(dense) == 2
 
 
@@ -161,5 +161,5 @@ def test_what_the_reporter_sends_is_what_a_server_takes(
     assert [e["event"] for e in found] == ["SESSION_START", "GENERIC_EVENT", "SESSION_END"]
     assert {e["session_id"] for e in found} == {client.session_id}
     assert found[1]["event_name"] == "user_error"
-    # Not of the whole event: ids and timestamps may hold these digits by chance.
+    # Not of the entire event: ids and timestamps may hold these digits by chance.
     assert "5000" not in repr([event.get("event_data") for event in found])

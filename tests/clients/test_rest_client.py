@@ -208,7 +208,7 @@ LOST = {
 
 @pytest.fixture
 def quick(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestClient]:
-    """A client of the scripted server that retries at once."""
+    """A client of the scripted server that retries immediately."""
     monkeypatch.setattr(_call, "RetryPolicy", functools.partial(RetryPolicy, base_s=0.002))
     with RestClient(base_url=server.url) as client:
         yield client

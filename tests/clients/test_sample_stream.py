@@ -52,7 +52,7 @@ class Counted:
 
 
 class Held:
-    """Answers polls of samples when it is told to, by the first token of their prompts."""
+    """Responds to polls of samples on command, by the first token of their prompts."""
 
     def __init__(self, routes: TinkerRoutes) -> None:
         self._routes = routes
@@ -217,13 +217,13 @@ def test_a_long_wait_explains_itself(
     with ServiceClient(base_url=server.url, notice_after_s=0.01) as client:
         sampler = client.create_sampling_client(base_model="base")
 
-        def told() -> int:
+        def reported() -> int:
             return caplog.text.count("sample_many: still waiting for 2 samples; the oldest is ")
 
         with sampler.sample_many(prompts(2)) as stream, ThreadPoolExecutor(1) as pool:
             first = pool.submit(next, stream)
             wait_until(
-                lambda: told() >= 2 and "sample: waiting for " in caplog.text,
+                lambda: reported() >= 2 and "sample: waiting for " in caplog.text,
                 "the wait is explained again, once the server has the sample, too",
             )
             held.finish(0)
@@ -351,9 +351,9 @@ def test_failures_are_skipped_with_a_warning(
     held.finish(*range(4))
     found = list(sampler.sample_many(prompts(4), order=order, on_error="skip"))
     assert sorted(one.index for one in found) == [1, 3]
-    told = [r.getMessage() for r in caplog.records if "were skipped" in r.getMessage()]
-    assert len(told) == 1
-    assert "2 of 4 prompts failed" in told[0]
+    reported = [r.getMessage() for r in caplog.records if "were skipped" in r.getMessage()]
+    assert len(reported) == 1
+    assert "2 of 4 prompts failed" in reported[0]
 
 
 def test_a_sample_cancelled_by_others(
@@ -439,12 +439,12 @@ def test_unread_results_of_others_do(server: ScriptedServer, routes: TinkerRoute
 def test_progress_is_told(sampler: SamplingClient, held: Held) -> None:
     held.failing = {1}
     held.finish(*range(3))
-    told: List[Tuple[int, int, Optional[int]]] = []
+    reported: List[Tuple[int, int, Optional[int]]] = []
     for _ in sampler.sample_many(
-        prompts(3), max_in_flight=1, on_error="skip", progress=lambda *what: told.append(what)
+        prompts(3), max_in_flight=1, on_error="skip", progress=lambda *what: reported.append(what)
     ):
         pass
-    assert told == [(1, 0, 3), (2, 1, 3), (3, 1, 3)]
+    assert reported == [(1, 0, 3), (2, 1, 3), (3, 1, 3)]
 
 
 def test_progress_may_close_it(sampler: SamplingClient) -> None:
@@ -478,10 +478,10 @@ def drained(stream: SampleStream) -> List[Sampled]:
 
 
 def test_the_total_of_a_generator_is_unknown(sampler: SamplingClient) -> None:
-    told: List[Tuple[int, int, Optional[int]]] = []
+    reported: List[Tuple[int, int, Optional[int]]] = []
     source = (one for one in prompts(1))
-    list(sampler.sample_many(source, progress=lambda *what: told.append(what)))
-    assert told == [(1, 0, None)]
+    list(sampler.sample_many(source, progress=lambda *what: reported.append(what)))
+    assert reported == [(1, 0, None)]
 
 
 def test_a_bar_on_a_terminal_only(

@@ -432,7 +432,7 @@ def test_a_client_may_have_a_cap_of_its_own(
     others = [free.sample(PROMPT) for _ in range(3)]
     server.wait_for("POST /api/v1/retrieve_future", 5)  # other clients are not held up
     futures[4].cancel()
-    futures[0].cancel()  # and its place is taken at once
+    futures[0].cancel()  # and its place is taken immediately
     server.wait_for("POST /api/v1/asample", 6)
     release.set()
     for future in [*others, *(futures[i] for i in (1, 2, 3, 5))]:
@@ -633,13 +633,13 @@ def test_logprobs_of_a_prompt_are_those_of_training(
     expected = output.loss_fn_outputs[0]["logprobs"].tolist()
     prompt = types.ModelInput.from_ints(tokens)
     assert sampler.compute_logprobs(prompt).result(PATIENCE_S) == [None, *expected]
-    whole = sampler.sample(
+    sampled = sampler.sample(
         prompt, 1, types.SamplingParams(max_tokens=1), True, topk_prompt_logprobs=2
     ).result(PATIENCE_S)
-    assert whole.prompt_logprobs == [None, *expected]
-    assert whole.topk_prompt_logprobs is not None
-    assert len(whole.topk_prompt_logprobs) == 5
-    assert whole.topk_prompt_logprobs[0] is None
+    assert sampled.prompt_logprobs == [None, *expected]
+    assert sampled.topk_prompt_logprobs is not None
+    assert len(sampled.topk_prompt_logprobs) == 5
+    assert sampled.topk_prompt_logprobs[0] is None
 
 
 def test_many_samples_at_once(sampler: SamplingClient) -> None:

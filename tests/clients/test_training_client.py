@@ -245,12 +245,12 @@ def test_a_large_batch_is_sent_in_parts_and_joined(
     trainer: TrainingClient, small_parts: TrainingClient
 ) -> None:
     data = [datum(seed) for seed in range(7)]
-    whole = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
+    unsplit = trainer.forward_backward(data, "cross_entropy").result(PATIENCE_S)
     parts = small_parts.forward_backward(data, "cross_entropy").result(PATIENCE_S)
     assert len(parts.loss_fn_outputs) == 7
-    for mine, theirs in zip(parts.loss_fn_outputs, whole.loss_fn_outputs):
+    for mine, theirs in zip(parts.loss_fn_outputs, unsplit.loss_fn_outputs):
         np.testing.assert_array_equal(mine["logprobs"].to_numpy(), theirs["logprobs"].to_numpy())
-    assert parts.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"])
+    assert parts.metrics["loss:sum"] == pytest.approx(unsplit.metrics["loss:sum"])
 
 
 @pytest.mark.parametrize(("datums", "size"), [(2, 10**6), (100, 1), (100, 2 * datum().nbytes)])

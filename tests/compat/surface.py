@@ -56,7 +56,7 @@ print(json.dumps(found))
 """
 
 #: What is left out on purpose, or is not for callers: a pattern of what `lacking` finds, and the
-#: words of docs/compatibility.md that tell of it.
+#: words of docs/compatibility.md that document it.
 EXCEPTIONS: Mapping[str, str] = {
     r"Backcompat\w+\..*": "`Backcompat*`",
     r"(Service|Training|Sampling)Client\.(holder|create|on_queue_state_change)": "`holder`",

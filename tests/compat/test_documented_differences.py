@@ -1,4 +1,4 @@
-"""docs/compatibility.md tells of every exception that the interop tests allow."""
+"""docs/compatibility.md names every exception that the interop tests allow."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_housekeeping_shows_in_the_lists_and_training_resumes_identically(
     assert found["parsed"] == [True, "training"]
     assert found["resumed"] == found["ahead"]
     assert found["fresh"][0][0] == found["ahead"][0][0]
-    steps = [told["optimizer_steps:max"] for _, told in found["fresh"] + found["resumed"]]
+    steps = [reported["optimizer_steps:max"] for _, reported in found["fresh"] + found["resumed"]]
     assert steps == [1, 2, 3, 4, 5, 6]  # without the optimizer's state, and with it
     again, on = found["overwritten"]
     assert again == on

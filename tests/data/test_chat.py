@@ -129,9 +129,9 @@ def test_a_reply_that_begins_within_a_token_is_encoded_for_itself() -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     messages = chat("Hello", "\n\nHi", "Go on", "\nBye")
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages[:2], tokenize=False)
+    rendered = tokenizer.apply_chat_template(messages[:2], tokenize=False)
     ids = tokenizer.encode(prompt)
-    assert tokenizer.encode(whole)[: len(ids)] != ids  # one token for three newlines
+    assert tokenizer.encode(rendered)[: len(ids)] != ids  # one token for three newlines
     datum = chat_datum(messages[:2], tokenizer)
     assert learnt(datum, tokenizer) == ["\n\nHi<|im_end|>"]
     assert_continues_its_prompts(datum, tokenizer, messages[:2])

@@ -29,7 +29,8 @@ from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
 from tinkex._downloads import downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
-from tinkex._transport.transport import Reply, Transport
+from tinkex._transport.request import Reply
+from tinkex._transport.transport import Transport
 from tinkex.clients import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (
@@ -117,7 +118,7 @@ class Storage:
         return Answer(206, body[start:], headers, "application/octet-stream")
 
     def cut(self, name: str, after: int, **how: Any) -> Answer:
-        """The whole file, broken off *after* so many bytes."""
+        """The complete file, broken off *after* this many bytes."""
         headers = {**self.headers, "ETag": self.etags.get(f"/{name}", '"v1"')}
         return Answer(200, self.bodies.get(f"/{name}", TAR), headers, cut_after=after, **how)
 
@@ -136,7 +137,7 @@ def storage() -> Iterator[Storage]:
 
 @pytest.fixture
 def rest(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestClient]:
-    """A client on its own, that retries at once."""
+    """A client on its own, which retries immediately."""
     monkeypatch.setattr(downloads, "RetryPolicy", functools.partial(RetryPolicy, base_s=0.002))
     monkeypatch.setattr(archives, "BUILDING_PAUSE_S", 0.002)
     with RestClient(base_url=server.url, api_key=KEY, max_outage_s=2.0) as client:
@@ -155,21 +156,21 @@ def part_of(dest: Path) -> Path:
     return dest.with_name(f".{dest.name}.part")
 
 
-# Whole downloads
+# Complete downloads
 
 
 def test_an_archive_is_fetched_and_unpacked(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
-    told: List[Any] = []
+    reported: List[Any] = []
     dest = tmp_path / "new" / "folder"
-    found = rest.download_checkpoint(PATH, dest, progress=lambda *step: told.append(step))
+    found = rest.download_checkpoint(PATH, dest, progress=lambda *step: reported.append(step))
     assert found == dest
     assert contents(dest) == FILES
     assert os.listdir(dest.parent) == ["folder"]
-    assert told[0] == (0, len(TAR))
-    assert told[-1] == (len(TAR), len(TAR))
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert reported[0] == (0, len(TAR))
+    assert reported[-1] == (len(TAR), len(TAR))
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
     assert archived.ranges("a.tar") == [None]
 
 
@@ -198,12 +199,12 @@ def test_exported_files_are_fetched_one_by_one(
         storage.put(name, body)
     urls = {name: storage.url(name) for name in FILES}
     server.on(URLS, Answer(body={"urls": urls, "expires": "2099-01-01T00:00:00Z"}))
-    told: List[Any] = []
+    reported: List[Any] = []
     rest.download_checkpoint(
-        EXTERNAL, tmp_path / "x", progress=lambda done, total: told.append((done, total))
+        EXTERNAL, tmp_path / "x", progress=lambda done, total: reported.append((done, total))
     )
     assert contents(tmp_path / "x") == FILES
-    assert told[-1] == (sum(map(len, FILES.values())), None)
+    assert reported[-1] == (sum(map(len, FILES.values())), None)
     assert len(server.requests(URLS)) == 1
 
 
@@ -260,9 +261,9 @@ def test_a_download_that_was_cancelled_goes_on_in_the_next_call(
     assert (part_of(dest) / "archive").read_bytes() == TAR[:655_360]
     assert not (part_of(dest) / "files").exists()
 
-    told: List[int] = []
-    rest.download_checkpoint(PATH, dest, progress=lambda done, total: told.append(done))
-    assert told[0] == 655_360
+    reported: List[int] = []
+    rest.download_checkpoint(PATH, dest, progress=lambda done, total: reported.append(done))
+    assert reported[0] == 655_360
     assert contents(dest) == FILES
     assert os.listdir(tmp_path) == ["x"]
     assert archived.ranges("a.tar") == [None, "bytes=655360-"]
@@ -970,13 +971,13 @@ def test_the_embedded_server_hands_out_its_checkpoints(
     assert sampler is not None
     rest.download_checkpoint(sampler, tmp_path / "sampler")
     exported = trainer.save_weights_external("e").result(PATIENCE_S).path
-    told: List[int] = []
+    reported: List[int] = []
     rest.download_checkpoint(
-        exported, tmp_path / "external", progress=lambda done, total: told.append(done)
+        exported, tmp_path / "external", progress=lambda done, total: reported.append(done)
     )
     for name in ("weights", "sampler", "external"):
         assert list(contents(tmp_path / name)) == ["deterministic.json"]
-    assert told[-1] == sum(len(body) for body in contents(tmp_path / "external").values())
+    assert reported[-1] == sum(len(body) for body in contents(tmp_path / "external").values())
     trainer.save_state("after").result(PATIENCE_S)  # the session goes on
 
 
@@ -986,12 +987,12 @@ def test_a_download_from_the_embedded_server_goes_on_too(
     rest = service.create_rest_client()
     sizes: List[int] = []
     rest.download_checkpoint(saved, tmp_path / "whole", progress=lambda done, _: sizes.append(done))
-    whole, size = contents(tmp_path / "whole"), sizes[-1]
+    complete, size = contents(tmp_path / "whole"), sizes[-1]
     done_before = interrupted(rest, tmp_path / "x", saved)
-    told: List[int] = []
-    rest.download_checkpoint(saved, tmp_path / "x", progress=lambda done, _: told.append(done))
-    assert told == ([] if done_before == size else [done_before, size])
-    assert contents(tmp_path / "x") == whole
+    reported: List[int] = []
+    rest.download_checkpoint(saved, tmp_path / "x", progress=lambda done, _: reported.append(done))
+    assert reported == ([] if done_before == size else [done_before, size])
+    assert contents(tmp_path / "x") == complete
 
 
 def test_a_download_without_room_leaves_nothing_in_its_place_and_can_be_repeated(

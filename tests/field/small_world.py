@@ -92,7 +92,7 @@ def write_data(folder: Path) -> None:
 
 # --- The model ---------------------------------------------------------------------------------
 
-#: A layer sees so many tokens, and two layers twice as many: what is earlier does not matter.
+#: A layer sees this many tokens, and two layers twice as many: what is earlier does not matter.
 _WINDOW = 64
 _MARKUP = ["<think>", "</think>"]
 

@@ -41,18 +41,18 @@ def test_the_hosted_services_path(server: LocalServer) -> None:
 
 def test_a_stream_is_the_completion(client: Any) -> None:
     asked: Any = {"model": MODEL, "prompt": "hello", "max_tokens": 30, "seed": 1, "n": 2}
-    whole = client.completions.create(**asked, logprobs=2)
+    full = client.completions.create(**asked, logprobs=2)
     streamed = ["", ""]
     for chunk in client.completions.create(**asked, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
-    assert streamed == [choice.text for choice in whole.choices]
-    assert [len(choice.logprobs.tokens) for choice in whole.choices] == [30, 30]
-    assert whole.usage.total_tokens == 5 + 60
+    assert streamed == [choice.text for choice in full.choices]
+    assert [len(choice.logprobs.tokens) for choice in full.choices] == [30, 30]
+    assert full.usage.total_tokens == 5 + 60
 
 
 def test_a_chat_streams(client: Any) -> None:
     asked: Any = {"model": MODEL, "messages": CHAT, "max_completion_tokens": 20, "seed": 1}
-    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    full = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     text, usage, reasons = "", None, []
     options = {"include_usage": True}
     for chunk in client.chat.completions.create(**asked, stream=True, stream_options=options):
@@ -60,10 +60,10 @@ def test_a_chat_streams(client: Any) -> None:
             text += choice.delta.content or ""
             reasons.append(choice.finish_reason)
         usage = chunk.usage
-    assert text == whole.choices[0].message.content
-    assert usage == whole.usage
-    assert reasons[-1] == whole.choices[0].finish_reason
-    assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert text == full.choices[0].message.content
+    assert usage == full.usage
+    assert reasons[-1] == full.choices[0].finish_reason
+    assert len(full.choices[0].logprobs.content[0].top_logprobs) == 2
 
 
 def test_errors_have_their_class_and_parameter(client: Any, server: LocalServer) -> None:

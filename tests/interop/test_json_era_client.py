@@ -56,9 +56,9 @@ def sent(recorder: Recorder, route: str) -> Any:
 
 
 def test_it_is_told_apart_by_what_it_sends(service: Any, trainer: Any, recorder: Recorder) -> None:
-    told = [one.json() for one in recorder.exchanges("client/config")]
-    assert {"sdk_version": tinker.__version__} in told
-    assert len({json.dumps(one) for one in told}) == 1
+    bodies = [one.json() for one in recorder.exchanges("client/config")]
+    assert {"sdk_version": tinker.__version__} in bodies
+    assert len({json.dumps(one) for one in bodies}) == 1
     assert recorder.exchanges("client/dynamic_config") == []
     created = sent(recorder, "create_model")
     assert set(created) == {"session_id", "model_seq_id", "base_model", "lora_config", "type"}

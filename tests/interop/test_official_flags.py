@@ -21,7 +21,7 @@ from interop.official import official
 tinker = official("0.38")
 types = tinker.types
 
-#: Serves the deterministic engine, and tells the number of requests by route on /calls; with
+#: Serves the deterministic engine, and reports the number of requests by route on /calls; with
 #: ?until=ROUTE it waits for the first of that route.
 SERVE = """
 import collections, json, signal, sys, threading

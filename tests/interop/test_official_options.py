@@ -130,9 +130,9 @@ def test_the_end_of_a_session_is_told(recorder: Recorder, status: str) -> None:
     service = open_service(recorder)
     session_id = new_trainer(service).get_info().model_id.partition(":")[0]
     service.close(status, "in the test").result()
-    (told,) = recorder.exchanges(f"sessions/{session_id}/finish")
-    assert told.json() == {"reason": {"type": status}, "detail": "in the test"}
-    assert told.status == 200
+    (exchange,) = recorder.exchanges(f"sessions/{session_id}/finish")
+    assert exchange.json() == {"reason": {"type": status}, "detail": "in the test"}
+    assert exchange.status == 200
     rest = tinker.RestClient(base_url=recorder.url, api_key="tml-local")
     found = rest.search_sessions(types.SessionSearchRequest(session_id=session_id)).result()
     (session,) = found.sessions

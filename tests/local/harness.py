@@ -40,7 +40,7 @@ from tinkex.wire.codec import Codec
 from tinkex.wire.json_codec import JSON
 from tinkex.wire.proto_codec import PROTOBUF
 
-#: Batches start at once: nothing is gathered.
+#: Batches start immediately: nothing is gathered.
 AT_ONCE = SamplingLimits(gather_s=0.0, gather_most_s=0.0)
 
 WAIT_S = 60.0

@@ -258,9 +258,9 @@ def test_a_page_whose_name_was_rebound_neither_reads_nor_deletes(open_server: Lo
             ("POST", "create_session"),
             ("GET", "nothing"),
         ]:
-            status, told = send(open_server, method, f"/api/v1/{route}", evil)
+            status, reply = send(open_server, method, f"/api/v1/{route}", evil)
             assert status == 421
-            assert "--allow-host" in told["detail"]
+            assert "--allow-host" in reply["detail"]
         left = service.create_rest_client().list_checkpoints(run).result().checkpoints
         assert [checkpoint.checkpoint_id for checkpoint in left] == ["weights/precious"]
 
@@ -276,8 +276,8 @@ def test_a_page_of_another_site_cannot_have_the_browser_send_requests(
         ({"Content-Type": "text/plain"}, 415),
         ({}, 415),
     ]:
-        found, told = send(open_server, "POST", PATH, {**host, **headers}, b"{}")
-        assert (found, set(told)) == (status, {"detail"})
+        found, reply = send(open_server, "POST", PATH, {**host, **headers}, b"{}")
+        assert (found, set(reply)) == (status, {"detail"})
     assert open_server._backend.store.all_sessions() == before
     assert send(open_server, "POST", PATH, {**host, "Content-Type": JSON}, b"{}")[0] == 200
 

@@ -1,4 +1,4 @@
-"""Whatever a client sends, it is told what is wrong: no route fails, and the run goes on."""
+"""Any body gets a response that names what is wrong: no route fails, and the run continues."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
     settings = ServerSettings(max_body_bytes=10_000)
     with LocalServer(DeterministicEngine(), settings=settings) as server:
         url = f"{server.url}/api/v1/telemetry"
-        for body in (b"x" * 20_000, iter([b"x" * 20_000])):  # whole, and chunked
+        for body in (b"x" * 20_000, iter([b"x" * 20_000])):  # in one piece, and chunked
             with requests.Session() as session:
                 answer = session.post(url, data=body, timeout=20)
                 assert answer.status_code == 413
@@ -106,10 +106,10 @@ def test_a_socket_is_not_read_beyond_the_bound_and_answers_json_too() -> None:
             with socket.create_connection(("127.0.0.1", port or 0)) as raw:
                 raw.sendall(sent)
                 with raw.makefile("rb") as stream:
-                    head, _, told = stream.read().partition(b"\r\n\r\n")
+                    head, _, content = stream.read().partition(b"\r\n\r\n")
             assert status in head.splitlines()[0]
             assert b"Content-Type: application/json" in head
-            assert isinstance(json.loads(told)["detail"], str)
+            assert isinstance(json.loads(content)["detail"], str)
 
 
 @pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=["json", "protobuf"])
@@ -213,7 +213,7 @@ def test_requests_beyond_a_gap_are_bounded(tmp_path: Path) -> None:
             assert "metrics" in api.result(one)
 
 
-# What clients are told to do
+# Flags for clients
 
 
 def test_every_flag_of_the_protocol_is_told(api: Api) -> None:
@@ -248,10 +248,10 @@ def test_flags_are_chosen(tmp_path: Path) -> None:
     flags = ClientFlags(proto_compress_fwdbwd=True, sample_max_concurrent_requests=7)
     dynamic = DynamicClientFlags(sample_cancel_enabled=True, refresh_interval_sec=10)
     with serving(tmp_path, flags=flags, dynamic_flags=dynamic, jwt=True) as api:
-        told = api.get("client/config")
-        assert told["proto_compress_fwdbwd"] is True
-        assert told["sample_max_concurrent_requests"] == 7
-        assert told["pjwt_auth_enabled"] is True
+        content = api.get("client/config")
+        assert content["proto_compress_fwdbwd"] is True
+        assert content["sample_max_concurrent_requests"] == 7
+        assert content["pjwt_auth_enabled"] is True
         assert api.get("client/dynamic_config")["refresh_interval_sec"] == 10
 
 

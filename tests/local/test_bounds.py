@@ -209,9 +209,9 @@ def test_what_is_too_large_to_be_kept_is_refused(
     api: Api, route: str, body: Dict[str, Any]
 ) -> None:
     session = api.session()
-    whole = {"session_id": session, "model_seq_id": 0, "base_model": "deterministic"}
-    whole["sampling_session_seq_id"] = 0
-    assert "at most" in api.post(route, 400, **{**whole, **body})["detail"]
+    complete = {"session_id": session, "model_seq_id": 0, "base_model": "deterministic"}
+    complete["sampling_session_seq_id"] = 0
+    assert "at most" in api.post(route, 400, **{**complete, **body})["detail"]
 
 
 def test_metadata_of_a_usual_size_is_kept(api: Api) -> None:
@@ -257,8 +257,8 @@ def sampler(api: Api) -> str:
 def test_more_samples_than_the_server_draws_are_refused_at_once(
     api: Api, sampler: str, count: float
 ) -> None:
-    told = api.post("asample", 400, **api.sample_body(sampler, 0, num_samples=count))["detail"]
-    assert "num_samples" in told
+    refusal = api.post("asample", 400, **api.sample_body(sampler, 0, num_samples=count))["detail"]
+    assert "num_samples" in refusal
     made = api.submit_sample(sampler, 0, num_samples=1024, sampling_params={"max_tokens": 1})
     assert len(made["sample_sequence_ids"]) == 1024
     assert len(api.result(made)["sequences"]) == 1024
@@ -332,8 +332,8 @@ def test_a_sparse_input_that_stands_for_gigabytes_is_refused(api: Api) -> None:
 @pytest.mark.parametrize("rank", [4097, 10**9, (1 << 64) - 1])
 def test_an_adapter_larger_than_any_model_is_refused(api: Api, rank: int) -> None:
     body = {"session_id": api.session(), "model_seq_id": 0, "base_model": "deterministic"}
-    told = api.post("create_model", 400, **body, lora_config={"rank": rank})["detail"]
-    assert "rank" in told
+    refusal = api.post("create_model", 400, **body, lora_config={"rank": rank})["detail"]
+    assert "rank" in refusal
 
 
 # Addresses and cursors

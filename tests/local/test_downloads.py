@@ -115,7 +115,7 @@ def test_a_signature_is_of_one_path_and_one_time() -> None:
 
 
 def fetch(api: Api, path: str, *, method: str = "GET", **more: Any) -> Any:
-    """Fetch *path* whole, so that the server closes its files."""
+    """Fetch all of *path*, so that the server closes its files."""
     return api.client.open(path, method=method, buffered=True, follow_redirects=True, **more)
 
 
@@ -177,28 +177,28 @@ def test_the_archive_of_a_checkpoint_is_fetched_without_a_key_until_it_expires(
 
 def test_a_download_goes_on_where_it_stopped(api: Api) -> None:
     url = local(archive_url(api, api.save(api.model(), 1, "a")))
-    whole = fetch(api, url)
-    assert whole.headers["Accept-Ranges"] == "bytes"
-    etag = whole.headers["ETag"]
-    size = len(whole.data)
+    full = fetch(api, url)
+    assert full.headers["Accept-Ranges"] == "bytes"
+    etag = full.headers["ETag"]
+    size = len(full.data)
 
     def part(asked: str, **headers: str) -> Any:
         return fetch(api, url, headers={"Range": asked, **headers})
 
     rest = part("bytes=512-", **{"If-Range": etag})
-    assert (rest.status_code, rest.data) == (206, whole.data[512:])
+    assert (rest.status_code, rest.data) == (206, full.data[512:])
     assert rest.headers["Content-Range"] == f"bytes 512-{size - 1}/{size}"
     assert rest.headers["ETag"] == etag
-    assert part("bytes=0-9").data == whole.data[:10]
-    assert part("bytes=-7").data == whole.data[-7:]
-    assert part(f"bytes=5-{size * 2}").data == whole.data[5:]
+    assert part("bytes=0-9").data == full.data[:10]
+    assert part("bytes=-7").data == full.data[-7:]
+    assert part(f"bytes=5-{size * 2}").data == full.data[5:]
     beyond = part(f"bytes={size}-")
     assert (beyond.status_code, beyond.data) == (416, b"")
     assert beyond.headers["Content-Range"] == f"bytes */{size}"
     for ignored in ("bytes=0-1,4-5", "lines=1-2", "nonsense"):
         assert part(ignored).status_code == 200
     other = part("bytes=512-", **{"If-Range": '"another version"'})
-    assert (other.status_code, other.data) == (200, whole.data)
+    assert (other.status_code, other.data) == (200, full.data)
 
 
 def test_a_checkpoint_saved_again_under_its_name_is_another_version(api: Api) -> None:
@@ -278,16 +278,16 @@ def test_over_a_socket_an_archive_is_fetched_in_one_go_and_in_parts() -> None:
             saved = post("save_weights", model_id=model, seq_id=1, path="a")
             post("retrieve_future", request_id=saved["request_id"])
             checkpoint = f"{server.url}/api/v1/training_runs/{model}/checkpoints/weights/a"
-            whole = session.get(f"{checkpoint}/archive", timeout=20)
-            assert [one.status_code for one in whole.history] == [302]
-            assert list(names_in(whole.content)) == ["deterministic.json"]
+            full = session.get(f"{checkpoint}/archive", timeout=20)
+            assert [one.status_code for one in full.history] == [302]
+            assert list(names_in(full.content)) == ["deterministic.json"]
         parts = []
         with requests.Session() as anybody:
-            for start in range(0, len(whole.content), 3000):
+            for start in range(0, len(full.content), 3000):
                 asked = {"Range": f"bytes={start}-{start + 2999}"}
-                part = anybody.get(whole.url, headers=asked, timeout=20)
+                part = anybody.get(full.url, headers=asked, timeout=20)
                 assert part.status_code == 206
                 parts.append(part.content)
-            head = anybody.head(whole.url, timeout=20)
-            assert int(head.headers["Content-Length"]) == len(whole.content)
-        assert b"".join(parts) == whole.content
+            head = anybody.head(full.url, timeout=20)
+            assert int(head.headers["Content-Length"]) == len(full.content)
+        assert b"".join(parts) == full.content

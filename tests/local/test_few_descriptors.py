@@ -19,7 +19,8 @@ from support.scripted_server import Answer, ScriptedServer
 
 import tinkex
 from tinkex._runtime import descriptors
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.request import Request
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
 

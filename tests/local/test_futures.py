@@ -59,7 +59,7 @@ def test_close_releases_the_waiters() -> None:
     futures.close()
     waiter.join(20)
     assert found == [Waiting("m", 1)]
-    assert futures.wait("r", 60) == Waiting("m", 1)  # and nobody waits after it
+    assert futures.wait("r", 60) == Waiting("m", 1)  # and nothing waits after it
 
 
 def test_results_are_dropped_some_time_after_they_were_fetched() -> None:

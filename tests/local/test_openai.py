@@ -308,12 +308,12 @@ def test_messages_that_are_none_are_refused(openai: OpenAI, messages: Any, param
 
 
 def test_a_stream_is_the_completion_token_by_token(openai: OpenAI) -> None:
-    whole = openai.complete(max_tokens=12, n=2, logprobs=2)
+    full = openai.complete(max_tokens=12, n=2, logprobs=2)
     chunks = openai.stream("completions", prompt="hello", max_tokens=12, n=2, logprobs=2)
     assert len(chunks) == 24
     assert all("usage" not in chunk for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
-    for choice in whole["choices"]:
+    for choice in full["choices"]:
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
         assert "".join(part["text"] for part in mine) == choice["text"]
         assert [part["finish_reason"] for part in mine] == [None] * 11 + ["length"]
@@ -322,7 +322,7 @@ def test_a_stream_is_the_completion_token_by_token(openai: OpenAI) -> None:
 
 
 def test_a_chat_streams_role_then_text_then_usage(openai: OpenAI) -> None:
-    whole = openai.chat(logprobs=True, top_logprobs=1)
+    full = openai.chat(logprobs=True, top_logprobs=1)
     chunks = openai.stream(
         "chat/completions",
         messages=CHAT,
@@ -333,12 +333,12 @@ def test_a_chat_streams_role_then_text_then_usage(openai: OpenAI) -> None:
     )
     last = chunks.pop()
     assert last["choices"] == []
-    assert last["usage"] == whole["usage"]
+    assert last["usage"] == full["usage"]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert [chunk["usage"] for chunk in chunks] == [None] * 6
     choices = [chunk["choices"][0] for chunk in chunks]
     assert choices[0]["delta"]["role"] == "assistant"
-    message = whole["choices"][0]
+    message = full["choices"][0]
     assert "".join(c["delta"]["content"] for c in choices) == message["message"]["content"]
     entries = [entry for c in choices[1:] for entry in c["logprobs"]["content"]]
     assert entries == message["logprobs"]["content"]
@@ -348,9 +348,9 @@ def test_a_chat_streams_role_then_text_then_usage(openai: OpenAI) -> None:
 def test_an_echo_streams_the_prompt_first(openai: OpenAI) -> None:
     asked = {"prompt": ["ab", "cd"], "max_tokens": 3, "echo": True}
     for logprobs in (None, 1):
-        whole = openai.complete(**asked, logprobs=logprobs)
+        full = openai.complete(**asked, logprobs=logprobs)
         chunks = openai.stream("completions", **asked, logprobs=logprobs)
-        for choice in whole["choices"]:
+        for choice in full["choices"]:
             mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
             assert mine[0]["text"] == choice["text"][:2]
             assert "".join(part["text"] for part in mine) == choice["text"]
@@ -362,15 +362,15 @@ def test_an_echo_streams_the_prompt_first(openai: OpenAI) -> None:
 def test_no_part_of_a_stop_string_is_streamed(api: Api, openai: OpenAI) -> None:
     tokens = drawn(api, "hello", max_tokens=20, stop=[])
     for stops in ([read(tokens[5:9])], [read(tokens[2:4]) + "x", read(tokens[4:6])]):
-        whole = openai.complete(max_tokens=20, stop=stops, logprobs=0)
+        full = openai.complete(max_tokens=20, stop=stops, logprobs=0)
         chunks = openai.stream("completions", prompt="hello", max_tokens=20, stop=stops, logprobs=0)
         parts = [chunk["choices"][0] for chunk in chunks]
-        assert "".join(part["text"] for part in parts) == whole["choices"][0]["text"]
-        assert parts[-1]["finish_reason"] == whole["choices"][0]["finish_reason"] == "stop"
+        assert "".join(part["text"] for part in parts) == full["choices"][0]["text"]
+        assert parts[-1]["finish_reason"] == full["choices"][0]["finish_reason"] == "stop"
         for stop in stops:
             assert not any(part["text"].endswith(stop[:1]) for part in parts)
         names = [t for part in parts if part["logprobs"] for t in part["logprobs"]["tokens"]]
-        assert "".join(names) == whole["choices"][0]["text"]
+        assert "".join(names) == full["choices"][0]["text"]
 
 
 class Broken(HeldEngine):
@@ -398,8 +398,8 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(tmp_path: Path) -> None
         error = json.loads(events[-1][len("data: ") :])["error"]
         assert error["type"] == "server_error"
         assert "NaN in the logits" in error["message"]
-        whole = OpenAI(api).complete(500, prompt="a")
-        assert "NaN in the logits" in whole["error"]["message"]
+        full = OpenAI(api).complete(500, prompt="a")
+        assert "NaN in the logits" in full["error"]["message"]
 
 
 def test_a_request_that_the_engine_refuses_is_the_clients_fault(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for all samples of one client at once, saying what was fetched, and cancelling."""
+"""Waiting for all samples of a client together, acknowledging results, and cancelling."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def test_failures_are_told_without_a_size(tmp_path: Path) -> None:
     with serving(tmp_path, Broken()) as api:
         sampler = api.sampler(api.session())
         made = api.submit_sample(sampler, 0)
-        told = news(api, sampler)["completions"]
-        assert told == [{"state": "failed", "request_id": made["request_id"]}]
+        reported = news(api, sampler)["completions"]
+        assert reported == [{"state": "failed", "request_id": made["request_id"]}]
         assert "NaN in the logits" in api.result(made)["error"]
 
 
@@ -362,17 +362,17 @@ def test_submitting_cancelling_and_polling_at_once_settles_every_sample_once(api
     ]
     for thread in threads:
         thread.start()
-    told: List[str] = []
+    reported: List[str] = []
     cursor = 0
-    while len(told) < count:
+    while len(reported) < count:
         answer = news(api, sampler, cursor)
         cursor = answer["cursor"]
-        told += ids(answer)
+        reported += ids(answer)
     for thread in threads:
         thread.join(WAIT_S)
     assert failed == []
-    assert sorted(told) == sorted(f"{sampler}:{seq_id}" for seq_id in range(count))
-    for request_id in told:
+    assert sorted(reported) == sorted(f"{sampler}:{seq_id}" for seq_id in range(count))
+    for request_id in reported:
         outcome = api.result(request_id)
         assert ("sequences" in outcome) != ("error" in outcome)
     assert api.backend.scheduler._queued_samples == 0  # type: ignore[attr-defined]
@@ -406,9 +406,9 @@ def test_a_large_result_is_announced_by_its_size_to_those_who_allow_it(tmp_path:
                 headers={"Accept": PROTOBUF.content_type},
             )
 
-        told = ask(large, allow_metadata_only=True).get_json()
+        reported = ask(large, allow_metadata_only=True).get_json()
         payload = ask(large, allow_metadata_only=False).data
-        assert told == {"status": "complete_metadata", "response_payload_size": len(payload)}
+        assert reported == {"status": "complete_metadata", "response_payload_size": len(payload)}
         assert len(PROTOBUF.decode_samples(payload).sequences) == 20
         assert ask(small, allow_metadata_only=True).mimetype == PROTOBUF.content_type
 

@@ -170,7 +170,7 @@ def test_a_short_request_does_not_wait_for_a_long_one_that_came_before(
     tmp_path: Path,
 ) -> None:
     class Telling(HeldEngine):
-        """Tells when the first slice is done."""
+        """Reports when the first slice is done."""
 
         def sample(
             self,
@@ -218,7 +218,7 @@ class Sliced(HeldEngine):
             yield finished
 
     def waits_after(self, slices: int) -> None:
-        """Wait until so many more slices are done."""
+        """Wait until this many more slices are done."""
         for _ in range(slices):
             assert self.sliced.acquire(timeout=20)
 
@@ -618,7 +618,7 @@ def test_queued_samples_fail_when_their_session_ends(api: Api, engine: HeldEngin
     assert engine.holding.wait(20)
     made = api.submit_sample(sampler, 0)
     api.post(f"sessions/{session}/finish")
-    assert "finished" in api.result(made)["error"]  # at once, while the engine is still busy
+    assert "finished" in api.result(made)["error"]  # immediately, while the engine is still busy
     engine.let_go.set()
     api.result(held)
     assert "sample 1" not in engine.log

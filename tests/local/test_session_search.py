@@ -1,4 +1,4 @@
-"""Finding sessions, and what is told of them."""
+"""Finding sessions, and what the server returns about them."""
 
 from __future__ import annotations
 

@@ -211,9 +211,9 @@ def test_requests_need_a_model_and_a_number(api: Api) -> None:
     assert "unknown" in api.step("no:train:0", 1, expect=404)["detail"]
     assert "numbered from 1" in api.step(model, 0, expect=400)["detail"]
     assert "'seq_id' is missing" in api.post("optim_step", 400, model_id=model)["detail"]
-    for body, told in ((b"{", "not JSON"), (b"[]", "JSON object")):
+    for body, message in ((b"{", "not JSON"), (b"[]", "JSON object")):
         answer = api.client.post("/api/v1/optim_step", data=body, content_type=JSON.content_type)
-        assert (answer.status_code, told in answer.get_json()["detail"]) == (400, True)
+        assert (answer.status_code, message in answer.get_json()["detail"]) == (400, True)
 
 
 def test_a_resumed_run_continues_like_the_one_it_came_from(api: Api) -> None:

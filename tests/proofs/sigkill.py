@@ -65,11 +65,11 @@ class Proof:
     def run(self, kills: int, rng: random.Random) -> Outcome:
         """Kill *kills* times; when a run has come to its end before that, begin another."""
         outcome = Outcome()
-        whole = self._folder / f"{self._loop}-whole"
+        uninterrupted = self._folder / f"{self._loop}-whole"
         began = time.monotonic()
-        self._finish(self._start(whole))
+        self._finish(self._start(uninterrupted))
         whole_s = time.monotonic() - began
-        expected = self._result(whole)
+        expected = self._result(uninterrupted)
         while outcome.kills < kills:
             folder = self._folder / f"{self._loop}-{outcome.runs}"
             while outcome.kills < kills and self._kill_once(folder, rng, whole_s):
@@ -101,7 +101,7 @@ class Proof:
         if rng.random() < 0.25:  # at any time, often while it starts
             moment = time.monotonic() + rng.uniform(0, min(3.0, whole_s))
             after_lines = 10**9
-        else:  # some time after it has written so many lines
+        else:  # some time after it has written this many lines
             after_lines = before + rng.randint(1, 12)
             moment = time.monotonic() + PATIENCE_S
         while time.monotonic() < moment and process.poll() is None:

@@ -68,15 +68,15 @@ def test_advantages_are_rewards_less_the_mean_of_the_group() -> None:
 def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
     service: ServiceClient, tmp_path: Path, crash_in: int, loss_fn: str
 ) -> None:
-    whole = train(service, tmp_path / "whole", loss_fn=loss_fn)
+    uninterrupted = train(service, tmp_path / "whole", loss_fn=loss_fn)
     with pytest.raises(Crash):
         train(service, tmp_path / "parts", crash_in, loss_fn=loss_fn)
     train(service, tmp_path / "parts", loss_fn=loss_fn)
     records = [read_run(tmp_path / name).steps for name in ("whole", "parts")]
     expected, found = ([(step.index, step.metrics) for step in steps] for steps in records)
     assert found == expected
-    assert [index for index, _ in whole] == list(range(STEPS))
-    assert {"reward", "informative", "tokens", "learning_rate"} <= whole[0][1].keys()
+    assert [index for index, _ in uninterrupted] == list(range(STEPS))
+    assert {"reward", "informative", "tokens", "learning_rate"} <= uninterrupted[0][1].keys()
 
 
 def test_groups_without_a_difference_are_not_learnt_from(

@@ -100,12 +100,12 @@ def test_heldout_losses_are_those_of_exactly_so_many_steps(
 def test_an_interrupted_run_comes_to_the_same_as_an_uninterrupted_one(
     service: ServiceClient, tmp_path: Path, crash_in: int
 ) -> None:
-    whole, first, second = Lines(), Lines(crash_in), Lines()
-    final = train(service, tmp_path / "whole", whole)
+    uninterrupted, first, second = Lines(), Lines(crash_in), Lines()
+    final = train(service, tmp_path / "whole", uninterrupted)
     with pytest.raises(Crash):
         train(service, tmp_path / "parts", first)
     assert train(service, tmp_path / "parts", second) == final
-    assert dict([*first.lines, *second.lines]) == dict(whole.lines)
+    assert dict([*first.lines, *second.lines]) == dict(uninterrupted.lines)
     records = [read_run(tmp_path / name).steps for name in ("whole", "parts")]
     expected, found = ([(step.index, step.metrics) for step in steps] for steps in records)
     assert found == expected

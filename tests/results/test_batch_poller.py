@@ -101,7 +101,7 @@ def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poll
     batches.on(BATCH, *at_last(done("a", cursor=1)))
     assert sample(poller, "a").result(PATIENCE_S) == "a"
     watch = poller._batches._samplers[SAMPLER]
-    wait_until(lambda: not watch._polled, "nobody polls")
+    wait_until(lambda: not watch._polled, "no thread polls")
     assert watch._tracker.is_idle
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
@@ -109,17 +109,17 @@ def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poll
 def test_what_is_done_before_the_submission_is_answered_is_kept(
     batches: ScriptedServer, poller: Poller
 ) -> None:
-    answered, told = threading.Event(), threading.Event()
+    answered, reported = threading.Event(), threading.Event()
 
-    def tell(received: Received) -> Answer:
+    def report(received: Received) -> Answer:
         assert answered.wait(PATIENCE_S)
-        told.set()
+        reported.set()
         return done("late", "a", cursor=2)
 
-    batches.on(BATCH, *at_last(tell))
+    batches.on(BATCH, *at_last(report))
     first = sample(poller, "a")
     batches.wait_for(BATCH)
-    second = sample(poller, "late", before=told)
+    second = sample(poller, "late", before=reported)
     wait_until(lambda: second.status().state == "submitting", "it is being submitted")
     answered.set()
     assert first.result(PATIENCE_S) == "a"
@@ -148,14 +148,14 @@ def test_a_cancelled_sample_is_told_to_the_server_and_others_go_on(
 def test_only_so_many_are_unanswered_at_once(batches: ScriptedServer) -> None:
     go = threading.Event()
 
-    def tell(received: Received) -> Answer:
+    def report(received: Received) -> Answer:
         cursor = received.json()["prev_cursor"]
         if "timeout" in received.json() or cursor == 2:  # a report, between the two perhaps
             return at_last()[0](received)
         name = "ab"[cursor]
         return dataclasses.replace(done(name, cursor=cursor + 1), hold=go)
 
-    batches.on(BATCH, tell)
+    batches.on(BATCH, report)
     for poller in open_poller(batches, max_unanswered_samples=1):
         first, second = sample(poller, "a"), sample(poller, "b")
         batches.wait_for(BATCH)

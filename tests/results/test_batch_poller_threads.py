@@ -91,8 +91,8 @@ def test_those_that_fetch_do_not_wait_for_one_result(
         return Answer(408, {}) if late else Answer(body={"path": name})
 
     batches.on(POLL, fetch)
-    told = dataclasses.replace(done(*stuck, "quick", cursor=11), hold=go)
-    batches.on(BATCH, *at_last(told))
+    completed = dataclasses.replace(done(*stuck, "quick", cursor=11), hold=go)
+    batches.on(BATCH, *at_last(completed))
     held, quick = [sample(poller, name) for name in stuck], sample(poller, "quick")
     wait_until(lambda: all(f.request_id for f in (*held, quick)), "all were accepted")
     go.set()
@@ -130,7 +130,7 @@ def test_more_is_not_asked_for_while_many_results_wait(
 
 
 def test_samplers_beyond_the_cap_are_polled_for_alone_at_once(batches: ScriptedServer) -> None:
-    """Nobody waits for another's samples, which may take for ever."""
+    """Samples do not wait for those of other samplers, which may never end."""
     cap, more = batch_poller.POLL_CAP, 6
     go = threading.Event()
 

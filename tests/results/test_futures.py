@@ -1,4 +1,4 @@
-"""APIFuture: a concurrent.futures.Future that settles once, whoever comes first."""
+"""APIFuture: a concurrent.futures.Future that settles once, however many threads settle it."""
 
 from __future__ import annotations
 
@@ -262,15 +262,15 @@ def test_a_status_reads_as_a_sentence() -> None:
 
 def test_the_status_of_a_whole_is_that_of_its_first_open_part() -> None:
     parts = [new("forward"), new("forward")]
-    whole = gather(new("forward"), parts, list)
+    gathered = gather(new("forward"), parts, list)
     parts[0].enter("waiting", "r-0")
     parts[1].enter("waiting", "r-1")
-    assert whole.request_id == "r-0"
-    assert whole.status().request_id == "r-0"
+    assert gathered.request_id == "r-0"
+    assert gathered.status().request_id == "r-0"
     parts[0].try_set_result(1)
-    assert whole.status().request_id == "r-1"
+    assert gathered.status().request_id == "r-1"
     parts[1].try_set_result(2)
-    assert whole.status().state == "done"
+    assert gathered.status().state == "done"
 
 
 # Callbacks
@@ -361,44 +361,44 @@ def test_every_callback_runs_once_whenever_it_was_added(callbacks: WorkerPool) -
 
 def test_gather_joins_results_in_the_order_of_the_parts() -> None:
     parts = [new() for _ in range(3)]
-    whole = gather(new(), parts, list)
+    gathered = gather(new(), parts, list)
     for index in (2, 0, 1):
-        assert not whole.done()
+        assert not gathered.done()
         parts[index].try_set_result(index)
-    assert whole.result(0) == [0, 1, 2]
+    assert gathered.result(0) == [0, 1, 2]
 
 
 def test_the_first_failure_is_the_whole_and_cancels_the_rest() -> None:
     parts = [new() for _ in range(3)]
-    whole = gather(new(), parts, list)
+    gathered = gather(new(), parts, list)
     error = ValueError("second part")
     parts[1].try_set_exception(error)
-    assert whole.exception(0) is error
+    assert gathered.exception(0) is error
     assert parts[0].cancelled()
     assert parts[2].cancelled()
 
 
 def test_cancelling_the_whole_cancels_its_parts() -> None:
     parts = [new() for _ in range(3)]
-    whole = gather(new(), parts, list)
+    gathered = gather(new(), parts, list)
     parts[0].try_set_result(0)
-    assert whole.cancel()
+    assert gathered.cancel()
     assert [p.cancelled() for p in parts] == [False, True, True]
 
 
 def test_cancelling_a_part_cancels_the_whole() -> None:
     parts = [new() for _ in range(2)]
-    whole = gather(new(), parts, list)
+    gathered = gather(new(), parts, list)
     parts[0].cancel()
-    assert whole.cancelled()
+    assert gathered.cancelled()
     assert parts[1].cancelled()
 
 
 def test_a_whole_that_was_cancelled_first_cancels_the_parts_it_is_given() -> None:
-    whole = new()
-    whole.cancel()
+    gathered = new()
+    gathered.cancel()
     parts = [new() for _ in range(2)]
-    gather(whole, parts, list)
+    gather(gathered, parts, list)
     assert all(p.cancelled() for p in parts)
 
 
@@ -407,29 +407,29 @@ def test_an_error_while_joining_is_the_wholes() -> None:
         raise ValueError("cannot be joined")
 
     part = new()
-    whole = gather(new(), [part], fail)
+    gathered = gather(new(), [part], fail)
     part.try_set_result(1)
     with pytest.raises(ValueError, match="cannot be joined"):
-        whole.result(0)
+        gathered.result(0)
 
 
 def test_parts_that_settle_at_once_settle_the_whole_once() -> None:
     for _ in range(300):
         parts = [new() for _ in range(3)]
-        whole = gather(new(), parts, list)
+        gathered = gather(new(), parts, list)
         joined: List[Any] = []
-        whole.add_done_callback(joined.append)
+        gathered.add_done_callback(joined.append)
         race(*[lambda i=i: parts[i].try_set_result(i) for i in range(3)])
-        assert whole.result(0) == [0, 1, 2]
-        assert joined == [whole]
+        assert gathered.result(0) == [0, 1, 2]
+        assert joined == [gathered]
 
 
 def test_cancel_races_failure_and_every_part_ends() -> None:
     for _ in range(300):
         parts = [new() for _ in range(3)]
-        whole = gather(new(), parts, list)
-        race(whole.cancel, lambda: parts[0].try_set_exception(ValueError("x")))
-        assert whole.done()
+        gathered = gather(new(), parts, list)
+        race(gathered.cancel, lambda: parts[0].try_set_exception(ValueError("x")))
+        assert gathered.done()
         assert all(p.done() for p in parts)
 
 
@@ -447,37 +447,37 @@ def test_a_wait_in_the_child_of_a_fork_ends_with_the_reason(
 
 
 def test_a_cancel_in_the_child_of_a_fork_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    part, whole = new("part"), new("whole")
-    gather(whole, [part], lambda results: results)
+    part, gathered = new("part"), new("whole")
+    gather(gathered, [part], lambda results: results)
     settled: List[Any] = []
     part.on_settled(settled.append)  # would break off the parent's poll
     parent = os.getpid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: parent + 1)
         assert not part.cancel()
-        assert not whole.cancel()
+        assert not gathered.cancel()
     assert settled == []
     part.try_set_result(1)
-    assert whole.result(PATIENCE_S) == [1]
+    assert gathered.result(PATIENCE_S) == [1]
 
 
-# Errors that nobody asks for
+# Errors that are never retrieved
 
 
 @pytest.fixture
 def lost(caplog: pytest.LogCaptureFixture) -> Callable[[], List[str]]:
-    """What is logged, by now, of failures that nobody asked for."""
+    """The unretrieved failures logged so far."""
     gc.collect()
     run_deferred()  # those of other tests
     caplog.clear()
 
-    def told() -> List[str]:
+    def logged() -> List[str]:
         gc.collect()
         run_deferred()
         assert {record.levelno for record in caplog.records} <= {logging.ERROR}
         return [record.getMessage() for record in caplog.records]
 
-    return told
+    return logged
 
 
 def failed(error: BaseException, kind: str = "optim_step") -> APIFuture[Any]:
@@ -540,12 +540,12 @@ def test_a_failed_batch_is_told_once_and_not_if_it_was_read(
 ) -> None:
     for read in (True, False):
         parts = [new("forward") for _ in range(3)]
-        whole = gather(new("forward"), parts, list)
+        gathered = gather(new("forward"), parts, list)
         for part in parts:
             part.try_set_exception(ValueError("too long"))
         if read:
-            assert whole.exception() is not None
-        del part, parts, whole
+            assert gathered.exception() is not None
+        del part, parts, gathered
         assert len(lost()) == (0 if read else 1)
 
 
@@ -581,12 +581,12 @@ def test_the_next_call_of_a_client_tells_it(
     wait_until(future.done, "it failed")
     del future
 
-    def told() -> bool:
+    def logged() -> bool:
         gc.collect()
         sampler.sample(prompt).result(PATIENCE_S)
         return "no such token" in caplog.text
 
-    wait_until(told, "the failure is in the log")
+    wait_until(logged, "the failure is in the log")
     assert caplog.text.count("unretrieved failure") == 1
 
 
@@ -611,16 +611,16 @@ def test_a_script_that_never_asked_is_told_at_exit() -> None:
 )
 def test_a_settled_future_lets_go_of_what_was_told(settle: Callable[[Any], bool]) -> None:
     class Listener:
-        told = 0
+        notified = 0
 
         def hear(self, future: Any) -> None:
-            self.told += 1
+            self.notified += 1
 
     listener, future = Listener(), new()
     gone = weakref.ref(listener)
     future.on_settled(listener.hear)
     assert settle(future)
-    assert listener.told == 1
+    assert listener.notified == 1
     del listener
     gc.collect()
     assert gone() is None

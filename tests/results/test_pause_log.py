@@ -1,4 +1,4 @@
-"""PauseNotices: a paused sampler or run is told in the log, and not too often."""
+"""PauseNotices: a paused sampler or run is logged, but not too often."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def notices(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> PauseNotice
     return PauseNotices(clock)
 
 
-def told(caplog: pytest.LogCaptureFixture) -> List[Tuple[str, str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> List[Tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def test_a_pause_is_told_at_once_then_once_a_minute_and_so_is_its_end(
+def test_a_pause_is_logged_immediately_then_once_a_minute_and_so_is_its_end(
     notices: PauseNotices, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(13):  # for two minutes
@@ -38,7 +38,7 @@ def test_a_pause_is_told_at_once_then_once_a_minute_and_so_is_its_end(
     notices.note("sampler s", "active", None)
     notices.note("sampler s", "active", None)
     paused = ("WARNING", "the server has paused sampler s: paused_capacity (all GPUs are busy)")
-    assert told(caplog) == [paused] * 3 + [("INFO", "sampler s resumed")]
+    assert logged(caplog) == [paused] * 3 + [("INFO", "sampler s resumed")]
 
 
 def test_a_short_pause_of_a_run_is_not_worth_a_word(
@@ -50,10 +50,10 @@ def test_a_short_pause_of_a_run_is_not_worth_a_word(
     notices.note(RUN, "active", None, grace_s=60.0)
     clock.advance(5.0)
     notices.note(RUN, "paused_capacity", None, grace_s=60.0)
-    assert told(caplog) == []
+    assert logged(caplog) == []
     clock.advance(60.0)
     notices.note(RUN, "paused_capacity", None, grace_s=60.0)
-    assert told(caplog) == [
+    assert logged(caplog) == [
         ("WARNING", f"the server has paused {RUN}: paused_capacity (no reason given)")
     ]
 
@@ -65,7 +65,7 @@ def test_requests_of_one_sampler_that_disagree_do_not_fill_the_log(
         notices.note("sampler s", "paused_rate_limit", "quota")
         notices.note("sampler s", "active", None)
         clock.advance(0.5)
-    assert len(told(caplog)) == 2
+    assert len(logged(caplog)) == 2
 
 
 def test_each_is_told_of_its_own_pause(
@@ -73,7 +73,7 @@ def test_each_is_told_of_its_own_pause(
 ) -> None:
     for name in ("a", "b"):
         notices.note(name, "paused_capacity", None)
-    assert len(told(caplog)) == 2
+    assert len(logged(caplog)) == 2
 
 
 def test_answers_without_a_state_tell_nothing(
@@ -81,7 +81,7 @@ def test_answers_without_a_state_tell_nothing(
 ) -> None:
     notices.note("sampler s", None, None)
     notices.note("sampler s", "active", None)
-    assert told(caplog) == []
+    assert logged(caplog) == []
     assert notices._pauses == {}
 
 

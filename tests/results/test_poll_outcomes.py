@@ -16,7 +16,8 @@ from tinkex._results.backoff import (
     poll_policy,
 )
 from tinkex._results.outcomes import Announced, Done, Failed, Outcome, Pending, Trouble, interpret
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,

@@ -1,4 +1,4 @@
-"""Poller: settles futures over a real server, whatever it answers, and ends at once."""
+"""Poller: settles futures over a real server, however it responds, and ends immediately."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tinkex._results import backoff, poll_loop
 from tinkex._results.poller import Poller
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport import billing
+from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags
-from tinkex._transport.transport import Reply
 from tinkex.errors import (
     APIConnectionError,
     BillingError,
@@ -456,8 +456,8 @@ def test_a_402_is_waited_out_for_the_time_that_the_server_allows(
         with pytest.raises(BillingError, match="top up"):
             watch(poller).result(PATIENCE_S)
     assert len(server.requests()) > 2
-    told = [r.levelname for r in caplog.records if "pay" in r.getMessage()]
-    assert told == ["WARNING"]  # at most once a minute
+    levels = [r.levelname for r in caplog.records if "pay" in r.getMessage()]
+    assert levels == ["WARNING"]  # at most once a minute
 
 
 def test_a_402_may_be_waited_out(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:

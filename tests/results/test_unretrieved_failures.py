@@ -1,4 +1,4 @@
-"""What a failure leaves behind: a line in the log if nobody reads it, and a short traceback."""
+"""What a failure leaves behind: a line in the log if it is not read, and a short traceback."""
 
 from __future__ import annotations
 

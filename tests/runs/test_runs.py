@@ -493,12 +493,12 @@ def test_a_checkpoint_after_a_failed_step_is_dropped(
 ) -> None:
     """A loop that reads its results one step late learns of a failure after the save."""
     fail_in, calls = 2, iter(range(100))
-    whole = DeterministicEngine.forward_backward
+    original = DeterministicEngine.forward_backward
 
     def forward_backward(engine: Any, *args: Any) -> Any:
         if next(calls) == fail_in:
             raise RuntimeError("out of memory")
-        return whole(engine, *args)
+        return original(engine, *args)
 
     monkeypatch.setattr(DeterministicEngine, "forward_backward", forward_backward)
     with ending_in(RequestFailedError), open_run(service, tmp_path, save_every=1) as run:
@@ -609,7 +609,7 @@ def test_saves_that_fail_are_tried_again_three_times(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    whole = DeterministicEngine.save
+    original = DeterministicEngine.save
     failing = 2
 
     def fail(engine: Any, *args: Any, **options: Any) -> Any:
@@ -617,7 +617,7 @@ def test_saves_that_fail_are_tried_again_three_times(
         failing -= 1
         if failing >= 0:
             raise RuntimeError("no space left")
-        return whole(engine, *args, **options)
+        return original(engine, *args, **options)
 
     monkeypatch.setattr(DeterministicEngine, "save", fail)
     with open_run(service, tmp_path) as run:

@@ -67,7 +67,7 @@ class Loop:
         return self._saved
 
     def logprobs(self, trainer: tinkex.TrainingClient) -> np.ndarray:
-        """What *trainer* makes of a datum: tells its weights from others."""
+        """What *trainer* makes of a datum: identifies its weights."""
         output = trainer.forward([datum(1, 2, 3, 4)], "cross_entropy").result(WAIT_S)
         values: np.ndarray = output.loss_fn_outputs[0]["logprobs"].to_numpy()
         return values
@@ -166,7 +166,7 @@ def load_into_a_new_run(loop: Loop) -> None:
     for trainer in (loaded, resumed):
         trained = trainer.train_step([datum()], "cross_entropy", ADAM)
         counts.append((trained.optim.metrics or {}).get("optimizer_steps:max"))
-    if loop.profile != "tuft-0.2":  # which tells no metrics
+    if loop.profile != "tuft-0.2":  # which reports no metrics
         assert counts[0] == 1.0
         assert counts[1] > 1.0
 

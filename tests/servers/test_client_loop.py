@@ -1,4 +1,4 @@
-"""The client's whole loop against every server profile."""
+"""The client's complete loop against every server profile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinkex.types import ModelInput
 
 @pytest.fixture
 def loop(raw: Raw, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Loop]:
-    """A client that nothing tells what its server is like."""
+    """A client without any setting about its server."""
     raw.engine.gate.set()
     caplog.set_level(logging.INFO, logger="tinkex")
     key = None if raw.profile.startswith("skyrl") else KEY
@@ -32,7 +32,7 @@ def loop(raw: Raw, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator
 
 
 def _expected(text: str) -> bool:
-    return "NaN" in text  # tells what a strange token usually means
+    return "NaN" in text  # explains what a strange token usually means
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
@@ -83,7 +83,7 @@ def test_whole_loop_with_flags(
 
 
 def test_close_leaves_nothing(raw: Raw) -> None:
-    """No thread of the client, and no session where the server can be told of the end."""
+    """No thread of the client, and no session where the server has a route to end it."""
     key = None if raw.profile.startswith("skyrl") else KEY
     with tinkex.ServiceClient(base_url=raw.server.url, api_key=key) as service:
         trainer = service.create_lora_training_client("deterministic", rank=4)

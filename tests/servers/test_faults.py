@@ -108,7 +108,7 @@ def test_a_lost_answer_is_asked_for_again(loop: Loop, faults: Faults) -> None:
 
 
 def _lost_for_good(trainer: Any) -> None:
-    """Of a server that does not recognise what comes again: told, and the run goes on."""
+    """Of a server that does not recognise what comes again: reported, and the run continues."""
     trainer.train_step([datum()], "cross_entropy", ADAM)
     trainer.forward_backward([datum()], "cross_entropy").result(WAIT_S)
     with pytest.raises(ResultExpiredError, match="was done"):

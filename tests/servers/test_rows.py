@@ -1,6 +1,6 @@
 """The differences between the servers of the protocol, row by row, over raw HTTP.
 
-Each function below looks at one row of the table and tells in a small value what the server does;
+Each function below checks one row of the table and returns what the server does as a small value;
 the decorator holds what each column must be.
 """
 
@@ -54,7 +54,7 @@ def test_every_profile_is_a_column() -> None:
     assert sorted(NAMES) == sorted(COLUMNS)
 
 
-def told(answer: requests.Response) -> Any:
+def summary(answer: requests.Response) -> Any:
     """The status, and whether it is a crash in plain text."""
     if answer.status_code == 500 and answer.headers["Content-Type"].startswith("text/plain"):
         assert answer.text == "Internal Server Error"
@@ -75,10 +75,10 @@ def told(answer: requests.Response) -> Any:
 def forward_backward_body(raw: Raw) -> Any:
     model = raw.model()
     refused, taken = (PROTOBUF, JSON) if raw.codec is JSON else (JSON, PROTOBUF)
-    first = told(raw.train(model, 1, codec=refused))
+    first = summary(raw.train(model, 1, codec=refused))
     second = raw.train(model, 1, codec=taken)
     raw.value(second) if taken is JSON else raw.decoded(second, "decode_output")
-    return {refused.name: first, taken.name: told(second)}
+    return {refused.name: first, taken.name: summary(second)}
 
 
 @row("not read", "read", "read", "not read", "read")
@@ -119,7 +119,7 @@ def forward(raw: Raw) -> Any:
     raw.decoded(done, "decode_output")
     metrics = raw.value(raw.step(model, 2))["metrics"]
     return {
-        "route forward": told(answer),
+        "route forward": summary(answer),
         "gradient of it": metrics and metrics["grad_norm:mean"],
     }
 
@@ -289,7 +289,9 @@ def older_routes(raw: Raw) -> Any:
         checkpoint = raw.value(answer)["path"].partition(f"tinker://{model}/")[2]
         route = f"training_runs/{model}/checkpoints/{checkpoint}/archive"
         found = raw.send("GET", route)  # follows the redirect to the signed URL
-        seen[name] = "tar" if found.ok and b"deterministic.json" in found.content else told(found)
+        seen[name] = (
+            "tar" if found.ok and b"deterministic.json" in found.content else summary(found)
+        )
     seen["unload_model"] = raw.post("unload_model", model_id=model).status_code
     return seen
 
@@ -309,7 +311,7 @@ def publish_unpublish_delete(raw: Raw) -> Any:
         ("DELETE", first),
         ("DELETE", second),
     ]
-    return [told(raw.send(method, route)) for method, route in asked]
+    return [summary(raw.send(method, route)) for method, route in asked]
 
 
 @row(
@@ -339,17 +341,17 @@ def sample_sequence_ids(raw: Raw) -> bool:
 @row(404, 404, CRASH, 200, 404)
 def heartbeat_of_an_unknown_session(raw: Raw) -> Any:
     assert raw.post("session_heartbeat", session_id=raw.session()).status_code == 200
-    return told(raw.post("session_heartbeat", session_id=UNKNOWN))
+    return summary(raw.post("session_heartbeat", session_id=UNKNOWN))
 
 
 @row([404] * 4, [404] * 4, [CRASH] * 4, [404] * 4, [404] * 4)
 def unknown_session_run_model_elsewhere(raw: Raw) -> List[Any]:
     return [
-        told(raw.post("create_model", session_id=UNKNOWN, model_seq_id=0,
+        summary(raw.post("create_model", session_id=UNKNOWN, model_seq_id=0,
                       base_model="deterministic", lora_config={"rank": 4})),
-        told(raw.post("get_info", model_id=f"{UNKNOWN}:train:0")),
-        told(raw.step(f"{UNKNOWN}:train:0", 1)),
-        told(raw.post("create_sampling_session", session_id=UNKNOWN, sampling_session_seq_id=0,
+        summary(raw.post("get_info", model_id=f"{UNKNOWN}:train:0")),
+        summary(raw.step(f"{UNKNOWN}:train:0", 1)),
+        summary(raw.post("create_sampling_session", session_id=UNKNOWN, sampling_session_seq_id=0,
                       base_model="deterministic")),
     ]  # fmt: skip
 
@@ -364,7 +366,7 @@ def heartbeat_and_work_after_expiry(raw: Raw) -> List[Any]:
     work = raw.step(model, 1)
     if work.status_code == 400:
         assert work.json() == {"detail": f"Model {model} not loaded"}
-    return [told(beat), told(work)]
+    return [summary(beat), summary(work)]
 
 
 # ---- Numbers ----
@@ -462,11 +464,11 @@ def prompt_logprobs_of_five_tokens(raw: Raw) -> List[Any]:
 )
 def failed_request(raw: Raw) -> List[Any]:
     failed = raw.settled(raw.train(raw.model(), 1, loss="no_such_loss"))
-    told = {
+    summary = {
         name: text.partition(" 'no_such_loss' is unknown")[0]
         for name, text in failed.json().items()
     }
-    return [failed.status_code, told]
+    return [failed.status_code, summary]
 
 
 @row(400, 400, 404, 200, 200)
@@ -685,7 +687,7 @@ def create_sampling_session(raw: Raw) -> Any:
             "create_sampling_session", session_id=session, sampling_session_seq_id=number, **source
         )
         if not answer.ok:
-            seen[name] = told(answer)
+            seen[name] = summary(answer)
             continue
         made = answer.json()
         seen[name] = "id" if "sampling_session_id" in made else "future"

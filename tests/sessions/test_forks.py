@@ -14,7 +14,7 @@ from support.session_server import BEAT, CAPABILITIES, POLL, SessionServer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 
-#: Ends a child without the exit hooks, as multiprocessing does, and tells of its failure.
+#: Ends a child without the exit hooks, as multiprocessing does, and reports its failure.
 FORK = """
 def fork(work):
     pid = os.fork()

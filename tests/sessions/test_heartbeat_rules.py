@@ -20,7 +20,7 @@ def table_with(policy: HeartbeatPolicy = TEN, *session_ids: str) -> SessionTable
 
 
 def beat(table: SessionTable, now: float, status: Optional[int]) -> Verdict:
-    """Send the beat that is due at *now* and have it answered at once."""
+    """Send the beat that is due at *now* with an immediate response."""
     assert table.take_due(now) == ["a"]
     verdict = table.record("a", status=status, error=None if status else "no answer", now=now)
     assert verdict is not None

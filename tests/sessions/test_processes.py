@@ -33,7 +33,7 @@ class Case:
     Attributes:
         body: the script; ``connect()`` opens a client.
         code: exit code.
-        reasons: what the server was told of the session's end, once per time.
+        reasons: the reasons that the server got for the session's end, one per request.
         detail: of the first of them.
         error: the last line on stderr; None for an empty stderr.
         signal, at: sent when the server was asked for this route.

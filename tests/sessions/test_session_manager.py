@@ -22,7 +22,8 @@ from tinkex._sessions import manager as session_manager
 from tinkex._sessions.heartbeat import LATE_S, HeartbeatThread
 from tinkex._sessions.manager import SessionManager
 from tinkex._sessions.session_record import MAX_WORKERS, HTTPLink
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.request import Request
+from tinkex._transport.transport import Transport
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, APITimeoutError, ClientClosedError, InvalidInputError
@@ -187,7 +188,7 @@ def test_a_session_without_a_valid_id_is_an_error(server: SessionServer, body: A
         manager.start_session(Config(server.url))
 
 
-# 3: creation gets in nobody's way, and leaves no orphan
+# 3: creation blocks nothing else, and leaves no orphan
 
 
 def test_a_slow_creation_holds_up_neither_lock_nor_heartbeats() -> None:
@@ -969,12 +970,12 @@ def test_closing_ends_every_session_in_parallel_and_a_hung_host_costs_one_wait()
 
         network.on_finish = finish
         manager.close()
-        told = {session_id for session_id, _, _ in network.finished}
-        assert len(told - hung) == 27
-        assert 1 <= len(told & hung) <= 2  # those in flight when it was found out
+        ended = {session_id for session_id, _, _ in network.finished}
+        assert len(ended - hung) == 27
+        assert 1 <= len(ended & hung) <= 2  # those in flight when it was found out
         assert all(link.aborted.is_set() for link in network.links)
         manager.close()
-        assert len(network.finished) == len(told)
+        assert len(network.finished) == len(ended)
 
 
 def test_a_session_ends_with_its_owner_and_the_finish_is_not_cut_off_at_close() -> None:
@@ -1113,7 +1114,7 @@ def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() ->
         wait_until(lambda: network.beats("theirs") >= before + 3, "the second one needs it")
         del second
         gc.collect()
-        wait_until(lambda: manager.snapshot() == [], "nobody needs it")
+        wait_until(lambda: manager.snapshot() == [], "nothing needs it")
         third = Owner()
         manager.adopt_session(A, "theirs", owner=third)  # and once more
         manager.stop_session("theirs")

@@ -1,4 +1,4 @@
-"""A poller whose server has the batch poller's flag, and tells what is done as a test has it."""
+"""A poller whose server has the batch poller's flag, and reports what is done as a test sets it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.transports import open_resources
 from tinkex._api._call import read
 from tinkex._results.pending import SamplerId
 from tinkex._results.poller import Poller
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.errors import ClientClosedError
 from tinkex.futures import APIFuture
 from tinkex.types import SaveWeightsResponse, UntypedFuture
@@ -79,7 +79,7 @@ def sample(
     sampler: SamplerId = SAMPLER,
     sent: Optional[List[str]] = None,
 ) -> APIFuture[Any]:
-    """A sample, accepted under *name* once *before* is set; *sent* is told before that."""
+    """A sample, accepted under *name* once *before* is set; *sent* lists what was sent."""
     future: APIFuture[Any] = poller.new_future("sample")
 
     def send(channel: Any) -> UntypedFuture:

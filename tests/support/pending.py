@@ -6,7 +6,7 @@ from typing import Any, Callable, Optional
 
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.futures import APIFuture
 from tinkex.types import UntypedFuture
 

@@ -169,9 +169,9 @@ def serving(engine: Engine, data_dir: Path) -> Iterator[Server]:
 
 
 def _telling(method: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
-    def told(*arguments: Any) -> Any:
+    def reported(*arguments: Any) -> Any:
         answer = method(*arguments)
         event.set()
         return answer
 
-    return told
+    return reported

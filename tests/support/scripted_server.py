@@ -17,7 +17,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple, U
 
 from support.loopback import PATIENCE_S as PATIENCE_S, LoopbackServer, read_http
 
-#: Of the server with ``tls=True``; a client must be told to trust it.
+#: Of the server with ``tls=True``; a client must be configured to trust it.
 CERTIFICATE = Path(__file__).parent / "tls" / "cert.pem"
 
 _TLS_GREETING = b"\x16"  # the first byte of a TLS handshake
@@ -49,7 +49,7 @@ class Answer:
         reset: send nothing and break the connection off with an RST.
         drop: send nothing and close the connection.
         close_after: send the answer and close the connection, without saying so in a header.
-        cut_after: send only so many bytes of the body, then do as `hold` says, then close.
+        cut_after: send only this many bytes of the body, then do as `hold` says, then close.
         use_gzip: compress the body.
     """
 

@@ -56,14 +56,16 @@ class SessionServer(ScriptedServer):
 
     def beats(self, session_id: Optional[str] = None) -> List[Received]:
         """The heartbeats so far, of one session or of all; not those cut off on the way."""
-        whole = [r for r in self.requests(BEAT) if len(r.body) == int(r.headers["content-length"])]
-        return [r for r in whole if session_id in (None, r.json()["session_id"])]
+        complete = [
+            r for r in self.requests(BEAT) if len(r.body) == int(r.headers["content-length"])
+        ]
+        return [r for r in complete if session_id in (None, r.json()["session_id"])]
 
     def finishes(self, session_id: str) -> List[Received]:
         return self.requests(finish_route(session_id))
 
     def reasons(self, session_id: str = "s0") -> List[str]:
-        """Why the session ended, as it was told, once for each time it was told."""
+        """The reasons for the session's end, one for each request that gave one."""
         return [r.json()["reason"]["type"] for r in self.finishes(session_id)]
 
     def details(self, session_id: str = "s0") -> List[Any]:

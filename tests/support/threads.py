@@ -15,7 +15,7 @@ PROMPT_S = 10.0
 
 
 def race(*functions: Callable[[], Any]) -> List[Any]:
-    """Call all *functions* at once, each in a thread; return what they returned or raised."""
+    """Call all *functions* concurrently, each in a thread; return what they returned or raised."""
     barrier = threading.Barrier(len(functions))
     outcomes: List[Any] = [None] * len(functions)
 
@@ -51,7 +51,7 @@ def promptly() -> Iterator[None]:
 
 
 def wait_until(predicate: Callable[[], bool], what: str) -> None:
-    """Wait until *predicate* holds: for conditions that no Event tells of."""
+    """Wait until *predicate* holds: for conditions without an Event."""
     deadline = time.monotonic() + PATIENCE_S
     while not predicate():
         assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s: {what}"

@@ -1,4 +1,4 @@
-"""What is wrong with a batch is told before anything is sent."""
+"""Mistakes in a batch are reported before anything is sent."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def test_a_loss_input_that_seems_misspelt_is_told_once(
     for _ in range(2):
         check_batch([misspelt] * 2, "cross_entropy")
     check_batch([datum(target_tokens=[2, 3, 4], mask=[1.0] * 3)], "my_loss")
-    (told,) = caplog.messages
-    assert "'weight'" in told
-    assert "is 'weights' meant" in told
+    (warning,) = caplog.messages
+    assert "'weight'" in warning
+    assert "is 'weights' meant" in warning
 
 
 @pytest.mark.parametrize("loss_fn", ["", None, 3])

@@ -34,7 +34,7 @@ INFO = {
 
 
 def missing(*loc: str) -> Answer:
-    """FastAPI's word for a field that is not there; it repeats the whole body."""
+    """FastAPI's word for a field that is not there; it repeats the entire body."""
     echo = {"session_id": "session-1", "model_seq_id": 0, "path": PATH, "optimizer": True}
     fault = {"type": "missing", "loc": ["body", *loc], "msg": "Field required", "input": echo}
     return Answer(422, {"detail": [fault]})
@@ -63,9 +63,9 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def paths(server: ScriptedServer) -> List[str]:
-    told = ("load_weights", "create_model", "weights_info", "unload_model")
+    relevant = ("load_weights", "create_model", "weights_info", "unload_model")
     names = [r.path[len(API) :] for r in server.requests()]
-    return [name for name in names if name in told]
+    return [name for name in names if name in relevant]
 
 
 def test_one_request_makes_a_run_where_that_works(
@@ -240,7 +240,7 @@ def test_runs_continue_on_every_kind_of_server(profile: str) -> None:
             train(trainer)
             path = trainer.save_state("a").result(PATIENCE_S).path
             expected = train(trainer)
-            with ThreadPoolExecutor(4) as pool:  # many at once, before it is known how
+            with ThreadPoolExecutor(4) as pool:  # many concurrently, before it is known how
                 made = [
                     pool.submit(service.create_training_client_from_state_with_optimizer, path)
                     for _ in range(4)

@@ -304,9 +304,9 @@ def test_provenance_goes_along_in_both_passes(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     spans = [types.PromptProvenanceSpan("q", length=1), types.SampledProvenanceSpan("q", length=2)]
-    told = datum(1).with_provenance(spans, spans)
+    annotated = datum(1).with_provenance(spans, spans)
     loss = lambda d, p: (p[0].sum(), {})  # noqa: E731
-    scripted_trainer.forward_backward_custom([told], loss).result(PATIENCE_S)
+    scripted_trainer.forward_backward_custom([annotated], loss).result(PATIENCE_S)
     sent = [batch.data[0] for batch in routes.submitted("forward_backward")]
     assert len(sent) == 2
     assert {d.model_input_spans for d in sent} == {d.loss_fn_input_spans for d in sent}

@@ -106,8 +106,8 @@ def test_the_flags_are_asked_for_with_the_first_pass(
     routes.serve(CONFIG, Answer(body={"fwdbwd_max_chunk_len": 2}))
     trainer.optim_step(types.AdamParams()).result(PATIENCE_S)
     asked = len(server.requests(f"POST {API}{CONFIG}"))
-    whole = trainer.forward_backward([datum(n) for n in (1, 2, 3)], "cross_entropy")
-    assert len(whole.result(PATIENCE_S).loss_fn_outputs) == 3
+    combined = trainer.forward_backward([datum(n) for n in (1, 2, 3)], "cross_entropy")
+    assert len(combined.result(PATIENCE_S).loss_fn_outputs) == 3
     trainer.forward_backward([datum()], "cross_entropy").result(PATIENCE_S)
     assert [len(b.data) for b in routes.submitted("forward_backward")] == [2, 1, 1]
     assert routes.seq_ids() == [1, 2, 3, 4]
@@ -173,7 +173,7 @@ def test_the_loss_is_computed_where_the_server_does_not_tell(
     answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)], metrics=None)
     pass_ = trainer.forward_backward([datum(weights=[1, 0.5, 0, 0])], "cross_entropy")
     assert pass_.result(PATIENCE_S).metrics == {"loss:sum": 2.0}
-    # What the server tells counts, and other losses are not known here.
+    # What the server reports counts, and other losses are not known here.
     answer_passes(
         routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)], metrics={"loss:sum": 7, "x": 1}
     )
@@ -189,8 +189,8 @@ def test_the_loss_of_a_batch_in_parts_is_their_sum(
 ) -> None:
     routes.serve(CONFIG, Answer(body={"fwdbwd_max_chunk_len": 1}))
     answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)])
-    whole = trainer.forward_backward([datum(), datum()], "cross_entropy").result(PATIENCE_S)
-    assert whole.metrics == {"loss:sum": 20.0}
+    combined = trainer.forward_backward([datum(), datum()], "cross_entropy").result(PATIENCE_S)
+    assert combined.metrics == {"loss:sum": 20.0}
 
 
 def rewarded(sampled: List[float], advantages: List[float]) -> types.Datum:

@@ -71,7 +71,7 @@ def numbers(server: ScriptedServer, routes: TinkerRoutes, since: int = 0) -> Lis
 class Strict:
     """Counts as TuFT does: only the expected number runs, and only a success counts.
 
-    Passes with the loss "bad" fail.  *swallow* runs so many requests and loses their answers.
+    Passes with the loss "bad" fail.  *swallow* runs this many requests and loses their responses.
     """
 
     def __init__(self, routes: TinkerRoutes) -> None:

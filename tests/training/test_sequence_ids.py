@@ -39,7 +39,7 @@ UNANSWERED = (APIConnectionError, InternalServerError)
 
 
 class Counting:
-    """Steps of one run, told apart by their learning rates, on one kind of server.
+    """Steps of one run, distinguished by their learning rates, on one kind of server.
 
     kind: ``"waits"`` for a number that is left out (the embedded server), runs in order of
     ``"arrival"`` (SkyRL), knows the ``"first"`` body of a number only (hatchery-core), or is
@@ -144,7 +144,7 @@ def test_every_step_is_taken_once_at_most_and_in_order(
 ) -> None:
     chances = random.Random(f"{kind} {seed}")
     steps = Counting(kind, routes, random.Random(seed), lost)
-    told: List[float] = []  # whose results came back
+    succeeded: List[float] = []  # whose results came back
     with ServiceClient(base_url=server.url) as service:
         trainer = service.create_lora_training_client("base")
         for burst in range(12):
@@ -165,11 +165,11 @@ def test_every_step_is_taken_once_at_most_and_in_order(
                 if error is None:
                     metrics = future.result().metrics
                     assert metrics == {"learning_rate:mean": rate}  # its own, not another's
-                    told.append(rate)
+                    succeeded.append(rate)
                 else:
                     assert isinstance(error, (*UNANSWERED, ResultExpiredError)) or (
                         rate >= BAD and isinstance(error, RequestFailedError)
                     ), repr(error)
-    assert told[-1] == 0.4  # the run goes on
+    assert succeeded[-1] == 0.4  # the run goes on
     assert steps.ran == sorted(set(steps.ran))  # in order, none twice
-    assert set(told) <= set(steps.ran)
+    assert set(succeeded) <= set(steps.ran)

@@ -149,9 +149,9 @@ def test_a_wait_shows_in_the_status_of_the_future() -> None:
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(quota.acquire, 1, never, future)
         wait_until(lambda: future.waiting_for is not None, "it waits")
-        told = "sample requests: 12.0 MB of 10.0 MB in flight"
-        assert future.status().held_back == told
-        with pytest.raises(concurrent.futures.TimeoutError, match=told):
+        reported = "sample requests: 12.0 MB of 10.0 MB in flight"
+        assert future.status().held_back == reported
+        with pytest.raises(concurrent.futures.TimeoutError, match=reported):
             future.result(0)
         quota.release(12_000_000)
         held.result(PATIENCE_S)
@@ -240,7 +240,7 @@ def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -
         ThreadPoolExecutor(1) as pool,
     ):
         second = pool.submit(limit.acquire, "sample")
-        wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+        wait_until(lambda: "sample has waited for" in caplog.text, "it is logged")
         limit.release()
         second.result(PATIENCE_S)
     assert "the results of max_unread = 1 futures were not read" in caplog.text
@@ -257,7 +257,7 @@ def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING, "tinkex._transport.limits"):
         alone = threading.Thread(target=submit_two, name="alone", daemon=True)
         alone.start()
-        wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+        wait_until(lambda: "sample has waited for" in caplog.text, "it is logged")
         assert "Only this thread, alone, has submitted any" in caplog.text
         assert "it waits for itself, for ever. Read some with result()" in caplog.text
         assert alone.is_alive()
@@ -267,7 +267,7 @@ def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureF
         caplog.clear()
         with ThreadPoolExecutor(1) as pool:
             third = pool.submit(limit.acquire, "sample")
-            wait_until(lambda: "sample has waited for" in caplog.text, "it is told")
+            wait_until(lambda: "sample has waited for" in caplog.text, "it is logged")
             limit.release()
             third.result(PATIENCE_S)
         assert "for ever" not in caplog.text  # two threads submit: another one can read
@@ -322,12 +322,12 @@ def test_a_future_is_read_by_its_result_a_callback_or_its_end(
         second = sampler.sample(PROMPT)
         with pytest.raises(BackpressureError):
             sampler.sample(PROMPT)
-        told = threading.Event()
-        second.add_done_callback(lambda future: told.set())
-        assert told.wait(PATIENCE_S)
+        reported = threading.Event()
+        second.add_done_callback(lambda future: reported.set())
+        assert reported.wait(PATIENCE_S)
         third = sampler.sample(PROMPT)
         wait_until(third.done, "it is done")
-        wait_until(lambda: not service.inflight(), "nobody else holds it")
+        wait_until(lambda: not service.inflight(), "nothing else holds it")
         with pytest.raises(BackpressureError):
             sampler.sample(PROMPT)
         del third
@@ -348,8 +348,8 @@ def test_the_parts_of_a_batch_take_no_places(server: ScriptedServer, routes: Tin
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 1}))
     with ServiceClient(base_url=server.url, max_unread=1, on_backpressure="raise") as service:
         trainer = service.create_lora_training_client("base")
-        whole = trainer.forward_backward(BATCH * 3, "cross_entropy")
-        assert len(whole.result(PATIENCE_S).loss_fn_outputs) == 3
+        combined = trainer.forward_backward(BATCH * 3, "cross_entropy")
+        assert len(combined.result(PATIENCE_S).loss_fn_outputs) == 3
         trainer.optim_step(types.AdamParams()).result(PATIENCE_S)
     assert len(routes.submitted("forward_backward")) == 3
 
@@ -461,10 +461,10 @@ def test_a_future_that_the_server_holds_back_says_so_and_close_ends_it_at_once(
         sampler = service.create_sampling_client(base_model="base")
         futures = [sampler.sample(PROMPT) for _ in range(30)]
 
-        def told() -> bool:
+        def reported() -> bool:
             return all("has asked to wait" in (f.status().held_back or "") for f in futures)
 
-        wait_until(told, "every future says why")
+        wait_until(reported, "every future says why")
     for future in futures:
         assert isinstance(future.exception(0), ClientClosedError)
 
@@ -532,7 +532,7 @@ def test_large_results_are_fetched_one_after_the_other(
 def test_close_ends_a_wait_for_the_quota_at_once(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # nobody looks without being woken
+    monkeypatch.setattr(limits, "_CHECK_INTERVAL_S", 3600.0)  # no thread looks without being woken
     with ServiceClient(base_url=server.url) as service:
         sampler = service.create_sampling_client(base_model="base")
         quota = service._runtime.resources.limits.samples

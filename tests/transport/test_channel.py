@@ -138,7 +138,7 @@ def test_close_closes_idle_connections(channel: Channel, server: ScriptedServer)
 
 
 def test_a_proxy_is_used_and_its_connections_can_be_aborted(server: ScriptedServer) -> None:
-    # The scripted server plays the proxy: it is asked for a whole URL.
+    # The scripted server plays the proxy: it gets requests for absolute URLs.
     channel = Channel(quick_config(server, base_url="http://far.example", proxy=server.url), 1)
     server.on("POST http://far.example/x", Answer(), Answer(hold=threading.Event()))
     first = channel.request("POST", "http://far.example/x", headers={}, body=b"", timeout=(5, 5))

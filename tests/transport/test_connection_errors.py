@@ -1,4 +1,4 @@
-"""What is told when there is no answer, and how much of it."""
+"""The error where no response arrives, and its length."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_tls_to_a_port_that_never_answers_the_handshake(server: ScriptedServer) 
 
 
 def test_without_a_base_url_the_default_is_named_as_such() -> None:
-    error = requests.ConnectionError("nobody there")
-    told = str(connection_error(Config(base_url=DEFAULT_BASE_URL), SUBMIT, error, str))
-    assert f"{DEFAULT_BASE_URL} is the default" in told
-    assert "TINKER_BASE_URL" in told
+    error = requests.ConnectionError("no server there")
+    text = str(connection_error(Config(base_url=DEFAULT_BASE_URL), SUBMIT, error, str))
+    assert f"{DEFAULT_BASE_URL} is the default" in text
+    assert "TINKER_BASE_URL" in text
 
 
 def test_a_server_without_the_first_route_makes_the_url_suspect(server: ScriptedServer) -> None:
@@ -55,10 +55,10 @@ def test_an_unreachable_server_is_told_without_the_insides_of_libraries(
     server.close()
     with pytest.raises(APIConnectionError) as caught:
         ServiceClient(base_url=server.url, startup_timeout_s=0.1)
-    told = "".join(traceback.format_exception(None, caught.value, caught.value.__traceback__))
-    assert "Connection refused" in told
-    assert "urllib3/" not in told
-    assert "requests/" not in told
+    text = "".join(traceback.format_exception(None, caught.value, caught.value.__traceback__))
+    assert "Connection refused" in text
+    assert "urllib3/" not in text
+    assert "requests/" not in text
 
 
 def test_causes_that_are_not_ours_keep_their_traceback() -> None:

@@ -21,7 +21,7 @@ from support.scripted_server import CERTIFICATE, Answer as Scripted, ScriptedSer
 from tinkex._transport.fast_connection import MAX_HEAD_BYTES, PrivateChannel
 from tinkex._transport.request import Reply
 from tinkex.config import Config
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 PATIENCE = (5.0, 5.0)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

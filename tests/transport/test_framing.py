@@ -15,7 +15,8 @@ from tinkex._transport import framing
 from tinkex._transport.channel import Channel
 from tinkex._transport.fast_connection import PrivateChannel
 from tinkex._transport.framing import Pace, chunk_size, content_length
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.request import Request
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
 

@@ -31,9 +31,10 @@ from tinkex._api.training import submit
 from tinkex._runtime.clock import SystemClock
 from tinkex._transport import credential_command
 from tinkex._transport.credential_command import run_command
+from tinkex._transport.request import Request
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, TokenSource
-from tinkex._transport.transport import Request, Transport
+from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.credentials import CredentialsFile, StoredKey, read_claims
 from tinkex.errors import (
@@ -68,7 +69,7 @@ def jwt(issued_at: float = 0.0, life_s: Optional[float] = 3600.0, **claims: Any)
 
 
 class TokenServer:
-    """Makes numbered tokens, and takes those that it was not told to refuse."""
+    """Makes numbered tokens, and accepts those that it is not set to refuse."""
 
     def __init__(self, server: ScriptedServer, clock: ManualClock) -> None:
         self.server = server
@@ -657,7 +658,7 @@ def test_the_server_may_prefer_the_command_to_the_key(
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         ("print('tml-half'); sys.exit(3)", "exit code 3"),
         ("pass", "printed nothing"),
@@ -666,17 +667,17 @@ def test_the_server_may_prefer_the_command_to_the_key(
         ("os.kill(os.getpid(), 9)", "exit code"),
     ],
 )
-def test_a_command_that_fails_is_told_without_what_it_printed(
+def test_a_command_that_fails_is_reported_without_what_it_printed(
     server: ScriptedServer,
     tmp_path: Path,
     script: str,
-    told: str,
+    message: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     command = command_in(tmp_path, f"print('tml-on-stderr', file=sys.stderr)\n{script}")
     with open_transport(server, credential_cmd=command) as transport:
-        with pytest.raises(CredentialError, match=told) as caught:
+        with pytest.raises(CredentialError, match=message) as caught:
             transport.send(SUBMIT, QUICK)
     assert server.requests() == []
     shown = everything_about(caught.value) + caplog.text
@@ -1086,7 +1087,7 @@ def test_a_weights_access_token_that_is_echoed_is_not_shown(
     assert token not in everything_about(caught.value)
 
 
-# The whole client
+# The complete client
 
 
 def test_everything_a_client_sends_carries_the_token(

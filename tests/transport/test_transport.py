@@ -25,7 +25,8 @@ from support.transports import open_transport, quick_config
 from tinkex import errors
 from tinkex._transport import billing, channel as channel_module, content_encoding
 from tinkex._transport.attempts import RequestAttempts
-from tinkex._transport.transport import Reply, Request, Sender, ThreadTransport, Transport
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.transport import Sender, ThreadTransport, Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -36,7 +37,7 @@ from tinkex.errors import (
     ResponseDecodeError,
 )
 from tinkex.retry import MAX_DAMAGED, RetryPolicy
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 KEY = "tml-secret-4711"
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')
@@ -757,8 +758,8 @@ def test_a_deprecation_is_told_once(
     with pytest.raises(errors.NotFoundError):
         transport.send(SUBMIT, QUICK)
     transport.send(SUBMIT, QUICK)
-    told = [r for r in caplog.records if f"goes away, {level}" in r.getMessage()]
-    assert [(r.levelno, route() in r.getMessage()) for r in told] == [(expected, True)]
+    notes = [r for r in caplog.records if f"goes away, {level}" in r.getMessage()]
+    assert [(r.levelno, route() in r.getMessage()) for r in notes] == [(expected, True)]
 
 
 def test_the_headers_of_what_stands_before_the_server_come_from_the_environment(

@@ -201,7 +201,7 @@ def test_times_are_written_with_their_zone():
 
 
 def test_reading_leaves_the_filters_of_other_threads_alone():
-    # warnings.catch_warnings swaps the filters of the whole process, and threads that overlap
+    # warnings.catch_warnings swaps the filters of the entire process, and threads that overlap
     # put back each other's.
     before = list(warnings.filters)
     barrier = threading.Barrier(4)

@@ -78,9 +78,9 @@ def test_order_is_kept_limits_hold_and_no_cut_is_early(sizes, max_datums, max_by
 
 
 def test_outputs_are_joined_in_order_under_the_first_type():
-    whole = combine([output({}, 2, "X"), output({}, 0, "Y"), output({}, 1, "Z")])
-    assert [d["logprobs"].tolist() for d in whole.loss_fn_outputs] == [[0.0], [1.0], [0.0]]
-    assert whole.loss_fn_output_type == "X"
+    combined = combine([output({}, 2, "X"), output({}, 0, "Y"), output({}, 1, "Z")])
+    assert [d["logprobs"].tolist() for d in combined.loss_fn_outputs] == [[0.0], [1.0], [0.0]]
+    assert combined.loss_fn_output_type == "X"
 
 
 @pytest.mark.parametrize(

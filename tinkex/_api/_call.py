@@ -9,12 +9,13 @@ from urllib.parse import quote, urlencode
 
 import orjson
 
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request, Sender
+from tinkex._transport.request import Reply, Request
 from tinkex.errors import InvalidInputError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.transport import Sender
     from tinkex.types._wire import Wire
 
 W = TypeVar("W", bound="Wire")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Iterator, Optional
 
-from tinkex._transport.transport import Sender
 from tinkex.errors import APIStatusError, RouteMissingError
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
 
 #: How web frameworks answer for a route they do not have; texts about a thing that is missing
 #: name the thing.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional, Type, TypeVar
 from tinkex import types
 from tinkex._api._call import get
 from tinkex._api._optional import optional_route
-from tinkex._transport.transport import Sender
 
 if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
     from tinkex.types._wire import Wire
 
 W = TypeVar("W", bound="Wire")

@@ -9,7 +9,7 @@ import email.utils
 import logging
 import random
 from datetime import datetime, timezone
-from typing import Callable, Mapping, Optional
+from typing import TYPE_CHECKING, Callable, Mapping, Optional
 from urllib.parse import urljoin
 
 from tinkex import types
@@ -17,11 +17,13 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.rest import archive_request
 from tinkex._transport.channel import Channel
-from tinkex._transport.response_errors import error_if_damaged
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.request import Reply, Request, error_if_damaged
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
 from tinkex.retry import RetryPolicy, RetryState
 from tinkex.types._wire import parse_datetime
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Transport
 
 logger = logging.getLogger(__name__)
 

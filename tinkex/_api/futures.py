@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
 
 from tinkex._api._call import encode
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import JSON_TYPE, Reply, Request, Sender
+from tinkex._transport.request import JSON_TYPE, Reply, Request
 from tinkex.errors import ResponseDecodeError
 from tinkex.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.transport import Sender
 
 #: One attempt to cancel may take this long, in seconds.
 CANCEL_TIMEOUT_S = 30.0

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, Typ
 from tinkex import types
 from tinkex._api._call import call, encode, get, post, read, segment
 from tinkex._api._optional import optional_route, was_done_before
-from tinkex._transport.transport import Request, Sender
+from tinkex._transport.request import Request
 from tinkex.errors import APIStatusError, InvalidInputError
 from tinkex.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
     from tinkex.types._wire import Wire
 
 logger = logging.getLogger(__name__)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Union
 
 from tinkex import types
 from tinkex._api._call import call, get, post, read, segment
 from tinkex._api._optional import optional_route
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Sender
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.transport import Sender
 
 
 def create_sampling_session(

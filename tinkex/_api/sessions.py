@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
 from tinkex._api._optional import is_missing_route
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex._transport.transport import Reply, Request, Sender, Transport
+from tinkex._transport.request import Reply, Request
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.config import Config
 from tinkex.errors import APIStatusError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender, Transport
 
 #: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
 HEARTBEAT_TIMEOUT_S = 10.0

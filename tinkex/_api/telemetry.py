@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
-from typing import Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from tinkex._api._call import encode
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Request, Sender
+from tinkex._transport.request import Reply, Request
 from tinkex._version import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.transport import Sender
 
 #: One report may take this long, in seconds.
 TIMEOUT_S = 5.0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Mapping, Tuple, Union
+from typing import TYPE_CHECKING, Any, Mapping, Tuple, Union
 
 from tinkex import types
 from tinkex._api._call import post, read
 from tinkex._api._optional import optional_route, was_done_before
-from tinkex._transport.request import Body
-from tinkex._transport.transport import Request, Sender
+from tinkex._transport.request import Body, Request
 from tinkex.errors import APIStatusError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import Codec, compress
+
+if TYPE_CHECKING:
+    from tinkex._transport.transport import Sender
 
 _NEW_RUN = ("session_id", "model_seq_id")
 _OF_RUN = ("model_id", "seq_id")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 import time
 from functools import partial
-from typing import Mapping, Optional
+from typing import TYPE_CHECKING, Mapping, Optional
 
 from tinkex._transport.request import Request, broken_route
-from tinkex._transport.resources import ClientResources
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
+
+if TYPE_CHECKING:
+    from tinkex._transport.resources import ClientResources
 
 #: A server that responds "pending" immediately is polled again after this long at first ...
 FIRST_SPACING_S = 0.02

@@ -24,7 +24,7 @@ import functools
 import logging
 import threading
 import time
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 from tinkex._results.concurrency_gate import SampleGate
 from tinkex._results.pending import Lease, PendingRequest, SamplerId
@@ -32,7 +32,6 @@ from tinkex._results.sample_poller import SamplePoller
 from tinkex._results.sampler_polls import ROUTE, SamplerPolls, Submissions
 from tinkex._runtime.adaptive_pool import AdaptivePool
 from tinkex._transport.channel import Channel
-from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ServerFlags
 from tinkex.errors import (
     APIConnectionError,
@@ -41,6 +40,9 @@ from tinkex.errors import (
     ResultExpiredError,
     TinkexError,
 )
+
+if TYPE_CHECKING:
+    from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from typing import TYPE_CHECKING
 
 from tinkex._api.futures import cancel_future
-from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import dynamic_flags_for
 from tinkex.errors import ClientClosedError, TinkexError
+
+if TYPE_CHECKING:
+    from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Dict, Optional, Union
 
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.errors import APIError, RequestFailedError, ResultExpiredError, TinkexError
 
 #: One of these is in every JSON response that is not a result.

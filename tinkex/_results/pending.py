@@ -17,12 +17,13 @@ from typing import (
     TypeVar,
 )
 
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply, Transport
+from tinkex._transport.request import Reply
 from tinkex.errors import ResultExpiredError
 from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.transport import Transport
     from tinkex.types import UntypedFuture
 
 T = TypeVar("T")

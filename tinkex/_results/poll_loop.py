@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Optional
 
 from tinkex._api.futures import retrieve_future
 from tinkex._results.backoff import Backoff
@@ -22,9 +22,7 @@ from tinkex._results.outcomes import (
 )
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import PendingRequest
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.resources import ClientResources
-from tinkex._transport.transport import Reply, Request
+from tinkex._transport.request import Reply, Request
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -36,6 +34,10 @@ from tinkex.errors import (
     ResponseDecodeError,
     TinkexError,
 )
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.resources import ClientResources
 
 _POLL = Request("POST", "/api/v1/retrieve_future")
 

@@ -17,7 +17,7 @@ import functools
 import logging
 import threading
 import weakref
-from typing import Any, Callable, Deque, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional
 
 from tinkex._results.batch_poller import BatchPoller
 from tinkex._results.pending import Lease, PendingRequest
@@ -25,10 +25,12 @@ from tinkex._results.sample_poller import SamplePoller
 from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.descriptors import connection_cap
 from tinkex._runtime.worker_pool import WorkerPool
-from tinkex._transport.resources import ClientResources
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex.errors import ClientClosedError, TinkexError
 from tinkex.futures import APIFuture
+
+if TYPE_CHECKING:
+    from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
 

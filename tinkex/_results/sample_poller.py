@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
 from tinkex._transport.connection_errors import forget_frames
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.resources import ClientResources
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,16 @@ from tinkex._api.futures import read_completions, retrieve_futures
 from tinkex._results.backoff import Backoff
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._results.poll_loop import overdue
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.resources import ClientResources
+from tinkex._transport.request import Reply, Request
 from tinkex._transport.server_flags import ABSENT
-from tinkex._transport.transport import Reply, Request
 from tinkex.errors import APIConnectionError, APIStatusError, ResponseDecodeError, TinkexError
 from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
     from tinkex._results.batch_poller import BatchPoller
     from tinkex._results.cancel_queue import CancelQueue
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
 

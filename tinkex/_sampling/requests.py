@@ -17,10 +17,8 @@ from tinkex._sampling.sample_checks import (
     has_unknown_logprobs,
     unsupported_by,
 )
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.resources import ClientResources
+from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ABSENT, flags_for
-from tinkex._transport.transport import Reply
 from tinkex.errors import APIStatusError, ResponseDecodeError, UnprocessableEntityError
 from tinkex.futures import APIFuture
 from tinkex.retry_config import RetryConfig
@@ -29,6 +27,8 @@ from tinkex.wire.codec import codec_for
 
 if TYPE_CHECKING:
     from tinkex import types
+    from tinkex._transport.fast_connection import AnyChannel
+    from tinkex._transport.resources import ClientResources
     from tinkex.types import SampleResponse, UntypedFuture
 
 T = TypeVar("T")

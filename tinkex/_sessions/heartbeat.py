@@ -14,24 +14,26 @@ import logging
 import queue
 import threading
 import time
-from typing import Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
-from tinkex._sessions.process_status import StatusFile
-from tinkex._sessions.registry import SessionRegistry
 from tinkex._sessions.session_record import (
     FINISH_S,
     MAX_WORKERS,
     FinishRound,
     ManagerDropped,
     OwnerCollected,
-    SessionRecord,
     Wake,
 )
 from tinkex._sessions.session_table import Verdict
 from tinkex.errors import ClientClosedError, TinkexError
+
+if TYPE_CHECKING:
+    from tinkex._sessions.process_status import StatusFile
+    from tinkex._sessions.registry import SessionRegistry
+    from tinkex._sessions.session_record import SessionRecord
 
 logger = logging.getLogger(__name__)
 

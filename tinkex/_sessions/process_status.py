@@ -24,13 +24,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from tinkex._runtime.clock import Clock
-from tinkex._sessions.registry import SessionRegistry
-from tinkex._sessions.session_record import SessionRecord
 from tinkex._sessions.session_table import SessionSnapshot
 from tinkex.futures import APIFuture
+
+if TYPE_CHECKING:
+    from tinkex._sessions.registry import SessionRegistry
+    from tinkex._sessions.session_record import SessionRecord
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.inbox import Inbox
 from tinkex._sessions.beat_queue import BeatQueue
-from tinkex._sessions.session_record import MAX_WORKERS, Message, SessionRecord
+from tinkex._sessions.session_record import MAX_WORKERS, Message
 from tinkex._sessions.session_table import (
     HeartbeatPolicy,
     SessionSnapshot,
@@ -20,6 +20,9 @@ from tinkex._sessions.session_table import (
     Verdict,
 )
 from tinkex.errors import ClientClosedError, InvalidInputError
+
+if TYPE_CHECKING:
+    from tinkex._sessions.session_record import SessionRecord
 
 #: The reasons of this many lost sessions are remembered: dropped clients never ask for theirs.
 MAX_LOST = 1000

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Optional
 
 from tinkex._api.sessions import ask_for_session
 from tinkex._runtime.single_flight import SingleFlight
-from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import (
     APIStatusError,
@@ -27,6 +26,7 @@ from tinkex.errors import (
 
 if TYPE_CHECKING:
     from tinkex._sessions.manager import SessionManager
+    from tinkex._transport.transport import Transport
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from typing import (
 
 from tinkex._results.nan_warning import NaNWarning
 from tinkex._runtime.late_import import np
+from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags
-from tinkex._transport.transport import Reply
 from tinkex.errors import (
     ClientClosedError,
     InvalidInputError,

@@ -14,12 +14,11 @@ import dataclasses
 import functools
 import logging
 import re
-from typing import Any, ClassVar, Dict, Mapping, Optional, Type, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, Mapping, Optional, Type, TypeVar
 
 from tinkex._api import rest, training as api
 from tinkex._api._call import read
 from tinkex._results.pending import AcceptedRequest
-from tinkex._sessions.runtime import Runtime
 from tinkex._training.checks import check_metadata, check_token
 from tinkex.errors import APIStatusError, RouteMissingError, TinkexError
 from tinkex.futures import APIFuture
@@ -34,6 +33,9 @@ from tinkex.types import (
 from tinkex.types._wire import Wire
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.types.optimizer import optimizer_config_to_wire
+
+if TYPE_CHECKING:
+    from tinkex._sessions.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -13,20 +13,22 @@ import logging
 import math
 import re
 import threading
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import orjson
 
 from tinkex._api import training as api
 from tinkex._api._optional import optional_route
 from tinkex._runtime.numeric import is_int, to_int
-from tinkex._sessions.runtime import Runtime
 from tinkex._training.create_run import wait_for_result
 from tinkex._training.custom_loss import LossHandle, PerDatumLossFn, require_torch
 from tinkex._transport.server_flags import flags_for
 from tinkex.errors import APIError, InvalidInputError, RouteMissingError, a_type
 from tinkex.types import CreateCustomLossResponse
 from tinkex.types._wire import excerpt
+
+if TYPE_CHECKING:
+    from tinkex._sessions.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

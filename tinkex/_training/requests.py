@@ -6,7 +6,7 @@ the poller.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Mapping, Optional, Type, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Mapping, Optional, Type, TypeVar
 
 from tinkex._api._call import read
 from tinkex._api._optional import optional_route
@@ -15,8 +15,7 @@ from tinkex._api.training import submit
 from tinkex._results.nan_warning import NaNWarning
 from tinkex._training.batch import Chunk, Loss, in_indices_of_batch, read_pass
 from tinkex._training.run_queue import RunQueue, RunRequest
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.errors import ResponseDecodeError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -29,6 +28,9 @@ from tinkex.types import (
     SaveWeightsResponse,
     UntypedFuture,
 )
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
 
 T = TypeVar("T")
 

@@ -16,24 +16,26 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any, Callable, Collection, List, Optional, Sequence, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Collection, List, Optional, Sequence, Type, TypeVar
 
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._api.encoding_choice import batch_codec
 from tinkex._results.nan_warning import NaNWarning
 from tinkex._results.pending import AcceptedRequest
-from tinkex._sessions.runtime import Runtime
 from tinkex._training.batch import Chunk, Loss, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, SplitBatch
 from tinkex._training.requests import EndpointRequest, Pass
 from tinkex._training.run_queue import RunQueue
+from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags, flags_for
-from tinkex._transport.transport import Reply
 from tinkex.errors import APIError
 from tinkex.futures import APIFuture, gather
 from tinkex.types import Datum, ForwardBackwardOutput, UnloadModelResponse, UntypedFuture
 from tinkex.wire.chunking import combine
+
+if TYPE_CHECKING:
+    from tinkex._sessions.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

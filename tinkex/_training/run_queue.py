@@ -11,11 +11,10 @@ import functools
 import logging
 import threading
 import uuid
-from typing import Any, Callable, Optional, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
 from tinkex._results.pending import PendingRequest
-from tinkex._sessions.runtime import Runtime
 from tinkex._training.sequence import (
     Action,
     Lost,
@@ -24,8 +23,8 @@ from tinkex._training.sequence import (
     classify,
     expected_seq_id,
 )
+from tinkex._transport.request import Request
 from tinkex._transport.tracing import active
-from tinkex._transport.transport import Request
 from tinkex.errors import (
     APIError,
     ClientClosedError,
@@ -36,6 +35,9 @@ from tinkex.errors import (
 from tinkex.futures import APIFuture
 from tinkex.retry import RetryPolicy
 from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFuture
+
+if TYPE_CHECKING:
+    from tinkex._sessions.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

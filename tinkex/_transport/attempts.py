@@ -7,9 +7,7 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Optional
 
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.request import Reply, Request, broken_route
-from tinkex._transport.response_errors import error_if_damaged
+from tinkex._transport.request import Reply, Request, broken_route, error_if_damaged
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -20,6 +18,7 @@ from tinkex.errors import (
 from tinkex.retry import RetryPolicy, RetryState, leaves_outcome_open
 
 if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
     from tinkex._transport.transport import Transport
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from tinkex._transport.content_encoding import decompress
 from tinkex._transport.framing import SMALL_BODY, CheckedResponse, Pace
 from tinkex._transport.request import Body, Reply
 from tinkex.config import Config
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
 

@@ -10,13 +10,16 @@ import logging
 import math
 import threading
 import weakref
-from typing import Mapping
+from typing import TYPE_CHECKING, Mapping
 
 from tinkex._runtime.clock import Clock
 from tinkex._runtime.descriptors import advice
 from tinkex._transport.channel import Channel
-from tinkex._transport.fast_connection import AnyChannel, PrivateChannel
+from tinkex._transport.fast_connection import PrivateChannel
 from tinkex.config import Config
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from tinkex._transport.content_encoding import decompress
 from tinkex._transport.framing import SMALL_BODY, Pace, chunk_size, content_length
 from tinkex._transport.request import Body, Reply
 from tinkex.config import Config
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 #: Most responses fit; the rest of a longer one is read in large blocks.  A waiting thread holds a
 #: buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, List, Mapping, Optional, Tuple, Union
 
 import orjson
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import ResponseDecodeError
-from tinkex.wire.codec import Parts
+from tinkex.wire.parts import Parts
 
 JSON_TYPE = "application/json"
 
 NOT_JSON_HINT = ErrorText(
     "Is ", Setting("base_url"), " the address of a Tinker server, and its path prefix right?"
 )
+
+#: Characters of a body that are shown.
+_SHOWN = 200
 
 Body = Union[bytes, Parts, None]
 
@@ -121,3 +125,29 @@ class Reply:
                 status=self.status,
                 hint=NOT_JSON_HINT,
             ) from error
+
+
+def error_if_damaged(request: Request, reply: Reply) -> Optional[ResponseDecodeError]:
+    """The error for a success that should be JSON and is not; None if all is well.
+
+    The work was done.  Sent again, under the same key, the request gets its response once more.
+    """
+    if request.empty_response_ok or "protobuf" in reply.content_type or not reply.is_damaged:
+        return None
+    error = ResponseDecodeError(
+        f"{request.name}: the response is not JSON: {describe(request, reply)}",
+        status=reply.status,
+        hint=NOT_JSON_HINT,
+    )
+    error.maybe_taken = True
+    return error
+
+
+def describe(request: Request, reply: Reply) -> str:
+    """Status, content type and the beginning of the body, for messages; may hold secrets."""
+    kind = reply.content_type.partition(";")[0].strip() or "no content type"
+    if request.secret_reply:
+        return f"status {reply.status}, {kind}"
+    text = re.sub(r"\s+", " ", reply.body[: 4 * _SHOWN].decode("utf-8", "replace")).strip()
+    shown = repr(text[:_SHOWN]) if text else "empty body"
+    return f"status {reply.status}, {kind}, {shown}"

@@ -7,14 +7,13 @@ portal.  It reports nothing about the request: it is an outage, and the request 
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Tuple
 
 import orjson
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.redirects import shown
-from tinkex._transport.request import NOT_JSON_HINT, Reply, Request
+from tinkex._transport.request import NOT_JSON_HINT, Reply, Request, describe
 from tinkex.errors import APIConnectionError, APIError, ResponseDecodeError, status_error_type
 from tinkex.retry import retry_after_s
 
@@ -38,9 +37,6 @@ GATEWAY_HINT = ErrorText(
     Setting("base_url"),
     " and its path prefix.",
 )
-
-#: Characters of a body that are shown.
-_SHOWN = 200
 
 #: Requests with these statuses are repeated in any case.
 _PASSING = (408, 429)
@@ -156,29 +152,3 @@ def is_from_gateway(request: Request, reply: Reply) -> bool:
         return False
     plain = status >= 300 and kind.partition(";")[0].strip() in ("text/plain", "")
     return not plain or start.lower().startswith(_GATEWAY_TEXTS)
-
-
-def error_if_damaged(request: Request, reply: Reply) -> Optional[ResponseDecodeError]:
-    """The error for a success that should be JSON and is not; None if all is well.
-
-    The work was done.  Sent again, under the same key, the request gets its response once more.
-    """
-    if request.empty_response_ok or "protobuf" in reply.content_type or not reply.is_damaged:
-        return None
-    error = ResponseDecodeError(
-        f"{request.name}: the response is not JSON: {describe(request, reply)}",
-        status=reply.status,
-        hint=NOT_JSON_HINT,
-    )
-    error.maybe_taken = True
-    return error
-
-
-def describe(request: Request, reply: Reply) -> str:
-    """Status, content type and the beginning of the body, for messages; may hold secrets."""
-    kind = reply.content_type.partition(";")[0].strip() or "no content type"
-    if request.secret_reply:
-        return f"status {reply.status}, {kind}"
-    text = re.sub(r"\s+", " ", reply.body[: 4 * _SHOWN].decode("utf-8", "replace")).strip()
-    shown = repr(text[:_SHOWN]) if text else "empty body"
-    return f"status {reply.status}, {kind}, {shown}"

@@ -27,7 +27,7 @@ from tinkex._transport.content_encoding import ACCEPT_ENCODING
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.redaction import Redactor
 from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
-from tinkex._transport.request import JSON_TYPE as JSON_TYPE, Reply as Reply, Request as Request
+from tinkex._transport.request import Reply, Request
 from tinkex._transport.response_errors import raise_if_from_gateway, status_error
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, is_invalid_token

@@ -22,9 +22,10 @@ from tinkex._api.sessions import (
 )
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex._transport.content_encoding import ACCEPT_ENCODING
+from tinkex._transport.request import Reply, Request
 from tinkex._transport.response_errors import GATEWAY_HINT
 from tinkex._transport.server_flags import flags_for
-from tinkex._transport.transport import Reply, Request, Transport
+from tinkex._transport.transport import Transport
 from tinkex.auth import ask_once, credential_source
 from tinkex.cli import network_checks
 from tinkex.cli.connect import NO_TINKER_SERVER, advice, chosen_server

@@ -9,7 +9,8 @@ import click
 
 from tinkex.cli.commands import Command
 from tinkex.cli.output import format_option
-from tinkex.cli.training_job import METHODS, SCHEDULES, Job, run_job
+from tinkex.cli.training_job import run_job
+from tinkex.cli.training_settings import METHODS, SCHEDULES, Job
 from tinkex.loggers import NAMES
 
 

@@ -1,41 +1,30 @@
-"""What ``tinkex train`` does: read and check the examples, open the run, train, save, report."""
+"""What ``tinkex train`` does: check the examples, open the run, train, save, report."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
-import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import tinkex
 from tinkex import data, loggers, recipes
-from tinkex._runtime.error_text import ErrorText, Setting
+from tinkex._runtime.error_text import ErrorText
 from tinkex.cli import status
 from tinkex.cli.connect import context_length, explained, find_server
 from tinkex.cli.output import count, print_facts, warnings_in_words
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
-from tinkex.config import Config
+from tinkex.cli.training_settings import Files, Job, schedule_of
 from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
 from tinkex.recipes.evaluation import logged
-from tinkex.recipes.prepared import Prepared, split_heldout
-from tinkex.recipes.serving import EMBEDDED, start_server
+from tinkex.recipes.prepared import Prepared
+from tinkex.recipes.serving import start_server
 from tinkex.runs import RunRecord
 from tinkex.runs.folder import check_same
 from tinkex.runs.journal import JOURNAL_NAME
 
-METHODS = ("supervised", "dpo")
-SCHEDULES = ("constant", "linear", "cosine")
-
-#: Without --heldout, one example in this many is held out, but not more than this many in total...
-_HELDOUT_SHARE, _HELDOUT_MOST = 20, 200
-#: ... and none of a file with fewer examples than this.
-_HELDOUT_FROM = 40
-
-#: So many examples are prepared, to find bad ones, before training begins.
+#: This many examples are prepared, to find bad ones, before training begins.
 _CHECKED = 20_000
 
 #: Measurements of the held-out loss in a run, and checkpoints, where the options do not say.
@@ -43,108 +32,11 @@ _PARTS = 10
 #: A checkpoint is saved after this many minutes, too.
 _SAVE_MINUTES = 10.0
 
-_RATES = {"supervised": 2e-4, "dpo": 1e-5}
-#: For supervised training on the embedded server: the narrower a model, the higher the best rate,
-#: and the models that one machine trains are narrow.  (After 24 steps of smollm2-135m on 190 chats,
-#: the held-out loss was 1.24 with 2e-4, and 0.28 with 1e-3, which wider models would not bear.)
-_RATE_HERE = 5e-4
-
-
-@dataclasses.dataclass
-class Job:
-    """The options of ``tinkex train``."""
-
-    file: Path
-    model: str
-    out: Path
-    method: Optional[str]
-    learn: str
-    rank: int
-    learning_rate: Optional[float]
-    schedule: str
-    warmup: int
-    batch_size: int
-    accumulation: int
-    epochs: Optional[float]
-    steps: Optional[int]
-    max_tokens: Optional[int]
-    heldout: Optional[str]
-    eval_every: Optional[int]
-    save_every: Optional[int]
-    beta: float
-    seed: int
-    loggers: Tuple[str, ...]
-    skip_bad: bool
-    base_url: Optional[str]
-    accept_changes: bool
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "beta"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise InvalidInputError(ErrorText(Setting(name, value), " is not a finite number"))
-        if self.epochs is not None and self.steps is not None:
-            both = ErrorText(Setting("epochs"), " and ", Setting("steps"), " were both given")
-            raise InvalidInputError(both, hint="Give one of them.")
-        if self.accumulation > self.batch_size:
-            raise InvalidInputError(
-                ErrorText(
-                    Setting("accumulation", self.accumulation),
-                    " is more than ",
-                    Setting("batch_size", self.batch_size),
-                )
-            )
-        self.base_url = self.base_url or os.environ.get("TINKER_BASE_URL") or None
-        if self.base_url is None and (Path(self.model) / "config.json").is_file():
-            self.model = str(Path(self.model).resolve())  # `tinkex chat` may run elsewhere
-
-
-class _Files:
-    """The examples of a job, read but not prepared.
-
-    Attributes:
-        method: ``"supervised"`` or ``"dpo"``.
-        config: the settings of the run that decide what is learnt, and where.
-    """
-
-    def __init__(self, job: Job) -> None:
-        status.waiting_for(f"reading {job.file}")
-        self.training = data.open_examples(job.file, skip_bad=job.skip_bad)
-        self.method = _method(job, self.training)
-        self.heldout = self.training
-        self.indices: Any = None  # all
-        self.heldout_indices: Any = None
-        share = _share(job.heldout)
-        if job.heldout is not None and share is None:
-            self.heldout = data.open_examples(job.heldout, skip_bad=job.skip_bad)
-            _method(dataclasses.replace(job, method=self.method), self.heldout)
-            held = _describe(self.heldout)
-        else:
-            size = _heldout_size(len(self.training), share)
-            self.indices, self.heldout_indices = split_heldout(len(self.training), size, job.seed)
-            held = f"{count(size, 'example')} of the file"
-        self.config: Dict[str, Any] = {
-            "server": EMBEDDED
-            if job.base_url is None
-            else Config.resolve(base_url=job.base_url).base_url,
-            "method": self.method,
-            "data": _describe(self.training),
-            "heldout": held,
-            "learning_rate": job.learning_rate or _default_rate(job, self.method),
-            "schedule": job.schedule,
-            "warmup": job.warmup,
-            "batch_size": job.batch_size,
-            "accumulation": job.accumulation,
-            "max_tokens": job.max_tokens,
-            **({"epochs": job.epochs or 1.0} if job.steps is None else {"steps": job.steps}),
-            **({"beta": job.beta} if self.method == "dpo" else {"learn": job.learn}),
-        }
-
 
 def run_job(job: Job) -> None:
     """Do what is left of *job*, and print the result."""
     with warnings_in_words():
-        files = _Files(job)
+        files = Files(job)
     record = _record_so_far(job, files.config)
     if record.sampler is not None and record.config == files.config:
         echo_error(f"The run in {job.out} is finished already.")
@@ -167,14 +59,14 @@ def run_job(job: Job) -> None:
     _report(job, _read(job.out))
 
 
-def _train(job: Job, files: _Files, service: tinkex.ServiceClient) -> None:
+def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
     """Train, and save the weights for sampling."""
     training, heldout = _prepare(job, files, service)
     given = files.config
     batches = recipes.Batches(
         training, job.batch_size, epochs=job.epochs or 1.0, steps=job.steps, seed=job.seed
     )
-    schedule = _schedule(given, len(batches))
+    schedule = schedule_of(given, len(batches))
     part = max(1, len(batches) // _PARTS)
     status.waiting_for("creating the run")
     with contextlib.ExitStack() as opened:
@@ -227,7 +119,7 @@ def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
 
 
 def _prepare(
-    job: Job, files: _Files, service: tinkex.ServiceClient
+    job: Job, files: Files, service: tinkex.ServiceClient
 ) -> Tuple[Prepared[Any], Prepared[Any]]:
     """Return the data to train on and those held out, all of which can be used."""
     status.waiting_for("loading the tokenizer")
@@ -331,55 +223,3 @@ def _report(job: Job, record: RunRecord) -> None:
     }
     rows = [(name, value) for name, value in facts.items() if value is not None]
     print_facts(f"{job.model}, trained in {job.out}", rows, as_json=values)
-
-
-# Settings
-
-
-def _method(job: Job, examples: data.Examples) -> str:
-    """Return the method for *examples*; InvalidInputError if they are of another one."""
-    preferences = data.Preference in examples.kinds
-    if preferences and len(examples.kinds) > 1:
-        raise InvalidInputError(f"{examples.path} has preferences and other examples, too")
-    found = "dpo" if preferences else "supervised"
-    if job.method not in (None, found):
-        raise InvalidInputError(
-            f"{examples.path} has {'' if preferences else 'no '}preferences",
-            hint="--method dpo needs a file of preferences (prompt, chosen, rejected); other "
-            "examples are for --method supervised.",
-        )
-    return found
-
-
-def _share(heldout: Optional[str]) -> Optional[float]:
-    """Return the value of --heldout if it is a share; None if it is a file, or not given."""
-    try:
-        share = float(heldout or "")
-    except ValueError:
-        return None
-    if not 0 <= share < 1:
-        raise InvalidInputError(f"--heldout is {heldout}; a share is at least 0, and less than 1")
-    return share
-
-
-def _heldout_size(examples: int, share: Optional[float]) -> int:
-    if share is not None:
-        return min(round(examples * share), examples - 1)
-    return min(examples // _HELDOUT_SHARE, _HELDOUT_MOST) if examples >= _HELDOUT_FROM else 0
-
-
-def _describe(examples: data.Examples) -> str:
-    return f"{count(len(examples), 'example')}, sha256 {examples.fingerprint[:16]}"
-
-
-def _default_rate(job: Job, method: str) -> float:
-    here = job.base_url is None and method == "supervised"
-    return _RATE_HERE if here else _RATES[method]
-
-
-def _schedule(config: Dict[str, Any], steps: int) -> recipes.Schedule:
-    rate, warmup = config["learning_rate"], config["warmup"]
-    if config["schedule"] == "constant":
-        return recipes.constant(rate, warmup=warmup)
-    make = recipes.linear if config["schedule"] == "linear" else recipes.cosine
-    return make(rate, steps, warmup=warmup)

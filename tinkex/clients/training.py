@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Type, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Mapping,
+    Optional,
+    Sequence,
+    Type,
+    TypeVar,
+    Union,
+)
 
 from tinkex._api import training as api
 from tinkex._api._call import read
@@ -43,8 +54,7 @@ from tinkex._training.requests import (
 )
 from tinkex._training.run import TrainingRun
 from tinkex._training.run_queue import RunQueue
-from tinkex._transport.fast_connection import AnyChannel
-from tinkex._transport.transport import Reply
+from tinkex._transport.request import Reply
 from tinkex.clients.base import BaseClient
 from tinkex.clients.pipeline import Pipeline, SaveAfter, SaveEvery, Schedule, Step
 from tinkex.clients.sampling import SamplingClient
@@ -69,6 +79,9 @@ from tinkex.types import (
 from tinkex.types.checkpoint_path import check_tinker_path, training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
+
+if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
 
 T = TypeVar("T")
 

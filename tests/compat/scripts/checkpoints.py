@@ -18,18 +18,18 @@ def client(created):
 
 
 def train(trainer, steps):
-    """Train on one sentence; return the losses, and what the optimizer told."""
+    """Train on one sentence; return the losses, and the optimizer's metrics."""
     tokens = list(b"keep what matters")
     datum = types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
     )
-    told = []
+    reported = []
     for _ in range(steps):
         passed = trainer.forward_backward([datum], "cross_entropy")
         stepped = trainer.optim_step(types.AdamParams(learning_rate=0.03)).result()
-        told.append([passed.result().metrics["loss:sum"], stepped.metrics])
-    return told
+        reported.append([passed.result().metrics["loss:sum"], stepped.metrics])
+    return reported
 
 
 def described(checkpoint):

@@ -43,7 +43,7 @@ def datum(prompt, sequence, advantage):
 
 
 def rollouts(sampler, iteration):
-    """Sample a group for each prompt, all at once; return the data and the rewards."""
+    """Sample a group for each prompt, concurrently; return the data and the rewards."""
     futures = []
     for number, prompt in enumerate(PROMPTS):
         params = types.SamplingParams(

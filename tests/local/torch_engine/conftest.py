@@ -37,7 +37,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model cache that the tests share, and nobody else."""
+    """A model cache that only the tests share."""
     return tmp_path_factory.mktemp("models")
 
 

@@ -169,7 +169,7 @@ def test_torch_waits_passively_unless_told_otherwise(policy: Any) -> None:
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY",)}
     environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[4])
-    environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library tells what it has read
+    environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library prints what it has read
     if policy:
         environment["OMP_WAIT_POLICY"] = policy
     found = subprocess.run(

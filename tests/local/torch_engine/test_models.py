@@ -1,4 +1,4 @@
-"""The model cache: what is in it is whole, whoever interrupts or competes.  No network."""
+"""The model cache: its models are complete despite interrupts and races.  No network."""
 
 from __future__ import annotations
 

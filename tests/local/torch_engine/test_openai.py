@@ -145,8 +145,8 @@ def test_a_stream_is_what_the_tokenizer_makes_of_all_tokens(
     """The model's text is random bytes: most make no character."""
     for seed in range(5):
         asked = {"prompt": "hello", "max_tokens": 100, "seed": seed, "logprobs": 2}
-        whole = post(client, "completions", **asked).get_json()["choices"][0]
-        names = whole["logprobs"]["tokens"]
+        full = post(client, "completions", **asked).get_json()["choices"][0]
+        names = full["logprobs"]["tokens"]
         raw = b"".join(
             bytes.fromhex(name[6:].replace("\\x", ""))
             if name.startswith("bytes:")
@@ -154,11 +154,11 @@ def test_a_stream_is_what_the_tokenizer_makes_of_all_tokens(
             for name in names
             if name not in SPECIAL_TOKENS
         )
-        assert whole["text"] == raw.decode("utf-8", "replace")
+        assert full["text"] == raw.decode("utf-8", "replace")
         streamed = [
             c["choices"][0] for c in chunks(post(client, "completions", **asked, stream=True))
         ]
-        assert "".join(part["text"] for part in streamed) == whole["text"]
+        assert "".join(part["text"] for part in streamed) == full["text"]
         assert [
             n for part in streamed if part["logprobs"] for n in part["logprobs"]["tokens"]
         ] == names

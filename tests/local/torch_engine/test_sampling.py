@@ -231,11 +231,11 @@ def test_long_prompts_in_pieces_give_what_whole_ones_give(
         SampleRequest(prompt_of(n, n), 1, SamplingParams(8, seed=1, stop=[]), prompt_logprobs=True)
         for n in (200, 190, 33, 5)
     ]
-    whole = run_all(samplers, "tuned", requests)
+    batched = run_all(samplers, "tuned", requests)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
     pieces = run_all(samplers, "tuned", requests)
-    for index in whole:
-        one, other = whole[index], pieces[index]
+    for index in batched:
+        one, other = batched[index], pieces[index]
         assert one.sequences[0].tokens == other.sequences[0].tokens
         difference = np.abs(one.prompt_logprobs_np[1:] - other.prompt_logprobs_np[1:])
         assert difference.max() < 1e-4

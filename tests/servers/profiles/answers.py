@@ -205,8 +205,8 @@ class Answers:
             response.set_data(write_json(body))
 
     def _hide_colons(self, response: Response) -> None:
-        told = response.mimetype == JSON_CONTENT_TYPE and "Location" not in response.headers
-        if self._profile.plain_ids and told:  # but a signed URL is to stay as it is
+        rewrites = response.mimetype == JSON_CONTENT_TYPE and "Location" not in response.headers
+        if self._profile.plain_ids and rewrites:  # but a signed URL is to stay as it is
             response.set_data(ids.outward(response.get_data()))
 
 

@@ -170,7 +170,7 @@ class ProfileLayer:
                 PROTOBUF_CONTENT_TYPE if profile.results == "protobuf" else JSON_CONTENT_TYPE
             )
         if route == "retrieve_future" and profile.routes is not None:
-            call.change(allow_metadata_only=False)  # none of these servers tells sizes first
+            call.change(allow_metadata_only=False)  # none of these servers reports sizes first
         by_path = call.body.get("model_path") is not None
         if route == "create_sampling_session" and by_path and not profile.sampler_by_path:
             raise Refusal(500)

@@ -38,7 +38,7 @@ class Profile:
             wrong.
         busy: a pending request is answered ``"try_again"`` or ``"408"``.
         hold_s: ... after being held for this long.
-        created, accepted: success status of what answers at once, and of what is queued.
+        created, accepted: success status of what is done immediately, and of what is queued.
         deleted: ... of deleting and publishing; 204 comes without a body.
         key: ``"none"``, ``"header"`` (X-API-Key) or ``"bearer"`` (either way).
         wrong_key: status for a key that is not the server's.

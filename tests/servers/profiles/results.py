@@ -62,7 +62,7 @@ def path_outward(profile: Profile, path: str) -> str:
 def path_inward(profile: Profile, path: str, kinds: Tuple[str, ...]) -> Tuple[str, ...]:
     """Return the application's paths that *path*, as handed out, may stand for, likeliest first.
 
-    *kinds* are the segments to try where the path does not tell them.
+    *kinds* are the segments to try where the path does not name them.
     """
     parts = path[len(_SCHEME) :].split("/")
     if not path.startswith(_SCHEME):

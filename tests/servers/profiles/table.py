@@ -164,7 +164,7 @@ def profile_named(name: str) -> Profile:
 def settings_of(profile: Profile, settings: ServerSettings) -> ServerSettings:
     """Return *settings* with what *profile* decides."""
     changes: Dict[str, Any] = {}
-    if settings.retrieve_hold_s == ServerSettings.retrieve_hold_s:  # nobody chose another
+    if settings.retrieve_hold_s == ServerSettings.retrieve_hold_s:  # no other one was chosen
         changes["retrieve_hold_s"] = profile.hold_s
     if profile.routes is None:
         # The hosted service: tokens instead of keys, compressed batches, polls for many samples.

@@ -1,7 +1,7 @@
 """An engine that takes token ids beyond its vocabulary, as some servers do.
 
-They stand for token 0 in the computation; what is told of them is NaN, or the number that happens
-to come out.  Called from the engine thread only, like the engine it wraps.
+They stand for token 0 in the computation; what is reported for them is NaN, or the number
+that happens to come out.  Called from the engine thread only, like the engine it wraps.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class LenientEngine:
         )
         if not self._tell_nan:
             return output
-        told = [
+        reported = [
             {**outputs, "logprobs": _blank(outputs["logprobs"], strange)}
             if strange.any() and "logprobs" in outputs
             else outputs
             for outputs, (_, strange) in zip(output.loss_fn_outputs, cleaned)
         ]
-        return dataclasses.replace(output, loss_fn_outputs=told)
+        return dataclasses.replace(output, loss_fn_outputs=reported)
 
     def sample(
         self,
