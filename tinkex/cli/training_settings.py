@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-from tinkex import data, recipes
+from tinkex import data
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.cli import status
 from tinkex.cli.output import count
 from tinkex.config import Config
 from tinkex.errors import InvalidInputError
 from tinkex.recipes.prepared import split_heldout
+from tinkex.recipes.schedules import Schedule, constant, cosine, linear
 from tinkex.recipes.serving import EMBEDDED
 
 METHODS = ("supervised", "dpo")
@@ -164,9 +165,9 @@ def _default_rate(job: Job, method: str) -> float:
     return _RATE_HERE if here else _RATES[method]
 
 
-def schedule_of(config: Dict[str, Any], steps: int) -> recipes.Schedule:
+def schedule_of(config: Dict[str, Any], steps: int) -> Schedule:
     rate, warmup = config["learning_rate"], config["warmup"]
     if config["schedule"] == "constant":
-        return recipes.constant(rate, warmup=warmup)
-    make = recipes.linear if config["schedule"] == "linear" else recipes.cosine
+        return constant(rate, warmup=warmup)
+    make = linear if config["schedule"] == "linear" else cosine
     return make(rate, steps, warmup=warmup)

@@ -100,7 +100,7 @@ export function short(value) {
   return size >= 1000 ? value.toFixed(0) : size >= 100 ? value.toFixed(1) : value.toFixed(3);
 }
 
-/** Returns values without the rarest at either end: a single spike must not flatten a curve. */
+/** Returns values without the rarest at either end: a spike may leave the chart, its average not. */
 function usual(values) {
   const by = Math.max(1, Math.floor(values.length / 400));
   const some = values.filter((value, i) => i % by === 0 && value !== null).sort((a, b) => a - b);
