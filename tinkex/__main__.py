@@ -1,6 +1,19 @@
-"""``python -m tinkex``: the same as the command ``tinkex``."""
+"""The command ``tinkex``, also as ``python -m tinkex``."""
 
-from tinkex.cli.main import main
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command.  Ctrl-C ends it in the same way while its modules are being imported."""
+    try:
+        from tinkex.cli.main import main as run
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ from typing import Iterator, Set
 
 import click
 import pytest
-from support.programs import STRICT, environment, interrupt, started
+from support.programs import STRICT, environment, interrupt, run, started
 from support.scripted_server import Answer, Received, ScriptedServer
 
 from tinkex.cli.main import cli
@@ -68,6 +68,21 @@ def deaf(tmp_path, monkeypatch) -> Iterator[DeafServer]:
         yield server
 
 
+IMPORTING = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from tinkex.__main__ import main
+main()
+"""
+
+
 def names(group: click.Group, prefix: str = "") -> Set[str]:
     found: Set[str] = set()
     context = click.Context(group)
@@ -118,3 +133,8 @@ def test_ctrl_c_ends_the_check_of_a_key(deaf: DeafServer):
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     assert "tml-secret" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_ends_the_command_while_it_is_imported():
+    done = run(["-c", IMPORTING])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
