@@ -235,9 +235,9 @@ BOUNDS = {
 #: which is reused.
 NOISE = {"memory": 5e6, "blocks": 20_000, "database": 5e6}
 
-#: A process may use this much more at its end than a unit of work explains: the results that the
-#: two servers keep, and the arenas of 460 threads.
-IDLE = Usage(memory=100e6, blocks=500_000, descriptors=8, threads=8, database=0)
+#: A process may use this much more at its end than a unit of work explains: the 40 000 results that
+#: two servers keep, of some 15 blocks each, and the arenas of 460 threads.
+IDLE = Usage(memory=120e6, blocks=650_000, descriptors=8, threads=8, database=0)
 
 #: A request may take this many times as long at the end as at the beginning ...
 SLOWER = 1.5
