@@ -243,5 +243,5 @@ def test_an_option_out_of_range_is_wrong_usage(torch_server):
     done = tinkex("sample", "Once", "--temperature", "-1", base_url=torch_server.url)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "Error: temperature is -1.0; it must be" in done.stderr
+    assert "Error: --temperature is -1.0; it must be" in done.stderr
     assert torch_server.ends() == []
