@@ -121,5 +121,6 @@ def test_a_disk_that_is_full(folder: Path) -> None:
 
 
 def test_a_model_that_cannot_be_had_is_no_error_of_the_folder(folder: Path) -> None:
+    pytest.importorskip("torch")
     with pytest.raises(LocalServerError, match="nosuch"):
         start_server(folder, "nosuch")

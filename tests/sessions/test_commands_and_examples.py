@@ -10,7 +10,7 @@ import ast
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import pytest
 from sessions.processes import Script
@@ -95,18 +95,27 @@ def test_ctrl_c_ends_the_session_of_a_command(
     assert ended.seconds < 30
 
 
+#: What opens a client in an example; `connect` is the example's own function.
+OPENERS = {"connect", "tinkex.ServiceClient", "tinkex.ServiceClient.local"}
+#: Clients of the examples about several servers.
+SEVERAL = {"move_run.py": 2, "two_services.py": 2}
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_opens_one_service_and_in_a_with_statement(example: Path) -> None:
+def test_an_example_opens_its_service_in_a_with_statement(example: Path) -> None:
     tree = ast.parse(example.read_text(encoding="utf-8"))
-    openings: List[ast.With] = [
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "connect":
+            node.body = []
+    calls = {
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.With) and "connect(" in ast.unparse(node.items[0].context_expr)
-    ]
-    assert len(openings) == 1
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    connects = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "connect"]
-    assert len(connects) == 1
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in OPENERS
+    }
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+    in_with = {item.context_expr for node in statements for item in node.items}
+    assert calls <= in_with
+    assert len(calls) == SEVERAL.get(example.name, 1)
 
 
 def run_probe(server_url: str, folder: Path) -> Any:
