@@ -125,6 +125,12 @@ def routes(server: ScriptedServer) -> TinkerRoutes:
 
 
 @pytest.fixture
+def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that script the server's flags later: a client with a key asks for them first."""
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+
+
+@pytest.fixture
 def scripted(server: ScriptedServer, routes: TinkerRoutes) -> Iterator[ServiceClient]:
     """A client of the scripted server."""
     from tinkex import ServiceClient

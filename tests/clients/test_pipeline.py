@@ -216,6 +216,7 @@ def test_an_interrupted_step_can_be_waited_for(
     assert list(pipeline) == []
 
 
+@pytest.mark.usefixtures("without_key")
 def test_a_batch_that_is_being_cut_gets_its_optimizer_step(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:

@@ -403,6 +403,7 @@ def test_a_lost_sample_is_submitted_again_under_a_new_number(
 
 
 @pytest.mark.parametrize("switch", ["the caller", "the server"])
+@pytest.mark.usefixtures("without_key")
 def test_a_lost_sample_is_an_error_if_retries_are_off(
     scripted: ServiceClient, routes: TinkerRoutes, switch: str
 ) -> None:
@@ -499,6 +500,7 @@ def test_a_retry_config_of_another_kind_is_refused(scripted: ServiceClient) -> N
 # Clones
 
 
+@pytest.mark.usefixtures("without_key")
 def test_a_clone_counts_in_a_block_that_the_server_gives_it(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, server: ScriptedServer
 ) -> None:
@@ -518,6 +520,7 @@ def test_a_clone_counts_in_a_block_that_the_server_gives_it(
 
 
 @pytest.mark.parametrize("counter", [0, -1, None, "many", 10**30])
+@pytest.mark.usefixtures("without_key")
 def test_a_clone_without_a_usable_number_says_so_and_asks_again(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, counter: Any
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_datum_without_a_json_form_is_measured_all_the_same() -> None:
     assert sizes(cut(data, flags, None)) == [2, 2]
 
 
+@pytest.mark.usefixtures("without_key")
 def test_the_flags_are_asked_for_with_the_first_pass(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
@@ -123,6 +124,7 @@ def test_flags_that_cannot_be_had_do_not_keep_a_pass_from_being_sent(
     assert len(server.requests(f"POST {API}{CONFIG}")) == 1  # one try, for the life of the run
 
 
+@pytest.mark.usefixtures("without_key")
 def test_a_server_that_asks_for_zstd_gets_it(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes, scripted: ServiceClient
 ) -> None:
@@ -184,6 +186,7 @@ def test_the_loss_is_computed_where_the_server_does_not_tell(
     assert trainer.forward_backward([datum()], "ppo").result(PATIENCE_S).metrics == {}
 
 
+@pytest.mark.usefixtures("without_key")
 def test_the_loss_of_a_batch_in_parts_is_their_sum(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
