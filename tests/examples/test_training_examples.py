@@ -29,19 +29,15 @@ def test_a_training_loop_lowers_the_loss() -> None:
     assert "710 tokens trained" in stdout
 
 
+def training_options(out: Path, steps: int, learning_rate: float) -> List[str]:
+    facts = {"model": MODEL, "steps": steps, "learning-rate": learning_rate, "out": out}
+    return [word for name, value in facts.items() for word in (f"--{name}", str(value))]
+
+
 def test_chats_are_learnt_and_the_model_replies_differently(
     torch_server: Server, tmp_path: Path
 ) -> None:
-    options = [
-        "--model",
-        MODEL,
-        "--steps",
-        "12",
-        "--learning-rate",
-        "0.01",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    options = training_options(tmp_path / "run", steps=12, learning_rate=0.01)
     stdout = run_example("supervised_chat.py", *options, server=torch_server)
     heldout = numbers("heldout_loss", stdout)
     assert len(heldout) == 3  # before, after ten steps, and at the end
@@ -55,7 +51,7 @@ def test_chats_are_learnt_and_the_model_replies_differently(
 
 def test_reinforcement_learning_raises_the_reward(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = ["--model", MODEL, "--steps", "8", "--learning-rate", "0.01", "--out", str(folder)]
+    options = training_options(folder, steps=8, learning_rate=0.01)
     stdout = run_example("rl.py", *options)
     rewards = numbers("reward", stdout)
     assert len(rewards) == 8
@@ -66,16 +62,7 @@ def test_reinforcement_learning_raises_the_reward(tmp_path: Path) -> None:
 def test_dpo_makes_the_model_prefer_the_chosen_replies(
     torch_server: Server, tmp_path: Path
 ) -> None:
-    options = [
-        "--model",
-        MODEL,
-        "--steps",
-        "5",
-        "--learning-rate",
-        "0.003",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    options = training_options(tmp_path / "run", steps=5, learning_rate=0.003)
     stdout = run_example("dpo.py", *options, server=torch_server)
     assert numbers("heldout_accuracy", stdout)[-1] == 1.0
     first, last = numbers("heldout_loss", stdout)

@@ -1,8 +1,8 @@
 """Inbox: a queue that any thread, or a finalizer, puts into, and that can be waited on.
 
 `queue.SimpleQueue` would do, but before Python 3.13 its ``get(timeout)`` waits for ever when the
-timeout is so short that it ends inside the call.  A heartbeat thread would then stay asleep until
-somebody woke it, while the server lets the session expire.
+timeout is so short that it ends inside the call.  A heartbeat thread would then sleep while the
+server lets its session expire.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Inbox(Generic[T]):
         return len(self._items)
 
     def _wake_one(self) -> None:
-        # Not locked: whoever acquires it next will find the new item.
+        # Not locked: the thread that acquires it next will find the new item.
         if self._news.locked():
             with contextlib.suppress(RuntimeError):  # another thread has just done it
                 self._news.release()

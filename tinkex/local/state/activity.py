@@ -170,7 +170,7 @@ class Activity:
             self._total_trained += tokens
 
     def stepped(self, run_id: str) -> None:
-        """Note a step of the optimizer: its loss is that of the passes since the last one."""
+        """Note an optimizer step.  Its loss is the mean over the passes since the previous step."""
         at = self._wall()
         with self._lock:
             run = self._touched_locked(run_id, at)

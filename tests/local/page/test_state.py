@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from local.harness import (
@@ -21,17 +21,6 @@ from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.state.activity import MOST_RUNS, MOST_SAMPLES, Activity
 
 FILES = ("page.js", "chart.js", "tokens.js", "prompt.js", "page.css", "icon.svg")
-
-
-@pytest.fixture
-def engine() -> HeldEngine:
-    return HeldEngine()
-
-
-@pytest.fixture
-def api(tmp_path: Path, engine: HeldEngine) -> Iterator[Api]:
-    with serving(tmp_path, engine) as running:
-        yield running
 
 
 def state(api: Api, since: str = "", expect: int = 200, **headers: str) -> Any:

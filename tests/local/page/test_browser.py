@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import pytest
-from page.conftest import PATIENCE_MS
+from local.page.conftest import PATIENCE_MS
 
 from tinkex import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient
 from tinkex.local import LocalServer
