@@ -53,7 +53,7 @@ def choose(service: tinkex.ServiceClient, model: str, question: str) -> int:
     response = requests.post(
         service.config.base_url + "/oai/api/v1/completions",
         json=asked,
-        headers={"Authorization": f"Bearer {service.config.api_key}"},
+        headers={"Authorization": f"Bearer {service.config.api_key or 'none'}"},
         timeout=600,
     )
     response.raise_for_status()

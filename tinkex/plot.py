@@ -6,6 +6,8 @@ the page of the embedded server.
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
@@ -55,9 +57,10 @@ def plot(
     """
     if not runs:
         raise InvalidInputError("there is nothing to plot", hint="Give run folders, or metrics.")
-    if not 0 <= smoothing < 1:
+    weight: Any = smoothing
+    if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < 1:
         raise InvalidInputError(f"smoothing is {smoothing!r}; it must be from 0 to below 1")
-    if isinstance(metrics, str):
+    if isinstance(metrics, str) or (metrics is not None and not metrics):
         raise InvalidInputError(f"metrics is {metrics!r}; it must be a list of names")
     figures = import_figures("tinkex.plot")
     rows_of = _labelled(runs)
@@ -95,7 +98,10 @@ def _checked(run: object) -> List[Mapping[str, Any]]:
     for row in rows:
         if not isinstance(row, Mapping) or "step" not in row:
             raise InvalidInputError(
-                f"{a_type(row)} is no line of metrics",
+                f"{a_type(row)} is not a row of metrics",
                 hint='Give a run folder, or dicts with "step", as read_metrics(folder) returns.',
             )
-    return rows
+    # None stands for nan in the lines of metrics.jsonl.
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()} for row in rows
+    ]

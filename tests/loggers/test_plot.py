@@ -80,21 +80,31 @@ def test_the_average_skips_what_is_no_number() -> None:
     assert smoothed([1.0, 5.0], 0.0) == [1.0, 5.0]
 
 
+def test_a_loss_that_is_no_number_may_be_none(matplotlib: Any) -> None:
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 3.0}]
+    (axes,) = plot(rows).axes
+    (average, _) = axes.get_lines()
+    assert len(average.get_ydata()) == 3
+
+
 def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     with pytest.raises(InvalidInputError, match="nothing to plot"):
         plot()
     with pytest.raises(InvalidInputError, match=r"smoothing is 1\.0"):
         plot(folder, smoothing=1.0)
-    with pytest.raises(InvalidInputError, match="must be a list of names"):
-        plot(folder, metrics="loss")
+    with pytest.raises(InvalidInputError, match="smoothing is 'much'"):
+        plot(folder, smoothing="much")  # type: ignore[arg-type]
+    for names in ("loss", []):
+        with pytest.raises(InvalidInputError, match="must be a list of names"):
+            plot(folder, metrics=names)
     with pytest.raises(InvalidInputError, match="no metric 'lost'; they have loss, tokens"):
         plot(folder, metrics=["lost"])
     with pytest.raises(InvalidInputError, match="they have none yet"):
         plot([])
-    with pytest.raises(InvalidInputError, match="is no line of metrics"):
+    with pytest.raises(InvalidInputError, match="is not a row of metrics"):
         plot([{"loss": 1.0}])
-    with pytest.raises(InvalidInputError, match="is no line of metrics"):
+    with pytest.raises(InvalidInputError, match="is not a row of metrics"):
         plot({"loss": 1.0})  # type: ignore[arg-type]
     with pytest.raises(RunFolderError, match="cannot read"):
         plot(tmp_path / "missing")

@@ -92,9 +92,19 @@ def test_a_run_that_was_continued_elsewhere_is_found_there(folder: Path, tmp_pat
     assert server.data_dir == str(tmp_path / "moved")
 
 
-@pytest.mark.parametrize("name", ["server", "../data"], ids=["in the folder", "elsewhere"])
-def test_a_run_whose_server_is_running_is_in_use(folder: Path, name: str) -> None:
-    train_locally(folder, folder / name)
+def test_data_elsewhere_that_are_in_use_are_named(folder: Path, tmp_path: Path) -> None:
+    data, other = tmp_path / "data", folder.with_name("other")
+    for run in (folder, other):
+        train_locally(run, data)
+    service, _ = open_service(folder)
+    with service, pytest.raises(LocalServerError) as error:
+        open_service(other)
+    assert str(data) in str(error.value)
+    assert str(other) not in str(error.value), "that one is not in use"
+
+
+def test_a_run_whose_server_is_running_is_in_use(folder: Path) -> None:
+    train_locally(folder, folder / "server")
     service, _ = open_service(folder)
     with service:
         with pytest.raises(RunFolderError, match="in use: its embedded server is running") as error:

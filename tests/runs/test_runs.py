@@ -30,6 +30,7 @@ from tinkex.errors import (
 from tinkex.local import LocalServer
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.runs.journal import Journal
+from tinkex.runs.records import ServerRecord
 from tinkex.types import AdamParams
 
 ADAM = AdamParams(learning_rate=0.01)
@@ -722,6 +723,12 @@ def test_lines_of_a_later_version_are_passed_over(service: ServiceClient, tmp_pa
     open_run(service, tmp_path).close()
     with (tmp_path / "journal.jsonl").open("a") as journal:
         journal.write('{"kind": "weather", "at": 1}\n')
+        server = {"base_url": "http://a.test", "region": "north"}
+        start = {"kind": "start", "model_id": "m", "steps": 0, "server": server, "mood": "good"}
+        journal.write(json.dumps(start) + "\n")
+    assert read_run(tmp_path).server == ServerRecord(base_url="http://a.test")
+    with (tmp_path / "journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "weather", "at": 2}\n')
     open_run(service, tmp_path).close()
 
 

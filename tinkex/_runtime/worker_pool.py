@@ -219,7 +219,8 @@ def _next_task(state: _State) -> Optional[Task]:
         with state.lock:
             state.idle += 1
         try:
-            # Too long to end inside the call, see Inbox.  If it does, the thread stays idle.
+            # Inbox tells why its timeout must not be short; a thread that went on waiting would
+            # only stay idle.
             task = state.queue.get(timeout=state.idle_s)
         except queue.Empty:
             task = None

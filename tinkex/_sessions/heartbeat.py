@@ -199,7 +199,7 @@ class HeartbeatThread:
         return True
 
     def _sleep(self) -> float:
-        """Wait until a beat is due or for a message, and handle the message.
+        """Wait for a message, a beat or the status file to be due; handle the message.
 
         Returns how much later than wanted the thread was woken, in seconds.
         """

@@ -46,7 +46,7 @@ def run_job(job: Job) -> None:
         with _open_service(job) as service:
             _train(job, files, service)
     except TinkexError as error:
-        # Of bad input, the same would come again.
+        # Bad input would fail again in the same way.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
             earlier = (error.hint, " ") if error.hint else ()
             error.hint = ErrorText(*earlier, "The run continues when the command is run again.")

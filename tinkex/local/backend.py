@@ -77,7 +77,7 @@ class Backend:
             max_waiting=settings.max_waiting_per_run,
             missing_seq_id_s=settings.missing_seq_id_s,
             lane_type=lane_type,
-            on_sampled=self.activity.sampled,
+            on_sampled=self.activity.note_sample,
             clock=clock,
         )
         self.wall = store.wall

@@ -57,13 +57,13 @@ def open_service(
     data_dir = record.server.data_dir
     if data_dir is None or not os.path.isdir(data_dir):
         reason = (
-            "was started without a data_dir, so that its data were removed with it"
+            "was started without a data_dir, so its data was removed when it stopped"
             if data_dir is None
             else f"kept its data in {data_dir}, which is gone"
         )
         raise RunFolderError(
-            f"the weights of the run in {os.fspath(folder)} cannot be had: it was trained on an "
-            f"embedded server that {reason}",
+            f"the weights of the run in {os.fspath(folder)} are not available: it was trained on "
+            f"an embedded server that {reason}",
             hint="Train it again, with ServiceClient.local(model, data_dir=...).",
         )
     model = record.server.model or record.spec["base_model"]
@@ -85,26 +85,34 @@ def start_server(
 
     Raises:
         RunFolderError: the run is in use, or its folder cannot be written.
-        TinkexError: the server cannot be started.
+        LocalServerError: the server cannot be started; it names *data_dir* if that is in use.
     """
-    data = Path(data_dir or server_folder(folder))
+    if data_dir is not None:  # other runs and programs may use it: its own errors name it
+        return ServiceClient.local(model, data_dir=data_dir, **settings)
+    data = server_folder(folder)
     try:
         data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
         return ServiceClient.local(model, data_dir=str(data), **settings)
-    except (OSError, LocalServerError) as error:
-        cause = error.__cause__ if isinstance(error, LocalServerError) else error
-        if isinstance(error, LocalServerError) and error.data_dir is None:
+    except LocalServerError as error:
+        if error.data_dir is None:
             raise
-        if isinstance(cause, BlockingIOError):
+        if isinstance(error.__cause__, BlockingIOError):
             raise RunFolderError(
                 f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
                 hint="Wait until the `tinkex train`, `chat`, `sample` or `export` that uses it has "
                 "ended, or stop it; a client in a notebook is closed by service.close().",
             ) from error
-        reason = getattr(cause, "strerror", None) or cause
-        raise RunFolderError(
-            f"cannot use the run folder {os.fspath(folder)}: {reason}", hint=WRITABLE
-        ) from error
+        raise _unusable(folder, error.__cause__) from error
+
+
+def _unusable(
+    folder: Union[str, os.PathLike[str]], cause: Optional[BaseException]
+) -> RunFolderError:
+    reason = getattr(cause, "strerror", None) or cause
+    return RunFolderError(f"cannot use the run folder {os.fspath(folder)}: {reason}", hint=WRITABLE)
 
 
 def server_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 from tinkex.errors import RunFolderError
 from tinkex.runs.journal import JOURNAL_NAME, Entry, read_entries
@@ -127,14 +127,13 @@ class RunRecord:
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
             if "server" in entry:
-                self.server = ServerRecord(**entry["server"])
+                self.server = ServerRecord(**_known(ServerRecord, entry["server"]))
             self.steps = [step for step in self.steps if step.index < entry["steps"]]
             self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
         elif kind == "step":
             self._add_step(entry)
         elif kind == "checkpoint":
-            names = [field.name for field in dataclasses.fields(CheckpointRecord)]
-            self.checkpoints.append(CheckpointRecord(**{name: entry[name] for name in names}))
+            self.checkpoints.append(CheckpointRecord(**_known(CheckpointRecord, entry)))
         elif kind == "sampler":
             self.sampler = SamplerRecord(entry["path"], entry["steps"], entry["at"])
         elif kind == "gone":
@@ -153,6 +152,12 @@ class RunRecord:
         self.steps.append(StepRecord(index, at, metrics))
 
 
+def _known(record: type, entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what *entry* says of the fields of *record*; later versions may say more."""
+    names = {field.name for field in dataclasses.fields(record)}
+    return {name: value for name, value in entry.items() if name in names}
+
+
 def replay(entries: List[Entry], path: Path) -> RunRecord:
     """Return what *entries*, of the journal at *path*, come to.
 
@@ -163,7 +168,7 @@ def replay(entries: List[Entry], path: Path) -> RunRecord:
     for number, entry in enumerate(entries, 1):
         try:
             record.add(entry)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(
                 f"line {number} of {path} is not one that this version of tinkex has written: "
                 f"{error!r}",

@@ -41,7 +41,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page at a URL; what it reports as an error fails the test, unless it is awaited."""
+    """Opens a page at a URL; errors that it reports fail the test, but for those with *allowed*."""
     contexts: List[Any] = []
     errors: List[str] = []
 
@@ -50,16 +50,16 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
+
+        def note(text: str) -> None:
+            if not (allowed and allowed in text):
+                errors.append(text)
+
         page.on(
             "console",
-            lambda message: (
-                errors.append(message.text)
-                if message.type in ("error", "warning")
-                and not (allowed and allowed in message.text)
-                else None
-            ),
+            lambda message: note(message.text) if message.type in ("error", "warning") else None,
         )
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("pageerror", lambda error: note(str(error)))
         page.goto(url)
         return page
 

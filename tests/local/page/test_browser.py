@@ -50,8 +50,8 @@ def add_curve(server: LocalServer, run_id: str, steps: int, start: float = 4.0) 
     activity, rng = activity_of(server), random.Random(run_id)
     for step in range(steps):
         loss = start / (1 + step / 300) + 1 + rng.gauss(0, 0.05)
-        activity.passed(run_id, 100, {"loss:sum": loss * 100}, activity.clock())
-        activity.stepped(run_id)
+        activity.note_pass(run_id, 100, {"loss:sum": loss * 100}, activity.clock())
+        activity.note_step(run_id)
 
 
 def test_an_empty_server_says_so(server: LocalServer, opened: Opened) -> None:
@@ -228,7 +228,7 @@ def test_what_a_model_or_a_client_says_is_shown_as_text(
         sequence = SampledSequence("length", np.array(tokens, np.int32), logprobs)
         response = SampleResponse([sequence])
         asked = SampleRequest(ModelInput.from_ints(tokens))
-        activity.sampled(SAID, asked, response, activity.clock())
+        activity.note_sample(SAID, asked, response, activity.clock())
         page = opened(server.url)
         wait_for_text(page, "#samples .text", SAID + SAID)
         wait_for_text(page, "#runs label", SAID)
@@ -311,18 +311,42 @@ def test_a_stream_can_be_stopped(opened: Opened) -> None:
         go_on.set()
 
 
+def test_a_fault_of_the_page_shows_and_does_not_pass_for_a_server_that_is_gone(
+    server: LocalServer, opened: Opened
+) -> None:
+    page = opened(server.url, allowed="null to object")
+    wait_for_text(page, "#link-text", "Live")
+    damaged = {"fresh": True, "cursor": "", "curves": None}
+    page.route("**/page/state*", lambda route: route.fulfill(json=damaged))
+    for _ in range(3):
+        page.wait_for_event("pageerror")
+    assert "gone" not in page.locator("#link-text").inner_text()
+
+
+def add_sample(server: LocalServer, text: str) -> None:
+    tokens = np.array([ord(letter) for letter in text], np.int32)
+    response = SampleResponse([SampledSequence("length", tokens, None)])
+    asked = SampleRequest(ModelInput.from_ints([1]))
+    activity_of(server).note_sample("deterministic", asked, response, 0.0)
+
+
 def test_a_server_that_is_gone_is_reported_and_found_again(opened: Opened) -> None:
     first = LocalServer(DeterministicEngine(vocab_size=1000))
     with first:
+        add_sample(first, "of the first server")
         add_curve(first, "a:train:0", 20)
         # A browser reports a refused connection itself.
         page = opened(first.url, allowed="ERR_")
         wait_for_text(page, "#runs td:nth-child(3)", "20")
+        wait_for_text(page, "#samples .text", "of the first server")
     wait_for_text(page, "#link-text", "The server is gone")
     with LocalServer(DeterministicEngine(vocab_size=1000), port=first._port) as second:
+        add_sample(second, "of the second server")
         add_curve(second, "b:train:0", 7)
         wait_for_text(page, "#link-text", "Live")
         wait_for_text(page, "#runs td:nth-child(3)", "7")
+        wait_for_text(page, "#samples .text", "of the second server")
+        assert page.locator("#samples li").count() == page.locator("#runs tr").count() == 1
 
 
 def test_a_paused_page_does_not_ask(server: LocalServer, opened: Opened) -> None:
@@ -330,6 +354,7 @@ def test_a_paused_page_does_not_ask(server: LocalServer, opened: Opened) -> None
     wait_for_text(page, "#link-text", "Live")
     page.click("#pause")
     wait_for_text(page, "#link-text", "Paused")
+    page.wait_for_timeout(500)  # a request may have been under way
     asked = page.evaluate("performance.getEntriesByType('resource').length")
     add_curve(server, "a:train:0", 5)
     page.wait_for_timeout(1500)
@@ -394,3 +419,6 @@ def test_it_moves_nothing_where_motion_is_not_wanted(server: LocalServer, opened
     page = opened(server.url, reduced_motion="reduce")
     wait_for_text(page, "#link-text", "Live")
     assert page.evaluate("document.getAnimations().length") == 0
+    page = opened(server.url)
+    wait_for_text(page, "#link-text", "Live")
+    assert page.evaluate("document.getAnimations().length") > 0  # there is something to stop

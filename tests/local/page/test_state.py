@@ -232,6 +232,24 @@ def test_a_sample_is_shown_with_the_probability_of_each_token(api: Api) -> None:
     assert state(api)["tokens"]["total_sampled"] == len(drawn["tokens"])
 
 
+def test_tokens_count_in_the_seconds_in_which_they_were_sampled(
+    tmp_path: Path, engine: HeldEngine
+) -> None:
+    clock = ManualClock()
+    with serving(tmp_path, engine, clock=clock, session_ttl_s=600) as api:
+        model_id = api.model()
+        api.submit_pass(model_id, 1, loss_fn="cispo")
+        assert engine.holding.wait(WAIT_S)
+        waiting = api.submit_sample(api.sampler(model_id.partition(":")[0]), 0)
+        clock.now += 60  # in the queue
+        engine.let_go.set()
+        count = len(api.result(waiting)["sequences"][0]["tokens"])
+        clock.now += 1
+        sampled = state(api)["tokens"]["sampled"]
+        assert sampled[-1] == count > 0
+        assert sum(sampled) == count
+
+
 def test_a_sample_names_what_it_was_drawn_from(api: Api) -> None:
     model_id = api.model()
     session_id = model_id.partition(":")[0]
@@ -281,9 +299,9 @@ def test_requests_for_log_probabilities_are_no_samples(api: Api) -> None:
 def test_the_curves_of_the_runs_trained_last_are_kept() -> None:
     activity = Activity()
     for number in range(MOST_RUNS + 10):
-        activity.passed(f"run-{number}", 4, {"loss:sum": 2.0}, activity.clock())
-        activity.stepped(f"run-{number}")
-        activity.stepped("run-0")
+        activity.note_pass(f"run-{number}", 4, {"loss:sum": 2.0}, activity.clock())
+        activity.note_step(f"run-{number}")
+        activity.note_step("run-0")
     runs = activity.since(0).runs
     assert len(runs) == MOST_RUNS
     assert "run-0" in runs
@@ -302,23 +320,23 @@ def test_the_curves_of_the_runs_trained_last_are_kept() -> None:
 )
 def test_the_loss_per_token_is_by_weight_where_there_are_weights(metrics: Any, loss: Any) -> None:
     activity = Activity()
-    activity.passed("run", 5, metrics, activity.clock())
-    activity.stepped("run")
+    activity.note_pass("run", 5, metrics, activity.clock())
+    activity.note_step("run")
     assert activity.since(0).runs["run"].loss == loss
 
 
 def test_a_curve_of_twenty_thousand_steps_is_sent_in_one_response(api: Api) -> None:
     activity = api.backend.activity  # type: ignore[attr-defined]
     for step in range(20_000):
-        activity.passed("run", 4, {"loss:sum": 4.0 + step / 7}, activity.clock())
-        activity.stepped("run")
+        activity.note_pass("run", 4, {"loss:sum": 4.0 + step / 7}, activity.clock())
+        activity.note_step("run")
     answer = api.client.get("/page/state")
     assert len(answer.data) < 100_000
     assert answer.get_json()["curves"]["run"]["steps"] == 20_000
     before = state(api)["cursor"]
-    activity.passed("run", 4, {"loss:sum": 4.0}, activity.clock())
+    activity.note_pass("run", 4, {"loss:sum": 4.0}, activity.clock())
     for _ in range(8):
-        activity.stepped("run")
+        activity.note_step("run")
     assert len(state(api, before)["curves"]["run"]["point_steps"]) <= 1
 
 

@@ -1,4 +1,4 @@
-"""The web page of the embedded server, at ``/``: what goes on, and a box to try a prompt.
+"""The web page of the embedded server, at ``/``: what is going on, and a box to try a prompt.
 
 See docs/page.md.  Modules and files:
 

@@ -369,7 +369,7 @@ export class Chart {
   }
 }
 
-/** Draws rates as bars that fade out to the left. */
+/** Draws rates as a line over a filled area. */
 export function spark(canvas, values) {
   const context = canvas.getContext("2d");
   const width = canvas.clientWidth, height = canvas.clientHeight;

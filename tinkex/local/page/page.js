@@ -10,6 +10,7 @@ const TIMEOUT_MS = 10000;
 const KEY = "tinkex-key";
 const FEW = 6; // rows of a list that is not unfolded
 const COLOURS = 8;
+const MOST_RUNS = 64;
 
 const $ = (id) => document.getElementById(id);
 const state = {
@@ -39,9 +40,10 @@ async function poll() {
   if (state.paused || document.hidden || state.asking) return;
   state.asking = new AbortController();
   const timeout = setTimeout(() => state.asking?.abort(), TIMEOUT_MS);
+  let news = null;
   try {
     const response = await fetchApi(`page/state?since=${encodeURIComponent(state.cursor)}`, { signal: state.asking.signal });
-    take(await response.json());
+    news = await response.json();
     state.failures = 0;
     state.retryAt = 0;
   } catch (error) {
@@ -49,8 +51,6 @@ async function poll() {
       state.asking = null;
       return askForKey(sessionStorage.getItem(KEY) ? "This is not the key of this server." : "");
     }
-    // A fault of this page's own must show, and not pass for a server that is gone.
-    if (!(error instanceof TypeError || error.name === "AbortError" || error.status)) console.error(error);
     state.failures += 1;
     state.retryAt = Date.now() + Math.min(LONGEST_WAIT_MS, POLL_MS * 2 ** Math.min(state.failures, 4));
     state.problem = error.status ? error.message : "";
@@ -58,8 +58,12 @@ async function poll() {
     clearTimeout(timeout);
     state.asking = null;
   }
-  showLink();
   state.timer = setTimeout(poll, state.retryAt ? state.retryAt - Date.now() : POLL_MS);
+  try {
+    if (news) take(news); // here, so that a fault in it shows, and does not pass for a server that is gone
+  } finally {
+    showLink();
+  }
 }
 
 function showLink() {
@@ -118,7 +122,10 @@ function take(news) {
   const fresh = news.fresh;
   if (fresh) {
     state.curves.forEach((curve) => { curve.steps.length = curve.losses.length = 0; curve.smoothing = -1; });
+    state.progress.clear();
+    for (const id of state.curves.keys()) if (!(id in news.curves)) state.curves.delete(id);
     state.samples = [];
+    $("samples").replaceChildren(); // their ids begin again
   }
   state.cursor = news.cursor;
   state.offset = news.now - Date.now() / 1000;
@@ -129,6 +136,7 @@ function take(news) {
   // By their ids, so that the runs of a session have the same colours wherever they are looked at.
   const curves = Object.entries(news.curves).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
   for (const [id, run] of curves) {
+    state.progress.delete(id); // to the end: the latest are last
     state.progress.set(id, run);
     if (!run.point_steps.length && !state.curves.has(id)) continue;
     const curve = curveOf(id);
@@ -136,6 +144,12 @@ function take(news) {
     if (!curve.put(run.start, run.point_steps, run.point_losses)) state.cursor = "";
     curve.stride = run.stride;
   }
+  // As many as the server remembers: a tab may be open for weeks.
+  for (const id of [...state.progress.keys()].slice(0, -MOST_RUNS)) {
+    state.progress.delete(id);
+    state.curves.delete(id);
+  }
+  chart.curves = [...state.curves.values()];
   if (news.samples.length) {
     state.samples = [...news.samples.reverse(), ...state.samples].slice(0, 20);
     state.newSamples = true;
@@ -158,7 +172,6 @@ function curveOf(id) {
     const shown = [...state.curves.values()].filter((one) => one.shown);
     if (shown.length >= COLOURS) shown[0].shown = false;
     state.curves.set(id, curve);
-    chart.curves = [...state.curves.values()];
   }
   return curve;
 }
@@ -167,7 +180,7 @@ function nameOf(id) {
   return state.tables.runs.find((run) => run.id === id)?.name || shortId(id);
 }
 
-/** Says, to who does not see it, what has begun and ended. */
+/** Announces to screen readers which sessions began or ended. */
 function announce() {
   const states = new Map(state.tables.sessions.map((session) => [session.id, lifeOf(session)[0]]));
   if (state.sessionStates) {
@@ -284,7 +297,10 @@ function showFigures(tokens) {
   for (const kind of ["trained", "sampled"]) {
     setText($(`rate-${kind}`), compact(rate(tokens[kind])));
     setText($(`total-${kind}`), `${compact(tokens[`total_${kind}`])} in all`);
-    const smooth = tokens[kind].map((_, i, all) => all.slice(Math.max(0, i - 2), i + 3).reduce((a, b) => a + b, 0));
+    const smooth = tokens[kind].map((_, i, all) => {
+      const near = all.slice(Math.max(0, i - 2), i + 3);
+      return near.reduce((a, b) => a + b, 0) / near.length;
+    });
     spark($(`spark-${kind}`), smooth);
   }
   const { runs, samples, sampling } = state.queue;

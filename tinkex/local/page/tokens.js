@@ -23,7 +23,7 @@ export function visible(text) {
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "∅";
 }
 
-/** The mean probability of tokens: the geometric one, whose inverse is the perplexity. */
+/** The mean log-probability of tokens; its exponential is the inverse of the perplexity. */
 export function meanLogprob(logprobs) {
   const known = logprobs.filter((value) => value !== null && value !== undefined);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;

@@ -27,6 +27,7 @@ from tinkex.local.proto_bounds import check_messages
 from tinkex.local.routes.base import Result, Routes, Rule, route
 from tinkex.local.scheduling.checks import check_pass
 from tinkex.local.scheduling.lanes import Work
+from tinkex.local.scheduling.sampling import log_failure
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Success
 from tinkex.types import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest
@@ -92,7 +93,7 @@ class TrainingRoutes(Routes):
 
     def _step(self, model_id: str, params: AdamParams) -> object:
         metrics = self._backend.engine.optim_step(model_id, params)
-        self._backend.activity.stepped(model_id)
+        log_failure("note a step", self._backend.activity.note_step, model_id)
         return {"metrics": metrics}
 
     # Passes
@@ -117,10 +118,10 @@ class TrainingRoutes(Routes):
         )
 
     def _prepare_pass(self, asked: ForwardBackwardRequest) -> Work:
-        work = self._prepared(asked)
-        return work if asked.forward_only else functools.partial(self._noted, asked, work)
+        work = self._prepare_computation(asked)
+        return work if asked.forward_only else functools.partial(self._run_and_note, asked, work)
 
-    def _noted(
+    def _run_and_note(
         self, asked: ForwardBackwardRequest, work: Callable[[], ForwardBackwardOutput]
     ) -> object:
         """Do *work*, on the engine thread, and note what it was."""
@@ -128,10 +129,15 @@ class TrainingRoutes(Routes):
         started = activity.clock()
         output = work()
         tokens = sum(datum.model_input.length for datum in asked.data)
-        activity.passed(asked.model_id, tokens, output.metrics, started)
+        # The gradient has been added: the pass must not fail because of this.
+        log_failure(
+            "note a pass", activity.note_pass, asked.model_id, tokens, output.metrics, started
+        )
         return output
 
-    def _prepared(self, asked: ForwardBackwardRequest) -> Callable[[], ForwardBackwardOutput]:
+    def _prepare_computation(
+        self, asked: ForwardBackwardRequest
+    ) -> Callable[[], ForwardBackwardOutput]:
         if asked.loss_fn == "custom" and self._backend.settings.flags.custom_loss_server_side:
             return self._prepare_custom(asked)
         check_pass(self._backend.info, asked.loss_fn, asked.data)

@@ -23,9 +23,13 @@ MAX_BATCH_REQUESTS = 4096
 
 @dataclasses.dataclass(eq=False)
 class SampleJob:
-    """One sample request.  *cost* is its cache in tokens, *arrived* monotonic.
+    """One sample request.
 
-    *dropped* is set, under the scheduler's lock, once nothing is to come of it any more.
+    Attributes:
+        cost: its cache in tokens.
+        arrived: in clock seconds.
+        began: when it joined a batch, in clock seconds.
+        dropped: set, under the scheduler's lock, once nothing is to come of it any more.
     """
 
     sampler: Sampler
@@ -34,6 +38,7 @@ class SampleJob:
     request: SampleRequest
     cost: int
     arrived: float
+    began: float = 0.0
     dropped: bool = False
 
 

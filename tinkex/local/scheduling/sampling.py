@@ -21,7 +21,7 @@ from tinkex.types import SampleRequest, SampleResponse
 
 _log = logging.getLogger(__name__)
 
-#: Gets the name of the weights, a request, its response, and when the request arrived (monotonic).
+#: Gets the name of the weights, a request, its response, and when it joined a batch (monotonic).
 OnSampled = Callable[[str, SampleRequest, SampleResponse, float], None]
 
 
@@ -140,6 +140,9 @@ class SamplingWorker:
     def _fill(self, lane: SamplerLane, batch: Batch) -> None:
         added = lane.fill(batch, self._limits, self._live_tokens)
         self._live_tokens += sum(job.cost for job in added)
+        now = self._clock()
+        for job in added:
+            job.began = now
         self._count_dequeued(len(added))
 
     def _advance(self, lane: SamplerLane) -> None:
@@ -191,7 +194,7 @@ class SamplingWorker:
             name = job.sampler.lane.weights.name
         if self._on_sampled is not None and isinstance(outcome, Success):
             response = cast(SampleResponse, outcome.value)
-            self._on_sampled(name, job.request, response, job.arrived)
+            log_failure("note a sample", self._on_sampled, name, job.request, response, job.began)
         self._futures.complete(job.request_id, outcome)
 
     def _unload(self, weights: SamplerWeights) -> None:
@@ -202,11 +205,11 @@ class SamplingWorker:
 
 
 def log_failure(what: str, action: Callable[..., object], *args: object) -> None:
-    """Do engine work that no request waits for; an exception is logged."""
+    """Do work on the engine's thread that no request waits for; an exception is logged."""
     try:
         action(*args)
     except Exception:
-        _log.exception("the engine failed to %s", what)
+        _log.exception("failed to %s", what)
 
 
 def failure_of(error: Exception, what: str) -> Failure:

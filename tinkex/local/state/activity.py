@@ -151,7 +151,7 @@ class Activity:
         self._total_trained = 0
         self._total_sampled = 0
 
-    def passed(
+    def note_pass(
         self, run_id: str, tokens: int, metrics: Mapping[str, float], started: float
     ) -> None:
         """Note a forward_backward pass over *tokens* that began at *started* (of `clock`)."""
@@ -169,7 +169,7 @@ class Activity:
             self._trained.add(tokens, started, now)
             self._total_trained += tokens
 
-    def stepped(self, run_id: str) -> None:
+    def note_step(self, run_id: str) -> None:
         """Note an optimizer step.  Its loss is the mean over the passes since the previous step."""
         at = self._wall()
         with self._lock:
@@ -180,7 +180,7 @@ class Activity:
                 run.curve.add(run.steps, run.loss, run.version)
             run.loss_sum = run.loss_weight = 0.0
 
-    def sampled(
+    def note_sample(
         self, model: str, request: SampleRequest, response: SampleResponse, started: float
     ) -> None:
         """Note a response that was worked on since *started* (of `clock`)."""

@@ -14,7 +14,7 @@ RATE_SECONDS = 120
 
 
 class Curve:
-    """Losses by step.  Beyond `MOST_POINTS`, each point is the mean over `stride` steps.
+    """Losses by step.  From `MOST_POINTS` on, each point is the mean over `stride` steps.
 
     Each point carries the *version* with which it was added; versions increase.
 
