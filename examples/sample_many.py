@@ -57,8 +57,8 @@ def main() -> int:
     options = parser.parse_args()
 
     finished = read_finished(options.out)
-    print(f"{len(finished)} of {options.count} prompts are finished")
     missing = [index for index in range(options.count) if index not in finished]
+    print(f"{options.count - len(missing)} of {options.count} prompts are finished")
     prompts = (prompt_of(index) for index in missing)  # made as they are needed
     failed = 0
     with connect(options) as service, options.out.open("a", encoding="utf-8") as file:
@@ -87,3 +87,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except tinkex.TinkexError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; run it again to continue.")

@@ -68,10 +68,11 @@ def plot(
     panels = panels_of(every_row) if metrics is None else [[name] for name in metrics]
     known = {name for row in every_row for name in row} - {"step"}
     unknown = [name for names in panels for name in names if name not in known]
-    if unknown or not known:
-        what = f"no metric {unknown[0]!r}" if unknown else "no metrics"
+    if not known:
+        raise InvalidInputError("the runs have no metrics yet")
+    if unknown:
         raise InvalidInputError(
-            f"the runs have {what}; they have {', '.join(sorted(known)) or 'none yet'}"
+            f"the runs have no metric {unknown[0]!r}; they have {', '.join(sorted(known))}"
         )
     if len(rows_of) > 1:  # curves of several runs are compared one metric at a time
         panels = [[name] for names in panels for name in names]
@@ -101,7 +102,12 @@ def _checked(run: object) -> List[Mapping[str, Any]]:
                 f"{a_type(row)} is not a row of metrics",
                 hint='Give a run folder, or dicts with "step", as read_metrics(folder) returns.',
             )
-    # None stands for nan in the lines of metrics.jsonl.
-    return [
-        {name: math.nan if value is None else value for name, value in row.items()} for row in rows
-    ]
+    return [{name: _number(name, value) for name, value in row.items()} for row in rows]
+
+
+def _number(name: str, value: object) -> object:
+    if value is None:  # stands for nan in the lines of metrics.jsonl
+        return math.nan
+    if not isinstance(value, numbers.Real):
+        raise InvalidInputError(f"the metric {name!r} has {value!r:.40}, which is not a number")
+    return value

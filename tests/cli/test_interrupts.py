@@ -12,7 +12,8 @@ import pytest
 from support.programs import STRICT, environment, interrupt, run, started
 from support.scripted_server import Answer, Received, ScriptedServer
 
-from tinkex.cli.main import cli
+from tinkex.cli.main import cli, run_command
+from tinkex.cli.signals import is_interrupt
 
 PATH = "tinker://run/weights/a"
 
@@ -133,6 +134,27 @@ def test_ctrl_c_ends_the_check_of_a_key(deaf: DeafServer):
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     assert "tml-secret" not in done.stdout + done.stderr
+
+
+def test_an_error_in_the_place_of_the_interrupt_is_the_interrupt(monkeypatch, capsys):
+    def fail(*args: object, **options: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                raise ImportError("Could not import module 'LlamaConfig'") from error
+        except ImportError as error:
+            raise click.ClickException("cannot load the model") from error
+
+    monkeypatch.setattr(cli, "main", fail)
+    assert run_command([]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_an_error_that_is_its_own_context_is_no_interrupt():
+    error, cause = click.ClickException("no such model"), ValueError()
+    error.__cause__, cause.__context__ = cause, error
+    assert not is_interrupt(error)
 
 
 def test_ctrl_c_ends_the_command_while_it_is_imported():

@@ -100,8 +100,10 @@ def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> No
             plot(folder, metrics=names)
     with pytest.raises(InvalidInputError, match="no metric 'lost'; they have loss, tokens"):
         plot(folder, metrics=["lost"])
-    with pytest.raises(InvalidInputError, match="they have none yet"):
+    with pytest.raises(InvalidInputError, match="the runs have no metrics yet"):
         plot([])
+    with pytest.raises(InvalidInputError, match="'note' has 'x', which is not a number"):
+        plot([{"step": 1, "note": "x"}])
     with pytest.raises(InvalidInputError, match="is not a row of metrics"):
         plot([{"loss": 1.0}])
     with pytest.raises(InvalidInputError, match="is not a row of metrics"):

@@ -65,6 +65,16 @@ def test_an_embedded_server_that_kept_nothing_is_an_error(folder: Path) -> None:
     assert "data_dir=..." in caught.value.hint
 
 
+def test_continuing_a_run_without_a_data_dir_says_why_that_cannot_be(folder: Path) -> None:
+    train_locally(folder, None)
+    with (
+        ServiceClient.local("deterministic") as service,
+        pytest.raises(RunFolderError, match="without a data_dir") as error,
+    ):
+        service.open_run(folder, "deterministic", rank=4)
+    assert "data_dir=...)" in str(error.value.hint)
+
+
 def test_data_that_are_gone_are_an_error(folder: Path, tmp_path: Path) -> None:
     train_locally(folder, tmp_path / "data")
     shutil.rmtree(tmp_path / "data")

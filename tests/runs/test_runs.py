@@ -327,6 +327,19 @@ def test_ctrl_c_saves_whole_steps_only(
     assert ("left within a step" in caplog.text) == trained
 
 
+def test_ctrl_c_within_a_step_keeps_the_checkpoint_under_way(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with ending_in(KeyboardInterrupt), open_run(service, tmp_path, save_every=2) as run:
+        for step in run.steps(BATCHES):
+            run.trainer.forward_backward(step.batch, "cross_entropy")
+            if step.index == 2:
+                assert read_run(tmp_path).checkpoints == []  # it is read at the end of a step
+                raise KeyboardInterrupt
+            run.trainer.optim_step(ADAM).result()
+    assert read_run(tmp_path).checkpoints[-1].steps == 2
+
+
 def test_ctrl_c_in_a_pipeline_saves_what_was_sent(
     service: ServiceClient,
     tmp_path: Path,

@@ -16,7 +16,12 @@ from tinkex._version import __version__
 from tinkex.cli import terminal
 from tinkex.cli.commands import Command, Group, verbose_option
 from tinkex.cli.output import format_option
-from tinkex.cli.signals import INTERRUPTED, exit_at_interrupt, raise_lost_interrupts
+from tinkex.cli.signals import (
+    INTERRUPTED,
+    exit_at_interrupt,
+    is_interrupt,
+    raise_lost_interrupts,
+)
 
 #: Command -> its location and its summary; imported only when it is run.
 COMMANDS: Dict[str, Sequence[str]] = {
@@ -99,6 +104,9 @@ def run_command(args: Optional[Sequence[str]] = None) -> int:
         _show_usage(error)
         return error.exit_code
     except click.ClickException as error:
+        if is_interrupt(error):
+            terminal.echo_error("Interrupted.")
+            return INTERRUPTED
         terminal.echo_error(f"Error: {error.format_message()}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):  # click converts KeyboardInterrupt to Abort

@@ -13,7 +13,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from types import FrameType
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
@@ -77,6 +77,18 @@ class EndSignals:
             signal.set_wakeup_fd(wakeup)
             self._read.close()
             self._written.close()
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether *error* was raised in the place of a KeyboardInterrupt, as some libraries do."""
+    seen: List[BaseException] = []  # an error can be its own cause's context
+    found: Optional[BaseException] = error
+    while found is not None and found not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.append(found)
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def exit_at_interrupt() -> None:

@@ -48,10 +48,10 @@ def run_job(job: Job) -> None:
     except TinkexError as error:
         # Bad input would fail again in the same way.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
-            earlier = (error.hint, " ") if error.hint else ()
+            earlier = (error.hint, "\n  ") if error.hint else ()  # which may be a command to copy
             error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM raises SystemExit
         saved = _read(job.out).checkpoints
         steps = count(saved[-1].steps if saved else 0, "step")
         echo_error(f"{steps} saved in {job.out}; run the command again to continue.")
@@ -88,7 +88,8 @@ def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
         if run.steps_done:
             echo_error(f"Continuing after {run.steps_done} of {count(len(batches), 'step')}.")
             _log_again(run, outputs, job.out)
-        with TrainingProgress(len(batches), run.steps_done) as progress:
+        status.waiting_for("training")
+        with _interrupts_explained(), TrainingProgress(len(batches), run.steps_done) as progress:
 
             def log(step: int, metrics: Any) -> None:
                 outputs.log(step, metrics)
@@ -108,6 +109,17 @@ def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
             )
         status.waiting_for("saving")
         run.save_for_sampler()
+
+
+@contextlib.contextmanager
+def _interrupts_explained() -> Iterator[None]:
+    """Tell why the command does not end at once at Ctrl-C: the run saves its last step."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        echo_error("Saving the last step; Ctrl-C again ends the command at once.")
+        status.waiting_for("saving the last step")
+        raise
 
 
 def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:

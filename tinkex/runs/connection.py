@@ -135,6 +135,14 @@ class Connection:
                 )
             else:
                 return checkpoint
+        server = self._record.server
+        if server is not None and server.base_url is None and server.data_dir is None:
+            raise RunFolderError(
+                "the checkpoints of this run are gone: it was trained on an embedded server "
+                "without a data_dir, whose data was removed when it stopped",
+                hint="Begin again in another folder, with ServiceClient.local(model, "
+                "data_dir=...).",
+            ) from refusal
         raise RunFolderError(
             f"the server has none of the {len(checkpoints)} checkpoints of this run",
             hint=ErrorText(

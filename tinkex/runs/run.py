@@ -281,6 +281,7 @@ class Run:
                     raise
                 self._saver.save_now(place, self.state, for_good=True)
         else:
+            self._saver.finish_pending()
             logger.warning(
                 "%s was left within a step, which is not saved; it continues from %d steps",
                 self.folder,

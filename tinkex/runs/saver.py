@@ -169,6 +169,15 @@ class Saver:
             self._queue(place, state, None if for_good else self._policy.ttl_seconds)
             self.finish()
 
+    def finish_pending(self) -> None:
+        """Wait for the checkpoint under way, if there is one and all of its steps are written.
+
+        Raises:
+            TinkexError: as `finish`.
+        """
+        if self._pending is not None and self._pending.place.steps <= self.steps_written:
+            self.finish()
+
     def finish(self) -> bool:
         """Wait for the checkpoint under way, note it, and drop older ones; False if it failed.
 
