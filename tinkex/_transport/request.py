@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, List, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import orjson
 
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.errors import ResponseDecodeError
+from tinkex.errors import APIConnectionError, APIError, APITimeoutError, ResponseDecodeError
 from tinkex.wire.parts import Parts
+
+if TYPE_CHECKING:
+    from tinkex.config import Config
 
 JSON_TYPE = "application/json"
 
@@ -76,6 +79,13 @@ def broken_route(request: Request, times: int) -> str:
         f"The server answered the same {times} times: its route {request.name} is broken, or "
         "breaks over this request. See its log."
     )
+
+
+def unreachable_server(error: APIError, config: Config) -> Dict[str, Optional[str]]:
+    """Return the *extra* of a log record about *error*: the server, if nothing responds there."""
+    is_outage = isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+    # With a status, something did respond: a gateway.
+    return {"unreachable": config.host_and_port if is_outage and error.status is None else None}
 
 
 @dataclasses.dataclass(frozen=True)

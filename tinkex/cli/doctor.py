@@ -48,5 +48,5 @@ def _in_flags(check: Check, ctx: click.Context) -> Check:
 def _line(check: Check) -> str:
     text = f"{check.status:<8} {check.name:<11} {check.detail}"
     if check.fault is not None:
-        text += f".  Fault: {check.fault}.  {check.advice}"
+        text = f"{text.rstrip('.')}.  Fault: {check.fault}.  {check.advice}"
     return visible(text, one_line=True)

@@ -105,8 +105,7 @@ def serve(
         if signals.code is None:
             raise
         code = signals.code  # some libraries replace the interrupt by an error of their own
-    if code:
-        echo_error("stopped")
+    echo_error("stopped")
     ctx.exit(code)
 
 

@@ -35,6 +35,7 @@ _STEPS = (
     "tinkex.clients.checkpoints",
     "tinkex.local.engines.models",
     "tinkex._downloads",
+    "tinkex._results.backoff",
     "tinkex._transport.attempts",
 )
 
@@ -46,7 +47,7 @@ class StatusLine:
     """One line about what a command is waiting for.
 
     Args:
-        doing: the text; may be assigned from any thread.
+        doing: the text; may be assigned from any thread.  While it is empty, nothing is shown.
         first_s: seconds without output before the first line.
     """
 
@@ -99,9 +100,14 @@ class StatusLine:
             try:
                 line = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
-                self._draw()
-                due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
-                gap_s = min(2 * gap_s, _MAX_GAP_S)
+                if self.doing:
+                    self._draw()
+                    due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
+                    gap_s = min(2 * gap_s, _MAX_GAP_S)
+                else:  # what comes next is a wait of its own, with its own time and its own gaps
+                    self._erase()
+                    self._began = time.monotonic()
+                    due, gap_s = self._began + self._first_s, 2 * self._first_s
                 continue
             self._erase()
             if line is None:
@@ -147,9 +153,17 @@ class _LogToStatus(logging.Handler):
             if record.levelno >= self._min_level or record.name == _REQUESTS:
                 self._line.print(self.format(record))
             else:
-                self._line.doing = record.getMessage()
+                self._line.doing = _wait_of(record)
         except Exception:
             self.handleError(record)
+
+
+def _wait_of(record: logging.LogRecord) -> str:
+    """Return what a command is waiting for, by the record of a slow step."""
+    server = getattr(record, "unreachable", None)
+    if server is None:
+        return record.getMessage()
+    return f"waiting for the server at {server}; start it again, or press Ctrl-C"
 
 
 @contextlib.contextmanager
