@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from tinkex.errors import InvalidInputError, a_type
 from tinkex.loggers.files import read_metrics
-from tinkex.loggers.plot import Rows, draw, import_figures, panels_of, png_of
+from tinkex.loggers.curves import Rows, draw, import_figures, panels_of, png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,9 @@ def plot(
     known = {name for row in every_row for name in row} - {"step"}
     unknown = [name for names in panels for name in names if name not in known]
     if not known:
-        raise InvalidInputError("the runs have no metrics yet")
+        raise InvalidInputError(
+            "the runs have no metrics yet", hint="They are there once a step has been logged."
+        )
     if unknown:
         raise InvalidInputError(
             f"the runs have no metric {unknown[0]!r}; they have {', '.join(sorted(known))}"
@@ -98,8 +100,9 @@ def _checked(run: object) -> List[Mapping[str, Any]]:
     rows: List[Any] = list(run) if isinstance(run, Sequence) else [run]
     for row in rows:
         if not isinstance(row, Mapping) or "step" not in row:
+            lacks = ' without "step"' if isinstance(row, Mapping) else ""
             raise InvalidInputError(
-                f"{a_type(row)} is not a row of metrics",
+                f"{a_type(row)}{lacks} is not a row of metrics",
                 hint='Give a run folder, or dicts with "step", as read_metrics(folder) returns.',
             )
     return [{name: _number(name, value) for name, value in row.items()} for row in rows]

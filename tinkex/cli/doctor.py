@@ -8,7 +8,7 @@ from typing import List, Optional
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.checks import FAILED, Check, Examination
 from tinkex.cli.commands import Command, in_flags
 from tinkex.cli.connect import base_url_option
@@ -28,7 +28,7 @@ def doctor(ctx: click.Context, base_url: Optional[str]) -> None:
     ended; nothing is trained or sampled.
     """
     made: List[Check] = []
-    checks = Examination(base_url).run(lambda name: status.waiting_for(f"checking: {name}"))
+    checks = Examination(base_url).run(lambda name: status_line.waiting_for(f"checking: {name}"))
     with contextlib.closing(checks):
         for check in checks:
             made.append(_in_flags(check, ctx))

@@ -37,7 +37,7 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
     "session": ("tinkex.cli.sessions:session", "List and show sessions."),
     "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
-    "status": ("tinkex.cli.activity:status", "Show what is in flight on this machine."),
+    "status": ("tinkex.cli.status:status", "Show what is in flight on this machine."),
     "train": ("tinkex.cli.train:train", "Fine-tune a model on a file of examples."),
     "version": ("tinkex.cli.main:version", "Print the version."),
 }

@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVa
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.terminal import echo, echo_error, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -142,7 +142,7 @@ def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
     """Show progress in bytes on stderr; yield a function to report it with (done, total)."""
-    line = status.current()  # looked up here, because other threads report the progress
+    line = status_line.current()  # looked up here, because other threads report the progress
     if line is None or not line.live:
 
         def in_words(done: int, total: Optional[int]) -> None:
@@ -159,7 +159,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     )  # fmt: skip
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
-    with status.hidden(), bars:
+    with status_line.hidden(), bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 
 import click
 
-from tinkex.cli import status, terminal
+from tinkex.cli import status_line, terminal
 from tinkex.cli.commands import Command
 from tinkex.cli.signals import Ended, EndSignals
 from tinkex.cli.terminal import echo, echo_error
@@ -79,7 +79,7 @@ def serve(
             check_bind(host, port, api_key)
             folder = data_dir or default_data_dir()
             check_folder(folder)
-            status.waiting_for(f"loading {model}")
+            status_line.waiting_for(f"loading {model}")
             engine = load_engine(model, device, progress=echo_error)
             server = LocalServer(
                 engine,
@@ -92,7 +92,7 @@ def serve(
                 access_log=None if quiet else _log_request,
             )
             signals.hold()
-            with server, status.hidden():
+            with server, status_line.hidden():
                 echo(
                     f"tinkex is ready: {model} at {server.url}   "
                     f"(open it in a browser to watch it; export TINKER_BASE_URL={server.url}; "

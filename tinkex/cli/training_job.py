@@ -10,13 +10,15 @@ from typing import Any, Dict, Iterator, List, Tuple
 import tinkex
 from tinkex import data, loggers, recipes
 from tinkex._runtime.error_text import ErrorText
-from tinkex.cli import status
-from tinkex.cli.connect import context_length, explained, find_server
+from tinkex.cli import status_line
+from tinkex.cli.connect import base_sampler, context_length, explained, find_server
 from tinkex.cli.output import count, print_facts, warnings_in_words
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
-from tinkex.cli.training_settings import Files, Job, schedule_of
+from tinkex.cli.training_settings import Job, JobExamples, schedule_of
 from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
+from tinkex.loggers.files import require_folder
+from tinkex.loggers.loggers import check_loggers
 from tinkex.recipes.evaluation import logged
 from tinkex.recipes.prepared import Prepared
 from tinkex.recipes.serving import start_server
@@ -36,15 +38,16 @@ _SAVE_MINUTES = 10.0
 def run_job(job: Job) -> None:
     """Do what is left of *job*, and print the result."""
     with warnings_in_words():
-        files = Files(job)
-    record = _record_so_far(job, files.config)
-    if record.sampler is not None and record.config == files.config:
+        examples = JobExamples(job)
+    check_loggers(job.loggers)
+    record = _record_so_far(job, examples.config)
+    if record.sampler is not None and record.config == examples.config:
         echo_error(f"The run in {job.out} is finished already.")
         _report(job, record)
         return
     try:
         with _open_service(job) as service:
-            _train(job, files, service)
+            _train(job, examples, service)
     except TinkexError as error:
         # Bad input would fail again in the same way.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
@@ -59,16 +62,16 @@ def run_job(job: Job) -> None:
     _report(job, _read(job.out))
 
 
-def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
+def _train(job: Job, examples: JobExamples, service: tinkex.ServiceClient) -> None:
     """Train, and save the weights for sampling."""
-    training, heldout = _prepare(job, files, service)
-    given = files.config
+    training, heldout = _prepare(job, examples, service)
+    given = examples.config
     batches = recipes.Batches(
         training, job.batch_size, epochs=job.epochs or 1.0, steps=job.steps, seed=job.seed
     )
     schedule = schedule_of(given, len(batches))
     part = max(1, len(batches) // _PARTS)
-    status.waiting_for("creating the run")
+    status_line.waiting_for("creating the run")
     with contextlib.ExitStack() as opened:
         run = opened.enter_context(
             service.open_run(
@@ -88,7 +91,7 @@ def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
         if run.steps_done:
             echo_error(f"Continuing after {run.steps_done} of {count(len(batches), 'step')}.")
             _log_again(run, outputs, job.out)
-        status.waiting_for("training")
+        status_line.waiting_for("training")
         with _interrupts_explained(), TrainingProgress(len(batches), run.steps_done) as progress:
 
             def log(step: int, metrics: Any) -> None:
@@ -96,7 +99,7 @@ def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
                 progress.log(step, metrics)
 
             recipe: Any = recipes.train_supervised
-            if files.method == "dpo":
+            if examples.method == "dpo":
                 recipe = functools.partial(recipes.train_dpo, beta=job.beta)
             recipe(
                 run,
@@ -107,7 +110,7 @@ def _train(job: Job, files: Files, service: tinkex.ServiceClient) -> None:
                 eval_every=job.eval_every or part,
                 log=log,
             )
-        status.waiting_for("saving")
+        status_line.waiting_for("saving")
         run.save_for_sampler()
 
 
@@ -118,7 +121,7 @@ def _interrupts_explained() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         echo_error("Saving the last step; Ctrl-C again ends the command at once.")
-        status.waiting_for("saving the last step")
+        status_line.waiting_for("saving the last step")
         raise
 
 
@@ -131,11 +134,11 @@ def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
 
 
 def _prepare(
-    job: Job, files: Files, service: tinkex.ServiceClient
+    job: Job, examples: JobExamples, service: tinkex.ServiceClient
 ) -> Tuple[Prepared[Any], Prepared[Any]]:
     """Return the data to train on and those held out, all of which can be used."""
-    status.waiting_for("loading the tokenizer")
-    tokenizer = service.create_sampling_client(base_model=job.model).get_tokenizer()
+    status_line.waiting_for("loading the tokenizer")
+    tokenizer = base_sampler(service, job.model).get_tokenizer()
     longest = job.max_tokens or context_length(service, job.model)
     cut: List[int] = []
 
@@ -147,10 +150,10 @@ def _prepare(
         )
 
     def checked(done: int, total: int) -> None:
-        status.waiting_for(f"checking examples: {done} of {total}")
+        status_line.waiting_for(f"checking examples: {done} of {total}")
 
-    training = Prepared(files.training, prepare, files.indices, skip_bad=job.skip_bad)
-    heldout = Prepared(files.heldout, prepare, files.heldout_indices, skip_bad=job.skip_bad)
+    training = Prepared(examples.training, prepare, examples.indices, skip_bad=job.skip_bad)
+    heldout = Prepared(examples.heldout, prepare, examples.heldout_indices, skip_bad=job.skip_bad)
     total = len(training)
     if training.check(_CHECKED, checked) < total:
         echo_error(f"Only the first {_CHECKED} of {total} examples were checked.")
@@ -161,8 +164,8 @@ def _prepare(
             f"has {max(cut)} tokens."
         )
     if len(heldout):
-        status.waiting_for("comparing the held-out examples with the others")
-        _leave_out_overlap(heldout, training, files.heldout is not files.training)
+        status_line.waiting_for("comparing the held-out examples with the others")
+        _leave_out_overlap(heldout, training, examples.heldout is not examples.training)
     if not len(heldout):
         echo_error("No examples are held out.")
     return training, heldout
@@ -186,8 +189,7 @@ def _leave_out_overlap(heldout: Prepared[Any], training: Prepared[Any], is_file:
 
 def _record_so_far(job: Job, config: Dict[str, Any]) -> RunRecord:
     """Return what the run folder holds; RunFolderError if it is a run of something else."""
-    if job.out.exists() and not job.out.is_dir():
-        raise RunFolderError(f"{job.out} is not a folder")
+    require_folder(job.out, "Choose another folder for --out.")
     record = _read(job.out)
     if record.spec:
         spec = {**record.spec, "base_model": job.model, "rank": job.rank, "seed": job.seed}
@@ -203,7 +205,7 @@ def _read(folder: Path) -> RunRecord:
 def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
     """Open a session on the server of *job*; it ends with the block."""
     if job.base_url is None:
-        status.waiting_for(f"loading {job.model}")
+        status_line.waiting_for(f"loading {job.model}")
         with start_server(job.out, job.model) as service:
             yield service
         return

@@ -11,7 +11,7 @@ import time
 from types import TracebackType
 from typing import Any, Mapping, Optional, Type
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.terminal import echo_error
 
 #: Seconds between two lines, at least; those with a held-out loss are always written.
@@ -32,16 +32,16 @@ class TrainingProgress:
         self._heldout: Optional[float] = None
         self._tokens = 0.0
         self._began = self._written = time.monotonic()
-        self._line: Optional[status.StatusLine] = None
+        self._line: Optional[status_line.StatusLine] = None
         self._bar: Any = None
         self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingProgress:
-        line = self._line = status.current()
+        line = self._line = status_line.current()
         if line is not None:
             line.doing = ""  # until a log record reports a wait, as for a server that is gone
             if line.live:  # the bar redraws its own line, and shows such a wait in it
-                self._shown.enter_context(status.hidden())
+                self._shown.enter_context(status_line.hidden())
                 self._bar = self._shown.enter_context(_bar(self._steps, self._first, line))
         return self
 
@@ -82,7 +82,7 @@ class TrainingProgress:
             echo_error(f"{where}: {', '.join(parts)}")
 
 
-def _bar(steps: int, done: int, line: status.StatusLine) -> Any:
+def _bar(steps: int, done: int, line: status_line.StatusLine) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -343,7 +343,9 @@ class Pipeline(Iterator[PipelineStep]):
         self._ended = True
         self._cancel_unsent()
         if not self._is_drained:
-            logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
+            logger.warning(
+                "the pipeline stops: %s; %s", type(error).__name__, self._describe_sent()
+            )
 
     def _cancel_unsent(self) -> None:
         """Cancel, from the last backward, the steps that the queue has not begun; forget them."""

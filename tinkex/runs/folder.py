@@ -8,6 +8,7 @@ from typing import Any, List, Mapping, Union
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import RunFolderError
+from tinkex.loggers.files import require_folder
 from tinkex.runs.folder_lock import FolderLock
 from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
 from tinkex.runs.records import RunRecord, replay
@@ -25,6 +26,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        require_folder(path, "Choose another folder.")
         with contextlib.ExitStack() as opened:
             try:
                 path.mkdir(parents=True, exist_ok=True)

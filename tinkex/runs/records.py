@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Union
 
 from tinkex.errors import RunFolderError
+from tinkex.loggers.files import RUN_FOLDER_HINT, require_folder
 from tinkex.runs.journal import JOURNAL_NAME, Entry, read_entries
 
 
@@ -181,9 +182,10 @@ def read_run(folder: Union[str, Path]) -> RunRecord:
     """Read the journal of a run folder, also while a process is writing to it.
 
     Raises:
-        RunFolderError: there is no journal, or it is damaged.
+        RunFolderError: there is no journal, or it is damaged; or *folder* is a file.
     """
     path = Path(folder) / JOURNAL_NAME
+    require_folder(path.parent, RUN_FOLDER_HINT)
     try:
         entries, _ = read_entries(path)
     except OSError as error:
