@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from tinkex.errors import InvalidInputError, a_type
-from tinkex.loggers.files import read_metrics
 from tinkex.loggers.curves import Rows, draw, import_figures, panels_of, png_of
+from tinkex.loggers.files import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from tinkex.config import Config
 from tinkex.errors import InvalidInputError
 from tinkex.recipes.prepared import split_heldout
 from tinkex.recipes.schedules import Schedule, constant, cosine, linear
-from tinkex.recipes.serving import EMBEDDED
+from tinkex.runs.records import EMBEDDED
 
 METHODS = ("supervised", "dpo")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, S
 
 from tinkex._runtime.numeric import to_float, to_int
 from tinkex.errors import ClientClosedError, InvalidInputError, a_type
-from tinkex.loggers.files import CsvFile, MetricsFile, Row
 from tinkex.loggers.curves import Plot, import_figures
+from tinkex.loggers.files import CsvFile, MetricsFile, Row
 from tinkex.loggers.trackers import (
     TensorBoard,
     import_tensorboard,

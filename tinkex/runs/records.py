@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Union
 
@@ -64,6 +65,10 @@ class SamplerRecord:
     at: float
 
 
+#: In the place of a base URL: an embedded server.
+EMBEDDED = "embedded"
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerRecord:
     """The server of a run: one at a URL, or an embedded one (`ServiceClient.local`).
@@ -93,7 +98,7 @@ class RunRecord:
             loaded have taken the place of the first ones.
         checkpoints: those not known to be gone, the newest last.
         sampler: what `Run.save_for_sampler` saved last.
-        server: where it was started or continued last; None if an older version has written it.
+        server: the one that has its checkpoints; None if an older version does not name it.
     """
 
     spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -175,7 +180,27 @@ def replay(entries: List[Entry], path: Path) -> RunRecord:
                 f"{error!r}",
                 hint="Continue the run with the version that wrote it.",
             ) from error
+    record.server = _server_of(path.parent, record)
     return record
+
+
+def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
+    """Return the folder for the data of a run's own embedded server."""
+    return Path(folder) / "server"
+
+
+def _server_of(folder: Path, record: RunRecord) -> Optional[ServerRecord]:
+    """Return the server that has the checkpoints of the run in *folder*.
+
+    The journal names one for each time that the run was started, with the path that its data had
+    then.  Data in the run folder go before it, because that folder may have been moved or copied,
+    and so do settings of `tinkex train`, whose folders are older than that part of the journal.
+    """
+    own = server_folder(folder)
+    named = record.config.get("server")
+    if named == EMBEDDED or (named is None and own.is_dir()):
+        return ServerRecord(model=record.spec.get("base_model"), data_dir=os.path.abspath(own))
+    return record.server if named is None else ServerRecord(base_url=named)
 
 
 def read_run(folder: Union[str, Path]) -> RunRecord:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinkex.testing import faults
+    from tinkex.testing.engine import CharacterTokenizer
     from tinkex.testing.exchange import Exchange, Reply
     from tinkex.testing.journal import Journal, ReceivedRequest
     from tinkex.testing.script import Injection
     from tinkex.testing.server import FakeServer
-    from tinkex.testing.tokenizer import CharacterTokenizer
 
 _MODULES = {
-    "CharacterTokenizer": "tokenizer",
+    "CharacterTokenizer": "engine",
     "Exchange": "exchange",
     "FakeServer": "server",
     "Injection": "script",

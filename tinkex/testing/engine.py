@@ -1,10 +1,10 @@
-"""The deterministic engine, which writes down in the journal what it has done."""
+"""The deterministic engine, which records in the journal what it has done, and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Container, Dict, Iterator, List, Mapping, Sequence, Union
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, Sequence, Union
 
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.engines.engine import EngineInfo, Finished
@@ -76,3 +76,21 @@ class RecordingEngine(DeterministicEngine):
                 if not isinstance(result, Exception):
                     self._journal.add_executed(sampler_id, "sample")
             yield finished
+
+
+class CharacterTokenizer:
+    """Token ``t`` is the character ``chr(t)``; token 0 ends a sequence.  Immutable.
+
+    It decodes whatever `FakeServer` samples.  With the server's default vocabulary it encodes the
+    characters below U+7D00: all of Latin, Greek, Cyrillic and most of Chinese, but no emoji.
+    """
+
+    eos_token_id = 0
+
+    def encode(self, text: str) -> List[int]:
+        """Return the token ids of *text*."""
+        return [ord(character) for character in text]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of *tokens*, without the end of the sequence."""
+        return "".join(chr(token) for token in tokens if token != self.eos_token_id)
