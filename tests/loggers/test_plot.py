@@ -108,7 +108,8 @@ def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> No
         plot([{"loss": 1.0}])
     with pytest.raises(InvalidInputError, match="is not a row of metrics"):
         plot({"loss": 1.0})  # type: ignore[arg-type]
-    for nothing in (tmp_path / "missing", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "missing", tmp_path / "empty"):
         with pytest.raises(RunFolderError, match="cannot read") as error:
             plot(nothing)
         assert error.value.hint == (

@@ -34,6 +34,8 @@ class RunFolder:
         with contextlib.ExitStack() as opened:
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                # Before the journal is opened, which cuts off a torn line: that may be one which
+                # another process is writing.
                 opened.callback(FolderLock(path).release)
             except OSError as error:
                 raise RunFolderError(
@@ -101,7 +103,7 @@ def _compare(
 
 
 class FolderLock:
-    """Holds *folder* until `release`, or the end of the process, however that comes.
+    """Holds *folder* until `release`, or the end of the process by whatever cause.
 
     The child of a fork does not hold it.  Where there is no ``fcntl`` (Windows), two processes on
     one folder go unnoticed.
@@ -115,6 +117,7 @@ class FolderLock:
         self._file: Optional[int] = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._file, folder)
+            # For the error of another process; the lock itself is in the kernel, not in the text.
             os.ftruncate(self._file, 0)
             os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             lifecycle.track(self)

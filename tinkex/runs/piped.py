@@ -87,10 +87,12 @@ class PipedSteps(Iterator[RunStep[Any]]):
         Raises:
             TinkexError: one fails.
         """
+        # Set until all is read, so that a failure or Ctrl-C below leaves it set: a second attempt
+        # would take the steps that are left for all there are.
         if self._incomplete:
             return False
         self._incomplete = True
-        if self._handed_out is not None:
+        if self._handed_out is not None:  # its line comes before those of later steps
             self._handed_out._end()
         for result in self._pipeline.drain():
             if result.index != self._finished:
@@ -105,6 +107,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             yield step.batch
 
     def _params_of(self, index: int) -> OptimParams:
+        # The pipeline counts its own steps from 0; a schedule is over the whole run.
         assert callable(self._adam_params)
         return self._adam_params(self._first.steps + index)
 
@@ -114,6 +117,8 @@ class PipedSteps(Iterator[RunStep[Any]]):
         step.result = result
         step.log(result.metrics)
         if self._metrics is not None:
+            # A step that the server has done must be counted and written whatever happens here: the
+            # run would otherwise train its batch twice.
             try:
                 step.log(self._metrics(step))
             except BaseException as error:  # Ctrl-C, too: the server has done the step

@@ -129,11 +129,12 @@ class RunRecord:
         kind = entry["kind"]
         if kind == "config":
             self.spec, self.config = entry["spec"], entry["config"]
-            self.sampler = None  # the run goes on with other settings
+            self.sampler = None  # the run is not finished with its new settings
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
             if "server" in entry:
                 self.server = ServerRecord(**_known(ServerRecord, entry["server"]))
+            # Steps after the checkpoint are done again; checkpoints after it could not be loaded.
             self.steps = [step for step in self.steps if step.index < entry["steps"]]
             self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
         elif kind == "step":
