@@ -174,6 +174,7 @@ def explained(config: Config) -> Iterator[None]:
 
 def explain(error: APIError, config: Config) -> None:
     """Add the server of *config* and advice to *error*."""
+    # The messages of failed connections name the server themselves.
     if config.host_and_port not in error.message:
         error.message = ErrorText(f"{config.host_and_port}: ", error.message)
     error.hint = advice(error)

@@ -114,11 +114,12 @@ def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIErr
     """Delete *paths* concurrently; return those that failed, with the error."""
     failed = []
     status_line.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
+    # All are under way before the first is waited for.
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
             future.result()
-        except APIError as error:  # go on with the others
+        except APIError as error:  # the others are deleted all the same
             explain(error, rest.config)
             failed.append((path, error))
     return failed

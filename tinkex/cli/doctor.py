@@ -196,7 +196,7 @@ class Examination:
 
     def _check_settings(self) -> str:
         base_url, source = chosen_server(self._given_url)
-        # Quick, and without a session's patience: a failure is to be seen, not waited out.
+        # Short timeouts: an outage is to be reported, while a session would wait for its end.
         self._config = Config.resolve(
             base_url=base_url,
             startup_timeout_s=PATIENCE_S / 2,
@@ -232,6 +232,7 @@ class Examination:
     def _ask(self, path: str, **details: Any) -> Reply:
         request = Request("GET", path, traffic="control", **details)
         reply = ask_once(self._open_transport, request)
+        # A route that responds is used for the round trips: not all servers have healthz.
         self._health = self._health or request
         self._codings.append(reply.headers.get("content-encoding", "none"))
         return reply

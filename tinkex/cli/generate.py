@@ -218,6 +218,7 @@ class Generator:
             yield self.read(self.sample(tokens, params, 1).sequences[0].tokens)
             return
         status_line.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        # Tokens, not text: the endpoint would encode a text by rules of its own.
         body = {"model": self._model, "prompt": tokens, "stream": True, **params.to_json()}
         yield from _stream(self._config, {**body, "include_stop_str_in_output": True})
 
@@ -283,6 +284,8 @@ def _only_model(service: tinkex.ServiceClient) -> str:
 
 def _offers_streams(config: Config) -> bool:
     """Return whether the server is an embedded one that can be reached directly."""
+    # By plain http.client, without the library's retries and proxies: where a proxy is needed, this
+    # fails, and the text comes in one piece over the protocol.
     connection = _connect(config, timeout_s=5.0)
     return is_embedded(connection, _path(config, "models"), _headers(config))
 
@@ -309,6 +312,7 @@ def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
                 if "error" in event:
                     raise _failure(event)
                 yield event["choices"][0]["text"]
+        # A complete stream ends with [DONE]; this text may lack its end.
         raise APIConnectionError(f"{config.host_and_port}: the stream ended early")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise APIConnectionError(f"{config.host_and_port}: the stream broke: {error}") from error

@@ -55,6 +55,8 @@ class LazyGroup(Group):
         """Run the command."""
         with terminal.write_errors():
             result = super().invoke(ctx)
+            # Here a full disk or a closed pipe is an error of the command; at exit, Python would
+            # report it with a traceback and exit code 120.
             terminal.flush_output()
         return result
 
@@ -99,11 +101,13 @@ def version() -> None:
 def run_command(args: Optional[Sequence[str]] = None) -> int:
     """Run the command line *args* (by default the process's own) and return its exit code."""
     try:
+        # Standalone mode would write errors itself, and end the process.
         result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
     except click.UsageError as error:
         _show_usage(error)
         return error.exit_code
     except click.ClickException as error:
+        # transformers reports Ctrl-C in one of its late imports as an ImportError of its own.
         if is_interrupt(error):
             terminal.echo_error("Interrupted.")
             return INTERRUPTED

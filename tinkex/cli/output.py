@@ -85,6 +85,7 @@ def print_table(
         return
     lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *lines)]
+    # A terminal would wrap the rows, and a path could not be copied in one piece.
     if sum(widths) + 2 * len(widths) - 2 > _columns():
         blocks = [_facts(list(zip(columns, line))) for line in lines]
         echo("\n\n".join([title, *blocks]))

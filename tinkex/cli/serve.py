@@ -91,6 +91,7 @@ def serve(
                 settings=ServerSettings(allowed_hosts=allowed_hosts),
                 access_log=None if quiet else _log_request,
             )
+            # From here on a signal must not interrupt: it could hit the closing of the server.
             signals.hold()
             with server, status_line.hidden():
                 echo(

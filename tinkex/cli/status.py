@@ -11,7 +11,7 @@ import click
 
 from tinkex._sessions.process_status import ProcessStatus, SessionStatus, read_processes
 from tinkex.cli.commands import Command
-from tinkex.cli.output import count, format_option, print_json, print_table, wants_json, when
+from tinkex.cli.output import count, format_option, print_table, when
 from tinkex.runs import read_run
 
 #: A process that has not written its status for this long, in seconds, is worth a remark.
@@ -38,14 +38,12 @@ def status(folders: Tuple[str, ...]) -> None:
 def _show_processes() -> None:
     now = time.time()
     found = read_processes(now)
-    if wants_json():
-        print_json({"processes": [dataclasses.asdict(process) for process in found]})
-        return
     sessions = [(process, session) for process in found for session in process.sessions]
     print_table(
         f"{count(len(sessions), 'session')} of {count(len(found), 'process', 'processes')}",
         ["PID", "Program", "Server", "Session ID", "In Flight", "Heartbeat", "As Of"],
         [_row(process, session, now) for process, session in sessions],
+        as_json={"processes": [dataclasses.asdict(process) for process in found]},
     )
 
 
@@ -86,9 +84,6 @@ def _show_runs(folders: Tuple[str, ...]) -> None:
             "checkpoint_steps": newest.steps if newest else None,
         }
         runs.append(facts)
-    if wants_json():
-        print_json({"runs": runs})
-        return
     print_table(
         count(len(runs), "run"),
         ["Folder", "Base Model", "Steps", "Last Step", "Checkpoint"],
@@ -104,6 +99,7 @@ def _show_runs(folders: Tuple[str, ...]) -> None:
             ]
             for run in runs
         ],
+        as_json={"runs": runs},
     )
 
 

@@ -59,7 +59,8 @@ class StatusLine:
         self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._began = time.monotonic()
         self._drawn = 0  # columns drawn on the terminal; used by the thread only
-        # Lines to print; None ends the thread.
+        # Lines to print; None ends the thread.  A queue and no lock: a log record may come from any
+        # thread, and from a finalizer, which must not wait.
         self._inbox: Inbox[Optional[str]] = Inbox()
         self._thread: Optional[threading.Thread] = None
 
@@ -78,6 +79,7 @@ class StatusLine:
         if thread is not None:
             self._inbox.put(None)
             thread.join()
+        # Records that were put behind the None, which the thread has not taken.
         self._print_rest()
 
     def print(self, line: str) -> None:
@@ -119,6 +121,7 @@ class StatusLine:
         if not self.live:
             self._write(f"{doing}{elapsed}\n")
             return
+        # Erased first: the text may be shorter than before.
         self._erase()
         room = shutil.get_terminal_size().columns - len(elapsed) - 1  # a full line would wrap
         text = doing[: max(0, room)] + elapsed
@@ -154,7 +157,7 @@ class _LogToStatus(logging.Handler):
                 self._line.print(self.format(record))
             else:
                 self._line.doing = _wait_of(record)
-        except Exception:
+        except Exception:  # as in every handler: a record must not end the work that it describes
             self.handleError(record)
 
 
@@ -174,6 +177,8 @@ def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
     """
     line = StatusLine(doing, FIRST_S)
     handler = _LogToStatus(line, verbose)
+    # The levels are restored in the end: a program that runs a command in its own process keeps its
+    # logging.
     logger = logging.getLogger("tinkex")
     levels = dict.fromkeys(_STEPS, logging.DEBUG)
     if verbose:
@@ -209,6 +214,7 @@ def waiting_for(doing: str) -> None:
 def hidden() -> Iterator[None]:
     """Hide the status line during the block, which prints something or asks a question."""
     line = current()
+    # Without its thread it is hidden already, as by an outer block, or it is never shown.
     if line is None or line._thread is None:
         yield
         return

@@ -66,11 +66,11 @@ def echo_error(text: str) -> None:
 
 
 def _write(stream: Optional[TextIO], text: str) -> None:
-    if stream is None:  # the process was started without it
+    if stream is None:  # the process was started without it, as by pythonw
         return
     with status_line.hidden():
         stream.write(f"{text}\n")
-        stream.flush()
+        stream.flush()  # so that a failure is raised here, where it is reported
 
 
 def flush_output() -> None:

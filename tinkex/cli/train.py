@@ -94,6 +94,7 @@ def train(**options: Any) -> None:
     job = Job(**options)
     with warnings_in_words():
         examples = JobExamples(job)
+    # What can fail without a server fails before one is started, or asked.
     check_loggers(job.loggers)
     record = _record_so_far(job, examples.config)
     if record.sampler is not None and record.config == examples.config:
@@ -171,17 +172,17 @@ def _train(job: Job, examples: JobExamples, service: tinkex.ServiceClient) -> No
 
 @contextlib.contextmanager
 def _interrupts_explained() -> Iterator[None]:
-    """Tell why the command does not end at once at Ctrl-C: the run saves its last step."""
+    """Explain why the command does not end immediately at Ctrl-C: the run saves its last step."""
     try:
         yield
     except KeyboardInterrupt:
-        echo_error("Saving the last step; Ctrl-C again ends the command at once.")
+        echo_error("Saving the last step; Ctrl-C again ends the command immediately.")
         status_line.waiting_for("saving the last step")
         raise
 
 
 def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
-    """Log what the journal has and the loggers have missed, as steps done while Ctrl-C came."""
+    """Log the steps that are in the journal alone, such as those done while Ctrl-C was handled."""
     lines = loggers.read_metrics(folder)
     first = lines[-1]["step"] + 1 if lines else 0
     for step in run.record.steps[first : run.steps_done]:
@@ -191,8 +192,9 @@ def _log_again(run: tinkex.Run, outputs: loggers.Loggers, folder: Path) -> None:
 def _prepare(
     job: Job, examples: JobExamples, service: tinkex.ServiceClient
 ) -> Tuple[Prepared[Any], Prepared[Any]]:
-    """Return the data to train on and those held out, all of which can be used."""
+    """Return the training data and the held-out data, of which bad examples are left out."""
     status_line.waiting_for("loading the tokenizer")
+    # The server's own tokenizer, and an early error for a model that it does not have.
     tokenizer = base_sampler(service, job.model).get_tokenizer()
     longest = job.max_tokens or context_length(service, job.model)
     cut: List[int] = []
@@ -212,7 +214,7 @@ def _prepare(
     total = len(training)
     if training.check(_CHECKED, checked) < total:
         echo_error(f"Only the first {_CHECKED} of {total} examples were checked.")
-    heldout.check(len(heldout), checked)
+    heldout.check(len(heldout), checked)  # all: each is measured with the first batch
     if cut:
         echo_error(
             f"{count(len(cut), 'text')} longer than {longest} tokens were cut; the longest "
@@ -270,7 +272,7 @@ def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
 
 
 def _report(job: Job, record: RunRecord) -> None:
-    """Print what became of the run."""
+    """Print the result of the run."""
     assert record.sampler is not None
     metrics = loggers.read_metrics(job.out)
     losses = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]

@@ -272,6 +272,7 @@ def _of_continuation(
 
 def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
     """Return the tokens of both and the end-of-sequence token; learnt is what follows *prompt*."""
+    # `completion_datum` and `text_datum` take these from the caller, unchecked.
     for text in (prompt, completion):
         if not isinstance(text, str):
             raise InvalidInputError(f"a prompt or completion is {a_type(text)}, not text")
@@ -286,6 +287,8 @@ def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
 
 
 def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[OnCut]) -> Datum:
+    # Inputs are all tokens but the last, targets all but the first: the first weight has no place,
+    # and *max_tokens* inputs need one token more.
     ids, weights = tokens.ids, tokens.weights
     length = len(ids) - 1
     if max_tokens is not None:

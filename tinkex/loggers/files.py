@@ -138,6 +138,7 @@ class CsvFile:
         if self._columns and row.keys() <= set(self._columns):
             self._line.write(step, self._text([{"step": step, **row}]).encode())
             return
+        # A new column changes every line; rows are then read from the file that has them all.
         rows = read_metrics(self._folder)
         self._columns = list(dict.fromkeys(name for line in rows for name in line))
         head: Dict[str, Any] = {name: name for name in self._columns}
@@ -178,7 +179,7 @@ class _LastLine:
                 left = memoryview(line)
                 while left:
                     left = left[file.write(left) :]
-            except OSError:  # what stays of the line has no line feed
+            except OSError:  # such as a full disk: what is left of the line has no line feed
                 file.truncate(self._start)
                 raise
         self._step, self._end = step, self._start + len(line)

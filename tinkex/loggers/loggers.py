@@ -89,11 +89,12 @@ class Loggers:
         rewound = self._row is None or step < self._step
         earlier = {} if rewound or step > self._step else self._row
         row = {**(earlier or {}), **new}
+        # First the file, which raises: what it lacks must not be in the other outputs.
         if rewound:
             self._file.rewind(step)
         self._file.log(step, row)
         self._step, self._row = step, row
-        for name, output in list(self._others.items()):
+        for name, output in list(self._others.items()):  # a copy, since one that fails is removed
             with self._left_out_if_it_fails(name):
                 if rewound:
                     output.rewind(step)

@@ -117,6 +117,7 @@ def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]],
     def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Any:
         import torch
 
+        # One number a datum, shape (2 * pairs,): sums over the learnt tokens, less the reference's.
         ratios = torch.stack(
             [
                 (row * datum.loss_fn_inputs["weights"].to_torch()).sum() - _reference_of(datum)
@@ -124,6 +125,7 @@ def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]],
             ]
         )
         margins = beta * (ratios[::2] - ratios[1::2])
+        # logsigmoid, because log(sigmoid(x)) is -inf for a margin below about -100 in float32.
         return -torch.nn.functional.logsigmoid(margins).sum(), {
             "accuracy:sum": (margins > 0).sum(),
             "margin:sum": margins.sum(),
@@ -139,7 +141,7 @@ def _heldout_metrics(
         [_logprob_of(d, output) - _reference_of(d) for d, output in zip(data, outputs)]
     )
     margins = beta * (ratios[::2] - ratios[1::2])
-    loss = np.logaddexp(0.0, -margins).mean()
+    loss = np.logaddexp(0.0, -margins).mean()  # -log sigmoid(margin), without overflow
     return {"heldout_loss": float(loss), "heldout_accuracy": float((margins > 0).mean())}
 
 
@@ -178,6 +180,7 @@ class _Reference:
 def _logprob_of(datum: Datum, output: Mapping[str, Any]) -> float:
     """Return the log-probability of what is to be learnt of *datum*."""
     weights = datum.loss_fn_inputs["weights"].to_numpy()
+    # In float64: a margin is a small difference of sums over hundreds of tokens.
     return float(np.dot(weights, output["logprobs"].to_numpy().astype(np.float64)))
 
 

@@ -78,6 +78,8 @@ class Evaluations:
 
     def batches_from(self, first: int) -> Iterator[Any]:
         """Yield the batches from *first* on, for `Run.pipeline`; submit what is due before each."""
+        # The pipeline takes a batch after it has queued all steps before, and a run's requests are
+        # done in order: what is submitted here sees the weights of exactly *index* steps.
         for index in range(first, len(self._batches) + 1):
             if self._is_due(index):
                 assert self._measure is not None

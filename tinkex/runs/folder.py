@@ -11,7 +11,6 @@ from typing import Any, List, Mapping, Optional, Union
 from tinkex._runtime import lifecycle
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import RunFolderError
-from tinkex.loggers.files import require_folder
 from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
 from tinkex.runs.records import RunRecord, replay
 
@@ -30,7 +29,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        require_folder(path, "Choose another folder.")
         with contextlib.ExitStack() as opened:
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -38,8 +36,11 @@ class RunFolder:
                 # another process is writing.
                 opened.callback(FolderLock(path).release)
             except OSError as error:
+                is_file = isinstance(error, FileExistsError)
                 raise RunFolderError(
-                    f"cannot use the run folder {path}: {error.strerror or error}", hint=WRITABLE
+                    f"cannot use the run folder {path}: "
+                    f"{'it is not a folder' if is_file else error.strerror or error}",
+                    hint="Choose another folder." if is_file else WRITABLE,
                 ) from error
             self._journal = Journal(path)
             opened.callback(self._journal.close)

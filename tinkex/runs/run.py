@@ -421,8 +421,8 @@ class Run:
         run = self.trainer._run
         if current is None or (current.last_update is run.last_update and not run.has_gradient):
             return True
-        # After an error, the body of the step may have had more to do; and a gradient is not part of
-        # a checkpoint.
+        # After an error, the body of the step may have had more to do; and a checkpoint does not
+        # hold a gradient.
         if not may_count or run.has_gradient:
             return False
         current.step._end()

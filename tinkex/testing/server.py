@@ -108,6 +108,7 @@ class FakeServer:
             if self._closed or self._server is not None:
                 raise LocalServerError("this server was started before; make a new one")
             self._folder = Path(tempfile.mkdtemp(prefix="tinkex-fake-"))
+            # For a server that is never closed, as in a test that fails while it is made.
             weakref.finalize(self, shutil.rmtree, str(self._folder), ignore_errors=True)
             self._start_locked()
 
@@ -116,6 +117,7 @@ class FakeServer:
         with self._lock:
             self._closed = True
             self._stop_locked()
+        # Without the lock, which a restart takes before it sees that the server was closed.
         for thread in self._restarts:
             thread.join()
         if self._folder is not None:
@@ -174,6 +176,7 @@ class FakeServer:
 
         The server's clock moves forward by that time; new sessions live as usual.
         """
+        # By the server's own clock and housekeeping, as sessions expire without heartbeats.
         server = self._running(wait=False)
         self._clock.advance(server.settings.session_ttl_s)
         server.request_housekeeping()
@@ -245,6 +248,7 @@ class FakeServer:
 
     def _stop_locked(self) -> None:
         server, self._server = self._server, None
+        # Held requests first: closing waits for all threads that handle one.
         self._script.stop()
         if server is not None:
             server.close()
