@@ -41,7 +41,7 @@ def plot(
         plot("runs/a", "runs/b", metrics=["loss"], log_scale=True)
 
     A notebook shows the figure that is the last value of a cell; ``savefig`` writes it to a file.
-    Runs may be going on.  Reads the files anew with each call; safe from any thread.
+    Runs may be in progress.  Reads the files again with each call; safe from any thread.
 
     Args:
         runs: run folders, or metrics: dicts with ``"step"``.
@@ -51,7 +51,7 @@ def plot(
         log_scale: logarithmic vertical axes.
 
     Raises:
-        InvalidInputError: nothing is to be drawn, or an argument is out of range.
+        InvalidInputError: there is nothing to draw, or an argument is out of range.
         RunFolderError: a folder has no ``metrics.jsonl`` that can be read.
         ConfigError: matplotlib is not installed.
     """
@@ -79,7 +79,7 @@ def plot(
     if len(rows_of) > 1:  # curves of several runs are compared one metric at a time
         panels = [[name] for names in panels for name in names]
     figure = draw(figures, rows_of, panels, smoothing=smoothing, log_scale=log_scale)
-    # What a notebook asks an object for; matplotlib's own is there only once pyplot was imported.
+    # A notebook calls this; matplotlib's own is there only once pyplot was imported.
     figure._repr_png_ = lambda: png_of(figure)
     return figure
 

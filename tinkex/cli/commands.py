@@ -52,7 +52,6 @@ class Command(click.Command):
         self.params.append(verbose_option())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         try:
             verbose = ctx.meta.get(_VERBOSE, False)
             with status_line.shown(f"{ctx.command_path}: working", verbose=verbose) as ctx.obj:

@@ -1,4 +1,4 @@
-"""``tinkex doctor``: what does not work on the way to the server, and whose fault that is.
+"""``tinkex doctor``: what does not work between this machine and the server, and why.
 
 The checks of the network are in `network_checks`; the server is asked through the library's own
 transport.  No threads; each check blocks for some seconds at most.
@@ -68,7 +68,7 @@ def doctor(ctx: click.Context, base_url: Optional[str]) -> None:
     ended; nothing is trained or sampled.
     """
     made: List[Check] = []
-    checks = Examination(base_url).run(lambda name: status_line.waiting_for(f"checking: {name}"))
+    checks = Diagnosis(base_url).run(lambda name: status_line.waiting_for(f"checking: {name}"))
     with contextlib.closing(checks):
         for check in checks:
             made.append(_in_flags(check, ctx))
@@ -99,7 +99,7 @@ class Check:
     Attributes:
         status: ``"ok"``, ``"failed"``, or ``"skipped"`` if it does not apply or cannot be made.
         detail: what was found.
-        fault: whose fault a failure is; None otherwise.
+        fault: what is at fault for a failure; None otherwise.
         advice: what to do about it; None otherwise.
         ms: how long the check took, in milliseconds.
     """
@@ -112,8 +112,8 @@ class Check:
     ms: float = 0.0
 
 
-class Examination:
-    """Examines the way to one server.  For one thread.
+class Diagnosis:
+    """Checks everything between this machine and one server.  For one thread.
 
     Args:
         base_url: of the option ``--base-url``, if it was given.
@@ -127,8 +127,8 @@ class Examination:
         self._health: Optional[Request] = None  # a request that the server responds to
         self._codings: List[str] = []  # of responses
 
-    def run(self, beginning: Callable[[str], object]) -> Generator[Check, None, None]:
-        """Make the checks, one after the other; *beginning* is called with the name of each.
+    def run(self, on_start: Callable[[str], object]) -> Generator[Check, None, None]:
+        """Make the checks, one after the other; *on_start* is called with the name of each.
 
         The session that is opened for them is ended when the generator is closed.
         """
@@ -154,7 +154,7 @@ class Examination:
                 if stopped_by is not None:
                     yield Check(name, SKIPPED, f"needs {stopped_by}")
                     continue
-                beginning(name)
+                on_start(name)
                 check = self._make(name, method)
                 if stops and check.status == FAILED:
                     stopped_by = name
@@ -305,7 +305,7 @@ class Examination:
     # Faults
 
     def _blame(self, error: TinkexError) -> Tuple[str, str]:
-        """Return whose fault *error* is, and what to do about it."""
+        """Return what is at fault for *error*, and what to do about it."""
         remedy = advice(error) if isinstance(error, APIError) else error.hint
         if isinstance(error, ConfigError):
             fault = "your settings"

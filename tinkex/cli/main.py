@@ -52,7 +52,6 @@ class LazyGroup(Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         with terminal.write_errors():
             result = super().invoke(ctx)
             # Here a full disk or a closed pipe is an error of the command; at exit, Python would
@@ -61,7 +60,6 @@ class LazyGroup(Group):
         return result
 
     def list_commands(self, ctx: click.Context) -> List[str]:
-        """Return the names in alphabetical order."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:

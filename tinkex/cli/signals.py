@@ -82,7 +82,7 @@ class EndSignals:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether *error* was raised in the place of a KeyboardInterrupt, as some libraries do."""
+    """Whether *error* stands for a KeyboardInterrupt, which some libraries convert."""
     seen: List[BaseException] = []  # an error can be its own cause's context
     found: Optional[BaseException] = error
     while found is not None and found not in seen:

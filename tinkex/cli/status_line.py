@@ -65,7 +65,6 @@ class StatusLine:
         self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:
-        """Start showing the line."""
         if not self._enabled:
             return
         thread = threading.Thread(target=self._run, name="tinkex-status", daemon=True)
@@ -151,7 +150,6 @@ class _LogToStatus(logging.Handler):
         self._min_level = logging.INFO if verbose else logging.WARNING
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show or print *record*."""
         try:
             if record.levelno >= self._min_level or record.name == _REQUESTS:
                 self._line.print(self.format(record))

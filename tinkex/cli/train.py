@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Tuple
 
 import click
 
@@ -14,7 +14,7 @@ from tinkex import data, loggers, recipes
 from tinkex._runtime.error_text import ErrorText
 from tinkex.cli import status_line
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import base_sampler, context_length, explained, find_server
+from tinkex.cli.connect import base_sampler, context_length, open_service
 from tinkex.cli.output import count, format_option, print_facts, warnings_in_words
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
@@ -258,17 +258,12 @@ def _read(folder: Path) -> RunRecord:
     return tinkex.read_run(folder) if (folder / JOURNAL_NAME).exists() else RunRecord()
 
 
-@contextlib.contextmanager
-def _open_service(job: Job) -> Iterator[tinkex.ServiceClient]:
+def _open_service(job: Job) -> ContextManager[tinkex.ServiceClient]:
     """Open a session on the server of *job*; it ends with the block."""
-    if job.base_url is None:
-        status_line.waiting_for(f"loading {job.model}")
-        with start_server(job.out, job.model) as service:
-            yield service
-        return
-    config = find_server(job.base_url)
-    with explained(config), tinkex.ServiceClient(base_url=config.base_url) as service:
-        yield service
+    if job.base_url is not None:
+        return open_service(job.base_url)
+    status_line.waiting_for(f"loading {job.model}")
+    return start_server(job.out, job.model)
 
 
 def _report(job: Job, record: RunRecord) -> None:

@@ -46,7 +46,7 @@ def chat_tokens(
 
     Raises:
         InvalidInputError: there is no template, it refuses the messages or does not render them
-            such that what is to be learnt can be told from the rest; or there is nothing to learn.
+            so that the part to learn can be distinguished; or there is nothing to learn.
     """
     turns = assistant_turns("messages", messages, first)
     if learn == "last":
@@ -193,6 +193,6 @@ def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> List[List[in
     if decode(joined) == decode(whole):
         return pieces
     raise InvalidInputError(
-        "what is to be learnt begins or ends inside a token of this tokenizer",
+        "the part to learn begins or ends inside a token of this tokenizer",
         hint="Begin the reply or completion with a letter; end the prompt without a space.",
     )

@@ -1,7 +1,7 @@
 """Files of examples, one JSON object a line, which may be larger than memory.
 
 Opening a file reads it once, checks every line, and keeps where each begins.  Examples are read
-from the file when they are asked for.
+from the file when they are accessed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files of metrics in a run folder: ``metrics.jsonl``, and a table of the same as CSV.
 
-Each step has one line.  A step that is done again takes the place of its line and of all later
-ones, since the run was then continued from an earlier checkpoint.
+Each step has one line.  A step that is done again replaces its line and all later ones,
+since the run was then continued from an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinkex.errors import RunFolderError
 METRICS_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
 
-#: The remedy where something else was given in the place of a run folder.
+#: The remedy where something else was given instead of a run folder.
 RUN_FOLDER_HINT = (
     "Give the folder of a run: that of `tinkex train --out`, or of ServiceClient.open_run."
 )
@@ -92,7 +92,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def rewind(self, step: int) -> None:
-        """Have the next line, of *step*, take the place of those of that step and later ones."""
+        """Have the next line, of *step*, replace those of that step and later ones."""
         try:
             self._line.start_at(
                 sum(length for length, line in _lines(self._path) if line["step"] < step)

@@ -162,7 +162,7 @@ def open_loggers(
 ) -> Loggers:
     """Open the loggers of a run folder, which is made if it is missing.
 
-    ``metrics.jsonl`` is always written.  Everything lies in *folder*, and is continued when it is
+    ``metrics.jsonl`` is always written.  All files are in *folder*, and are continued when it is
     opened again, except what trackers have sent to their servers.
 
     Args:

@@ -155,7 +155,7 @@ def open_trackio(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> 
 
 
 def tracker_id(folder: Path) -> str:
-    """Return the id of the run in *folder*, which is made up the first time."""
+    """Return the id of the run in *folder*, which is generated the first time."""
     path = folder / ID_NAME
     if not path.exists():
         path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")

@@ -111,7 +111,7 @@ def train_dpo(
 def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]], Any]:
     """Return the loss for `TrainingClient.forward_backward_custom`: the sum over pairs.
 
-    Data are chosen and rejected replies by turns, with ``weights`` and ``reference_logprob``.
+    Data alternate between chosen and rejected replies, with ``weights`` and ``reference_logprob``.
     """
 
     def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Any:
@@ -155,7 +155,7 @@ class _Reference:
         self._client: Optional[TrainingClient] = None
 
     def score(self, pairs: Sequence[Pair]) -> List[Datum]:
-        """Return the data of *pairs*, chosen and rejected by turns, with their references."""
+        """Return the data of *pairs*, chosen and rejected alternating, with their references."""
         data = [datum for pair in pairs for datum in pair]
         outputs = self._trainer().forward(data, "cross_entropy").result().loss_fn_outputs
         scored = []
@@ -178,12 +178,12 @@ class _Reference:
 
 
 def _logprob_of(datum: Datum, output: Mapping[str, Any]) -> float:
-    """Return the log-probability of what is to be learnt of *datum*."""
+    """Return the log-probability of the learnt tokens of *datum*."""
     weights = datum.loss_fn_inputs["weights"].to_numpy()
     # In float64: a margin is a small difference of sums over hundreds of tokens.
     return float(np.dot(weights, output["logprobs"].to_numpy().astype(np.float64)))
 
 
 def _reference_of(datum: Datum) -> float:
-    """Return the log-probability under the reference, as `_Reference.score` has noted it."""
+    """Return the log-probability under the reference, which `_Reference.score` has added."""
     return float(datum.loss_fn_inputs[_REFERENCE].to_numpy()[0])

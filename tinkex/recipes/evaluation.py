@@ -102,19 +102,6 @@ class Evaluations:
         return last or index == 0 or (self._every is not None and index % self._every == 0)
 
 
-def heldout_loss(trainer: Callable[[], TrainingClient], data: Sequence[Datum]) -> Measure:
-    """Return what measures ``heldout_loss``, the mean cross-entropy of *data*.
-
-    *trainer* is asked for the client each time, because a run replaces it after a lost session.
-    """
-
-    def measure() -> Callable[[], Mapping[str, float]]:
-        evaluation = Evaluation(trainer(), data)
-        return lambda: {"heldout_loss": evaluation.result()}
-
-    return measure
-
-
 def logged(metrics: Mapping[str, Any]) -> Dict[str, float]:
     """Return those of a step's *metrics* in the journal that are for loggers, as numbers.
 

@@ -14,12 +14,10 @@ from tinkex.recipes.evaluation import logged
 from tinkex.recipes.schedules import Schedule
 from tinkex.recipes.supervised import Log
 from tinkex.runs import Run
+from tinkex.runs.source import SEEDS
 from tinkex.types import Datum, ModelInput, SampledSequence, SamplingParams
 
 P = TypeVar("P")
-
-#: Seeds are drawn below this: all servers take them.
-_SEEDS = 2**31
 
 
 def train_rl(
@@ -132,4 +130,4 @@ def group_data(
 
 def _seed_of(*parts: int) -> int:
     """Return a seed that depends on all of *parts*, the same in every release of Python."""
-    return random.Random("/".join(map(str, parts))).randrange(_SEEDS)
+    return random.Random("/".join(map(str, parts))).randrange(SEEDS)

@@ -34,7 +34,7 @@ def open_service(
             `ServiceClient.local`.
 
     Returns:
-        The client, which the caller closes, and what the run's journal says.
+        The client, which the caller closes, and the record of the run.
 
     Raises:
         RunFolderError: there is no run in *folder*; or it is in use, or its data are gone, where

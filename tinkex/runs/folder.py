@@ -21,7 +21,7 @@ class RunFolder:
     """Holds the folder *path*, which is made if it is missing, until `close`.  For one thread.
 
     Attributes:
-        record: what the journal says, up to date.
+        record: the contents of the journal, up to date.
 
     Raises:
         RunFolderError: the folder is in use, damaged or not writable.

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Tuple
 
 from tinkex.errors import ClientClosedError, RunFolderError
 
-#: One line, decoded; ``kind`` says what it is about.
+#: One line, decoded; ``kind`` is its type.
 Entry = Dict[str, Any]
 
 JOURNAL_NAME = "journal.jsonl"

@@ -24,7 +24,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
     """Iterates over *steps*, each with its result, by a pipeline over their batches.
 
     Args:
-        steps: one is taken when the pipeline has room; when the next one is asked for, all
+        steps: one is taken when the pipeline has room; when the next one is taken, all
             requests of the one before have been queued.
         trainer: of the run.
         first: the place before these steps.
@@ -124,7 +124,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             except BaseException as error:  # Ctrl-C, too: the server has done the step
                 step._write()
                 if isinstance(error, SystemExit):
-                    raise  # nothing is to be waited for any more
+                    raise  # a second SIGTERM: nothing is waited for any more
                 if self.failure is None:
                     self.failure = error
                 else:

@@ -1,4 +1,4 @@
-"""What the journal of a run says: its configuration, each step once, and its checkpoints."""
+"""The contents of the journal of a run: its configuration, each step once, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class CheckpointRecord:
     Attributes:
         path: its ``tinker://`` path.
         steps: how many steps it holds.
-        loop, batch: where the run goes on from it: in which of its loops over batches, and at which
-            batch of that loop; both from 0.
+        loop, batch: where the run continues from it: the loop over batches, and the batch in
+            that loop; both from 0.
         state: what ``run.state`` held.
         at: when it was written, in seconds since the epoch.
         ttl_seconds: how long the server keeps it from then on; None is for ever.
@@ -125,7 +125,7 @@ class RunRecord:
         return newest
 
     def add(self, entry: Entry) -> None:
-        """Take in one line; lines of other versions' kinds are ignored."""
+        """Apply one line; lines of other versions' kinds are ignored."""
         kind = entry["kind"]
         if kind == "config":
             self.spec, self.config = entry["spec"], entry["config"]
@@ -160,7 +160,7 @@ class RunRecord:
 
 
 def _known(record: type, entry: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return what *entry* says of the fields of *record*; later versions may say more."""
+    """Return the fields of *record* in *entry*, to which later versions may add others."""
     names = {field.name for field in dataclasses.fields(record)}
     return {name: value for name, value in entry.items() if name in names}
 

@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         folder: where its journal is.
-        record: what the journal says, up to date.
+        record: the contents of the journal, up to date.
         config: the settings that were given for it.
         state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
             from it: counters, the state of a random generator.
@@ -143,7 +143,7 @@ class Run:
     def steps(self, batches: Batches[B]) -> Iterator[RunStep[B]]:
         """Iterate over the steps that are left to do, one for each batch.
 
-        A step is done when the next one is asked for: then its line is written, and a checkpoint
+        A step is done when the loop takes the next one: then its line is written, and a checkpoint
         queued if one is due.  A step that the loop leaves by ``break`` counts if an optimizer step
         was queued in it.  A program may have several such loops, one after the other: when it is
         continued, those that were done already are empty.
@@ -310,7 +310,7 @@ class Run:
     ) -> Iterator[RunStep[B]]:
         """Return what begins a loop, and iterates over what is left to do of it."""
         self._ensure_open()
-        # Checked here and not in the generator, which runs only when it is first asked for a step.
+        # Checked here and not in the generator, which runs only when the first step is taken.
         if self._resumes and isinstance(batches, Iterator):
             raise InvalidInputError(
                 "batches is an iterator, which cannot be read again after a lost session",
@@ -354,7 +354,7 @@ class Run:
                 self._running_loop = None
 
     def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
-        """Yield a step for each batch; one is done, or all queued, when the next is asked for."""
+        """Yield a step for each batch; one is done, or all queued, when the next is taken."""
         for batch in batches_from(batches, self._place.batch):
             if self._sigterm.requested:
                 return

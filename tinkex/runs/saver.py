@@ -236,7 +236,7 @@ class Saver:
         # Read before queueing: a failure of anything ahead in the queue then shows as a change.
         failed_updates = self._trainer._run.failed_updates
         future = self._trainer.save_state(name, ttl_seconds)
-        # A copy of the state, which the loop goes on to change while the server saves.
+        # A copy of the state, which the loop may change while the server saves.
         state = as_json("run.state", state)
         self._pending = _Save(future, name, place, state, ttl_seconds, failed_updates)
         self._saved_steps, self._saved_at = place.steps, time.monotonic()

@@ -127,7 +127,7 @@ class Trickle:
 
 @dataclasses.dataclass(frozen=True)
 class ExpireResult:
-    """Finish the work that a ``retrieve_future`` asks for, drop its result, and report that."""
+    """Finish the work that a ``retrieve_future`` polls for, drop its result, and report that."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
         exchange.server.drop_result(exchange.request.json()["request_id"])

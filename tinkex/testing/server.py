@@ -26,7 +26,7 @@ from tinkex.testing.exchange import FaultLayer
 from tinkex.testing.journal import Journal, route_pattern
 from tinkex.testing.script import Fault, Injection, Script
 
-#: A result that is to be dropped is waited for this long, in seconds.
+#: How long a result is waited for before it is dropped, in seconds.
 _RESULT_S = 30.0
 
 #: Tokens below this decode with every common tokenizer, and none of them is a lone surrogate.
@@ -124,7 +124,6 @@ class FakeServer:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> FakeServer:
-        """Start."""
         self.start()
         return self
 
@@ -134,7 +133,6 @@ class FakeServer:
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        """Close."""
         self.close()
 
     # Faults
@@ -264,7 +262,6 @@ class _Clock:
         return time.monotonic() + self._offset_s
 
     def advance(self, seconds: float) -> None:
-        """Move forward."""
         self._offset_s += seconds
 
 
