@@ -11,7 +11,7 @@ from tinkex.errors import LocalServerError, RunFolderError
 from tinkex.runs import RunRecord, read_run
 from tinkex.runs.journal import WRITABLE
 from tinkex.runs.records import EMBEDDED, server_folder
-from tinkex.runs.run import save_for_sampler
+from tinkex.runs.saver import save_for_sampler
 
 logger = logging.getLogger(__name__)
 

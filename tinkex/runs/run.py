@@ -30,7 +30,6 @@ from tinkex._sessions.runtime import outcome_of
 from tinkex.errors import (
     ClientClosedError,
     InvalidInputError,
-    ResponseDecodeError,
     SessionLostError,
     TinkexError,
 )
@@ -39,7 +38,7 @@ from tinkex.runs.connection import Connection
 from tinkex.runs.folder import RunFolder
 from tinkex.runs.piped import PipedSteps
 from tinkex.runs.records import CheckpointRecord
-from tinkex.runs.saver import Place, SavePolicy, Saver
+from tinkex.runs.saver import Place, SavePolicy, Saver, save_for_sampler
 from tinkex.runs.sigterm import Sigterm
 from tinkex.runs.source import RunSource, as_json
 from tinkex.runs.step import RunStep
@@ -250,11 +249,14 @@ class Run:
                 if error is None:
                     self._save_last(may_count=True)
                 elif self._may_save_after(error):
-                    self._try_to_save_last()
+                    try:
+                        self._save_last(may_count=False)
+                    except TinkexError as failure:  # *error* is the one to raise
+                        logger.warning("the last step was not saved: %s", failure)
             finally:
-                failure = self._failure if error is None else error
                 self._saver.close()
-                self._connection.close(*outcome_of(None if failure is None else type(failure)))
+                cause = self._failure if error is None else error
+                self._connection.close(*outcome_of(None if cause is None else type(cause)))
             if error is None:
                 self._raise_failure()
 
@@ -266,13 +268,6 @@ class Run:
         # Ctrl-C, and what the caller's own code has raised, have not.
         by_metrics = self._piped is not None and error is self._piped.failure
         return by_metrics or not isinstance(error, TinkexError)
-
-    def _try_to_save_last(self) -> None:
-        """Save what is done while an error is raised."""
-        try:
-            self._save_last(may_count=False)
-        except TinkexError as failure:
-            logger.warning("the last step was not saved: %s", failure)
 
     def _save_last(self, *, may_count: bool) -> None:
         """Save what is done, if a checkpoint can hold just that; *may_count* as for `_settle`."""
@@ -450,18 +445,6 @@ class Run:
             self._place = Place(checkpoint.steps, checkpoint.loop, checkpoint.batch)
             self.state.update(copy.deepcopy(checkpoint.state))
         self._saver.start(self.service, self.trainer, self._place.steps)
-
-
-def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[int] = None) -> str:
-    """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
-
-    Raises:
-        TinkexError: they could not be saved.
-    """
-    path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
-    if path is None:
-        raise ResponseDecodeError("the server saved weights for sampling, but named no path")
-    return path
 
 
 class _Current(NamedTuple):

@@ -17,6 +17,7 @@ from tinkex.errors import (
     InvalidInputError,
     NotFoundError,
     RequestFailedError,
+    ResponseDecodeError,
 )
 from tinkex.futures import APIFuture, discard
 from tinkex.runs.records import RunRecord
@@ -271,3 +272,15 @@ class Saver:
             error = deletion.exception()
             if error is not None and not isinstance(error, NotFoundError):
                 logger.info("an older checkpoint was not deleted: %s", error)
+
+
+def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[int] = None) -> str:
+    """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
+
+    Raises:
+        TinkexError: they could not be saved.
+    """
+    path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
+    if path is None:
+        raise ResponseDecodeError("the server saved weights for sampling, but named no path")
+    return path
