@@ -38,7 +38,7 @@ from tinkex.errors import (
     InvalidInputError,
 )
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.retry import RetryConfig, check_retry_config
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.usage import Account, Reservation, Tokens
 

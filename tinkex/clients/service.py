@@ -22,7 +22,7 @@ from tinkex.config import Config, check_config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
