@@ -43,7 +43,7 @@ _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 #: Where the functions come from that a server can look up by name.
 _MODULES = ("torch.", "math.", "operator.")
 
-#: What takes a value out of the graph, or works on the autograd state of this process.
+#: Takes a value out of the graph, or works on the autograd state of this process.
 _FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
 
 # Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
@@ -253,6 +253,7 @@ class LossRegistry:
         graph = trace_loss(fn, input_ranks)
         self._runtime.ensure_open(_KIND)
         key = orjson.dumps([graph.inputs, graph.graph])
+        # Registered before the upload, so that of two threads with the same loss one is refused.
         with self._lock:
             known = key in self._known
             self._known.add(key)

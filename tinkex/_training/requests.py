@@ -58,7 +58,6 @@ class EndpointRequest(RunRequest[T]):
         self._fields = fields
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it under its ``seq_id``."""
         queue = self.queue
         return submit(
             queue.transport,
@@ -69,7 +68,6 @@ class EndpointRequest(RunRequest[T]):
         )
 
     def decode(self, reply: Reply) -> T:
-        """Read the result."""
         result: T = read(self.response_type, reply, self.future.kind)
         return result
 
@@ -130,7 +128,8 @@ class SaveAndSample(EndpointRequest[T]):
         self._make_client = make_client
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
+        # A new one for each attempt, also under the same seq_id, which servers must allow
+        # (docs/protocol.md, "Saving weights").
         sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
         self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
@@ -207,7 +206,6 @@ class Pass(RunRequest[ForwardBackwardOutput]):
             return submit_batch(queue.transport, request, compress=self._compress)
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
-        """Read the outputs."""
         return read_pass(reply, self._chunk, self._loss, self._nan_warning)
 
     def explain(self, error: BaseException) -> BaseException:

@@ -1,8 +1,8 @@
-"""Checkpoints as files: download them.  (`tinkex.clients.hub` pushes them on.)
+"""Downloads checkpoints as files.
 
 Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
-exported weights.  Whichever it is, files are collected in a hidden folder and checked; until all is
-there, nothing else at the destination is touched.
+exported weights.  In both cases the files are collected in a hidden folder and checked; until all
+have arrived, nothing else at the destination is touched.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Progress = Callable[[int, Optional[int]], None]
 #: The embedded server puts this into checkpoints that PEFT alone cannot merge.
 MERGING_NOTE = "MERGING.md"
 
-#: A temporary export is deleted by the server after this long, should we not get to it.
+#: The server deletes a temporary export after this long if this process does not.
 EXPORT_TTL_S = 3600
 
 
@@ -64,10 +64,10 @@ def download_checkpoint(
 
     What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
     it exists), and the next call with the same arguments resumes from there; only one at a time may
-    use it.  On a server without archives, a training checkpoint is exported for the purpose: that
-    opens a session, and the export is deleted again.
+    use it.  On a server without archives, a training checkpoint is exported first: that opens a
+    session, and the export is deleted again.
 
-    What has come is checked: checksums, the end of the archive, that the weights are there and
+    The files are checked: checksums, the end of the archive, that the weights are there and
     complete.
 
     An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
@@ -81,8 +81,8 @@ def download_checkpoint(
             empty.  ``~`` is the home folder.
         progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
             second; what it raises ends the download.
-        overwrite: write into *dest* although there is something in it, once all has come.  Files
-            with the names of the new ones, and adapters (``adapter_config.json``,
+        overwrite: write into *dest* although there is something in it, once all files have arrived.
+            Files with the names of the new ones, and adapters (``adapter_config.json``,
             ``adapter_model*``), are replaced; every other file in the folder stays.
         cancel: set it, from any thread, to end the download soon.
 
@@ -90,8 +90,8 @@ def download_checkpoint(
         InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
         RouteMissingError: the server offers no way to download it.
         DownloadCancelledError: *cancel* was set.
-        ResponseDecodeError: what came is damaged, incomplete or not safe to unpack.
-        APIError: it cannot be had.
+        ResponseDecodeError: the files are damaged, incomplete or not safe to unpack.
+        APIError: the download failed.
         OSError: it cannot be written here.
     """
     target = fetch_checkpoint(
@@ -113,7 +113,7 @@ def fetch_checkpoint(
     overwrite: bool = False,
     cancel: Optional[Event] = None,
 ) -> Path:
-    """Download as `download_checkpoint` does, for callers that see to the merging themselves."""
+    """Like `download_checkpoint`, without the warning about merging: for callers that merge."""
     parsed = locate_checkpoint(tinker_path)
     if not isinstance(dest, (str, os.PathLike)):
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
@@ -131,7 +131,7 @@ def fetch_checkpoint(
             downloader.check()
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
-            error.hint = f"What has come is in {work.folder}; the same call resumes from there."
+            error.hint = f"What has arrived is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
     return target
@@ -142,7 +142,7 @@ def _silent(done: int, total: Optional[int]) -> None:
 
 
 class _Download:
-    """One download, from asking where the files are until they are here."""
+    """One download: finds out where the files are, and fetches them."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class _Download:
         self._progress = progress
 
     def run(self) -> None:
-        """Bring all files here."""
+        """Fetch all files, in the way that the server offers."""
         if self._parsed.checkpoint_type == "external":
             self.fetch_files(self._parsed)
             return
@@ -168,8 +168,8 @@ class _Download:
         except RouteMissingError as missing:
             if self._parsed.checkpoint_type == "sampler":
                 missing.hint = (
-                    "It cannot hand out a sampler checkpoint otherwise; save_state makes a "
-                    "training checkpoint of the same weights, which it may be able to export."
+                    "There is no other way to download a sampler checkpoint; save_state makes a "
+                    "training checkpoint of the same weights, which the server may export."
                 )
             if self._parsed.checkpoint_type != "training":
                 raise
@@ -246,17 +246,19 @@ class _Download:
             logger.warning("the temporary export %s was not deleted: %s", path, error)
 
     def _wait(self, future: APIFuture[T]) -> T:
-        """Wait for *future*, and look now and then whether to stop."""
+        """Wait for *future*, or until the download is to stop."""
         while True:
             try:
                 return future.result(0.2)
             except FutureTimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # just now; or the work has failed with such an error
+                    return future.result()
                 self._downloader.check()
 
     def _reporting(self, arrived: int, alone: bool) -> Report:
-        """Pass progress on, for a file that comes after *arrived* bytes of others."""
+        """Return what reports the progress of a file after *arrived* bytes of others."""
+        # The sizes of the others are not known before they are fetched, so only a single file has a
+        # total.
 
         def report(done: int, total: Optional[int]) -> None:
             self._progress(arrived + done, total if alone else None)
@@ -265,7 +267,7 @@ class _Download:
 
 
 class _Urls:
-    """Where the files of exported weights are; asked for again when a signature is used up."""
+    """The URLs of exported weights; requested again when a signature has expired."""
 
     def __init__(self, transport: Transport, parsed: ParsedCheckpointTinkerPath) -> None:
         self._transport = transport
@@ -285,7 +287,7 @@ class _Urls:
 
         def source() -> Source:
             url = self._latest.urls.get(name)
-            if not isinstance(url, str):
+            if not isinstance(url, str):  # the checkpoint was replaced during the download
                 raise ResponseDecodeError(f"{self._parsed.tinker_path} no longer has {name!r}")
             return Source(url, self._latest.expires)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from datetime import date
 from pathlib import Path
 from typing import Any, Mapping, Optional, Tuple, Union
@@ -20,7 +21,7 @@ from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
 from tinkex.clients import checkpoints, hub
 from tinkex.clients.admin import AdminClient
-from tinkex.clients.base import Instant, LookupClient, moved
+from tinkex.clients.base import Instant, LookupClient
 from tinkex.clients.checkpoints import Progress
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
@@ -45,7 +46,7 @@ from tinkex.types import (
 )
 from tinkex.types.checkpoint_path import check_tinker_path, locate_checkpoint
 
-#: Between two requests for the state of a trace export, in seconds.
+#: Seconds between two requests for the state of a trace export.
 TRACE_POLL_S = 5.0
 
 
@@ -53,10 +54,10 @@ class RestClient(LookupClient):
     """Lists and manages what is on the server.  Thread-safe.
 
     Made by ServiceClient, or on its own: then nothing is created on the server.  Every method
-    returns a future and does not block, unless its docstring says so.  Futures raise NotFoundError
-    for what does not exist, RouteMissingError for what the server cannot do, and APIError
-    otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or whatever else the server has handed
-    out.  The arguments are those of LookupClient.
+    returns a future and does not block, unless its docstring states otherwise.  Futures raise
+    NotFoundError for what does not exist, RouteMissingError for what the server cannot do, and
+    APIError otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or of any other form that the
+    server uses.  The arguments are those of LookupClient.
     """
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
@@ -110,11 +111,11 @@ class RestClient(LookupClient):
         return self._run(api.get_weights_info, tinker_path)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
-        """Delete a checkpoint for good; *checkpoint_id* is ``<kind>/<name>``."""
+        """Delete a checkpoint permanently; *checkpoint_id* is ``<kind>/<name>``."""
         return self._run(api.delete_checkpoint, training_run_id, checkpoint_id)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Delete a checkpoint for good."""
+        """Delete a checkpoint permanently."""
         parsed = locate_checkpoint(tinker_path)
         return self.delete_checkpoint(parsed.training_run_id, parsed.checkpoint_id)
 
@@ -124,7 +125,7 @@ class RestClient(LookupClient):
         return self._run(api.publish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Make a checkpoint private again.  ConflictError if it is."""
+        """Make a checkpoint private again.  ConflictError if it is private already."""
         parsed = locate_checkpoint(tinker_path)
         return self._run(api.unpublish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
@@ -141,7 +142,7 @@ class RestClient(LookupClient):
     def list_sessions(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
     ) -> APIFuture[ListSessionsResponse]:
-        """A page of session ids, newest first; sessions that ended are among them."""
+        """A page of session ids, newest first, including sessions that have ended."""
         limit, offset = _page(limit, offset)
         return self._run(api.list_sessions, limit=limit, offset=offset, access_scope=access_scope)
 
@@ -176,8 +177,8 @@ class RestClient(LookupClient):
     ) -> APIFuture[CheckpointArchiveUrlResponse]:
         """A signed URL of one archive with all files of a checkpoint.
 
-        The server may take minutes to build it, which the future waits out.  The hosted service
-        no longer has this; `download_checkpoint` uses whatever there is.
+        The server may take minutes to build it, and the future waits for that.  The hosted service
+        no longer has archives; `download_checkpoint` works with both.
         """
         return self._run(archives_api.get_checkpoint_archive_url, training_run_id, checkpoint_id)
 
@@ -242,13 +243,13 @@ class RestClient(LookupClient):
     def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
         """A page of the sessions that fit *request*, newest first.
 
-        For the next page, ask again with ``cursor=response.next_cursor``.
+        For the next page, search again with ``cursor=response.next_cursor``.
         """
         _check_search(request)
         return self._run(api.search_sessions, request)
 
     def whoami(self) -> APIFuture[WhoamiResponse]:
-        """Who the key belongs to; RouteMissingError or CredentialError if that cannot be known."""
+        """Who the key belongs to; RouteMissingError or CredentialError if that is not reported."""
         return self._run(auth.whoami)
 
     def download_checkpoint(
@@ -283,24 +284,28 @@ class RestClient(LookupClient):
         self, event_type: str = "all", day: Optional[date] = None
     ) -> APIFuture[AuditLogResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_audit_log")
-        return self._admin().get_audit_log(event_type, day)
+        return self._admin("get_audit_log").get_audit_log(event_type, day)
 
     def get_billing_usage(
         self, starting_on: Instant, ending_before: Instant
     ) -> APIFuture[BillingUsageResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_billing_usage")
-        return self._admin().get_billing_usage(starting_on, ending_before)
+        return self._admin("get_billing_usage").get_billing_usage(starting_on, ending_before)
 
     def get_current_checkpoint_storage_usage(
         self, project_id: Optional[str] = None
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_current_checkpoint_storage_usage")
-        return self._admin().get_current_checkpoint_storage_usage(project_id)
+        return self._admin(
+            "get_current_checkpoint_storage_usage"
+        ).get_current_checkpoint_storage_usage(project_id)
 
-    def _admin(self) -> AdminClient:
+    def _admin(self, name: str) -> AdminClient:
+        warnings.warn(
+            f"RestClient.{name} has moved: use AdminClient().{name}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
         return AdminClient(self._runtime)
 
     # The official SDK's names for programs with an event loop of their own.
@@ -356,7 +361,7 @@ def export_session_trace(transport: Transport, session_id: str) -> str:
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:
-    """Return both as ints; InvalidInputError if they are no page of a list."""
+    """Return both as ints; InvalidInputError if either is out of range."""
     size, start = to_int(limit, text=False), to_int(offset, text=False)
     if is_int(size, 1) and is_int(start, 0):
         return size, start

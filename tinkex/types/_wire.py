@@ -150,7 +150,7 @@ class Wire(DataClassJsonMixin):
                 except Unusual:
                     pass
             return cls.from_dict(_without_nulls(cls, payload))
-        except KeyError as error:
+        except KeyError as error:  # how dataclasses-json reports a missing field
             raise ResponseDecodeError(
                 f"{cls.__name__}: field {error.args[0]!r} is missing in {excerpt(payload)}"
             ) from error

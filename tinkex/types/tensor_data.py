@@ -45,6 +45,7 @@ def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
         )
     target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
     is_fresh = isinstance(values, (list, tuple))  # numpy has just made a new array
+    # Values beyond float32 become infinity, which is checked where it matters (`check_batch`).
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(target, order="C", copy=not is_fresh)
     # Compared by value, not by dtype, because numpy makes an empty list an array of floats.
