@@ -1,4 +1,4 @@
-"""Checks of sampling requests before they are sent, and of what servers make of them.  Pure."""
+"""Checks of sampling requests before they are sent, and of their results.  Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OLD_SERVER = "Leave it out, or use a newer server."
 
 
 def check_request(request: SampleRequest) -> None:
-    """Raise InvalidInputError if *request* cannot be meant."""
+    """Raise InvalidInputError if *request* is not valid."""
     if not isinstance(request.prompt, types.ModelInput):
         raise InvalidInputError(
             f"the prompt is {a_type(request.prompt)}, not a ModelInput",
@@ -66,6 +66,7 @@ def unsupported_by(
     error: UnprocessableEntityError, request: SampleRequest
 ) -> Optional[UnsupportedError]:
     """What to raise for a refusal of options that an older server does not know; else None."""
+    # Pydantic's error for an unknown field: it names the field, and its kind.
     options = [
         field.name
         for field in dataclasses.fields(request)

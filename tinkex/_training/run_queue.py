@@ -14,7 +14,6 @@ import uuid
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
-from tinkex._results.pending import PendingRequest
 from tinkex._training.sequence import (
     Action,
     Lost,
@@ -39,6 +38,7 @@ from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFutur
 
 if TYPE_CHECKING:
     from tinkex._sessions.runtime import Runtime
+    from tinkex._training.requests import RunRequest
 
 logger = logging.getLogger(__name__)
 
@@ -51,42 +51,6 @@ _MAYBE_DONE = (
     "The server may have taken it all the same. The same call again is done once; any other call "
     "of this run first sends this one again."
 )
-
-
-class RunRequest(PendingRequest[T]):
-    """One request of a run, from the call until its future is settled.
-
-    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
-
-    Attributes:
-        queue: sends it.
-        seq_id: what it was sent under last; 0 before.
-    """
-
-    def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
-        super().__init__(future, f"run {queue.model_id}")
-        self.queue = queue
-        self.seq_id = 0
-        self._is_watched = False
-
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report for *error*, which it fails with."""
-        return error
-
-    def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if it is going to be resent."""
-        return self.queue.on_failure(self, error)
-
-    def watch(self) -> None:
-        """Have the queue learn when the future is settled.  Each time it was sent."""
-        if not self._is_watched:
-            self._is_watched = True
-            self.future.on_settled(self._settled)
-        elif self.future.done():  # cancelled just now, before it was in flight again
-            self._settled(self.future)
-
-    def _settled(self, future: object) -> None:
-        self.queue.settled(self)
 
 
 class BodyMismatch(Exception):
