@@ -263,6 +263,7 @@ class Config:
             source += f"\0{self.credential_cmd}"
         return _digest(source)
 
+    # Copies of what refers to a Config keep its key; by `__reduce__`, they would lose it.
     def __copy__(self) -> Config:
         return self
 

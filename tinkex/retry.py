@@ -172,6 +172,8 @@ class RetryState:
         self.attempts += 1
         self.repeats = self.repeats + 1 if error.message == self._last_message else 1
         self._last_message = error.message
+        # A gateway's response is an APIConnectionError, since the server has not responded; behind
+        # it is the error that it would be as the server's own.
         own = server_error_behind(error) if headers is None else None
         if isinstance(error, ResponseDecodeError):
             self._damaged += 1
@@ -314,6 +316,7 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
     *was_accepted*: the server has given it a request id; any error but that of the work itself is
     then one of asking for the result, and the work may have been done.
     """
+    # The order matters: what the server has accepted, it may have done, whatever came afterwards.
     if isinstance(error, CancelledError):
         return not was_sent
     if was_accepted:

@@ -367,18 +367,16 @@ class SamplingClient(BaseClient):
         runtime = self._runtime
         self._ensure_open(kind)
         reservation = self._reserve(kind, request)
+        future: Optional[APIFuture[T]] = None
         try:
-            future: APIFuture[T] = runtime.poller.new_future(kind, counted=True)
-        except BaseException:
-            reservation.release()
-            raise
-        try:
+            future = runtime.poller.new_future(kind, counted=True)
             reservation.bind(future)
             owner = self._account.client
             pending = make(future, owner, self._sampler, request, reservation, self._no_progress_s)
             self._gate.enter(pending, runtime.poller.submit)
         except BaseException:  # Ctrl-C: nothing else would settle it
-            future.cancel()
+            if future is not None:
+                future.cancel()
             reservation.release()
             raise
         return future

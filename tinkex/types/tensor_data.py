@@ -164,6 +164,7 @@ class TensorData:
                 f"from_torch was given {a_type(tensor)}, not a torch tensor",
                 hint="TensorData(...) takes lists and numpy arrays.",
             )
+        # numpy knows neither sparse layouts nor bfloat16.
         detached = tensor.detach().cpu()
         if str(detached.layout) != "torch.strided":
             detached = detached.to_dense()
@@ -183,6 +184,7 @@ class TensorData:
         dense = cls.from_torch(tensor)
         if len(dense.shape) != 2:
             raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {dense.shape}")
+        # CSR costs an index for each listed value, and one for each row and the end.
         table = dense._dense()
         listed = table != pad_value
         if len(table) + 1 + 2 * int(np.count_nonzero(listed)) >= table.size:
