@@ -209,14 +209,13 @@ class Ledger:
             if reservation in self._open:
                 self._open[reservation] = future
 
-    def settle(
-        self, reservation: Reservation, account: Account, most: Tokens, used: Tokens
-    ) -> None:
-        """Put *used* in place of *most*, which was reserved; only the first time."""
+    def settle(self, reservation: Reservation, used: Tokens) -> None:
+        """Put *used* in place of what was reserved; only the first time."""
+        account = reservation.account
         with self._lock:
             if self._open.pop(reservation, self) is self:  # settled before
                 return
-            _add(self._reserved, account.model, most, -1)
+            _add(self._reserved, account.model, reservation.most, -1)
             if any(used):
                 _add(self._used, account.model, used, 1)
                 _add(self._rows, account, used, 1)
@@ -254,15 +253,17 @@ class Reservation:
     """What one request may use at most, until it is known what it did use.
 
     Attributes:
+        account: what it is charged to.
+        most: what is reserved.
         used: set before the request's future is settled, if the response reports it.
     """
 
-    __slots__ = ("_account", "_ledger", "_most", "used")
+    __slots__ = ("_ledger", "account", "most", "used")
 
     def __init__(self, ledger: Ledger, account: Account, most: Tokens) -> None:
         self._ledger = ledger
-        self._account = account
-        self._most = most
+        self.account = account
+        self.most = most
         self.used: Optional[Tokens] = None
 
     def bind(self, future: Any) -> None:
@@ -272,14 +273,14 @@ class Reservation:
 
     def release(self) -> None:
         """Nothing was used: the request was not sent."""
-        self._ledger.settle(self, self._account, self._most, Tokens())
+        self._ledger.settle(self, Tokens())
 
     def settled(self, future: Any) -> None:
         """Call it when the request's *future* is settled; more than once does no harm."""
         used = self.used
         if used is None:
-            used = Tokens() if _costs_nothing(future) else self._most
-        self._ledger.settle(self, self._account, self._most, used)
+            used = Tokens() if _costs_nothing(future) else self.most
+        self._ledger.settle(self, used)
 
 
 def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) -> None:
