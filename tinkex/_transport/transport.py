@@ -156,6 +156,7 @@ class Transport:
             ClientClosedError: the transport was closed meanwhile.
         """
         headers = {**self._headers, "Accept": request.accept}
+        # Also without a body (docs/protocol.md, "Request headers").
         if request.method != "GET":
             headers["Content-Type"] = request.content_type
             headers["X-Idempotency-Key"] = idempotency_key or self.new_key()
@@ -172,7 +173,8 @@ class Transport:
         self.server.log_deprecation(request.name, reply.headers)
         error = gateway_error(request, reply, self.clock.wall(), self._redactor)
         if error is not None:
-            # Idle connections only.  They lead to the gateway; a new one may reach the server.
+            # Idle connections only: a proxy that rejects a connection does so for each request on
+            # it, so the next attempt opens another one (docs/protocol.md, "Status codes").
             channel.close()
             raise error
         return reply
@@ -193,6 +195,7 @@ class Transport:
         private = {**self.config.access_headers, **request.headers}
         if token is not None:
             private["X-API-Key"] = token.text
+        # Last, so that they replace headers of the same name (docs/protocol.md, "Request headers").
         private.update(self.config.extra_headers)
         url = self.config.base_url + request.path
         hops = 0
@@ -251,6 +254,7 @@ class Transport:
             # After an unhandled exception servers close the connection without announcing it, and
             # the next request on it would fail.
             channel.close()
+        # Not redacted: the token in it is needed as it is, and the body is shown nowhere.
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return self._redactor.reply(reply, request)
@@ -265,6 +269,7 @@ class Transport:
         # They hold the request with its headers, and so the key, which debuggers and crash
         # reporters would show.
         error.request = error.response = None
+        # `abort` ends requests with errors like those of an outage.
         if self.closing.is_set():
             raise ClientClosedError(
                 f"the client was closed while {request.name} was in flight"
