@@ -14,21 +14,20 @@ import uuid
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from tinkex.local.engines.engine import Engine, EngineInfo
-from tinkex.local.errors import HTTPError
-from tinkex.local.fields import invalid_input_rejected
+from tinkex.local.errors import HTTPError, StorageError, invalid_input_rejected
 from tinkex.local.losses.custom_passes import CustomLosses
 from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.activity import Activity
+from tinkex.local.state.checkpoints import KIND_OF
 from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.idempotency import IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
 from tinkex.local.state.session_table import SessionTable
-from tinkex.local.state.storage_error import StorageError
-from tinkex.local.state.store import KIND_OF, Store
+from tinkex.local.state.store import Store
 from tinkex.local.state.telemetry import TelemetrySink
 from tinkex.types import ParsedCheckpointTinkerPath
 
@@ -219,7 +218,7 @@ class Backend:
         if now >= self._sweep_due:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
-            self.store.drop_expired_checkpoints()
+            self.store.checkpoints.delete_expired()
             self.store.restore_reserve()
         with self._lock:
             next_expiry = self._sessions.next_due()
@@ -280,11 +279,11 @@ class Backend:
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
         """Return a checkpoint; HTTPError 404 names what is missing, the run or the checkpoint."""
-        row = self.store.checkpoint(run_id, kind, name)
+        row = self.store.checkpoints.find(run_id, kind, name)
         if row is not None:
             return row
         self.get_run(run_id)
-        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
+        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints.of_run(run_id)[:20]]
         raise HTTPError(
             404,
             f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
@@ -300,7 +299,7 @@ class Backend:
                 f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
                 f"{self.info.model_name}",
             )
-        if is_encrypted(self.store.folder_of(checkpoint)):
+        if is_encrypted(self.store.checkpoints.folder_of(checkpoint)):
             raise HTTPError(
                 400,
                 f"{checkpoint.tinker_path} is encrypted, and this server has no key to read it; "

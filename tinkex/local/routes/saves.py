@@ -59,7 +59,7 @@ class SaveRoutes(Routes):
         name = check_checkpoint_name(required(body, "path", str))
         overwrite = bool(optional(body, "overwrite", bool))
         saving = functools.partial(
-            store.saving,
+            store.checkpoints.saving,
             model_id,
             kind,
             name,
@@ -68,7 +68,7 @@ class SaveRoutes(Routes):
             user_metadata=metadata(body),
         )
         recipients = _recipients(route, body)
-        store.check_name_free(model_id, kind, name, overwrite)
+        store.checkpoints.check_name_free(model_id, kind, name, overwrite)
         return functools.partial(self._save, route, model_id, name, saving, recipients)
 
     def _save(
