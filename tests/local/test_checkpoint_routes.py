@@ -14,6 +14,7 @@ from local.harness import WAIT_S, Api, HeldEngine, serving
 from support.threads import wait_until
 
 from tinkex.local.state.checkpoints import Checkpoints
+from tinkex.local.state.store import Store
 
 
 def ephemeral(api: Api, model: str, seq_id: int, number: int, kind: str) -> str:

@@ -182,7 +182,7 @@ def test_a_session_shows_its_heartbeats_until_it_is_dead(tmp_path: Path) -> None
         clock.now += 7
         assert state(api)["heartbeats"] == {session_id: 7.0}
         clock.now += 60
-        api.backend.scheduler.request_housekeeping()  # type: ignore[attr-defined]
+        api.backend.scheduler.rotation.request_housekeeping()  # type: ignore[attr-defined]
         deadline = time.monotonic() + WAIT_S
         while state(api)["tables"]["sessions"][0]["state"] == "live":
             assert time.monotonic() < deadline
