@@ -31,7 +31,7 @@ from tinkex._downloads import downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
 from tinkex._transport.request import Reply
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints
+from tinkex._downloads import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
