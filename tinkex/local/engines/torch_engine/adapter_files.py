@@ -5,27 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional, TypeVar
+from typing import Any, Dict, Iterable, Mapping, Optional
 
 import torch
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.local.engines.torch_engine.adapter_config import kinds_in
 from tinkex.local.engines.torch_engine.adapters import Adapter
+from tinkex.local.engines.torch_engine.output_layer import (
+    EXPORTED_OUTPUT,
+    NOTE_FILE,
+    PREFIX,
+    merging_note,
+    rename_exported,
+)
 from tinkex.local.engines.torch_engine.targets import Targets
-from tinkex.local.engines.torch_engine.tied import NOTE_FILE, merging_note
 from tinkex.types import LoraConfig
-
-T = TypeVar("T")
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RUN_FILE = "tinkex_lora.json"
-
-_PREFIX = "base_model.model."
-
-#: What the weights of an adapter on the output layer are called in an export.
-EXPORTED_OUTPUT = f"{_PREFIX}model.unembed_tokens."
 
 
 def write_adapter(
@@ -37,7 +36,7 @@ def write_adapter(
     layer as the hosted service does, which is what the cookbook's merging and conversion expect.
     """
     renamed = for_export and adapter.output is not None
-    own = f"{_PREFIX}{adapter.output}."
+    own = f"{PREFIX}{adapter.output}."
     tensors = {}
     for name, value in adapter.parameters.items():
         if renamed and name.startswith(own):
@@ -67,19 +66,6 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(contiguous, str(path), {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
-
-
-def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
-    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
-
-    *output* is the name of the output layer in the model.
-    """
-    return {
-        f"{_PREFIX}{output}.{name[len(EXPORTED_OUTPUT) :]}"
-        if name.startswith(EXPORTED_OUTPUT)
-        else name: tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def read_config(folder: Path) -> Any:

@@ -27,9 +27,9 @@ from tinkex.local.engines.torch_engine.adapter_config import (
     injected_config,
     make_config,
 )
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.output_layer import NOTE_FILE, is_tied, output_name
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.targets import Chosen, Targets
-from tinkex.local.engines.torch_engine.tied import NOTE_FILE, is_tied
 from tinkex.types import LoraConfig
 
 logger = logging.getLogger(__name__)
@@ -187,12 +187,6 @@ class AdapterPool:
             self._peft.delete_adapter(adapter.key)
         self._active = None
         self.activate(None)
-
-
-def output_name(model: Any) -> Optional[str]:
-    """Return the name of the output layer of *model*, or None."""
-    output = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) -> None:

@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tinkex.local.engines.torch_engine.batching import plan_passes
-from tinkex.local.engines.torch_engine.network import Network
+from tinkex.local.engines.torch_engine.network import Network, plan_passes
 
 Tokens = npt.NDArray[np.int32]
 

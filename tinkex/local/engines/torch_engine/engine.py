@@ -35,8 +35,8 @@ from tinkex.local.engines.torch_engine.adam import Adam, global_norm
 from tinkex.local.engines.torch_engine.adapters import Adapter, AdapterPool
 from tinkex.local.engines.torch_engine.loading import load_network
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
 from tinkex.local.engines.torch_engine.sampling import SampleRun
+from tinkex.local.engines.torch_engine.stopping import Vocabulary
 from tinkex.local.engines.torch_engine.training import BatchResult, metrics_of, run_batch
 from tinkex.types import (
     AdamParams,

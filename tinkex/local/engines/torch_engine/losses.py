@@ -35,7 +35,7 @@ sequence form times the number of tokens; dro is the per-token form of Direct Re
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Tuple
 
 import torch
 
@@ -115,3 +115,33 @@ def token_losses(loss_fn: str, lp: torch.Tensor, inputs: Inputs, config: Config)
     gate = LOSSES[loss_fn].gate
     # 0 times an infinite log-probability is not 0.
     return losses if gate is None else losses.masked_fill(inputs[gate] == 0, 0.0)
+
+
+class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        ctx.logprobs, ctx.targets = logprobs, targets
+        return logprobs.gather(-1, targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
+        (grad,) = grads
+        gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, ctx.targets, grad)
+        ctx.logprobs = ctx.targets = None
+        return gradient, None
+
+
+def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (n, k) of int64 *targets* (n, k) under *logits* (n, v).
+
+    Differentiable once: the backward pass uses up the buffer it keeps.
+    """
+    if not torch.is_grad_enabled():
+        return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
+    result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
+    return result

@@ -7,7 +7,7 @@ ask for them in chunks, and only where they need them.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 import torch
 
@@ -16,6 +16,13 @@ from tinkex.local.engines.torch_engine.rope import RopeLengths
 
 #: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
 LOGITS_ROWS = 256
+
+#: Tokens (with padding) of one pass: bounds the activations kept (SmolLM2: about 2 MB each).
+TOKENS_PER_PASS = 2048
+
+# Shorter rows than this share of the longest one go into another pass, if that pass is not tiny.
+_LIKE_LENGTH = 0.8
+_WORTH_A_PASS = 512
 
 
 class Interruption:
@@ -173,31 +180,23 @@ def _parameters(*modules: Any) -> Set[str]:
     return names
 
 
-class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
-    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient."""
+def plan_passes(lengths: Sequence[int], budget: int = TOKENS_PER_PASS) -> List[List[int]]:
+    """Group the indices of *lengths* into passes, longest first.
 
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        ctx.logprobs, ctx.targets = logprobs, targets
-        return logprobs.gather(-1, targets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
-        # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
-        (grad,) = grads
-        gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
-        gradient.scatter_add_(-1, ctx.targets, grad)
-        ctx.logprobs = ctx.targets = None
-        return gradient, None
-
-
-def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities (n, k) of int64 *targets* (n, k) under *logits* (n, v).
-
-    Differentiable once: the backward pass uses up the buffer it keeps.
+    A pass holds rows of like length, and at most *budget* tokens with padding (a single longer
+    row has a pass for itself).  The plan depends on the lengths only.
     """
-    if not torch.is_grad_enabled():
-        return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
-    result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
-    return result
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    passes: List[List[int]] = []
+    current: List[int] = []
+    for index in order:
+        longest = lengths[current[0]] if current else 0
+        full = (len(current) + 1) * longest > budget
+        unlike = lengths[index] < _LIKE_LENGTH * longest and len(current) * longest >= _WORTH_A_PASS
+        if current and (full or unlike):
+            passes.append(current)
+            current = []
+        current.append(index)
+    if current:
+        passes.append(current)
+    return passes

@@ -30,14 +30,13 @@ from tinkex.local.engines.torch_engine.decoding import (
     prefill,
 )
 from tinkex.local.engines.torch_engine.drawing import draw
-from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.network import Network
 from tinkex.local.engines.torch_engine.sample_jobs import (
     Job,
-    Vocabulary,
     check_request,
     response_of,
 )
+from tinkex.local.engines.torch_engine.stopping import GeneratedText, Vocabulary
 from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
 
 #: Decode steps of one slice.

@@ -10,9 +10,12 @@ import numpy.typing as npt
 import torch
 
 from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_MASK, Row
-from tinkex.local.engines.torch_engine.batching import plan_passes
-from tinkex.local.engines.torch_engine.losses import SEQUENCE_LOG_RATIO, token_losses
-from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, target_logprobs
+from tinkex.local.engines.torch_engine.losses import (
+    SEQUENCE_LOG_RATIO,
+    target_logprobs,
+    token_losses,
+)
+from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, plan_passes
 
 FloatArray = npt.NDArray[np.float32]
 

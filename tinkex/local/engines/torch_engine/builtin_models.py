@@ -1,15 +1,18 @@
-"""tiny-random: a two-layer Llama with fixed random weights and a byte-level tokenizer.
+"""Makes the models that need no model hub, as folders that transformers loads.
 
-For tests and dry runs: it loads in milliseconds, and every code path of a real model is in it.
-Its text is nonsense.
+SmolLM2 is converted from a GGUF file.  ``tiny-random`` is a two-layer Llama with fixed random
+weights and a byte-level tokenizer, for tests and dry runs: it loads in milliseconds, and every code
+path of a real model is in it.  Its text is nonsense.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
+from typing import Any, Dict
 
-from tinkex.local.engines.torch_engine.convert import save_tokenizer
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 CONTEXT_LENGTH = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -19,6 +22,43 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
+    """Read *folder*/*gguf_file* by transformers' own reader, and write it into *target* as fp32.
+
+    fp32 because that is what dequantizing gives; bfloat16 would round every weight once more.
+    """
+    # gguf's progress bar knows no switch; it writes to whatever sys.stderr is.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        import torch
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), gguf_file=gguf_file, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
+        # Written by hand: save_pretrained refuses a model that came from a quantized file.
+        save_file(_unique_tensors(model), str(target / "model.safetensors"), {"format": "pt"})
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        config["architectures"] = [type(model).__name__]
+        clean = type(model.config).from_dict(config)
+        clean._name_or_path = ""
+        clean.save_pretrained(str(target))
+        model.generation_config.save_pretrained(str(target))
+        save_tokenizer(tokenizer, target)
+
+
+def _unique_tensors(model: Any) -> Dict[str, Any]:
+    """The state dict without tied duplicates, which safetensors refuses."""
+    seen: Dict[int, str] = {}
+    unique = {}
+    for name, tensor in model.state_dict().items():
+        if seen.setdefault(tensor.data_ptr(), name) == name:
+            unique[name] = tensor.contiguous()
+    return unique
 
 
 def write_tiny_random(
