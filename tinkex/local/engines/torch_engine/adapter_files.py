@@ -43,6 +43,7 @@ def write_adapter(
             name = EXPORTED_OUTPUT + name[len(own) :]
         tensors[name] = value.detach()
     write_tensors(tensors, folder / WEIGHTS_FILE)
+    # As PEFT saves adapters: a model that loads this one does not train it unless asked to.
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
@@ -62,6 +63,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors reports a full disk as an error of its own, where callers handle OSError.
     try:
         save_file(contiguous, str(path), {"format": "pt"})
     except SafetensorError as error:
@@ -88,6 +90,7 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     """Return the LoraConfig of the adapter saved in *folder* by this or another program."""
     file = folder / RUN_FILE
     if file.is_file():
+        # A later version may have written more.
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         saved = json.loads(file.read_text())
         return LoraConfig(**{name: value for name, value in saved.items() if name in known})
@@ -101,8 +104,8 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     )
 
 
-def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
-    """True if *folder* has an adapter made for the same *lora* whose tensors are others.
+def has_other_layout(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
+    """Return whether the adapter in *folder* was made for the same *lora*, with other tensors.
 
     An earlier version of tinkex, peft or transformers chose other layers, or held them otherwise.
     """
@@ -111,12 +114,13 @@ def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> 
     if not (folder / RUN_FILE).is_file():
         return False
     saved = json.loads((folder / RUN_FILE).read_text())
-    asked = dataclasses.asdict(lora)
-    if any(saved.get(name) != asked[name] for name in asked if name != "seed"):
+    own = dataclasses.asdict(lora)
+    # Another rank or kind of layers is the user's mistake, which read_into reports.
+    if any(saved.get(name) != own[name] for name in own if name != "seed"):
         return False
     try:
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
-            names = file.keys()
+            names = file.keys()  # shapes are in the header: no data is read
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         if adapter.output is not None:
             shapes = rename_exported(shapes, adapter.output)

@@ -109,6 +109,7 @@ class TorchEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
+            # Most CPUs compute bfloat16 more slowly than float32.
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
@@ -142,7 +143,8 @@ class TorchEngine:
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
         """Return what an adapter of *lora* changes; see `tinkex.local.engines.engine`."""
-        pool: Optional[AdapterPool] = self.__dict__.get("_pool")  # None once closed
+        # From any thread, also while another one closes the engine.
+        pool: Optional[AdapterPool] = self.__dict__.get("_pool")
         return {} if pool is None else pool.adapted(lora).counts()
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
@@ -179,6 +181,8 @@ class TorchEngine:
         config = check_loss(loss_fn, loss_fn_config)
         rows = check_batch(data, loss_fn, config, self._info)
         self._pool.activate(run.adapter)
+        # Set aside, so that a pass that fails half way leaves it as it was, and so that what is
+        # checked below is the gradient of this pass.
         before = [(p, p.grad) for p in run.adapter.parameters.values()]
         for parameter, _ in before:
             parameter.grad = None
@@ -244,7 +248,7 @@ class TorchEngine:
         """
         run = self._run(model_id)
         adapter = run.adapter
-        if adapter_files.was_laid_out_otherwise(adapter, run.lora, folder):
+        if adapter_files.has_other_layout(adapter, run.lora, folder):
             adapter = self._pool.add(adapter_files.read_config(folder))
         try:
             self._load(run, adapter, folder, with_optimizer=with_optimizer)
@@ -258,6 +262,7 @@ class TorchEngine:
 
     def _load(self, run: _Run, adapter: Adapter, folder: Path, *, with_optimizer: bool) -> None:
         """Fill *adapter* and the optimizer of *run* from *folder*; nothing changes if it fails."""
+        # All is read and checked before the first value is changed.
         weights = adapter_files.read_into(adapter, folder)
         optimizer = Adam(adapter.parameters)
         if with_optimizer:
@@ -286,7 +291,7 @@ class TorchEngine:
         adapter: Optional[Adapter] = None
         if folder is not None:
             config = adapter_files.read_config(folder)
-            adapter = self._pool.add(config, seed=0)
+            adapter = self._pool.add(config, seed=0)  # overwritten below
             try:
                 weights = adapter_files.read_into(adapter, folder)
             except BaseException:
@@ -294,7 +299,7 @@ class TorchEngine:
                 raise
             adapter_files.assign(adapter.parameters, weights)
             for parameter in adapter.parameters.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False)  # frozen: no pass keeps a graph for it
         self._samplers[sampler_id] = adapter
 
     def unload_sampler(self, sampler_id: str) -> None:
@@ -315,10 +320,11 @@ class TorchEngine:
         adapter = self._samplers[sampler_id]
         run = SampleRun(self._network, self._vocabulary, self._info, requests)
         while not run.done:
+            # Between slices it may be unloaded, and its name used for another.
             if sampler_id not in self._samplers or self._samplers[sampler_id] is not adapter:
                 yield run.abandon(EngineError(f"sampler {sampler_id} was unloaded meanwhile"))
                 return
-            self._pool.activate(adapter)
+            self._pool.activate(adapter)  # other work may have run since the last slice
             run.drop(dropped)
             # Left before each yield: the mode belongs to the thread, not to this generator.
             with torch.inference_mode():
@@ -333,6 +339,7 @@ class TorchEngine:
         """Release the model."""
         self._runs.clear()
         self._samplers.clear()
+        # The attributes go, rather than become None, which every method would have to check.
         for name in ("_network", "_pool"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
@@ -341,14 +348,14 @@ class TorchEngine:
 
 def _context_length(config: Any, tokenizer: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
-    if (
-        length is None
-    ):  # positions without a table, as BLOOM's: what the tokenizer reports, if plausible
+    if length is None:
+        # BLOOM's positions have no end.  Tokenizers without a limit report 1e30.
         length = min(tokenizer.model_max_length, _CONTEXT_IF_UNKNOWN)
     return int(length)
 
 
 def _check_finite(result: BatchResult, gradients: List[torch.Tensor]) -> None:
+    # One NaN in the optimizer's running averages would make every later step NaN.
     for index, losses in enumerate(result.losses):
         if not np.isfinite(losses).all():
             raise EngineError(

@@ -11,7 +11,7 @@ from typing import Any, List, Optional, Tuple
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
@@ -77,6 +77,7 @@ def checked_network(model: Any, what: str) -> Network:
 
 
 def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
+    # The cause, where it is known, rather than *reason*, which is only how it showed.
     if getattr(model, "_is_stateful", False):
         reason = "it keeps a recurrent state, which this engine does not support"
     else:
@@ -90,8 +91,6 @@ def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
 
 def _special_caches(config: Any) -> List[str]:
     """Return the kinds of cache layers, other than keys and values, that transformers would use."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     try:
         layers = DynamicCache(config=config).layers
@@ -107,7 +106,7 @@ def _find_difference(network: Network) -> Optional[str]:
     """
     tokens = (torch.arange(_LENGTHS[0]) * 37 + 11) % network.vocab_size
     rows = torch.stack([tokens, tokens])
-    rows[1, _LENGTHS[1] :] = 0
+    rows[1, _LENGTHS[1] :] = 0  # padding, where a causal model does not look
     expected = network.model(input_ids=rows.to(network.device), use_cache=False).logits
     half = expected.dtype in (torch.float16, torch.bfloat16)
     tolerance = _TOLERANCE_HALF if half else _TOLERANCE
@@ -142,6 +141,7 @@ def _odd_layer(cache: Any, length: int) -> Optional[str]:
     filled = [layer for layer in cache.layers if layer.keys is not None]
     if not filled:
         return "it keeps no keys and values of earlier tokens"
+    # Exactly this class: subclasses keep a window, or quantized values.
     for layer in cache.layers:
         if type(layer) is not DynamicLayer:
             return f"its cache has a {type(layer).__name__}, not keys and values alone"
@@ -161,4 +161,5 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     )
     size = expected.norm(dim=-1).clamp(min=1e-6)
     error = ((found - expected).norm(dim=-1) / size).max()
+    # NaN is larger than no tolerance, and would pass.
     return float("inf") if error.isnan() else float(error)

@@ -47,7 +47,6 @@ Config = Mapping[str, float]
 #: Among the inputs of a loss that reads the ratio of the sequence: log s of the token's sequence.
 SEQUENCE_LOG_RATIO = "sequence_log_ratio"
 
-
 # The largest exponent whose exponential float32 can hold.
 _LARGEST_EXPONENT = 88.0
 
@@ -75,20 +74,24 @@ def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
 
 
 def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    # lp - lp is 0 and has the gradient of lp.
+    # log s is a constant here.  lp - lp.detach() is 0 with the gradient of lp, so that the ratio is
+    # s and its gradient by lp is s (GSPO-token: sg[s] * pi / sg[pi]).
     return _clipped(inputs[SEQUENCE_LOG_RATIO] + (lp - lp.detach()), inputs)
 
 
 def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Return the clipped surrogate of the ratio exp(exponent)."""
     advantages = inputs["advantages"]
-    # With a negative advantage a large ratio is not clipped: there infinity is the right value.
+    # With a negative advantage the minimum is the unclipped term, however large: there an infinite
+    # loss is right, and the engine refuses the batch.  Otherwise the clip bounds it.
     ratio = _ratio(exponent, advantages >= 0)
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    # Detached: the clipped ratio is a weight of the policy gradient, whose gradient flows through
+    # lp alone.  An infinite ratio needs no bound, since nothing is carried back through it.
     ratio = torch.exp(lp.detach() - inputs["logprobs"])
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -clipped * inputs["advantages"] * lp
@@ -113,12 +116,15 @@ def token_losses(loss_fn: str, lp: torch.Tensor, inputs: Inputs, config: Config)
     """Return the loss of each token, float32, in the shape of *lp* and of all *inputs*."""
     losses = _PER_TOKEN[loss_fn](lp, inputs, config)
     gate = LOSSES[loss_fn].gate
-    # 0 times an infinite log-probability is not 0.
+    # Filled, not multiplied: 0 times an infinite log-probability is NaN.
     return losses if gate is None else losses.masked_fill(inputs[gate] == 0, 0.0)
 
 
 class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
-    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient."""
+    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient.
+
+    With torch's own two it would be three: the output of the first, and a gradient for each.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -129,8 +135,10 @@ class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch i
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
         # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
+        # In place: log_softmax becomes softmax, then the gradient.
         (grad,) = grads
         gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
+        # Added, because the k targets of a row may name one token twice.
         gradient.scatter_add_(-1, ctx.targets, grad)
         ctx.logprobs = ctx.targets = None
         return gradient, None
@@ -142,6 +150,7 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     Differentiable once: the backward pass uses up the buffer it keeps.
     """
     if not torch.is_grad_enabled():
+        # Without a buffer of normalized logits.
         return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
     result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
     return result

@@ -28,6 +28,7 @@ def quiet() -> Iterator[None]:
 
     Problems are still raised as exceptions.  The former settings come back afterwards.
     """
+    # Read by transformers for each piece of advice, whatever its verbosity.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,8 +61,8 @@ def load_pretrained(
 
     part = "model"
     try:
-        # No code from the folder is run.  Without the argument, transformers would ask on the
-        # terminal for permission, and wait.
+        # No code from the folder is run.  Without the argument, transformers asks for permission on
+        # the terminal and waits, in an overnight job, too.
         if weights:
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=False

@@ -14,6 +14,7 @@ from tinkex.local.engines.inputs import check_sample, check_values, prompt_targe
 from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network
 from tinkex.local.engines.torch_engine.stopping import StopRule, Vocabulary
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse, TensorData, TopkLogprobs
+from tinkex.types.sampling import TOPK_SENTINEL
 
 
 class PromptScores:
@@ -25,18 +26,20 @@ class PromptScores:
         self._first = 1
         if request.prompt_logprobs_last_n is not None:
             self._first = length - request.prompt_logprobs_last_n
+        # Nothing precedes the first token: its logprob stays NaN and its rows empty, as the others'
+        # before prompt_logprobs_last_n do (docs/protocol.md, "Sample results").
         self.logprobs = np.full(length, np.nan, dtype=np.float32)
         self._k = request.topk_prompt_logprobs
         self.top_tokens = np.zeros((length, self._k), dtype=np.int32)
-        self.top_logprobs = np.full((length, self._k), -99999.0, dtype=np.float32)
+        self.top_logprobs = np.full((length, self._k), TOPK_SENTINEL, dtype=np.float32)
         self._targets: Optional[npt.NDArray[np.int64]] = targets
         self.target_logprobs = None if targets is None else np.zeros(targets.shape, np.float32)
 
     def add(self, network: Network, start: int, features: torch.Tensor) -> None:
-        """Take features (t, d) of prompt positions start .. start + t - 1 into account.
-
-        Position i predicts token i + 1; the prompt's last position predicts no prompt token.
-        """
+        """Take features (t, d) of prompt positions start .. start + t - 1 into account."""
+        # Position i predicts token i + 1, and the prompt's last position no prompt token.  Logits
+        # are computed only for positions that were asked for: those of an entire prompt are its
+        # largest tensor by far.
         first = start if self._targets is not None else max(start, self._first - 1)
         end = min(start + len(features), len(self._prompt) - 1)
         for low in range(first, end, LOGITS_ROWS):
@@ -45,6 +48,7 @@ class PromptScores:
             self._fill(low, high, logprobs)
 
     def _fill(self, low: int, high: int, logprobs: torch.Tensor) -> None:
+        """Fill in what *logprobs* (high - low, vocabulary) of positions from *low* on predict."""
         following = self._prompt[low + 1 : high + 1, None].to(logprobs.device)
         own = logprobs.gather(-1, following).squeeze(-1).cpu().numpy()
         known = slice(max(low + 1, self._first), high + 1)
@@ -57,6 +61,7 @@ class PromptScores:
                 self.top_logprobs[known] = top.values.cpu().numpy()
         if self._targets is not None and self.target_logprobs is not None:
             wanted = self._targets[low:high]
+            # -1 marks a cell to skip, whose result is 0; gather takes no negative index.
             index = torch.from_numpy(np.maximum(wanted, 0)).to(logprobs.device)
             found = logprobs.gather(-1, index).cpu().numpy()
             self.target_logprobs[low:high] = np.where(wanted >= 0, found, 0.0)
@@ -128,7 +133,7 @@ def response_of(job: Job) -> SampleResponse:
 
 
 def _as_asked(asked: TensorData, values: npt.NDArray[np.float32]) -> TensorData:
-    """*values* in the shape and sparsity of *asked*."""
+    """Return *values* in the shape and sparsity of *asked* (docs/protocol.md, "Tensors")."""
     if asked.crow_indices is None or asked.col_indices is None:
         return TensorData.from_numpy(values)
     rows = np.repeat(np.arange(asked.shape[0]), np.diff(asked.crow_indices))

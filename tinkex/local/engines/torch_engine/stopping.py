@@ -16,7 +16,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt to decode with the first generated ones.
 _CONTEXT = 8
 
-# A character has at most four bytes: more tokens than this will never complete one.
+# A character of UTF-8 has at most four bytes: more tokens than this will never complete one.
+# Without a limit, each token of such bytes would decode all before it once more.
 _MOST_PENDING = 16
 
 
@@ -30,6 +31,8 @@ class Vocabulary:
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Vocabulary:
         """Collect the end-of-sequence tokens of model and tokenizer."""
+        # Of the generation configuration first: chat models list the end of a turn there, beside or
+        # in place of the tokenizer's end of a text.
         eos = getattr(model.generation_config, "eos_token_id", None)
         if eos is None:
             eos = tokenizer.eos_token_id
@@ -38,6 +41,7 @@ class Vocabulary:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decode *tokens*, special ones included, nothing cleaned up."""
+        # Cleaning up removes blanks before punctuation, which a stop string may hold.
         decoded: str = self.tokenizer.decode(
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -54,7 +58,7 @@ class StopRule:
     @classmethod
     def of(cls, stop: Any, vocabulary: Vocabulary) -> StopRule:
         """Read ``SamplingParams.stop``."""
-        if stop is None:
+        if stop is None:  # docs/protocol.md, "Sample requests"; [] ends at max_tokens only
             return cls(vocabulary.eos_tokens)
         items = [stop] if isinstance(stop, str) else list(stop)
         strings = tuple(item for item in items if isinstance(item, str))
@@ -68,6 +72,7 @@ class StopRule:
         """Return the text to give to `reached`; None if no string has to be looked for."""
         if not self.strings:
             return None
+        # As much earlier text as a string may begin in.
         keep = max(len(string) for string in self.strings) - 1
         return GeneratedText(prompt.tolist(), vocabulary.text, keep)
 
@@ -119,8 +124,10 @@ class GeneratedText:
         both = self._decode(self._context + self._pending)
         new = both[_shared(before, both) :]
         text = self._text + new
+        # Settled text cannot change with later tokens: it ends with a complete character.
         settled = bool(new) and not new.endswith(_REPLACEMENT)
         if settled or len(self._pending) >= _MOST_PENDING:
+            # Not text[-keep:], which is everything if keep is 0.
             self._text = text[max(0, len(text) - self._keep) :]
             self._settle(self._pending)
         return text
