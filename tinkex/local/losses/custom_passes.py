@@ -63,6 +63,7 @@ def run_custom_pass(
     forward_only: bool,
 ) -> ForwardBackwardOutput:
     """Compute the loss of every datum; unless *forward_only*, add its gradient to the run's."""
+    # The log-probabilities, by a pass whose weights are 0 and whose loss is not used.
     plain = [_weighted(datum, None) for datum in data]
     output = engine.forward_backward(model_id, plain, "cross_entropy", {}, forward_only=True)
     total = 0.0
@@ -81,7 +82,9 @@ def run_custom_pass(
         total += loss
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
+        # The derivative of -w * lp by lp is -w.
         weighted.append(_weighted(datum, TensorData.from_numpy(-gradient)))
+    # Only now, when no datum can fail any more: a pass that fails adds no gradient.
     if not forward_only:
         output = engine.forward_backward(model_id, weighted, "cross_entropy", {})
     means = {name: v / len(data) if name.endswith(":mean") else v for name, v in sums.items()}

@@ -12,11 +12,13 @@ import io
 from pathlib import Path
 from typing import Any, Dict
 
+import torch
+
 from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 CONTEXT_LENGTH = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-_SEED = 20240917
+_SEED = 20240917  # of the weights of tiny-random; another one is another model to its users' caches
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -31,7 +33,6 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     """
     # gguf's progress bar knows no switch; it writes to whatever sys.stderr is.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        import torch
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,11 +42,12 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
         # Written by hand: save_pretrained refuses a model that came from a quantized file.
         save_file(_unique_tensors(model), str(target / "model.safetensors"), {"format": "pt"})
+        # As of a model that was never quantized, or transformers would look for a GGUF file again.
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         config["architectures"] = [type(model).__name__]
         clean = type(model.config).from_dict(config)
-        clean._name_or_path = ""
+        clean._name_or_path = ""  # the temporary folder, which it names otherwise
         clean.save_pretrained(str(target))
         model.generation_config.save_pretrained(str(target))
         save_tokenizer(tokenizer, target)
@@ -61,16 +63,13 @@ def _unique_tensors(model: Any) -> Dict[str, Any]:
     return unique
 
 
-def write_tiny_random(
-    folder: Path, *, tie_word_embeddings: bool = False, seed: int = _SEED
-) -> None:
-    """Write the model and its tokenizer into *folder*.
+def write_tiny_random(folder: Path, *, tie_word_embeddings: bool = False) -> None:
+    """Write the model, the same at each call, and its tokenizer into *folder*.
 
     Token ids 0..255 are the bytes themselves, 256.. the special tokens (end of text, start and
-    end of a chat turn, padding).  The weights depend on *seed* only.
+    end of a chat turn, padding).
     """
     with quiet():
-        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -88,8 +87,9 @@ def write_tiny_random(
         )
         model = LlamaForCausalLM(config).float()
         # Wider than usual, so that its predictions are far from uniform, as a real model's are.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(_SEED)
         with torch.no_grad():
+            # In the order of their names: that of creation may change between releases.
             for _, parameter in sorted(model.named_parameters()):
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.12, generator=generator)

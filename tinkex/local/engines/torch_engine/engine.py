@@ -65,7 +65,9 @@ class _Run:
 
 
 class TorchEngine:
-    """One base model with LoRA adapters to train and to sample from.  See `Engine`.
+    """One base model with LoRA adapters to train and to sample from.
+
+    `Engine` describes the methods; their docstrings here say what is particular to this engine.
 
     Gradients: ``forward_backward`` adds to what is accumulated, ``optim_step`` uses it up;
     ``load`` drops it, ``save`` does not store it.  A pass that fails leaves it as it was.
@@ -131,24 +133,20 @@ class TorchEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What this engine serves.  Safe from any thread."""
         return self._info
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer.  Safe from any thread."""
         return self._vocabulary.tokenizer
 
     # --- training runs -------------------------------------------------------------------------
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        """Return what an adapter of *lora* changes; see `tinkex.local.engines.engine`."""
         # From any thread, also while another one closes the engine.
         pool: Optional[AdapterPool] = self.__dict__.get("_pool")
         return {} if pool is None else pool.adapted(lora).counts()
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
-        """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
         check_values(lora)
         if model_id in self._runs:
             raise EngineError(f"model {model_id} exists already")
@@ -158,7 +156,6 @@ class TorchEngine:
         self._runs[model_id] = _Run(lora, adapter, Adam(adapter.parameters))
 
     def unload(self, model_id: str) -> None:
-        """Forget an adapter and its optimizer; nothing happens if it is unknown."""
         run = self._runs.pop(model_id, None)
         if run is not None:
             self._pool.remove(run.adapter)
@@ -172,11 +169,7 @@ class TorchEngine:
         *,
         forward_only: bool = False,
     ) -> ForwardBackwardOutput:
-        """Compute loss and logprobs of each datum; add the gradient to what is accumulated.
-
-        ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of datum i's target_tokens.
-        For the metrics see `training.metrics_of`, for the losses `losses`.
-        """
+        """See `Engine`; `training.metrics_of` for the metrics, `losses` for the losses."""
         run = self._run(model_id)
         config = check_loss(loss_fn, loss_fn_config)
         rows = check_batch(data, loss_fn, config, self._info)
@@ -206,11 +199,7 @@ class TorchEngine:
         return ForwardBackwardOutput(outputs, metrics, "ArrayRecord")
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
-        """Take one AdamW step with the accumulated gradient and clear it.
-
-        Without a gradient (no pass since the last step) it is a step with a gradient of zero.
-        Returns ``grad_norm`` (before clipping) and ``step`` (how many steps so far).
-        """
+        """See `Engine`, `Adam.step`.  Without a gradient it is a step with a gradient of zero."""
         run = self._run(model_id)
         check_values(params)
         return run.optimizer.step(params)
@@ -224,7 +213,6 @@ class TorchEngine:
     # --- checkpoints ---------------------------------------------------------------------------
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter (PEFT's format), and the optimizer's state if asked, into *folder*."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder)
@@ -234,15 +222,13 @@ class TorchEngine:
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter into *folder*, named as in exports of the hosted service."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder, for_export=True)
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked.
+        """See `Engine`.  Rank, alpha and adapted layers must be the same.
 
-        Rank, alpha and adapted layers must be the same.  An accumulated gradient is dropped.
         A checkpoint of the same configuration that adapts other layers, as an earlier version of
         tinkex or of a library below it chose them, is taken as it is.
         """
@@ -279,13 +265,11 @@ class TorchEngine:
         run.optimizer = optimizer
 
     def lora_config(self, folder: Path) -> LoraConfig:
-        """Return the configuration of a saved adapter."""
         return adapter_files.read_lora(folder, self._pool.targets)
 
     # --- sampling ------------------------------------------------------------------------------
 
     def create_sampler(self, sampler_id: str, folder: Optional[Path]) -> None:
-        """Make a sampler of the adapter saved in *folder*; of the base model if None."""
         if sampler_id in self._samplers:
             raise EngineError(f"sampler {sampler_id} exists already")
         adapter: Optional[Adapter] = None
@@ -303,7 +287,6 @@ class TorchEngine:
         self._samplers[sampler_id] = adapter
 
     def unload_sampler(self, sampler_id: str) -> None:
-        """Forget a sampler; nothing happens if it is unknown."""
         adapter = self._samplers.pop(sampler_id, None)
         if adapter is not None:
             self._pool.remove(adapter)
@@ -314,7 +297,7 @@ class TorchEngine:
         requests: Sequence[SampleRequest],
         dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
-        """Run *requests* as one batch, in slices of a few tokens; see `sampling`."""
+        """See `Engine` and `SampleRun`."""
         if sampler_id not in self._samplers:
             raise EngineError(f"no sampler {sampler_id}; it was never created, or was unloaded")
         adapter = self._samplers[sampler_id]
@@ -332,11 +315,10 @@ class TorchEngine:
             yield finished
 
     def interrupt(self) -> None:
-        """Make the call in progress, and every later one, fail within a layer's work."""
+        """See `Engine`.  The call in progress fails within a layer's work."""
         self._interruption.requested = True
 
     def close(self) -> None:
-        """Release the model."""
         self._runs.clear()
         self._samplers.clear()
         # The attributes go, rather than become None, which every method would have to check.

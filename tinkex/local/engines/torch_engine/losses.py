@@ -1,36 +1,10 @@
-"""The losses of the Tinker API, per token, as plain tensor expressions.
+"""The losses of the Tinker API (docs/protocol.md, "Losses"), per token, as tensor expressions.
 
-Notation, elementwise over the tokens of a batch: ``lp`` is the log-probability the trained model
-gives the target token, ``q`` the one the sampler recorded (input ``logprobs``), ``A`` the
-advantage, ``w`` the weight, ``r = exp(lp - q)``.  A loss is the plain sum over tokens; nothing is
-averaged, so gradients of several calls add up.
-
-=====================  =============================================================
-cross_entropy          ``-lp * w``
-importance_sampling    ``-r * A``
-ppo                    ``-min(r * A, clip(r, low, high) * A)``
-cispo                  ``-stopgrad(clip(r, low, high)) * A * lp``
-gspo                   ``-min(s * A, clip(s, low, high) * A)``
-dro                    ``-(lp * A - beta / 2 * (lp - q)**2)``
-=====================  =============================================================
-
-``s`` is the ratio of the sequence, ``exp(sum(m * (lp - q)) / sum(m))`` over all tokens of the
-datum, with ``m`` the input ``sequence_ratio_mask`` (1 by default).  Its gradient by ``lp`` is ``s``
-(GSPO-token).
-
-``low`` and ``high`` default to 0.8 and 1.2, for gspo to 0.9997 and 1.0004; the configuration keys
-``clip_low_threshold`` and ``clip_high_threshold`` change them for a call, per-token inputs of the
-same names for a token.  ``beta`` defaults to 0.05.  A token of weight 0, or of advantage 0 (except
-in dro, whose second term stays), adds no loss and no gradient, whatever its log-probabilities are.
-
-Sources: names, inputs and the token-sum form follow Tinker's documentation of its losses.
-importance_sampling is the policy gradient (Williams 1992, REINFORCE) with the correction for
-sampling from another policy; ppo is the clipped surrogate of Schulman et al.
-(arXiv 1707.06347, eq. 7); cispo is MiniMax-M1's (arXiv 2506.13585, eq. 4); gspo is Group
-Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token, with the clipping
-range of the paper's experiments: if all tokens have the same advantage, the gradient is that of the
-sequence form times the number of tokens; dro is the per-token form of Direct Reward Optimisation
-(Richemond et al., arXiv 2405.19107).
+Elementwise over the tokens of a batch: ``lp`` is the log-probability that the trained model gives
+to the target token, ``q`` the one that the sampler recorded (input ``logprobs``), ``A`` the
+advantage, ``r = exp(lp - q)``.  A loss is the plain sum over tokens: nothing is averaged, so that
+gradients of several calls add up.  A token of weight 0, or of advantage 0 (except in dro, whose
+second term stays), adds no loss and no gradient, whatever its log-probabilities are.
 """
 
 from __future__ import annotations
@@ -64,15 +38,22 @@ def _cross_entropy(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Te
     return -lp * inputs["weights"]
 
 
+# The policy gradient (Williams 1992, REINFORCE), with the correction for tokens that were sampled
+# from another policy: -r * A.
 def _importance_sampling(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     advantages = inputs["advantages"]
     return -_ratio(lp - inputs["logprobs"], advantages == 0) * advantages
 
 
+# The clipped surrogate of Schulman et al. (arXiv 1707.06347, eq. 7): -min(r * A, clip(r) * A).
 def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     return _clipped(lp - inputs["logprobs"], inputs)
 
 
+# Group Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token: the same
+# surrogate of the ratio of the sequence, s = exp(sum(m * (lp - q)) / sum(m)) with m the
+# sequence_ratio_mask.  If all tokens have the same advantage, the gradient is that of the sequence
+# form times the number of tokens.
 def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     # log s is a constant here.  lp - lp.detach() is 0 with the gradient of lp, so that the ratio is
     # s and its gradient by lp is s (GSPO-token: sg[s] * pi / sg[pi]).
@@ -89,6 +70,7 @@ def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
+# MiniMax-M1's (arXiv 2506.13585, eq. 4): -stopgrad(clip(r)) * A * lp.
 def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     # Detached: the clipped ratio is a weight of the policy gradient, whose gradient flows through
     # lp alone.  An infinite ratio needs no bound, since nothing is carried back through it.
@@ -97,6 +79,7 @@ def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     return -clipped * inputs["advantages"] * lp
 
 
+# Direct Reward Optimisation (Richemond et al., arXiv 2405.19107), per token.
 def _dro(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     drift = lp - inputs["logprobs"]
     return -(lp * inputs["advantages"] - 0.5 * config["beta"] * drift * drift)

@@ -30,8 +30,8 @@ _WORTH_A_PASS = 512
 class Interruption:
     """Stops a computation from another thread: each layer checks it, in the backward pass too.
 
-    At exit, Python unwinds daemon threads, on which torch's C++ calls abort().  So a pass, which may
-    take minutes, must end first, and between its layers is where it can.
+    At exit, Python unwinds daemon threads, and torch's C++ then calls abort().  So a pass, which
+    may take minutes, must end first, and between its layers is where it can.
     """
 
     def __init__(self) -> None:

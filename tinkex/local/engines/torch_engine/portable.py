@@ -148,6 +148,7 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
     output = output_name(model)
     if output is not None:
         tensors = rename_exported(tensors, output)
+    # Before peft wraps the layer, which would merge into the weights that the embedding reads, too.
     if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
         untie(model)
     try:
@@ -155,6 +156,7 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
         loaded = peft.set_peft_model_state_dict(wrapped, tensors)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InvalidInputError(f"{misfit}: {_in_short(error)}") from error
+    # The weights of the base are listed as missing, too.
     lacking = [key for key in loaded.missing_keys if "lora_" in key]
     strange = list(loaded.unexpected_keys)
     if lacking or strange:
@@ -174,6 +176,6 @@ def _in_short(error: Exception) -> str:
 
 
 def _share_weights(config: Path) -> None:
-    """Let everybody who may read *config* read the weights beside it."""
+    """Give the weights beside *config* its permissions."""
     for file in config.parent.glob("*.safetensors"):  # safetensors makes them for their owner only
         shutil.copymode(config, file)

@@ -69,15 +69,14 @@ class PromptScores:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A checked request and its results so far; nothing is to come of it once it is *dropped*."""
+    """A checked request and its results so far; once it is *dropped*, no result is needed."""
 
     index: int
     request: SampleRequest
     prompt: npt.NDArray[np.int32]
     stop: StopRule
     limit: int
-    open_sequences: int
-    sequences: List[Optional[SampledSequence]]
+    sequences: List[Optional[SampledSequence]]  # None until it has ended
     prompt_scores: Optional[PromptScores]
     dropped: bool = False
 
@@ -109,8 +108,7 @@ def check_request(
     stop = StopRule.of(params.stop, vocabulary)
     if isinstance(request, StreamingRequest) and request.stop_at_eos:
         stop = dataclasses.replace(stop, tokens=stop.tokens | vocabulary.eos_tokens)
-    count = request.num_samples
-    return Job(index, request, prompt, stop, limit, count, [None] * count, scores)
+    return Job(index, request, prompt, stop, limit, [None] * request.num_samples, scores)
 
 
 def response_of(job: Job) -> SampleResponse:

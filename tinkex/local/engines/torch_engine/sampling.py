@@ -86,7 +86,6 @@ class _Sequence:
             np.array(self.logprobs, dtype=np.float32),
             topk_logprobs_np=topk,
         )
-        self.job.open_sequences -= 1
 
 
 class SampleRun:
@@ -290,7 +289,7 @@ class SampleRun:
             if not sequence.stop_reason:
                 continue
             sequence.finish()
-            if sequence.job.open_sequences == 0:
+            if all(sequence.job.sequences):
                 self._finished.append((sequence.job.index, response_of(sequence.job)))
                 del self._jobs[sequence.job.index]
 

@@ -103,7 +103,10 @@ def _run_pass(
         with torch.no_grad():
             for chunk in torch.arange(len(targets), device=device).split(LOGITS_ROWS):
                 all_logprobs[chunk] = target_logprobs(network.logits(flat[chunk]), targets[chunk])
-        inputs[SEQUENCE_LOG_RATIO] = _sequence_log_ratios(rows, all_logprobs, inputs)
+        ends = np.cumsum([len(row.targets) for row in rows])[:-1]
+        by_row = zip(rows, np.split(all_logprobs.cpu().numpy(), ends))
+        log_ratios = np.concatenate([_sequence_log_ratio(row, found) for row, found in by_row])
+        inputs[SEQUENCE_LOG_RATIO] = torch.from_numpy(log_ratios).float().to(device)[:, None]
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)
     gradient = torch.zeros_like(flat) if backward else None
@@ -147,21 +150,13 @@ def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _sequence_log_ratios(
-    rows: Sequence[Row], logprobs: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """Return, for each token, the mean of lp - q over its sequence, as the mask weighs it."""
-    lengths = [len(row.targets) for row in rows]
+def _sequence_log_ratio(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
+    """Return the mean of lp - q over a sequence, as the mask weighs it, once per token: (n,)."""
     # float64: a mean of small differences, which the loss compares with clips 3e-4 away from it.
-    mask = inputs[SEQUENCE_MASK].double()
+    mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
     # Chosen, not multiplied: lp may be -infinity where the mask is 0, and 0 * infinity is NaN.
-    drift = torch.where(mask == 0, 0.0, logprobs.double() - inputs["logprobs"].double())
-    means = [
-        (m * d).sum() / m.sum().clamp(min=_LEAST_MASK)
-        for m, d in zip(mask.split(lengths), drift.split(lengths))
-    ]
-    counts = torch.tensor(lengths, device=logprobs.device)
-    return torch.stack(means).repeat_interleave(counts).float().unsqueeze(-1)
+    drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
+    return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))
 
 
 def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
@@ -204,7 +199,8 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
     old = np.concatenate([row.inputs["logprobs"].ravel() for row in rows])[active]
     drift = new - old
     if LOSSES[loss_fn].by_sequence:
-        drift = np.concatenate([_mean_drift(r, lp) for r, lp in zip(rows, result.logprobs)])[active]
+        by_row = zip(rows, result.logprobs)
+        drift = np.concatenate([_sequence_log_ratio(row, found) for row, found in by_row])[active]
     ratio = np.exp(np.clip(drift, -80, 80))  # finite, because JSON has no infinity
     metrics["ratio:sum"] = float(ratio.sum())
     metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
@@ -214,10 +210,3 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
         high = np.concatenate([row.inputs[CLIP_HIGH].ravel() for row in rows])[active]
         metrics["clipped_tokens:sum"] = float(((ratio < low) | (ratio > high)).sum())
     return metrics
-
-
-def _mean_drift(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
-    """Return log s of a sequence, once per token."""
-    mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
-    drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
-    return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))
