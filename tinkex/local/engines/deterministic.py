@@ -71,7 +71,7 @@ _STATE_FILE = "deterministic.json"
 
 @dataclasses.dataclass
 class _Adapter:
-    """What stands for an adapter and its optimizer."""
+    """The state of an adapter and its optimizer."""
 
     lora: LoraConfig
     steps: int = 0  # weights: optimizer steps taken
@@ -282,7 +282,7 @@ class DeterministicEngine:
                 )
 
     def _topk(self, draw: _Draw, start: int = 0) -> Optional[TopkLogprobs]:
-        """Return the likeliest tokens in place of those from *start* on, if they were asked for."""
+        """Return the likeliest tokens at the places of tokens *start* and later, if requested."""
         k = draw.request.topk_sample_logprobs
         if not k:
             return None
@@ -310,7 +310,7 @@ class DeterministicEngine:
     def _prompt_facts(
         self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
     ) -> Dict[str, Any]:
-        """Return what was asked about the prompt, under the names of SampleResponse."""
+        """Return the requested facts about the prompt, by their names in SampleResponse."""
         before = prompt[:-1].astype(np.int64)
         positions = np.arange(before.size, dtype=np.int64)
         facts: Dict[str, Any] = {}
@@ -348,7 +348,7 @@ class DeterministicEngine:
 
 @dataclasses.dataclass
 class _Draw:
-    """One continuation in the making."""
+    """A continuation that is being generated."""
 
     request: SampleRequest
     number: int

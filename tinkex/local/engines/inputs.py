@@ -106,7 +106,7 @@ def check_batch(
     """Turn every datum into a Row.
 
     Raises:
-        EngineError: a datum is at fault; the message names its index, the input, the remedy.
+        EngineError: a datum is invalid; the message names its index, the input and the remedy.
     """
     if not data:
         raise EngineError("the batch is empty; give at least one datum")
@@ -249,7 +249,7 @@ def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]
     *request* itself was checked before, as by `check_values`.
 
     Raises:
-        EngineError: the prompt is at fault, or a number that depends on it or on the model.
+        EngineError: the prompt is invalid, or a setting is out of range for it or the model.
     """
     prompt = check_tokens(request.prompt, info, "the prompt")
     room = info.context_length - prompt.size

@@ -90,7 +90,7 @@ def _step(node: Node, values: Mapping[str, Any]) -> Any:
         result = _callable(node, args)(*args, **kwargs)
     except EngineError:
         raise
-    except Exception as error:  # whatever torch raises for arguments that do not fit
+    except Exception as error:  # torch raises many types for arguments that do not fit
         raise EngineError(
             f"the custom loss failed at {node.name} ({node.function}): "
             f"{type(error).__name__}: {error}"
@@ -168,7 +168,7 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
             for place in range(1, max(one.dim() for one in tensors) + 1)
         )
     if node.function in ("expand", "broadcast_to", "view", "reshape"):
-        # Sizes come one by one or as a list; -1 stands for what is there.
+        # Sizes come one by one or as a list; -1 keeps a size.
         listed = [n for arg in args for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
         size = math.prod(max(1, abs(n)) for n in listed if isinstance(n, int))
     if size > _MOST_ELEMENTS:

@@ -70,7 +70,7 @@ class Adam:
         return named
 
     def restore(self, tensors: Mapping[str, torch.Tensor], step_count: int) -> None:
-        """Take over a state that `tensors` returned (same names and shapes)."""
+        """Set the state to one that `tensors` returned (same names and shapes)."""
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
         self.step_count = step_count

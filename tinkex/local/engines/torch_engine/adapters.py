@@ -27,7 +27,12 @@ from tinkex.local.engines.torch_engine.adapter_config import (
     injected_config,
     make_config,
 )
-from tinkex.local.engines.torch_engine.output_layer import NOTE_FILE, is_tied, output_name
+from tinkex.local.engines.torch_engine.output_layer import (
+    NOTE_FILE,
+    PREFIX,
+    is_tied,
+    output_name,
+)
 from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.targets import Chosen, Targets
 from tinkex.types import LoraConfig
@@ -140,7 +145,8 @@ class AdapterPool:
         # No layer has the names, or they are no regular expression.
         except (ValueError, re.error) as error:
             raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
-        torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
+        finally:
+            torch.random.set_rng_state(random_state)  # peft's own initialization draws from it
         # peft has wrapped layers that no earlier adapter was on.
         self._layers = {
             name: module
@@ -171,7 +177,7 @@ class AdapterPool:
             if key in layer.lora_A:
                 for half in ("lora_A", "lora_B"):
                     weight = getattr(layer, half)[key].weight
-                    found[f"base_model.model.{name}.{half}.weight"] = weight
+                    found[f"{PREFIX}{name}.{half}.weight"] = weight
         return found
 
     def activate(self, adapter: Optional[Adapter]) -> None:

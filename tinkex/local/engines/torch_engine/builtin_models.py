@@ -31,7 +31,7 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
 
     fp32 because that is what dequantizing gives; bfloat16 would round every weight once more.
     """
-    # gguf's progress bar knows no switch; it writes to whatever sys.stderr is.
+    # gguf's progress bar cannot be switched off; it writes to sys.stderr.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, AutoTokenizer

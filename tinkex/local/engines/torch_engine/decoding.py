@@ -137,7 +137,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
         return self._filled
 
     def put(self, row: int, first_column: int, layer: Any, source: int) -> None:
-        """Take over the keys and values that *layer* holds in its row *source*."""
+        """Replace the keys and values of *row* by those of *layer* in its row *source*."""
         length = self._filled - first_column
         self.keys[row, :, first_column:] = layer.keys[source, :, :length]
         self.values[row, :, first_column:] = layer.values[source, :, :length]

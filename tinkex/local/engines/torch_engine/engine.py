@@ -104,7 +104,7 @@ class TorchEngine:
         smollm2-135m once it is cached.
 
         Raises:
-            LocalServerError: the model cannot be had, or not be put on the device.
+            LocalServerError: the model cannot be loaded, or not be moved to the device.
         """
         started = time.monotonic()
         resolved = models.resolve(model, cache_dir=cache_dir, progress=progress)
@@ -305,7 +305,9 @@ class TorchEngine:
         while not run.done:
             # Between slices it may be unloaded, and its name used for another.
             if sampler_id not in self._samplers or self._samplers[sampler_id] is not adapter:
-                yield run.abandon(EngineError(f"sampler {sampler_id} was unloaded meanwhile"))
+                yield run.abandon(
+                    EngineError(f"sampler {sampler_id} was unloaded while it was sampling")
+                )
                 return
             self._pool.activate(adapter)  # other work may have run since the last slice
             run.drop(dropped)

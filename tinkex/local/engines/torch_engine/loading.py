@@ -68,7 +68,7 @@ def checked_network(model: Any, what: str) -> Network:
             difference = _find_difference(network)
     except MemoryError:
         raise
-    except Exception as error:  # whatever an architecture's code raises when it is run this way
+    except Exception as error:  # an architecture's code may raise anything
         reason = f"a trial run failed ({type(error).__name__}: {first_lines(error)})"
         raise _refusal(model, what, reason) from error
     if difference is not None:

@@ -47,8 +47,8 @@ def untie(model: Any) -> None:
     """
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
-    # Else the model is tied again when it is loaded.  Multimodal models have a configuration of the
-    # text part besides.
+    # Else the model is tied again when it is loaded.  Multimodal models have a second
+    # configuration, of the text part.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 

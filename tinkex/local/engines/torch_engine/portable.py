@@ -64,7 +64,7 @@ def merge_adapter(
     Raises:
         InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged; it does not fit
             the base model; *dest* is taken; or *dtype* is not a float type.
-        LocalServerError: the base model cannot be had.
+        LocalServerError: the base model cannot be loaded.
         OSError: *dest* cannot be written.
     """
     source, target = Path(adapter).expanduser(), Path(dest).expanduser()
@@ -98,7 +98,7 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
 
     Raises:
         InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged.
-        LocalServerError: the base model's configuration or tokenizer cannot be had.
+        LocalServerError: the base model's configuration or tokenizer cannot be loaded.
         OSError: it cannot be written.
     """
     config, tensors = _read(adapter)

@@ -15,7 +15,7 @@ import torch
 from tinkex.errors import LocalServerError
 from tinkex.local.engines import models
 
-#: The remedy where the kind of model is at fault.
+#: The remedy where the engine does not support the kind of model.
 OTHER_MODEL = (
     "Use a causal language model with attention layers only and no code of its own, such as Llama, "
     "Qwen3 or Gemma."

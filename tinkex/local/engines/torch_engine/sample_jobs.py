@@ -38,7 +38,7 @@ class PromptScores:
     def add(self, network: Network, start: int, features: torch.Tensor) -> None:
         """Take features (t, d) of prompt positions start .. start + t - 1 into account."""
         # Position i predicts token i + 1, and the prompt's last position no prompt token.  Logits
-        # are computed only for positions that were asked for: those of an entire prompt are its
+        # are computed only for requested positions: those of an entire prompt are its
         # largest tensor by far.
         first = start if self._targets is not None else max(start, self._first - 1)
         end = min(start + len(features), len(self._prompt) - 1)
@@ -121,7 +121,7 @@ def response_of(job: Job) -> SampleResponse:
         topk = TopkLogprobs(scores.top_tokens, scores.top_logprobs)
     targets: Optional[TensorData] = None
     if scores.target_logprobs is not None and request.target_prompt_logprobs is not None:
-        targets = _as_asked(request.target_prompt_logprobs, scores.target_logprobs)
+        targets = _shaped_like(request.target_prompt_logprobs, scores.target_logprobs)
     return SampleResponse(
         sequences,
         prompt_logprobs_np=scores.logprobs if request.prompt_logprobs else None,
@@ -130,10 +130,12 @@ def response_of(job: Job) -> SampleResponse:
     )
 
 
-def _as_asked(asked: TensorData, values: npt.NDArray[np.float32]) -> TensorData:
-    """Return *values* in the shape and sparsity of *asked* (docs/protocol.md, "Tensors")."""
-    if asked.crow_indices is None or asked.col_indices is None:
+def _shaped_like(template: TensorData, values: npt.NDArray[np.float32]) -> TensorData:
+    """Return *values* in the shape and sparsity of *template* (docs/protocol.md, "Tensors")."""
+    if template.crow_indices is None or template.col_indices is None:
         return TensorData.from_numpy(values)
-    rows = np.repeat(np.arange(asked.shape[0]), np.diff(asked.crow_indices))
-    listed = values[rows, asked.col_indices]
-    return TensorData(listed, "float32", asked.shape, asked.crow_indices, asked.col_indices)
+    rows = np.repeat(np.arange(template.shape[0]), np.diff(template.crow_indices))
+    listed = values[rows, template.col_indices]
+    return TensorData(
+        listed, "float32", template.shape, template.crow_indices, template.col_indices
+    )

@@ -44,7 +44,7 @@ _IDLE_SHARE = 0.25
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """One continuation in the making."""
+    """A continuation that is being generated."""
 
     job: Job
     number: int
@@ -89,13 +89,13 @@ class _Sequence:
 
 
 class SampleRun:
-    """One batch of requests on its way; `advance` does a slice of it.
+    """A batch of requests that is being computed; `advance` does a slice of the work.
 
     Call `advance` under ``torch.inference_mode`` and with the sampler's adapter active, until
     `done`.
 
     Args:
-        requests: those that are appended meanwhile join with the next slice.
+        requests: those that are appended later join with the next slice.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class SampleRun:
                 return
 
     def _take_requests(self) -> None:
-        """Check the requests that came since, and have their sequences wait."""
+        """Check the requests that were added since, and queue their sequences."""
         for index in range(self._taken, len(self._requests)):
             try:
                 job = check_request(index, self._requests[index], self._vocabulary, self._info)
@@ -169,7 +169,7 @@ class SampleRun:
         self._taken = len(self._requests)
 
     def _admit(self) -> List[_Sequence]:
-        """Remove and return the waiting sequences for which there is room, and one in any case."""
+        """Remove and return the waiting sequences that fit in; at least one into an empty batch."""
         # What is reserved is the longest continuation: a batch that has begun never runs out of
         # room.
         lengths = [row.job.length for row in self._rows if not row.ended]
@@ -186,7 +186,7 @@ class SampleRun:
         return admitted
 
     def _join(self, admitted: List[_Sequence]) -> Generator[bool, None, None]:
-        """Prefill, draw the first tokens, and have what goes on join the rows.
+        """Prefill, draw the first tokens, and add the sequences that continue to the rows.
 
         Yields True between pieces of prefill.
         """

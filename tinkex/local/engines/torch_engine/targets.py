@@ -171,7 +171,7 @@ def _modules_that_text_passes(model: Any) -> Set[str]:
 
 def _wanted_kinds(lora: LoraConfig) -> List[str]:
     wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    return [kind for kind, asked_for in wanted.items() if asked_for]
+    return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
 
 def _endings(name: str) -> Iterator[str]:

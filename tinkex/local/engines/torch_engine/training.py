@@ -46,7 +46,7 @@ def run_batch(
 ) -> BatchResult:
     """Compute logprobs and losses of *rows*; with *backward*, add the gradient of their sum.
 
-    The gradient lands in ``.grad`` of whatever parameters of the network require one.
+    The gradient is added to ``.grad`` of the network's parameters that require one.
     """
     nothing: FloatArray = np.empty((0, 1), dtype=np.float32)
     result = BatchResult([nothing] * len(rows), [nothing] * len(rows))
