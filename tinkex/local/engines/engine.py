@@ -184,8 +184,8 @@ class Engine(Protocol):
         iterator abandons the rest.  An invalid request fails alone.  The tokens of a
         StreamingRequest are reported one by one while a slice is done.
 
-        Requests that are appended to *requests* in the meantime join the batch with the next slice, as
-        long as others in it are not finished.
+        Requests that are appended to *requests* while others are not finished join the batch with
+        the next slice.
 
         The work on an index that appears in *dropped* ends with the slice; it gets no result.
         """

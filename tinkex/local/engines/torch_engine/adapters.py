@@ -145,8 +145,7 @@ class AdapterPool:
         # No layer has the names, or they are no regular expression.
         except (ValueError, re.error) as error:
             raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
-        finally:
-            torch.random.set_rng_state(random_state)  # peft's own initialization draws from it
+        torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
         # peft has wrapped layers that no earlier adapter was on.
         self._layers = {
             name: module
