@@ -37,6 +37,8 @@ class CustomLosses:
             if known is None:
                 self._made[loss_id] = (digest, program)
                 return True
+        # The lock is not needed: an entry never changes.  A resent request gets its first response;
+        # the same seq_id with another body is a conflict, as everywhere in the protocol.
         if known[0] != digest:
             raise HTTPError(409, f"{loss_id} was made from another body; take the next seq_id")
         return False
@@ -50,6 +52,7 @@ class CustomLosses:
     def drop_session(self, session_id: str) -> None:
         """Forget the losses of a session."""
         with self._lock:
+            # Ids are "<session>:loss:<seq_id>".
             for loss_id in [one for one in self._made if one.startswith(f"{session_id}:")]:
                 del self._made[loss_id]
 

@@ -24,6 +24,8 @@ from tinkex.types import LoraConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# The LoraConfig of the run, since PEFT's configuration holds neither the kinds of layers nor the
+# seed.
 RUN_FILE = "tinkex_lora.json"
 
 
@@ -62,6 +64,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # safetensors takes no views with strides of their own.
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors reports a full disk as an error of its own, where callers handle OSError.
     try:
@@ -82,7 +85,7 @@ def read_config(folder: Path) -> Any:
         raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
     if not isinstance(config, peft.LoraConfig):
         raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
-    config.inference_mode = False
+    config.inference_mode = False  # peft would freeze an adapter that is loaded to go on training
     return config
 
 
@@ -154,6 +157,7 @@ def read_tensors(
     saved = load_tensors(folder / file)
     if output is not None:
         saved = rename_exported(saved, output)
+    # Both directions, since load_state_dict and the like leave what is missing as it was.
     if saved.keys() != wanted.keys():
         raise EngineError(
             f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "

@@ -104,6 +104,8 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
     config, tensors = _read(adapter)
     dest.mkdir()
     with quiet():
+        # Its weights are not needed: what counts is the name of the output layer, and whether it is
+        # tied.
         model, tokenizer = load_pretrained(base, base, weights=False)
         save_tokenizer(tokenizer, dest)
         output = output_name(model)
@@ -116,6 +118,7 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
             shutil.copyfile(adapter / WEIGHTS_FILE, dest / WEIGHTS_FILE)
             if (adapter / NOTE_FILE).is_file():
                 shutil.copyfile(adapter / NOTE_FILE, dest / NOTE_FILE)
+    # Exports of the hosted service list their name for the output layer there, too.
     if output is not None and _EXPORTED_NAME in (config.target_modules or ()):
         names = set(config.target_modules) - {_EXPORTED_NAME}
         config.target_modules = names | {output.rpartition(".")[2]}

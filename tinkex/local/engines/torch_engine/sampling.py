@@ -256,6 +256,7 @@ class SampleRun:
             np.append(rows[row].job.prompt, rows[row].tokens[:-1]).astype(np.int32)
             for row in outdated
         ]
+        # A slice for each piece, as these rows may be long.
         for piece in prefill(self._network, texts, more_tokens=1):
             for source, index in enumerate(piece.prompts):
                 if piece.end_of(source, texts[index].size) is not None:
