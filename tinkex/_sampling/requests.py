@@ -21,7 +21,7 @@ from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ABSENT, flags_for
 from tinkex.errors import APIStatusError, ResponseDecodeError, UnprocessableEntityError
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 from tinkex.usage import Reservation, Tokens
 from tinkex.wire.codec import codec_for
 

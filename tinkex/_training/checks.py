@@ -36,11 +36,7 @@ _ZERO_WEIGHTS = (
 )
 
 
-def check_batch(
-    data: Sequence[Datum],
-    loss_fn: str,
-    loss_fn_config: Optional[Mapping[str, Union[float, str]]] = None,
-) -> List[Datum]:
+def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
     """Return *data* as it is now: the batch is encoded later, in another thread.
 
     Raises:
@@ -49,7 +45,6 @@ def check_batch(
     """
     if not isinstance(loss_fn, str) or not loss_fn:
         raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
-    as_loss_config(loss_fn_config)
     if isinstance(data, Datum) or not isinstance(data, Iterable):
         raise InvalidInputError(
             f"the batch is {a_type(data)}; it must be a list of Datum",

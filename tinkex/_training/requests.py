@@ -6,7 +6,7 @@ the poller.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Mapping, Optional, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Mapping, Optional, Type, TypeVar
 
 from tinkex._api._call import read
 from tinkex._api._optional import optional_route
@@ -107,6 +107,42 @@ class SaveForSampler(EndpointRequest[SaveWeightsForSamplerResponse]):
         if not saved.path:
             raise ResponseDecodeError(f"{self.future.kind}: the response has no path")
         return saved
+
+
+class SaveAndSample(EndpointRequest[T]):
+    """Saves weights for this session only; the result is what *make_client* makes of their sampler.
+
+    Args:
+        make_client: called with the ``sampling_session_id``.
+    """
+
+    route = "save_weights_for_sampler"
+    response_type = SaveWeightsForSamplerResponse
+
+    def __init__(
+        self,
+        queue: RunQueue,
+        future: APIFuture[T],
+        fields: Mapping[str, Any],
+        make_client: Callable[[str], T],
+    ) -> None:
+        super().__init__(queue, future, fields)
+        self._make_client = make_client
+
+    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
+        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
+        sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
+        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
+        return super().send(channel)
+
+    def decode(self, reply: Reply) -> T:
+        """Read the id of the sampler, and make its client."""
+        saved = read(SaveWeightsForSamplerResponse, reply, self.future.kind)
+        if not saved.sampling_session_id:
+            raise ResponseDecodeError(
+                f"{self.future.kind}: the response has no sampling_session_id"
+            )
+        return self._make_client(saved.sampling_session_id)
 
 
 class SaveExternal(EndpointRequest[SaveWeightsExternalResponse]):

@@ -38,7 +38,7 @@ from tinkex.errors import (
     InvalidInputError,
 )
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.retry import RetryConfig, check_retry_config
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
 from tinkex.usage import Account, Reservation, Tokens
 
@@ -238,7 +238,7 @@ class SamplingClient(BaseClient):
         Raises:
             InvalidInputError: an argument is wrong; for a bad prompt, *on_error* decides.
         """
-        from tinkex.clients.sample_stream import sample_many
+        from tinkex.clients.sample_stream import SampleStream
 
         self._ensure_open("sample_many")
         config = self._runtime.config
@@ -251,7 +251,7 @@ class SamplingClient(BaseClient):
         def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:
             return self.sample(prompt, num_samples, sampling_params, **options)
 
-        return sample_many(
+        return SampleStream(
             sample,
             prompts,
             max_in_flight=max_in_flight,

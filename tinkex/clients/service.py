@@ -22,15 +22,15 @@ from tinkex.config import Config, check_config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
 if TYPE_CHECKING:
     from tinkex._sessions.telemetry import Reporter
+    from tinkex._training.create_run import FromCheckpoint, NewAdapter
     from tinkex._training.custom_loss import LossHandle, PerDatumLossFn
-    from tinkex._training.loss_tracing import LossRegistry
     from tinkex.clients.rest import RestClient
     from tinkex.clients.training import TrainingClient
     from tinkex.runs.run import Run
@@ -119,7 +119,7 @@ class ServiceClient:
             LocalServerError: the model cannot be had, something is not installed, or *data_dir*
                 is in use, by this process or another.
         """
-        # The one upward import: the embedded server is offered here as a convenience.
+        # An upward import, as in open_run: the embedded server is offered here as a convenience.
         from tinkex.local import LocalServer, load_engine
         from tinkex.local.server import check_folder
 
@@ -139,18 +139,11 @@ class ServiceClient:
             "model": os.path.abspath(model) if os.path.isdir(model) else model,
             "data_dir": None if data_dir is None else str(server.data_dir.absolute()),
         }
-        # With the runtime, which all clients made from this one hold on to.
+        # Of the runtime rather than of this client: the clients made from it refer to the runtime,
+        # and go on using the server.  Not at exit, where lifecycle.py closes client and server.
         client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False
         return client
-
-    @property
-    def _losses(self) -> LossRegistry:
-        from tinkex._training.loss_tracing import LossRegistry
-
-        fresh = LossRegistry(self._runtime)
-        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
-        return registry
 
     @property
     def session_id(self) -> str:
@@ -191,11 +184,7 @@ class ServiceClient:
         return Metrics(
             in_flight=sent,
             queued=len(futures) - sent,
-            requests=counts.get("requests", 0),
-            rate_limited=counts.get("rate_limited", 0),
-            retries=counts.get("retries", 0),
-            bytes_sent=counts.get("bytes_sent", 0),
-            bytes_received=counts.get("bytes_received", 0),
+            **counts,
             tokens_trained=tokens.trained,
             tokens_prefilled=tokens.prefilled,
             tokens_sampled=tokens.sampled,
@@ -263,11 +252,9 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; does not block."""
         from tinkex._training.create_run import NewAdapter
-        from tinkex.clients.training import TrainingClient
 
         lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        source = NewAdapter(base_model, lora, user_metadata, optimizer)
-        return TrainingClient.create_future(self._runtime, source)
+        return self._create_run(NewAdapter(base_model, lora, user_metadata, optimizer))
 
     def create_training_client_from_state(
         self,
@@ -295,17 +282,10 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state`; does not block."""
         from tinkex._training.create_run import FromCheckpoint
-        from tinkex.clients.training import TrainingClient
 
-        source = FromCheckpoint(
-            path,
-            optimizer=False,
-            base_model=base_model,
-            user_metadata=user_metadata,
-            weights_access_token=weights_access_token,
-            optimizer_config=optimizer,
+        return self._create_run(
+            FromCheckpoint(path, False, base_model, user_metadata, weights_access_token, optimizer)
         )
-        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -328,15 +308,14 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state_with_optimizer`; does not block."""
         from tinkex._training.create_run import FromCheckpoint
+
+        return self._create_run(
+            FromCheckpoint(path, True, base_model, user_metadata, weights_access_token)
+        )
+
+    def _create_run(self, source: Union[NewAdapter, FromCheckpoint]) -> APIFuture[TrainingClient]:
         from tinkex.clients.training import TrainingClient
 
-        source = FromCheckpoint(
-            path,
-            optimizer=True,
-            base_model=base_model,
-            user_metadata=user_metadata,
-            weights_access_token=weights_access_token,
-        )
         return TrainingClient.create_future(self._runtime, source)
 
     def open_run(
@@ -475,7 +454,11 @@ class ServiceClient:
             InvalidInputError: *fn* cannot be traced, or was given in this session before.
             ConfigError: torch is not installed.
         """
-        return self._losses.create(fn, input_ranks)
+        from tinkex._training.loss_tracing import LossRegistry
+
+        fresh = LossRegistry(self._runtime)
+        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
+        return registry.create(fn, input_ranks)
 
     def copy_weights(
         self,

@@ -7,9 +7,9 @@ sends them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Iterable,
@@ -22,7 +22,6 @@ from typing import (
 )
 
 from tinkex._api import training as api
-from tinkex._api._call import read
 from tinkex._runtime.awaiting import future_of, in_thread, result_of
 from tinkex._runtime.numeric import as_flag
 from tinkex._sessions.runtime import Runtime
@@ -48,20 +47,19 @@ from tinkex._training.requests import (
     EndpointRequest,
     Load,
     OptimStep,
+    SaveAndSample,
     SaveExternal,
     SaveForSampler,
     SaveState,
 )
 from tinkex._training.run import TrainingRun
-from tinkex._training.run_queue import RunQueue
-from tinkex._transport.request import Reply
 from tinkex.clients.base import BaseClient
 from tinkex.clients.pipeline import Pipeline, SaveAfter, SaveEvery, Schedule, Step
 from tinkex.clients.sampling import SamplingClient
 from tinkex.clients.tokenizers import load_tokenizer
-from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.retry import RetryConfig, check_retry_config
 from tinkex.types import (
     AdamParams,
     Datum,
@@ -74,14 +72,10 @@ from tinkex.types import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     UnloadModelResponse,
-    UntypedFuture,
 )
 from tinkex.types.checkpoint_path import check_tinker_path, training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
-
-if TYPE_CHECKING:
-    from tinkex._transport.fast_connection import AnyChannel
 
 T = TypeVar("T")
 
@@ -218,37 +212,19 @@ class TrainingClient(BaseClient):
         breaks: Sequence[int] = (),
     ) -> APIFuture[ForwardBackwardOutput]:
         """Queue a pass with a custom loss; *breaks* as for `_pass`."""
-        if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(
-            self._runtime.session.session_id
-        ):
-            return self._pass_of_handle(data, loss_fn, breaks)
+        kind = "forward_backward_custom"
+        self._ensure_open(kind)
+        handle = loss_fn if isinstance(loss_fn, LossHandle) else None
+        if handle is not None and handle.is_at_server(self._runtime.session.session_id):
+            config = {"loss_id": str(handle.loss_id)}
+            return self._pass("forward_backward", data, "custom", config, breaks, handle)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
         self._mistakes.check_targets(batch)
-        self._ensure_open("forward_backward_custom")
         length = _length(batch)
-        return self._metered(
-            Tokens(length, prefilled=length),
-            self._run.queue,
-            "forward_backward_custom",
-            run_custom_pass,
-            self._run,
-            batch,
-            loss_fn,
-            breaks,
-        )
-
-    def _pass_of_handle(
-        self, data: Sequence[Datum], handle: LossHandle, breaks: Sequence[int]
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """A pass with a custom loss that the server computes."""
-        batch = check_batch(data, "custom")
-        self._mistakes.check_targets(batch)
-        handle.check(batch)
-        self._ensure_open("forward_backward_custom")
-        loss = Loss("custom", {"loss_id": str(handle.loss_id)})
-        most = Tokens(trained=_length(batch))
-        return self._metered(most, self._run.submit_pass, "forward_backward", batch, loss, breaks)
+        # The forward pass for the logprobs, and the backward pass.
+        most = Tokens(length, prefilled=length)
+        return self._queue(kind, most, run_custom_pass, self._run, batch, loss_fn, breaks)
 
     def optim_step(
         self,
@@ -272,8 +248,7 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[OptimStepResponse]:
         """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
         fields = optim_params_to_wire(optim_params)
-        self._ensure_open("optim_step")
-        return self._run.submit("optim_step", OptimStep, fields, after=after)
+        return self._submit("optim_step", OptimStep, fields, after=after)
 
     def train_step(
         self,
@@ -488,14 +463,16 @@ class TrainingClient(BaseClient):
         if kind not in ("snapshot", "inflight"):
             raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
         check_retry_config(retry_config)
-        return self._submit(
-            "save_weights_and_get_sampling_client",
-            _SaveAndSample,
-            {"kind": None if kind == "snapshot" else kind},
-            self._base_model,
-            retry_config,
-            record_stability_info,
+        make_client = functools.partial(
+            SamplingClient,
+            self._runtime,
+            base_model=self._base_model,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
+        fields = {"kind": None if kind == "snapshot" else kind}
+        what = "save_weights_and_get_sampling_client"
+        return self._submit(what, SaveAndSample, fields, make_client)
 
     def create_sampling_client(
         self,
@@ -574,17 +551,23 @@ class TrainingClient(BaseClient):
         loss_fn: str,
         loss_fn_config: LossConfig,
         breaks: Sequence[int] = (),
+        handle: Optional[LossHandle] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins."""
-        batch = check_batch(data, loss_fn, loss_fn_config)
+        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins.
+
+        *handle* is of a custom loss that the server computes.
+        """
+        config = as_loss_config(loss_fn_config)
+        batch = check_batch(data, loss_fn)
+        if handle is not None:
+            handle.check(batch)
         self._mistakes.check_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
             self._mistakes.check_weights(batch)
-        loss = Loss(loss_fn, as_loss_config(loss_fn_config))
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
-        return self._metered(most, self._run.submit_pass, kind, batch, loss, breaks)
+        return self._queue(kind, most, self._run.send_batch, batch, Loss(loss_fn, config), breaks)
 
     def _load(
         self, kind: str, path: str, token: Optional[str], *, optimizer: bool
@@ -597,24 +580,28 @@ class TrainingClient(BaseClient):
         return self._submit(kind, Load, fields)
 
     def _submit(
-        self, kind: str, request_type: Type[EndpointRequest[T]], *args: Any
+        self,
+        kind: str,
+        request_type: Type[EndpointRequest[T]],
+        *args: Any,
+        after: Optional[APIFuture[Any]] = None,
     ) -> APIFuture[T]:
-        """Queue one request."""
+        """Queue one request; *after* as for `TrainingRun.submit`."""
         self._ensure_open(kind)
-        return self._run.submit(kind, request_type, *args)
+        return self._run.submit(kind, request_type, *args, after=after)
 
-    def _metered(
-        self, most: Tokens, submit: Callable[..., APIFuture[T]], kind: str, *args: Any
-    ) -> APIFuture[T]:
-        """Reserve *most* of the budget, and call ``submit(kind, *args)``."""
+    def _queue(
+        self, kind: str, most: Tokens, task: Callable[..., None], *args: Any
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Queue a pass, as `TrainingRun.queue` does; reserves *most* of the budget for it."""
         ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
             self.get_info()
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
         reservation = ledger.reserve(kind, account, most)
-        future: Optional[APIFuture[T]] = None
+        future: Optional[APIFuture[ForwardBackwardOutput]] = None
         try:
-            future = submit(kind, *args)
+            future = self._run.queue(kind, task, *args)
             reservation.bind(future)
         except BaseException:  # Ctrl-C too
             if future is not None:
@@ -638,48 +625,6 @@ class TrainingClient(BaseClient):
     )
     create_sampling_client_async = result_of(create_sampling_client_future)
     get_info_async = in_thread(get_info)
-
-
-class _SaveAndSample(EndpointRequest[SamplingClient]):
-    """Saves weights for this session only; the result is a client that samples them."""
-
-    route = "save_weights_for_sampler"
-    response_type = SaveWeightsForSamplerResponse
-
-    def __init__(
-        self,
-        queue: RunQueue,
-        future: APIFuture[SamplingClient],
-        fields: Mapping[str, Any],
-        base_model: Optional[str],
-        retry_config: Optional[RetryConfig],
-        record_stability_info: bool,
-    ) -> None:
-        super().__init__(queue, future, fields)
-        self._base_model = base_model
-        self._retry_config = retry_config
-        self._record_stability_info = record_stability_info
-
-    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
-        sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
-        return super().send(channel)
-
-    def decode(self, reply: Reply) -> SamplingClient:
-        """Read the id of the sampler, and make its client."""
-        saved = read(SaveWeightsForSamplerResponse, reply, self.future.kind)
-        if not saved.sampling_session_id:
-            raise ResponseDecodeError(
-                f"{self.future.kind}: the response has no sampling_session_id"
-            )
-        return SamplingClient(
-            self.queue.runtime,
-            saved.sampling_session_id,
-            self._base_model,
-            retry_config=self._retry_config,
-            record_stability_info=self._record_stability_info,
-        )
 
 
 def _length(data: Sequence[Datum]) -> int:
