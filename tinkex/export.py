@@ -92,16 +92,14 @@ def _write(adapter: Path, dest: Path, base_model: str, merge: bool) -> None:
     models.check_packages("torch", "transformers", "peft", "safetensors")
     from safetensors import SafetensorError
 
+    from tinkex.local.engines.torch_engine import portable
+
     base = models.resolve(base_model).source
     try:
         if merge:
-            from tinkex.local.engines.torch_engine.merging import merge_adapter
-
-            merge_adapter(adapter, dest, base_model=base)
+            portable.merge_adapter(adapter, dest, base_model=base)
         else:
-            from tinkex.local.engines.torch_engine.portable import copy_adapter
-
-            copy_adapter(adapter, dest, base)
+            portable.copy_adapter(adapter, dest, base)
     except SafetensorError as error:  # of a full disk, too
         raise OSError(str(error)) from error
 
