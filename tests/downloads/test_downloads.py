@@ -28,11 +28,10 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
 from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
-from tinkex._downloads import downloads, extraction
+from tinkex._downloads import checkpoints, downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
 from tinkex._transport.request import Reply
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,

@@ -26,8 +26,8 @@ from tinkex._runtime.base_url import proxy_for
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._transport import request_log
 from tinkex._transport.channel import Channel
-from tinkex._transport.connection_errors import root_cause
-from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
+from tinkex._transport.request import MAX_HOPS, next_hop, same_origin
+from tinkex._transport.request_errors import root_cause
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,

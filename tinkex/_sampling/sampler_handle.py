@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from tinkex._transport.redirects import same_origin
+from tinkex._transport.request import same_origin
 from tinkex.config import Config, own_base_url
 from tinkex.errors import CredentialError, InvalidInputError, a_type
 

@@ -25,6 +25,7 @@ from tinkex._training.sequence import (
 )
 from tinkex._transport.request import Request
 from tinkex._transport.tracing import active
+from tinkex._transport.transport import ThreadTransport
 from tinkex.errors import (
     APIError,
     ClientClosedError,
@@ -98,7 +99,7 @@ class RunQueue:
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in wait_for, and sees a refusal itself
-        self.transport = runtime.transport.watched(SendGate(self._rules, self._changed))
+        self.transport = ThreadTransport(runtime.transport, SendGate(self._rules, self._changed))
         self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:

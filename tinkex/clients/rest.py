@@ -15,14 +15,14 @@ from tinkex._api import (
     sampling as sampling_api,
     sessions as sessions_api,
 )
+from tinkex._downloads import checkpoints, hub
+from tinkex._downloads.checkpoints import Progress
 from tinkex._runtime.awaiting import result_of
 from tinkex._runtime.numeric import as_int, is_int, to_int
 from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints, hub
 from tinkex.clients.admin import AdminClient
 from tinkex.clients.base import Instant, LookupClient
-from tinkex.clients.checkpoints import Progress
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -261,22 +261,67 @@ class RestClient(LookupClient):
         overwrite: bool = False,
         cancel: Optional[threading.Event] = None,
     ) -> Path:
-        """Download the files of a checkpoint into the folder *dest*.  Blocks.
+        """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
-        See `tinkex.clients.checkpoints.download_checkpoint`.
+        What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it
+        if it exists), and the next call with the same arguments resumes from there; only one at a
+        time may use it.  On a server without archives, a training checkpoint is exported for the
+        purpose: that opens a session, and the export is deleted again.  Checksums, the end of the
+        archive and the length of the weights are checked.
+
+        An adapter that was trained with ``train_unembed``, the default, on a model whose output
+        layer is tied to its embedding must not be merged by PEFT alone: see
+        `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
+
+        Args:
+            tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
+            dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or
+                be empty.  ``~`` is the home folder.
+            progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times
+                a second; what it raises ends the download.
+            overwrite: write into *dest* although there is something in it, once everything was
+                fetched.  Files with the names of the new ones, and adapters
+                (``adapter_config.json``, ``adapter_model*``), are replaced; others stay.
+            cancel: set it, from any thread, to end the download soon.
+
+        Raises:
+            InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
+            RouteMissingError: the server offers no way to download it.
+            DownloadCancelledError: *cancel* was set.
+            ResponseDecodeError: what was fetched is damaged, incomplete or not safe to unpack.
+            APIError: the server refuses it, or cannot be reached.
+            OSError: it cannot be written here.
         """
         self._ensure_open("download_checkpoint")
         return checkpoints.download_checkpoint(
-            self, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+            self.transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
         )
 
     def push_to_hub(self, tinker_path: str, repo_id: str, **options: Any) -> str:
-        """Push a checkpoint to the Hugging Face hub; return the commit's URL.  Blocks.
+        """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.
 
-        See `tinkex.clients.hub.push_to_hub`.
+        Blocks.  Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or
+        ``HF_TOKEN``).
+
+        Args:
+            tinker_path: as for `download_checkpoint`.
+            repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
+            private: of a repository that is made; True by default.
+            revision: the branch to push to; made if it does not exist.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of pushing.
+            allow_patterns, ignore_patterns: which files; all of them by default.
+            add_model_card: write a README.md that names base model and checkpoint, if it has none;
+                True by default.
+            progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
+            hub: used in place of ``huggingface_hub.HfApi()``.
+
+        Raises:
+            ConfigError: huggingface_hub is not installed.
+            And what `download_checkpoint` and huggingface_hub raise.
         """
         self._ensure_open("push_to_hub")
-        return hub.push_to_hub(self, tinker_path, repo_id, **options)
+        return hub.push_to_hub(self.transport, tinker_path, repo_id, **options)
 
     # Moved to AdminClient
 

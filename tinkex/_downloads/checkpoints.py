@@ -1,4 +1,4 @@
-"""Downloads checkpoints as files.
+"""Downloads the files of checkpoints.
 
 Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
 exported weights.  In both cases the files are collected in a hidden folder and checked; until all
@@ -7,6 +7,7 @@ have arrived, nothing else at the destination is touched.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -22,10 +23,7 @@ from tinkex._downloads.downloads import Downloader, Report
 from tinkex._downloads.extraction import extract
 from tinkex._downloads.part_file import Source
 from tinkex._runtime.numeric import as_flag
-from tinkex._sessions.manager import default_manager
-from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Transport
-from tinkex.clients.base import LookupClient
 from tinkex.errors import (
     DownloadCancelledError,
     InvalidInputError,
@@ -52,7 +50,7 @@ EXPORT_TTL_S = 3600
 
 
 def download_checkpoint(
-    rest: LookupClient,
+    transport: Transport,
     tinker_path: str,
     dest: Union[str, Path],
     *,
@@ -60,42 +58,9 @@ def download_checkpoint(
     overwrite: bool = False,
     cancel: Optional[Event] = None,
 ) -> Path:
-    """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
-
-    What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
-    it exists), and the next call with the same arguments resumes from there; only one at a time may
-    use it.  On a server without archives, a training checkpoint is exported first: that opens a
-    session, and the export is deleted again.
-
-    The files are checked: checksums, the end of the archive, that the weights are there and
-    complete.
-
-    An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
-    layer is tied to its embedding must not be merged by PEFT alone: see
-    `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
-
-    Args:
-        rest: a client of the server that has it.
-        tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
-        dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or be
-            empty.  ``~`` is the home folder.
-        progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
-            second; what it raises ends the download.
-        overwrite: write into *dest* although there is something in it, once all files have arrived.
-            Files with the names of the new ones, and adapters (``adapter_config.json``,
-            ``adapter_model*``), are replaced; every other file in the folder stays.
-        cancel: set it, from any thread, to end the download soon.
-
-    Raises:
-        InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
-        RouteMissingError: the server offers no way to download it.
-        DownloadCancelledError: *cancel* was set.
-        ResponseDecodeError: the files are damaged, incomplete or not safe to unpack.
-        APIError: the download failed.
-        OSError: it cannot be written here.
-    """
+    """See `RestClient.download_checkpoint`."""
     target = fetch_checkpoint(
-        rest, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+        transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
     )
     if (target / MERGING_NOTE).is_file():
         logger.warning(
@@ -105,7 +70,7 @@ def download_checkpoint(
 
 
 def fetch_checkpoint(
-    rest: LookupClient,
+    transport: Transport,
     tinker_path: str,
     dest: Union[str, Path],
     *,
@@ -120,13 +85,11 @@ def fetch_checkpoint(
     overwrite = as_flag("overwrite", overwrite)
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
     check_free(target, overwrite)
-    transport = rest.transport
-    work = DownloadFolder(
-        target, {"server": rest.config.base_url, "tinker_path": parsed.tinker_path}
-    )
+    config = transport.config
+    work = DownloadFolder(target, {"server": config.base_url, "tinker_path": parsed.tinker_path})
     try:
-        with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
-            _Download(rest, parsed, work, downloader, progress or _silent).run()
+        with Downloader(config, closing=transport.closing, cancel=cancel) as downloader:
+            _Download(transport, parsed, work, downloader, progress or _silent).run()
             work.check(tinker_path)
             downloader.check()
     except BaseException as error:
@@ -146,13 +109,13 @@ class _Download:
 
     def __init__(
         self,
-        rest: LookupClient,
+        transport: Transport,
         parsed: ParsedCheckpointTinkerPath,
         work: DownloadFolder,
         downloader: Downloader,
         progress: Progress,
     ) -> None:
-        self._rest = rest
+        self._transport = transport
         self._parsed = parsed
         self._work = work
         self._downloader = downloader
@@ -177,7 +140,7 @@ class _Download:
 
     def fetch_archive(self) -> None:
         """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
-        parsed, transport = self._parsed, self._rest.transport
+        parsed, transport = self._parsed, self._transport
         channel = self._downloader.adopt(transport.open_channel())
 
         def sign(again: bool) -> Source:
@@ -205,7 +168,7 @@ class _Download:
 
     def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
         """Fetch each file of exported weights."""
-        urls = _Urls(self._rest.transport, parsed)
+        urls = _Urls(self._transport, parsed)
         parts = [self._work.part(name) for name in urls.names]
         arrived = 0
         for part in parts:
@@ -218,16 +181,23 @@ class _Download:
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        from tinkex._training.create_run import FromCheckpoint  # few downloads need it
-        from tinkex.clients.training import TrainingClient
+        # Few downloads need a session.
+        from tinkex._sessions.manager import default_manager
+        from tinkex._sessions.runtime import Runtime
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex._training.requests import SaveExternal
+        from tinkex._training.run import TrainingRun
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
-        with Runtime(self._rest.config, default_manager()) as runtime:
+        with Runtime(self._transport.config, default_manager()) as runtime:
             source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
-            trainer = self._wait(TrainingClient.create_future(runtime, source))
-            name = f"download-{uuid.uuid4().hex[:12]}"
+            model_seq_id = runtime.session.next_model_seq_id()
+            create = functools.partial(source.create, runtime, model_seq_id)
+            new_run = self._wait(runtime.run(source.kind, create))
+            run = TrainingRun(runtime, new_run.model_id, new_run.next_seq_id)
+            fields = {"path": f"download-{uuid.uuid4().hex[:12]}", "ttl_seconds": EXPORT_TTL_S}
             try:
-                saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))
+                saved = self._wait(run.submit("save_weights_external", SaveExternal, fields))
             except RouteMissingError as also:
                 raise missing from also
             try:
@@ -239,9 +209,7 @@ class _Download:
         """Delete a temporary export; the server does it by itself after an hour."""
         parsed = locate_checkpoint(path)
         try:
-            api.delete_checkpoint(
-                self._rest.transport, parsed.training_run_id, parsed.checkpoint_id
-            )
+            api.delete_checkpoint(self._transport, parsed.training_run_id, parsed.checkpoint_id)
         except TinkexError as error:
             logger.warning("the temporary export %s was not deleted: %s", path, error)
 
