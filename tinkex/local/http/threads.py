@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
-from typing import Any, Set
+from typing import Any, Callable, Set, TypeVar
 
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import ClientClosedError
+from tinkex.local.errors import HTTPError
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class HttpThreads:
 
     def add_task(self, task: Any) -> None:
         """Have *task* (waitress's, with ``service`` and ``cancel``) run soon."""
+        # Before it is submitted: a thread may take it at any moment from then on.
         self._waiting.add(task)
         try:
             self._pool.submit(functools.partial(self._run, task))
@@ -74,3 +79,31 @@ class HttpThreads:
                 _log.exception("an HTTP request failed")
             else:
                 _log.debug("a client hung up", exc_info=True)
+
+
+class HeldPolls:
+    """Bounds how many polls are held: each occupies an HTTP thread.  Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = threading.BoundedSemaphore(limit)  # never waited for
+
+    def hold(self, wait: Callable[[], T]) -> T:
+        """Return what *wait* returns; HTTPError 429 if too many polls are held already."""
+        self.acquire()
+        try:
+            return wait()
+        finally:
+            self.release()
+
+    def acquire(self) -> None:
+        """Count one more that waits; HTTPError 429 if too many do already."""
+        if not self._free.acquire(blocking=False):
+            # Clients pause before they ask again after this, and not after try_again.
+            raise HTTPError(
+                429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
+            )
+
+    def release(self) -> None:
+        """Count one less."""
+        self._free.release()
