@@ -19,7 +19,6 @@ from tinkex.local.http.admission import Admission, head_of
 from tinkex.local.http.messages import MAX_BODY, error_response, json_response, server_failure
 from tinkex.local.openai import routes as openai
 from tinkex.local.page.routes import PageRoutes
-from tinkex.local.routes.admin import AdminRoutes
 from tinkex.local.routes.checkpoints import CheckpointRoutes
 from tinkex.local.routes.downloads import DownloadRoutes
 from tinkex.local.routes.futures import FutureRoutes
@@ -42,7 +41,6 @@ _TOPICS = (
     FutureRoutes,
     CheckpointRoutes,
     DownloadRoutes,
-    AdminRoutes,
     PageRoutes,
 )
 

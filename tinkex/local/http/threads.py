@@ -31,7 +31,7 @@ class HttpThreads:
 
     def __init__(self, limit: int, idle_s: float = 30.0) -> None:
         self._pool = WorkerPool("tinkex-http", limit, idle_s)
-        # Those that have not begun.  Removing one, which is atomic, decides who runs or cancels it.
+        # Those that have not begun.
         self._waiting: Set[Any] = set()
 
     def add_task(self, task: Any) -> None:
@@ -59,17 +59,21 @@ class HttpThreads:
             _log.warning("still busy after %.1f s: %s", timeout, ", ".join(busy))
         return not busy
 
-    def _cancel(self, task: Any) -> None:
+    def _claim(self, task: Any) -> bool:
+        """True for the first caller, which then runs or cancels the task."""
+        # Removing from a set is atomic.
         try:
             self._waiting.remove(task)
-        except KeyError:  # it runs
-            return
-        task.cancel()
+        except KeyError:
+            return False
+        return True
+
+    def _cancel(self, task: Any) -> None:
+        if self._claim(task):
+            task.cancel()
 
     def _run(self, task: Any) -> None:
-        try:
-            self._waiting.remove(task)
-        except KeyError:  # it was cancelled
+        if not self._claim(task):
             return
         try:
             task.service()

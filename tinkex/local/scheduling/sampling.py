@@ -6,7 +6,6 @@ Used by that thread only, hence without a lock of its own; the scheduler's lock 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import OrderedDict
 from typing import Callable, Optional, cast
 
@@ -87,8 +86,7 @@ class SamplingWorker:
             return
         if weights.loaded:
             self._unload(weights)
-        if weights.folder is not None:
-            shutil.rmtree(weights.folder, ignore_errors=True)
+        weights.source.remove()
 
     def _load(self, lane: SamplerLane, weights: SamplerWeights) -> bool:
         """Have the engine hold the weights; False if that failed, with what was queued."""
@@ -101,7 +99,7 @@ class SamplingWorker:
                 if not other.batches:
                     self._unload(other)
             try:
-                self._engine.create_sampler(weights.engine_id, weights.folder)
+                self._engine.create_sampler(weights.engine_id, weights.source.folder)
             except Exception as error:
                 failure = failure_of(error, weights.engine_id)
                 with self._lock:
@@ -196,7 +194,7 @@ class SamplingWorker:
     def _complete(self, job: SampleJob, outcome: Outcome) -> None:
         with self._lock:
             job.sampler.jobs.pop(job.request_id, None)
-            name = job.sampler.lane.weights.name
+            name = job.sampler.lane.weights.source.name
         # Before the future completes: a client that has its sample finds it on the server's page.
         if isinstance(outcome, Success):
             response = cast(SampleResponse, outcome.value)
