@@ -18,7 +18,7 @@ from tinkex._results.cancel_queue import CancelQueue
 from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
-from tinkex._transport.connection_errors import forget_frames
+from tinkex._transport.request_errors import forget_frames
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
 

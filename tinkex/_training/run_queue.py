@@ -14,7 +14,6 @@ import uuid
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
-from tinkex._results.pending import PendingRequest
 from tinkex._training.sequence import (
     Action,
     Lost,
@@ -26,6 +25,7 @@ from tinkex._training.sequence import (
 )
 from tinkex._transport.request import Request
 from tinkex._transport.tracing import active
+from tinkex._transport.transport import ThreadTransport
 from tinkex.errors import (
     APIError,
     ClientClosedError,
@@ -39,6 +39,7 @@ from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFutur
 
 if TYPE_CHECKING:
     from tinkex._sessions.runtime import Runtime
+    from tinkex._training.requests import RunRequest
 
 logger = logging.getLogger(__name__)
 
@@ -51,42 +52,6 @@ _MAYBE_DONE = (
     "The server may have taken it all the same. The same call again is done once; any other call "
     "of this run first sends this one again."
 )
-
-
-class RunRequest(PendingRequest[T]):
-    """One request of a run, from the call until its future is settled.
-
-    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
-
-    Attributes:
-        queue: sends it.
-        seq_id: what it was sent under last; 0 before.
-    """
-
-    def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
-        super().__init__(future, f"run {queue.model_id}")
-        self.queue = queue
-        self.seq_id = 0
-        self._is_watched = False
-
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report for *error*, which it fails with."""
-        return error
-
-    def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if it is going to be resent."""
-        return self.queue.on_failure(self, error)
-
-    def watch(self) -> None:
-        """Have the queue learn when the future is settled.  Each time it was sent."""
-        if not self._is_watched:
-            self._is_watched = True
-            self.future.on_settled(self._settled)
-        elif self.future.done():  # cancelled just now, before it was in flight again
-            self._settled(self.future)
-
-    def _settled(self, future: object) -> None:
-        self.queue.settled(self)
 
 
 class BodyMismatch(Exception):
@@ -134,7 +99,7 @@ class RunQueue:
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in wait_for, and sees a refusal itself
-        self.transport = runtime.transport.watched(SendGate(self._rules, self._changed))
+        self.transport = ThreadTransport(runtime.transport, SendGate(self._rules, self._changed))
         self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
