@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Iterator, Optional, Tuple, Union
 
 from tinkex._downloads.checkpoint_files import CONFIG_FILE
+from tinkex._downloads.checkpoints import Progress, fetch_checkpoint
 from tinkex._downloads.download_folder import check_free
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.clients.checkpoints import Progress, fetch_checkpoint
 from tinkex.clients.rest import RestClient
 from tinkex.errors import InvalidInputError, NotFoundError, TinkexError
 from tinkex.recipes.serving import open_service
@@ -144,7 +144,7 @@ def _fetch(
 
 def _download(rest: RestClient, path: str, dest: Path, progress: Optional[Progress]) -> Path:
     try:
-        return fetch_checkpoint(rest, path, dest, progress=progress)
+        return fetch_checkpoint(rest.transport, path, dest, progress=progress)
     except NotFoundError as error:
         error.hint = (
             "It was deleted, or has expired; `tinkex checkpoint list` shows those that are left."
