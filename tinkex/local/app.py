@@ -72,7 +72,7 @@ def create_app(
 
     Args:
         backend: does the work; started and closed by the caller.
-        settings: how it behaves; the defaults if None.
+        settings: of the server; the defaults if None.
         admission: which requests are let in; by default, what *settings* allow.
     """
     settings = settings or ServerSettings()
