@@ -6,7 +6,6 @@ import collections
 import logging
 from typing import TYPE_CHECKING, Any, Callable, Deque, Iterator, Mapping, Optional, Union
 
-from tinkex.clients.pipeline import Pipeline
 from tinkex.runs.saver import Place
 from tinkex.runs.step import RunStep
 from tinkex.types import OptimParams
@@ -55,17 +54,11 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._metrics = metrics
         self._submitted: Deque[RunStep[Any]] = collections.deque()
         schedule = self._params_of if callable(adam_params) else adam_params
-        self._pipeline = Pipeline(
-            trainer,
-            self._batches(),
-            loss_fn,
-            loss_fn_config,
-            schedule,
-            depth,
-            None,
-            # A step that was sent is recorded by `drain`, or the run reports that it is not saved.
-            is_drained=True,
+        self._pipeline = trainer.pipeline(
+            self._batches(), loss_fn, schedule, loss_fn_config, depth=depth
         )
+        # A step that was sent is recorded by `drain`, or the run reports that it is not saved.
+        self._pipeline.is_drained = True
 
     @property
     def place(self) -> Place:
