@@ -28,8 +28,8 @@ from typing import (
 )
 
 from tinkex._runtime.awaiting import outcome_of
-from tinkex._runtime.deferred import defer
-from tinkex._runtime.long_wait import LongWait
+from tinkex._runtime.clock import LongWait
+from tinkex._runtime.lifecycle import defer
 from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
 

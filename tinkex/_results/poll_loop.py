@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Optional
 
 from tinkex._api.futures import retrieve_future
 from tinkex._results.backoff import Backoff
+from tinkex._results.notices import PauseNotices
 from tinkex._results.outcomes import (
     Announced,
     Done,
@@ -20,7 +21,6 @@ from tinkex._results.outcomes import (
     Trouble,
     interpret,
 )
-from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import PendingRequest
 from tinkex._transport.request import Reply, Request
 from tinkex.config import Config

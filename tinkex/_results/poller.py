@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional
 from tinkex._results.batch_poller import BatchPoller
 from tinkex._results.pending import Lease, PendingRequest
 from tinkex._results.sample_poller import SamplePoller
-from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.descriptors import connection_cap
+from tinkex._runtime.lifecycle import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex.errors import ClientClosedError, TinkexError

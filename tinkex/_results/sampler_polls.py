@@ -24,7 +24,7 @@ from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
     from tinkex._results.batch_poller import BatchPoller
-    from tinkex._results.cancel_queue import CancelQueue
+    from tinkex._results.sample_poller import CancelQueue
     from tinkex._transport.fast_connection import AnyChannel
     from tinkex._transport.resources import ClientResources
 

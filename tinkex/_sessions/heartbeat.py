@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Callable, Optional
 
 from tinkex._runtime.clock import Clock
-from tinkex._runtime.deferred import run_deferred
+from tinkex._runtime.lifecycle import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session_record import (
     FINISH_S,
