@@ -45,9 +45,10 @@ class PauseNotices:
             return
         now = self._clock.monotonic()
         with self._lock:
-            if state == "active" and owner not in self._pauses:
+            if state == "active" and owner not in self._pauses:  # the usual case
                 return
             pause = self._pauses.setdefault(owner, _Pause())
+            # A program may make any number of samplers; the oldest entries go.
             if len(self._pauses) > _KEPT:
                 del self._pauses[next(iter(self._pauses))]
             resumed = state == "active" and pause.logged
@@ -55,6 +56,8 @@ class PauseNotices:
                 pause.since, pause.logged = None, False
             elif pause.since is None:
                 pause.since = now
+            # Decided under the lock, so that of many threads with the same news one logs it, and
+            # logged outside, since a log handler may block.
             due = (
                 pause.since is not None
                 and now - pause.since >= grace_s

@@ -72,11 +72,11 @@ class SamplePoller:
         return self._channels.get()
 
     def poll(self, request: PendingRequest[Any], channel: AnyChannel) -> None:
-        """Poll until its future is settled, by whichever thread, or raise its error.  Blocks."""
+        """Block until the future of *request* is settled, by any thread, or raise its error."""
         PollLoop(self._resources, request, channel, self._pauses).run()
 
     def fetch(self, request: PendingRequest[Any], size: int) -> bool:
-        """Ask once for a result of *size* bytes; False if the server did not hand it out."""
+        """Poll once for a result of *size* bytes; False if the server did not hand it out."""
         with Lease(request.future, self.channel()) as lease:
             loop = PollLoop(self._resources, request, lease.channel, self._pauses, announced=size)
             return loop.try_once()
@@ -87,7 +87,10 @@ class SamplePoller:
             self._workers.resize(max(1, cap))
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have a worker submit *request*, if need be, and poll for it.  Does not block."""
+        """Have a worker submit *request*, unless it is accepted, and poll for it.
+
+        Does not block.
+        """
         try:
             self._workers.submit(functools.partial(self._run, request))
         except ClientClosedError as error:
@@ -97,6 +100,7 @@ class SamplePoller:
         """On a worker, ``tinkex-sample-i``."""
         future = request.future
         if future.done():  # cancelled while it was queued
+            # Accepted by a batch poller, which handed it over.
             if request.accepted and future.cancelled():
                 self.cancels.put(future.request_id or "")
             return
@@ -120,7 +124,7 @@ class SamplePoller:
                 return
             except ResultExpiredError as lost:
                 request.note_lost(lost)
-            finally:
+            finally:  # its poll was aborted, so the server does not know yet
                 if future.cancelled():
                     self.cancels.put(future.request_id or "")
 
@@ -152,6 +156,7 @@ class SamplePoller:
         if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
         if isinstance(error, TinkexError):
+            # With its frames the error would keep the request and its data alive, in a cycle.
             logger.debug("%s failed", future.kind, exc_info=error)
             forget_frames(error)
         future.try_set_exception(error)

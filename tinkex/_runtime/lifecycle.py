@@ -103,6 +103,7 @@ def _hook_multiprocessing() -> None:
 
 def _at_exit() -> None:
     with _lock:
+        # Newest first: a ServiceClient is closed before the manager that finishes its session.
         things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
@@ -132,7 +133,7 @@ def _restore_interrupt() -> None:
 
 def _after_fork_in_child() -> None:
     global _lock, _hooked_pid
-    _lock = threading.Lock()  # the parent's may be held by a thread that is not here
+    _lock = threading.Lock()  # the parent's may be held by a thread that does not exist here
     things = list(_tracked)
     _tracked.clear()
     for thing in things:
@@ -151,6 +152,7 @@ def defer(function: Callable[..., object], *args: Any) -> None:
 
 def call_from_finalizer(function: Callable[..., object], *args: Any) -> None:
     """Call ``function(*args)`` now, or later if the finalizer has interrupted this package."""
+    # The finalizer itself is the first frame.  Any of ours below it may hold one of our locks.
     frame = sys._getframe(1).f_back
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("tinkex."):
