@@ -26,7 +26,6 @@ LAYERS = [
     "plot",
     "credentials",
     "retry",
-    "retry_config",
     "usage",
     "config",
     "metrics",

@@ -230,7 +230,7 @@ def served(tmp_path: Path) -> Iterator[Set[Endpoint]]:
     """The endpoints of an embedded server that has everything switched on."""
     settings = ServerSettings()
     flags = dataclasses.replace(settings.flags, custom_loss_server_side=True)
-    backend = Backend(DeterministicEngine(), Store(tmp_path, in_memory=True), settings)
+    backend = Backend(DeterministicEngine(), Store(tmp_path), settings)
     try:
         app = create_app(backend, dataclasses.replace(settings, flags=flags))
         yield {

@@ -60,7 +60,7 @@ from tinkex.errors import (
 )
 from tinkex.futures import APIFuture as APIFuture, FutureStatus as FutureStatus
 from tinkex.metrics import Latency as Latency, Metrics as Metrics
-from tinkex.retry_config import RetryConfig as RetryConfig
+from tinkex.retry import RetryConfig as RetryConfig
 from tinkex.runs.records import read_run as read_run
 from tinkex.runs.run import Run as Run
 from tinkex.runs.step import RunStep as RunStep

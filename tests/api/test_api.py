@@ -13,7 +13,7 @@ import pytest
 import responses
 
 from tinkex import types
-from tinkex._api import futures, rest, sampling, sessions, telemetry, training
+from tinkex._api import futures, rest, sampling, sessions, training
 from tinkex._api._call import encode
 from tinkex._transport.transport import Transport
 from tinkex._version import PROTOCOL_VERSION
@@ -678,7 +678,7 @@ def test_telemetry_returns_any_answer_and_carries_no_key(
     mocked.add("POST", f"{BASE}/api/v1/telemetry", status=503)
     keyed = Transport(Config.resolve(environ={}, base_url=BASE, api_key="tml-secret-0815"))
     events = [{"event": "GENERIC_EVENT", "event_data": {"header": "tml-secret-0815"}}]
-    reply = telemetry.send_telemetry(
+    reply = sessions.send_telemetry(
         keyed, events, session_id="s", process_uuid="p", channel=keyed.open_channel()
     )
     assert reply.status == 503
@@ -753,7 +753,7 @@ def test_ids_that_name_another_route_are_not_sent(
 
 def test_not_found_carries_the_route(mocked: responses.RequestsMock, transport: Transport) -> None:
     mocked.add("GET", f"{BASE}/api/v1/sessions/s", json={"detail": "no such session"}, status=404)
-    with pytest.raises(NotFoundError, match=r"GET /api/v1/sessions/s answered 404: no such"):
+    with pytest.raises(NotFoundError, match=r"GET /api/v1/sessions/s returned 404: no such"):
         rest.get_session(transport, "s", access_scope="owned")
 
 

@@ -16,13 +16,13 @@ from support.transports import open_transport
 
 from tinkex import retry
 from tinkex._api.encoding_choice import (
-    ServerDialect,
     batch_codec,
     server_dialect,
     submit_batch,
 )
 from tinkex._api.sampling import get_sampler
 from tinkex._runtime import late_import
+from tinkex._transport.server_state import ServerDialect
 from tinkex._transport.transport import Transport
 from tinkex.errors import (
     APIConnectionError,

@@ -14,7 +14,7 @@ from support.tinker_routes import API, MODEL, TinkerRoutes
 import tinkex
 from tinkex import types
 from tinkex._version import PROTOCOL_VERSION
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 
 FINISH = f"POST {API}sessions/session-1/finish"
 

@@ -16,7 +16,7 @@ from support.tinker_routes import API, TinkerRoutes
 
 import tinkex
 from tinkex import errors, types
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 
 pytestmark = pytest.mark.usefixtures("short_backoff")
 

@@ -513,7 +513,7 @@ def test_a_checkpoint_that_does_not_exist_leaves_nothing(server: Server, saved: 
 
 def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypatch):
     hub = FakeHub()
-    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
+    monkeypatch.setattr("tinkex._downloads.hub._hub", lambda: hub)
     done = tinkex(
         "-f", "json", "checkpoint", "push-hf", saved, "-r", "me/model", "--public",
         "--revision", "v1", "--commit-message", "hello", "--allow-pattern", "*.json",
@@ -544,7 +544,7 @@ def test_a_push_without_a_repository_makes_one_named_after_the_checkpoint(
     server, saved, monkeypatch
 ):
     hub = FakeHub()
-    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
+    monkeypatch.setattr("tinkex._downloads.hub._hub", lambda: hub)
     done = tinkex("-f", "json", "checkpoint", "push-hf", saved, base_url=server.url)
     assert (done.returncode, done.stderr) == (0, "")
     repo_id = json.loads(done.stdout)["repo_id"]

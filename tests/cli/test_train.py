@@ -318,7 +318,7 @@ def test_an_empty_file(out: Path, tmp_path: Path, content: str) -> None:
 @pytest.fixture
 def strict_model(tmp_path: Path) -> str:
     """A model whose chat template takes no role but user and assistant."""
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     folder = tmp_path / "strict"
     write_tiny_random(folder)

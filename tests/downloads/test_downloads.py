@@ -13,6 +13,7 @@ import os
 import sys
 import tarfile
 import threading
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -27,11 +28,10 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
 from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
-from tinkex._downloads import downloads, extraction
+from tinkex._downloads import checkpoints, downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
 from tinkex._transport.request import Reply
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -46,6 +46,7 @@ from tinkex.errors import (
     ResponseDecodeError,
     RouteMissingError,
 )
+from tinkex.futures import APIFuture
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 
@@ -598,6 +599,22 @@ def test_a_server_that_builds_the_archive_in_silence_is_waited_for_as_long(
     assert caught.value.attempts == archives.BUILDING_TRIES
 
 
+class JustInTime(APIFuture[str]):
+    """Is settled between the end of a wait and the next look at it."""
+
+    def result(self, timeout: Optional[float] = None) -> str:
+        if not self.done():
+            self.try_set_result("saved")
+            raise FutureTimeoutError
+        return super().result(timeout)
+
+
+def test_an_export_that_is_done_at_the_end_of_a_wait_is_no_timeout() -> None:
+    nothing: Any = None
+    download = checkpoints._Download(nothing, nothing, nothing, nothing, nothing)
+    assert download._wait(JustInTime("save_weights_external")) == "saved"
+
+
 def test_a_cancel_interrupts_the_wait_for_the_archive(
     rest: RestClient, server: ScriptedServer, tmp_path: Path
 ) -> None:
@@ -678,7 +695,7 @@ def test_overwriting_the_working_directory_leaves_everything_else_in_it(
     rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    with pytest.raises(InvalidInputError, match="leaves the others alone"):
+    with pytest.raises(InvalidInputError, match="keeps the others"):
         rest.download_checkpoint(PATH, ".")
     for _ in range(2):
         rest.download_checkpoint(PATH, ".", overwrite=True)

@@ -71,10 +71,12 @@ def test_a_session_that_is_moved_is_an_event_of_projects(api: Api) -> None:
 def test_a_day_ends_at_midnight_in_utc_and_outlives_the_server(tmp_path: Path) -> None:
     wall = Wall()
     store = Store(tmp_path, wall=wall)
-    with store.saving("r", "weights", "a", overwrite=False, ttl_s=1.0, user_metadata=None):
+    with store.checkpoints.saving(
+        "r", "weights", "a", overwrite=False, ttl_s=1.0, user_metadata=None
+    ):
         pass
     wall.now += 1
-    store.drop_expired_checkpoints()
+    store.checkpoints.delete_expired()
     store.close()
     with serving(tmp_path) as api:
         assert events(api, "?day=2026-01-01") == []

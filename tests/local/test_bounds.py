@@ -145,7 +145,9 @@ def test_a_client_reads_lists_with_the_deepest_metadata() -> None:
     deepest: Any = nested(MAX_LEVELS - 1)
     with LocalServer(DeterministicEngine()) as server, ServiceClient(base_url=server.url) as client:
         trainer = client.create_lora_training_client("deterministic")
-        server._backend.store._db.execute("UPDATE runs SET user_metadata = ?", json.dumps(deepest))
+        server._backend.store._db.execute(
+            ("UPDATE runs SET user_metadata = ?", json.dumps(deepest))
+        )
         rest = client.create_rest_client()
         assert rest.get_training_run(trainer.model_id).result().user_metadata == deepest
         (listed,) = rest.list_training_runs().result().training_runs
@@ -180,9 +182,9 @@ def test_metadata_of_an_older_version_that_no_answer_can_show_is_left_out(tmp_pa
         deep = json.dumps({"deep": nested(900), "b": 1})
         database = api.backend.store._db  # type: ignore[attr-defined]
         facts = json.dumps({"user_metadata": nested(900)})
-        database.execute("UPDATE sessions SET facts = ?", facts)
-        database.execute("UPDATE runs SET user_metadata = ?", deep)
-        database.execute("UPDATE checkpoints SET user_metadata = ?", deep)
+        database.execute(("UPDATE sessions SET facts = ?", facts))
+        database.execute(("UPDATE runs SET user_metadata = ?", deep))
+        database.execute(("UPDATE checkpoints SET user_metadata = ?", deep))
     with serving(tmp_path) as api:
         answers = list(lists(api, session, run))
         assert answers[3]["training_runs"][0]["user_metadata"] == {"b": 1}

@@ -13,6 +13,7 @@ import pytest
 from local.harness import WAIT_S, Api, HeldEngine, serving
 from support.threads import wait_until
 
+from tinkex.local.state.checkpoints import Checkpoints
 from tinkex.local.state.store import Store
 
 
@@ -269,7 +270,7 @@ def test_a_copy_that_fails_leaves_no_run(
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Store, "copy_files", full)
+    monkeypatch.setattr(Checkpoints, "copy_files", full)
     assert "no space" in api.post("copy_weights", 507, source_path=path)["detail"]
     assert api.get("training_runs")["cursor"]["total_count"] == 1
     assert len(api.get("checkpoints")["checkpoints"]) == 1

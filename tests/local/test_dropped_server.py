@@ -35,7 +35,7 @@ class Watched:
     def __init__(self, service: ServiceClient) -> None:
         server = service._server
         self.thread = server._thread
-        self.engine_thread = server._backend.scheduler._thread
+        self.engine_thread = server._backend.engine_thread._thread
         self.folder = server.data_dir
         self.engine = weakref.ref(server._engine)
 

@@ -20,7 +20,7 @@ from tinkex.errors import InternalServerError, LocalServerError, RequestFailedEr
 from tinkex.local import LocalServer
 from tinkex.local.backend import Backend
 from tinkex.local.engines.deterministic import DeterministicEngine
-from tinkex.local.state.storage_error import StorageError
+from tinkex.local.errors import StorageError
 from tinkex.local.state.store import Store
 
 DATA = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})]
@@ -99,14 +99,14 @@ def test_a_save_without_room_leaves_nothing_and_training_goes_on(
 def test_a_checkpoint_whose_row_finds_no_room_is_not_there(tmp_path: Path) -> None:
     store = Store(tmp_path)
     options: Dict[str, Any] = {"ttl_s": None, "user_metadata": None}
-    with store.saving("r", "weights", "a", overwrite=False, **options) as folder:
+    with store.checkpoints.saving("r", "weights", "a", overwrite=False, **options) as folder:
         (folder / "adapter").write_text("old")
     for overwrite, name in ((False, "b"), (True, "a")):
         with pytest.raises(StorageError, match="free some space"), no_room():
-            with store.saving("r", "weights", name, overwrite=overwrite, **options):
+            with store.checkpoints.saving("r", "weights", name, overwrite=overwrite, **options):
                 pass  # files as long as nothing: only the database needs room
-    (row,) = store.checkpoints_of("r")
-    assert (store.folder_of(row) / "adapter").read_text() == "old"
+    (row,) = store.checkpoints.of_run("r")
+    assert (store.checkpoints.folder_of(row) / "adapter").read_text() == "old"
     checkpoint = Path("checkpoints", "r", "weights", "a")
     assert row.folder == str(checkpoint)
     files = [file for file in files_below(tmp_path) if file.startswith(str(checkpoint.parent))]
@@ -163,17 +163,17 @@ def test_a_deletion_without_room_can_be_repeated(service: ServiceClient) -> None
 
 def test_a_read_only_database_keeps_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with store.saving(
+    with store.checkpoints.saving(
         "r", "weights", "a", overwrite=False, ttl_s=None, user_metadata=None
     ) as folder:
         (folder / "adapter").write_text("weights")
-    (row,) = store.checkpoints_of("r")
-    store._db.execute("PRAGMA query_only = ON")
+    (row,) = store.checkpoints.of_run("r")
+    store._db.execute(("PRAGMA query_only = ON",))
     with pytest.raises(StorageError, match=r"readonly database.*make the folder writable"):
-        store.delete_checkpoint(row)
-    assert (store.folder_of(row) / "adapter").read_text() == "weights"
+        store.checkpoints.delete(row)
+    assert (store.checkpoints.folder_of(row) / "adapter").read_text() == "weights"
     assert (tmp_path / "reserve").exists()  # it would not help
-    store._db.execute("PRAGMA query_only = OFF")
+    store._db.execute(("PRAGMA query_only = OFF",))
     store.close()
 
 

@@ -25,7 +25,7 @@ from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
 from tinkex.wire.proto_codec import PROTOBUF
 
-WEIGHTS = SamplerWeights("s:sample:0", None)
+WEIGHTS = SamplerWeights("s:sample:0", None, "base")
 
 
 def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:

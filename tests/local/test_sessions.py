@@ -57,7 +57,8 @@ def test_heartbeats_keep_a_session_and_their_absence_ends_it(tmp_path: Path) -> 
         problem = api.post("session_heartbeat", 404, session_id=session)
         assert "no heartbeat for 60 s" in problem["detail"]
         assert "load the last checkpoint" in problem["detail"]
-        api.backend.scheduler.request_housekeeping()  # the engine thread waits by the real clock
+        # The engine thread waits by the real clock.
+        api.backend.scheduler.rotation.request_housekeeping()
         failure = api.result(gap)
         assert failure["category"] == "user"
         assert "no heartbeat for 60 s" in failure["error"]
@@ -145,7 +146,7 @@ def test_housekeeping_that_fails_does_not_end_the_engine_thread(
 ) -> None:
     clock = ManualClock()
     with serving(tmp_path, clock=clock) as api:
-        monkeypatch.setattr(api.backend.store, "drop_expired_checkpoints", lambda: 1 / 0)
+        monkeypatch.setattr(api.backend.store.checkpoints, "delete_expired", lambda: 1 / 0)
         clock.now += 20
         api.model()  # its new session has the housekeeping done ...
         api.model()  # ... before a later turn

@@ -10,10 +10,9 @@ import pytest
 from local.harness import Api, serving
 
 from tinkex.errors import LocalServerError
-from tinkex.local.errors import HTTPError
+from tinkex.local.errors import HTTPError, StorageError
 from tinkex.local.state import database
 from tinkex.local.state.database import Reserve
-from tinkex.local.state.storage_error import StorageError
 from tinkex.local.state.store import CheckpointRow, Store
 from tinkex.types import LoraConfig
 
@@ -34,11 +33,11 @@ def save(
     overwrite: bool = False,
     ttl_s: Optional[float] = None,
 ) -> CheckpointRow:
-    with store.saving(
+    with store.checkpoints.saving(
         "s:train:0", "weights", name, overwrite=overwrite, ttl_s=ttl_s, user_metadata=None
     ) as folder:
         (folder / "adapter").write_text(text)
-    row = store.checkpoint("s:train:0", "weights", name)
+    row = store.checkpoints.find("s:train:0", "weights", name)
     assert row is not None
     return row
 
@@ -71,7 +70,7 @@ def test_a_server_that_crashed_is_followed_by_one_that_works(tmp_path: Path) -> 
     store.add_session("s", {})
     store.add_run("s:train:0", "s", "base", LoraConfig(rank=4), {"type": "adamw"}, None)
     kept = save(store, "kept")
-    parent = store.folder_of(kept).parent
+    parent = store.checkpoints.folder_of(kept).parent
     (parent / ".half.1234.tmp").mkdir()
     (parent / "no-row").mkdir()
     frozen = store.freeze(kept)
@@ -92,7 +91,7 @@ def test_a_server_that_crashed_is_followed_by_one_that_works(tmp_path: Path) -> 
 def test_a_save_that_raises_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     kept = save(store, "a", "first")
-    saving = store.saving(
+    saving = store.checkpoints.saving(
         "s:train:0", "weights", "a", overwrite=True, ttl_s=None, user_metadata=None
     )
 
@@ -103,8 +102,8 @@ def test_a_save_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert (store.folder_of(kept) / "adapter").read_text() == "first"
-    assert [one.name for one in store.folder_of(kept).parent.iterdir()] == ["a"]
+    assert (store.checkpoints.folder_of(kept) / "adapter").read_text() == "first"
+    assert [one.name for one in store.checkpoints.folder_of(kept).parent.iterdir()] == ["a"]
     store.close()
 
 
@@ -114,12 +113,12 @@ def test_overwriting_replaces_the_files(tmp_path: Path) -> None:
     with pytest.raises(HTTPError, match="exists"):
         save(store, "a", "second")
     second = save(store, "a", "second!", overwrite=True)
-    assert (store.folder_of(second) / "adapter").read_text() == "second!"
+    assert (store.checkpoints.folder_of(second) / "adapter").read_text() == "second!"
     assert second.size_bytes == 7
-    assert not store.folder_of(first).exists()
+    assert not store.checkpoints.folder_of(first).exists()
     third = save(store, "a", "third", overwrite=True)
-    assert (store.folder_of(third) / "adapter").read_text() == "third"
-    assert len(store.checkpoints_of("s:train:0")) == 1
+    assert (store.checkpoints.folder_of(third) / "adapter").read_text() == "third"
+    assert len(store.checkpoints.of_run("s:train:0")) == 1
     store.close()
 
 
@@ -128,18 +127,18 @@ def test_a_checkpoint_expires(tmp_path: Path) -> None:
     store = Store(tmp_path, wall=wall)
     short, for_ever = save(store, "short", ttl_s=3600), save(store, "for-ever")
     wall.now += 3599
-    store.drop_expired_checkpoints()
-    assert store.checkpoint("s:train:0", "weights", "short") is not None
+    store.checkpoints.delete_expired()
+    assert store.checkpoints.find("s:train:0", "weights", "short") is not None
     wall.now += 1
-    assert store.checkpoint("s:train:0", "weights", "short") is None
+    assert store.checkpoints.find("s:train:0", "weights", "short") is None
     again = save(store, "short", "again")  # the name is free before the files are gone
-    assert (store.folder_of(again) / "adapter").read_text() == "again"
-    store.set_ttl(for_ever, 10)
+    assert (store.checkpoints.folder_of(again) / "adapter").read_text() == "again"
+    store.checkpoints.set_ttl(for_ever, 10)
     wall.now += 10
-    store.drop_expired_checkpoints()
-    assert [row.name for row in store.checkpoints_of("s:train:0")] == ["short"]
-    assert not store.folder_of(for_ever).exists()
-    assert store.folder_of(again).exists()
+    store.checkpoints.delete_expired()
+    assert [row.name for row in store.checkpoints.of_run("s:train:0")] == ["short"]
+    assert not store.checkpoints.folder_of(for_ever).exists()
+    assert store.checkpoints.folder_of(again).exists()
     assert short.expires_at == 1_700_003_600.0
     store.close()
 
@@ -147,13 +146,13 @@ def test_a_checkpoint_expires(tmp_path: Path) -> None:
 def test_a_frozen_copy_outlives_its_checkpoint(tmp_path: Path) -> None:
     store = Store(tmp_path)
     row = save(store, "a", "weights")
-    (store.folder_of(row) / "deeper").mkdir()
-    (store.folder_of(row) / "deeper" / "file").write_text("too")
+    (store.checkpoints.folder_of(row) / "deeper").mkdir()
+    (store.checkpoints.folder_of(row) / "deeper" / "file").write_text("too")
     frozen = store.freeze(row)
-    store.delete_checkpoint(row)
+    store.checkpoints.delete(row)
     assert (frozen / "adapter").read_text() == "weights"
     assert (frozen / "deeper" / "file").read_text() == "too"
-    assert store.checkpoint("s:train:0", "weights", "a") is None
+    assert store.checkpoints.find("s:train:0", "weights", "a") is None
     with pytest.raises(HTTPError, match="was deleted just now"):
         store.freeze(row)
     assert list((tmp_path / "samplers").iterdir()) == [frozen]
@@ -192,18 +191,6 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         Store(tmp_path)
     (tmp_path / "tinkex.sqlite3").unlink()
     Store(tmp_path).close()  # the failed start gave the folder free
-
-
-def test_facts_in_memory_leave_no_database(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "s_train_0" / "weights" / "of-another").mkdir(parents=True)
-    store = Store(tmp_path, in_memory=True)
-    store.add_session("s", {"tags": ["a"]})
-    assert store.session("s") is not None
-    store.close()
-    assert not (tmp_path / "tinkex.sqlite3").exists()
-    assert (tmp_path / "checkpoints" / "s_train_0" / "weights" / "of-another").exists()
-    with pytest.raises(sqlite3.ProgrammingError):
-        store.session("s")
 
 
 def test_a_run_in_use_moves_to_the_front_at_most_once_a_second(tmp_path: Path) -> None:
@@ -312,12 +299,12 @@ def test_the_reserve_makes_room_for_changes_on_a_full_disk(
     linked, other = save(store, "linked"), save(store, "other")
     store.freeze(linked)  # its files stay, so that deleting them makes no room
     fill_disk(store, lambda: not reserve.exists())
-    store.delete_checkpoint(linked)
+    store.checkpoints.delete(linked)
     assert "full disk" in caplog.text
-    assert [row.name for row in store.checkpoints_of("s:train:0")] == ["other"]
-    assert not store.folder_of(linked).exists()
-    store.set_public(other, True)
-    assert store.checkpoints_of("s:train:0")[0].public
+    assert [row.name for row in store.checkpoints.of_run("s:train:0")] == ["other"]
+    assert not store.checkpoints.folder_of(linked).exists()
+    store.checkpoints.set_public(other, True)
+    assert store.checkpoints.of_run("s:train:0")[0].public
     store.restore_reserve()
     assert reserve.stat().st_size == 1 << 20
     store.close()
@@ -327,12 +314,12 @@ def test_a_deletion_makes_room_for_itself_once_the_reserve_is_used_up(tmp_path: 
     store = Store(tmp_path)
     row = save(store, "a")
     (tmp_path / "reserve").unlink()
-    fill_disk(store, lambda: not store.folder_of(row).exists())
+    fill_disk(store, lambda: not store.checkpoints.folder_of(row).exists())
     with pytest.raises(StorageError, match=r"disk is full.*free some space"):
-        store.set_public(row, True)
-    store.delete_checkpoint(row)
-    assert store.checkpoints_of("s:train:0") == []
-    assert not store.folder_of(row).exists()
+        store.checkpoints.set_public(row, True)
+    store.checkpoints.delete(row)
+    assert store.checkpoints.of_run("s:train:0") == []
+    assert not store.checkpoints.folder_of(row).exists()
     store.close()
 
 
@@ -353,12 +340,12 @@ def test_a_server_that_was_killed_starts_on_a_full_disk(
 
     monkeypatch.setattr(database, "_connect", full)
     store = Store(tmp_path)
-    assert [row.name for row in store.checkpoints_of("s:train:0")] == ["a"]
+    assert [row.name for row in store.checkpoints.of_run("s:train:0")] == ["a"]
     store.close()
 
 
 def test_a_disk_that_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Store, *, remove_orphans: bool) -> None:
+    def full(self: Store) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(Store, "_tidy", full)
@@ -399,12 +386,12 @@ def test_a_start_removes_only_what_a_store_has_made(tmp_path: Path) -> None:
     kept = save(store, "kept")
     with store.new_sampler_folder() as left:
         pass
-    orphan = store.folder_of(kept).with_name("orphan")
+    orphan = store.checkpoints.folder_of(kept).with_name("orphan")
     orphan.mkdir()
     store.close()
     store = Store(tmp_path)
     assert [file.read_text() for file in mine] == ["years of work"] * 4
-    assert store.folder_of(kept).exists()
+    assert store.checkpoints.folder_of(kept).exists()
     assert not left.exists()
     assert not orphan.exists()
     store.close()

@@ -218,7 +218,7 @@ def test_creating_something_that_fails_is_reported_too(
     assert generic(server) == {
         "user_error": {
             "error_type": "NotFoundError",
-            "message": "POST /api/v1/create_sampling_session answered 404",
+            "message": "POST /api/v1/create_sampling_session returned 404",
             "status_code": 404,
         }
     }
@@ -320,8 +320,8 @@ def test_no_secret_and_nothing_of_the_users_leaves_the_process(
 
 
 def test_messages_end_where_somebody_else_is_quoted() -> None:
-    cut = NotFoundError("GET /api/v1/x answered 404: no /home/me/x", status=404)
-    assert safe_message(cut) == "GET /api/v1/x answered 404"
+    cut = NotFoundError("GET /api/v1/x returned 404: no /home/me/x", status=404)
+    assert safe_message(cut) == "GET /api/v1/x returned 404"
     assert safe_message(APIConnectionError("cannot reach h:80 for POST /x: refused by me")) == (
         "cannot reach h:80 for POST /x"
     )
@@ -461,7 +461,7 @@ def test_a_server_that_hangs_delays_neither_errors_nor_close(
     server: ScriptedServer, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex._sessions.runtime.TELEMETRY_S", 0.2)
-    monkeypatch.setattr("tinkex._api.telemetry.TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr("tinkex._api.sessions.TELEMETRY_TIMEOUT_S", PATIENCE_S)
     routes.serve("telemetry", Answer(hold=threading.Event()))
     routes.serve("retrieve_future", Answer(body={"error": "no"}))
     client = ServiceClient(base_url=server.url, telemetry=True)

@@ -19,7 +19,7 @@ def datum(tokens: Any = (1, 2, 3), **inputs: Any) -> Datum:
 
 def test_a_good_batch_comes_back_as_a_list() -> None:
     one, two = datum(), datum()
-    assert check_batch((one, two), "cross_entropy", {"a": 1, "b": 0.5, "c": "x"}) == [one, two]
+    assert check_batch((one, two), "cross_entropy") == [one, two]
     assert check_batch(iter([one]), "my_loss") == [one]  # type: ignore[arg-type]  # works too
 
 
@@ -95,8 +95,9 @@ def test_a_loss_is_a_name(loss_fn: Any) -> None:
     [{"a": None}, {"a": [1]}, {"a": float("nan")}, {"a": float("-inf")}, {1: 2.0}, "x", [1], 3],
 )
 def test_a_loss_config_holds_numbers_and_strings(config: Any) -> None:
+    assert as_loss_config({"a": 1, "b": 0.5, "c": "x"}) == {"a": 1, "b": 0.5, "c": "x"}
     with pytest.raises(InvalidInputError, match="loss_fn_config"):
-        check_batch([datum()], "ppo", config)
+        as_loss_config(config)
 
 
 def test_lengths_beside_an_image_are_left_to_the_server() -> None:

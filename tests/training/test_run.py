@@ -525,8 +525,8 @@ def test_a_5xx_that_repeats_names_the_route_that_is_broken(
     routes.serve("optim_step", Answer(500, b"Internal Server Error", content_type="text/plain"))
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert isinstance(error, InternalServerError)
-    assert "POST /api/v1/optim_step answered 500: Internal Server Error" in str(error)
-    assert "the same 4 times: its route POST /api/v1/optim_step is broken" in str(error)
+    assert "POST /api/v1/optim_step returned 500: Internal Server Error" in str(error)
+    assert "the same error 4 times: its route POST /api/v1/optim_step is broken" in str(error)
     routes.serve("optim_step", *[Answer(500, {"detail": text}) for text in "abcd"])
     assert "broken" not in str(trainer.optim_step(ADAM).exception(PATIENCE_S))
 

@@ -363,7 +363,7 @@ def test_after_a_back_off_few_go_at_a_time() -> None:
     assert not limiter.throttled
     assert limiter.describe() is None
     limiter.back_off(5.0)
-    assert limiter.describe() == "the server has asked to wait (429), 5.0 s to go"
+    assert limiter.describe() == "rate-limited by the server (429), 5.0 s to go"
     clock.advance(5.0)
     assert limiter.describe() == "after a 429, 10 requests at a time"
     for _ in range(10):
@@ -462,7 +462,7 @@ def test_a_future_that_the_server_holds_back_says_so_and_close_ends_it_at_once(
         futures = [sampler.sample(PROMPT) for _ in range(30)]
 
         def reported() -> bool:
-            return all("has asked to wait" in (f.status().held_back or "") for f in futures)
+            return all("rate-limited" in (f.status().held_back or "") for f in futures)
 
         wait_until(reported, "every future says why")
     for future in futures:

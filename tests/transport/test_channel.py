@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Iterator, Optional
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Iterator, List, Optional, Tuple
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 from support.scripted_server import PATIENCE_S, Answer, ScriptedServer
-from support.threads import promptly
+from support.threads import promptly, wait_until
 from support.transports import quick_config
 
 from tinkex._transport.channel import Channel
@@ -152,3 +158,35 @@ def test_a_proxy_is_used_and_its_connections_can_be_aborted(server: ScriptedServ
         with pytest.raises(requests.RequestException):
             second.result(PATIENCE_S)
     assert server.connections == 1
+
+
+def test_a_socks_proxy_is_used_and_its_connections_can_be_aborted(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PySocks is an extra of requests; this stands in for it.  The server plays server and proxy.
+    proxies: List[Tuple[Any, Any]] = []
+
+    def connect(target: Any, **options: Any) -> socket.socket:
+        proxies.append((target, (options["proxy_addr"], options["proxy_port"])))
+        return socket.create_connection((options["proxy_addr"], options["proxy_port"]))
+
+    socks = ModuleType("socks")
+    socks.__spec__ = ModuleSpec("socks", None)
+    vars(socks).update(
+        PROXY_TYPE_SOCKS4=1, PROXY_TYPE_SOCKS5=2, ProxyError=OSError, create_connection=connect
+    )
+    monkeypatch.setitem(sys.modules, "socks", socks)
+    monkeypatch.delitem(sys.modules, "urllib3.contrib.socks", raising=False)
+    manager = importlib.import_module("urllib3.contrib.socks").SOCKSProxyManager
+    monkeypatch.delitem(sys.modules, "urllib3.contrib.socks")
+    monkeypatch.setattr("requests.adapters.SOCKSProxyManager", manager)
+    host, port = urlsplit(server.url).hostname, urlsplit(server.url).port
+    proxy = f"socks5h://{host}:{port}"
+    channel = Channel(quick_config(server, base_url="http://far.example", proxy=proxy), 1)
+    server.on("GET /x", Answer(body={"a": 1}))
+    limit = (PATIENCE_S, PATIENCE_S)
+    reply = channel.request("GET", "http://far.example/x", headers={}, body=None, timeout=limit)
+    assert reply.json() == {"a": 1}
+    assert proxies == [(("far.example", 80), (host, port))]
+    channel.abort()
+    wait_until(lambda: server.open_connections() == 0, "the connection is closed")

@@ -11,8 +11,8 @@ from support.scripted_server import Answer, ScriptedServer
 from support.transports import open_transport
 
 from tinkex import ServiceClient
-from tinkex._transport.connection_errors import connection_error, forget_frames
 from tinkex._transport.request import Request
+from tinkex._transport.request_errors import connection_error, forget_frames
 from tinkex.config import DEFAULT_BASE_URL, Config
 from tinkex.errors import (
     APIConnectionError,

@@ -11,10 +11,10 @@ import requests
 from support.loopback import PATIENCE_S, LoopbackServer
 from support.raw_server import RawServer
 
-from tinkex._transport import framing
+from tinkex._transport import decoding
 from tinkex._transport.channel import Channel
+from tinkex._transport.decoding import Pace, chunk_size, content_length
 from tinkex._transport.fast_connection import PrivateChannel
-from tinkex._transport.framing import Pace, chunk_size, content_length
 from tinkex._transport.request import Request
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
@@ -114,7 +114,7 @@ def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
 
 def test_the_time_of_an_answer_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(framing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
     timeouts = []
 
     class Sock:
@@ -136,7 +136,7 @@ def test_the_time_of_an_answer_grows_with_its_size(monkeypatch: pytest.MonkeyPat
 
 def test_time_before_a_large_body_is_sent_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(framing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
     pace = Pace(2.0, starts_now=False)
     now = 130.0
     with socket.socket() as sock:

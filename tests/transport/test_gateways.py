@@ -9,8 +9,8 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
-from tinkex._transport.request import Reply, Request, describe
-from tinkex._transport.response_errors import is_from_gateway
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.request_errors import describe, is_from_gateway
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError, NotFoundError, ResponseDecodeError

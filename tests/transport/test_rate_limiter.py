@@ -69,7 +69,7 @@ def test_it_says_how_it_holds_back() -> None:
     limiter = RateLimiter(clock)
     assert limiter.describe() is None
     limiter.back_off(8.0)
-    assert limiter.describe() == "the server has asked to wait (429), 8.0 s to go"
+    assert limiter.describe() == "rate-limited by the server (429), 8.0 s to go"
     clock.advance(8.0)
     assert limiter.describe() == "after a 429, 10 requests at a time"
 

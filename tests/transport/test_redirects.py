@@ -8,8 +8,7 @@ import pytest
 from support.scripted_server import CERTIFICATE, Answer, ScriptedServer
 from support.transports import open_transport
 
-from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
-from tinkex._transport.request import Request
+from tinkex._transport.request import MAX_HOPS, Request, next_hop, same_origin
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIStatusError

@@ -215,7 +215,7 @@ def test_an_outage_of_the_exchange_is_a_connection_error_to_who_sends_once(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(503, {"detail": "busy"}))
-    with pytest.raises(APIConnectionError, match=r"auth/token answered 503: busy") as caught:
+    with pytest.raises(APIConnectionError, match=r"auth/token returned 503: busy") as caught:
         transport.send_once(SUBMIT)
     assert caught.value.retryable
     assert caught.value.status == 503
@@ -225,7 +225,7 @@ def test_a_refused_exchange_is_told_as_it_is(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(401, {"detail": "unknown key"}))
-    with pytest.raises(AuthenticationError, match=r"auth/token answered 401: unknown key"):
+    with pytest.raises(AuthenticationError, match=r"auth/token returned 401: unknown key"):
         transport.send(SUBMIT, QUICK)
     assert len(server.requests(TOKEN)) == 1
     assert server.requests(WORK) == []
@@ -867,7 +867,7 @@ def test_whoami_reads_the_tokens_claims(
 def test_whoami_without_tokens_says_that_it_cannot_know(
     transport: Transport, server: ScriptedServer
 ) -> None:
-    with pytest.raises(CredentialError, match="does not show who"):
+    with pytest.raises(CredentialError, match="does not report who"):
         auth.whoami(transport)
 
 

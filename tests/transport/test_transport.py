@@ -23,7 +23,7 @@ from support.threads import promptly, wait_until
 from support.transports import open_transport, quick_config
 
 from tinkex import errors
-from tinkex._transport import billing, channel as channel_module, content_encoding
+from tinkex._transport import billing, channel as channel_module, decoding
 from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Sender, ThreadTransport, Transport
@@ -37,7 +37,7 @@ from tinkex.errors import (
     ResponseDecodeError,
 )
 from tinkex.retry import MAX_DAMAGED, RetryPolicy
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 KEY = "tml-secret-4711"
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')
@@ -570,7 +570,7 @@ def test_binary_answers_are_left_alone(transport: Transport, server: ScriptedSer
         ),
         (b"plain words", "text/plain", "plain words"),
         (b"\xff\xfe", "text/plain", "\ufffd"),
-        (b"", "text/plain", "answered 422"),
+        (b"", "text/plain", "returned 422"),
     ],
 )
 def test_the_servers_words_are_in_the_message(
@@ -580,7 +580,7 @@ def test_the_servers_words_are_in_the_message(
     with pytest.raises(errors.UnprocessableEntityError) as caught:
         transport.send(SUBMIT, QUICK)
     assert shown in str(caught.value)
-    assert "POST /api/v1/asample answered 422" in str(caught.value)
+    assert "POST /api/v1/asample returned 422" in str(caught.value)
 
 
 def test_a_huge_error_body_is_cut(transport: Transport, server: ScriptedServer) -> None:
@@ -708,7 +708,7 @@ def test_what_is_not_read_may_be_anything(transport: Transport, server: Scripted
 def test_without_zstandard_such_an_answer_is_told_at_once(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content_encoding, "_HAVE_ZSTD", False)
+    monkeypatch.setattr(decoding, "_HAVE_ZSTD", False)
     monkeypatch.setattr(channel_module, "_URLLIB3_DECODES_ZSTD", False)
     server.on(route(), Answer(body=b"\x28\xb5\x2f\xfd", headers={"Content-Encoding": "zstd"}))
     with pytest.raises(ResponseDecodeError, match=r"tinkex\[zstd\]"):

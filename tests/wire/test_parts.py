@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 
 def test_blocks_are_joined_one_by_one() -> None:

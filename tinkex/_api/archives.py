@@ -15,9 +15,10 @@ from urllib.parse import urljoin
 from tinkex import types
 from tinkex._api._call import read
 from tinkex._api._optional import optional_route
-from tinkex._api.rest import archive_request
+from tinkex._api.rest import checkpoint_route
 from tinkex._transport.channel import Channel
-from tinkex._transport.request import Reply, Request, error_if_damaged
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.request_errors import error_if_damaged
 from tinkex.errors import APIConnectionError, APIError, ClientClosedError, ResponseDecodeError
 from tinkex.retry import RetryPolicy, RetryState
 from tinkex.types._wire import parse_datetime
@@ -57,7 +58,13 @@ def get_checkpoint_archive_url(
         ResponseDecodeError: the response holds no URL.
     """
     pause = pause or _until_closed(transport)
-    request = archive_request(run_id, checkpoint_id, timeout_s=transport.config.poll_timeout_s)
+    request = Request(
+        "GET",
+        f"{checkpoint_route(run_id, checkpoint_id)}/archive",
+        traffic="poll",
+        read_timeout_s=transport.config.poll_timeout_s,
+        follow_redirects=False,
+    )
     policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
     clock = transport.clock
     started = clock.monotonic()
@@ -114,7 +121,7 @@ def _read(
         location = reply.headers.get("location")
         if not location:
             raise ResponseDecodeError(
-                f"{request.name} answered {reply.status} without a Location", status=reply.status
+                f"{request.name} returned {reply.status} without a Location", status=reply.status
             )
         url = urljoin(transport.config.base_url + request.path, location)
         return types.CheckpointArchiveUrlResponse(url, _expires(reply.headers))

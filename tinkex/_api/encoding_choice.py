@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Optional
 
 from tinkex._api._optional import is_missing_route
 from tinkex._api.training import forward_backward
-from tinkex._transport.server_state import ServerDialect as ServerDialect
 from tinkex.errors import APIStatusError, ClientClosedError, InvalidInputError
 from tinkex.retry import RetryPolicy
 from tinkex.wire.codec import (
@@ -28,6 +27,7 @@ from tinkex.wire.codec import (
 )
 
 if TYPE_CHECKING:
+    from tinkex._transport.server_state import ServerDialect
     from tinkex._transport.transport import Sender
     from tinkex.types import ForwardBackwardRequest, UntypedFuture
 

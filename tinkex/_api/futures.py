@@ -6,9 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
 
 from tinkex._api._call import encode
-from tinkex._transport.request import JSON_TYPE, Reply, Request
+from tinkex._transport.request import Reply, Request
 from tinkex.errors import ResponseDecodeError
 from tinkex.retry import RetryPolicy
+from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE
 
 if TYPE_CHECKING:
     from tinkex._transport.fast_connection import AnyChannel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: One attempt to cancel may take this long, in seconds.
 CANCEL_TIMEOUT_S = 30.0
 
-BINARY_FIRST = "application/x-protobuf, application/json"
+BINARY_FIRST = f"{PROTOBUF_CONTENT_TYPE}, {JSON_CONTENT_TYPE}"
 
 
 def retrieve_future(
@@ -43,7 +44,7 @@ def retrieve_future(
         "POST",
         "/api/v1/retrieve_future",
         encode(body),
-        accept=BINARY_FIRST if binary else JSON_TYPE,
+        accept=BINARY_FIRST if binary else JSON_CONTENT_TYPE,
         traffic="poll",
         read_timeout_s=read_timeout_s,
     )

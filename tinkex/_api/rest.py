@@ -1,4 +1,6 @@
-"""Runs, checkpoints and sessions (docs/protocol.md, "Checkpoints" and "REST lists").
+"""Runs, checkpoints, sessions, audit and billing: routes that read or change what the server keeps.
+
+See docs/protocol.md, "Checkpoints", "REST lists" and "Administration".
 
 Every function blocks, and raises RouteMissingError where the server does not have the route.
 """
@@ -6,6 +8,7 @@ Every function blocks, and raises RouteMissingError where the server does not ha
 from __future__ import annotations
 
 import logging
+from datetime import date, datetime, timezone
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 from tinkex import types
@@ -228,7 +231,33 @@ def _plain(value: Union[Wire, Mapping[str, Any]]) -> Dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else value.to_wire()
 
 
-def archive_request(run_id: str, checkpoint_id: str, *, timeout_s: float) -> Request:
-    """``GET .../archive``, for `tinkex._api.archives`; its response may be a redirect."""
-    path = f"{checkpoint_route(run_id, checkpoint_id)}/archive"
-    return Request("GET", path, traffic="poll", read_timeout_s=timeout_s, follow_redirects=False)
+# ---- Administration ----
+
+
+def get_audit_log(
+    transport: Sender, *, event_type: str, day: Optional[date]
+) -> types.AuditLogResponse:
+    """``GET audit``; it may redirect to another host, which gets no credentials."""
+    query = {"event_type": event_type, "day": None if day is None else day.isoformat()}
+    return _list(transport, "audit", types.AuditLogResponse, query)
+
+
+def get_billing_usage(
+    transport: Sender, *, starting_on: datetime, ending_before: datetime
+) -> types.BillingUsageResponse:
+    """``GET billing/usage/events``; the times are whole hours."""
+    query = {"starting_on": _rfc3339(starting_on), "ending_before": _rfc3339(ending_before)}
+    return _list(transport, "billing/usage/events", types.BillingUsageResponse, query)
+
+
+def get_current_checkpoint_storage_usage(
+    transport: Sender, *, project_id: Optional[str]
+) -> types.CurrentCheckpointStorageUsageResponse:
+    """``GET billing/usage/checkpoints/current``."""
+    route = "billing/usage/checkpoints/current"
+    query = {"project_id": project_id}
+    return _list(transport, route, types.CurrentCheckpointStorageUsageResponse, query)
+
+
+def _rfc3339(instant: datetime) -> str:
+    return instant.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

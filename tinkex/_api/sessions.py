@@ -1,8 +1,12 @@
-"""Sessions and server facts (docs/protocol.md, "Sessions" and "Server flags")."""
+"""Sessions, their telemetry, and server facts.
+
+See docs/protocol.md, "Sessions", "Telemetry" and "Server flags".
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Optional
+import platform
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
 
 from tinkex import types
 from tinkex._api._call import call, encode, get, read
@@ -15,10 +19,14 @@ from tinkex.errors import APIStatusError, NotFoundError, ResponseDecodeError
 from tinkex.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from tinkex._transport.fast_connection import AnyChannel
     from tinkex._transport.transport import Sender, Transport
 
 #: One heartbeat may take this long, in seconds; it is never retried, the next one is the retry.
 HEARTBEAT_TIMEOUT_S = 10.0
+
+#: One telemetry report may take this long, in seconds.
+TELEMETRY_TIMEOUT_S = 5.0
 
 HEARTBEAT_PATH = "/api/v1/session_heartbeat"
 CAPABILITIES_PATH = "/api/v1/get_server_capabilities"
@@ -115,3 +123,30 @@ def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesRes
 def healthz(transport: Sender) -> None:
     """``GET healthz``: raises if the server is not well."""
     call(transport, "GET", HEALTH_PATH, reads_response=False)
+
+
+def send_telemetry(
+    transport: Sender,
+    events: Sequence[Mapping[str, Any]],
+    *,
+    session_id: str,
+    process_uuid: str,
+    channel: AnyChannel,
+) -> Reply:
+    """``POST telemetry``, once, without keys; returns the response whatever its status."""
+    body = {
+        "events": events,
+        "platform": platform.system(),
+        "sdk_version": PROTOCOL_VERSION,
+        "session_id": session_id,
+        "process_uuid": process_uuid,
+    }
+    clean = transport.redact(encode(body).decode()).encode()
+    request = Request(
+        "POST",
+        "/api/v1/telemetry",
+        clean,
+        read_timeout_s=TELEMETRY_TIMEOUT_S,
+        empty_response_ok=True,
+    )
+    return transport.send_once(request, channel=channel)

@@ -1,20 +1,28 @@
 """Unpacking an archive from an untrusted source, into a folder and nowhere else.
 
 Only plain files and folders are taken; links and devices are refused, and so are names that lead
-out of the folder.  tarfile's own filters came with Python 3.12 and differ between versions.
+out of the folder.  tarfile's own filters came with Python 3.12 and differ between versions.  The
+archive may be compressed, and damage to it is noticed (`ArchiveReader`).
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import re
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
-from typing import IO, Callable, List, cast
+from typing import IO, BinaryIO, Callable, List, Type, TypeVar, cast
 
-from tinkex._downloads.compression import ArchiveReader
 from tinkex.errors import ResponseDecodeError
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without it
+    LZMAError: Type[Exception] = zlib.error  # type: ignore[no-redef]
 
 #: Most files in an archive.
 MAX_FILES = 100_000
@@ -26,6 +34,11 @@ SLACK_BYTES = 4 << 30
 _CHUNK = 1 << 20
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+#: How a compressed file starts, and the module that reads it.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}
+
+T = TypeVar("T")
 
 
 def safe_parts(name: str) -> List[str]:
@@ -41,7 +54,7 @@ def safe_parts(name: str) -> List[str]:
     if not parts or outside or odd:
         raise ResponseDecodeError(
             f"{name!r:.200} is not a file name that is safe to write",
-            hint="Nothing was written; the archive does not come from a well-behaved server.",
+            hint="Nothing was written: the server, or the archive, is not to be trusted.",
         )
     return parts
 
@@ -81,7 +94,7 @@ def _extract(tar: tarfile.TarFile, folder: Path, limit: int, check: Callable[[],
         if member.isdir() and member.name in (".", "./"):
             continue
         parts = safe_parts(member.name)
-        unpacked += member.size
+        unpacked += member.size  # as announced: checked before anything of the member is written
         if count >= MAX_FILES or unpacked > limit:
             raise ResponseDecodeError(
                 f"the archive unpacks to more than {MAX_FILES} files or {limit} bytes"
@@ -110,7 +123,7 @@ def _write(
     tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, check: Callable[[], None]
 ) -> None:
     source = tar.extractfile(member)
-    assert source is not None  # as it is for every plain file
+    assert source is not None  # it is None only for folders, links and devices
     if target.exists():
         raise ResponseDecodeError(f"the archive holds {member.name!r} twice")
     left = member.size
@@ -122,3 +135,82 @@ def _write(
                 raise ResponseDecodeError(f"the archive ends in the middle of {member.name!r}")
             out.write(data)
             left -= len(data)
+
+
+class ArchiveReader:
+    """The uncompressed bytes of the archive at *path*.  Used by one thread; a context manager.
+
+    It has what `tarfile` needs of a file: read, seek and tell.  It also reads to the end, because
+    the checksum of a compressed file is there; `tarfile` stops at the marker that ends the tar.
+
+    Raises:
+        ResponseDecodeError: from every method, if the compressed bytes are damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._source = _open_archive(path)
+        self._last = b""
+
+    def __enter__(self) -> ArchiveReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._source.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """Read *size* bytes, fewer only at the end."""
+        self._last = self._guarded(lambda: self._source.read(size))
+        return self._last
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to *offset*; backwards, a compressed file is read again from its start."""
+        return self._guarded(lambda: self._source.seek(offset, whence))
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._source.tell()
+
+    def finish(self, limit: int, check: Callable[[], None]) -> None:
+        """Read on to the end, once `tarfile` has found no further member.
+
+        *check* is called often, and may raise to stop.
+
+        Raises:
+            ResponseDecodeError: the tar has no end marker, more than *limit* bytes follow it, or
+                the checksum of the compressed bytes is wrong.
+        """
+        # The last thing that tarfile reads is the block where it found no further header.
+        if self._last != bytes(tarfile.BLOCKSIZE):
+            raise ResponseDecodeError(
+                "the archive is damaged: its next file or its end marker is missing, or something "
+                "else is in its place"
+            )
+        left = limit
+        while True:
+            check()
+            piece = self.read(_CHUNK)
+            if not piece:
+                return
+            left -= len(piece)
+            if left < 0:
+                raise ResponseDecodeError(f"more than {limit} bytes follow the end of the archive")
+
+    def _guarded(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except (OSError, EOFError, zlib.error, LZMAError) as error:
+            raise ResponseDecodeError(
+                f"the archive is damaged: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _open_archive(path: Path) -> BinaryIO:
+    with open(path, "rb") as file:
+        start = file.read(6)
+    opener = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "io")
+    try:
+        return cast(BinaryIO, importlib.import_module(opener).open(path, "rb"))
+    except ImportError as error:
+        raise ResponseDecodeError(
+            f"the archive is compressed in a way that this Python cannot read: {error}"
+        ) from error

@@ -10,7 +10,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Mapping, Optional
 
-from tinkex._transport.request import Request, broken_route
+from tinkex._transport.request import Request
+from tinkex._transport.request_errors import repeated_error_hint
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
 
@@ -99,5 +100,5 @@ class Backoff:
             return delay_s
         # The same 5xx again and again looks like a route that the server cannot serve.
         if error.status is not None and error.status >= 500 and self._retries.repeats > 1:
-            error.hint = error.hint or broken_route(self._poll, self._retries.repeats)
+            error.hint = error.hint or repeated_error_hint(self._poll, self._retries.repeats)
         raise error

@@ -20,7 +20,7 @@ from tinkex._api.futures import cancel_future
 from tinkex._results.notices import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
-from tinkex._transport.connection_errors import forget_frames
+from tinkex._transport.request_errors import forget_frames
 from tinkex._transport.server_flags import dynamic_flags_for
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture

@@ -19,7 +19,7 @@ import uuid
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from tinkex._api._call import encode
-from tinkex._api.telemetry import send_telemetry
+from tinkex._api.sessions import send_telemetry
 from tinkex._runtime import lifecycle
 from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
 from tinkex._runtime.inbox import Inbox

@@ -1,22 +1,26 @@
-"""TrainingRun: what a training client asks of its run, queued in the order of the calls.
+"""TrainingRun: the work of one training run, in the order of the calls.
 
-Calls return futures without blocking.  The run's queue has the only thread; it sends in call order
-and assigns the sequence numbers (`tinkex._training.sequence`).
-
-The requests of a batch in parts go one after the other, even where the server's flags allow them in
-parallel: sent in parallel they may arrive in any order, which some servers refuse, and one that
-fails would leave a gap behind.
-
-Before an optimizer step is sent, all parts of the batches before it must have been done: if only
-some were, the run takes no step, and no other batch, until the rest has been sent by the same call
-again, or a checkpoint has been loaded, which drops the gradient.
+Calls return futures without blocking.  The run's queue has the only thread: it sends in call order
+and assigns the sequence numbers (`tinkex._training.sequence`).  `tinkex._training.gradient` keeps
+track of batches of which only a part may have been added to the gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Collection, List, Optional, Sequence, Type, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Collection,
+    List,
+    Optional,
+    Sequence,
+    Type,
+    TypeVar,
+)
 
 from tinkex._api import training as api
 from tinkex._api._call import read
@@ -24,10 +28,9 @@ from tinkex._api.encoding_choice import batch_codec
 from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import AcceptedRequest
 from tinkex._training.batch import Chunk, Loss, check_encoding, cut
-from tinkex._training.gradient import Contents, Gradient, SplitBatch
+from tinkex._training.gradient import Contents, Gradient, Piece, SplitBatch
 from tinkex._training.requests import EndpointRequest, Pass
 from tinkex._training.run_queue import RunQueue
-from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex.errors import APIError
 from tinkex.futures import APIFuture, gather
@@ -66,13 +69,14 @@ class TrainingRun:
         self.last_update = object()
         self.has_gradient = False
         self.failed_updates = 0
-        self._unread_failure: Callable[[], Optional[APIFuture[Any]]] = _nothing
+        # Weak: a future that the caller drops logs its failure itself.
+        self._unread_failure: Optional[weakref.ref[APIFuture[Any]]] = None
         self._runtime = runtime
         self._queue = RunQueue(runtime, model_id, first_seq_id)
         self._nan_warning = NaNWarning(f"run {model_id}")
-        # Used by the queue's thread alone; the server's flags once they are needed.
+        # Used by the queue's thread alone, so without a lock.
         self._gradient = Gradient(self._queue)
-        self._flags: Optional[ServerFlags] = None
+        self._flags: Optional[ServerFlags] = None  # once they are needed
 
     # Called from any thread
 
@@ -90,21 +94,13 @@ class TrainingRun:
         ``max_unread``.
         """
         future = self.queue(kind, self._send_one, request_type, args, after, counted=after is None)
+        # Those that change the weights: a pipeline compares `last_update` to know whether a
+        # checkpoint that is queued now would still be that of its step.
         if request_type.waits_for_batches:
             self.last_update = object()
             self.has_gradient = False
             future.on_settled(self._note_update)
         return future
-
-    def submit_pass(
-        self, kind: str, data: List[Datum], loss: Loss, breaks: Collection[int] = ()
-    ) -> APIFuture[Output]:
-        """Queue a pass over an entire batch, as one task, so that its chunks stay together.
-
-        *kind* is ``"forward"`` or ``"forward_backward"``; *data* was checked.  At each index in
-        *breaks* a new request begins, besides where the server's limits demand one.
-        """
-        return self.queue(kind, self._send_batch, data, loss, breaks)
 
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue unloading the run, once all requests before it are settled."""
@@ -115,8 +111,7 @@ class TrainingRun:
     ) -> APIFuture[Any]:
         """Have the queue's thread call ``task(future, *args)`` with a new future of *kind*.
 
-        What it raises is the future's error.  *counted* as for `Poller.new_future`: it is the
-        caller's, who may have to wait for it.
+        What it raises becomes the future's error.  *counted* as for `Poller.new_future`.
         """
         future = self.new_future(kind, counted=counted)
         try:
@@ -132,7 +127,7 @@ class TrainingRun:
     @property
     def has_unread_failure(self) -> bool:
         """Whether an update has failed, and the caller has kept its future and not read it yet."""
-        failed = self._unread_failure()
+        failed = None if self._unread_failure is None else self._unread_failure()
         return failed is not None and not failed.was_read
 
     def _note_update(self, future: APIFuture[Any]) -> None:
@@ -153,15 +148,56 @@ class TrainingRun:
 
     # Called from tasks, on the queue's thread
 
+    def send_batch(
+        self,
+        future: APIFuture[Output],
+        data: List[Datum],
+        loss: Loss,
+        breaks: Collection[int] = (),
+    ) -> None:
+        """Send a pass over an entire batch, in as many requests as it takes; *data* was checked.
+
+        A task of its own, so that no other request comes between those of a batch.  The kind of
+        *future* is ``"forward"`` or ``"forward_backward"``.  At each index in *breaks* a new
+        request begins, besides where the server's limits demand one.
+
+        Raises:
+            IncompleteGradientError: a batch was added to the gradient in part, and *data* is not
+                its rest.
+        """
+        if not future.begin():  # cancelled while it was queued
+            return
+        completed, pieces = None, [Piece(data, 0, None)]
+        if future.kind == "forward_backward":
+            completed, pieces = self._gradient.plan(data, loss)
+        chunks: List[Chunk] = []
+        added: List[Optional[APIFuture[Output]]] = []  # by an earlier call, for each of the chunks
+        for piece in pieces:
+            if piece.part is None:
+                cuts = self._cut(piece.data, breaks, piece.first)
+            else:
+                cuts = [Chunk(piece.data, 0, piece.first)]  # not sent: its future is settled
+            chunks += cuts
+            added += [piece.part] * len(cuts)
+        if future.done():  # cancelled during the waits above
+            return
+        parts = [future]
+        if completed is not None or len(chunks) > 1:
+            parts = [part or self.new_future(future.kind) for part in added]
+            # A forward pass changes nothing, so that its parts may be cancelled one by one.
+            if future.kind == "forward":
+                gather(future, parts, combine)
+            else:
+                contents = Contents([chunk.data for chunk in chunks], loss)
+                self._add_split(future, parts, combine, contents, completed)
+        self._send_parts(parts, chunks, loss)
+
     def run_pass(
         self, kind: str, data: List[Datum], loss: Loss, breaks: Collection[int] = ()
     ) -> Output:
-        """Like `submit_pass`, but send it now, and wait for the result.
-
-        Meanwhile refused requests are resent: in a plain wait the thread might wait for itself.
-        """
+        """Like a `send_batch` that was queued, but send it now, and wait for the result."""
         future: APIFuture[Output] = self.new_future(kind)
-        self._send_batch(future, data, loss, breaks)
+        self.send_batch(future, data, loss, breaks)
         self._queue.wait_for([future])
         return future.result()
 
@@ -173,13 +209,16 @@ class TrainingRun:
         join: Join,
         breaks: Collection[int] = (),
     ) -> None:
-        """Send a backward pass whose results, made one by *join*, are those of *future*."""
+        """Send a backward pass whose results, made one by *join*, are those of *future*.
+
+        Unlike that of `send_batch`, it is not completed by the same call again, which computes the
+        loss again and may not send the same.
+        """
         self.ensure_trainable()
         chunks = self._cut(data, breaks)
         parts = [self.new_future("forward_backward") for _ in chunks]
         if len(parts) > 1:
-            batch = SplitBatch(self.model_id, future, parts, join, self._queue.may_repeat)
-            self._gradient.add(batch)
+            self._add_split(future, parts, join)
         else:
             gather(future, parts, join)
         self._send_parts(parts, chunks, loss)
@@ -196,6 +235,7 @@ class TrainingRun:
         after: Optional[APIFuture[Any]],
     ) -> None:
         if request_type.waits_for_batches:
+            # A step that is sent while a part of a batch may still fail would train on the others.
             future.waiting_for = _describe_wait
             self._gradient.wait()
             future.waiting_for = None
@@ -205,12 +245,14 @@ class TrainingRun:
             self.ensure_trainable()
         self._queue.send(request_type(self._queue, future, *args))
         if request_type.drops_gradient and self._gradient.is_incomplete:
+            # What comes next depends on whether the gradient was dropped: it must not be sent
+            # before that is known.
             self._queue.wait_for([future])
             if not future.failed():
                 self._gradient.drop()
 
     def _send_unload(self, future: APIFuture[UnloadModelResponse]) -> None:
-        self._queue.finish()
+        self._queue.wait_for(None)
         if future.done():  # cancelled while it was queued
             return
         future.enter("submitting")
@@ -218,55 +260,20 @@ class TrainingRun:
         if not isinstance(accepted, UntypedFuture):
             future.try_set_result(accepted)
             return
-        owner = f"run {self.model_id}"
-        request = AcceptedRequest(future, _read_unloaded, owner, accepted.request_id)
+        decode = functools.partial(read, UnloadModelResponse, name="unload")
+        request = AcceptedRequest(future, decode, f"run {self.model_id}", accepted.request_id)
         self._runtime.poller.watch(self.model_id, request)
 
-    # Passes
-
-    def _send_batch(
-        self, future: APIFuture[Output], data: List[Datum], loss: Loss, breaks: Collection[int]
+    def _add_split(
+        self,
+        future: APIFuture[Output],
+        parts: Sequence[APIFuture[Output]],
+        join: Join,
+        contents: Optional[Contents] = None,
+        completed: Optional[SplitBatch] = None,
     ) -> None:
-        """Send a batch in as many requests as it takes, one after the other."""
-        if not future.begin():  # cancelled while it was queued
-            return
-        if future.kind == "forward_backward":
-            self._send_gradient_batch(future, data, loss, breaks)
-            return
-        chunks = self._cut(data, breaks)
-        parts = [future]
-        if len(chunks) > 1:
-            parts = [self.new_future(future.kind) for _ in chunks]
-            gather(future, parts, combine)
-        self._send_parts(parts, chunks, loss)
-
-    def _send_gradient_batch(
-        self, future: APIFuture[Output], data: List[Datum], loss: Loss, breaks: Collection[int]
-    ) -> None:
-        """Send a batch, or what is missing of one that was added in part.
-
-        Raises IncompleteGradientError if one was, and this is not its rest.
-        """
-        completed, pieces = self._gradient.plan(data, loss)
-        chunks: List[Chunk] = []
-        added: List[Optional[APIFuture[Output]]] = []
-        for piece in pieces:
-            if piece.part is None:
-                cuts = self._cut(piece.data, breaks, piece.first)
-            else:
-                cuts = [Chunk(piece.data, 0, piece.first)]  # not sent: its future is settled
-            chunks += cuts
-            added += [piece.part] * len(cuts)
-        if future.done():  # cancelled meanwhile
-            return
-        parts = [future]
-        if completed is not None or len(chunks) > 1:
-            parts = [part or self.new_future(future.kind) for part in added]
-            contents = Contents([chunk.data for chunk in chunks], loss)
-            may_repeat = self._queue.may_repeat
-            batch = SplitBatch(self.model_id, future, parts, combine, may_repeat, contents)
-            self._gradient.add(batch, completed)
-        self._send_parts(parts, chunks, loss)
+        batch = SplitBatch(self.model_id, future, parts, join, self._queue.may_repeat, contents)
+        self._gradient.add(batch, completed)
 
     def _cut(self, data: List[Datum], breaks: Collection[int], first: int = 0) -> List[Chunk]:
         """Cut a batch into requests, all of which can be encoded if there is more than one."""
@@ -281,6 +288,9 @@ class TrainingRun:
     ) -> None:
         """Send the requests of a batch; after one that is known to have failed, no more of them."""
         compress = self._server_flags().proto_compress_fwdbwd
+        # One after the other, even where the server's flags allow them in parallel: sent in
+        # parallel they may arrive in any order, which some servers refuse, and one that fails
+        # would leave a gap in the seq_ids.
         for index, (part, chunk) in enumerate(zip(parts, chunks)):
             if any(earlier.failed() for earlier in parts[:index]):
                 for later in parts[index:]:
@@ -291,6 +301,7 @@ class TrainingRun:
     def _server_flags(self) -> ServerFlags:
         """The server's flags; the usual ones if it does not report them."""
         if self._flags is None:
+            # A pass must not fail because the flags cannot be had: they only set limits.
             try:
                 self._flags = flags_for(self._runtime.transport, once=True)
             except APIError as error:
@@ -300,13 +311,5 @@ class TrainingRun:
         return self._flags
 
 
-def _nothing() -> None:
-    return None
-
-
 def _describe_wait() -> str:
     return "waits for all parts of the batch before it"
-
-
-def _read_unloaded(reply: Reply) -> UnloadModelResponse:
-    return read(UnloadModelResponse, reply, "unload")

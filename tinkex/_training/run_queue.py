@@ -14,17 +14,18 @@ import uuid
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
-from tinkex._results.pending import PendingRequest
 from tinkex._training.sequence import (
     Action,
     Lost,
     LostAction,
+    Outcome,
     SequenceRules,
     classify,
     expected_seq_id,
 )
 from tinkex._transport.request import Request
 from tinkex._transport.tracing import active
+from tinkex._transport.transport import ThreadTransport
 from tinkex.errors import (
     APIError,
     ClientClosedError,
@@ -38,6 +39,7 @@ from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFutur
 
 if TYPE_CHECKING:
     from tinkex._sessions.runtime import Runtime
+    from tinkex._training.requests import RunRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,48 +54,16 @@ _MAYBE_DONE = (
 )
 
 
-class RunRequest(PendingRequest[T]):
-    """One request of a run, from the call until its future is settled.
-
-    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
-
-    Attributes:
-        queue: sends it.
-        seq_id: what it was sent under last; 0 before.
-    """
-
-    def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
-        super().__init__(future, f"run {queue.model_id}")
-        self.queue = queue
-        self.seq_id = 0
-        self._is_watched = False
-
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report for *error*, which it fails with."""
-        return error
-
-    def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if it is going to be resent."""
-        return self.queue.on_failure(self, error)
-
-    def watch(self) -> None:
-        """Have the queue learn when the future is settled.  Each time it was sent."""
-        if not self._is_watched:
-            self._is_watched = True
-            self.future.on_settled(self._settled)
-        elif self.future.done():  # cancelled just now, before it was in flight again
-            self._settled(self.future)
-
-    def _settled(self, future: object) -> None:
-        self.queue.settled(self)
-
-
 class BodyMismatch(Exception):
     """The lost request must be resent before what was about to be sent."""
 
 
 class SendGate:
-    """Lets the transport send only what the rules allow.  Called on the queue's thread."""
+    """Lets the transport send only what the rules allow.  Called on the queue's thread.
+
+    It refers to the rules rather than to the queue: queue and transport would otherwise be in a
+    cycle, and a client that is dropped must be collected without the garbage collector.
+    """
 
     def __init__(self, rules: SequenceRules[Any, Request], lock: threading.Condition) -> None:
         self._rules = rules
@@ -128,8 +98,8 @@ class RunQueue:
         # Never held during I/O or while a future is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
-        self._services_resends = False  # the thread is in _service_resends, and will see a refusal
-        self.transport = runtime.transport.watched(SendGate(self._rules, self._changed))
+        self._services_resends = False  # the thread is in wait_for, and sees a refusal itself
+        self.transport = ThreadTransport(runtime.transport, SendGate(self._rules, self._changed))
         self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
@@ -152,31 +122,24 @@ class RunQueue:
     def send(self, request: RunRequest[Any]) -> None:
         """Send *request* under the next seq_id and have it polled; a failure is its future's."""
         self._resend_refused()
-        self._transmit(request)
+        self._send_and_poll(request)
 
     def may_repeat(self, future: APIFuture[Any]) -> bool:
         """Whether the request of *future*, which has failed, is executed once if it is made again.
 
         That is, its response was lost, and nothing was sent since.
         """
-        lost = self._rules.lost  # changed by this thread alone
+        lost = self._rules.lost  # without the lock, since only this thread changes it
         return lost is not None and lost.request.future is future
 
-    def wait_for(self, futures: Sequence[APIFuture[Any]]) -> None:
-        """Wait until *futures*, of requests of this queue, are settled.
+    def wait_for(self, futures: Optional[Sequence[APIFuture[Any]]]) -> None:
+        """Wait until *futures*, of requests of this queue, are settled; None: all that was sent.
 
         Meanwhile refused requests are resent: in a plain wait the thread might wait for itself.
+        Returns early if the client is closed.
         """
-        for future in futures:
+        for future in futures or ():
             future.on_settled(self._wake)
-        self._service_resends(futures)
-
-    def finish(self) -> None:
-        """Wait until everything that was sent is settled, including what has to be resent."""
-        self._service_resends(None)
-
-    def _service_resends(self, futures: Optional[Sequence[APIFuture[Any]]]) -> None:
-        """Resend what is refused until nothing is, and *futures* (None: all) are settled."""
         with self._changed:
             self._services_resends = True
         while True:
@@ -186,6 +149,8 @@ class RunQueue:
                     settled = not self._rules.in_flight
                 else:
                     settled = all(future.done() for future in futures)
+                # Decided under the lock: a request that is refused from here on must either be seen
+                # by this loop, or queue its resend itself (`on_failure`).
                 over = settled and not self._rules.has_refused
                 self._services_resends = not over and not self.runtime.closed
                 if not self._services_resends:
@@ -209,25 +174,27 @@ class RunQueue:
                 first,
             )
         for request in refused:
-            self._transmit(request)
+            self._send_and_poll(request)
 
-    def _transmit(self, request: RunRequest[Any]) -> None:
+    def _send_and_poll(self, request: RunRequest[Any]) -> None:
+        """Send *request*, and have the poller wait for its result."""
         future, poller = request.future, self.runtime.poller
         if future.done():  # cancelled while it was queued
             return
         future.enter("submitting")
         try:
-            accepted = self._submit(request)
+            accepted = self._send_until_accepted(request)
         except Exception as error:
             unhandled = self.on_failure(request, error)
             if unhandled is not None:
                 poller.fail(future, unhandled)
             return
         request.note_accepted(accepted.request_id)
+        # Once it is in flight: the future may be cancelled by now, which takes it out again.
         request.watch()
         poller.watch(self.model_id, request)
 
-    def _submit(self, request: RunRequest[Any]) -> UntypedFuture:
+    def _send_until_accepted(self, request: RunRequest[Any]) -> UntypedFuture:
         """Send *request* until it is accepted, or fails."""
         while True:
             with self._changed:
@@ -248,6 +215,8 @@ class RunQueue:
                 if action is Action.REPORT_DONE:
                     raise _done_already(error, request) from error
                 if lost is not None and lost.request is request:
+                    # The body is made of the arrays of the datums, and must be the same bytes when
+                    # it is resent.
                     lost.message.keep_body()
                     error.hint = f"{error.hint} {_MAYBE_DONE}" if error.hint else _MAYBE_DONE
                 raise
@@ -261,22 +230,13 @@ class RunQueue:
         assert lost is not None
         name = lost.message.name
         logger.info("no response to %s, seq_id %d; resending it first", name, lost.seq_id)
+        # A gateway's response is never taken for the server's here: a wrong guess would count the
+        # seq_id as free, or as used.
         outage_s = self.runtime.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
-        try:
-            self.runtime.transport.send(lost.message, policy)
-        except Exception as error:
-            expected = expected_seq_id(error, lost.seq_id)
-            with self._changed:
-                action = self._rules.lost_failed(classify(error), expected)
-            if action is LostAction.FILL:
-                self._fill(lost)
-            elif action is LostAction.REPORT:
-                self._explain_lost(lost, error)
-                raise
-        else:
-            with self._changed:
-                self._rules.lost_accepted()
+        resend = functools.partial(self.runtime.transport.send, lost.message, policy)
+        if self._settle_lost(lost, resend, self._rules.lost_failed) is LostAction.FILL:
+            self._fill(lost)
 
     def _fill(self, lost: Lost[RunRequest[Any], Request]) -> None:
         """Use the seq_id of *lost* for a request that has no effect (the end of rule 4)."""
@@ -291,27 +251,39 @@ class RunQueue:
             lost.message.name,
             lost.seq_id,
         )
+        # By the runtime's own transport: the queue's would hold it back for its body.
+        send = functools.partial(submit_batch, self.runtime.transport, filler)
+        self._settle_lost(lost, send, self._rules.filler_failed)
+
+    def _settle_lost(
+        self,
+        lost: Lost[RunRequest[Any], Request],
+        send: Callable[[], object],
+        failed: Callable[[Outcome, Optional[int]], LostAction],
+    ) -> LostAction:
+        """Send *lost*, or what takes its place; return what *failed* decides about a failure.
+
+        Raises the failure, which is then that of the request that had to wait, if it is to be
+        reported.
+        """
         try:
-            submit_batch(self.runtime.transport, filler)
+            send()
         except Exception as error:
             expected = expected_seq_id(error, lost.seq_id)
             with self._changed:
-                action = self._rules.filler_failed(classify(error), expected)
+                action = failed(classify(error), expected)
             if action is LostAction.REPORT:
-                self._explain_lost(lost, error)
+                if isinstance(error, APIError):
+                    error.hint = (
+                        f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, "
+                        "whose response was lost; it must be known to have arrived before anything "
+                        f"else of the run is sent. {self.runtime.session.how_to_resume()}"
+                    )
                 raise
-        else:
-            with self._changed:
-                self._rules.lost_accepted()
-
-    def _explain_lost(self, lost: Lost[RunRequest[Any], Request], error: Exception) -> None:
-        """Add to *error*, of another request, that *lost* had to be resent before."""
-        if isinstance(error, APIError):
-            error.hint = (
-                f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, whose "
-                "response was lost; it must be known to have arrived before anything else of the "
-                "run is sent. " + self.runtime.session.how_to_resume()
-            )
+            return action
+        with self._changed:
+            self._rules.lost_accepted()
+        return LostAction.CONTINUE
 
     # Called when a response arrives, on the poller's threads and others: quick, without I/O
 

@@ -1,4 +1,4 @@
-"""RequestAttempts: sends one request again and again, until it succeeds or is given up."""
+"""RequestAttempts: sends one request until it succeeds, or until no further attempt is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Optional
 
-from tinkex._transport.request import Reply, Request, broken_route, error_if_damaged
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.request_errors import error_if_damaged, repeated_error_hint
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -28,8 +29,8 @@ class RequestAttempts:
     """The attempts of one request.  For one thread, which they block.
 
     Args:
-        waits: waits while the server asks to be left alone (429); otherwise that is an error.
-        urgent: waits neither for a place among the requests after a 429 nor out a 402.
+        waits: wait while the server is rate-limiting (429); otherwise that is an error.
+        urgent: do not wait for the limiter after a 429, nor while the account cannot pay (402).
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class RequestAttempts:
         self._waits = waits
         self._urgent = urgent
         self._limiter = transport.server.limiter
-        # Aborting the transport stops every channel, too.
+        # What ends a pause.  Aborting the transport stops every channel, too.
         self._stop = transport.closing if channel is None else channel.stopped
         self._key = request.idempotency_key or transport.new_key()
         self._began = transport.clock.monotonic()
-        # No method of ours: the cycle would keep the body until the garbage collector runs.  The
-        # limit of the pause is one of the server's flags, which the request for flags must not wait
-        # for.
+        # Not a method of this object, since the cycle would keep the body until the garbage
+        # collector runs.  The limit of the pause is one of the server's flags, so the request for
+        # flags (raw_credential) must not ask for it.
         pause_for_billing = (
             partial(transport.billing.after_402, None if request.raw_credential else transport)
             if transport.config.on_billing == "wait" and not urgent
@@ -65,7 +66,7 @@ class RequestAttempts:
         self._maybe_taken = False  # of all attempts
 
     def run(self) -> Reply:
-        """Send until there is a 2xx response that can be read.  Raises as `Transport.send`."""
+        """Send until there is a 2xx response that can be read.  Raises like `Transport.send`."""
         if self._request.encode_s is not None:
             self._transport.recorder.took("encode", self._request.encode_s)
         while True:
@@ -79,6 +80,8 @@ class RequestAttempts:
                     self._transport.recorder.took("submit", took_s)
                 return reply
             delay_s = self._next_delay_s(reply)
+            # The arrays of a batch are copied only now that it has to be sent again: the caller
+            # may change them during the pause.
             self._request.keep_body()
             self._pause(delay_s)
             self._transport.recorder.count("retries")
@@ -86,36 +89,30 @@ class RequestAttempts:
     def _attempt(self) -> Optional[Reply]:
         """Send once, and keep the error; return the response, if the server has sent one."""
         self._error = None
+        # Rarely, and only then: a place of the limiter takes a lock that all clients share.
+        throttled = not self._urgent and self._limiter.throttled
+        if throttled:
+            self._limiter.acquire(self._pause, self._is_stopped)
+        else:
+            self._pause(0.0)
         try:
-            reply = self._send_in_turn()
+            reply = self._transport.send_once(
+                self._request, channel=self._channel, idempotency_key=self._key
+            )
         except (APIConnectionError, APIStatusError) as caught:  # the latter is about a token
             self._error = caught
             return None
+        finally:
+            if throttled:
+                self._limiter.release()
         if not 200 <= reply.status < 300:
             self._error = self._transport.status_error(self._request, reply)
         else:
             self._error = error_if_damaged(self._request, reply)
         return reply
 
-    def _send_in_turn(self) -> Reply:
-        """Send one attempt when the limiter of this server and key lets it go."""
-        # Nearly always; a place of the limiter would take a lock that all clients share.
-        if self._urgent or not self._limiter.throttled:
-            self._pause(0.0)
-            return self._send()
-        self._limiter.acquire(self._pause, self._is_stopped)
-        try:
-            return self._send()
-        finally:
-            self._limiter.release()
-
-    def _send(self) -> Reply:
-        return self._transport.send_once(
-            self._request, channel=self._channel, idempotency_key=self._key
-        )
-
     def _next_delay_s(self, reply: Optional[Reply]) -> float:
-        """The pause before the next attempt; raises the error of the last if there is to be none.
+        """Seconds before the next attempt; raises the latest error if no attempt is allowed.
 
         *reply* is the server's response, if there was one.
         """
@@ -129,8 +126,10 @@ class RequestAttempts:
             is_rate_limited = reply is not None and reply.status == 429
             if delay_s is None:
                 if reply is not None and reply.status >= 500 and self._retries.repeats > 1:
-                    error.hint = error.hint or broken_route(self._request, self._retries.repeats)
+                    repeats = self._retries.repeats
+                    error.hint = error.hint or repeated_error_hint(self._request, repeats)
                 raise error
+            # Before raising, too: requests that do wait, and other clients of the key, heed it.
             if is_rate_limited:
                 self._limiter.back_off(delay_s)
             if is_rate_limited and not self._waits:
@@ -146,6 +145,7 @@ class RequestAttempts:
 
     def _describe(self, error: APIError, reply: Optional[Reply], now: float) -> None:
         error.attempts, error.elapsed_s = self._retries.attempts, now - self._began
+        # Once set, it stays: an earlier attempt may have been carried out.
         if error.maybe_taken or (reply is not None and leaves_outcome_open(reply.status)):
             self._maybe_taken = True
         error.maybe_taken = self._maybe_taken
@@ -157,13 +157,13 @@ class RequestAttempts:
         logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay_s)
 
     def _refuse_while_throttled(self) -> None:
-        """Raise RateLimitError, instead of sending, while the server asks to be left alone."""
+        """Raise RateLimitError, instead of sending, while the server is rate-limiting."""
         wait_s = self._limiter.wait_s()
         if wait_s <= 0:
             return
         error = RateLimitError(
-            f"{self._request.name} was not sent: the server has asked to wait, {wait_s:.1f} s to "
-            "go",
+            f"{self._request.name} was not sent: rate-limited by the server (429), "
+            f"{wait_s:.1f} s to go",
             status=429,
             retry_after_s=wait_s,
             attempts=self._retries.attempts,

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Between two attempts while the account cannot pay, in seconds.
+#: Seconds between two attempts while the account cannot pay.
 PAUSE_S = 5.0
-#: The longest such pause in all, unless the server's flags name another, in seconds.
+#: The longest wait in all, in seconds, unless the server's flags name another.
 DEFAULT_LIMIT_S = 3600.0
-#: A 402 that comes this long after the last one begins a new pause, in seconds.
+#: A 402 that comes this long after the previous one begins a new wait, in seconds.
 _NEW_AFTER_S = 300.0
-#: The pause is logged no more often than this, in seconds.
+#: The wait is logged no more often than this, in seconds.
 _LOG_INTERVAL_S = 60.0
 
 
@@ -35,22 +35,23 @@ class BillingPause:
     def __init__(self, where: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._where = where
         self._clock = clock
-        # Guards the rest.  Not held while the limit is found out.
+        # Guards the rest.  Not held while the flags are requested, which takes seconds.
         self._lock = threading.Lock()
-        self._asked = False
+        self._fetched = False
         self._limit_s = DEFAULT_LIMIT_S
         self._began = self._last = self._logged = -math.inf
 
     def after_402(self, sender: Optional[Sender]) -> Optional[float]:
-        """Seconds to wait before the next attempt, or None once the pause has lasted too long.
+        """Seconds to wait before the next attempt, or None once the wait has lasted too long.
 
-        The first call asks for the server's flags, by *sender*, which is
-        None while that request itself is sent.
+        The first call requests the server's flags with *sender*, which is None if it is that
+        request itself that got the 402.
         """
         if sender is not None:
-            self._ask_for_limit(sender)
+            self._fetch_limit(sender)
         now = self._clock.monotonic()
         with self._lock:
+            # Nothing reports that the account can pay again: a success does not come here.
             if now - self._last > _NEW_AFTER_S:
                 self._began, self._logged = now, -math.inf
             self._last = now
@@ -75,15 +76,16 @@ class BillingPause:
             )
         return PAUSE_S
 
-    def _ask_for_limit(self, sender: Sender) -> None:
+    def _fetch_limit(self, sender: Sender) -> None:
         with self._lock:
-            asked, self._asked = self._asked, True
-        if asked:
+            fetched, self._fetched = self._fetched, True
+        if fetched:
             return
         try:
             limit_s = flags_for(sender).billing_exception_max_pause_duration_sec
         except TinkexError as error:
-            logger.debug("%s: the longest billing pause is not known: %s", self._where, error)
+            # Often that request gets a 402, too.  The default limit stands.
+            logger.debug("%s: cannot fetch the longest billing pause: %s", self._where, error)
             return
         with self._lock:
             self._limit_s = limit_s

@@ -1,38 +1,35 @@
 """Channel: a frozen requests Session that can be aborted from another thread.
 
-requests promises nothing about sharing a Session, so ours is built once and never changed:
-no cookies, no redirects, no reading of the environment (which alone costs 320 microseconds a
-request).  Closing a Session does not interrupt a request in flight; `Channel.abort` does, by
-shutting its sockets down: a client that closes does not wait for its long polls.
+Closing a Session does not interrupt a request in flight; `Channel.abort` does, by shutting its
+sockets down: a client that closes does not wait for its long polls.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 import time
 import weakref
-from functools import partial
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Iterator, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Optional, Tuple, Type
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.response import HTTPResponse
 
-from tinkex._transport.content_encoding import decompress
-from tinkex._transport.framing import SMALL_BODY, CheckedResponse, Pace
+from tinkex._transport.decoding import SMALL_BODY, CheckedResponse, Pace, decompress
 from tinkex._transport.request import Body, Reply
 from tinkex.config import Config
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 _URLLIB3_DECODES_ZSTD = "zstd" in HTTPResponse.CONTENT_DECODERS
 
-# A dead peer is noticed after about a minute, though polls may be silent for longer.
+# A dead peer is noticed after about a minute, though the responses to long polls take longer.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -49,11 +46,12 @@ class _Sockets:
     """
 
     def __init__(self) -> None:
-        # Guards the set and the flag.
+        # Guards the set and the flag: `abort` comes from another thread.
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
-        # The pace of the response that each thread waits for; without one it is not limited.
+        # The pace of the response that each thread waits for; without one it is not limited.  Per
+        # thread, because requests and urllib3 pass nothing of ours down to the response.
         self._local = threading.local()
 
     @property
@@ -70,24 +68,27 @@ class _Sockets:
         return CheckedResponse(sock, *args, pace=self.pace, **kwargs)
 
     def add(self, sock: Any) -> None:
-        """List a new socket; it is shut down immediately if the channel was aborted meanwhile."""
+        """List a new socket; shut it down if the channel was aborted while it was opened."""
         while not isinstance(sock, socket.socket):  # TLS inside TLS, through an https proxy
             sock = sock.socket
         with self._lock:
             self._open.add(sock)
             aborted = self._aborted
         if aborted:
-            _shut_down(sock)
+            shut_down(sock)
 
     def abort(self) -> None:
         with self._lock:
             self._aborted = True
             sockets = list(self._open)
         for sock in sockets:
-            _shut_down(sock)
+            shut_down(sock)
 
 
-def _shut_down(sock: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
+    """End reads and writes of *sock* in other threads; the thread that uses it closes it."""
+    # Closing it here would not wake a thread that reads, and would free its descriptor, which the
+    # next socket of the process might get while that thread still reads from it.
     with contextlib.suppress(OSError):  # not connected any more, which is what we want
         # The plain socket's method: SSLSocket's own would pull the TLS state away
         # from under the thread that reads.
@@ -95,7 +96,7 @@ def _shut_down(sock: socket.socket) -> None:
 
 
 class _Tracked(HTTPConnection):
-    """A connection whose socket is listed in *sockets*."""
+    """A connection whose socket is listed in *sockets*; mixed into each of urllib3's classes."""
 
     def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,24 +108,19 @@ class _Tracked(HTTPConnection):
         self._sockets.add(self.sock)
 
 
-class _TrackedHTTPS(_Tracked, HTTPSConnection):
-    """The same, with TLS."""
+def _tracked_pool(
+    pool_class: Type[HTTPConnectionPool], sockets: _Sockets, *args: Any, **kwargs: Any
+) -> HTTPConnectionPool:
+    """Make a pool whose connections are listed in *sockets*."""
+    pool = pool_class(*args, **kwargs)
+    connection_class = _tracked_class(pool_class.ConnectionCls)
+    pool.ConnectionCls = functools.partial(connection_class, sockets=sockets)  # type: ignore[assignment]
+    return pool
 
 
-class _Pool(HTTPConnectionPool):
-    """A pool of such connections."""
-
-    def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
-        self.ConnectionCls = partial(_Tracked, sockets=sockets)  # type: ignore[assignment]
-        super().__init__(*args, **kwargs)
-
-
-class _PoolHTTPS(HTTPSConnectionPool):
-    """The same, with TLS."""
-
-    def __init__(self, *args: Any, sockets: _Sockets, **kwargs: Any) -> None:
-        self.ConnectionCls = partial(_TrackedHTTPS, sockets=sockets)  # type: ignore[assignment]
-        super().__init__(*args, **kwargs)
+@functools.cache  # classes are cycles: one each, not one for each pool
+def _tracked_class(connection_class: Any) -> Any:
+    return type(f"_Tracked{connection_class.__name__}", (_Tracked, connection_class), {})
 
 
 class _TrackedAdapter(HTTPAdapter):
@@ -141,25 +137,25 @@ class _TrackedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.PoolManager:
         manager: urllib3.PoolManager = super().proxy_manager_for(*args, **kwargs)
-        if manager not in self._tracked:  # it is asked for with each request
+        if manager not in self._tracked:  # requests calls this with each request
             self._tracked.add(manager)
             self._track(manager)
         return manager
 
     def _track(self, manager: urllib3.PoolManager) -> None:
+        # The manager's own classes: those of a SOCKS proxy connect through it.
         manager.pool_classes_by_scheme = {
-            "http": partial(_Pool, sockets=self._sockets),  # type: ignore[dict-item]  # any callable
-            "https": partial(_PoolHTTPS, sockets=self._sockets),  # type: ignore[dict-item]
+            scheme: functools.partial(_tracked_pool, pool_class, self._sockets)  # type: ignore[misc]
+            for scheme, pool_class in manager.pool_classes_by_scheme.items()
         }
 
 
 class _Session(requests.Session):
-    """Leaves redirects alone: the original reads the target even if it is not to follow it.
-
-    A target that makes no sense would then raise errors of many kinds.
-    """
+    """A session that follows no redirect."""
 
     def resolve_redirects(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        # With allow_redirects=False requests parses the target all the same, and a malformed one
+        # raises errors of many kinds.
         return iter(())
 
 
@@ -169,13 +165,16 @@ class Channel:
     More threads than that work too, at the cost of a new connection for each request.
 
     Attributes:
-        stopped: set once nothing more is to be begun; `abort` sets it, and so may others who let
-            the request in flight come to its end.
+        stopped: set once no further request may begin; `abort` sets it, and so may the owner, to
+            let the request in flight finish.
     """
 
     def __init__(self, config: Config, pool_size: int) -> None:
         self.stopped = threading.Event()
         self._sockets = _Sockets()
+        # requests does not promise that a Session can be shared by threads, so this one is not
+        # changed after it was built: no cookies, no redirects.  Nor does it read the environment,
+        # which costs 320 microseconds a request; `config` has read the proxy and the certificates.
         session = _Session()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -206,6 +205,7 @@ class Channel:
         bounds a small response as one (see Pace).
         """
         began = time.perf_counter()
+        # requests would send an iterable as chunks, which not every server reads.
         data = bytes(body) if isinstance(body, Parts) else body
         self._sockets.pace = Pace(timeout[1], starts_now=len(data or b"") <= SMALL_BODY)
         try:
@@ -222,7 +222,7 @@ class Channel:
         took_s = time.perf_counter() - began
         _check_length(response)
         lowered = {name.lower(): value for name, value in response.headers.items()}
-        content: bytes = response.content  # gzip and deflate are undone by requests
+        content: bytes = response.content  # requests has undone gzip and deflate
         if lowered.get("content-encoding", "").lower() == "zstd" and not _URLLIB3_DECODES_ZSTD:
             content = decompress("zstd", content)
         read_s = max(0.0, took_s - response.elapsed.total_seconds())  # elapsed ends at the headers
@@ -232,7 +232,7 @@ class Channel:
     def stream(
         self, url: str, *, headers: Mapping[str, str], timeout: Tuple[float, float]
     ) -> Iterator[requests.Response]:
-        """GET once and yield the response before its body, which the caller reads or leaves.
+        """GET once and yield the response before its body, which the caller may read.
 
         A read timeout bounds each pause in the body.  Raises what requests raises.  Blocks.
         """
@@ -260,7 +260,7 @@ class Channel:
 
 
 def _check_length(response: requests.Response) -> None:
-    """Raise for a response that ends too soon: urllib3 before 2 takes it for complete."""
+    """Raise for a response that ends too soon: urllib3 before 2.0 takes it for complete."""
     announced = response.headers.get("Content-Length", "")
     received = response.raw.tell()
     if announced.isdigit() and received < int(announced):

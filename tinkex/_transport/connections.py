@@ -1,7 +1,7 @@
 """Connections: the open connections of one transport, shared and private.
 
-Each traffic class has a pool of its own, so that neither long polls nor bulk data can delay a
-submission.  A busy thread may have a connection to itself.
+A busy thread may have a connection to itself: with hundreds of threads, the lock of a shared pool
+costs more than the requests.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class Connections:
         self._config = config
         self._closing = closing
         self._clock = clock
+        # One pool for each traffic class: neither long polls nor bulk data may delay a submission.
         self._shared = {name: Channel(config, size) for name, size in POOL_SIZES.items()}
-        # Guards what follows.  Never held while a channel is closed.
+        # Guards what follows.  Never held while a channel is closed, which takes the channel's lock
+        # and may block in TLS.
         self._lock = threading.Lock()
-        # Weak: a private channel closes its socket when its thread has ended and dropped it.
+        # Weak: a private channel closes its socket when its thread has ended and released it.
         self._private: weakref.WeakSet[AnyChannel] = weakref.WeakSet()
         self._next_shortage_log = -math.inf
 
@@ -56,7 +58,7 @@ class Connections:
 
     def open_connection(self) -> AnyChannel:
         """Like `open_channel`, for a thread that sends many short requests and nothing else."""
-        if self._config.proxy:
+        if self._config.proxy:  # which PrivateChannel does not speak to
             return self.open_channel()
         connection = PrivateChannel(self._config)
         self._add(connection)
@@ -65,7 +67,9 @@ class Connections:
     def _add(self, channel: AnyChannel) -> None:
         with self._lock:
             self._private.add(channel)
-        if self._closing.is_set():  # `abort` may have missed it
+        # The owner sets `closing` before it calls `abort`: if `abort` has missed this channel, the
+        # event is set by now.
+        if self._closing.is_set():
             channel.abort()
 
     def drop_idle(self) -> None:
@@ -74,7 +78,7 @@ class Connections:
             channel.close()
 
     def free_descriptors(self) -> None:
-        """Close every idle connection, and log the shortage of file descriptors now and then."""
+        """Close every idle connection, and log the shortage of file descriptors once a minute."""
         self.drop_idle()
         now = self._clock.monotonic()
         with self._lock:

@@ -1,6 +1,7 @@
 """The credential command: a program of the user's that prints a key or a token.
 
-Run by the thread that needs one, which waits for it.  What it is and what it prints is a secret.
+It runs in a shell, and the thread that needs a credential waits for it.  The command and its output
+are secrets: command lines often hold passwords.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def run_command(command: str, closing: threading.Event) -> str:
         ClientClosedError: *closing* was set meanwhile.
     """
     try:
-        # In a process group of its own, so that what the shell starts can be ended with it.
+        # In a process group of its own: `_kill` ends what the shell has started, too, and Ctrl-C
+        # at the terminal does not reach it.  Its stderr may repeat secrets.
         process = subprocess.Popen(
             command,
             shell=True,
@@ -44,6 +46,7 @@ def run_command(command: str, closing: threading.Event) -> str:
             start_new_session=sys.platform != "win32",
         )
     except (OSError, ValueError, RuntimeError) as error:  # the last at interpreter shutdown
+        # Without its cause, whose text holds the command.
         raise CredentialError(f"{COMMAND} cannot be run: {type(error).__name__}") from None
     with process:
         try:
@@ -72,6 +75,7 @@ def run_command(command: str, closing: threading.Event) -> str:
 def _read_output(process: subprocess.Popen[bytes], closing: threading.Event) -> bytes:
     deadline = time.monotonic() + COMMAND_TIMEOUT_S
     while True:
+        # In slices, because nothing wakes `communicate` when the client is closed.
         try:
             return process.communicate(timeout=0.1)[0]
         except subprocess.TimeoutExpired:

@@ -2,13 +2,12 @@
 
 urllib3 opens it (names, TLS, certificates, socket options).  The exchange itself is ours: it is
 what submitting and polling thousands of samples costs, and requests takes fifteen times as long
-for it (``python benchmarks/http.py``).  Only what a Tinker server needs is here: requests with
-their complete body in hand, responses read to their end, no proxy, no redirect, no cookie.
+for it.  Only what a Tinker server needs is here: requests with their complete body in hand,
+responses read to their end, no proxy, no redirect, no cookie.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import threading
@@ -24,17 +23,17 @@ from urllib3.connection import HTTPConnection
 from urllib3.util.ssl_ import create_urllib3_context
 from urllib3.util.wait import wait_for_read
 
-from tinkex._transport.channel import SOCKET_OPTIONS, Channel
-from tinkex._transport.content_encoding import decompress
-from tinkex._transport.framing import SMALL_BODY, Pace, chunk_size, content_length
+from tinkex._transport.channel import SOCKET_OPTIONS, Channel, shut_down
+from tinkex._transport.decoding import SMALL_BODY, Pace, chunk_size, content_length, decompress
 from tinkex._transport.request import Body, Reply
 from tinkex.config import Config
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 #: Most responses fit; the rest of a longer one is read in large blocks.  A waiting thread holds a
 #: buffer of this size, and hundreds wait: 64 KiB each cost 400 threads 7 MiB of RSS.
 _RECEIVE = 2048
-#: The status line and headers of a response may take this many bytes.
+#: The status line and headers of a response may take this many bytes.  Without a limit, a server
+#: that sends no empty line would fill the memory.
 MAX_HEAD_BYTES = 65536
 #: A body, or its first block, goes out in one piece with the headers up to this size: one packet,
 #: one system call.
@@ -48,7 +47,9 @@ class _Socket:
         # Guards what follows; another thread may abort.
         self.lock = threading.Lock()
         self.sock: Optional[Any] = None
-        self.busy = False  # a thread is in a request, and will close the socket if it breaks
+        # A thread is in a request.  It alone closes the socket then: another thread that did would
+        # free the descriptor while it is being read from.
+        self.busy = False
         self.aborted = False
 
     def close(self) -> None:
@@ -78,7 +79,10 @@ class PrivateChannel:
         self._ca_bundle = config.ca_bundle
         self._state = _Socket()
         self._received = b""
-        self._pace = Pace(0.0, starts_now=False)  # of the response that is waited for
+        self._pace = Pace(0.0, starts_now=False)  # of the response to the current request
+        # Not at exit, where another thread may still be reading.  The finalizer takes a lock,
+        # although it may run in any thread at any time: only methods of the channel take that
+        # lock, and none of them is running once the channel is collected.
         weakref.finalize(self, self._state.close).atexit = False
 
     def request(
@@ -102,10 +106,13 @@ class PrivateChannel:
             sock = self._ready(timeout[0])
             sock.settimeout(timeout[1])
             self._send(sock, head, body)
-            return self._read_answer(sock)
+            return self._read_reply(sock)
         except BaseException as error:
-            # Whatever is still to come on it belongs to this request: never use it again.
+            # Ctrl-C, too: what is still to come on it belongs to this request, and the next one
+            # would take it for its own response.
             self.close()
+            # After the handshake even an SSL error is a broken connection, and not a certificate
+            # that is refused: another attempt may succeed.
             if isinstance(error, socket.timeout):
                 raise requests.ReadTimeout(error) from error
             if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
@@ -115,7 +122,7 @@ class PrivateChannel:
             with self._state.lock:
                 self._state.busy = False
                 aborted = self._state.aborted
-            if aborted:
+            if aborted:  # meanwhile: `abort` has left closing to this thread
                 self.close()
 
     def close(self) -> None:
@@ -126,15 +133,14 @@ class PrivateChannel:
     def close_if_idle(self) -> None:
         """Close it unless a request is under way.  From any thread."""
         with self._state.lock:
-            if not self._state.busy:
-                sock, self._state.sock = self._state.sock, None
-            else:
-                sock = None
+            if self._state.busy:
+                return
+            sock, self._state.sock = self._state.sock, None
         if sock is not None:
             sock.close()
 
     def abort(self) -> None:
-        """Break off the request in flight, and every later one.  From any thread."""
+        """Abort the request in flight, and every later one.  From any thread."""
         self.stopped.set()
         with self._state.lock:
             self._state.aborted = True
@@ -142,18 +148,18 @@ class PrivateChannel:
         if sock is not None and not busy:
             self._state.close()
         elif sock is not None:
-            with contextlib.suppress(OSError):  # not connected any more, which is what we want
-                # The plain socket's method: SSLSocket's own would pull the TLS state away
-                # from under the thread that reads.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            shut_down(sock)
 
     def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
         target = url[len(self._origin) :]
         if not url.startswith(self._origin) or not target.startswith("/"):
             raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        # A line break in a value would begin another header, or another request.  Counting them is
+        # faster than looking into each value.
         if lines.count("\n") != len(headers) or " " in target or "\n" in target:
             raise requests.exceptions.InvalidHeader("a header or the path holds a line break")
+        # An empty body is announced, too: some servers refuse a POST without a length (411).
         length = (
             "" if body is None and method == "GET" else f"Content-Length: {len(body or b'')}\r\n"
         )
@@ -168,6 +174,8 @@ class PrivateChannel:
     def _ready(self, connect_timeout_s: float) -> Any:
         """The socket, a new one if there is none or the server has closed it."""
         sock = self._state.sock
+        # Something to read before anything was sent: the end of the stream, since the server has
+        # closed an idle connection, or bytes that belong to no request of ours.
         if sock is not None and not self._received and not wait_for_read(sock, timeout=0.0):
             return sock
         self.close()
@@ -175,9 +183,9 @@ class PrivateChannel:
         with self._state.lock:
             self._state.sock = sock
             aborted = self._state.aborted
-        if aborted:
+        if aborted:  # while it was being opened, when `abort` found no socket
             self.close()
-            raise requests.ConnectionError("the connection was broken off")
+            raise requests.ConnectionError("the connection was aborted")
         return sock
 
     def _open(self, timeout_s: float) -> Any:
@@ -205,20 +213,23 @@ class PrivateChannel:
             for block in _blocks(head, body):
                 sock.sendall(block)
         except (BrokenPipeError, ConnectionResetError):
-            # A server may refuse a body before it has read it all; its response tells why.
+            # A server may refuse a body, e.g. with 413, and close before it has read it all: its
+            # response, which has the reason, may be there already.
             if not wait_for_read(sock, timeout=0.0):
                 raise
 
     # Receiving
 
-    def _read_answer(self, sock: Any) -> Reply:
+    def _read_reply(self, sock: Any) -> Reply:
         while True:
             status, version, headers = self._read_head(sock)
             if status >= 200:
                 break  # before it there may be "100 Continue" and the like
         began = time.perf_counter()
+        # HTTP/1.1 keeps a connection by default, HTTP/1.0 only where it is announced.
         keep = headers.get("connection", "").lower()
         reusable = keep != "close" and (version == b"HTTP/1.1" or keep == "keep-alive")
+        # How long the body is: RFC 9112, section 6.3, in its order.
         if status in (204, 304):
             body = b""
         elif headers.get("transfer-encoding", "").lower() == "chunked":
@@ -228,7 +239,7 @@ class PrivateChannel:
             try:
                 size = content_length(length)
             except ValueError as error:
-                raise _broken(str(error)) from error
+                raise _malformed(str(error)) from error
             body = self._read_exactly(sock, size)
         else:
             body, reusable = self._read_to_the_end(sock), False
@@ -244,7 +255,7 @@ class PrivateChannel:
         end = self._received.find(b"\r\n\r\n")
         while end < 0:
             if len(self._received) > MAX_HEAD_BYTES:
-                raise _broken(f"its headers are longer than {MAX_HEAD_BYTES} bytes")
+                raise _malformed(f"its headers are longer than {MAX_HEAD_BYTES} bytes")
             self._receive(sock)
             end = self._received.find(b"\r\n\r\n")
         text, self._received = self._received[:end], self._received[end + 4 :]
@@ -252,12 +263,14 @@ class PrivateChannel:
         version, _, rest = first.partition(b" ")
         code = rest[:3]
         if not version.startswith(b"HTTP/1.") or not code.isdigit():
-            raise _broken(f"it begins with {first[:80]!r}")
+            raise _malformed(f"it begins with {first[:80]!r}")
         headers: Dict[str, str] = {}
         for line in lines:
             name, colon, value = line.decode("latin-1").partition(":")
+            # No white space around a name: it would hide a length from other readers of the same
+            # bytes (RFC 9112, section 5.1), and a folded line is no header of its own.
             if not colon or name != name.strip():
-                raise _broken(f"one of its headers is {line[:80]!r}")
+                raise _malformed(f"one of its headers is {line[:80]!r}")
             key, value = name.lower(), value.strip()
             headers[key] = f"{headers[key]}, {value}" if key in headers else value
         return int(code), version, headers
@@ -278,19 +291,19 @@ class PrivateChannel:
         data = self._recv(sock, _RECEIVE)
         if not data:
             what = "in the middle of a response" if self._received else "without a response"
-            raise _broken_off(f"the server closed the connection {what}")
+            raise _closed_early(f"the server closed the connection {what}")
         self._received += data
 
     def _read_exactly(self, sock: Any, length: int) -> bytes:
         """Read *length* bytes."""
         have, self._received = self._received[:length], self._received[length:]
-        if len(have) == length:
+        if len(have) == length:  # nearly always: it came together with the headers
             return have
         parts, missing = [have], length - len(have)
         while missing:
             data = self._recv(sock, min(missing, 1 << 20))
             if not data:
-                raise _broken_off(
+                raise _closed_early(
                     f"the connection was closed after {length - missing} of {length} bytes "
                     "of the response"
                 )
@@ -305,12 +318,12 @@ class PrivateChannel:
             try:
                 size = chunk_size(self._read_line(sock).partition(b";")[0].strip())
             except ValueError as error:
-                raise _broken(str(error)) from error
+                raise _malformed(str(error)) from error
             if size == 0:
                 break
             parts.append(self._read_exactly(sock, size))
             if self._read_line(sock):
-                raise _broken("a chunk is longer than its size")
+                raise _malformed("a chunk is longer than its size")
         while self._read_line(sock):
             pass  # trailers
         return b"".join(parts)
@@ -319,7 +332,7 @@ class PrivateChannel:
         end = self._received.find(b"\r\n")
         while end < 0:
             if len(self._received) > MAX_HEAD_BYTES:
-                raise _broken("a line of it does not end")
+                raise _malformed("a line of it does not end")
             self._receive(sock)
             end = self._received.find(b"\r\n")
         line, self._received = self._received[:end], self._received[end + 2 :]
@@ -339,6 +352,7 @@ def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
     """What to send, piece by piece."""
     blocks = iter(body if isinstance(body, Parts) else (body or b"",))
     first = next(blocks, b"")
+    # A larger one is not joined with the headers, because that would copy it.
     if len(first) <= _JOIN_BYTES:
         yield head + first
     else:
@@ -347,7 +361,7 @@ def _blocks(head: bytes, body: Body) -> Iterator[bytes]:
     yield from blocks
 
 
-#: What a busy thread may be given.
+#: What a request can be sent over.
 AnyChannel = Union[Channel, PrivateChannel]
 
 
@@ -364,9 +378,9 @@ def _as_requests_raises(error: BaseException) -> BaseException:
     return error
 
 
-def _broken(what: str) -> requests.RequestException:
+def _malformed(what: str) -> requests.RequestException:
     return requests.exceptions.ChunkedEncodingError(f"malformed HTTP response: {what}")
 
 
-def _broken_off(what: str) -> requests.ConnectionError:
+def _closed_early(what: str) -> requests.ConnectionError:
     return requests.ConnectionError(what)

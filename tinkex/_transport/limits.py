@@ -325,7 +325,7 @@ class RateLimiter:
         """In words, how requests are held back; None if they are not."""
         wait_s = self.wait_s()
         if wait_s > 0:
-            return f"the server has asked to wait (429), {wait_s:.1f} s to go"
+            return f"rate-limited by the server (429), {wait_s:.1f} s to go"
         if self.throttled:
             return f"after a 429, {MAX_AFTER_429} requests at a time"
         return None

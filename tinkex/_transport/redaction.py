@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from tinkex._transport.tokens import TokenSource
     from tinkex.config import Config
 
-#: Shorter ones are no secrets, and would garble every text that they happen to occur in.
+#: Shorter strings are not secrets, and replacing them would garble texts that contain them.
 _MIN_LENGTH = 4
 
-#: In a response that is not an error, only what cannot be there by chance is replaced.
+#: In a response that is not an error, a short string may occur by chance, e.g. among token ids.
 _MIN_LENGTH_IN_RESULT = 12
 
 _SENSITIVE = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 
 class Redactor:
-    """Takes the secrets of one client out of texts and responses.  Thread-safe.
+    """Removes the secrets of one client from texts and responses.  Thread-safe.
 
-    The secrets are the key and the tokens made from it, what the settings hold, and what a request
-    brings along.
+    The secrets are the key and the tokens made from it, those in the settings, and those of a
+    request.
     """
 
     def __init__(self, config: Config, tokens: TokenSource) -> None:
@@ -48,7 +48,7 @@ class Redactor:
     def reply(self, reply: Reply, request: Request) -> Reply:
         """Return *reply* without secrets that its body echoes, before they get into an error.
 
-        Binary responses are left alone: they are not shown.
+        Binary responses are returned as they are: their contents are never shown.
         """
         if "protobuf" in reply.content_type:
             return reply
@@ -61,7 +61,7 @@ class Redactor:
         return reply if body is reply.body else dataclasses.replace(reply, body=body)
 
     def _secrets(self, request: Optional[Request], min_length: int) -> List[str]:
-        """Those that are long enough; longer ones first, as they may hold shorter ones."""
+        """Those of *min_length* or more; longer ones first, as they may contain shorter ones."""
         own = () if request is None else request.secrets
         found = {*self._settings, *self._tokens.secrets, *own}
         return sorted((s for s in found if len(s) >= min_length), key=len, reverse=True)

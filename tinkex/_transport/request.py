@@ -1,25 +1,31 @@
-"""One request and one response, as they go over the wire.  Values only: Transport sends."""
+"""One request and one response, as they go over the wire, and where a redirect leads.
+
+Values and pure functions only: Transport sends.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, List, Mapping, Optional, Tuple, Union
+from urllib.parse import urljoin, urlsplit
 
 import orjson
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import ResponseDecodeError
-from tinkex.wire.parts import Parts
-
-JSON_TYPE = "application/json"
+from tinkex.wire.codec import JSON_CONTENT_TYPE, Parts
 
 NOT_JSON_HINT = ErrorText(
     "Is ", Setting("base_url"), " the address of a Tinker server, and its path prefix right?"
 )
 
-#: Characters of a body that are shown.
-_SHOWN = 200
+#: Redirects in a row that are followed.
+MAX_HOPS = 5
+
+#: Redirects that keep the method and the body; the others turn a POST into a GET, which no route
+#: of the protocol means.
+_KEEP_METHOD = (307, 308)
+_REDIRECTS = (301, 302, 303, *_KEEP_METHOD)
 
 Body = Union[bytes, Parts, None]
 
@@ -36,8 +42,8 @@ class Request:
         idempotency_key: of all attempts; None has one made.
         raw_credential: send the credential itself, never a token exchanged for it.
         secret_reply: the response is a secret, and shown nowhere.
-        follow_redirects: a GET goes on to where the server points, without credentials if that is
-            another origin; False returns the 3xx response itself.
+        follow_redirects: follow redirects (see `next_hop`), without credentials to another origin;
+            False returns the 3xx response itself.
         empty_response_ok: a success may have no body, since it is not read.
         encode_s: the seconds that making the body took, for `ServiceClient.metrics`; None is not
             counted.
@@ -46,8 +52,8 @@ class Request:
     method: str
     path: str
     body: Body = dataclasses.field(default=None, repr=False)
-    content_type: str = JSON_TYPE
-    accept: str = JSON_TYPE
+    content_type: str = JSON_CONTENT_TYPE
+    accept: str = JSON_CONTENT_TYPE
     traffic: str = "work"
     read_timeout_s: Optional[float] = None
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
@@ -70,14 +76,6 @@ class Request:
         return f"{self.method} {self.path.partition('?')[0]}"
 
 
-def broken_route(request: Request, times: int) -> str:
-    """The hint of an error that has come several *times*, word for word."""
-    return (
-        f"The server answered the same {times} times: its route {request.name} is broken, or "
-        "breaks over this request. See its log."
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """A response of any status, read to its end.
@@ -91,7 +89,8 @@ class Reply:
     headers: Mapping[str, str] = dataclasses.field(repr=False)
     body: bytes = dataclasses.field(repr=False)
     read_s: float = dataclasses.field(default=0.0, repr=False, compare=False)
-    #: The decoded body, from `is_damaged` to `json`: both decode it, once together.
+    # The decoded body, kept from `is_damaged` to `json`, so that it is decoded once.  A list,
+    # because the fields of a frozen value cannot be replaced.
     _decoded: List[Any] = dataclasses.field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -103,7 +102,7 @@ class Reply:
 
     @property
     def is_damaged(self) -> bool:
-        """True for a success that is no JSON: if it cannot be read, it was damaged on its way."""
+        """True for a success that is not JSON: if it cannot be read, it was damaged in transit."""
         if self.status >= 300:
             return False
         try:
@@ -115,6 +114,7 @@ class Reply:
     def json(self) -> Any:
         """The decoded body, the caller's own; ResponseDecodeError if it is not JSON."""
         if self._decoded:
+            # Popped, not shared: the caller may change what it gets.
             return self._decoded.pop()
         try:
             return orjson.loads(self.body)
@@ -127,27 +127,41 @@ class Reply:
             ) from error
 
 
-def error_if_damaged(request: Request, reply: Reply) -> Optional[ResponseDecodeError]:
-    """The error for a success that should be JSON and is not; None if all is well.
+def next_hop(method: str, url: str, status: int, location: Optional[str]) -> Optional[str]:
+    """Return the absolute URL that a redirect from *url* leads to, or None if it is not followed.
 
-    The work was done.  Sent again, under the same key, the request gets its response once more.
+    A GET follows every redirect, another method only those that keep it (307, 308).  *location* is
+    the header of that name.
     """
-    if request.empty_response_ok or "protobuf" in reply.content_type or not reply.is_damaged:
+    if status not in (_REDIRECTS if method in ("GET", "HEAD") else _KEEP_METHOD) or not location:
         return None
-    error = ResponseDecodeError(
-        f"{request.name}: the response is not JSON: {describe(request, reply)}",
-        status=reply.status,
-        hint=NOT_JSON_HINT,
-    )
-    error.maybe_taken = True
-    return error
+    try:
+        target = urljoin(url, location)
+        scheme = _origin(target)[0]
+    except ValueError:  # a malformed port or address
+        return None
+    if scheme not in ("http", "https") or not urlsplit(target).hostname:
+        return None
+    # From https to http, the request and its response would travel in the clear.
+    if scheme == "http" and urlsplit(url).scheme == "https":
+        return None
+    return target
 
 
-def describe(request: Request, reply: Reply) -> str:
-    """Status, content type and the beginning of the body, for messages; may hold secrets."""
-    kind = reply.content_type.partition(";")[0].strip() or "no content type"
-    if request.secret_reply:
-        return f"status {reply.status}, {kind}"
-    text = re.sub(r"\s+", " ", reply.body[: 4 * _SHOWN].decode("utf-8", "replace")).strip()
-    shown = repr(text[:_SHOWN]) if text else "empty body"
-    return f"status {reply.status}, {kind}, {shown}"
+def same_origin(one: str, other: str) -> bool:
+    """True if two URLs have the same scheme, host and port."""
+    return _origin(one) == _origin(other)
+
+
+def host_of_redirect(location: str) -> str:
+    """Where a redirect leads, for messages: without path and query, which may hold a signature."""
+    try:
+        parts = urlsplit(location)
+        return f"{parts.scheme}://{parts.hostname}" if parts.hostname else "elsewhere"
+    except ValueError:
+        return "elsewhere"
+
+
+def _origin(url: str) -> Tuple[str, Optional[str], int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

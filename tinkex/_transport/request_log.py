@@ -18,7 +18,7 @@ from tinkex._transport.request import Body, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-#: Ids are looked for in bodies up to this size, in bytes: larger ones hold data.
+#: Ids are read from bodies up to this size, in bytes: larger ones hold data.
 _MAX_READ = 1 << 16
 
 #: The top-level fields of bodies that are shown.
@@ -71,6 +71,7 @@ def _log(
     line += f"{received} B received, " if received is not None else ""
     line += f"{1000 * took_s:.1f} ms"
     line += "".join(f", {name}={value}" for name, value in ids.items())
+    # The complete line: a path or an id may be a secret that the caller mistook for one.
     logger.debug("%s", redact(line))
 
 

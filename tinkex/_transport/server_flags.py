@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple,
 import orjson
 
 from tinkex._runtime.single_flight import SingleFlight
-from tinkex._transport.request import Reply, Request, error_if_damaged
+from tinkex._transport.request import Reply, Request
+from tinkex._transport.request_errors import error_if_damaged
 from tinkex._version import PROTOCOL_VERSION
 from tinkex.errors import APIConnectionError, APIError, APIStatusError, ResponseDecodeError, a_type
 from tinkex.retry import RetryPolicy, server_error_behind

@@ -51,6 +51,7 @@ class Tracer:
 
         Yields the span, to which the response is added; None if there is no current span.
         """
+        # Without an operation's span, each poll would begin a trace of its own.
         if not self.api.get_current_span().get_span_context().is_valid:
             yield None
             return
@@ -72,14 +73,14 @@ class Tracer:
                 raise
 
     def respond(self, span: Any, status: int) -> None:
-        """Note the *status* of the response."""
+        """Add the *status* of the response to *span*."""
         span.set_attribute("http.response.status_code", status)
         if status >= 400:
             span.set_attribute("error.type", str(status))
             span.set_status(self.api.StatusCode.ERROR)
 
     def fail(self, span: Any, error: BaseException, message: Optional[str] = None) -> None:
-        """Note that *error* was raised."""
+        """Mark *span* as failed with *error*."""
         span.set_attribute("error.type", type(error).__name__)
         span.set_status(self.api.StatusCode.ERROR, message)
 
@@ -97,7 +98,7 @@ class Operation:
         return self._tracer.context.attach(self._context)
 
     def detach(self, token: Any) -> None:
-        """Make the span current again that was so before `attach`."""
+        """Make the span current again that was current before `attach`."""
         self._tracer.context.detach(token)
 
     @contextlib.contextmanager
@@ -116,7 +117,8 @@ class Operation:
         if future.cancelled():
             self._span.set_attribute("tinkex.cancelled", True)
         else:
-            error = Future.exception(future, 0)  # which does not count as reading it
+            # The base class's method: APIFuture's would count the failure as read by the user.
+            error = Future.exception(future, 0)
             if error is not None:
                 self._tracer.fail(self._span, error, getattr(error, "message", None))
         self._span.end()

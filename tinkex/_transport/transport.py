@@ -1,7 +1,15 @@
 """Transport: sends requests to one server.  Nothing here knows an endpoint.
 
-It authenticates requests, follows redirects and retries; limits, counters and pauses are objects
-beside it, see `ClientResources`.
+The path of a request, from the top down:
+
+    Transport.send           until it succeeds: attempts.RequestAttempts, for all but polls
+    Transport.send_once      one attempt: headers, the token, errors
+    Transport._follow        one exchange, and one more for each redirect
+    Transport._exchange      the log, the counters, the typed error if there is no response
+    Channel.request, or      HTTP: a pool of connections for several threads, or one connection of
+    PrivateChannel.request   one thread (fast_connection)
+
+Limits, counters and pauses are objects beside the transport: see `ClientResources`.
 """
 
 from __future__ import annotations
@@ -21,14 +29,17 @@ from tinkex._transport import request_log
 from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.billing import BillingPause
 from tinkex._transport.channel import Channel
-from tinkex._transport.connection_errors import connection_error, forget_frames
 from tinkex._transport.connections import Connections
-from tinkex._transport.content_encoding import ACCEPT_ENCODING
+from tinkex._transport.decoding import ACCEPT_ENCODING
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.redaction import Redactor
-from tinkex._transport.redirects import MAX_HOPS, next_hop, same_origin
-from tinkex._transport.request import Reply, Request
-from tinkex._transport.response_errors import raise_if_from_gateway, status_error
+from tinkex._transport.request import MAX_HOPS, Reply, Request, next_hop, same_origin
+from tinkex._transport.request_errors import (
+    connection_error,
+    forget_frames,
+    gateway_error,
+    status_error,
+)
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, is_invalid_token
 from tinkex._transport.tracing import Tracer
@@ -72,7 +83,6 @@ class Transport:
         self.billing = billing or BillingPause(config.host_and_port, clock)
         self.server = state_of(config)
         self.tracer = Tracer(config) if config.tracing else None
-        # Traffic classes have pools of their own: a long poll must not delay a submission.
         self._connections = Connections(config, self.closing, clock)
         self._redactor = Redactor(config, self.server.tokens)
         self._headers: Dict[str, str] = {
@@ -96,10 +106,6 @@ class Transport:
         """Like `open_channel`, for a thread that sends many short requests and nothing else."""
         return self._connections.open_connection()
 
-    def watched(self, before_send: Callable[[Request], Request]) -> ThreadTransport:
-        """This transport for one busy thread, whose requests pass *before_send*."""
-        return ThreadTransport(self, before_send)
-
     def send(
         self,
         request: Request,
@@ -111,20 +117,21 @@ class Transport:
     ) -> Reply:
         """Send until there is a 2xx response or *policy* gives up.
 
-        *waits*: whether to wait while the server asks to be left alone (429).  By default that is
-        a setting for work, and True for all other requests.  *urgent*: to wait for nothing but
-        responses and the pauses of *policy*, neither while the server asks to be left alone nor
-        while the account cannot pay (402), whatever the settings.
+        *waits*: whether to wait while the server is rate-limiting (429).  By default
+        ``on_backpressure`` decides for work, and all other requests wait.  *urgent*: wait only for
+        responses and the pauses of *policy*, not while the server is rate-limiting or the account
+        cannot pay (402), whatever the settings.
 
         Raises:
             APIStatusError, ResponseDecodeError: the server's last response.
-            RateLimitError: it was turned away with 429, or would be, and does not wait.
+            RateLimitError: the response was 429, or would be, and the request does not wait.
             APIConnectionError: no response within the policy's time.
             ClientClosedError: closed, or *channel* stopped, meanwhile.
         """
         if urgent:
             waits = False
         elif waits is None:
+            # The request for flags is part of other calls, which must not fail for it.
             is_work = request.traffic == "work" and not request.raw_credential
             waits = not is_work or self.config.on_backpressure == "wait"
         return RequestAttempts(self, request, policy, channel, waits=waits, urgent=urgent).run()
@@ -142,13 +149,14 @@ class Transport:
         Redirects are followed.
 
         Raises:
-            APITimeoutError, APIConnectionError: there was no response, or none of the server's own
-                (see tinkex._transport.response_errors), or no new token to be had.
-            APIStatusError: the server refuses to give a token.
+            APITimeoutError, APIConnectionError: there was no response, only a gateway's (see
+                tinkex._transport.request_errors), or a new token could not be fetched.
+            APIStatusError: the server refuses to issue a token.
             CredentialError: there is no usable key or token.
             ClientClosedError: the transport was closed meanwhile.
         """
         headers = {**self._headers, "Accept": request.accept}
+        # Also without a body (docs/protocol.md, "Request headers").
         if request.method != "GET":
             headers["Content-Type"] = request.content_type
             headers["X-Idempotency-Key"] = idempotency_key or self.new_key()
@@ -157,16 +165,22 @@ class Transport:
         reply = self._follow(request, headers, token, channel)
         if token is not None and reply.status == 401:
             if token.renewable and is_invalid_token(reply.status, reply.headers):
+                # Not counted as an attempt: the server has not looked at the request itself.
                 token = self.server.tokens.renew(self, request, token)
                 reply = self._follow(request, headers, token, channel)
             else:
                 self.server.tokens.forget(token)
         self.server.log_deprecation(request.name, reply.headers)
-        raise_if_from_gateway(request, reply, channel, self.clock.wall(), self._redactor)
+        error = gateway_error(request, reply, self.clock.wall(), self._redactor)
+        if error is not None:
+            # Idle connections only: a proxy that rejects a connection does so for each request on
+            # it, so the next attempt opens another one (docs/protocol.md, "Status codes").
+            channel.close()
+            raise error
         return reply
 
     def token_for(self, request: Request) -> Optional[Token]:
-        """What *request* is to be authenticated with; None if it brings its own, or needs none."""
+        """What authenticates *request*; None if its headers or the settings do, or nothing does."""
         own = {name.lower() for name in (*request.headers, *self.config.extra_headers)}
         return None if _KEY_HEADER in own else self.server.tokens.token_for(self, request)
 
@@ -177,16 +191,21 @@ class Transport:
         token: Optional[Token],
         channel: AnyChannel,
     ) -> Reply:
-        """Send, and go where redirects lead; what authenticates goes nowhere else."""
+        """Send, and follow redirects; credentials are sent to the server's own origin only."""
         private = {**self.config.access_headers, **request.headers}
         if token is not None:
             private["X-API-Key"] = token.text
+        # Last, so that they replace headers of the same name (docs/protocol.md, "Request headers").
         private.update(self.config.extra_headers)
         url = self.config.base_url + request.path
-        for _ in range(MAX_HOPS):
-            reply = self._attempt(request, url, {**headers, **private}, channel)
+        hops = 0
+        while True:
+            if self.tracer is None:
+                reply = self._exchange(request, url, {**headers, **private}, channel)
+            else:
+                reply = self._exchange_in_span(request, url, {**headers, **private}, channel)
             target = next_hop(request.method, url, reply.status, reply.headers.get("location"))
-            if target is None or not request.follow_redirects:
+            if target is None or not request.follow_redirects or hops == MAX_HOPS:
                 return reply
             if not same_origin(url, target):
                 if request.secrets and request.body:
@@ -195,12 +214,14 @@ class Transport:
                 # A private connection leads to its server only.
                 channel = self._connections.shared(request.traffic)
             url = target
-        return self._attempt(request, url, {**headers, **private}, channel)
+            hops += 1
 
-    def _attempt(
+    def _exchange_in_span(
         self, request: Request, url: str, headers: Dict[str, str], channel: AnyChannel
     ) -> Reply:
-        if self.tracer is None or not same_origin(url, self.config.base_url):
+        assert self.tracer is not None
+        # Another origin gets no trace context: it is not part of this service.
+        if not same_origin(url, self.config.base_url):
             return self._exchange(request, url, headers, channel)
         with self.tracer.request(request.method, urlsplit(url).path, headers) as span:
             reply = self._exchange(request, url, headers, channel)
@@ -211,9 +232,10 @@ class Transport:
     def _exchange(
         self, request: Request, url: str, headers: Mapping[str, str], channel: AnyChannel
     ) -> Reply:
+        """Send one HTTP request and read its response; log and count it."""
         read_timeout_s = request.read_timeout_s or self.config.read_timeout_s
         timeout = (min(self.config.connect_timeout_s, read_timeout_s), read_timeout_s)
-        # Not even the time is taken unless the log is on: thousands of requests a second pass here.
+        # Not even the clock is read unless the log is on: this runs thousands of times a second.
         began = self.clock.monotonic() if request_log.is_on() else None
         try:
             reply = channel.request(
@@ -229,9 +251,10 @@ class Transport:
         if reply.status == 429:
             self.recorder.count("rate_limited")
         if reply.status == 500 and reply.content_type.startswith("text/plain"):
-            # After an unhandled exception servers hang up without announcing it: the next request
-            # must not be the one to find that out.  Idle connections only.
+            # After an unhandled exception servers close the connection without announcing it, and
+            # the next request on it would fail.
             channel.close()
+        # Not redacted: the token in it is needed as it is, and the body is shown nowhere.
         if request.secret_reply and 200 <= reply.status < 300:
             return reply
         return self._redactor.reply(reply, request)
@@ -243,15 +266,19 @@ class Transport:
         request_log.log_exchange(request, url, outcome, took_s, self.redact)
 
     def _raise_no_response(self, request: Request, error: requests.RequestException) -> NoReturn:
-        # They hold the request with its headers, and so the key.
+        # They hold the request with its headers, and so the key, which debuggers and crash
+        # reporters would show.
         error.request = error.response = None
+        # `abort` ends requests with errors like those of an outage.
         if self.closing.is_set():
             raise ClientClosedError(
-                f"the client was closed while {request.name} was under way"
+                f"the client was closed while {request.name} was in flight"
             ) from error
         if are_exhausted(error):
+            # The next attempt may have the descriptor of a connection that is idle now.
             self._connections.free_descriptors()
-        forget_frames(error)  # a hundred lines of urllib3's, before the one that names the reason
+        # A hundred lines of urllib3's frames would precede the one that names the reason.
+        forget_frames(error)
         raise connection_error(self.config, request, error, self.redact) from error
 
     def status_error(self, request: Request, reply: Reply) -> APIError:
@@ -259,7 +286,7 @@ class Transport:
         return status_error(request, reply, self.clock.wall(), self.redact)
 
     def redact(self, text: str) -> str:
-        """Return *text* without the key and the like, should a server have echoed them."""
+        """Return *text* without keys, tokens and other secrets."""
         return self._redactor.text(text)
 
     def drop_idle(self) -> None:
@@ -269,7 +296,8 @@ class Transport:
     def abort(self) -> None:
         """Abort every request in flight.  Set ``closing`` first, so that the errors name it."""
         self._connections.abort()
-        self.server.limiter.wake()  # what waits there finds its channel stopped
+        # After the channels were stopped, which is what threads that wait there check.
+        self.server.limiter.wake()
 
 
 class ThreadTransport:
@@ -279,8 +307,7 @@ class ThreadTransport:
     that follow rely on it.
 
     Args:
-        before_send: returns what to send in place of a request; what it raises keeps the request
-            from being sent.
+        before_send: returns what to send in place of a request; if it raises, nothing is sent.
     """
 
     def __init__(self, transport: Transport, before_send: Callable[[Request], Request]) -> None:

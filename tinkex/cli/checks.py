@@ -21,9 +21,9 @@ from tinkex._api.sessions import (
     session_heartbeat,
 )
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex._transport.content_encoding import ACCEPT_ENCODING
+from tinkex._transport.decoding import ACCEPT_ENCODING
 from tinkex._transport.request import Reply, Request
-from tinkex._transport.response_errors import GATEWAY_HINT
+from tinkex._transport.request_errors import GATEWAY_HINT
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.transport import Transport
 from tinkex.auth import ask_once, credential_source

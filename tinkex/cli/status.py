@@ -32,7 +32,6 @@ _MAX_GAP_S = 60.0
 #: Loggers whose records describe slow steps.
 _STEPS = (
     "tinkex._api.archives",
-    "tinkex.clients.checkpoints",
     "tinkex.local.engines.models",
     "tinkex._downloads",
     "tinkex._transport.attempts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date, datetime, timedelta, timezone
 from typing import Optional
 
-from tinkex._api import admin as api
+from tinkex._api import rest as api
 from tinkex._runtime.awaiting import result_of
 from tinkex.clients.base import Instant, LookupClient
 from tinkex.errors import InvalidInputError

@@ -1,6 +1,6 @@
-"""sample_many: samples any number of prompts, a bounded number at a time, as an iterator.
+"""SampleStream: samples any number of prompts, a bounded number at a time, as an iterator.
 
-Prompts are taken, and results handed out, in the thread that iterates; there is no other.  Settled
+Prompts are taken, and results returned, in the thread that iterates; there is no other.  Settled
 futures put their index into a queue.
 """
 
@@ -65,15 +65,24 @@ class Sampled(NamedTuple):
 
 
 class SampleStream(Iterator[Sampled]):
-    """The iterator that `SamplingClient.sample_many` returns.
+    """The iterator that `SamplingClient.sample_many` returns, which describes the *options*.
 
     Several threads may share it: each result goes to one of them.  `close` may be called by any,
     and by the prompts or the progress function.
+
+    Args:
+        sample: submits one prompt.
     """
 
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        # Guards the next two: one thread at a time takes prompts and waits.
+    def __init__(
+        self,
+        sample: Callable[[ModelInput], APIFuture[SampleResponse]],
+        prompts: Iterable[ModelInput],
+        **options: Any,
+    ) -> None:
+        self._run = run = _Run(sample, prompts, **options)
+        # Guards the next two: one thread at a time takes prompts and waits.  Reentrant, because
+        # the prompts and the progress function run inside, and may call `close`.
         self._lock = threading.RLock()
         self._running = False
         self._results = run.results()
@@ -100,7 +109,7 @@ class SampleStream(Iterator[Sampled]):
         """
         if self._pid != os.getpid():
             return
-        self._run.stop()
+        self._run.stop()  # before the lock, which a thread that waits for a result holds
         with self._lock:
             if not self._running:  # else the prompts, or the progress function, called this
                 self._results.close()
@@ -113,7 +122,7 @@ class SampleStream(Iterator[Sampled]):
 
 
 class _Run:
-    """What one stream is to do, and how far it is.  Used by one thread at a time, but for stop."""
+    """The state of one stream.  Used by one thread at a time, except for `stop`."""
 
     def __init__(
         self,
@@ -121,23 +130,33 @@ class _Run:
         prompts: Iterable[ModelInput],
         *,
         max_in_flight: int,
-        in_order: bool,
+        order: str,
         on_error: str,
         progress: Progress,
         notice_after_s: float,
     ) -> None:
+        if order not in ("completion", "input"):
+            raise InvalidInputError(f"order is {order!r}; it must be 'completion' or 'input'")
+        if on_error not in ("raise", "yield", "skip"):
+            raise InvalidInputError(
+                f"on_error is {on_error!r}; it must be 'raise', 'yield' or 'skip'"
+            )
+        if not isinstance(progress, bool) and not callable(progress):
+            raise InvalidInputError("progress must be True, False or a function")
+        if isinstance(prompts, ModelInput) or not isinstance(prompts, Iterable):
+            raise InvalidInputError(f"prompts is {a_type(prompts)}; give an iterable of ModelInput")
         self._sample = sample
         self._total = operator.length_hint(prompts, -1)
         self._prompts: Iterator[Tuple[int, ModelInput]] = enumerate(iter(prompts))
         self._max_in_flight = max_in_flight
-        self._window = WINDOW * max_in_flight if in_order else None
+        self._window = WINDOW * max_in_flight if order == "input" else None
         self._on_error = on_error
         self._progress = progress
         self._notice_after_s = notice_after_s
         self._settled: Inbox[Optional[int]] = Inbox()  # None: stop
         self._stopped = False
         self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
-        # Finished, in input order not yet due; by index.
+        # Finished, but not due yet in input order; by index.
         self._ready: Dict[int, Sampled] = {}
         self._due = 0
         # A prompt that was taken and could not be begun yet.
@@ -188,6 +207,8 @@ class _Run:
             self._stopped = True
             futures = [future for _, future in self._in_flight.values()]
             if collected:
+                # In a finalizer, at any point of any thread: cancelling takes locks, which this
+                # thread may be holding.
                 call_from_finalizer(discard, futures)
             else:
                 discard(futures)
@@ -214,7 +235,7 @@ class _Run:
                     raise
                 return  # there may be room once some of ours are done
             except InvalidInputError as error:
-                future = APIFuture("sample")
+                future = APIFuture("sample")  # a failure like any other: on_error decides
                 future.try_set_exception(error)
             self._in_flight[index] = (prompt, future)  # first: Ctrl-C may come at any call
             self._next = None
@@ -242,7 +263,7 @@ class _Run:
             return Sampled(index, prompt, None, CancelledError())
         error = future.exception()
         if isinstance(error, ClientClosedError):
-            raise error
+            raise error  # whatever on_error is: every further prompt would fail with it
         if error is not None:
             return Sampled(index, prompt, None, error)
         return Sampled(index, prompt, future.result())
@@ -268,37 +289,6 @@ class _Run:
             self._due += 1
             if keep_failed or sampled.error is None:
                 yield sampled
-
-
-def sample_many(
-    sample: Callable[[ModelInput], APIFuture[SampleResponse]],
-    prompts: Iterable[ModelInput],
-    *,
-    max_in_flight: int,
-    order: str,
-    on_error: str,
-    progress: Progress,
-    notice_after_s: float,
-) -> SampleStream:
-    """Return the iterator; see `SamplingClient.sample_many`."""
-    if order not in ("completion", "input"):
-        raise InvalidInputError(f"order is {order!r}; it must be 'completion' or 'input'")
-    if on_error not in ("raise", "yield", "skip"):
-        raise InvalidInputError(f"on_error is {on_error!r}; it must be 'raise', 'yield' or 'skip'")
-    if not isinstance(progress, bool) and not callable(progress):
-        raise InvalidInputError("progress must be True, False or a function")
-    if isinstance(prompts, ModelInput) or not isinstance(prompts, Iterable):
-        raise InvalidInputError(f"prompts is {a_type(prompts)}; give an iterable of ModelInput")
-    run = _Run(
-        sample,
-        prompts,
-        max_in_flight=max_in_flight,
-        in_order=order == "input",
-        on_error=on_error,
-        progress=progress,
-        notice_after_s=notice_after_s,
-    )
-    return SampleStream(run)
 
 
 def _add_index(error: BaseException, index: int) -> None:

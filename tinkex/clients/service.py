@@ -1,4 +1,4 @@
-"""ServiceClient: where every program starts.  One of them is one session on the server."""
+"""ServiceClient: one session on the server, and where every program starts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tinkex.config import Config, check_config
 from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.metrics import Metrics
-from tinkex.retry_config import RetryConfig
+from tinkex.retry import RetryConfig
 from tinkex.types.checkpoint_path import session_url
 from tinkex.usage import Usage
 
 # What a program may never need is imported where it is used.
 if TYPE_CHECKING:
     from tinkex._sessions.telemetry import Reporter
+    from tinkex._training.create_run import FromCheckpoint, NewAdapter
     from tinkex._training.custom_loss import LossHandle, PerDatumLossFn
-    from tinkex._training.loss_tracing import LossRegistry
     from tinkex.clients.rest import RestClient
     from tinkex.clients.training import TrainingClient
     from tinkex.runs.run import Run
@@ -116,10 +116,10 @@ class ServiceClient:
             settings: of the client, as for the constructor.
 
         Raises:
-            LocalServerError: the model cannot be had, something is not installed, or *data_dir*
+            LocalServerError: the model cannot be loaded, a package is not installed, or *data_dir*
                 is in use, by this process or another.
         """
-        # The one upward import: the embedded server is offered here as a convenience.
+        # An upward import, as in open_run: the embedded server is offered here as a convenience.
         from tinkex.local import LocalServer, load_engine
         from tinkex.local.server import check_folder
 
@@ -139,18 +139,11 @@ class ServiceClient:
             "model": os.path.abspath(model) if os.path.isdir(model) else model,
             "data_dir": None if data_dir is None else str(server.data_dir.absolute()),
         }
-        # With the runtime, which all clients made from this one hold on to.
+        # Of the runtime rather than of this client: the clients made from it refer to the runtime,
+        # and go on using the server.  Not at exit, where lifecycle.py closes client and server.
         client._server_dropper = weakref.finalize(client._runtime, server.drop)
         client._server_dropper.atexit = False
         return client
-
-    @property
-    def _losses(self) -> LossRegistry:
-        from tinkex._training.loss_tracing import LossRegistry
-
-        fresh = LossRegistry(self._runtime)
-        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
-        return registry
 
     @property
     def session_id(self) -> str:
@@ -191,11 +184,7 @@ class ServiceClient:
         return Metrics(
             in_flight=sent,
             queued=len(futures) - sent,
-            requests=counts.get("requests", 0),
-            rate_limited=counts.get("rate_limited", 0),
-            retries=counts.get("retries", 0),
-            bytes_sent=counts.get("bytes_sent", 0),
-            bytes_received=counts.get("bytes_received", 0),
+            **counts,
             tokens_trained=tokens.trained,
             tokens_prefilled=tokens.prefilled,
             tokens_sampled=tokens.sampled,
@@ -206,9 +195,8 @@ class ServiceClient:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
         The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a
-        custom loss that is computed here prefills and trains.  Work that the server has accepted,
-        or that is being submitted, counts in full if it is cancelled, and so does lost work, which
-        may have been done.
+        custom loss that is computed here prefills and trains.  Work that is cancelled after its
+        submission began counts in full, and so does lost work, which may have been done.
         """
         self._runtime.ensure_not_forked("usage")
         return self._runtime.ledger.snapshot()
@@ -263,11 +251,9 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_lora_training_client`; does not block."""
         from tinkex._training.create_run import NewAdapter
-        from tinkex.clients.training import TrainingClient
 
         lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        source = NewAdapter(base_model, lora, user_metadata, optimizer)
-        return TrainingClient.create_future(self._runtime, source)
+        return self._create_run(NewAdapter(base_model, lora, user_metadata, optimizer))
 
     def create_training_client_from_state(
         self,
@@ -295,17 +281,10 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state`; does not block."""
         from tinkex._training.create_run import FromCheckpoint
-        from tinkex.clients.training import TrainingClient
 
-        source = FromCheckpoint(
-            path,
-            optimizer=False,
-            base_model=base_model,
-            user_metadata=user_metadata,
-            weights_access_token=weights_access_token,
-            optimizer_config=optimizer,
+        return self._create_run(
+            FromCheckpoint(path, False, base_model, user_metadata, weights_access_token, optimizer)
         )
-        return TrainingClient.create_future(self._runtime, source)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -328,15 +307,14 @@ class ServiceClient:
     ) -> APIFuture[TrainingClient]:
         """Like `create_training_client_from_state_with_optimizer`; does not block."""
         from tinkex._training.create_run import FromCheckpoint
+
+        return self._create_run(
+            FromCheckpoint(path, True, base_model, user_metadata, weights_access_token)
+        )
+
+    def _create_run(self, source: Union[NewAdapter, FromCheckpoint]) -> APIFuture[TrainingClient]:
         from tinkex.clients.training import TrainingClient
 
-        source = FromCheckpoint(
-            path,
-            optimizer=True,
-            base_model=base_model,
-            user_metadata=user_metadata,
-            weights_access_token=weights_access_token,
-        )
         return TrainingClient.create_future(self._runtime, source)
 
     def open_run(
@@ -365,7 +343,7 @@ class ServiceClient:
     ) -> Run:
         """Begin a training run that is kept in *folder*, or continue the one that is.  Blocks.
 
-        The same program, run again after whatever has ended it, goes on from the last checkpoint,
+        The same program, run again after any interruption, continues from the last checkpoint,
         weights, optimizer and all, with the batch after it::
 
             with service.open_run("runs/poems", "my-model", save_every=50) as run:
@@ -383,25 +361,25 @@ class ServiceClient:
                 rank and layers are used.
             config: settings of your own, of JSON values, such as the learning rate.
             state: what `Run.state` holds at first.
-            save_every, save_minutes: save after this many steps, or minutes, since the last time;
-                looked at after each step.  None saves for no such reason.  The last step is saved
-                when the run is closed.
+            save_every, save_minutes: save after this many steps, or minutes, since the last time,
+                checked after each step; None disables it.  The last step is saved when the run is
+                closed.
             ttl_seconds: how long the server keeps these checkpoints, except for the one of the last
                 step; None is for ever.
             keep: how many of the newest are kept on the server; older ones are deleted.  None keeps
                 all.
-            on_session_loss: ``"raise"``, or ``"resume"`` to go on from the last checkpoint in a new
-                session when the session is lost; the loop's body must be within ``with step:``.
-            max_session_losses: how many sessions are opened before there is another checkpoint;
-                then SessionLostError is raised all the same.
+            on_session_loss: ``"raise"``, or ``"resume"`` to continue from the last checkpoint in a
+                new session when the session is lost; the loop's body must be within ``with step:``.
+            max_session_losses: how many sessions are opened without a new checkpoint between them;
+                then SessionLostError is raised nevertheless.
             exit_on_sigterm: at SIGTERM finish the step, save, and exit with code 143; at the next
                 one exit immediately.  In the main thread only.
-            accept_changes: continue although *config* is not what it was.
+            accept_changes: continue although *config* has changed.
 
         Raises:
             RunFolderError: the folder is in use, holds a run of another model, of another origin or
-                with another *config*, is damaged or not writable; or the server has none of its
-                checkpoints any more.
+                with another *config*, is damaged or not writable; or the server no longer has any
+                of its checkpoints.
             InvalidInputError: an argument is wrong.
             TinkexError: the run could not be created or loaded.
         """
@@ -472,10 +450,14 @@ class ServiceClient:
             input_ranks: number of dimensions of every parameter, 0, 1 or 2.
 
         Raises:
-            InvalidInputError: *fn* cannot be traced, or was given in this session before.
+            InvalidInputError: *fn* cannot be traced, or was created in this session before.
             ConfigError: torch is not installed.
         """
-        return self._losses.create(fn, input_ranks)
+        from tinkex._training.loss_tracing import LossRegistry
+
+        fresh = LossRegistry(self._runtime)
+        registry: LossRegistry = vars(self).setdefault("_registry", fresh)  # atomic: one for all
+        return registry.create(fn, input_ranks)
 
     def copy_weights(
         self,
@@ -514,8 +496,8 @@ class ServiceClient:
     ) -> Future[None]:
         """End the session, and the embedded server if there is one.
 
-        Outstanding futures fail with ClientClosedError, so that every waiter wakes.  Blocks for at
-        most about *timeout_s*; idempotent, and safe from several threads.
+        Outstanding futures fail with ClientClosedError.  Blocks for at most about *timeout_s*;
+        idempotent and thread-safe.
 
         Args:
             status: reported to the server: ``"success"``, ``"errored"`` or ``"interrupted"``.
@@ -531,7 +513,7 @@ class ServiceClient:
             raise InvalidInputError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         try:
             self._runtime.close(status, detail, timeout_s=seconds)
-        finally:  # also when Ctrl-C breaks in
+        finally:  # also after Ctrl-C
             server, self._server = self._server, None
             if server is not None:
                 self._server_dropper.detach()  # it refers to the server, and so to the model

@@ -1,15 +1,15 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
-Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
-sends them.
+Methods check their arguments and queue requests with a `TrainingRun`, whose queue has the thread
+that sends them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Iterable,
@@ -22,7 +22,6 @@ from typing import (
 )
 
 from tinkex._api import training as api
-from tinkex._api._call import read
 from tinkex._runtime.awaiting import future_of, in_thread, result_of
 from tinkex._runtime.numeric import as_flag
 from tinkex._sessions.runtime import Runtime
@@ -48,20 +47,19 @@ from tinkex._training.requests import (
     EndpointRequest,
     Load,
     OptimStep,
+    SaveAndSample,
     SaveExternal,
     SaveForSampler,
     SaveState,
 )
 from tinkex._training.run import TrainingRun
-from tinkex._training.run_queue import RunQueue
-from tinkex._transport.request import Reply
 from tinkex.clients.base import BaseClient
 from tinkex.clients.pipeline import Pipeline, SaveAfter, SaveEvery, Schedule, Step
 from tinkex.clients.sampling import SamplingClient
 from tinkex.clients.tokenizers import load_tokenizer
-from tinkex.errors import InvalidInputError, ResponseDecodeError
+from tinkex.errors import InvalidInputError
 from tinkex.futures import APIFuture
-from tinkex.retry_config import RetryConfig, check_retry_config
+from tinkex.retry import RetryConfig, check_retry_config
 from tinkex.types import (
     AdamParams,
     Datum,
@@ -74,14 +72,10 @@ from tinkex.types import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     UnloadModelResponse,
-    UntypedFuture,
 )
 from tinkex.types.checkpoint_path import check_tinker_path, training_run_url
 from tinkex.types.optimizer import optim_params_to_wire
 from tinkex.usage import Account, Tokens
-
-if TYPE_CHECKING:
-    from tinkex._transport.fast_connection import AnyChannel
 
 T = TypeVar("T")
 
@@ -130,14 +124,14 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[TrainingClient]:
         """Create a run from *source*; return immediately.  See `ServiceClient`."""
         runtime.ensure_open(source.kind)
-        # Reserved here, so that runs are numbered in the order of the calls.
+        # Taken here rather than in the background, so that runs are numbered in the order of calls.
         model_seq_id = runtime.session.next_model_seq_id()
 
         def create() -> TrainingClient:
             run = source.create(runtime, model_seq_id)
             client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
             try:
-                client.get_info()  # kept, since this is a background thread anyway
+                client.get_info()  # cached: this is a background thread, and may block
             except BaseException:
                 client.close()
                 raise
@@ -158,9 +152,9 @@ class TrainingClient(BaseClient):
 
         The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
         back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
-        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests
-        and joined; an `optim_step` after one is sent when all of these are done, and cancelling the
-        future stops none of them once the first was sent.
+        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests,
+        and their results joined; a later `optim_step` is sent when all of these are done, and
+        cancelling the future stops none of them once the first was sent.
 
         Args:
             data: at least one Datum, each with the loss inputs that *loss_fn* needs.
@@ -169,11 +163,10 @@ class TrainingClient(BaseClient):
             loss_fn_config: the loss's own settings.
 
         The future raises IncompleteGradientError if only some of several requests were done, or may
-        have been.  The run then takes no `optim_step` and no other batch until the gradient is
-        complete or dropped.  The same call again completes it, where that is possible: it sends
-        only what is missing, and examples that were refused may be replaced.  A checkpoint that is
-        loaded by `load_state_with_optimizer` or `load_state` drops it; `save_state` still saves the
-        weights as they were.
+        have been.  The run then takes no `optim_step` and no other batch until the same call again
+        has completed the gradient, where that is possible (it sends only what is missing, and
+        examples that were refused may be replaced), or `load_state` or `load_state_with_optimizer`
+        has dropped it.  `save_state` still saves the weights as they were.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -188,7 +181,7 @@ class TrainingClient(BaseClient):
 
         ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
         target_tokens, and returns a scalar tensor and a dict of metrics, which are added to those
-        of the result: numbers as float, other values as they are.  It runs on the queue's thread;
+        of the result: numbers as float, other values unchanged.  It runs on the queue's thread, and
         calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
 
         A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
@@ -200,8 +193,8 @@ class TrainingClient(BaseClient):
             loss_type_input: has no effect; deprecated.
 
         The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError like that of `forward_backward`, but the same call again does not
-        complete the gradient.
+        IncompleteGradientError as for `forward_backward`, but the same call again does not complete
+        the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(
@@ -218,37 +211,19 @@ class TrainingClient(BaseClient):
         breaks: Sequence[int] = (),
     ) -> APIFuture[ForwardBackwardOutput]:
         """Queue a pass with a custom loss; *breaks* as for `_pass`."""
-        if isinstance(loss_fn, LossHandle) and loss_fn.is_at_server(
-            self._runtime.session.session_id
-        ):
-            return self._pass_of_handle(data, loss_fn, breaks)
+        kind = "forward_backward_custom"
+        self._ensure_open(kind)
+        handle = loss_fn if isinstance(loss_fn, LossHandle) else None
+        if handle is not None and handle.is_at_server(self._runtime.session.session_id):
+            config = {"loss_id": str(handle.loss_id)}
+            return self._pass("forward_backward", data, "custom", config, breaks, handle)
         batch = check_batch(data, "cross_entropy")
         check_custom_batch(batch, loss_fn)
         self._mistakes.check_targets(batch)
-        self._ensure_open("forward_backward_custom")
         length = _length(batch)
-        return self._metered(
-            Tokens(length, prefilled=length),
-            self._run.queue,
-            "forward_backward_custom",
-            run_custom_pass,
-            self._run,
-            batch,
-            loss_fn,
-            breaks,
-        )
-
-    def _pass_of_handle(
-        self, data: Sequence[Datum], handle: LossHandle, breaks: Sequence[int]
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """A pass with a custom loss that the server computes."""
-        batch = check_batch(data, "custom")
-        self._mistakes.check_targets(batch)
-        handle.check(batch)
-        self._ensure_open("forward_backward_custom")
-        loss = Loss("custom", {"loss_id": str(handle.loss_id)})
-        most = Tokens(trained=_length(batch))
-        return self._metered(most, self._run.submit_pass, "forward_backward", batch, loss, breaks)
+        # The forward pass for the logprobs, and the backward pass.
+        most = Tokens(length, prefilled=length)
+        return self._queue(kind, most, run_custom_pass, self._run, batch, loss_fn, breaks)
 
     def optim_step(
         self,
@@ -272,8 +247,7 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[OptimStepResponse]:
         """Queue one optimizer step; not sent if the pass *after* which it comes fails before."""
         fields = optim_params_to_wire(optim_params)
-        self._ensure_open("optim_step")
-        return self._run.submit("optim_step", OptimStep, fields, after=after)
+        return self._submit("optim_step", OptimStep, fields, after=after)
 
     def train_step(
         self,
@@ -284,9 +258,9 @@ class TrainingClient(BaseClient):
     ) -> TrainStep:
         """Submit `forward_backward` and `optim_step` together, and wait for both.
 
-        One waiting time instead of two.  Blocks; raises the first failure.  If the pass cannot be
-        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; what
-        was is done by the server.
+        One round trip instead of two.  Blocks; raises the first failure.  If the pass cannot be
+        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; the
+        server still does what was sent.
         """
         step = self._submit_step(adam_params, self.forward_backward, data, loss_fn, loss_fn_config)
         try:
@@ -310,20 +284,20 @@ class TrainingClient(BaseClient):
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
         Before one step is waited for, the *depth* - 1 after it are submitted, so that the server
-        never waits for us; while you handle a step, those are under way::
+        never waits for the client; while you handle a step, those are in progress::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
                 print(step.index, step.metrics)
 
         A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error names the step.
-        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.  In
-        a ``with`` block the same happens when the block is left.  A loop that is left otherwise
-        leaves up to *depth* - 1 steps to be done.
+        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.
+        Leaving a ``with`` block over it does the same; a loop that is left otherwise may leave up
+        to *depth* - 1 steps queued.
 
         A checkpoint that the loop's body saves holds all steps that were submitted, also those
         after the one it handles.  With *save_every* the pipeline saves: each checkpoint is queued
-        directly behind its step, which it holds and none after it, and the steps after it are not
-        held up::
+        directly behind its step, which it holds and none after it, and the steps after it do not
+        wait::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_every=100):
                 if step.index % 100 == 99:
@@ -331,7 +305,7 @@ class TrainingClient(BaseClient):
 
         To do something else with the weights of exactly one step, such as
         `save_weights_and_get_sampling_client`, name the step in *save_after*: after it nothing is
-        submitted until the next step is asked for.  There its ``save_state(name)`` and
+        submitted until the next step is requested.  There its ``save_state(name)`` and
         ``save_weights_for_sampler(name)`` work, too, which raise InvalidInputError if a later step
         was submitted.
 
@@ -371,9 +345,11 @@ class TrainingClient(BaseClient):
         *args: Any,
     ) -> Step:
         """Submit a pass, ``submit_pass(*args)``, and an optimizer step after it, or neither."""
-        optim_params_to_wire(optim_params)  # raises, if it does, before the pass is sent
+        optim_params_to_wire(optim_params)  # checked before the pass is sent
         passed = submit_pass(*args)
         try:
+            # Not counted among max_unread: train_step and Pipeline read it themselves, in the
+            # thread that would otherwise wait for it to be read.
             passed.uncount()
             return Step(passed, self._optim_step(optim_params, passed))
         except BaseException:
@@ -466,12 +442,10 @@ class TrainingClient(BaseClient):
 
         Args:
             name: has no effect; it is there for scripts of the official SDK.
-            retry_config: limits and retries of the new client.
-            record_stability_info: have the server record, with each sample, what later training
-                may refer to by its sequence_id.
-            kind: ``"snapshot"``: the client samples these weights for ever.  ``"inflight"``:
-                it samples the newest weights saved so, never older ones than these; generations
-                may span an update.
+            retry_config, record_stability_info: as for `ServiceClient.create_sampling_client`.
+            kind: ``"snapshot"``: the client always samples these weights.  ``"inflight"``: it
+                samples the newest weights that were saved in this way, never older ones than these;
+                a generation may span an update.
         """
         return self.save_weights_and_get_sampling_client_future(
             name, retry_config, record_stability_info, kind
@@ -488,14 +462,16 @@ class TrainingClient(BaseClient):
         if kind not in ("snapshot", "inflight"):
             raise InvalidInputError(f"kind is {kind!r}; it must be 'snapshot' or 'inflight'")
         check_retry_config(retry_config)
-        return self._submit(
-            "save_weights_and_get_sampling_client",
-            _SaveAndSample,
-            {"kind": None if kind == "snapshot" else kind},
-            self._base_model,
-            retry_config,
-            record_stability_info,
+        make_client = functools.partial(
+            SamplingClient,
+            self._runtime,
+            base_model=self._base_model,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
+        fields = {"kind": None if kind == "snapshot" else kind}
+        what = "save_weights_and_get_sampling_client"
+        return self._submit(what, SaveAndSample, fields, make_client)
 
     def create_sampling_client(
         self,
@@ -505,7 +481,7 @@ class TrainingClient(BaseClient):
     ) -> SamplingClient:
         """Return a client that samples the checkpoint at *model_path*.  Blocks.
 
-        Further arguments as for `save_weights_and_get_sampling_client`.
+        Further arguments as for `ServiceClient.create_sampling_client`.
         """
         return self.create_sampling_client_future(
             model_path, retry_config, record_stability_info
@@ -531,12 +507,11 @@ class TrainingClient(BaseClient):
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue unloading this run at the server, and close this client; return immediately.
 
-        It is sent after all that was asked of the run, and only when that is done.  What was not
-        saved is lost.  The future raises RouteMissingError where the server has no such route;
-        then the run ends with its session.
+        It is sent once all requests before it are done.  What was not saved is lost.  The future
+        raises RouteMissingError where the server has no such route; the run then ends with its
+        session.
         """
         self._ensure_open("unload")
-
         unloaded = self._run.unload()
         self.close()
         return unloaded
@@ -574,17 +549,23 @@ class TrainingClient(BaseClient):
         loss_fn: str,
         loss_fn_config: LossConfig,
         breaks: Sequence[int] = (),
+        handle: Optional[LossHandle] = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins."""
-        batch = check_batch(data, loss_fn, loss_fn_config)
+        """Queue a pass; at each index in *breaks*, in ascending order, a new request begins.
+
+        *handle* is of a custom loss that the server computes.
+        """
+        config = as_loss_config(loss_fn_config)
+        batch = check_batch(data, loss_fn)
+        if handle is not None:
+            handle.check(batch)
         self._mistakes.check_targets(batch)
         if kind == "forward_backward" and loss_fn == "cross_entropy":
             self._mistakes.check_weights(batch)
-        loss = Loss(loss_fn, as_loss_config(loss_fn_config))
         self._ensure_open(kind)
         length = _length(batch)
         most = Tokens(prefilled=length) if kind == "forward" else Tokens(trained=length)
-        return self._metered(most, self._run.submit_pass, kind, batch, loss, breaks)
+        return self._queue(kind, most, self._run.send_batch, batch, Loss(loss_fn, config), breaks)
 
     def _load(
         self, kind: str, path: str, token: Optional[str], *, optimizer: bool
@@ -597,24 +578,28 @@ class TrainingClient(BaseClient):
         return self._submit(kind, Load, fields)
 
     def _submit(
-        self, kind: str, request_type: Type[EndpointRequest[T]], *args: Any
+        self,
+        kind: str,
+        request_type: Type[EndpointRequest[T]],
+        *args: Any,
+        after: Optional[APIFuture[Any]] = None,
     ) -> APIFuture[T]:
-        """Queue one request."""
+        """Queue one request; *after* as for `TrainingRun.submit`."""
         self._ensure_open(kind)
-        return self._run.submit(kind, request_type, *args)
+        return self._run.submit(kind, request_type, *args, after=after)
 
-    def _metered(
-        self, most: Tokens, submit: Callable[..., APIFuture[T]], kind: str, *args: Any
-    ) -> APIFuture[T]:
-        """Reserve *most* of the budget, and call ``submit(kind, *args)``."""
+    def _queue(
+        self, kind: str, most: Tokens, task: Callable[..., None], *args: Any
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Queue a pass, as `TrainingRun.queue` does; reserves *most* of the budget for it."""
         ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
-            self.get_info()
+            self.get_info()  # the price depends on the model
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
         reservation = ledger.reserve(kind, account, most)
-        future: Optional[APIFuture[T]] = None
+        future: Optional[APIFuture[ForwardBackwardOutput]] = None
         try:
-            future = submit(kind, *args)
+            future = self._run.queue(kind, task, *args)
             reservation.bind(future)
         except BaseException:  # Ctrl-C too
             if future is not None:
@@ -638,48 +623,6 @@ class TrainingClient(BaseClient):
     )
     create_sampling_client_async = result_of(create_sampling_client_future)
     get_info_async = in_thread(get_info)
-
-
-class _SaveAndSample(EndpointRequest[SamplingClient]):
-    """Saves weights for this session only; the result is a client that samples them."""
-
-    route = "save_weights_for_sampler"
-    response_type = SaveWeightsForSamplerResponse
-
-    def __init__(
-        self,
-        queue: RunQueue,
-        future: APIFuture[SamplingClient],
-        fields: Mapping[str, Any],
-        base_model: Optional[str],
-        retry_config: Optional[RetryConfig],
-        record_stability_info: bool,
-    ) -> None:
-        super().__init__(queue, future, fields)
-        self._base_model = base_model
-        self._retry_config = retry_config
-        self._record_stability_info = record_stability_info
-
-    def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
-        sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
-        return super().send(channel)
-
-    def decode(self, reply: Reply) -> SamplingClient:
-        """Read the id of the sampler, and make its client."""
-        saved = read(SaveWeightsForSamplerResponse, reply, self.future.kind)
-        if not saved.sampling_session_id:
-            raise ResponseDecodeError(
-                f"{self.future.kind}: the response has no sampling_session_id"
-            )
-        return SamplingClient(
-            self.queue.runtime,
-            saved.sampling_session_id,
-            self._base_model,
-            retry_config=self._retry_config,
-            record_stability_info=self._record_stability_info,
-        )
 
 
 def _length(data: Sequence[Datum]) -> int:

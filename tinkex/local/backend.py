@@ -1,6 +1,6 @@
 """What the HTTP routes call: sessions, runs and samplers over store, scheduler and engine.
 
-Owned by LocalServer (or a test).  It starts one thread, the scheduler's, and ends it in close.
+Owned by LocalServer (or a test).  It starts one thread, tinkex-engine, and ends it in close.
 Thread-safe: every public method may be called from any HTTP thread, and none waits for the
 engine.
 """
@@ -11,24 +11,24 @@ import logging
 import threading
 import time
 import uuid
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Type
 
 from tinkex.local.engines.engine import Engine, EngineInfo
-from tinkex.local.errors import HTTPError
-from tinkex.local.fields import invalid_input_rejected
+from tinkex.local.errors import HTTPError, StorageError, invalid_input_rejected
 from tinkex.local.losses.custom_passes import CustomLosses
 from tinkex.local.scheduling.batches import WeightsSource
+from tinkex.local.scheduling.engine_thread import EngineThread
 from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.activity import Activity
+from tinkex.local.state.checkpoints import KIND_OF
 from tinkex.local.state.encryption import is_encrypted
 from tinkex.local.state.futures import FutureTable
-from tinkex.local.state.idempotency import IdempotencyCache
+from tinkex.local.state.repetitions import CreatedIds, IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
 from tinkex.local.state.session_table import SessionTable
-from tinkex.local.state.storage_error import StorageError
-from tinkex.local.state.store import KIND_OF, Store
+from tinkex.local.state.store import Store
 from tinkex.local.state.telemetry import TelemetrySink
 from tinkex.types import ParsedCheckpointTinkerPath
 
@@ -70,13 +70,19 @@ class Backend:
         self.futures = FutureTable(clock=clock) if futures is None else futures
         self.activity = Activity(clock, store.wall)
         self.scheduler = Scheduler(
-            engine,
             self.futures,
-            self.housekeeping,
-            limits=settings.limits,
+            settings.limits,
             max_waiting=settings.max_waiting_per_run,
             missing_seq_id_s=settings.missing_seq_id_s,
             lane_type=lane_type,
+            clock=clock,
+        )
+        self.engine_thread = EngineThread(
+            engine,
+            self.scheduler,
+            self.futures,
+            self.housekeeping,
+            limits=settings.limits,
             on_sampled=self.activity.note_sample,
             clock=clock,
         )
@@ -88,16 +94,16 @@ class Backend:
         self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start; as is this:
         self._not_noted: List[str] = []  # sessions that have expired, by the database not yet
         # Serialises the creation of runs and samplers: an id is looked up, then taken.
-        # Guards _created: id -> digest of the body, and the id in the response.
+        # Guards _created.
         self._creating = threading.Lock()
-        self._created: Dict[str, Tuple[bytes, str]] = {}
+        self._created = CreatedIds()
         self.idempotency = IdempotencyCache()
         self.losses = CustomLosses()
         self.telemetry = TelemetrySink(settings.telemetry_kept)
 
     def start(self) -> None:
         """Start the engine thread."""
-        self.scheduler.start()
+        self.engine_thread.start()
 
     def close(self, timeout_s: float = 1.5) -> None:
         """Release every waiting poll, end the engine thread and close the store.
@@ -105,7 +111,7 @@ class Backend:
         Waits at most *timeout_s* for the engine to finish what it is doing.
         """
         self.futures.close()
-        self.scheduler.close(timeout_s)
+        self.engine_thread.close(timeout_s)
         with self._lock:
             left = self._sessions.ids()
         try:
@@ -131,7 +137,7 @@ class Backend:
         with self._lock:
             self._sessions.add(session_id, self._clock())
         # The engine thread may have to wake earlier than it planned to.
-        self.scheduler.request_housekeeping()
+        self.scheduler.rotation.request_housekeeping()
         return session_id
 
     def heartbeat(self, session_id: str) -> None:
@@ -200,8 +206,7 @@ class Backend:
     ) -> None:
         """Free what a session holds, then note its end: the first is done on a full disk, too."""
         with self._creating:
-            for made_id in [made for made in self._created if session_of(made) == session_id]:
-                del self._created[made_id]
+            self._created.drop_session(session_id)
         self.losses.drop_session(session_id)
         self.scheduler.end_session(session_id, f"session {session_id} is {state}: {reason}")
         self.store.end_session(session_id, state, reason, end_reason, end_detail)
@@ -219,7 +224,7 @@ class Backend:
         if now >= self._sweep_due:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
-            self.store.drop_expired_checkpoints()
+            self.store.checkpoints.delete_expired()
             self.store.restore_reserve()
         with self._lock:
             next_expiry = self._sessions.next_due()
@@ -280,11 +285,11 @@ class Backend:
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
         """Return a checkpoint; HTTPError 404 names what is missing, the run or the checkpoint."""
-        row = self.store.checkpoint(run_id, kind, name)
+        row = self.store.checkpoints.find(run_id, kind, name)
         if row is not None:
             return row
         self.get_run(run_id)
-        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints_of(run_id)[:20]]
+        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints.of_run(run_id)[:20]]
         raise HTTPError(
             404,
             f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
@@ -300,7 +305,7 @@ class Backend:
                 f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
                 f"{self.info.model_name}",
             )
-        if is_encrypted(self.store.folder_of(checkpoint)):
+        if is_encrypted(self.store.checkpoints.folder_of(checkpoint)):
             raise HTTPError(
                 400,
                 f"{checkpoint.tinker_path} is encrypted, and this server has no key to read it; "
@@ -337,11 +342,11 @@ class Backend:
         """
         session_id = session_of(model_id)
         with self._creating:
-            known = self._known(model_id, digest)
+            known = self._created.find(model_id, digest)
             if known is not None:
                 return known
             add_run()
-            self._created[model_id] = (digest, job.request_id)
+            self._created.add(model_id, digest, job.request_id)
             self.scheduler.add_model(model_id, session_id, job)
         self._end_if_over(session_id)
         return job.request_id
@@ -359,19 +364,19 @@ class Backend:
         """
         session_id = session_of(sampler_id)
         with self._creating:
-            known = self._known(sampler_id, digest)
+            known = self._created.find(sampler_id, digest)
         if known is not None:
             return known
         source = weights()  # copies files, or has the engine write them: not under the lock
         with self._creating:
-            known = self._known(sampler_id, digest)
+            known = self._created.find(sampler_id, digest)
             if known is None:
                 try:
                     self.store.add_sampler(sampler_id, session_id, self.info.model_name, model_path)
                 except BaseException:
                     source.remove()
                     raise
-                self._created[sampler_id] = (digest, sampler_id)
+                self._created.add(sampler_id, digest, sampler_id)
                 self.scheduler.add_sampler(sampler_id, session_id, source)
         # The same request came twice at the same time.
         if known is not None:
@@ -382,18 +387,10 @@ class Backend:
     def frozen(self, checkpoint: Optional[CheckpointRow]) -> WeightsSource:
         """Return a copy of *checkpoint* to draw from, which outlives it; the base model if None."""
         if checkpoint is None:
-            return WeightsSource("base", None, name=self.info.model_name)
+            return WeightsSource("base", None, self.info.model_name)
         # A checkpoint that is saved again under the same name is another one.
         key = (checkpoint.folder, checkpoint.created_at)
-        return WeightsSource(key, self.store.freeze(checkpoint), name=checkpoint.tinker_path)
-
-    def _known(self, made_id: str, digest: bytes) -> Optional[str]:
-        known_digest, known_id = self._created.get(made_id, (digest, None))
-        if known_digest != digest:
-            raise HTTPError(
-                409, f"{made_id} was created with another body; use the next seq_id of the session"
-            )
-        return known_id
+        return WeightsSource(key, self.store.freeze(checkpoint), checkpoint.tinker_path)
 
     def _end_if_over(self, session_id: str) -> None:
         """Undo what was made while its session ended: nothing else would unload it."""

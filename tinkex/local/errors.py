@@ -1,11 +1,16 @@
-"""HTTPError: a request to the embedded server that fails, as an HTTP response.
+"""Requests to the embedded server that fail, as HTTP responses.
 
-Raised anywhere below the routes; the application turns it into ``{"detail": ...}``.
+Raised anywhere below the routes; the application turns them into ``{"detail": ...}``.
 """
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import Iterator, Mapping, Optional
+
+from tinkex.errors import InvalidInputError
 
 
 class HTTPError(Exception):
@@ -27,3 +32,35 @@ class HTTPError(Exception):
         self.detail = detail
         self.retry_after_s = retry_after_s
         self.headers = dict(headers or {})
+
+
+class StorageError(HTTPError):
+    """The data directory cannot be written, as on a full disk, and nothing was changed."""
+
+    def __init__(self, data_dir: Path, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or str(error)
+        super().__init__(
+            507,  # Insufficient Storage
+            f"the server cannot write to {data_dir}: {reason}. Nothing was changed; free some "
+            "space on its disk, or make the folder writable, and repeat this",
+            # A retry by the client would fail, too: this lasts until a person makes room.
+            headers={"x-should-retry": "false"},
+        )
+
+
+@contextlib.contextmanager
+def storage_errors(data_dir: Path) -> Iterator[None]:
+    """Raise what the file system or SQLite raises about *data_dir* as a StorageError."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise StorageError(data_dir, error) from error
+
+
+@contextlib.contextmanager
+def invalid_input_rejected() -> Iterator[None]:
+    """Raise an InvalidInputError as an HTTPError 400: the value came with the request."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise HTTPError(400, str(error)) from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Dict, Iterator, Optional, Type, TypeVar
+from typing import Any, Dict, Optional, Type, TypeVar
 
 from tinkex._runtime.numeric import is_finite
-from tinkex.errors import InvalidInputError, TinkexError
+from tinkex.errors import TinkexError
 from tinkex.local.errors import HTTPError
 from tinkex.local.json_text import write_json
 from tinkex.types._wire import Wire
@@ -82,12 +81,3 @@ def read_wire(kind: Type[W], payload: Any, name: str) -> W:
         return kind.from_wire(payload)
     except TinkexError as error:
         raise HTTPError(400, f"{name}: {error}") from error
-
-
-@contextlib.contextmanager
-def invalid_input_rejected(prefix: str = "", suffix: str = "") -> Iterator[None]:
-    """Make an HTTPError 400 of an InvalidInputError: the value came with the request."""
-    try:
-        yield
-    except InvalidInputError as error:
-        raise HTTPError(400, f"{prefix}{error}{suffix}") from error

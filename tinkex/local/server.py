@@ -1,7 +1,7 @@
 """LocalServer: the embedded server with its sockets and threads.
 
 Threads, all daemon, all ended by close: "tinkex-server" (accepts, reads and writes sockets),
-"tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (the scheduler's).
+"tinkex-http-i" (respond to requests and hold polls), "tinkex-engine" (calls the engine).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinkex._runtime.numeric import as_int
 from tinkex.errors import InvalidInputError, LocalServerError
 from tinkex.local.engines.engine import Engine
 from tinkex.local.http.admission import Admission, is_loopback, read_hosts
-from tinkex.local.scheduling.scheduler import EXIT_WAIT_S
+from tinkex.local.scheduling.engine_thread import EXIT_WAIT_S
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.folder_lock import check_data_dir
 
@@ -201,7 +201,7 @@ class LocalServer:
         """See lifecycle.Tracked: above all, the temporary folder must go."""
         self.close()
         if self._backend is not None:
-            self._backend.scheduler.join(EXIT_WAIT_S)  # an exit hook made now is not run
+            self._backend.engine_thread.join(EXIT_WAIT_S)  # an exit hook made now is not run
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the threads, and the folder, are the parent's."""

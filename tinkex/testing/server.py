@@ -319,7 +319,7 @@ class _Server(LocalServer):
         return live
 
     def request_housekeeping(self) -> None:
-        self._backend.scheduler.request_housekeeping()
+        self._backend.scheduler.rotation.request_housekeeping()
 
     def drop_result(self, request_id: str) -> None:
         self._backend.futures.wait(request_id, _RESULT_S)

@@ -99,28 +99,39 @@ class EncodedTextChunk:
         return f"EncodedTextChunk({self.length} tokens)"
 
 
-def _expected_length(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> int:
-    if chunk.expected_tokens is None:
-        raise InvalidInputError(
-            f"{type(chunk).__name__}: the length is unknown until expected_tokens is set"
-        )
-    return chunk.expected_tokens
+class _Image:
+    """What the two kinds of images have in common."""
 
+    format: str
+    expected_tokens: Optional[int]
 
-def _check_image(chunk: Union[ImageChunk, ImageAssetPointerChunk]) -> None:
-    """Check the format and the expected tokens of *chunk*, and convert the latter to an int."""
-    name = type(chunk).__name__
-    if not isinstance(chunk.format, str):
-        raise InvalidInputError(
-            f"the format of an {name} is {chunk.format!r}; give 'png' or 'jpeg'"
-        )
-    if chunk.expected_tokens is not None:
-        expected = as_int(f"the expected_tokens of an {name}", chunk.expected_tokens, 0)
-        object.__setattr__(chunk, "expected_tokens", expected)
+    @property
+    def length(self) -> int:
+        """Number of tokens that the image takes; InvalidInputError if it was not given."""
+        if self.expected_tokens is None:
+            raise InvalidInputError(
+                f"{type(self).__name__}: the length is unknown until expected_tokens is set"
+            )
+        return self.expected_tokens
+
+    def _check(self) -> None:
+        """Check the format and the expected tokens, and convert the latter to an int."""
+        name = type(self).__name__
+        if not isinstance(self.format, str):
+            raise InvalidInputError(
+                f"the format of an {name} is {self.format!r}; give 'png' or 'jpeg'"
+            )
+        if self.expected_tokens is not None:
+            expected = as_int(f"the expected_tokens of an {name}", self.expected_tokens, 0)
+            object.__setattr__(self, "expected_tokens", expected)
+
+    def _with_expected(self, encoded: Dict[str, Any]) -> Dict[str, Any]:
+        expected = self.expected_tokens
+        return encoded if expected is None else {**encoded, "expected_tokens": expected}
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageChunk:
+class ImageChunk(_Image):
     """An encoded image: its bytes; *format* is ``"png"`` or ``"jpeg"``."""
 
     data: bytes
@@ -131,25 +142,16 @@ class ImageChunk:
     def __post_init__(self, type: str) -> None:
         _check_type(type, "image")
         object.__setattr__(self, "data", _as_bytes("the data of an ImageChunk", self.data))
-        _check_image(self)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the image takes; InvalidInputError if it was not given."""
-        return _expected_length(self)
+        self._check()
 
     def to_json(self) -> Dict[str, Any]:
         """Return the JSON form, with the bytes as base64."""
-        encoded = {
-            "data": base64.b64encode(self.data).decode("ascii"),
-            "format": self.format,
-            "type": "image",
-        }
-        return _with_expected(encoded, self.expected_tokens)
+        data = base64.b64encode(self.data).decode("ascii")
+        return self._with_expected({"data": data, "format": self.format, "type": "image"})
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageAssetPointerChunk:
+class ImageAssetPointerChunk(_Image):
     """An image the server fetches itself from *location*.  For sampling only."""
 
     format: str
@@ -163,21 +165,12 @@ class ImageAssetPointerChunk:
             raise InvalidInputError(
                 f"the location of an ImageAssetPointerChunk is {self.location!r}; give a URL"
             )
-        _check_image(self)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the image takes; InvalidInputError if it was not given."""
-        return _expected_length(self)
+        self._check()
 
     def to_json(self) -> Dict[str, Any]:
         """Return the JSON form."""
         encoded = {"format": self.format, "location": self.location, "type": "image_asset_pointer"}
-        return _with_expected(encoded, self.expected_tokens)
-
-
-def _with_expected(encoded: Dict[str, Any], expected_tokens: Optional[int]) -> Dict[str, Any]:
-    return encoded if expected_tokens is None else {**encoded, "expected_tokens": expected_tokens}
+        return self._with_expected(encoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +195,9 @@ class DmelChunk:
 
 
 def _dmel_length(container: bytes) -> int:
-    """Read the header: optional marker 254, dtype byte 0..7, then LEB128 ndim and dimensions."""
+    """Return dimension 0 of the header of *container*; InvalidInputError if it is malformed."""
+    # Optional marker 254, dtype byte 0..7, then ndim and the dimensions as LEB128
+    # (docs/protocol.md, "Model input").
 
     def varint(at: int) -> Tuple[int, int]:
         value = shift = 0
@@ -212,7 +207,7 @@ def _dmel_length(container: bytes) -> int:
             at, shift = at + 1, shift + 7
             if byte < 0x80:
                 return value, at
-            if shift > 63:
+            if shift > 63:  # bytes without an end would be read as one huge number
                 raise InvalidInputError("dmel container has a dimension of more than 64 bits")
 
     try:

@@ -60,44 +60,20 @@ class SamplingParams:
     def check(self) -> None:
         """Raise InvalidInputError if a value is out of range or of the wrong type."""
         if self.max_tokens is not None and not is_int(self.max_tokens, 1):
-            raise InvalidInputError(
-                ErrorText(
-                    Setting("max_tokens"),
-                    f" is {self.max_tokens!r}; it must be an integer, at least 1, or None",
-                )
-            )
+            raise _wrong("max_tokens", self.max_tokens, "an integer, at least 1, or None")
         if self.seed is not None and not is_int(self.seed):
-            raise InvalidInputError(
-                ErrorText(Setting("seed"), f" is {self.seed!r}; it must be an integer, or None")
-            )
+            raise _wrong("seed", self.seed, "an integer, or None")
         if not (is_finite(self.temperature) and self.temperature >= 0):
-            raise InvalidInputError(
-                ErrorText(
-                    Setting("temperature"),
-                    f" is {self.temperature!r}; it must be a finite number, 0 or more",
-                )
-            )
+            raise _wrong("temperature", self.temperature, "a finite number, 0 or more")
         if not (is_finite(self.top_p) and 0 < self.top_p <= 1):
-            raise InvalidInputError(
-                ErrorText(Setting("top_p"), f" is {self.top_p!r}; it must be a number in (0, 1]")
-            )
+            raise _wrong("top_p", self.top_p, "a number in (0, 1]")
         if not is_int(self.top_k, -1) or self.top_k == 0:
-            raise InvalidInputError(
-                ErrorText(
-                    Setting("top_k"),
-                    f" is {self.top_k!r}; it must be an integer, at least 1, or -1 for all",
-                )
-            )
+            raise _wrong("top_k", self.top_k, "an integer, at least 1, or -1 for all")
         if self.stop is not None and not isinstance(self.stop, str):
             items = self.stop if isinstance(self.stop, (list, tuple)) else (None,)
             if not (all(isinstance(i, str) for i in items) or all(is_int(i) for i in items)):
-                raise InvalidInputError(
-                    ErrorText(
-                        Setting("stop"),
-                        f" is {excerpt(self.stop, 100)}; it must be a string, a list of strings "
-                        "or a list of token ids",
-                    )
-                )
+                what = "a string, a list of strings or a list of token ids"
+                raise _wrong("stop", self.stop, what)
 
     def to_json(self) -> Dict[str, Any]:
         """Return the JSON form, with ``max_tokens``, ``seed`` and ``stop`` only if they are set."""
@@ -146,6 +122,13 @@ def _init_with_unknown(self: SamplingParams, *args: Any, **arguments: Any) -> No
 SamplingParams.__init__ = _init_with_unknown  # type: ignore[method-assign]
 
 
+def _wrong(name: str, value: Any, expected: str) -> InvalidInputError:
+    """Return the error about the argument *name*, which commands show as their option."""
+    return InvalidInputError(
+        ErrorText(Setting(name), f" is {excerpt(value, 100)}; it must be {expected}")
+    )
+
+
 def _stops(stop: Any) -> Any:
     """Return a sequence of stops as a new list with token ids as ints; anything else unchanged."""
     if getattr(stop, "ndim", None) == 1:
@@ -183,27 +166,16 @@ class SampleRequest:
     def check(self) -> None:
         """Raise InvalidInputError if a value or a sampling parameter is out of range."""
         if not is_int(self.num_samples, 1):
-            raise InvalidInputError(
-                ErrorText(
-                    Setting("num_samples"),
-                    f" is {self.num_samples!r}; it must be an integer, at least 1",
-                )
-            )
+            raise _wrong("num_samples", self.num_samples, "an integer, at least 1")
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
             if not is_int(getattr(self, name), 0):
-                raise InvalidInputError(
-                    f"{name} is {getattr(self, name)!r}; it must be an integer, 0 or more"
-                )
+                raise _wrong(name, getattr(self, name), "an integer, 0 or more")
         wanted: Any = self.prompt_logprobs
         if not isinstance(wanted, bool):
-            raise InvalidInputError(
-                f"include_prompt_logprobs is {wanted!r}; it must be True or False"
-            )
+            raise _wrong("include_prompt_logprobs", wanted, "True or False")
         last_n = self.prompt_logprobs_last_n
         if last_n is not None and not is_int(last_n, 1):
-            raise InvalidInputError(
-                f"prompt_logprobs_last_n is {last_n!r}; it must be an integer, at least 1, or None"
-            )
+            raise _wrong("prompt_logprobs_last_n", last_n, "an integer, at least 1, or None")
         if last_n is not None and not self.prompt_logprobs:
             raise InvalidInputError(
                 "prompt_logprobs_last_n was given without include_prompt_logprobs=True"
@@ -219,12 +191,7 @@ class SampleRequest:
             "prompt_logprobs": self.prompt_logprobs,
             "type": "sample",
         }
-        for name in (
-            "topk_prompt_logprobs",
-            "topk_sample_logprobs",
-            "prompt_logprobs_last_n",
-            "prompt_alt_tokens_k",
-        ):
+        for name in _COUNTS[1:]:  # those with a default of None or 0; num_samples is always sent
             value = getattr(self, name)
             if value:
                 encoded[name] = value
@@ -239,25 +206,25 @@ class SampleRequest:
         """Read the JSON form; InvalidInputError if it is malformed or fails `check`."""
         if not isinstance(payload, dict):
             raise InvalidInputError("a sample request must be an object")
+        counts = {name: payload[name] for name in _COUNTS if payload.get(name) is not None}
+        for name, value in counts.items():
+            if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
+                raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
         target = payload.get("target_prompt_logprobs")
         params = payload.get("sampling_params")
         request = cls(
             prompt=ModelInput.from_json(payload.get("prompt")),
-            num_samples=_count(payload, "num_samples", 1),
             sampling_params=SamplingParams.from_json({} if params is None else params),
             prompt_logprobs=bool(payload.get("prompt_logprobs")),
-            topk_prompt_logprobs=_count(payload, "topk_prompt_logprobs", 0),
-            topk_sample_logprobs=_count(payload, "topk_sample_logprobs", 0),
-            prompt_logprobs_last_n=_count(payload, "prompt_logprobs_last_n", None),
             target_prompt_logprobs=None if target is None else tensor_from_json(target),
-            prompt_alt_tokens_k=_count(payload, "prompt_alt_tokens_k", 0),
             record_stability_info=bool(payload.get("record_stability_info")),
+            **counts,
         )
         request.check()
         return request
 
 
-#: The integers of a SampleRequest.
+#: The integers of a SampleRequest, in the order in which they are sent.
 _COUNTS = (
     "num_samples",
     "topk_prompt_logprobs",
@@ -265,13 +232,6 @@ _COUNTS = (
     "prompt_logprobs_last_n",
     "prompt_alt_tokens_k",
 )
-
-
-def _count(payload: Dict[str, Any], name: str, default: Optional[int]) -> Any:
-    value = payload.get(name)
-    if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
-        raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
-    return default if value is None else value
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:

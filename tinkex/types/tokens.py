@@ -35,11 +35,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         return as_tokens(_only_sequence(tokens))
     try:
         ids = np.asarray(tokens)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a tensor that requires grad
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a tensor with a gradient
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
     if ids.ndim == 0:
         raise InvalidInputError(

@@ -7,24 +7,59 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Iterator, Protocol, Type
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Iterator, List, Protocol, Type
 
 from tinkex._runtime.late_import import import_late
 from tinkex.errors import TinkexError
 
 if TYPE_CHECKING:
-    from tinkex.types import (
-        ForwardBackwardOutput,
-        ForwardBackwardRequest,
-        SampleResponse,
-    )
-    from tinkex.wire.parts import Parts
+    from tinkex.types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
 
 #: What Python, numpy, orjson and protobuf raise for malformed values.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class Parts:
+    """A large body as bytes and arrays, joined a block at a time while it is sent.
+
+    The arrays must not be written to before `keep` is called.
+
+    Args:
+        blocks: lists of bytes and contiguous arrays; each block is sent in one piece.
+        size: bytes of all blocks together.
+    """
+
+    # Joining all of it first would hold a batch in memory twice, and getting that much fresh memory
+    # from the system takes longer than filling it.
+
+    def __init__(self, blocks: List[List[Any]], size: int) -> None:
+        self._blocks = blocks
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the body block by block."""
+        return map(b"".join, self._blocks)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(chain.from_iterable(self._blocks))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Parts):
+            return NotImplemented
+        return len(self) == len(other) and bytes(self) == bytes(other)
+
+    __hash__ = None  # type: ignore[assignment]  # the arrays may change
+
+    def keep(self) -> None:
+        """Copy the arrays, so that their owner may write to them again."""
+        self._blocks = [[bytes(self)]]
 
 
 class Codec(Protocol):

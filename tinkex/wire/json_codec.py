@@ -30,8 +30,7 @@ from tinkex.types._numbers import SHORT
 from tinkex.types._wire import excerpt
 from tinkex.types.sampling import TOPK_SENTINEL, tensor_from_json, tensor_to_json
 from tinkex.types.tokens import as_tokens
-from tinkex.wire.codec import JSON_CONTENT_TYPE, translating
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import JSON_CONTENT_TYPE, Parts, translating
 
 if TYPE_CHECKING:
     import numpy.typing as npt

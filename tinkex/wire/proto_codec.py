@@ -35,8 +35,7 @@ from tinkex.types import (
 )
 from tinkex.types._numbers import from_bytes
 from tinkex.wire import tinker_public_pb2 as pb
-from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, translating
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import PROTOBUF_CONTENT_TYPE, Parts, translating
 from tinkex.wire.proto_writer import forward_backward_request
 
 if TYPE_CHECKING:

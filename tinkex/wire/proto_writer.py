@@ -29,7 +29,7 @@ from tinkex.types import (
     TensorData,
 )
 from tinkex.types._numbers import as_kept
-from tinkex.wire.parts import Parts
+from tinkex.wire.codec import Parts
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -182,7 +182,7 @@ def test_a_session_shows_its_heartbeats_until_it_is_dead(tmp_path: Path) -> None
         clock.now += 7
         assert state(api)["heartbeats"] == {session_id: 7.0}
         clock.now += 60
-        api.backend.scheduler.request_housekeeping()  # type: ignore[attr-defined]
+        api.backend.scheduler.rotation.request_housekeeping()  # type: ignore[attr-defined]
         deadline = time.monotonic() + WAIT_S
         while state(api)["tables"]["sessions"][0]["state"] == "live":
             assert time.monotonic() < deadline
@@ -226,6 +226,7 @@ def test_a_sample_is_shown_with_the_probability_of_each_token(api: Api) -> None:
     (sample,) = state(api)["samples"]
     assert sample["model"] == "deterministic"
     assert sample["prompt"] == "\x05\x06\x07"
+    assert not sample["prompt_is_cut"]
     assert sample["tokens"] == [chr(token) for token in drawn["tokens"]]
     assert sample["logprobs"] == pytest.approx(drawn["logprobs"])
     assert (sample["prompt_length"], sample["length"]) == (3, len(drawn["tokens"]))
@@ -280,6 +281,7 @@ def test_the_latest_samples_are_kept_in_part(api: Api) -> None:
     assert len(samples) == MOST_SAMPLES
     assert samples[0]["prompt"] == "A" * 199 + "B"
     assert (samples[0]["prompt_length"], samples[0]["length"]) == (701, 400)
+    assert samples[0]["prompt_is_cut"]
     assert len(samples[0]["tokens"]) == len(samples[0]["logprobs"]) == 300
     assert [one["id"] for one in samples] == sorted(one["id"] for one in samples)
 

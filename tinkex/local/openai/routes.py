@@ -71,7 +71,7 @@ class _Endpoint:
 
     def models(self) -> Response:
         """List the base model and the checkpoints for sampling, newest first."""
-        rows, _ = self._backend.store.checkpoints(_MOST_LISTED, 0)
+        rows, _ = self._backend.store.checkpoints.page(_MOST_LISTED, 0)
         listed = [self._listed(self._backend.info.model_name, None)]
         for row in rows:
             if row.kind == "sampler_weights":

@@ -10,7 +10,6 @@ const TIMEOUT_MS = 10000;
 const KEY = "tinkex-key";
 const FEW = 6; // rows of a list that is not unfolded
 const COLOURS = 8;
-const MOST_RUNS = 64;
 
 const $ = (id) => document.getElementById(id);
 const state = {
@@ -145,13 +144,13 @@ function take(news) {
     curve.stride = run.stride;
   }
   // As many as the server remembers: a tab may be open for weeks.
-  for (const id of [...state.progress.keys()].slice(0, -MOST_RUNS)) {
+  for (const id of [...state.progress.keys()].slice(0, -state.server.most_runs)) {
     state.progress.delete(id);
     state.curves.delete(id);
   }
   chart.curves = [...state.curves.values()];
   if (news.samples.length) {
-    state.samples = [...news.samples.reverse(), ...state.samples].slice(0, 20);
+    state.samples = [...news.samples.reverse(), ...state.samples].slice(0, state.server.most_samples);
     state.newSamples = true;
   }
   announce();
@@ -489,7 +488,7 @@ function makeSample(sample) {
   const text = make("div", "text");
   text.setAttribute("role", "group");
   text.setAttribute("aria-label", "Sample; the arrow keys move over its tokens");
-  text.append(make("span", "prompt", (sample.prompt_length > 200 ? "…" : "") + sample.prompt));
+  text.append(make("span", "prompt", (sample.prompt_is_cut ? "…" : "") + sample.prompt));
   const tokens = new TokenText(text);
   sample.tokens.forEach((token, i) => tokens.add(token, sample.logprobs?.[i] ?? null));
   if (sample.length > sample.tokens.length) text.append("…");

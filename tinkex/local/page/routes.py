@@ -14,6 +14,8 @@ from tinkex.local.page.state import PageState
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
 
+#: The files of the page.  Not by Python's mimetypes: it reads the system's tables, which on Windows
+#: may make text/plain of a script, and with ``nosniff`` browsers then refuse to run it.
 _MIME_TYPES = {
     "chart.js": "text/javascript",
     "page.js": "text/javascript",

@@ -9,7 +9,7 @@ from tinkex._version import __version__
 from tinkex.local.backend import Backend
 from tinkex.local.json_text import write_json
 from tinkex.local.openai.text import Text, text_of, token_name
-from tinkex.local.state.activity import KeptSample, RunProgress
+from tinkex.local.state.activity import MOST_RUNS, MOST_SAMPLES, KeptSample, RunProgress
 from tinkex.local.state.rows import CheckpointRow, RunRow, SessionRow
 
 #: Rows of each table, at most; of sessions, besides those that live.
@@ -61,11 +61,12 @@ class PageState:
         return {
             "version": __version__,
             "model": self._backend.info.model_name,
-            "context_length": self._backend.info.context_length,
             # A model without a tokenizer reads a conversation as lines.
             "chat": tokenizer is None or bool(tokenizer.chat_template),
             "started_at": self._started_at,
             "session_ttl_s": self._backend.settings.session_ttl_s,
+            "most_runs": MOST_RUNS,
+            "most_samples": MOST_SAMPLES,
         }
 
     def _tables(self, live: List[str]) -> Dict[str, Any]:
@@ -75,13 +76,12 @@ class PageState:
             row = None if session_id in sessions else store.session(session_id)
             if row is not None:
                 sessions[session_id] = row
-        runs, runs_count = store.runs(_MOST_ROWS, 0)
-        checkpoints, checkpoints_count = store.checkpoints(_MOST_ROWS, 0)
+        runs, _ = store.runs(_MOST_ROWS, 0)
+        checkpoints, checkpoints_count = store.checkpoints.page(_MOST_ROWS, 0)
         return {
             "sessions": [_session(row) for row in sessions.values()],
             # Not in the order of their last requests, which changes all the time.
             "runs": [_run(row) for row in sorted(runs, key=lambda row: -row.created_at)],
-            "runs_count": runs_count,
             "checkpoints": [_checkpoint(row) for row in checkpoints],
             "checkpoints_count": checkpoints_count,
         }
@@ -94,11 +94,11 @@ class PageState:
             "model": sample.model,
             "prompt": text.decode(sample.prompt.tolist()),
             "prompt_length": sample.prompt_length,
+            "prompt_is_cut": sample.prompt_length > len(sample.prompt),
             "tokens": [token_name(text.bytes_of(token)) for token in sample.tokens.tolist()],
             "logprobs": None if sample.logprobs is None else sample.logprobs.tolist(),
             "length": sample.length,
             "sequences": sample.sequences,
-            "stop_reason": sample.stop_reason,
         }
 
     def _text(self) -> Text:
@@ -137,7 +137,6 @@ def _run(row: RunRow) -> Dict[str, Any]:
     name = (row.user_metadata or {}).get("name")
     return {
         "id": row.run_id,
-        "session_id": row.session_id,
         "created_at": row.created_at,
         "base_model": row.base_model,
         "rank": row.lora.rank,

@@ -58,14 +58,14 @@ class CheckpointRoutes(Routes):
     def list_checkpoints_of(self, run_id: str) -> Result:
         """Every checkpoint of a run, newest first."""
         self._backend.get_run(run_id)
-        found = [_as_checkpoint(row) for row in self._backend.store.checkpoints_of(run_id)]
+        found = [_as_checkpoint(row) for row in self._backend.store.checkpoints.of_run(run_id)]
         return CheckpointsListResponse(found)
 
     @route("GET", "checkpoints")
     def list_checkpoints(self) -> Result:
         """A page of all checkpoints, newest first."""
         limit, offset = page(100)
-        rows, total = self._backend.store.checkpoints(limit, offset)
+        rows, total = self._backend.store.checkpoints.page(limit, offset)
         found = [_as_checkpoint(row) for row in rows]
         cursor = Cursor(offset, limit, total)
         return CheckpointsListResponse(found, cursor)
@@ -108,11 +108,11 @@ class CheckpointRoutes(Routes):
             copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
         )
         try:
-            with store.saving(
+            with store.checkpoints.saving(
                 copy_id, source.kind, source.name,
                 overwrite=False, ttl_s=ttl_s, user_metadata=source.user_metadata,
             ) as folder:  # fmt: skip
-                store.copy_files(source, folder)
+                store.checkpoints.copy_files(source, folder)
         except BaseException:
             store.drop_run(copy_id)
             raise
@@ -121,7 +121,7 @@ class CheckpointRoutes(Routes):
     @route("DELETE", CHECKPOINT)
     def delete(self, run_id: str, kind: str, name: str) -> Result:
         """Delete a checkpoint."""
-        self._backend.store.delete_checkpoint(self._checkpoint(run_id, kind, name))
+        self._backend.store.checkpoints.delete(self._checkpoint(run_id, kind, name))
         return {}
 
     @route("POST", f"{CHECKPOINT}/publish")
@@ -133,14 +133,14 @@ class CheckpointRoutes(Routes):
         if row.public is public:
             state = "public" if public else "private"
             raise HTTPError(409, f"{row.tinker_path} is {state} already")
-        self._backend.store.set_public(row, public)
+        self._backend.store.checkpoints.set_public(row, public)
         return {}
 
     @route("PUT", f"{CHECKPOINT}/ttl")
     def set_ttl(self, body: JsonBody, run_id: str, kind: str, name: str) -> Result:
         """Have a checkpoint expire, or not."""
         ttl_s = ttl_seconds(body)
-        self._backend.store.set_ttl(self._checkpoint(run_id, kind, name), ttl_s)
+        self._backend.store.checkpoints.set_ttl(self._checkpoint(run_id, kind, name), ttl_s)
         return {}
 
     def _run(self, row: RunRow) -> TrainingRun:
@@ -157,7 +157,7 @@ class CheckpointRoutes(Routes):
         )
 
     def _last(self, run_id: str, kind: str) -> Optional[Checkpoint]:
-        found = self._backend.store.last_checkpoint(run_id, kind)
+        found = self._backend.store.checkpoints.newest(run_id, kind)
         return None if found is None else _as_checkpoint(found)
 
 

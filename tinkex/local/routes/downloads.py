@@ -53,7 +53,7 @@ class DownloadRoutes(Routes):
                 f"{kind}/{name} is no external checkpoint; save_weights_external makes one",
             )
         row = self._checkpoint(run_id, kind, name)
-        folder = self._backend.store.folder_of(row)
+        folder = self._backend.store.checkpoints.folder_of(row)
         urls: Dict[str, str] = {}
         expires_at = 0
         for file in self._read(row, files_of):
@@ -90,9 +90,9 @@ class DownloadRoutes(Routes):
     def _read(self, row: CheckpointRow, read: Callable[[Path], T]) -> T:
         """Return what *read* finds in the folder of a checkpoint; 404 if it is not there."""
         try:
-            return read(self._backend.store.folder_of(row))
+            return read(self._backend.store.checkpoints.folder_of(row))
         except FileNotFoundError as error:
-            raise self._backend.store.missing_files(row) from error
+            raise self._backend.store.checkpoints.missing_files(row) from error
 
 
 def _etag(row: CheckpointRow, relative: str) -> str:

@@ -151,12 +151,12 @@ class RunRoutes(Routes):
     def _folder(self, checkpoint: CheckpointRow) -> Path:
         """Return the folder of a checkpoint that may have been replaced or deleted since."""
         store = self._backend.store
-        current = store.checkpoint(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        current = store.checkpoints.find(checkpoint.run_id, checkpoint.kind, checkpoint.name)
         if current is None:
             raise EngineError(
                 f"checkpoint {checkpoint.tinker_path} was deleted before it was loaded"
             )
-        return store.folder_of(current)
+        return store.checkpoints.folder_of(current)
 
 
 def _loaded(checkpoint: CheckpointRow, model_id: str) -> Dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Optional
 
-from tinkex.local.fields import invalid_input_rejected, optional, required, required_seq_id
+from tinkex.local.errors import invalid_input_rejected
+from tinkex.local.fields import optional, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.scheduling.batches import WeightsSource

@@ -59,7 +59,7 @@ class SaveRoutes(Routes):
         name = check_checkpoint_name(required(body, "path", str))
         overwrite = bool(optional(body, "overwrite", bool))
         saving = functools.partial(
-            store.saving,
+            store.checkpoints.saving,
             model_id,
             kind,
             name,
@@ -68,7 +68,7 @@ class SaveRoutes(Routes):
             user_metadata=metadata(body),
         )
         recipients = _recipients(route, body)
-        store.check_name_free(model_id, kind, name, overwrite)
+        store.checkpoints.check_name_free(model_id, kind, name, overwrite)
         return functools.partial(self._save, route, model_id, name, saving, recipients)
 
     def _save(
@@ -114,7 +114,7 @@ class SaveRoutes(Routes):
             with self._backend.store.new_sampler_folder() as folder:
                 self._backend.engine.save(model_id, folder, with_optimizer=False)
             key = model_id if is_inflight else sampler_id
-            return WeightsSource(key, folder, newest=is_inflight, name=model_id)
+            return WeightsSource(key, folder, model_id, newest=is_inflight)
 
         self._backend.create_sampler(sampler_id, digest, None, weights)
         return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}

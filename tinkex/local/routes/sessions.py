@@ -111,7 +111,7 @@ class SessionRoutes(Routes):
         return row
 
     def _summary(self, row: SessionRow) -> Dict[str, Any]:
-        count, size = self._backend.store.checkpoint_totals(row.session_id)
+        count, size = self._backend.store.checkpoints.totals(row.session_id)
         return {
             "session_id": row.session_id,
             "created_at": timestamp(row.created_at),

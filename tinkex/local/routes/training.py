@@ -11,13 +11,8 @@ import orjson
 from flask import request
 
 from tinkex.local.backend import Backend, session_of
-from tinkex.local.errors import HTTPError
-from tinkex.local.fields import (
-    invalid_input_rejected,
-    read_wire,
-    required,
-    required_seq_id,
-)
+from tinkex.local.errors import HTTPError, invalid_input_rejected
+from tinkex.local.fields import read_wire, required, required_seq_id
 from tinkex.local.http.messages import JsonBody, digest, raw_body
 from tinkex.local.json_text import check_levels, check_values
 from tinkex.local.losses.custom_passes import run_custom_pass

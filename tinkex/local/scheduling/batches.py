@@ -1,7 +1,8 @@
-"""Groups the sample requests for the same weights into batches that advance slice by slice.
+"""Sample requests for the same weights, in batches that advance slice by slice.
 
 Pure bookkeeping around the engine's iterators: no thread, no lock.  Queues and samplers are guarded
-by the scheduler's lock; the live batches belong to the engine thread alone.
+by the scheduler's lock; live batches belong to the engine thread alone, since the engine reads them
+while it works.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Deque, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Optional, Set
 
 from tinkex.local.engines.engine import Finished
-from tinkex.local.scheduling.lanes import SeenIds
 from tinkex.local.settings import SamplingLimits
+from tinkex.local.state.repetitions import SeenIds
 from tinkex.types import SampleRequest
 
 #: Most requests of one batch in its lifetime: those that are done stay in its list.
@@ -29,7 +30,7 @@ class SampleJob:
         cost: its cache in tokens.
         arrived: in clock seconds.
         began: when it joined a batch, in clock seconds.
-        dropped: set, under the scheduler's lock, once nothing is to come of it any more.
+        dropped: set, under the scheduler's lock, when it is cancelled or its sampler closed.
     """
 
     sampler: Sampler
@@ -43,20 +44,20 @@ class SampleJob:
 
 
 class WeightsSource(NamedTuple):
-    """What a sampler draws from.
+    """The weights that a sampler draws from.
 
     Attributes:
         key: samplers with equal keys have the same weights, and share batches.
         folder: holds the adapter, and belongs to the scheduler from then on; None is the base
             model.
-        newest: from now on they take the place of the earlier weights with this key.
         name: of the weights, to be shown: a base model, a ``tinker://`` path, or the id of a run.
+        newest: from now on they take the place of the earlier weights with this key.
     """
 
     key: Hashable
     folder: Optional[Path]
+    name: str
     newest: bool = False
-    name: str = ""
 
     def remove(self) -> None:
         """Remove the files, if no sampler is to draw from them."""
@@ -75,7 +76,7 @@ class SamplerWeights:
         name: see `WeightsSource`.
     """
 
-    def __init__(self, engine_id: str, folder: Optional[Path], name: str = "") -> None:
+    def __init__(self, engine_id: str, folder: Optional[Path], name: str) -> None:
         self.engine_id = engine_id
         self.folder = folder
         self.name = name
@@ -97,7 +98,7 @@ class Batch:
         self.sequences = 0  # of the requests that are not finished
 
     def add(self, job: SampleJob) -> None:
-        """Take in one more request."""
+        """Add a request."""
         self.unfinished.add(len(self.jobs))
         self.jobs.append(job)
         self.requests.append(job.request)
@@ -105,6 +106,7 @@ class Batch:
 
     def remove(self, index: int) -> SampleJob:
         """Note that a request is finished, or dropped, and return its job."""
+        # It stays in the lists: the engine identifies requests by their index.
         self.unfinished.remove(index)
         job = self.jobs[index]
         self.sequences -= job.request.num_samples
@@ -130,6 +132,11 @@ class SamplerLane:
         """True if no sampler uses it, and none of its batches is live."""
         return not self.samplers and not self.live
 
+    @property
+    def has_work(self) -> bool:
+        """True if requests are queued, or being sampled."""
+        return bool(self.live or self.queued)
+
     def drop(self, jobs: Iterable[SampleJob]) -> int:
         """Drop requests, and return how many of them were queued."""
         for job in jobs:
@@ -147,6 +154,7 @@ class SamplerLane:
         """True if a new batch should start now; *live_tokens* is the cache in use by all."""
         if not self.queued or len(self.live) >= limits.max_live_batches:
             return False
+        # A request that is larger than the limit runs, too, when it has the engine for itself.
         room = live_tokens == 0 or live_tokens + self.queued[0].cost <= limits.max_live_tokens
         return room and now >= self.starts_at(limits)
 

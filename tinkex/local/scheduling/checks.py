@@ -13,8 +13,7 @@ from typing import Any, Dict, Optional, Sequence
 from tinkex.local.engines import inputs
 from tinkex.local.engines.engine import EngineError, EngineInfo
 from tinkex.local.engines.inputs import LOSSES, check_tokens, check_vocabulary
-from tinkex.local.errors import HTTPError
-from tinkex.local.fields import invalid_input_rejected
+from tinkex.local.errors import HTTPError, invalid_input_rejected
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, LoraConfig, SampleRequest
 

@@ -1,20 +1,17 @@
 """Puts the requests of one training run into the order of their seq_ids.
 
-Pure: no thread, no lock (the scheduler's lock guards it), no engine.
+The rules are those of docs/protocol.md, "Sequence numbers".  Pure: no thread, no lock (the
+scheduler's lock guards it), no engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, deque
+from collections import deque
 from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
-
-#: seq_ids that are remembered per run, some 300 bytes each; older ones cannot be repeated.  There
-#: are more of them than requests that may wait for a missing one.
-MAX_REMEMBERED = 2048
-
+from tinkex.local.state.repetitions import SeenIds
 
 #: Engine work: called on the engine thread, its value is the result.
 Work = Callable[[], object]
@@ -30,46 +27,6 @@ class Job:
     request_id: str
     run: Work
     creates: bool = False
-
-
-class SeenIds:
-    """The seq_ids that were used, each with a digest of its body and its request id."""
-
-    def __init__(self, owner: str, limit: int = MAX_REMEMBERED) -> None:
-        self._owner = owner
-        self._limit = limit
-        self._seen: OrderedDict[int, Tuple[bytes, Optional[str]]] = OrderedDict()
-
-    def __contains__(self, seq_id: int) -> bool:
-        return seq_id in self._seen
-
-    def add(self, seq_id: int, digest: bytes, request_id: Optional[str]) -> None:
-        """Remember *seq_id*; *request_id* is None if the request was rejected."""
-        self._seen[seq_id] = (digest, request_id)
-        if len(self._seen) > self._limit:
-            self._seen.popitem(last=False)
-
-    def discard(self, seq_id: int) -> None:
-        """Forget *seq_id*: it may be used for another body."""
-        self._seen.pop(seq_id, None)
-
-    def find(self, seq_id: int, digest: bytes) -> Optional[str]:
-        """Return the request id of an earlier submission of the same body, or None.
-
-        Raises:
-            HTTPError: 409, the seq_id was used for another body.
-        """
-        if seq_id not in self._seen:
-            return None
-        known_digest, request_id = self._seen[seq_id]
-        if known_digest != digest:
-            what = "a rejected request" if request_id is None else "another request"
-            raise HTTPError(
-                409,
-                f"seq_id {seq_id} of {self._owner} was used for {what}; "
-                "a repeated seq_id must repeat the same body",
-            )
-        return request_id
 
 
 class Missing(NamedTuple):
@@ -88,7 +45,8 @@ class Lane:
         self.next_seq = 1  # 0 is the request that made the model
         self.ready: Deque[Job] = deque()
         self.closed: Optional[str] = None  # why nothing is accepted any more
-        self.broken: Optional[str] = None  # why the model does not exist
+        self.broken: Optional[str] = None  # why the model does not exist; engine thread only
+        self.is_gone = False  # the engine thread is done with it
         self.missing: Optional[Missing] = None
         self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected seq_id
         self._seen = SeenIds(model_id)
@@ -110,14 +68,19 @@ class Lane:
         return request_id
 
     def named(self, job: Job) -> Job:
-        """Return *job* under the request id it is to have; a seq_id is used once here."""
+        """Return *job* under the request id it is to have.
+
+        The same one here, where each seq_id is used once; not so in servers that tests imitate.
+        """
         return job
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
-        """Take in a new request, or None for a seq_id that a rejected request consumed."""
+        """Add a new request, or None for a seq_id that a rejected request consumed."""
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
         if seq_id < self.next_seq:
-            if job is not None:  # rejected before, repeated, and valid now: its place has passed
+            # A request that was rejected is repeated and valid now, as with a checkpoint that has
+            # been saved meanwhile.  Its place in the order has passed, so it runs after the others.
+            if job is not None:
                 self.ready.append(job)
             return
         self._early[seq_id] = job
@@ -126,6 +89,11 @@ class Lane:
             if arrived is not None:
                 self.ready.append(arrived)
             self.next_seq += 1
+
+    @property
+    def has_work(self) -> bool:
+        """True if something is ready for the engine: a request, or the end of the run."""
+        return bool(self.ready) or (self.closed is not None and not self.is_gone)
 
     @property
     def waiting(self) -> int:
@@ -146,6 +114,8 @@ class Lane:
     def remove_early(self) -> List[Tuple[int, Job]]:
         """Remove and return what waits for a missing seq_id; its seq_ids may be used again."""
         early, self._early, self.missing = self._early, {}, None
+        # The client may send other bodies under these seq_ids, as it fills the gap with the
+        # first request that failed.
         for seq_id in early:
             self._seen.discard(seq_id)
         return [(seq_id, job) for seq_id, job in sorted(early.items()) if job is not None]

@@ -1,20 +1,19 @@
 """What the engine thread does for samplers: load weights; start, advance and end batches.
 
-Used by the scheduler's thread only, hence without a lock of its own; the scheduler's lock, which
-guards the queues, is borrowed for looking into them.
+Used by that thread only, hence without a lock of its own; the scheduler's lock guards the queues.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import threading
 from collections import OrderedDict
 from typing import Callable, Optional, cast
 
 from tinkex.local.engines.engine import Engine, EngineError
 from tinkex.local.errors import HTTPError
 from tinkex.local.scheduling.batches import Batch, SampleJob, SamplerLane, SamplerWeights
+from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import SamplingLimits
 from tinkex.local.state.futures import Failure, FutureTable, Outcome, Success
 from tinkex.types import SampleRequest, SampleResponse
@@ -30,29 +29,27 @@ class SamplingWorker:
 
     Args:
         engine: does the work.
+        scheduler: has the queues; its lock is taken for moments, never while the engine works.
         futures: gets the results.
         limits: how sampling shares the engine.
-        lock: guards the lanes' queues; taken for moments, never while the engine works.
-        count_dequeued: called under the lock with the number of requests that left a queue.
         clock: monotonic seconds.
-        on_sampled: called on the engine thread for each request that is done, without a lock.
+        on_sampled: called for each request that is done, without a lock.
     """
 
     def __init__(
         self,
         engine: Engine,
+        scheduler: Scheduler,
         futures: FutureTable,
         limits: SamplingLimits,
-        lock: threading.Lock,
-        count_dequeued: Callable[[int], None],
         clock: Callable[[], float],
-        on_sampled: Optional[OnSampled] = None,
+        on_sampled: OnSampled,
     ) -> None:
         self._engine = engine
+        self._scheduler = scheduler
+        self._lock = scheduler.rotation.lock
         self._futures = futures
         self._limits = limits
-        self._lock = lock
-        self._count_dequeued = count_dequeued
         self._clock = clock
         self._on_sampled = on_sampled
         self._loaded: OrderedDict[str, SamplerWeights] = OrderedDict()  # least recently used first
@@ -107,7 +104,7 @@ class SamplingWorker:
                 failure = failure_of(error, weights.engine_id)
                 with self._lock:
                     jobs = list(lane.queued)
-                    self._count_dequeued(lane.drop(jobs))
+                    self._scheduler.count_dequeued_locked(lane.drop(jobs))
                 for job in jobs:
                     self._complete(job, failure)
                 return False
@@ -143,7 +140,7 @@ class SamplingWorker:
         now = self._clock()
         for job in added:
             job.began = now
-        self._count_dequeued(len(added))
+        self._scheduler.count_dequeued_locked(len(added))
 
     def _advance(self, lane: SamplerLane) -> None:
         """Do one slice of the next batch."""
@@ -192,7 +189,7 @@ class SamplingWorker:
         with self._lock:
             job.sampler.jobs.pop(job.request_id, None)
             name = job.sampler.lane.weights.name
-        if self._on_sampled is not None and isinstance(outcome, Success):
+        if isinstance(outcome, Success):
             response = cast(SampleResponse, outcome.value)
             log_failure("note a sample", self._on_sampled, name, job.request, response, job.began)
         self._futures.complete(job.request_id, outcome)

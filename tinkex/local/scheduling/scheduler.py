@@ -1,21 +1,14 @@
-"""Runs all engine work on one thread, "tinkex-engine", and decides what is next.
+"""The queues of all training runs and samplers: what HTTP threads submit, cancel and ask about.
 
-Owned by the backend; started and closed by it.  HTTP threads submit, the engine thread works:
-training runs and samplers are served in rotation, one request or one slice of sampling at a time.
-In between, and when it is idle, the thread does the backend's housekeeping.
+Owned by the backend.  The engine thread (engine_thread.py) takes work out of them in the order of
+their rotation (rotation.py).
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
-import logging
-import threading
-import time
-from collections import deque
-from typing import Callable, Deque, Dict, Hashable, List, NamedTuple, Optional, Type, Union
+from typing import Callable, Dict, Hashable, List, NamedTuple, Optional, Type
 
-from tinkex.local.engines.engine import Engine
 from tinkex.local.errors import HTTPError
 from tinkex.local.scheduling.batches import (
     SampleJob,
@@ -25,25 +18,10 @@ from tinkex.local.scheduling.batches import (
     WeightsSource,
 )
 from tinkex.local.scheduling.lanes import Job, Lane
-from tinkex.local.scheduling.sampling import (
-    OnSampled,
-    SamplingWorker,
-    failure_of,
-    log_failure,
-)
+from tinkex.local.scheduling.rotation import AnyLane, Rotation
 from tinkex.local.settings import SamplingLimits
-from tinkex.local.state.futures import Failure, FutureTable, Group, Outcome, Success
+from tinkex.local.state.futures import Failure, FutureTable, Group, Outcome
 from tinkex.types import SampleRequest
-
-_log = logging.getLogger(__name__)
-
-#: At exit the process waits at most this long for work that was interrupted, in seconds.
-EXIT_WAIT_S = 20.0
-
-AnyLane = Union[Lane, SamplerLane]
-
-#: Does what has become due and returns the instant (monotonic) at which to call again.
-Housekeeping = Callable[[float], float]
 
 
 class Queues(NamedTuple):
@@ -61,96 +39,54 @@ class Queues(NamedTuple):
 
 
 class Scheduler:
-    """The queues of all training runs and samplers, and the thread that works them off.
+    """The queues of all training runs and samplers.  Thread-safe; no method waits for the engine.
 
-    Thread-safe.  Submitting never blocks on the engine.
+    Args:
+        futures: gets a pending future for each request, and the failures of those that are dropped.
+        limits: how sampling shares the engine.
+        max_waiting: most requests of one run that wait for a missing seq_id.
+        missing_seq_id_s: they wait for this long.
+        lane_type: the queue of a training run.
+        clock: monotonic seconds.
+
+    Attributes:
+        rotation: decides which queue is served next; its lock guards all of them.
     """
 
     def __init__(
         self,
-        engine: Engine,
         futures: FutureTable,
-        housekeeping: Housekeeping,
+        limits: SamplingLimits,
         *,
-        limits: Optional[SamplingLimits] = None,
-        max_waiting: int = 1024,
-        missing_seq_id_s: float = 60.0,
-        lane_type: Type[Lane] = Lane,
-        on_sampled: Optional[OnSampled] = None,
-        clock: Callable[[], float] = time.monotonic,
+        max_waiting: int,
+        missing_seq_id_s: float,
+        lane_type: Type[Lane],
+        clock: Callable[[], float],
     ) -> None:
-        self._engine = engine
-        self._lane_type = lane_type
         self._futures = futures
-        self._housekeeping = housekeeping
-        self._limits = limits or SamplingLimits()
+        self._limits = limits
         self._max_waiting = max_waiting
         self._missing_seq_id_s = missing_seq_id_s
+        self._lane_type = lane_type
         self._clock = clock
-        # Guards the queues and the flags below; never held while the engine works.
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
+        self.rotation = Rotation(limits, clock)
+        # Guards everything below.
+        self._lock = self.rotation.lock
         self._models: Dict[str, Lane] = {}
         self._samplers: Dict[str, Sampler] = {}
         self._lanes: Dict[Hashable, SamplerLane] = {}  # of the samplers, by their keys
-        self._rotation: Deque[AnyLane] = deque()  # lanes with something to do
-        self._running: Optional[AnyLane] = None  # being served; not in _rotation meanwhile
         self._queued_samples = 0
-        self._housekeeping_wanted = False
-        self._closing = False
         self._retired: List[SamplerWeights] = []  # no lane uses them any more
-        # Engine thread only.
-        self._sampling = SamplingWorker(
-            engine,
-            futures,
-            self._limits,
-            self._lock,
-            self._count_dequeued_locked,
-            clock,
-            on_sampled,
-        )
-        self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the engine thread."""
-        self._thread.start()
-
-    def close(self, timeout_s: float) -> None:
-        """Fail what is queued, interrupt the engine, end the thread, and close the engine.
-
-        Waits at most *timeout_s*; work that takes longer ends in the background.
-        """
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._engine.interrupt()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                _log.info("the engine is still busy; thread tinkex-engine ends when it is done")
-                # Python kills a daemon thread that computes in C++ by aborting the process.
-                atexit.register(self._thread.join, EXIT_WAIT_S)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended, but no longer than *timeout_s*."""
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-
-    def request_housekeeping(self) -> None:
-        """Have the engine thread do its housekeeping soon."""
-        with self._wake:
-            self._housekeeping_wanted = True
-            self._wake.notify()
 
     # Training runs
 
     def add_model(self, model_id: str, session_id: str, job: Job) -> None:
         """Open the queue of a new training run; *job* creates the model."""
-        with self._wake:
+        with self._lock:
             lane = self._models[model_id] = self._lane_type(model_id, session_id)
             self._futures.create(job.request_id, model_id, 0)
             lane.ready.append(job)
-            self._enqueue_locked(lane)
+            self.rotation.add_locked(lane)
 
     def has_model(self, model_id: str) -> bool:
         """True if the run takes requests."""
@@ -172,8 +108,9 @@ class Scheduler:
 
         Returns the request id: of an earlier submission if the body is the same.
         """
-        with self._wake:
+        with self._lock:
             lane = self._open_lane_locked(model_id)
+            # Again, although the view has looked already: the same request may have come twice.
             known = lane.find(seq_id, digest)
             if known is not None:
                 return known
@@ -186,11 +123,12 @@ class Scheduler:
                 )
             if job is not None:
                 job = lane.named(job)
+                # Before the engine thread can get at the job, and complete it.
                 self._futures.create(job.request_id, model_id, seq_id)
             lane.add(seq_id, digest, job)
             lane.note_missing(self._clock())
             if lane.ready:
-                self._enqueue_locked(lane)
+                self.rotation.add_locked(lane)
             return "" if job is None else job.request_id
 
     def unload_model(self, model_id: str, request_id: str) -> None:
@@ -198,13 +136,14 @@ class Scheduler:
 
         Nothing happens if that was queued before.
         """
-        with self._wake:
+        with self._lock:
+            # `unload_model` has no seq_id: its future shows whether it is a repetition.
             if self._futures.wait(request_id, 0.0) is not None:
                 return
             lane = self._open_lane_locked(model_id)
             self._futures.create(request_id, model_id, lane.next_seq)
             lane.ready.append(Job(request_id, functools.partial(self._unload, model_id)))
-            self._enqueue_locked(lane)
+            self.rotation.add_locked(lane)
 
     def _unload(self, model_id: str) -> object:
         self.close_model(model_id, f"model {model_id} was unloaded")
@@ -212,7 +151,7 @@ class Scheduler:
 
     def close_model(self, model_id: str, why: str) -> None:
         """Refuse further requests of a run, fail the queued ones, and unload it soon."""
-        with self._wake:
+        with self._lock:
             lane = self._models.get(model_id)
             if lane is None or lane.closed is not None:
                 return
@@ -220,12 +159,7 @@ class Scheduler:
         self._fail(failed, why)
 
     def refuse_early(self, owner: str) -> None:
-        """Fail the requests of a run that have waited too long for a missing seq_id.
-
-        Something between client and server may have refused that request in the server's name:
-        the client counts its seq_id as used, and nothing would ever fill it.  The message is one
-        after which clients send the failed requests again, from the missing seq_id on.
-        """
+        """Fail the requests of a run that have waited too long for a missing seq_id."""
         with self._lock:
             lane = self._models.get(owner)
             missing = None if lane is None else lane.missing
@@ -234,6 +168,9 @@ class Scheduler:
             if self._clock() < missing.since + self._missing_seq_id_s:
                 return
             early = lane.remove_early()
+        # A gateway may have refused the missing request in the server's name: the client counts its
+        # seq_id as used, and nothing would ever fill it.  After these words it sends the failed
+        # requests again, from the missing seq_id on (docs/protocol.md, "Sequence numbers", rule 5).
         for seq_id, job in early:
             why = f"Sequence conflict: expected {missing.seq_id}, got {seq_id}."
             self._fail([job.request_id], f"{why} seq_id {missing.seq_id} has not arrived.")
@@ -242,19 +179,22 @@ class Scheduler:
 
     def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> Sampler:
         """Open a sampler and return it; the engine loads its weights soon."""
-        with self._wake:
+        with self._lock:
             weights = SamplerWeights(sampler_id, source.folder, source.name)
             lane = self._lanes.get(source.key)
             if lane is None:
                 lane = self._lanes[source.key] = SamplerLane(source.key, weights)
             elif source.newest:
+                # Live batches finish with the earlier weights; requests that are queued take the
+                # new ones.
                 self._retired.append(lane.weights)
                 lane.weights, lane.wanted = weights, True
-            else:  # it has the same weights
+            else:
+                # The lane has the same weights: this copy of their files is not needed.
                 self._retired.append(weights)
             lane.samplers += 1
             sampler = self._samplers[sampler_id] = Sampler(sampler_id, session_id, lane)
-            self._enqueue_locked(lane)
+            self.rotation.add_locked(lane)
             return sampler
 
     def join_sampler(self, sampler_id: str) -> int:
@@ -283,7 +223,7 @@ class Scheduler:
 
         With *on_done* the outcome is not polled for but passed on (see `FutureTable.create`).
         """
-        with self._wake:
+        with self._lock:
             sampler = self._open_sampler_locked(sampler_id)
             known = sampler.seen.find(seq_id, digest)
             if known is not None:
@@ -306,7 +246,7 @@ class Scheduler:
             sampler.jobs[request_id] = job
             sampler.lane.queued.append(job)
             self._queued_samples += 1
-            self._enqueue_locked(sampler.lane)
+            self.rotation.add_locked(sampler.lane)
             return request_id
 
     def cancel_sample(self, sampler_id: str, request_id: str) -> None:
@@ -314,12 +254,13 @@ class Scheduler:
 
         Nothing happens if it is done.
         """
-        with self._wake:
+        with self._lock:
             sampler = self._samplers.get(sampler_id)
             job = None if sampler is None else sampler.jobs.pop(request_id, None)
             if job is not None:
-                self._count_dequeued_locked(job.sampler.lane.drop([job]))
-                self._wake.notify()
+                self.count_dequeued_locked(job.sampler.lane.drop([job]))
+                # The request behind it may fit where this one did not.
+                self.rotation.wake_locked()
         self._fail([request_id], "the client cancelled the request")
 
     # All
@@ -327,7 +268,7 @@ class Scheduler:
     def end_session(self, session_id: str, why: str) -> None:
         """Fail all queued work of a session and unload its models and samplers soon."""
         failed: List[str] = []
-        with self._wake:
+        with self._lock:
             for lane in self._models.values():
                 if lane.session_id == session_id and lane.closed is None:
                     failed += self._close_lane_locked(lane, why)
@@ -364,7 +305,7 @@ class Scheduler:
 
     def _open_lane_locked(self, model_id: str) -> Lane:
         lane = self._models.get(model_id)
-        if lane is None or lane.closed is not None or self._closing:
+        if lane is None or lane.closed is not None or self.rotation.is_closing:
             raise HTTPError(
                 404, lane.closed if lane and lane.closed else f"{model_id} is not loaded"
             )
@@ -372,18 +313,14 @@ class Scheduler:
 
     def _open_sampler_locked(self, sampler_id: str) -> Sampler:
         sampler = self._samplers.get(sampler_id)
-        if sampler is None or self._closing:
+        if sampler is None or self.rotation.is_closing:
             raise HTTPError(404, f"sampler {sampler_id} is not loaded")
         return sampler
 
-    def _enqueue_locked(self, lane: AnyLane) -> None:
-        if lane is not self._running and lane not in self._rotation:
-            self._rotation.append(lane)
-        self._wake.notify()
-
     def _close_lane_locked(self, lane: Lane, why: str) -> List[str]:
+        """Close a run, remove its requests, and return their ids."""
         lane.closed = why
-        self._enqueue_locked(lane)
+        self.rotation.add_locked(lane)  # for the engine thread to unload the model
         return [job.request_id for job in lane.remove_all()]
 
     def _close_sampler_locked(self, sampler: Sampler) -> List[str]:
@@ -391,117 +328,57 @@ class Scheduler:
         del self._samplers[sampler.sampler_id]
         lane, jobs = sampler.lane, sampler.jobs
         lane.samplers -= 1
-        self._count_dequeued_locked(lane.drop(jobs.values()))
+        self.count_dequeued_locked(lane.drop(jobs.values()))
         sampler.jobs = {}
-        self._enqueue_locked(lane)
+        self.rotation.add_locked(lane)  # for the engine thread to drop them from batches, too
         return list(jobs)
 
-    def _count_dequeued_locked(self, samples: int) -> None:
-        self._queued_samples -= samples
-
+    # Never under the lock: a completion calls back into the OpenAI endpoint.
     def _fail(self, request_ids: List[str], why: str, category: str = "user") -> None:
         for request_id in request_ids:
             self._futures.complete(request_id, Failure(why, category))
 
-    # The engine thread
+    # For the engine thread
 
-    def _work(self) -> None:
-        due = self._clock()
-        while True:
-            with self._lock:
-                wanted, self._housekeeping_wanted = self._housekeeping_wanted, False
-            if wanted or self._clock() >= due:
-                due = self._do_housekeeping()
-            with self._wake:
-                if self._closing:
-                    break
-                lane = self._next_lane_locked(due)
-                self._running = lane
-            if isinstance(lane, Lane):
-                self._run_next_job(lane)
-            elif lane is not None:
-                self._sampling.serve(lane)
-            with self._lock:
-                self._running = None
-                if isinstance(lane, SamplerLane) and lane.is_over:
-                    del self._lanes[lane.key]
-                    self._retired.append(lane.weights)
-                elif lane is not None and self._has_work_locked(lane):
-                    self._rotation.append(lane)  # behind those that were queued meanwhile
-                retired, self._retired = self._retired, []
-            for weights in retired:
-                self._sampling.remove(weights)
-        self._shut_down()
+    def count_dequeued_locked(self, samples: int) -> None:
+        """Count sample requests that left the queue of a lane; call it under the lock."""
+        self._queued_samples -= samples
 
-    def _has_work_locked(self, lane: AnyLane) -> bool:
-        if isinstance(lane, Lane):
-            ended = lane.closed is not None and lane.model_id in self._models
-            return bool(lane.ready) or ended
-        return bool(lane.live or lane.queued)
+    def give_back(self, lane: Optional[AnyLane]) -> List[SamplerWeights]:
+        """Put a lane that was served back into the rotation, if it has more to do.
 
-    def _do_housekeeping(self) -> float:
-        now = self._clock()
-        try:
-            return self._housekeeping(now)
-        except Exception:
-            _log.exception("housekeeping failed; it runs again in a minute")
-            return now + 60.0
-
-    def _next_lane_locked(self, due: float) -> Optional[AnyLane]:
-        """Take the next lane that can be served; None after waiting, perhaps until *due*."""
-        now = self._clock()
-        wait_until = due
-        for _ in range(len(self._rotation)):
-            lane = self._rotation.popleft()
-            if isinstance(lane, Lane) or self._sampling.runnable(lane, now):
-                return lane
-            self._rotation.append(lane)
-            if lane.queued:
-                starts_at = lane.starts_at(self._limits)
-                if starts_at > now:  # else it waits for another batch to end
-                    wait_until = min(wait_until, starts_at)
-        if not self._housekeeping_wanted:
-            self._wake.wait(max(0.0, wait_until - now))
-        return None
-
-    def _run_next_job(self, lane: Lane) -> None:
+        Returns the weights that no lane uses any more.
+        """
         with self._lock:
-            job = lane.ready.popleft() if lane.ready else None
-        if job is not None:
-            self._run(lane, job)
+            if isinstance(lane, SamplerLane) and lane.is_over:
+                del self._lanes[lane.key]
+                self._retired.append(lane.weights)
+            self.rotation.give_back_locked(lane)
+            retired, self._retired = self._retired, []
+            return retired
+
+    def next_job(self, lane: Lane) -> Optional[Job]:
+        """Take the next job of a run, or None."""
         with self._lock:
-            unload = lane.closed is not None and not lane.ready
-            if unload:
+            return lane.ready.popleft() if lane.ready else None
+
+    def remove_ended(self, lane: Lane) -> bool:
+        """Forget a run that has ended; False if it has not, or has jobs left."""
+        with self._lock:
+            has_ended = lane.closed is not None and not lane.ready
+            if has_ended:
                 self._models.pop(lane.model_id, None)
-        if unload:
-            log_failure(f"unload {lane.model_id}", self._engine.unload, lane.model_id)
+                lane.is_gone = True
+            return has_ended
 
-    def _run(self, lane: Lane, job: Job) -> None:
-        if lane.broken is not None:
-            self._fail([job.request_id], lane.broken)
-            return
-        try:
-            value = job.run()
-        except Exception as error:
-            failure = failure_of(error, job.request_id)
-            if job.creates:
-                lane.broken = f"model {lane.model_id} was not created: {failure.message}"
-            self._futures.complete(job.request_id, failure)
-        else:
-            self._futures.complete(job.request_id, Success(value))
-
-    def _shut_down(self) -> None:
-        why = "the server was closed"
+    def end_all(self, why: str) -> List[SamplerLane]:
+        """Fail everything that is queued or being sampled; return the lanes of the samplers."""
         with self._lock:
             failed: List[str] = []
             for lane in self._models.values():
                 failed += self._close_lane_locked(lane, why)
             for sampler in list(self._samplers.values()):
                 failed += self._close_sampler_locked(sampler)
-            retired = self._retired
+            lanes = list(self._lanes.values())
         self._fail(failed, why, "server")
-        for weights in retired:
-            self._sampling.remove(weights)
-        for sampler_lane in self._lanes.values():
-            self._sampling.end(sampler_lane)
-        log_failure("close", self._engine.close)
+        return lanes

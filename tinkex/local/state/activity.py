@@ -13,12 +13,8 @@ from array import array
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Mapping, NamedTuple, Optional
 
-from tinkex.local.state.curve import Curve, TokenRate
-from tinkex.types import (
-    SampledSequence,
-    SampleRequest,
-    SampleResponse,
-)
+from tinkex.local.state.series import Curve, TokenRate
+from tinkex.types import SampledSequence, SampleRequest, SampleResponse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +48,6 @@ class KeptSample(NamedTuple):
         logprobs: theirs, or None.
         prompt_length, length: how many tokens there were.
         sequences: how many sequences the response has.
-        stop_reason: ``"stop"`` or ``"length"``.
     """
 
     version: int
@@ -64,7 +59,6 @@ class KeptSample(NamedTuple):
     prompt_length: int
     length: int
     sequences: int
-    stop_reason: str
 
 
 class RunProgress(NamedTuple):
@@ -259,5 +253,4 @@ def _kept(
         len(prompt),
         sequence.length,
         sequences,
-        sequence.stop_reason,
     )

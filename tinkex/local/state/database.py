@@ -11,13 +11,20 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple, Type, TypeVar
+
+from tinkex.local.errors import storage_errors
+from tinkex.local.state.rows import read_row
 
 _log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 #: SQL, and the values of its parameters.
 Statement = Tuple[Any, ...]
 
+# New columns go to the end of their table: inserts give values by position, and an older database
+# gets them at the end, by _add_columns.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
     session_id TEXT PRIMARY KEY, created_at REAL NOT NULL, state TEXT NOT NULL,
@@ -97,47 +104,48 @@ class Database:
 
     Args:
         folder: exists.
-        in_memory: keep everything in memory, and nothing in *folder*.
 
     Raises:
-        sqlite3.Error: it cannot be opened; from other methods, read or changed.
+        sqlite3.Error: it cannot be opened; from other methods, read.
     """
 
-    def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         # Guards the connection.
         self._lock = threading.Lock()
-        self._reserve = None if in_memory else Reserve(folder / "reserve")
-        path = ":memory:" if in_memory else str(folder / "tinkex.sqlite3")
+        self._reserve = Reserve(folder / "reserve")
+        path = str(folder / "tinkex.sqlite3")
         try:
             self._connection = _connect(path)
         except sqlite3.OperationalError as error:
-            if not (is_without_room(error) and self._release_reserve()):
+            if not (is_without_room(error) and self._reserve.release()):
                 raise
             self._connection = _connect(path)
-        self.restore_reserve()
+        self._reserve.fill()
 
     def close(self) -> None:
         """Close it, and give back the reserve."""
         with self._lock:
             self._connection.close()
-        self._release_reserve()
-
-    def execute(self, sql: str, *values: Any) -> None:
-        """Change something."""
-        self.change((sql, *values))
+        self._reserve.release()
 
     def change(self, *statements: Statement) -> None:
-        """Do all of *statements*, or none of them."""
+        """Do all of *statements*, or none of them; StorageError if it cannot be written."""
+        with storage_errors(self._folder):
+            self.execute(*statements)
+
+    def execute(self, *statements: Statement) -> None:
+        """Do all of *statements*, or none of them; sqlite3.Error if that fails."""
         with self._lock:
             try:
                 self._change_locked(statements)
                 return
             except sqlite3.OperationalError as error:
-                if not (is_without_room(error) and self._release_reserve()):
+                if not (is_without_room(error) and self._reserve.release()):
                     raise
+            # For more room still: move the write-ahead log into the database, and truncate it.
             with contextlib.suppress(sqlite3.OperationalError):
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # empties the log
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._change_locked(statements)
         _log.warning("%s is on a full disk; the reserve for its database is in use", self._folder)
 
@@ -146,6 +154,15 @@ class Database:
         with self._lock, contextlib.suppress(sqlite3.OperationalError):
             self._change_locked([(sql, *values)])
 
+    def find(self, kind: Type[R], sql: str, *values: Any) -> List[R]:
+        """Return the rows that a query finds, as values of *kind*."""
+        return [read_row(kind, row) for row in self.rows(sql, *values)]
+
+    def first(self, kind: Type[R], sql: str, *values: Any) -> Optional[R]:
+        """Return the first row that a query finds, or None."""
+        found = self.find(kind, sql, *values)
+        return found[0] if found else None
+
     def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
         """Return what a query finds."""
         with self._lock:
@@ -153,8 +170,7 @@ class Database:
 
     def restore_reserve(self) -> None:
         """Keep room on the disk for changes again, if some was used and there is any."""
-        if self._reserve is not None:
-            self._reserve.fill()
+        self._reserve.fill()
 
     def _change_locked(self, statements: Sequence[Statement]) -> None:
         if len(statements) == 1:
@@ -171,12 +187,9 @@ class Database:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _release_reserve(self) -> bool:
-        return self._reserve is not None and self._reserve.release()
 
-
-def is_without_room(error: sqlite3.OperationalError) -> bool:
-    """Whether *error* comes of a full disk, a quota, or a limit to the size of files."""
+def is_without_room(error: Optional[BaseException]) -> bool:
+    """Whether SQLite's *error* comes of a full disk, a quota, or a limit to the size of files."""
     return any(reason in str(error) for reason in ("disk is full", "disk I/O error"))
 
 

@@ -1,4 +1,4 @@
-"""The rows of the store: frozen values, and how they are read from SQLite.
+"""The rows of the store: frozen values, and how they are read from SQLite and written.
 
 No state, no threads.
 """
@@ -111,6 +111,19 @@ def timestamp(seconds: float) -> str:
 def dumps(value: Optional[Dict[str, Any]]) -> Optional[str]:
     """Write an object, or nothing, into a column."""
     return None if value is None else json.dumps(value)
+
+
+def audit_statement(
+    at: float,
+    event_type: str,
+    event: str,
+    details: Dict[str, Any],
+    run_id: Optional[str] = None,
+    tinker_path: Optional[str] = None,
+) -> Tuple[Any, ...]:
+    """Return the statement that adds a row to the audit log, in the transaction of the change."""
+    values = (at, event_type, event, json.dumps(details), run_id, tinker_path)
+    return ("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)", *values)
 
 
 def _loads(text: str) -> Dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loss of a training run by step, and tokens by second, in bounded memory.  Pure; no lock."""
+"""Series of bounded length: the losses of a run by step, and tokens by second.  Pure; no lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both kinds of connections check of a response: its length, its end, and its pace.
+"""Decoding responses, for both kinds of connections: length, end, pace and content coding.
 
 http.client takes a response that is cut off inside its headers for a complete one without a body,
 ignores lengths that are not numbers, and waits for a body as long as a byte comes now and then.
@@ -7,17 +7,29 @@ ignores lengths that are not numbers, and waits for a body as long as a byte com
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import io
 import socket
 import time
+import zlib
 from typing import Any, Optional
 
-#: A response may take one second longer for each of these many bytes that have come.
+import requests
+
+from tinkex._runtime.late_import import import_late
+from tinkex.errors import ResponseDecodeError
+
+_HAVE_ZSTD = importlib.util.find_spec("zstandard") is not None
+
+#: The content codings that can be undone here.
+ACCEPT_ENCODING = "gzip, deflate" + (", zstd" if _HAVE_ZSTD else "")
+
+#: The slowest pace of a response: it may take one second longer for each of these many bytes.
 MIN_BYTES_PER_S = 1024
-#: A request with a body up to this size is sent in no time: the time of its response begins with
-#: the request.
+#: A request with a body up to this size fits into the buffers of the socket: the time of its
+#: response begins with the request.  A larger one may take long to send.
 SMALL_BODY = 65536
-#: Digits of a Content-Length; more bytes than that fit nowhere.
+#: Digits of a Content-Length, and of the size of a chunk; larger ones fit into no memory.
 _MAX_DIGITS = 15
 _MAX_HEX_DIGITS = 12
 _HEX_DIGITS = b"0123456789abcdefABCDEF"
@@ -31,6 +43,8 @@ def content_length(text: str) -> int:
     """
     values = {part.strip() for part in text.split(",")}
     value = values.pop()
+    # int() alone would accept "+5", "1_000" and digits of other scripts, which other readers of
+    # the same response take for something else.
     if values or not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
         raise ValueError(f"its Content-Length is {text[:40]!r}")
     return int(value)
@@ -49,9 +63,7 @@ def chunk_size(text: bytes) -> int:
 
 
 class Pace:
-    """Bounds the time that one response takes, by what has come so far.
-
-    Used by one thread.
+    """Bounds the time that one response takes, by what has come so far.  For one thread.
 
     Args:
         pause_s: the longest pause, in seconds, and what the response may take beyond the time that
@@ -67,12 +79,15 @@ class Pace:
     def limit_next(self, sock: Any) -> None:
         """Set the timeout of the next read from *sock*.
 
+        Nothing but the pause limits the wait for the first byte: the server may be working.
+
         Raises:
             ConnectionAbortedError: the response has taken too long.
         """
         left_s = self._left_s()
         if self._received and left_s <= 0:
             raise self._too_slow()
+        # Never 0, which makes the socket non-blocking.
         sock.settimeout(max(0.001, min(left_s, self._pause_s)))
 
     def check_after_timeout(self) -> None:
@@ -101,7 +116,7 @@ class Pace:
 
 
 class _WatchedRaw(io.RawIOBase):
-    """Reads from *sock*, at the *pace* that is asked for, and notes the end of the stream."""
+    """Reads from *sock*, no slower than *pace*, and notes the end of the stream."""
 
     def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
         self._sock = sock
@@ -126,6 +141,7 @@ class _WatchedRaw(io.RawIOBase):
             if pace is not None:
                 pace.check_after_timeout()
             raise
+        # None means "nothing yet", on a non-blocking socket; only 0 is the end of the stream.
         self.ended = size == 0
         if pace is not None:
             pace.note(size or 0)
@@ -163,9 +179,11 @@ class CheckedResponse(http.client.HTTPResponse):
             http.client.HTTPException: they make no sense.
         """
         super().begin()
+        # http.client takes the end of the stream for the empty line after the headers.
         if self._raw.ended:
             raise ConnectionResetError("the connection was closed in the middle of the headers")
         lengths = self.headers.get_all("content-length")
+        # A chunked body overrides a length (RFC 9112, section 6.3).
         if lengths and "transfer-encoding" not in self.headers:
             try:
                 content_length(", ".join(lengths))
@@ -173,8 +191,65 @@ class CheckedResponse(http.client.HTTPResponse):
                 raise http.client.HTTPException(f"malformed HTTP response: {error}") from error
 
     def _safe_read(self, amt: int) -> bytes:
-        """Read one chunk for urllib3, which takes the size of a chunk with its sign."""
+        """Read one chunk for urllib3."""
+        # urllib3 accepts a sign before the size, and http.client would then read to the end.
         if amt < 0:
             raise http.client.HTTPException(f"malformed HTTP response: a chunk has the size {amt}")
         data: bytes = super()._safe_read(amt)  # type: ignore[misc]  # not in typeshed
         return data
+
+
+# ---- Content codings (RFC 9110, section 8.4.1) ----
+
+
+def decompress(coding: str, body: bytes) -> bytes:
+    """Undo the *coding* (lower case) of a response's *body*.
+
+    Raises:
+        ContentDecodingError: of requests; the body is broken.
+        ResponseDecodeError: the coding is not supported here.
+    """
+    if coding in ("", "identity") or not body:
+        return body
+    if coding == "zstd":
+        return _undo_zstd(body)
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ResponseDecodeError(
+            f"the server compresses its responses with {coding!r}, which was not requested"
+        )
+    try:
+        undo = zlib.decompressobj(_window_bits(coding, body))
+        plain = undo.decompress(body)
+    except zlib.error as error:
+        raise _broken(coding, str(error)) from error
+    # A body that is cut short decompresses without an error, to less.
+    if not undo.eof:
+        raise _broken(coding, "it ends too soon")
+    return plain
+
+
+def _window_bits(coding: str, body: bytes) -> int:
+    if coding != "deflate":
+        return zlib.MAX_WBITS | 16
+    # Some servers leave out the zlib header, whose first byte names the method (8, deflate).
+    has_header = body[0] & 0x0F == 8
+    return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+
+
+def _undo_zstd(body: bytes) -> bytes:
+    if not _HAVE_ZSTD:  # some servers send it unrequested
+        raise ResponseDecodeError(
+            "the server compresses its responses with zstd",
+            hint='Install the extra that reads it: python -m pip install "tinkex[zstd]"',
+        )
+    zstandard = import_late("zstandard")
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
+            plain: bytes = reader.read()
+            return plain
+    except zstandard.ZstdError as error:
+        raise _broken("zstd", str(error)) from error
+
+
+def _broken(coding: str, why: str) -> requests.RequestException:
+    return requests.exceptions.ContentDecodingError(f"the {coding} body is broken: {why}")

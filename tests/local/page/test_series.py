@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tinkex.local.state.curve import MOST_POINTS, RATE_SECONDS, Curve, TokenRate
+from tinkex.local.state.series import MOST_POINTS, RATE_SECONDS, Curve, TokenRate
 
 
 def curve_of(steps: int) -> Curve:

@@ -1,0 +1,138 @@
+"""Runs all engine work on one thread, "tinkex-engine".
+
+Owned by the backend; started and closed by it.  Training runs and samplers are served in rotation,
+one request or one slice of sampling at a time.  In between, and when it is idle, the thread does
+the backend's housekeeping.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from typing import Callable
+
+from tinkex.local.engines.engine import Engine
+from tinkex.local.scheduling.lanes import Job, Lane
+from tinkex.local.scheduling.sampling import OnSampled, SamplingWorker, failure_of, log_failure
+from tinkex.local.scheduling.scheduler import Scheduler
+from tinkex.local.settings import SamplingLimits
+from tinkex.local.state.futures import Failure, FutureTable, Success
+
+_log = logging.getLogger(__name__)
+
+#: At exit the process waits at most this long for work that was interrupted, in seconds.
+EXIT_WAIT_S = 20.0
+
+#: Does what has become due and returns the instant (monotonic) at which to call again.
+Housekeeping = Callable[[float], float]
+
+
+class EngineThread:
+    """The thread that calls the engine: what is not thread-safe in there needs no lock.
+
+    Args:
+        engine: does the work, and is closed at the end.
+        scheduler: decides what is next.
+        futures: gets the results.
+        housekeeping: called when it is due, and when the scheduler was asked for it.
+        limits: how sampling shares the engine.
+        on_sampled: called for each sample request that is done.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        futures: FutureTable,
+        housekeeping: Housekeeping,
+        *,
+        limits: SamplingLimits,
+        on_sampled: OnSampled,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._futures = futures
+        self._housekeeping = housekeeping
+        self._clock = clock
+        self._sampling = SamplingWorker(engine, scheduler, futures, limits, clock, on_sampled)
+        self._thread = threading.Thread(target=self._work, name="tinkex-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Fail what is queued, interrupt the engine, end the thread, and close the engine.
+
+        Waits at most *timeout_s*; work that takes longer ends in the background.
+        """
+        self._scheduler.rotation.close()
+        self._engine.interrupt()
+        self.join(timeout_s)
+        if self._thread.is_alive():
+            _log.info("the engine is still busy; thread tinkex-engine ends when it is done")
+            # Python ends a daemon thread at exit wherever it is; one that computes in C++ then
+            # aborts the process.
+            atexit.register(self._thread.join, EXIT_WAIT_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, but no longer than *timeout_s*."""
+        if self._thread.is_alive():  # it may not have been started
+            self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        rotation = self._scheduler.rotation
+        due = self._clock()
+        while not rotation.is_closing:
+            if rotation.housekeeping_requested() or self._clock() >= due:
+                due = self._do_housekeeping()
+            lane = rotation.next_lane(due, self._sampling.runnable)
+            if isinstance(lane, Lane):
+                self._run_next_job(lane)
+            elif lane is not None:
+                self._sampling.serve(lane)
+            for weights in self._scheduler.give_back(lane):
+                self._sampling.remove(weights)
+        self._shut_down()
+
+    def _do_housekeeping(self) -> float:
+        now = self._clock()
+        try:
+            return self._housekeeping(now)
+        except Exception:
+            # The thread must survive it: no request would get a result any more.
+            _log.exception("housekeeping failed; it runs again in a minute")
+            return now + 60.0
+
+    def _run_next_job(self, lane: Lane) -> None:
+        job = self._scheduler.next_job(lane)
+        if job is not None:
+            self._run(lane, job)
+        if self._scheduler.remove_ended(lane):
+            log_failure(f"unload {lane.model_id}", self._engine.unload, lane.model_id)
+
+    def _run(self, lane: Lane, job: Job) -> None:
+        # Set and read on this thread alone.
+        if lane.broken is not None:
+            self._futures.complete(job.request_id, Failure(lane.broken, "user"))
+            return
+        try:
+            value = job.run()
+        except Exception as error:
+            failure = failure_of(error, job.request_id)
+            if job.creates:
+                lane.broken = f"model {lane.model_id} was not created: {failure.message}"
+            self._futures.complete(job.request_id, failure)
+        else:
+            self._futures.complete(job.request_id, Success(value))
+
+    def _shut_down(self) -> None:
+        lanes = self._scheduler.end_all("the server was closed")
+        for weights in self._scheduler.give_back(None):
+            self._sampling.remove(weights)
+        for lane in lanes:
+            self._sampling.end(lane)
+        log_failure("close", self._engine.close)
