@@ -46,7 +46,7 @@ _SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential back-off with full jitter, bounded in total time.
+    """Exponential back-off with jitter, bounded in total time.
 
     Attributes:
         base_s: the first delay is drawn from 0.5 .. 1 times this.
@@ -81,6 +81,8 @@ class RetryPolicy:
         if hint_s:  # a pause of 0 is not granted: it would be a busy loop
             delay = min(hint_s, MAX_HINT_S)
         else:
+            # The exponent is bounded because a float overflows at 2**1024; half of the delay is
+            # random so that clients that failed together do not return together.
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
             delay = ceiling * (0.5 + rand / 2)
         # A poll may still begin at the end of the time: giving up would lose finished work.

@@ -160,7 +160,7 @@ def forward_data(data: Sequence[Datum]) -> List[Datum]:
     forward: List[Datum] = []
     for datum in data:
         weights = datum.loss_fn_inputs.get("weights")
-        if weights is None:
+        if weights is None:  # zeros, since the loss of this pass is not used
             shape = datum.loss_fn_inputs["target_tokens"].shape
             weights = TensorData(np.zeros(shape, np.float32))
         forward.append(_weighted(datum, weights))

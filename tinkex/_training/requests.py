@@ -53,7 +53,7 @@ class RunRequest(PendingRequest[T]):
         self._is_watched = False
 
     def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report for *error*, which it fails with."""
+        """Return the error to report in place of *error*."""
         return error
 
     def on_failure(self, error: BaseException) -> Optional[BaseException]:
@@ -61,8 +61,8 @@ class RunRequest(PendingRequest[T]):
         return self.queue.on_failure(self, error)
 
     def watch(self) -> None:
-        """Have the queue learn when the future is settled.  Each time it was sent."""
-        if not self._is_watched:
+        """Report to the queue once the future is settled.  Call it each time it was accepted."""
+        if not self._is_watched:  # a request that is resent must not be reported twice
             self._is_watched = True
             self.future.on_settled(self._settled)
         elif self.future.done():  # cancelled just now, before it was in flight again

@@ -252,6 +252,7 @@ class TrainingRun:
                 self._gradient.drop()
 
     def _send_unload(self, future: APIFuture[UnloadModelResponse]) -> None:
+        # It has no seq_id by which the server could put it after what is in flight.
         self._queue.wait_for(None)
         if future.done():  # cancelled while it was queued
             return

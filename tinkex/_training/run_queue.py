@@ -94,7 +94,8 @@ class RunQueue:
     def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.runtime = runtime
         self.model_id = model_id
-        # Guards _rules and _services_resends; notified when a request is settled or refused.
+        # Guards _rules, to which the poller's threads report results, and _services_resends.
+        # Notified when a request is settled or refused.
         # Never held during I/O or while a future is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
@@ -110,7 +111,7 @@ class RunQueue:
         try:
             with active(future.operation):
                 task(future, *args)
-        except Exception as error:
+        except Exception as error:  # of any kind: nothing else would settle the future
             self.runtime.poller.fail(future, error)
 
     def drain(self) -> None:
@@ -162,6 +163,7 @@ class RunQueue:
         """Once nothing is in flight, resend what was refused for its seq_id (rule 5)."""
         rules = self._rules
         with self._changed:
+            # More may be refused until then, and all must be resent in order.
             while rules.has_refused and rules.in_flight and not self.runtime.closed:
                 self._changed.wait(_CHECK_CLOSED_S)
             refused = rules.take_resends()

@@ -320,8 +320,8 @@ class Pipeline(Iterator[PipelineStep]):
         index, sent, saved = self._sent[0]
         try:
             step = PipelineStep(index, sent.forward_backward.result(), sent.optim.result())
-            vars(step).update(_pipeline=self, _saved=saved)  # it is frozen
-        except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
+            vars(step).update(_pipeline=self, _saved=saved)  # the dataclass is frozen
+        except Exception as error:  # not Ctrl-C: the step continues, and `drain` can wait for it
             self._sent.popleft()
             if isinstance(error, TinkexError):
                 _add_step_to_hint(error, index)

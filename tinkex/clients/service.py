@@ -178,6 +178,7 @@ class ServiceClient:
         """What this client does and has done: counters and latencies.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
         counts, latencies = self._runtime.recorder.snapshot()
+        # One in parts stands for other futures, which are counted themselves.
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens

@@ -23,6 +23,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
     Raises:
         InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
     """
+    # Exactly int: array.array would take bools, too, which are refused below.
     if isinstance(tokens, (list, tuple)) and len(tokens) <= SHORT and {*map(type, tokens)} <= {int}:
         try:
             short = array.array("i", tokens)

@@ -81,6 +81,7 @@ class Generation:
                 yield None
                 continue
             if isinstance(event, SampledToken):
+                # Tokens of a prompt whose log-probabilities are still to come wait for them.
                 if self._scores_prompts:
                     held.setdefault(index, []).append(event)
                 else:

@@ -109,12 +109,7 @@ class PageState:
 
 def _curve(run: RunProgress) -> Dict[str, Any]:
     return {
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "loss": run.loss,
-        "at": run.at,
-        "stride": run.stride,
-        "start": run.start,
+        **run._asdict(),
         "point_steps": run.point_steps.tolist(),
         # Six digits: twice as short.
         "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],

@@ -183,6 +183,7 @@ class Activity:
         # A request for log-probabilities alone has to sample one token, which is of no interest.
         scores = request.prompt_logprobs and request.sampling_params.max_tokens == 1
         kept = None if scores or not response.sequences else response.sequences[0]
+        # Copied without the lock: the engine thread waits for no reader.
         made = None if kept is None else _kept(model, request, kept, len(response.sequences))
         at = self._wall()
         with self._lock:
