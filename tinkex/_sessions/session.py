@@ -114,8 +114,8 @@ class Session:
             error.session_id = self.session_id
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
-        # A lost session fails no work by itself; the server's response to the work decides.  By then
-        # the loss may still be unknown, since the next heartbeat may be seconds away.
+        # A lost session fails no work by itself; the server's response to the work does.
+        # By then the loss may still be unknown: the next heartbeat may be seconds away.
         if error.status in GONE or isinstance(error, RequestFailedError):
             self._ask_after_failure()
         reason = self.manager.lost_reason(self.session_id)
