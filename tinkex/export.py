@@ -106,7 +106,7 @@ def _write(adapter: Path, dest: Path, base_model: str, merge: bool) -> None:
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside *target*, and report what the system says about it."""
+    """Yield a temporary folder beside *target*, and convert its OSErrors."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:

@@ -5,18 +5,21 @@ Not thread-safe: each polling thread has its own.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Mapping, Optional
 
 from tinkex._transport.request import Request
-from tinkex._transport.request_errors import repeated_error_hint
+from tinkex._transport.request_errors import repeated_error_hint, unreachable_server
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
 
 if TYPE_CHECKING:
     from tinkex._transport.resources import ClientResources
+
+logger = logging.getLogger(__name__)
 
 #: A server that responds "pending" immediately is polled again after this long at first ...
 FIRST_SPACING_S = 0.02
@@ -73,6 +76,7 @@ class Backoff:
         )
         self._interval = PollInterval()
         self._poll = poll
+        self._config = config
         # A timeout while connecting is an outage; a later one is a poll that was held too long.
         self._held_s = config.connect_timeout_s + 1
 
@@ -97,6 +101,12 @@ class Backoff:
             return 0.0  # the server held the poll for longer than we wait
         delay_s, error = self._retries.decide(error, now, random.random(), headers, began=began)
         if delay_s is not None:
+            logger.debug(
+                "%s; polling again in %.1f s",
+                error.message,
+                delay_s,
+                extra=unreachable_server(error, self._config),
+            )
             return delay_s
         # The same 5xx again and again looks like a route that the server cannot serve.
         if error.status is not None and error.status >= 500 and self._retries.repeats > 1:

@@ -152,7 +152,9 @@ class _Sent(NamedTuple):
 class Pipeline(Iterator[PipelineStep]):
     """The iterator that `TrainingClient.pipeline` returns.  For one thread.
 
-    Args: as for `TrainingClient.pipeline`, of *trainer*.
+    Args: as for `TrainingClient.pipeline`, of *trainer*; and
+
+        is_drained: the owner drains the pipeline however it ends, and reports what was not done.
     """
 
     def __init__(
@@ -166,6 +168,8 @@ class Pipeline(Iterator[PipelineStep]):
         save_after: SaveAfter,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
+        *,
+        is_drained: bool = False,
     ) -> None:
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
@@ -187,6 +191,7 @@ class Pipeline(Iterator[PipelineStep]):
         self._newest_update = trainer._run.last_update  # of the newest step
         self._more = True
         self._ended = False
+        self._is_drained = is_drained
 
     def __iter__(self) -> Pipeline:
         return self
@@ -333,7 +338,10 @@ class Pipeline(Iterator[PipelineStep]):
         self._more = False
         self._ended = True
         self._cancel_unsent()
-        logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
+        if not self._is_drained:
+            logger.warning(
+                "the pipeline stops: %s; %s", type(error).__name__, self._describe_sent()
+            )
 
     def _cancel_unsent(self) -> None:
         """Cancel the steps that the queue has not begun, and forget them."""

@@ -72,7 +72,7 @@ def create_app(
 
     Args:
         backend: does the work; started and closed by the caller.
-        settings: how it behaves; the defaults if None.
+        settings: of the server; the defaults if None.
         admission: which requests are let in; by default, what *settings* allow.
     """
     settings = settings or ServerSettings()
@@ -107,7 +107,9 @@ def _rejected(error: HTTPError) -> Response:
 
 
 def _not_routed(error: HTTPException) -> Response:
-    detail = f"{request.method} {request.path}: {error.description}"
+    route = f"{request.method} {request.path}"
+    # Clients recognise a missing route by this text; a 404 with another names a missing object.
+    detail = f"no route {route}" if error.code == 404 else f"{route}: {error.description}"
     response = json_response({"detail": detail}, error.code or 500)
     if error.code == 405:
         response.headers.extend((name, v) for name, v in error.get_headers() if name == "Allow")

@@ -45,7 +45,7 @@ class Backend:
     Args:
         engine: does the work; the backend owns it from now on and closes it.
         store: remembers; owned by the backend, too.
-        settings: how it behaves; the defaults if None.
+        settings: of the server; the defaults if None.
         lane_type: the queue of a training run; tests imitate other servers with their own.
         futures: results; a table of its own unless given.
         clock: monotonic seconds, for liveness and results.

@@ -176,7 +176,7 @@ class Admission:
                 raise _invalid_token(fault)
         elif self._key is not None:
             what = "is not the one of this server" if given else "is missing"
-            raise HTTPError(401, f"the API key {what}; set TINKER_API_KEY, or api_key=...")
+            raise HTTPError(401, f"the API key {what}")
 
 
 def host_name(host: str) -> Optional[str]:

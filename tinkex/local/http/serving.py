@@ -132,7 +132,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         """Accept all connections that wait, not one in each round.
 
         In a round every socket that is ready is served too, and with a hundred of them busy, rounds
-        are so few that a client's last connections would wait for most of a minute.
+        are so few that a client's last connections would wait for nearly a minute.
         """
         known = -1
         while known < len(self.sockets) < self.adj.connection_limit:

@@ -21,8 +21,8 @@ _MAX_DEPTH = 8  # of arguments, which are read recursively
 _INPUT = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
-# What is not listed cannot be called.  Left out is what writes into its arguments, draws random
-# numbers, reads or writes files, or makes a tensor of any size from numbers alone.
+# What is not listed cannot be called.  Left out are in-place functions, random numbers, files, and
+# functions that make a tensor of any size from numbers alone.
 _ELEMENTWISE = """
     abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow neg negative reciprocal sign sin
     cos tan asin acos atan atan2 sinh cosh tanh sigmoid logit erf erfc relu clamp clip clamp_min
@@ -79,8 +79,8 @@ METHODS = _SHARED | _names(
 #: Attributes of tensors, and of the pairs that some functions return.
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "values", "indices"})
 
-# The modules that a trace may name.  What torch implements in Python or in C has other names in it
-# than in the documentation.
+# Traces name some functions of torch by the module that implements them: torch.functional (norm),
+# torch._C._nn (gelu).
 _MODULES = {
     "torch": TORCH,
     "torch.functional": TORCH,

@@ -93,7 +93,7 @@ class Choice:
         self.tokens += 1
         token, reason = sampled.token, sampled.stop_reason
         # An end-of-sequence token has no text to show.  One that completes a stop string has: the
-        # string is looked for in the text, by `_give`.
+        # string is searched for in the text, by `_give`.
         if reason == "stop" and token in self._text.eos:
             self._add(self._decoder.flush())
         else:

@@ -38,7 +38,7 @@ class Generation:
     Args:
         samplers: do the work.
         text: of the model.
-        call: what is asked for.
+        call: the request.
     """
 
     def __init__(self, samplers: Samplers, text: Text, call: Call) -> None:

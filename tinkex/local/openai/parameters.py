@@ -59,7 +59,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt: its tokens, and its text if it was given as text."""
+    """A prompt: its tokens, and its text unless the client sent tokens."""
 
     tokens: List[int]
     text: Optional[str] = None

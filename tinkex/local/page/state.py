@@ -25,7 +25,7 @@ class PageState:
         self._kept_text: Optional[Text] = None
 
     def since(self, cursor: str) -> Dict[str, Any]:
-        """Return what is new to a page that was given *cursor* the last time; ``""`` has nothing.
+        """Return what is new since *cursor*, from the previous response; ``""`` gets everything.
 
         A cursor of an earlier server, or a malformed one, counts as none.
         """

@@ -50,7 +50,7 @@ class WeightsSource(NamedTuple):
         key: samplers with equal keys have the same weights, and share batches.
         folder: holds the adapter, and belongs to the scheduler from then on; None is the base
             model.
-        name: of the weights, to be shown: a base model, a ``tinker://`` path, or the id of a run.
+        name: of the weights, for display: a base model, a ``tinker://`` path, or the id of a run.
         newest: from now on they take the place of the earlier weights with this key.
     """
 

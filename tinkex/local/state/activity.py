@@ -88,7 +88,7 @@ class Recent(NamedTuple):
     """What is new to a reader.
 
     Attributes:
-        version: to come back with.
+        version: to pass to the next `since`.
         runs: those that were trained since, by id.
         samples: those drawn since, oldest first.
         trained, sampled: tokens in each of the last seconds, oldest first.
@@ -125,7 +125,7 @@ class Activity:
 
     Attributes:
         epoch: identifies this object: versions of others mean nothing to it.
-        clock: as given.
+        clock: the *clock* above.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Completions:
         return self._last
 
     def after(self, group: Group, cursor: int) -> Tuple[List[str], int]:
-        """Return what was done after *cursor*, and the cursor to come back with.
+        """Return what was done after *cursor*, and the next cursor.
 
         What stands at or before *cursor* is forgotten.
         """

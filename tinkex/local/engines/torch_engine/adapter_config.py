@@ -67,13 +67,12 @@ def injected_config(config: Any, targets: Targets, root: str) -> Any:
     if isinstance(modules, str):
         modules = [f"{root}.{name}" for name in targets.layers_matching(modules)]
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
-    layers = [n[: -len(_WEIGHT)] for n in parameters if n.endswith(_WEIGHT)]
-    by_weight = set(layers).intersection(targets.linear)
+    by_weight = {n.removesuffix(_WEIGHT) for n in parameters}.intersection(targets.linear)
     if by_weight:
         modules = [*(modules or ()), *shorten(by_weight, targets.modules)]
     changes: Any = {"target_modules": modules}
     if parameters:
-        rest = [name for name in parameters if name[: -len(_WEIGHT)] not in by_weight]
+        rest = [name for name in parameters if name.removesuffix(_WEIGHT) not in by_weight]
         changes["target_parameters"] = sorted(f"{root}.{name}" for name in rest) or None
     return dataclasses.replace(config, **changes)
 
@@ -82,7 +81,9 @@ def kinds_in(config: Any, targets: Targets) -> List[str]:
     """Return the kinds of what *config* adapts: some of "attn", "mlp" and "unembed"."""
     named = targets.layers_matching(config.target_modules)
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
-    named += [n[: -len(_WEIGHT)] if n.endswith(_WEIGHT) else n for n in parameters] + parameters
+    # Under both names: the weight of a linear layer is known by its layer, a tensor of experts,
+    # which may be called weight, too (JetMoe), by itself.
+    named += [name.removesuffix(_WEIGHT) for name in parameters] + parameters
     known = {**targets.layers, **targets.tensors}
     return sorted({known[name] for name in named if name in known})
 

@@ -64,7 +64,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # safetensors takes no views with strides of their own.
+    # safetensors takes contiguous tensors only.
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors reports a full disk as an error of its own, where callers handle OSError.
     try:
@@ -157,7 +157,7 @@ def read_tensors(
     saved = load_tensors(folder / file)
     if output is not None:
         saved = rename_exported(saved, output)
-    # Both directions, since load_state_dict and the like leave what is missing as it was.
+    # In both directions: weights that this adapter has no place for were trained, too.
     if saved.keys() != wanted.keys():
         raise EngineError(
             f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "

@@ -42,7 +42,7 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
         # Written by hand: save_pretrained refuses a model that came from a quantized file.
         save_file(_unique_tensors(model), str(target / "model.safetensors"), {"format": "pt"})
-        # As of a model that was never quantized, or transformers would look for a GGUF file again.
+        # As of a model that was never quantized, since the weights written here are float32.
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         config["architectures"] = [type(model).__name__]

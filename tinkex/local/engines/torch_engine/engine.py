@@ -111,7 +111,7 @@ class TorchEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
-            # Most CPUs compute bfloat16 more slowly than float32.
+            # Many CPUs have no arithmetic in bfloat16.
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)

@@ -72,7 +72,7 @@ class RopeLengths:
         ranges: Dict[int, List[int]] = {}
         for row, length in enumerate(lengths):
             ranges.setdefault(self.range_of(length), []).append(row)
-        if len(ranges) == 1:  # the common case costs no more calls than without this class
+        if len(ranges) == 1:  # the common case: one call
             return _as_of(forward, x, position_ids, max(lengths), arguments)
         # One row of positions may serve all rows; they are cut apart below.
         if position_ids.shape[-2] == 1:
