@@ -96,3 +96,5 @@ if __name__ == "__main__":
         main()
     except (tinkex.TinkexError, requests.RequestException) as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")

@@ -87,3 +87,5 @@ if __name__ == "__main__":
         main()
     except tinkex.TinkexError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")

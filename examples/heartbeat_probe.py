@@ -7,6 +7,7 @@ heartbeat to a wrong path and ignored the 404s, so no session was kept alive.
 from __future__ import annotations
 
 import os
+import sys
 
 import requests
 
@@ -37,4 +38,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (tinkex.TinkexError, requests.RequestException) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")

@@ -14,6 +14,7 @@ import argparse
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import List, NamedTuple, Set
@@ -51,6 +52,11 @@ def roll_out(handle: str, tokens: List[int], seed: int) -> Rollout:
     return Rollout(group_data(prompt, sequences, rewards), rewards, os.getpid())
 
 
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that started the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def connect(options: argparse.Namespace) -> tinkex.ServiceClient:
     """Open a session on the given server, or on one started here."""
     if options.base_url:
@@ -68,7 +74,10 @@ def main() -> None:
     options = parser.parse_args()
 
     spawn = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
-    with connect(options) as service, ProcessPoolExecutor(options.workers, spawn) as pool:
+    with (
+        connect(options) as service,
+        ProcessPoolExecutor(options.workers, spawn, ignore_interrupts) as pool,
+    ):
         trainer = service.create_lora_training_client(options.model, rank=8, seed=0)
         pids: Set[int] = set()
         for step in range(options.steps):
@@ -91,3 +100,5 @@ if __name__ == "__main__":
         main()
     except tinkex.TinkexError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")

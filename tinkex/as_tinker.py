@@ -37,9 +37,9 @@ _WORD_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def install_as_tinker() -> None:
     """Make ``import tinker``, in all of this process, import tinkex.
 
-    ``tinker`` is the package tinkex itself; ``tinker.types``, ``tinker.types.tensor_data`` and the
-    like, ``tinker.lib.public_interfaces`` and ``tinker._exceptions`` are its modules.  Others raise
-    ModuleNotFoundError.  Calling it again has no effect.  Child processes that start a new
+    ``tinker`` is then the package tinkex itself; ``tinker.types``, ``tinker.types.tensor_data`` and
+    the like, ``tinker.lib.public_interfaces`` and ``tinker._exceptions`` are its modules.  Others
+    raise ModuleNotFoundError.  Calling it again has no effect.  Child processes that start a new
     interpreter (such as multiprocessing's "spawn") must call it themselves.
 
     Raises:

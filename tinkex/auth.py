@@ -1,7 +1,6 @@
-"""auth: are there credentials, does a server accept them, and who do they belong to?
+"""auth: whether there are credentials, whether a server accepts them, and whose they are.
 
-The names of the official SDK's ``auth`` module.  Where a key comes from is in `credentials`, how
-requests use it in `tokens`.
+The public names are those of the official SDK's ``auth`` module.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def get_tinker_token() -> Optional[str]:
 
 
 def tinker_has_credentials() -> bool:
-    """Tell whether there is a key, or a credential command.  Sends nothing and runs nothing.
+    """Whether there is a key, or a credential command.  Sends nothing and runs nothing.
 
     Raises:
         CredentialError: the credentials file is needed, and broken.
@@ -78,9 +77,11 @@ def raise_if_tinker_not_accessible() -> None:
 
 
 def check_access(config: Config) -> None:
-    """The same, for the server of *config*.  Blocks.
+    """Ask the server of *config* for its capabilities, once.  Blocks.
 
-    ResponseDecodeError means that the server is not a Tinker server.
+    Raises:
+        CredentialError, APIError: as `raise_if_tinker_not_accessible`.
+        ResponseDecodeError: the server is not a Tinker server.
     """
     path = CAPABILITIES_PATH
     reply = _ask_once(config, Request("GET", path, read_timeout_s=config.startup_timeout_s))
@@ -102,8 +103,8 @@ def ask_once(transport: Transport, request: Request) -> Reply:
     """Send *request* once and return its 2xx response.  Blocks.
 
     Raises:
-        APIError: any other response, taken for the server's even if it looks like a gateway's, or
-            none.
+        APIError: there was another response, or none.  A response that looks like a gateway's
+            counts as the server's.
     """
     try:
         reply = transport.send_once(request)
@@ -111,7 +112,9 @@ def ask_once(transport: Transport, request: Request) -> Reply:
             raise transport.status_error(request, reply)
         return reply
     except APIConnectionError as error:
-        own = server_error_behind(error)  # asked once, so take it for what it looks like
+        # Without a second attempt it cannot be told whether a gateway sent it: the error that the
+        # user sees is the one about the response.
+        own = server_error_behind(error)
         if own is None:
             raise
         raise own from None
@@ -121,7 +124,7 @@ def about_key(config: Config) -> ApiKeyInfo:
     """What the server knows of the key of *config*.  Tried once; blocks.
 
     Raises:
-        NotFoundError: this server does not show that.
+        NotFoundError: the server does not report that.
         APIError: it refuses the key, or cannot be reached.
     """
     reply = _ask_about_key(config, "GET")
@@ -137,7 +140,7 @@ def revoke_key(config: Config) -> None:
 
 
 def _ask_about_key(config: Config, method: str) -> Reply:
-    # The key itself: a token would not be the thing that is asked about.
+    # With the key itself: a token in its place would have no entry of its own.
     request = Request(method, _KEY_PATH, read_timeout_s=_KEY_TIMEOUT_S, raw_credential=True)
     return _ask_once(config, request)
 
@@ -146,8 +149,8 @@ def whoami(transport: Transport) -> WhoamiResponse:
     """Who the credential belongs to, according to its token.  Blocks if a token must be had first.
 
     Raises:
-        CredentialError: there is no key, or no token: the server makes none, and the key is none.
-        APIError: the server refuses to make one, or cannot be reached.
+        CredentialError: there is no key; or no token: the server issues none, and the key is none.
+        APIError: the server refuses to issue one, or cannot be reached.
     """
     config = transport.config
     if not config.api_key and not config.credential_cmd:
@@ -163,7 +166,7 @@ def whoami(transport: Transport) -> WhoamiResponse:
     claims = None if token is None else read_claims(token.text)
     if claims is None or claims.subject is None:
         raise CredentialError(
-            f"{transport.config.host_and_port} does not show who the key belongs to",
+            f"{transport.config.host_and_port} does not report who the key belongs to",
             hint="Only a server that exchanges keys for tokens does; the hosted service is one.",
         )
     org_urn = f"tml:organization:{claims.org_id}" if claims.org_id else ""

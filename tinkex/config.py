@@ -46,7 +46,7 @@ _COUNTS = (
     "max_heartbeat_failures",
 )
 
-#: Name a CA bundle, the first first.
+#: Variables that name a CA bundle; the first that is set is used.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -77,7 +77,7 @@ class Config:
         notice_after_s: the reason for a wait is logged after this long, then at growing intervals.
         heartbeat_interval_s: interval between heartbeats of a session.
         heartbeat_warn_after_s: warn when no heartbeat has succeeded for this long.
-        max_heartbeat_failures, max_heartbeat_failure_s: give up a session after this many
+        max_heartbeat_failures, max_heartbeat_failure_s: a session counts as lost after this many
             consecutive failures, or this long without a success; None means never.
         quiet: log the server-side end of a session at DEBUG instead of INFO.
         on_billing: ``"raise"`` a 402 immediately, or ``"wait"`` until the account is topped up.
@@ -87,12 +87,12 @@ class Config:
         max_concurrent_samples: sampling requests in flight, where each takes a thread; others are
             queued.  The server may lower it.
         max_unanswered_samples: the same where one poll waits for all samples of a sampler, so that
-            they take no thread each.
+            a sample takes no thread.
         max_sample_bytes, max_batch_bytes, max_result_bytes: limits on sampling requests being
             submitted, training batches being submitted, and large results being fetched, each
             in total; others are queued.  The server's limit applies if it is lower, or for None.
-        max_unread: the most futures that are not read yet; None is unlimited.  A future is read
-            by its result, its exception or a callback, or when it is garbage-collected.
+        max_unread: the most unread futures; None is unlimited.  A future is read by its result,
+            its exception or a callback, or when it is garbage-collected.
         on_backpressure: what happens to a call beyond *max_unread*, and to a request that the
             server rejects with 429 (in a training run always ``"wait"``): ``"wait"``, or
             ``"raise"`` BackpressureError or RateLimitError immediately.
@@ -167,6 +167,8 @@ class Config:
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
                 )
         self._take_numbers()
+        # Only where it is used: a variable of the environment may name one that is meant for other
+        # programs.
         if (
             self.ca_bundle
             and self.base_url.startswith("https:")
@@ -213,7 +215,7 @@ class Config:
         ``~/.tinker/credentials.json`` is used, if there is one.
 
         If *own_credentials* is False, the key, the command and the access headers of this process
-        are not used: they are not meant for the server that the keywords name.
+        are not used, because the keywords name a server that must not get them.
 
         Servers on this machine (localhost, 127.x.x.x) are reached without a proxy.
 
@@ -261,6 +263,7 @@ class Config:
             source += f"\0{self.credential_cmd}"
         return _digest(source)
 
+    # Copies of what refers to a Config keep its key; by `__reduce__`, they would lose it.
     def __copy__(self) -> Config:
         return self
 

@@ -77,7 +77,7 @@ class CredentialsFile:
         )
 
     def store_default(self, key_id: str, key: StoredKey) -> None:
-        """Write *key* as the default one; the others stay.  CredentialError if it cannot be."""
+        """Write *key* as the default one, besides the others; CredentialError if that fails."""
         content = self._read()
         content["keys"][key_id] = key.to_json()
         content["default"] = key_id
@@ -140,7 +140,7 @@ class CredentialsFile:
 
 
 def _parse(raw: bytes) -> Any:
-    """The decoded content, or None; not an exception, which would hold what the file holds."""
+    """The decoded content, or None; not an exception, which would contain the keys."""
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -175,13 +175,14 @@ def stored_key(environ: Optional[Mapping[str, str]] = None) -> Optional[str]:
 
 
 def is_jwt(text: str) -> bool:
-    """True if *text* is a token rather than a key: base64 of a JSON object starts so."""
+    """True if *text* is a token rather than a key."""
+    # Base64 of ``{"``, with which every JWT begins.
     return text.startswith("eyJ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a JWT claims, unverified: the server verifies it, we only plan by it.
+    """What a JWT claims, unverified: the server verifies it, and the client only plans by it.
 
     Attributes:
         issued_at, expires_at: seconds since the epoch.
@@ -204,7 +205,7 @@ def read_claims(jwt: str) -> Optional[Claims]:
     try:
         raw = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
         claims = orjson.loads(raw)
-    except ValueError:  # no base64, or no JSON
+    except ValueError:  # not base64, or not JSON
         return None
     if not isinstance(claims, dict):
         return None

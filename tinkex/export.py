@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Iterator, Optional, Tuple, Union
 
 from tinkex._downloads.checkpoint_files import CONFIG_FILE
+from tinkex._downloads.checkpoints import Progress, fetch_checkpoint
 from tinkex._downloads.download_folder import check_free
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.clients.checkpoints import Progress, fetch_checkpoint
 from tinkex.clients.rest import RestClient
 from tinkex.errors import InvalidInputError, NotFoundError, TinkexError
 from tinkex.recipes.serving import open_service
@@ -92,23 +92,21 @@ def _write(adapter: Path, dest: Path, base_model: str, merge: bool) -> None:
     models.check_packages("torch", "transformers", "peft", "safetensors")
     from safetensors import SafetensorError
 
+    from tinkex.local.engines.torch_engine import portable
+
     base = models.resolve(base_model).source
     try:
         if merge:
-            from tinkex.local.engines.torch_engine.merging import merge_adapter
-
-            merge_adapter(adapter, dest, base_model=base)
+            portable.merge_adapter(adapter, dest, base_model=base)
         else:
-            from tinkex.local.engines.torch_engine.portable import copy_adapter
-
-            copy_adapter(adapter, dest, base)
+            portable.copy_adapter(adapter, dest, base)
     except SafetensorError as error:  # of a full disk, too
         raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside *target*, and report what the system says about it."""
+    """Yield a temporary folder beside *target*, and convert its OSErrors."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
@@ -146,7 +144,7 @@ def _fetch(
 
 def _download(rest: RestClient, path: str, dest: Path, progress: Optional[Progress]) -> Path:
     try:
-        return fetch_checkpoint(rest, path, dest, progress=progress)
+        return fetch_checkpoint(rest.transport, path, dest, progress=progress)
     except NotFoundError as error:
         error.hint = (
             "It was deleted, or has expired; `tinkex checkpoint list` shows those that are left."

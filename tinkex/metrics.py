@@ -1,7 +1,6 @@
-"""What one client counts of its own work, and the snapshot that a user sees of it.
+"""Counters and latencies of one client, and the snapshot that a user sees of them.
 
-Busy threads append to a deque, which takes no lock of ours; every so often one of them folds what
-has piled up into sums and histograms.  No thread of its own; memory is bounded.
+No thread of its own; memory is bounded.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ _Entry = Union[Tuple[str, float], Tuple[int, int], Tuple[float, float, float]]
 
 _FOLD_AT = 1024
 
-# Buckets of the histograms: four for each doubling, from a microsecond to about 20 minutes.
+# Buckets of the histograms: four for each doubling, from a microsecond to about 20 minutes.  The
+# middle of a bucket is within a tenth of every value in it.
 _PER_DOUBLING = 4
 _BUCKETS = 30 * _PER_DOUBLING
 
@@ -48,11 +48,11 @@ class Metrics:
     """A snapshot of what a client does and has done.
 
     Attributes:
-        in_flight: operations that were taken up and are not settled.
+        in_flight: operations that are being submitted, or were, and are not settled.
         queued: operations that wait to be sent.
         requests: HTTP requests with a response, polls among them; not heartbeats.
         rate_limited: responses with status 429.
-        retries: requests that were sent again, but for polls, after a failure.
+        retries: requests, other than polls, that were sent again after a failure.
         bytes_sent, bytes_received: of bodies, as on the wire when sent and after decompression
             when received.
         tokens_trained, tokens_prefilled, tokens_sampled: see `ServiceClient.usage`.
@@ -77,7 +77,7 @@ class Metrics:
         """A few lines to print, with times in milliseconds."""
         lines = [
             f"{self.in_flight} in flight, {self.queued} queued; {self.requests} requests, "
-            f"{self.rate_limited} answers of 429, {self.retries} retries",
+            f"{self.rate_limited} responses of 429, {self.retries} retries",
             f"{self.bytes_sent} bytes sent, {self.bytes_received} received; tokens: "
             f"{self.tokens_trained} trained, {self.tokens_prefilled} prefilled, "
             f"{self.tokens_sampled} sampled",
@@ -93,9 +93,10 @@ class Recorder:
     """Counts and times.  Thread-safe; never blocks the threads that record."""
 
     def __init__(self) -> None:
-        # append and popleft are atomic.
+        # append and popleft are atomic, so that the threads that record need no lock; now and then
+        # one of them folds the entries into the sums below.
         self._entries: Deque[_Entry] = collections.deque()
-        # Guards the sums: held by the one thread that folds.
+        # Guards the sums, and is held by the one thread that folds.
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._histograms = {stage: _Histogram() for stage in STAGES}
@@ -127,14 +128,14 @@ class Recorder:
         return counts, latencies
 
     def _fold_if_free(self) -> None:
-        if self._lock.acquire(blocking=False):
+        if self._lock.acquire(blocking=False):  # else another thread is folding, for all of them
             try:
                 self._fold_locked()
             finally:
                 self._lock.release()
 
     def _fold_locked(self) -> None:
-        # Only those that are there now: others may go on appending for as long as we fold.
+        # Only those that are there now: other threads may keep appending for as long as this takes.
         counts, histograms = self._counts, self._histograms
         for _ in range(len(self._entries)):
             entry: Any = self._entries.popleft()

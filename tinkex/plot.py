@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from tinkex.errors import InvalidInputError, a_type
+from tinkex.loggers.curves import Rows, draw, import_figures, panels_of, png_of
 from tinkex.loggers.files import read_metrics
-from tinkex.loggers.plot import Rows, draw, import_figures, panels_of, png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def plot(
         plot("runs/a", "runs/b", metrics=["loss"], log_scale=True)
 
     A notebook shows the figure that is the last value of a cell; ``savefig`` writes it to a file.
-    Runs may be going on.  Reads the files anew with each call; safe from any thread.
+    Runs may be in progress.  Reads the files again with each call; safe from any thread.
 
     Args:
         runs: run folders, or metrics: dicts with ``"step"``.
@@ -51,7 +51,7 @@ def plot(
         log_scale: logarithmic vertical axes.
 
     Raises:
-        InvalidInputError: nothing is to be drawn, or an argument is out of range.
+        InvalidInputError: there is nothing to draw, or an argument is out of range.
         RunFolderError: a folder has no ``metrics.jsonl`` that can be read.
         ConfigError: matplotlib is not installed.
     """
@@ -69,7 +69,9 @@ def plot(
     known = {name for row in every_row for name in row} - {"step"}
     unknown = [name for names in panels for name in names if name not in known]
     if not known:
-        raise InvalidInputError("the runs have no metrics yet")
+        raise InvalidInputError(
+            "the runs have no metrics yet", hint="They are there once a step has been logged."
+        )
     if unknown:
         raise InvalidInputError(
             f"the runs have no metric {unknown[0]!r}; they have {', '.join(sorted(known))}"
@@ -77,7 +79,7 @@ def plot(
     if len(rows_of) > 1:  # curves of several runs are compared one metric at a time
         panels = [[name] for names in panels for name in names]
     figure = draw(figures, rows_of, panels, smoothing=smoothing, log_scale=log_scale)
-    # What a notebook asks an object for; matplotlib's own is there only once pyplot was imported.
+    # A notebook calls this; matplotlib's own is there only once pyplot was imported.
     figure._repr_png_ = lambda: png_of(figure)
     return figure
 
@@ -98,8 +100,9 @@ def _checked(run: object) -> List[Mapping[str, Any]]:
     rows: List[Any] = list(run) if isinstance(run, Sequence) else [run]
     for row in rows:
         if not isinstance(row, Mapping) or "step" not in row:
+            lacks = ' without "step"' if isinstance(row, Mapping) else ""
             raise InvalidInputError(
-                f"{a_type(row)} is not a row of metrics",
+                f"{a_type(row)}{lacks} is not a row of metrics",
                 hint='Give a run folder, or dicts with "step", as read_metrics(folder) returns.',
             )
     return [{name: _number(name, value) for name, value in row.items()} for row in rows]

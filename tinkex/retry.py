@@ -1,4 +1,4 @@
-"""When a failed request is sent again, and how long after.  Pure arithmetic: no I/O, no clock.
+"""When a failed request is retried, and after what delay.  Pure arithmetic: no I/O, no clock.
 
 `RetryPolicy` is what is allowed, `RetryState` what the failures of one request add up to, and
 `RetryDecision` what follows from the latest: wait and send again, or raise.  `RetryConfig` is what
@@ -30,11 +30,11 @@ from tinkex.errors import (
 #: refused an earlier attempt.
 _READ_AND_REFUSED = (400, 404, 410, 422)
 
-#: A damaged response is asked for again, after this pause, until this many were damaged.
+#: A request whose response was damaged is retried after this pause; it fails with this many.
 MAX_DAMAGED = 3
 DAMAGED_PAUSE_S = 0.1
 
-#: Pauses a server asks for are obeyed up to this long, in seconds.
+#: A pause that the server requests is kept up to this long, in seconds.
 MAX_HINT_S = 60.0
 
 #: A sample whose result was lost is submitted again this often at most.
@@ -46,21 +46,21 @@ _SECONDS = ("progress_timeout", "retry_delay_base", "retry_delay_max")
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential back-off with full jitter, bounded in total time.
+    """Exponential back-off with jitter, bounded in total time.
 
     Attributes:
         base_s: the first delay is drawn from 0.5 .. 1 times this.
         cap_s: no delay is longer (a server's own hint may be, up to 60 s).
         max_elapsed_s: no new attempt begins later than this after the first one.
-        max_server_errors: a plain 500 is believed after this many attempts: it rarely goes
-            away, unlike 502, 503 and 504.
-        max_gateway_answers: a response that looks like a gateway's is taken for the server's own
-            after this many attempts, e.g. for a missing route of an unusual web framework; None
-            never takes it for that, where a wrong guess would lose a request's seq_id.
-        for_result: the request asks for the result of accepted work, which is lost if we give up:
-            we do so only once failures have lasted for *max_elapsed_s* without a 429 between them;
-            every failure to connect may pass; and only 500s that repeat word for word count for
-            *max_server_errors*.
+        max_server_errors: a plain 500 is final after this many attempts: it rarely goes away,
+            unlike 502, 503 and 504.
+        max_gateway_answers: a response that looks like a gateway's counts as the server's own after
+            this many attempts, e.g. for a missing route of an unusual web framework; None: never,
+            where a wrong guess would lose a request's seq_id.
+        for_result: the request is a poll for the result of accepted work, which is lost if it
+            fails.  It does only once failures have lasted for *max_elapsed_s* without a 429 between
+            them; every failure to connect may pass; and only 500s that repeat word for word count
+            for *max_server_errors*.
     """
 
     base_s: float = 0.5
@@ -73,16 +73,19 @@ class RetryPolicy:
     def delay_s(
         self, attempt: int, elapsed_s: float, hint_s: Optional[float], rand: float
     ) -> Optional[float]:
-        """Seconds to wait before the next attempt, or None to give up.
+        """Seconds to wait before the next attempt, or None to stop retrying.
 
         *attempt* counts the attempts made (from 1), *elapsed_s* is the time since the first began,
-        *hint_s* the pause that the server asks for, *rand* is uniform in [0, 1).
+        *hint_s* the pause that the server requests, *rand* is uniform in [0, 1).
         """
         if hint_s:  # a pause of 0 is not granted: it would be a busy loop
             delay = min(hint_s, MAX_HINT_S)
         else:
+            # The exponent is bounded because a float overflows at 2**1024; half of the delay is
+            # random so that clients that failed together do not return together.
             ceiling = min(self.base_s * 2.0 ** min(attempt - 1, 30), self.cap_s)
             delay = ceiling * (0.5 + rand / 2)
+        # A poll may still begin at the end of the time: giving up would lose finished work.
         ends_at = elapsed_s if self.for_result else elapsed_s + delay
         return delay if ends_at <= self.max_elapsed_s else None
 
@@ -125,7 +128,7 @@ class RetryState:
         policy: what is allowed.
         began: when the first attempt begins (monotonic), from which ``max_elapsed_s`` counts; None
             counts from the first failure after `succeeded`.
-        pause_for_billing: called after a 402; returns the seconds to wait, or None to give up.
+        pause_for_billing: called after a 402; returns the seconds to wait, or None to fail.
             Without it, a 402 is an error like any other.
 
     Attributes:
@@ -171,6 +174,8 @@ class RetryState:
         self.attempts += 1
         self.repeats = self.repeats + 1 if error.message == self._last_message else 1
         self._last_message = error.message
+        # A gateway's response is an APIConnectionError, since the server has not responded; behind
+        # it is the error that it would be as the server's own.
         own = server_error_behind(error) if headers is None else None
         if isinstance(error, ResponseDecodeError):
             self._damaged += 1
@@ -204,7 +209,7 @@ class RetryState:
     def _elapsed_s(self, error: APIError, failed_at: float, now: float) -> float:
         """How long it has failed."""
         if error.status == 429 and self.policy.for_result:
-            self._failing_since = None  # the server is well, and asks for patience
+            self._failing_since = None  # rate-limited, but reachable: no outage
             return -math.inf
         if self._failing_since is None:
             self._failing_since = failed_at
@@ -268,7 +273,7 @@ class RetryConfig:
         return self.progress_timeout if self.enable_stuck_detection else None
 
     def delay_s(self, times: int, rand: float) -> Optional[float]:
-        """Seconds before a lost sample is submitted again, or None to give up.
+        """Seconds before a lost sample is submitted again, or None to fail it.
 
         *times* is how often that was done before, *rand* is uniform in [0, 1).
         """
@@ -299,7 +304,7 @@ def server_error_behind(error: Exception) -> Optional[APIError]:
 
 
 def leaves_outcome_open(status: int) -> bool:
-    """True if a server that responded with *status* may have done the work all the same.
+    """True if a server that responded with *status* may have done the work nevertheless.
 
     Any 5xx does, except 501 (no such thing): a gateway responds so when it loses the server's
     response, and a server when it fails after it accepted the work.
@@ -313,6 +318,7 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
     *was_accepted*: the server has given it a request id; any error but that of the work itself is
     then one of asking for the result, and the work may have been done.
     """
+    # The order matters: what the server has accepted, it may have done, whatever came afterwards.
     if isinstance(error, CancelledError):
         return not was_sent
     if was_accepted:
@@ -330,10 +336,10 @@ def left_undone(error: BaseException, *, was_sent: bool, was_accepted: bool) -> 
 
 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> Optional[float]:
-    """Read the pause that the server asks for from ``retry-after-ms`` or ``retry-after``.
+    """Read the pause that the server requests from ``retry-after-ms`` or ``retry-after``.
 
     The latter may be seconds (also fractions) or an HTTP date, compared with *wall* (seconds
-    since the epoch).  None if it asks for none, or makes no sense.
+    since the epoch).  None if there is neither, or it makes no sense.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:

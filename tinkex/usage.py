@@ -1,8 +1,8 @@
 """The local token meter: what a client has used, what that costs, and a budget that is kept.
 
-A request reserves, before it is sent, the most that it can cost; its result, or its failure, puts
-the true figure in place.  So requests at the same time cannot exceed the budget together.  It
-counts what this process asked for: the server's own figures are what is billed.  No threads.
+A request reserves, before it is sent, the most that it can cost; its result, or its failure,
+replaces that by the true figure.  So concurrent requests cannot exceed the budget together.  What
+this process requested is counted; the bill follows the server's own figures.  No threads.
 """
 
 from __future__ import annotations
@@ -145,11 +145,12 @@ class Ledger:
     ) -> None:
         self.budget = budget
         self._prices = dict(prices or {})
-        # Guards the rest.
+        # Guards the rest.  Sums are kept by model, besides the rows, because every request compares
+        # them with the budget, and a client may have any number of tags.
         self._lock = threading.Lock()
         self._rows: Dict[Account, List[int]] = {}
-        self._used: Dict[Optional[str], List[int]] = {}  # by model, as is
-        self._reserved: Dict[Optional[str], List[int]] = {}
+        self._used: Dict[Optional[str], List[int]] = {}  # by model
+        self._reserved: Dict[Optional[str], List[int]] = {}  # by model
         self._open: Dict[Reservation, Any] = {}  # with the future of each, once it is known
 
     @property
@@ -167,6 +168,7 @@ class Ledger:
         try:
             return self._reserve(what, account, most)
         except BudgetExceededError:
+            # A caller that has just read a result expects what it did not use to be free again.
             self._settle_done()
             return self._reserve(what, account, most)
 
@@ -207,20 +209,20 @@ class Ledger:
             if reservation in self._open:
                 self._open[reservation] = future
 
-    def settle(
-        self, reservation: Reservation, account: Account, most: Tokens, used: Tokens
-    ) -> None:
-        """Put *used* in place of *most*, which was reserved; only the first time."""
+    def settle(self, reservation: Reservation, used: Tokens) -> None:
+        """Put *used* in place of what was reserved; only the first time."""
+        account = reservation.account
         with self._lock:
-            if self._open.pop(reservation, self) is self:
+            if self._open.pop(reservation, self) is self:  # settled before
                 return
-            _add(self._reserved, account.model, most, -1)
+            _add(self._reserved, account.model, reservation.most, -1)
             if any(used):
                 _add(self._used, account.model, used, 1)
                 _add(self._rows, account, used, 1)
 
     def _settle_done(self) -> None:
-        """Settle what is done.  Futures wake their readers before they call `settled`."""
+        """Settle the reservations of futures that are done."""
+        # A future wakes its readers before it runs its callbacks, and so before `settled`.
         with self._lock:
             bound = [(held, future) for held, future in self._open.items() if future is not None]
         for held, future in bound:
@@ -251,15 +253,17 @@ class Reservation:
     """What one request may use at most, until it is known what it did use.
 
     Attributes:
+        account: what it is charged to.
+        most: what is reserved.
         used: set before the request's future is settled, if the response reports it.
     """
 
-    __slots__ = ("_account", "_ledger", "_most", "used")
+    __slots__ = ("_ledger", "account", "most", "used")
 
     def __init__(self, ledger: Ledger, account: Account, most: Tokens) -> None:
         self._ledger = ledger
-        self._account = account
-        self._most = most
+        self.account = account
+        self.most = most
         self.used: Optional[Tokens] = None
 
     def bind(self, future: Any) -> None:
@@ -269,14 +273,14 @@ class Reservation:
 
     def release(self) -> None:
         """Nothing was used: the request was not sent."""
-        self._ledger.settle(self, self._account, self._most, Tokens())
+        self._ledger.settle(self, Tokens())
 
     def settled(self, future: Any) -> None:
-        """To be called when the request's *future* is settled; more than once does no harm."""
+        """Call it when the request's *future* is settled; more than once does no harm."""
         used = self.used
         if used is None:
-            used = Tokens() if _costs_nothing(future) else self._most
-        self._ledger.settle(self, self._account, self._most, used)
+            used = Tokens() if _costs_nothing(future) else self.most
+        self._ledger.settle(self, used)
 
 
 def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) -> None:
@@ -291,6 +295,7 @@ def _add(where: Dict[Any, List[int]], key: object, tokens: Tokens, sign: int) ->
 
 def _costs_nothing(future: Any) -> bool:
     """True if the server has done nothing for *future*, an APIFuture, for certain."""
+    # Future's own method: that of APIFuture would count as reading the outcome.
     error = CancelledError() if future.cancelled() else Future.exception(future, 0)
     if error is None:
         return False
@@ -310,14 +315,13 @@ def _exceeded(
         hint="What is reserved and not used is free again when results arrive. A smaller "
         "max_tokens reserves less.",
     )
-    error.unit, error.used, error.reserved, error.adds, error.limit = (
-        unit, used, reserved, adds, limit,
-    )  # fmt: skip
+    error.unit, error.limit = unit, limit
+    error.used, error.reserved, error.adds = used, reserved, adds
     return error
 
 
 def check_prices(prices: object) -> Dict[str, Price]:
-    """Return a copy of a table of prices by model; ConfigError if it is none."""
+    """Return a copy of a table of prices by model; ConfigError if it is something else."""
     if not isinstance(prices, Mapping):
         raise ConfigError(f"prices is {a_type(prices)}, not a mapping of Price by model")
     for model, price in prices.items():

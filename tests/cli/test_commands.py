@@ -22,6 +22,8 @@ import tinkex as library
 from tinkex import types
 from tinkex.cli.connect import explained, find_server
 from tinkex.config import DEFAULT_BASE_URL
+from tinkex.local.engines.deterministic import DeterministicEngine
+from tinkex.local.server import LocalServer
 
 #: As that of `tinkex`, with a key, which every server but the embedded one wants.
 pytestmark = pytest.mark.usefixtures("short_backoff")
@@ -154,6 +156,19 @@ def test_an_absent_server_is_named_and_what_to_do(monkeypatch, command, named_by
     assert "cannot reach 127.0.0.1:9" in said
     assert "Connection refused" in said
     assert f"Is the server running at {url}, and {named_by} right?" in said
+
+
+def test_a_wrong_key_is_one_error_with_one_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "TINKER_API_KEY", "tml-wrong")
+    with (
+        LocalServer(DeterministicEngine(), data_dir=tmp_path, api_key="tml-right") as server,
+        mock.patch("support.programs.environment", return_value=ENVIRONMENT),
+    ):
+        done = tinkex("model", "list", "--base-url", server.url)
+    assert done.returncode == 1
+    assert done.stderr.count("TINKER_API_KEY") == 1
+    assert "api_key" not in done.stderr
+    assert "tml-" not in done.stderr
 
 
 def test_an_unreachable_server_is_one_clear_error(monkeypatch):
@@ -513,7 +528,7 @@ def test_a_checkpoint_that_does_not_exist_leaves_nothing(server: Server, saved: 
 
 def test_a_checkpoint_is_pushed_to_the_hub(server: Server, saved: str, monkeypatch):
     hub = FakeHub()
-    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
+    monkeypatch.setattr("tinkex._downloads.hub._hub", lambda: hub)
     done = tinkex(
         "-f", "json", "checkpoint", "push-hf", saved, "-r", "me/model", "--public",
         "--revision", "v1", "--commit-message", "hello", "--allow-pattern", "*.json",
@@ -544,7 +559,7 @@ def test_a_push_without_a_repository_makes_one_named_after_the_checkpoint(
     server, saved, monkeypatch
 ):
     hub = FakeHub()
-    monkeypatch.setattr("tinkex.clients.hub._hub", lambda: hub)
+    monkeypatch.setattr("tinkex._downloads.hub._hub", lambda: hub)
     done = tinkex("-f", "json", "checkpoint", "push-hf", saved, base_url=server.url)
     assert (done.returncode, done.stderr) == (0, "")
     repo_id = json.loads(done.stdout)["repo_id"]

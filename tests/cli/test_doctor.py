@@ -170,6 +170,13 @@ def test_a_web_server_without_any_route_is_no_tinker_server():
     assert "TINKER_BASE_URL" in found["session"]["advice"]
 
 
+def test_a_wrong_path_of_a_server_is_named_in_one_sentence(server: Server):
+    done = tinkex("doctor", base_url=f"{server.url}/wrong")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("failed")]
+    assert "404: no route POST /wrong/api/v1/create_session.  Fault: the base URL." in line
+    assert ".." not in line
+
+
 def test_a_wrong_key_is_the_keys_fault_and_never_shown(scripted: SessionServer, monkeypatch):
     key = "tml-secret-of-mine"
     scripted.on(CAPABILITIES, Answer(401, {"detail": f"unknown key {key}"}))

@@ -21,15 +21,17 @@ from support.scripted_server import Answer, Received, ScriptedServer
 
 import tinkex as library
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import error_in_flags, in_flags
 from tinkex.cli.deletions import delete
 from tinkex.cli.main import run_command
 from tinkex.cli.sample import sample
 from tinkex.cli.serve import serve
 from tinkex.cli.terminal import visible
+from tinkex.cli.training_progress import TrainingProgress
 from tinkex.cli.transfers import download
 from tinkex.errors import InvalidInputError
+from tinkex.testing import FakeServer, faults
 
 CAPABILITIES = "GET /api/v1/get_server_capabilities"
 #: No code page of Windows has all of these.
@@ -230,7 +232,7 @@ class Stderr(io.StringIO):
 def soon(monkeypatch):
     monkeypatch.delenv("TINKEX_NO_STATUS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(status, "FIRST_S", 0.01)
+    monkeypatch.setattr(status_line, "FIRST_S", 0.01)
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
@@ -258,19 +260,46 @@ def test_a_command_says_what_it_waits_for(scripted, soon, monkeypatch, capsys, t
 def test_a_command_says_why_it_tries_again(soon, monkeypatch):
     stderr = Stderr("Connection refused; attempt 1", terminal=False)
     monkeypatch.setattr("sys.stderr", stderr)
-    with status.shown("working"):
+    with status_line.shown("working"):
         log = logging.getLogger("tinkex._transport.attempts")
         log.debug("cannot reach h:1: Connection refused; attempt %d, next in %.1f s", 1, 2.0)
         assert stderr.written.wait(PATIENCE_S)
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_training_reports_that_its_server_is_gone_until_a_step_is_done(soon, monkeypatch, terminal):
+    server = FakeServer()
+    server.start()
+    stderr = Stderr(f"waiting for the server at {server.url[7:]}; start it", terminal=terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    with (
+        click.Context(click.Command("train")) as ctx,
+        status_line.shown("train: working") as line,
+        library.ServiceClient(base_url=server.url, api_key="tml-1") as service,
+    ):
+        ctx.obj = line
+        trainer = service.create_lora_training_client("deterministic")
+        held = server.inject("retrieve_future", faults.Hold(), times=None)
+        with TrainingProgress(4, 0) as progress:
+            progress.log(0, {"loss": 3.0, "heldout_loss": 2.0})
+            future = trainer.optim_step(library.AdamParams())
+            held.wait()
+            server.close()
+            assert stderr.written.wait(PATIENCE_S)
+            shown = stderr.getvalue().rpartition("waiting for the server")
+            assert "step 1/4" in shown[0] or terminal
+            progress.log(1, {"loss": 2.0, "heldout_loss": 1.0})
+            assert line.doing == ""
+        future.cancel()
+
+
 def test_warnings_are_printed_above_the_status_line(soon, monkeypatch):
     stderr = Stderr("working (", terminal=True)
     monkeypatch.setattr("sys.stderr", stderr)
-    with status.shown("working"):
+    with status_line.shown("working"):
         assert stderr.written.wait(PATIENCE_S)
         logging.getLogger("tinkex.sessions").warning("the server is slow")
-        with status.hidden():
+        with status_line.hidden():
             pass
     assert re.search(r"working \(\d s\)\r {13}\rthe server is slow\n", stderr.getvalue())
 
@@ -279,7 +308,7 @@ def test_warnings_are_printed_where_no_status_is_shown(monkeypatch):
     monkeypatch.setenv("TINKEX_NO_STATUS", "1")
     stderr = Stderr("", terminal=True)
     monkeypatch.setattr("sys.stderr", stderr)
-    with status.shown("working"):
+    with status_line.shown("working"):
         logging.getLogger("tinkex.sessions").warning("the server is slow")
     assert stderr.getvalue() == "the server is slow\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -259,6 +260,7 @@ def test_ctrl_c_while_the_server_computes(chats: Path, out: Path, uninterrupted:
     assert (done.returncode, done.stdout) == (130, "")
     saved = library.read_run(out).checkpoints[-1].steps
     assert f"{count(saved, 'step')} saved in {out}; run the command again" in done.stderr
+    assert "pipeline" not in done.stderr
     assert 2 <= saved <= 4
     chat = tinkex("chat", str(out), "--max-tokens", "4", stdin="Hello\n")
     check_silent(chat)
@@ -318,7 +320,7 @@ def test_an_empty_file(out: Path, tmp_path: Path, content: str) -> None:
 @pytest.fixture
 def strict_model(tmp_path: Path) -> str:
     """A model whose chat template takes no role but user and assistant."""
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     folder = tmp_path / "strict"
     write_tiny_random(folder)
@@ -432,7 +434,32 @@ def test_options_that_make_no_sense(
 
 def test_a_folder_that_is_a_file(chats: Path, out: Path) -> None:
     out.write_text("")
-    refused(train(chats, out), f"{out} is not a folder")
+    refused(train(chats, out), f"{out} is not a folder", "Choose another folder for --out.")
+    file = str(chats)
+    for arguments in (["chat", file], ["status", file], ["sample", "a", "--run", file]):
+        refused(tinkex(*arguments), f"{chats} is not a folder", "Give the folder of a run: ")
+
+
+def test_a_package_of_a_logger_that_is_missing_is_reported_before_the_model_is_loaded(
+    chats: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with mock.patch.object(library.ServiceClient, "local", side_effect=AssertionError):
+        done = train(chats, out, "--logger", "wandb")
+    refused(done, 'the logger "wandb" needs wandb', 'pip install "tinkex[wandb]"')
+    assert not out.exists()
+
+
+def test_a_model_that_the_server_does_not_have(chats: Path, out: Path, tmp_path: Path) -> None:
+    from tinkex.local.engines.deterministic import DeterministicEngine
+
+    with serving(DeterministicEngine(), tmp_path / "server") as server:
+        arguments = ["--base-url", server.url]
+        for done in (
+            train(chats, out, *arguments, model="nosuch"),
+            tinkex("sample", "a", "--base-model", "nosuch", *arguments),
+        ):
+            refused(done, "'nosuch' is not served here", "`tinkex model list` lists the models")
 
 
 def test_a_folder_in_use(chats: Path, out: Path) -> None:

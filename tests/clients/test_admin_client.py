@@ -94,7 +94,7 @@ def test_what_cannot_be_asked_of_the_audit_log(admin: AdminClient, arguments: An
     ],
     ids=["aware", "naive and a date", "RFC 3339", "other zones"],
 )
-def test_usage_is_asked_for_in_hours_of_utc(
+def test_usage_is_requested_in_hours_of_utc(
     server: ScriptedServer, admin: AdminClient, start: Any, end: Any
 ) -> None:
     server.on(USAGE, Answer(body={"data": []}))
@@ -120,7 +120,7 @@ def test_usage_is_asked_for_in_hours_of_utc(
         (date(2026, 1, 1), HOUR),
     ],
 )
-def test_what_cannot_be_asked_of_usage_is_told_before_the_network(
+def test_a_wrong_period_of_usage_is_refused_before_anything_is_sent(
     server: ScriptedServer, admin: AdminClient, start: Any, end: Any
 ) -> None:
     with pytest.raises(InvalidInputError):

@@ -84,7 +84,7 @@ def test_what_was_fetched_is_reported_at_exit(server: ScriptedServer, routes: Ti
     assert order.index("finish") > len(order) - 1 - order[::-1].index("retrieve_futures")
 
 
-def test_a_server_that_does_not_answer_at_exit_is_left_alone(
+def test_a_server_that_does_not_respond_does_not_delay_the_exit(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     never = threading.Event()

@@ -50,7 +50,7 @@ def test_local_starts_a_server_and_stops_it(caplog: pytest.LogCaptureFixture) ->
         ServiceClient(base_url=url, startup_timeout_s=0.2)
 
 
-def test_local_says_what_takes_long(
+def test_local_reports_what_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(model: str, device: str, *, progress: Callable[[str], None]) -> DeterministicEngine:
@@ -66,7 +66,7 @@ def test_local_says_what_takes_long(
         assert capsys.readouterr() == ("", "")
 
 
-def test_local_keeps_its_data_where_it_is_told(tmp_path: Any) -> None:
+def test_local_keeps_its_data_in_the_given_folder(tmp_path: Any) -> None:
     with ServiceClient.local("deterministic", data_dir=str(tmp_path)) as service:
         trainer = service.create_lora_training_client("deterministic")
         trainer.train_step([DATUM], "cross_entropy", ADAM)
@@ -163,7 +163,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_bad_input_is_a_typed_error_that_pickles_and_the_session_goes_on(
+def test_bad_input_is_a_typed_error_that_pickles_and_the_session_continues(
     service: ServiceClient, what: str
 ) -> None:
     call, error = BAD_CALLS[what]

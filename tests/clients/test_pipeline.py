@@ -124,7 +124,7 @@ def test_a_schedule(run: TrainingClient, routes: TinkerRoutes) -> None:
     assert sent == rates
 
 
-def test_a_failure_ends_it_and_tells_the_step(
+def test_a_failure_ends_it_and_names_the_step(
     server: ScriptedServer,
     routes: TinkerRoutes,
     run: TrainingClient,

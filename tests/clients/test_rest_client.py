@@ -147,7 +147,7 @@ def test_what_does_not_exist_is_not_found(rest: RestClient, what: str) -> None:
 @pytest.mark.parametrize(
     "path", ["", "/tmp/x", "tinker://", "tinker://run", "tinker://r/weights/", "tinker:///x", 7]
 )
-def test_a_wrong_path_is_told_at_once(rest: RestClient, path: Any) -> None:
+def test_a_wrong_path_is_refused_immediately(rest: RestClient, path: Any) -> None:
     for call in (
         rest.delete_checkpoint_from_tinker_path,
         rest.publish_checkpoint_from_tinker_path,
@@ -167,12 +167,12 @@ def test_a_page_has_a_size_and_a_place(rest: RestClient, limit: Any, offset: Any
 
 
 @pytest.mark.parametrize("ttl", [0, -5, 1.5, "1h"])
-def test_a_ttl_is_checked_at_once(rest: RestClient, ttl: Any) -> None:
+def test_a_ttl_is_checked_immediately(rest: RestClient, ttl: Any) -> None:
     with pytest.raises(InvalidInputError, match="ttl_seconds"):
         rest.set_checkpoint_ttl_from_tinker_path(PATH, ttl)
 
 
-def test_a_closed_client_says_so(rest: RestClient) -> None:
+def test_a_closed_client_raises_an_error_that_names_it(rest: RestClient) -> None:
     rest.close()
     with pytest.raises(ClientClosedError, match="RestClient"):
         rest.list_sessions()
@@ -343,7 +343,7 @@ def test_callbacks_of_a_future_are_called_although_its_client_is_gone(
     assert second.wait(PATIENCE_S)
 
 
-def test_a_server_that_is_not_there_is_told_soon() -> None:
+def test_a_server_that_is_not_there_is_reported_soon() -> None:
     with ScriptedServer() as gone:
         url = gone.url
     with RestClient(base_url=url, startup_timeout_s=0.2) as alone:
@@ -353,7 +353,7 @@ def test_a_server_that_is_not_there_is_told_soon() -> None:
     assert caught.value.elapsed_s < 5
 
 
-def test_one_that_has_answered_is_waited_for_longer(server: ScriptedServer) -> None:
+def test_one_that_has_responded_is_waited_for_longer(server: ScriptedServer) -> None:
     server.on("GET /api/v1/sessions", Answer(body={"sessions": []}))
     with RestClient(base_url=server.url, startup_timeout_s=0.2) as alone:
         assert alone.transport.config.max_outage_s == 0.2
@@ -368,7 +368,7 @@ def test_what_it_works_in_is_given_once(service: ServiceClient, rest: RestClient
         RestClient(config=service.config, base_url="http://localhost:1")
 
 
-def test_the_child_of_a_fork_is_told(server: ScriptedServer) -> None:
+def test_the_child_of_a_fork_gets_an_error(server: ScriptedServer) -> None:
     with RestClient(base_url=server.url) as alone:
         alone._runtime._pid += 1  # as in a child
         with pytest.raises(ClientClosedError, match="fork"):
@@ -656,7 +656,7 @@ def test_a_search_may_be_written_as_plain_objects(
     }
 
 
-def test_a_search_says_all_that_was_asked_and_goes_on(
+def test_a_search_sends_all_filters_and_continues_with_the_cursor(
     server: ScriptedServer, alone: RestClient
 ) -> None:
     cursor = {"last_created_at": "2026-01-02T03:04:05Z", "last_session_id": "s-1"}
@@ -708,7 +708,7 @@ def test_a_search_says_all_that_was_asked_and_goes_on(
     ],
     ids=str,
 )
-def test_a_search_is_checked_at_once(alone: RestClient, wrong: Dict[str, Any]) -> None:
+def test_a_search_is_checked_immediately(alone: RestClient, wrong: Dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
         alone.search_sessions(types.SessionSearchRequest(**wrong))
     with pytest.raises(InvalidInputError):
@@ -752,7 +752,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_what_has_moved_to_the_admin_client_works_and_says_so(
+def test_what_has_moved_to_the_admin_client_works_with_a_warning(
     server: ScriptedServer, alone: RestClient, name: str
 ) -> None:
     route, arguments, body, expected = MOVED[name]

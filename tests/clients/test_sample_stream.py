@@ -121,7 +121,7 @@ def test_further_options_are_those_of_sample(sampler: SamplingClient, routes: Ti
     assert routes.submitted("asample")[0]["topk_sample_logprobs"] == 3
 
 
-def test_nothing_is_taken_before_a_result_is_asked_for(sampler: SamplingClient) -> None:
+def test_nothing_is_taken_before_a_result_is_requested(sampler: SamplingClient) -> None:
     source = Counted()
     sampler.sample_many(source).close()
     assert source.taken == 0
@@ -319,7 +319,7 @@ def test_prompts_that_fail_to_come(scripted: ServiceClient, sampler: SamplingCli
 # Failures
 
 
-def test_a_failure_raises_and_tells_the_prompt(
+def test_a_failure_raises_and_names_the_prompt(
     scripted: ServiceClient, sampler: SamplingClient, held: Held
 ) -> None:
     held.failing = {1}
@@ -436,7 +436,7 @@ def test_unread_results_of_others_do(server: ScriptedServer, routes: TinkerRoute
 # Progress
 
 
-def test_progress_is_told(sampler: SamplingClient, held: Held) -> None:
+def test_progress_is_reported(sampler: SamplingClient, held: Held) -> None:
     held.failing = {1}
     held.finish(*range(3))
     reported: List[Tuple[int, int, Optional[int]]] = []

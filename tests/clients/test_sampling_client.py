@@ -48,7 +48,7 @@ def scripted_sampler(scripted: ServiceClient) -> SamplingClient:
 # What is sent
 
 
-def test_no_more_is_sent_than_was_asked_for(
+def test_no_more_is_sent_than_was_requested(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     response = scripted_sampler.sample(PROMPT).result(PATIENCE_S)
@@ -91,7 +91,7 @@ def test_every_argument_is_sent(scripted_sampler: SamplingClient, routes: Tinker
     assert sent["prompt_logprobs_last_n"] == 2
 
 
-def test_stability_is_recorded_if_asked_for(scripted: ServiceClient, routes: TinkerRoutes) -> None:
+def test_stability_is_recorded_on_request(scripted: ServiceClient, routes: TinkerRoutes) -> None:
     sampler = scripted.create_sampling_client(base_model="base", record_stability_info=True)
     sampler.sample(PROMPT).result(PATIENCE_S)
     sampler.compute_logprobs(PROMPT).exception(PATIENCE_S)
@@ -115,7 +115,7 @@ def test_sparse_targets_are_sent_as_they_are(
     }
 
 
-def test_each_sample_has_its_own_number(
+def test_each_sample_has_its_own_seq_id(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
@@ -162,7 +162,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
-def test_bad_input_is_told_at_once_and_sends_nothing(
+def test_bad_input_is_refused_immediately_and_sends_nothing(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, call: str
 ) -> None:
     before = routes.count()
@@ -216,7 +216,7 @@ def test_prompt_logprobs_need_no_sequences(
     assert scripted_sampler.compute_logprobs(PROMPT).result(PATIENCE_S) == [None, -0.5, -0.25]
 
 
-def test_prompt_logprobs_that_were_asked_for_must_come(
+def test_prompt_logprobs_that_were_requested_must_be_there(
     scripted_sampler: SamplingClient,
 ) -> None:
     with pytest.raises(ResponseDecodeError, match=r"no prompt logprobs.* 3 prompt tokens"):
@@ -226,14 +226,14 @@ def test_prompt_logprobs_that_were_asked_for_must_come(
 
 
 @pytest.mark.parametrize("option", ["topk_prompt_logprobs", "topk_sample_logprobs"])
-def test_likeliest_tokens_that_were_asked_for_must_come(
+def test_likeliest_tokens_that_were_requested_must_be_there(
     scripted_sampler: SamplingClient, option: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=f"ignored {option}"):
         scripted_sampler.sample(PROMPT, **{option: 2}).result(PATIENCE_S)
 
 
-def test_a_server_that_sends_no_prompt_logprobs_is_told_of(
+def test_a_server_that_sends_no_prompt_logprobs_is_reported(
     scripted_sampler: SamplingClient,
 ) -> None:
     with pytest.raises(ResponseDecodeError, match="no prompt logprobs"):
@@ -275,7 +275,7 @@ def test_the_last_n_logprobs_may_come_alone_or_with_gaps_before_them(
         assert logprobs == [None, None, None, -0.5]
 
 
-def test_logprobs_that_were_not_asked_for_tell_of_an_old_server(
+def test_logprobs_that_were_not_requested_show_an_old_server(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("retrieve_future", answer_of(prompt_logprobs=[None, -0.5, -0.25]))
@@ -292,7 +292,7 @@ def test_logprobs_that_were_not_asked_for_tell_of_an_old_server(
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_what_a_server_leaves_out_tells_of_an_old_server(
+def test_what_a_server_leaves_out_shows_an_old_server(
     scripted_sampler: SamplingClient, asked: Any
 ) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(asked))):
@@ -326,7 +326,7 @@ def test_a_server_that_refuses_what_it_does_not_know_is_an_old_one(
 
 
 @pytest.mark.parametrize("codec", [JSON, PROTOBUF], ids=lambda codec: codec.name)
-def test_everything_that_may_be_asked_for_comes_in_either_encoding(
+def test_everything_that_can_be_requested_arrives_in_either_encoding(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, codec: Codec
 ) -> None:
     target = types.TensorData([-0.5, -1.5], "float32", (2, 9), [0, 1, 2], [3, 8])
@@ -369,7 +369,7 @@ def test_everything_that_may_be_asked_for_comes_in_either_encoding(
     assert got.prompt_cache_hit_tokens == 3
 
 
-def test_logprobs_that_are_no_numbers_are_told_once(
+def test_logprobs_that_are_not_numbers_are_warned_about_once(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
 ) -> None:
     routes.serve("retrieve_future", answer_of(prompt_logprobs=[None, -0.5, None]))
@@ -384,7 +384,7 @@ def test_logprobs_that_are_no_numbers_are_told_once(
 # Retries and limits of one client
 
 
-def test_a_lost_sample_is_submitted_again_under_a_new_number(
+def test_a_lost_sample_is_submitted_again_under_a_new_seq_id(
     scripted_sampler: SamplingClient, routes: TinkerRoutes
 ) -> None:
     ids = itertools.count()
@@ -441,7 +441,7 @@ def test_a_client_may_have_a_cap_of_its_own(
     assert len(routes.submitted("asample")) == 8  # not the one that was cancelled in the queue
 
 
-def test_many_samples_behind_a_cap_are_all_told_of_the_close(
+def test_many_samples_behind_a_cap_all_fail_at_close(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("asample", Answer(hold=threading.Event()))
@@ -521,7 +521,7 @@ def test_a_clone_counts_in_a_block_that_the_server_gives_it(
 
 @pytest.mark.parametrize("counter", [0, -1, None, "many", 10**30])
 @pytest.mark.usefixtures("without_key")
-def test_a_clone_without_a_usable_number_says_so_and_asks_again(
+def test_a_clone_without_a_usable_number_fails_and_joins_again(
     scripted_sampler: SamplingClient, routes: TinkerRoutes, counter: Any
 ) -> None:
     routes.serve("client/config", Answer(body={"sample_join_sampling_session": True}))
@@ -563,7 +563,7 @@ def test_the_base_model_of_a_checkpoint_is_asked_of_its_weights_where_samplers_t
     assert routes.submitted("weights_info") == [{"tinker_path": "tinker://x/sampler_weights/a"}]
 
 
-def test_the_base_model_is_asked_for_once(scripted: ServiceClient, server: ScriptedServer) -> None:
+def test_the_base_model_is_requested_once(scripted: ServiceClient, server: ScriptedServer) -> None:
     info = {"sampler_id": "session-1:sample:0", "base_model": "base"}
     server.on(SAMPLER_ROUTE, Answer(body=info))
     known = scripted.create_sampling_client(base_model="given")
@@ -645,7 +645,7 @@ def test_logprobs_of_a_prompt_are_those_of_training(
     assert sampled.topk_prompt_logprobs[0] is None
 
 
-def test_many_samples_at_once(sampler: SamplingClient) -> None:
+def test_many_samples_in_parallel(sampler: SamplingClient) -> None:
     params = types.SamplingParams(max_tokens=3)
     futures = [sampler.sample(types.ModelInput.from_ints([n + 1]), 1, params) for n in range(150)]
     alone = sampler.sample(types.ModelInput.from_ints([150]), 1, params).result(PATIENCE_S)
@@ -654,7 +654,7 @@ def test_many_samples_at_once(sampler: SamplingClient) -> None:
     assert results[149].sequences[0].tokens == alone.sequences[0].tokens
 
 
-def test_the_servers_refusals_are_typed_and_sampling_goes_on(sampler: SamplingClient) -> None:
+def test_the_servers_refusals_are_typed_and_sampling_continues(sampler: SamplingClient) -> None:
     with pytest.raises(BadRequestError, match="token 5000"):
         sampler.sample(types.ModelInput.from_ints([5000])).result(PATIENCE_S)
     with pytest.raises(BadRequestError, match="64"):
@@ -680,7 +680,9 @@ def test_a_sampler_of_nothing(service: ServiceClient, arguments: Any, error: Any
     assert service.create_sampling_client(base_model="deterministic").sampling_session_id
 
 
-def test_a_closed_sampler_says_so(service: ServiceClient, sampler: SamplingClient) -> None:
+def test_a_closed_sampler_raises_an_error_that_names_it(
+    service: ServiceClient, sampler: SamplingClient
+) -> None:
     with sampler as same:
         assert same is sampler
     for call in (

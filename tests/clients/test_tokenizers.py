@@ -77,7 +77,7 @@ def test_it_is_loaded_once_and_each_caller_has_its_own(loaded: List[str]) -> Non
     assert loaded == ["org/m"]
 
 
-def test_one_that_cannot_be_had_is_named_and_asked_for_again(loaded: List[str]) -> None:
+def test_one_that_cannot_be_loaded_is_named_and_tried_again(loaded: List[str]) -> None:
     for _ in range(2):
         with pytest.raises(TinkexError, match="'missing/tok' cannot be loaded") as caught:
             tokenizers.load_tokenizer("m", "missing/tok")
@@ -96,7 +96,9 @@ def test_one_that_fails_without_a_word_is_named_too(loaded: List[str]) -> None:
         tokenizers.load_tokenizer("silent/tok")
 
 
-def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_error_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match="transformers") as caught:
         tokenizers.load_tokenizer("m")

@@ -56,7 +56,7 @@ def scripted_trainer(scripted: ServiceClient) -> TrainingClient:
 # Order and numbers
 
 
-def test_calls_go_out_in_call_order_numbered_from_one(
+def test_calls_are_sent_in_order_with_seq_ids_from_one(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     trainer = scripted_trainer
@@ -138,7 +138,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
-def test_bad_input_is_told_at_once_and_uses_up_no_number(
+def test_bad_input_is_refused_immediately_and_uses_no_seq_id(
     scripted_trainer: TrainingClient, routes: TinkerRoutes, call: str
 ) -> None:
     if call == "no target" and importlib.util.find_spec("torch") is None:
@@ -153,7 +153,7 @@ def test_bad_input_is_told_at_once_and_uses_up_no_number(
     assert routes.seq_ids() == [1, 2]
 
 
-def test_what_cannot_be_written_uses_up_no_number(
+def test_what_cannot_be_encoded_uses_no_seq_id(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     with pytest.raises(InvalidInputError, match="JSON"):
@@ -180,7 +180,7 @@ def test_a_call_cancelled_in_the_queue_is_not_sent(
         second.result()
 
 
-def test_an_answer_without_a_request_id_is_a_decode_error(
+def test_a_response_without_a_request_id_is_a_decode_error(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("optim_step", Answer(body={"unexpected": 1}))
@@ -213,7 +213,7 @@ def test_a_sampler_of_a_strange_checkpoint_does_not_claim_our_base_model(
     assert strange.get_base_model() == "another"
 
 
-def test_a_custom_loss_without_torch_says_what_to_install(
+def test_a_custom_loss_without_torch_names_what_to_install(
     scripted: ServiceClient,
     scripted_trainer: TrainingClient,
     routes: TinkerRoutes,
@@ -254,7 +254,7 @@ def test_a_large_batch_is_sent_in_parts_and_joined(
 
 
 @pytest.mark.parametrize(("datums", "size"), [(2, 10**6), (100, 1), (100, 2 * datum().nbytes)])
-def test_parts_are_numbered_one_after_the_other(
+def test_parts_get_consecutive_seq_ids(
     server: ScriptedServer, routes: TinkerRoutes, datums: int, size: int
 ) -> None:
     flags = {"fwdbwd_max_chunk_len": datums, "fwdbwd_max_chunk_bytes_count": size}
@@ -391,7 +391,7 @@ def test_the_tokenizer_is_the_servers(
     assert asked == [("base", "org/tok")]
 
 
-def test_server_side_failures_are_typed_and_the_run_goes_on(trainer: TrainingClient) -> None:
+def test_server_side_failures_are_typed_and_the_run_continues(trainer: TrainingClient) -> None:
     no_targets = types.Datum(types.ModelInput.from_ints([1, 2]), {"weights": [1.0, 1.0]})
     with pytest.raises(RequestFailedError) as caught:
         trainer.forward_backward([no_targets], "cross_entropy").result(PATIENCE_S)
@@ -420,7 +420,7 @@ def test_many_threads_may_share_a_client(trainer: TrainingClient) -> None:
     assert [t.metrics for t in together] == [a.metrics for a in alone]
 
 
-def test_threads_that_share_a_client_share_its_numbers(
+def test_threads_that_share_a_client_share_its_seq_ids(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
@@ -531,7 +531,7 @@ def test_external_weights_are_saved_for_who_can_decrypt_them(
     assert set(second) == {"model_id", "seq_id", "path", "type"}
 
 
-def test_a_route_that_the_server_lacks_takes_no_number(
+def test_a_route_that_the_server_lacks_uses_no_seq_id(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("save_weights_external", Answer(404, {"detail": "Not Found"}))
@@ -586,7 +586,7 @@ def test_unloading_comes_after_everything_is_done(
     assert routes.submitted("unload_model") == [body]
 
 
-def test_a_server_that_cannot_unload_says_so(
+def test_a_server_that_cannot_unload_is_reported(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("unload_model", Answer(405, {"detail": "Method Not Allowed"}))
@@ -629,7 +629,7 @@ def test_pages_of_the_console(scripted: ServiceClient, scripted_trainer: Trainin
     assert named.get_playground_url() == f"{base}/playground?mode=checkpoint&checkpoint={path}"
 
 
-def test_telemetry_is_off_unless_asked_for(
+def test_telemetry_is_off_by_default(
     scripted: ServiceClient, scripted_trainer: TrainingClient
 ) -> None:
     assert scripted.get_telemetry() is None
@@ -639,7 +639,7 @@ def test_telemetry_is_off_unless_asked_for(
 # Closed
 
 
-def test_a_closed_client_says_so_and_leaves_the_session(
+def test_a_closed_client_raises_and_leaves_the_session_open(
     service: ServiceClient, trainer: TrainingClient
 ) -> None:
     queued = trainer.forward([datum()], "cross_entropy")
@@ -687,7 +687,7 @@ def test_closing_the_service_wakes_who_waits(
 # Numbers after trouble
 
 
-def test_the_number_of_a_request_without_an_answer_is_used_again(
+def test_the_seq_id_of_a_request_without_a_response_is_used_again(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:
@@ -724,7 +724,7 @@ def test_a_lost_batch_is_sent_again_as_it_was_though_its_arrays_are_used_again(
     assert seven.seq_id == 3
 
 
-def test_a_number_that_the_server_has_after_all_is_passed_over(
+def test_a_seq_id_that_the_server_has_after_all_is_skipped(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     with ServiceClient(base_url=server.url, max_outage_s=0.1) as service:

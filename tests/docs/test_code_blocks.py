@@ -50,7 +50,7 @@ def installed(module: str) -> bool:
 @pytest.fixture(scope="module")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models in which smollm2-135m is a tiny model."""
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     cache = tmp_path_factory.mktemp("models")
     write_tiny_random(cache / "smollm2-135m-2")

@@ -13,6 +13,7 @@ import os
 import sys
 import tarfile
 import threading
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -27,11 +28,10 @@ from support.scripted_server import PATIENCE_S, Answer, Received, ScriptedServer
 
 from tinkex import RestClient, ServiceClient, TrainingClient
 from tinkex._api import archives
-from tinkex._downloads import downloads, extraction
+from tinkex._downloads import checkpoints, downloads, extraction
 from tinkex._downloads.download_folder import INSIDE
 from tinkex._transport.request import Reply
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints
 from tinkex.config import Config
 from tinkex.errors import (
     APIConnectionError,
@@ -46,6 +46,7 @@ from tinkex.errors import (
     ResponseDecodeError,
     RouteMissingError,
 )
+from tinkex.futures import APIFuture
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.retry import RetryPolicy
 
@@ -233,7 +234,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(
     assert second.headers["if-range"] == '"v1"'
 
 
-def test_a_download_that_was_cancelled_goes_on_in_the_next_call(
+def test_a_download_that_was_cancelled_resumes_in_the_next_call(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     cancel, arrived = threading.Event(), threading.Event()
@@ -375,7 +376,7 @@ def test_a_range_that_does_not_fit_starts_the_file_over(
     assert contents(tmp_path / "x") == FILES
 
 
-def test_a_host_that_never_sends_what_fits_is_given_up(
+def test_a_host_that_never_sends_what_fits_fails_the_download(
     rest: RestClient, archived: Storage, tmp_path: Path
 ) -> None:
     partial = Answer(206, b"xx", {"Content-Range": "bytes 3-4/5"})
@@ -384,7 +385,7 @@ def test_a_host_that_never_sends_what_fits_is_given_up(
         rest.download_checkpoint(PATH, tmp_path / "x")
 
 
-def test_another_checkpoint_does_not_go_on_from_this_one(
+def test_another_checkpoint_does_not_resume_from_this_one(
     rest: RestClient, server: ScriptedServer, archived: Storage, tmp_path: Path
 ) -> None:
     interrupted(rest, tmp_path / "x")
@@ -420,7 +421,7 @@ def test_a_url_that_is_refused_is_signed_anew(
     assert archived.ranges("a.tar") == [None, "bytes=300000-", "bytes=300000-"]
 
 
-def test_a_host_that_always_refuses_is_given_up(
+def test_a_host_that_always_refuses_fails_the_download(
     rest: RestClient, server: ScriptedServer, archived: Storage, tmp_path: Path
 ) -> None:
     archived.put("a.tar", TAR, '"v1"', *[Answer(403, b"no")] * 9)
@@ -445,7 +446,7 @@ def test_a_url_about_to_expire_is_signed_anew_before_it_is_used_again(
     assert [r.path[-1] for r in archived.server.requests()] == ["1", "2"]
 
 
-def test_each_file_of_an_export_is_asked_for_with_a_fresh_url(
+def test_each_file_of_an_export_is_fetched_with_a_fresh_url(
     rest: RestClient, server: ScriptedServer, storage: Storage, tmp_path: Path
 ) -> None:
     for name, body in FILES.items():
@@ -505,7 +506,7 @@ def test_only_web_addresses_are_fetched(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_host_that_cannot_be_trusted_is_told_at_once(
+def test_a_host_that_cannot_be_trusted_is_reported_immediately(
     rest: RestClient, server: ScriptedServer, tmp_path: Path
 ) -> None:
     with ScriptedServer(tls=True) as host:
@@ -567,7 +568,7 @@ def test_the_servers_wish_decides_how_long_it_is_waited_for(
     assert pauses == [7.0, archives.BUILDING_PAUSE_S]
 
 
-def test_a_server_that_never_finishes_the_archive_is_given_up(
+def test_a_server_that_never_finishes_the_archive_fails_the_download(
     rest: RestClient, server: ScriptedServer
 ) -> None:
     server.on(ARCHIVE, Answer(503, {"detail": "still building"}))
@@ -596,6 +597,22 @@ def test_a_server_that_builds_the_archive_in_silence_is_waited_for_as_long(
         )
     assert pauses == [archives.BUILDING_PAUSE_S] * (archives.BUILDING_TRIES - 1)
     assert caught.value.attempts == archives.BUILDING_TRIES
+
+
+class JustInTime(APIFuture[str]):
+    """Is settled between the end of a wait and the next look at it."""
+
+    def result(self, timeout: Optional[float] = None) -> str:
+        if not self.done():
+            self.try_set_result("saved")
+            raise FutureTimeoutError
+        return super().result(timeout)
+
+
+def test_an_export_that_is_done_at_the_end_of_a_wait_is_no_timeout() -> None:
+    nothing: Any = None
+    download = checkpoints._Download(nothing, nothing, nothing, nothing, nothing)
+    assert download._wait(JustInTime("save_weights_external")) == "saved"
 
 
 def test_a_cancel_interrupts_the_wait_for_the_archive(
@@ -678,7 +695,7 @@ def test_overwriting_the_working_directory_leaves_everything_else_in_it(
     rest: RestClient, archived: Storage, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    with pytest.raises(InvalidInputError, match="leaves the others alone"):
+    with pytest.raises(InvalidInputError, match="keeps the others"):
         rest.download_checkpoint(PATH, ".")
     for _ in range(2):
         rest.download_checkpoint(PATH, ".", overwrite=True)
@@ -696,7 +713,7 @@ def test_overwriting_leaves_no_file_of_another_adapter(
     assert contents(project) == {**FILES, **MINE}
 
 
-def test_an_interrupted_download_into_a_folder_goes_on_in_it(
+def test_an_interrupted_download_into_a_folder_resumes_in_it(
     rest: RestClient, archived: Storage, project: Path
 ) -> None:
     def stop(done: int, total: Optional[int]) -> None:
@@ -981,7 +998,7 @@ def test_the_embedded_server_hands_out_its_checkpoints(
     trainer.save_state("after").result(PATIENCE_S)  # the session goes on
 
 
-def test_a_download_from_the_embedded_server_goes_on_too(
+def test_a_download_from_the_embedded_server_resumes_too(
     service: ServiceClient, saved: str, tmp_path: Path
 ) -> None:
     rest = service.create_rest_client()
@@ -1085,7 +1102,7 @@ def test_a_card_that_is_there_is_kept_and_none_is_written_unasked(
     assert hub.files["README.md"] == b"mine"
 
 
-def test_the_card_says_what_the_files_say_where_the_server_does_not(
+def test_the_card_shows_the_facts_of_the_files_where_the_server_reports_none(
     rest: RestClient, server: ScriptedServer, pushable: None
 ) -> None:
     server.on("POST /api/v1/weights_info", Answer(404, {"detail": "Not Found"}))
@@ -1110,7 +1127,7 @@ def test_a_pull_request_instead_of_a_push(rest: RestClient, pushable: None) -> N
     assert (upload["allow_patterns"], upload["ignore_patterns"]) == (["*.json"], None)
 
 
-def test_what_the_hub_says_is_passed_on_and_nothing_stays_here(
+def test_an_error_of_the_hub_is_passed_on_and_nothing_is_left_here(
     rest: RestClient, pushable: None
 ) -> None:
     hub = FakeHub()
@@ -1120,7 +1137,7 @@ def test_what_the_hub_says_is_passed_on_and_nothing_stays_here(
     assert not Path(hub.calls[-1][1]["folder_path"]).exists()
 
 
-def test_without_huggingface_hub_it_says_what_to_install(
+def test_without_huggingface_hub_the_error_names_what_to_install(
     rest: RestClient, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -14,7 +14,6 @@ from fault_matrix.fault_cases import FaultCase
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex._api import archives
 from tinkex._transport.server_flags import ABSENT
-from tinkex.clients.checkpoints import download_checkpoint
 from tinkex.local.settings import ClientFlags, ServerSettings
 from tinkex.testing import FakeServer
 
@@ -193,7 +192,7 @@ def download(world: World) -> Any:
     rest = world.service.create_rest_client()
     # A server that builds an archive for minutes responds with 503, too.
     with mock.patch.object(archives, "BUILDING_PAUSE_S", 0.05):
-        folder = download_checkpoint(rest, world.path, world.folder / "downloaded")
+        folder = rest.download_checkpoint(world.path, world.folder / "downloaded")
     files = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     state = json.loads(files["deterministic.json"])
     # An export, of a server without archives, has no optimizer state.
@@ -203,7 +202,7 @@ def download(world: World) -> Any:
 def download_files(world: World) -> Any:
     rest = world.service.create_rest_client()
     path = world.run.save_weights_external("files").result().path
-    folder = download_checkpoint(rest, path, world.folder / "downloaded")
+    folder = rest.download_checkpoint(path, world.folder / "downloaded")
     return sorted(file.name for file in folder.rglob("*") if file.is_file())
 
 

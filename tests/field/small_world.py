@@ -143,7 +143,7 @@ def write_model(folder: Path) -> None:
     from tinker_cookbook import renderers
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     write_tiny_random(folder)  # for its tokenizer
     tokenizer = AutoTokenizer.from_pretrained(str(folder))

@@ -19,13 +19,14 @@ from tinkex.local.scheduling.batches import (
     Sampler,
     SamplerLane,
     SamplerWeights,
+    WeightsSource,
 )
 from tinkex.local.settings import SamplingLimits
 from tinkex.types import Datum, ModelInput, SampleRequest
 from tinkex.wire.codec import Codec
 from tinkex.wire.proto_codec import PROTOBUF
 
-WEIGHTS = SamplerWeights("s:sample:0", None, "base")
+WEIGHTS = SamplerWeights("s:sample:0", WeightsSource("base", None, "base"))
 
 
 def queued(*costs: int, arrived: float = 0.0, num_samples: int = 1) -> SamplerLane:

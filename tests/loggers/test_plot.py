@@ -10,7 +10,7 @@ import pytest
 
 from tinkex.errors import InvalidInputError, RunFolderError
 from tinkex.loggers import open_loggers, read_metrics
-from tinkex.loggers.plot import smoothed
+from tinkex.loggers.curves import smoothed
 from tinkex.plot import plot
 
 LOSSES = [4.0, 2.0, 3.0, 1.0]
@@ -104,9 +104,17 @@ def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> No
         plot([])
     with pytest.raises(InvalidInputError, match="'note' has 'x', which is not a number"):
         plot([{"step": 1, "note": "x"}])
-    with pytest.raises(InvalidInputError, match="is not a row of metrics"):
+    with pytest.raises(InvalidInputError, match='a dict without "step" is not a row of metrics'):
         plot([{"loss": 1.0}])
     with pytest.raises(InvalidInputError, match="is not a row of metrics"):
         plot({"loss": 1.0})  # type: ignore[arg-type]
-    with pytest.raises(RunFolderError, match="cannot read"):
-        plot(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "missing", tmp_path / "empty"):
+        with pytest.raises(RunFolderError, match="cannot read") as error:
+            plot(nothing)
+        assert error.value.hint == (
+            f"{nothing} is not a run folder, or nothing has been logged in it yet."
+        )
+    with pytest.raises(RunFolderError, match="is not a folder") as error:
+        plot(folder / "metrics.jsonl")
+    assert "Give the folder of a run" in str(error.value)

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from tinkex.errors import ConfigError
-from tinkex.loggers import open_loggers, plot
+from tinkex.loggers import curves, open_loggers
 
 
 class Recorder:
@@ -249,7 +249,7 @@ def test_losses_and_rewards_are_plotted_in_panels_of_their_own(tmp_path, install
 
 def test_a_plot_is_drawn_when_it_is_due_and_not_more_often(tmp_path, install, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(plot.time, "monotonic", lambda: now)
+    monkeypatch.setattr(curves.time, "monotonic", lambda: now)
     figures = Figures()
     install("matplotlib.figure", Figure=figures.Figure)
     with open_loggers(tmp_path, ["png"], plot_every_s=60) as loggers:
@@ -267,7 +267,7 @@ def test_a_plot_is_drawn_when_it_is_due_and_not_more_often(tmp_path, install, mo
 
 
 def test_without_losses_and_rewards_everything_is_plotted():
-    assert plot.panels_of([{"step": 0, "a": 1, "b": 2}]) == [["a", "b"]]
+    assert curves.panels_of([{"step": 0, "a": 1, "b": 2}]) == [["a", "b"]]
 
 
 def test_matplotlib_draws_the_plot(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -73,6 +74,40 @@ def test_continuing_a_run_without_a_data_dir_says_why_that_cannot_be(folder: Pat
     ):
         service.open_run(folder, "deterministic", rank=4)
     assert "data_dir=...)" in str(error.value.hint)
+
+
+def test_data_in_the_run_folder_are_found_where_the_folder_was_moved(folder: Path) -> None:
+    path = train_locally(folder, folder / "server")
+    moved = folder.rename(folder.with_name("moved"))
+    server = read_run(moved).server
+    assert server is not None
+    assert server.data_dir == str(moved / "server")
+    service, record = open_service(moved)
+    with service:
+        assert find_sampler(service, record) == path
+
+
+@pytest.mark.parametrize(("named", "base_url"), [("embedded", None), ("http://h:1", "http://h:1")])
+def test_an_older_folder_names_its_server_in_its_settings_alone(
+    folder: Path, named: str, base_url: Optional[str]
+) -> None:
+    folder.mkdir()
+    lines = [
+        {
+            "kind": "config",
+            "at": 1.0,
+            "format": 1,
+            "spec": {"base_model": "m"},
+            "config": {"server": named},
+        },
+        {"kind": "start", "at": 1.0, "model_id": "a", "session_id": "s", "steps": 0, "path": None},
+    ]
+    (folder / "journal.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    server = read_run(folder).server
+    assert server is not None
+    assert server.base_url == base_url
+    assert server.data_dir == (None if base_url else str(folder / "server"))
+    assert server_of(folder) == named
 
 
 def test_data_that_are_gone_are_an_error(folder: Path, tmp_path: Path) -> None:

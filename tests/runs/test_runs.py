@@ -853,8 +853,9 @@ def test_a_folder_that_cannot_be_written(service: ServiceClient, tmp_path: Path)
 
 def test_a_file_in_the_place_of_the_folder(service: ServiceClient, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
-    with pytest.raises(RunFolderError, match="cannot use the run folder"):
+    with pytest.raises(RunFolderError, match=r"cannot use the run folder .*: it is not") as error:
         open_run(service, tmp_path / "a")
+    assert error.value.hint == "Choose another folder."
     with pytest.raises(RunFolderError, match="cannot read the journal"):
         read_run(tmp_path / "b")
 

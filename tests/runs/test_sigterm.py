@@ -115,7 +115,7 @@ def test_it_does_not_wait_for_another_session(
         tried.append(connection)
         raise APIConnectionError("down")
 
-    monkeypatch.setattr(Connection, "_replace_session", fail)
+    monkeypatch.setattr(Connection, "_start_anew", fail)
     monkeypatch.setattr(
         "tinkex.runs.connection.time.sleep",
         lambda pause_s: signal.raise_signal(signal.SIGTERM) if pause_s else None,

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import tinkex
-from tinkex.clients.checkpoints import download_checkpoint
 from tinkex.errors import (
     APIStatusError,
     ConflictError,
@@ -295,9 +294,9 @@ def download(loop: Loop) -> None:
         }
         if path in lacking.get(loop.profile, ()):
             with pytest.raises(RouteMissingError):
-                download_checkpoint(rest, path, folder)
+                rest.download_checkpoint(path, folder)
         else:
-            download_checkpoint(rest, path, folder)
+            rest.download_checkpoint(path, folder)
             assert "deterministic.json" in [file.name for file in folder.rglob("*")]
 
 

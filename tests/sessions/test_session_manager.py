@@ -1124,7 +1124,7 @@ def test_an_adopted_session_is_beaten_for_its_last_owner_and_never_finished() ->
 def test_a_session_that_the_server_does_not_know_leaves_the_others_to_be_finished(
     server: SessionServer, config: Config
 ) -> None:
-    lost = Answer(404, {"detail": "session s0 is unknown; create one, or look at the base URL"})
+    lost = Answer(404, {"detail": "session s0 is unknown; create one, or check the base URL"})
     with SessionManager() as manager:
         first, second = manager.start_session(config), manager.start_session(config)
         server.finish_answer, good = lost, server.finish_answer

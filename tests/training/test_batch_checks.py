@@ -71,7 +71,7 @@ def test_numbers_beside_an_image_are_looked_at() -> None:
         check_batch([mixed], "cross_entropy")
 
 
-def test_a_loss_input_that_seems_misspelt_is_told_once(
+def test_a_loss_input_that_seems_misspelt_is_warned_about_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "_checked_names", set())

@@ -132,7 +132,7 @@ def test_elsewhere_the_run_is_made_first_and_loads_as_its_first_request(
         ),
     ],
 )
-def test_an_answer_about_something_else_is_an_answer(
+def test_an_error_about_something_else_is_reported(
     scripted: ServiceClient,
     server: ScriptedServer,
     routes: TinkerRoutes,
@@ -203,7 +203,7 @@ def test_a_run_whose_checkpoint_cannot_be_loaded_is_let_go(
     assert routes.submitted("unload_model") == [{"model_id": MODEL, "type": "unload_model"}]
 
 
-def test_if_both_ways_fail_both_are_told(scripted: ServiceClient, routes: TinkerRoutes) -> None:
+def test_if_both_ways_fail_both_are_reported(scripted: ServiceClient, routes: TinkerRoutes) -> None:
     routes.serve("load_weights", REFUSALS[1])
     routes.serve("weights_info", Answer(body=INFO))
     routes.serve("create_model", Answer(400, {"detail": "no room for another model"}))

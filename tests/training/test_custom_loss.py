@@ -206,7 +206,7 @@ def test_sixteen_parameters_are_the_most() -> None:
         trace_loss(*source(17))
 
 
-def test_threads_may_trace_at_once() -> None:
+def test_threads_may_trace_in_parallel() -> None:
     graphs: List[Any] = []
     barrier = threading.Barrier(4)
 
@@ -314,7 +314,7 @@ def test_provenance_goes_along_in_both_passes(
 
 
 @pytest.mark.parametrize("missing", ["advantages", "clip", "target_tokens"])
-def test_an_input_that_the_loss_needs_is_asked_for_before_the_network(
+def test_an_input_that_the_loss_lacks_is_reported_before_anything_is_sent(
     scripted: ServiceClient, scripted_trainer: TrainingClient, routes: TinkerRoutes, missing: str
 ) -> None:
     handle = scripted.create_custom_loss(clipped, RANKS)
@@ -396,7 +396,7 @@ def test_a_server_that_takes_losses_gets_the_graph_and_computes_them(
     assert output.metrics == {"loss:sum": 1.0}
 
 
-def test_losses_are_numbered_and_each_is_taken_once(
+def test_losses_have_seq_ids_and_each_is_created_once(
     flagged: ServiceClient, routes: TinkerRoutes
 ) -> None:
     flagged.create_custom_loss(clipped, RANKS)
@@ -438,7 +438,7 @@ def test_an_upload_that_failed_may_be_tried_again(
     assert flagged.create_custom_loss(clipped, RANKS).loss_id == "loss-7"
 
 
-def test_a_server_that_tells_the_flag_but_lacks_the_route_is_asked_once(
+def test_a_server_that_sets_the_flag_but_lacks_the_route_is_tried_once(
     flagged: ServiceClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("create_custom_loss", Answer(404, {"detail": "Not Found"}))
@@ -447,7 +447,7 @@ def test_a_server_that_tells_the_flag_but_lacks_the_route_is_asked_once(
     assert len(routes.submitted("create_custom_loss")) == 1
 
 
-def test_a_server_that_does_not_tell_its_flags_gets_no_losses(
+def test_a_server_that_does_not_report_its_flags_gets_no_losses(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve("client/config", Answer(500, {"detail": "broken"}))
@@ -566,7 +566,7 @@ def test_a_part_that_may_have_been_added_counts_as_added(
         assert isinstance(caught.value.__cause__, InternalServerError)
 
 
-def test_a_gradient_in_one_part_is_added_or_not_and_the_run_goes_on(
+def test_a_gradient_in_one_part_is_added_or_not_and_the_run_continues(
     scripted_trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     lose_at(routes, 2, error="out of memory", category="server")

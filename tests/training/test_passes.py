@@ -101,7 +101,7 @@ def test_a_datum_without_a_json_form_is_measured_all_the_same() -> None:
 
 
 @pytest.mark.usefixtures("without_key")
-def test_the_flags_are_asked_for_with_the_first_pass(
+def test_the_flags_are_requested_with_the_first_pass(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve(CONFIG, Answer(body={"fwdbwd_max_chunk_len": 2}))
@@ -169,7 +169,7 @@ def test_a_result_that_lost_its_body_is_no_result(
     assert "0 outputs for a batch of 1 datum" in str(error)
 
 
-def test_the_loss_is_computed_where_the_server_does_not_tell(
+def test_the_loss_is_computed_where_the_server_does_not_report_it(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     answer_passes(routes, loss_fn_outputs=[logprobs(-1, -2, -3, -4)], metrics=None)

@@ -109,7 +109,7 @@ class Strict:
 # Servers that do not count what failed
 
 
-def test_the_request_after_a_failed_one_takes_its_number_over(
+def test_the_request_after_a_failed_one_takes_over_its_seq_id(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)
@@ -204,7 +204,7 @@ def test_a_task_of_the_lane_that_waits_does_not_keep_it_from_sending_again(
     assert strict.ran == ["forward_backward"]
 
 
-def test_a_result_that_is_lost_with_its_answer_is_told_and_the_run_goes_on(
+def test_a_result_that_is_lost_with_its_response_is_reported_and_the_run_continues(
     scripted: ServiceClient, routes: TinkerRoutes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkex.retry.RetryPolicy.delay_s", lambda *args: 0.001)
@@ -234,7 +234,7 @@ def test_a_server_that_forgot_the_run_gets_nothing_again(
     assert isinstance(caught.value.__cause__, RequestFailedError)
 
 
-def test_a_server_that_never_agrees_is_not_asked_for_ever(
+def test_a_server_that_never_agrees_is_not_tried_for_ever(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     def refuse(received: Received) -> Answer:
@@ -337,7 +337,7 @@ def test_another_call_first_sends_again_what_was_lost(
 
 
 @pytest.mark.parametrize("status", [None, 500, 502, 503, 504, 520])
-def test_no_answer_of_another_body_is_taken_for_ones_own(
+def test_the_response_to_another_body_is_not_taken(
     trainer: TrainingClient, routes: TinkerRoutes, status: Optional[int]
 ) -> None:
     # The gateway's error came after the server had taken the request.
@@ -368,7 +368,7 @@ def test_a_request_that_breaks_the_server_does_not_block_the_run(
     assert "seq_id 1, each time. It is given up" in caplog.text
 
 
-def test_a_number_that_cannot_be_filled_holds_the_run_up(
+def test_a_seq_id_that_cannot_be_filled_blocks_the_run(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     for route in ("optim_step", "forward_backward", "forward"):
@@ -404,7 +404,7 @@ def test_nothing_overtakes_a_request_that_may_have_been_taken(
         (Answer(500, {"detail": "it breaks the server"}), 2),  # given up, and the number filled
     ],
 )
-def test_what_the_lost_request_gets_decides_on_its_number(
+def test_the_response_to_the_lost_request_decides_on_its_seq_id(
     trainer: TrainingClient, routes: TinkerRoutes, answer: Answer, number: int
 ) -> None:
     lose_answers(trainer, routes)
@@ -413,7 +413,7 @@ def test_what_the_lost_request_gets_decides_on_its_number(
     assert routes.seq_ids()[-1] == number
 
 
-def test_the_same_call_that_finds_its_number_used_is_not_done_twice(
+def test_the_same_call_that_finds_its_seq_id_used_is_not_done_twice(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     lose_answers(trainer, routes)
@@ -434,7 +434,7 @@ def test_the_same_call_that_finds_its_number_used_is_not_done_twice(
         (Answer(501, {"detail": "no such thing"}), InternalServerError, 1),
     ],
 )
-def test_a_number_is_used_up_by_what_the_server_has_read(
+def test_a_seq_id_is_used_by_what_the_server_has_read(
     trainer: TrainingClient, routes: TinkerRoutes, answer: Answer, error: Any, number: int
 ) -> None:
     routes.serve("optim_step", answer)
@@ -443,7 +443,7 @@ def test_a_number_is_used_up_by_what_the_server_has_read(
     assert routes.seq_ids()[-1] == number
 
 
-def test_what_cannot_be_sent_uses_no_number(trainer: TrainingClient, routes: TinkerRoutes) -> None:
+def test_what_cannot_be_sent_uses_no_seq_id(trainer: TrainingClient, routes: TinkerRoutes) -> None:
     class Unsendable(EndpointRequest[Any]):
         def send(self, channel: Any = None) -> types.UntypedFuture:
             raise CredentialError("the credential command failed")
@@ -454,7 +454,7 @@ def test_what_cannot_be_sent_uses_no_number(trainer: TrainingClient, routes: Tin
     assert routes.seq_ids() == [1]
 
 
-def test_an_answer_that_cannot_be_read_uses_the_number_up(
+def test_a_response_that_cannot_be_read_uses_the_seq_id(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     routes.serve("optim_step", Answer(body={"what": "is this"}))
@@ -475,7 +475,7 @@ def test_a_server_that_was_never_reached_has_taken_nothing(
     assert not error.maybe_taken
 
 
-def test_a_request_without_a_number_waits_for_all_before_it(
+def test_a_request_without_a_seq_id_waits_for_all_before_it(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     strict = Strict(routes)

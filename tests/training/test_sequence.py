@@ -68,7 +68,7 @@ def events() -> Events:
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_requests_are_numbered_one_after_the_other(first: int) -> None:
+def test_requests_get_consecutive_seq_ids(first: int) -> None:
     events = Events(first)
     for number, request in enumerate("abc", first):
         assert events.rules.next_seq_id == number
@@ -390,7 +390,7 @@ def broken(maybe_taken: bool, make: Callable[[str], APIError] = APIConnectionErr
         (OSError("a bug"), Outcome.NOT_SENT),
     ],
 )
-def test_what_an_error_says_about_the_seq_id(error: BaseException, outcome: Outcome) -> None:
+def test_what_an_error_means_for_the_seq_id(error: BaseException, outcome: Outcome) -> None:
     assert classify(error) is outcome
 
 

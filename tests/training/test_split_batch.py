@@ -164,7 +164,7 @@ def test_a_batch_may_be_completed_in_several_attempts(
 
 
 @pytest.mark.parametrize("answer", [Answer(500), Answer(503), Answer(drop=True)])
-def test_a_part_whose_answer_was_lost_is_sent_again_under_its_number(
+def test_a_part_whose_response_was_lost_is_resent_under_its_seq_id(
     trainer: TrainingClient, server: ScriptedServer, routes: TinkerRoutes, answer: Answer
 ) -> None:
     at(routes, 2, answer)
@@ -315,7 +315,7 @@ def test_after_a_lost_part_another_batch_waits_for_what_became_of_the_others(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_poll_that_is_refused_says_nothing_of_the_work(
+def test_a_poll_that_is_refused_does_not_show_what_became_of_the_work(
     trainer: TrainingClient, routes: TinkerRoutes, status: int
 ) -> None:
     def step(received: Received) -> Answer:
@@ -332,7 +332,7 @@ def test_a_poll_that_is_refused_says_nothing_of_the_work(
     assert routes.seq_ids() == [1, 2, 3]
 
 
-def test_loading_a_checkpoint_drops_the_gradient_and_the_run_goes_on(
+def test_loading_a_checkpoint_drops_the_gradient_and_the_run_continues(
     embedded: TrainingClient,
 ) -> None:
     data = batch()
@@ -367,7 +367,7 @@ def test_a_load_that_fails_leaves_the_gradient_incomplete(
 
 
 @pytest.mark.parametrize("how", ["refused", "failed"])
-def test_an_optimizer_step_that_was_asked_for_with_the_batch_is_not_sent(
+def test_an_optimizer_step_that_was_submitted_with_the_batch_is_not_sent(
     trainer: TrainingClient, routes: TinkerRoutes, how: str
 ) -> None:
     if how == "refused":
@@ -521,7 +521,7 @@ def test_a_cancelled_batch_that_was_added_in_part_is_not_forgotten(
         trainer.optim_step(ADAM).result(PATIENCE_S)
 
 
-def test_a_client_that_closes_says_that_it_was_closed(
+def test_a_batch_of_a_client_that_closes_fails_with_that(
     server: ScriptedServer, routes: TinkerRoutes
 ) -> None:
     routes.serve("client/config", Answer(body={"fwdbwd_max_chunk_len": 2}))

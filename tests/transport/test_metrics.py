@@ -152,6 +152,6 @@ def test_no_count_is_lost_and_memory_is_bounded() -> None:
 def test_they_print_as_a_table() -> None:
     latencies = {"encode": Latency(), "submit": Latency(3, 0.5, 0.4, 1.25, 2.0)}
     lines = str(Metrics(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, latencies)).splitlines()
-    assert lines[0] == "1 in flight, 2 queued; 3 requests, 4 answers of 429, 5 retries"
+    assert lines[0] == "1 in flight, 2 queued; 3 requests, 4 responses of 429, 5 retries"
     assert "10 sampled" in lines[1]
     assert lines[-1].split() == ["submit", "3", "500.0", "400.0", "1250.0", "2000.0"]

@@ -864,7 +864,7 @@ def test_whoami_reads_the_tokens_claims(
 def test_whoami_without_tokens_says_that_it_cannot_know(
     transport: Transport, server: ScriptedServer
 ) -> None:
-    with pytest.raises(CredentialError, match="does not show who"):
+    with pytest.raises(CredentialError, match="does not report who"):
         auth.whoami(transport)
 
 

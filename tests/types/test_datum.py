@@ -72,7 +72,7 @@ def test_what_cannot_be_sent_is_refused_by_name(value):
         converted("target_tokens", value)
 
 
-def test_a_ragged_input_says_how_to_mend_it():
+def test_the_error_for_a_ragged_input_names_the_remedy():
     with pytest.raises(InvalidInputError) as caught:
         converted("weights", [[1.0], [1.0, 2.0]])
     assert "pad" in caught.value.hint

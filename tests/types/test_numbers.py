@@ -76,7 +76,7 @@ def test_an_array_shares_its_memory_with_what_was_kept() -> None:
     assert kept.tolist() == sequence.tokens == [9, 2]
 
 
-def test_bytes_that_are_no_whole_numbers_are_refused() -> None:
+def test_bytes_that_hold_a_part_of_a_number_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple"):
         from_bytes("i", b"\1\0\0")
 

@@ -71,7 +71,7 @@ def test_target_tokens_of_two_dimensions_are_not_checked():
     assert wide.with_provenance(THREE, THREE[:1]).loss_fn_input_spans == (THREE[0],)
 
 
-def test_an_input_of_unknown_length_says_what_is_missing():
+def test_the_error_for_an_input_of_unknown_length_names_what_is_missing():
     image = Datum(ModelInput([ImageChunk(b"x", "png")]), {})
     with pytest.raises(InvalidInputError, match="expected_tokens"):
         image.with_provenance([], [])

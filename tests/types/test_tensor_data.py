@@ -97,7 +97,7 @@ def test_whole_floats_and_the_empty_list_are_integers():
     assert TensorData([], "int64").shape == (0,)
 
 
-def test_lists_take_the_dtype_asked_for():
+def test_lists_take_the_given_dtype():
     assert TensorData([1, 0], "float32").data == [1.0, 0.0]
     assert TensorData([True, False], "float32").data == [1.0, 0.0]
     with pytest.raises(InvalidInputError, match="float16"):

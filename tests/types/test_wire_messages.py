@@ -146,7 +146,7 @@ def test_an_optimizer_step_may_have_no_metrics(metrics):
     assert OptimStepResponse.from_wire(metrics).metrics == {}
 
 
-def test_a_null_metric_is_nan_and_a_whole_number_a_float():
+def test_a_null_metric_is_nan_and_an_integer_becomes_a_float():
     found = OptimStepResponse.from_wire({"metrics": {"a": None, "b": 1}}).metrics
     assert math.isnan(found["a"])
     assert type(found["b"]) is float

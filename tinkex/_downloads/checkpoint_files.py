@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are: which names belong to one, and whether all of one is there.
+"""The files of a checkpoint: which names belong to one, and whether it is complete.
 
 Servers differ in what they put into a checkpoint, so little is required: files that are not
 empty, the weights of an adapter beside its configuration, and no weights that are cut short.
@@ -42,28 +42,25 @@ def check_complete(folder: Path, what: str) -> None:
     """
     sizes = {file: (folder / file).stat().st_size for file in files_in(folder)}
     if not any(sizes.values()):
-        raise _damaged(f"{what} came without any data")
+        raise _damaged(f"{what} has no data")
     for config in (file for file in sizes if file.name == CONFIG_FILE):
         beside = [file for file in sizes if file.parent == config.parent and sizes[file]]
         if not any(_WEIGHTS.fullmatch(file.name) for file in beside):
-            raise _damaged(f"{what} came with {config} but without the weights of the adapter")
+            raise _damaged(f"{what} has {config} but not the weights of the adapter")
     for file in sizes:
         if file.suffix == _SAFETENSORS:
             _check_safetensors(folder / file, f"{file} of {what}")
 
 
 def _check_safetensors(path: Path, what: str) -> None:
-    """Check that the file is as long as its header announces.
-
-    A file that does not begin with a header of safetensors, an encrypted one for instance, is left
-    to its reader.
-    """
+    """Check that the file is as long as its header announces."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
         if length == 0:
             raise _damaged(f"{what} is empty or begins with zeros")
+        # Not a header of safetensors: an encrypted file, for instance.
         if length > _MAX_HEADER_BYTES or start[8:] != b"{":
             return
         file.seek(8)

@@ -30,9 +30,9 @@ INSIDE = ".checkpoint.part"
 
 
 class DownloadFolder:
-    """The folder for what goes to *target*; what another checkpoint has left in it is deleted.
+    """The folder for a download to *target*; what is left of another checkpoint is deleted.
 
-    *made_for* names the checkpoint.  Used by one thread of one process at a time.
+    *made_for* identifies the checkpoint.  Used by one thread of one process at a time.
 
     Raises:
         InvalidInputError: something else has the name of the folder.
@@ -59,11 +59,11 @@ class DownloadFolder:
         return ""
 
     def _delete_other(self) -> None:
-        """Delete what the download of another checkpoint has left, and nothing else."""
+        """Delete what is left of the download of another checkpoint, and nothing else."""
         ours = self.folder.is_dir() and (self._made_for.exists() or not any(self.folder.iterdir()))
         if not ours:
             raise InvalidInputError(
-                f"{self.folder} is not from a download, and its name is needed for one",
+                f"{self.folder} is not from a download, which needs a folder of that name",
                 hint="Move it away, or choose another folder.",
             )
         shutil.rmtree(self.folder)
@@ -89,17 +89,17 @@ class DownloadFolder:
         try:
             check_complete(self.files, what)
         except ResponseDecodeError:
-            shutil.rmtree(self.folder)  # the next download must not resume from it
+            shutil.rmtree(self.folder)  # the next download must not resume from damaged files
             raise
 
     def finish(self) -> None:
         """Move the files to the destination, and delete the rest.
 
-        A folder keeps what does not belong to a checkpoint.
+        A destination that exists keeps its files that do not belong to a checkpoint.
 
         Raises:
-            InvalidInputError: the folder holds a folder where a file has to go, or the other way
-                round.  Nothing was changed.
+            InvalidInputError: the destination has a folder in the place of a file, or the reverse.
+                Nothing was changed.
         """
         if self._target.is_dir():
             self._move_into()
@@ -111,7 +111,7 @@ class DownloadFolder:
         """Replace the files of the checkpoint that is there by the new ones."""
         target, old = self._target, self.folder / f"old-{uuid.uuid4().hex}"
         new = files_in(self.files)
-        for file in new:
+        for file in new:  # all of them before the first is moved
             _check_way(target, file)
         replaced = {file for file in new if (target / file).exists()}
         replaced |= {  # weights beside those of another checkpoint might be taken for its own
@@ -137,7 +137,7 @@ class DownloadFolder:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Raise InvalidInputError if there is something at *target*, or above it, that must stay."""
+    """Raise InvalidInputError if *target* cannot be written to without losing what is there."""
     above = next((parent for parent in target.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise InvalidInputError(f"{above} is a file, not a folder", hint="Choose another folder.")
@@ -154,7 +154,7 @@ def check_free(target: Path, overwrite: bool) -> None:
             hint=ErrorText(
                 "Choose another folder, or ",
                 Setting("overwrite", True),
-                ": that replaces the files of a checkpoint in it, and leaves the others alone.",
+                ": that replaces the files of a checkpoint in it, and keeps the others.",
             ),
         )
 

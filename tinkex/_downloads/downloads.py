@@ -3,8 +3,7 @@
 Nothing here knows an endpoint, or sends a credential: a signed URL needs none, and its host must
 not see one.  Signatures are secrets too, so no error and no log line holds a URL.
 
-Thread: ``tinkex-download``, while a Downloader is open, checks whether the caller has cancelled; a
-thread that reads from a socket cannot.
+Thread: ``tinkex-download``, while a Downloader is open, checks whether the caller has cancelled.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from tinkex.retry import RetryPolicy, RetryState, retry_after_s
 
 logger = logging.getLogger(__name__)
 
-#: This many URLs may be refused in a row, without a byte in between.
+#: A file fails with this many URLs refused in a row, without a byte in between.
 MAX_REFUSALS = 3
 
-#: Statuses by which a host refuses a URL, perhaps because its signature is too old.
+#: Statuses by which a host refuses a URL, perhaps because its signature has expired.
 _REFUSALS = (401, 403, 404, 410)
 
-_CHUNK = 1 << 16  # one read waits for all of it
+_CHUNK = 1 << 16  # a read returns only once all of it has arrived: larger would delay the progress
 _CHECK_EVERY_S = 0.1
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
@@ -57,7 +56,7 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 #: Called with the bytes of one file that have arrived, and its size, or None if that is not known.
 Report = Callable[[int, Optional[int]], None]
 
-#: Returns where a file is; True asks for a new signature.
+#: Returns where a file is; called with True if a new signature is needed.
 Sign = Callable[[bool], Source]
 
 
@@ -124,18 +123,19 @@ class Downloader:
         self.check()
 
     def fetch(self, part: Part, sign: Sign, report: Report) -> int:
-        """Bring the file of *part* to its full length; return that.
+        """Download the file of *part*; return its size.
 
-        Bytes that are there already are kept if they are of the same version.  Outages are ridden
-        out for ``max_outage_s`` without a byte; a URL that expires or is refused is signed again.
+        Bytes that are there already are kept if they are of the same version.  Failures are retried
+        until ``max_outage_s`` have passed without a byte; a URL that expires or is refused is
+        signed again.
 
         Args:
             part: the file; its folder exists.
-            sign: finds out where it is; may raise.
+            sign: returns where it is; may raise.
             report: called for each piece; may raise to stop.
 
         Raises:
-            APIError: it cannot be had.
+            APIError: the download failed.
             DownloadCancelledError, ClientClosedError: see the constructor; the file stays, and
                 `fetch` resumes from there.
         """
@@ -159,7 +159,9 @@ class Downloader:
                 part.discard()
             except APIError as error:
                 self.check()
-                if part.size > reached:  # breaking off now and then is no outage
+                # A host may cut every connection after a while: as long as bytes arrive, that is no
+                # outage, and the next failure is counted as the first.
+                if part.size > reached:
                     reached, refusals = part.size, 0
                     retries, began = self._new_retries()
                 if error.status in _REFUSALS:
@@ -211,12 +213,15 @@ class Downloader:
                         continue
                     return self._take(part, note, offset, response, report)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            self.check()
+            self.check()  # aborting the channel causes such errors, too
             # Not "from error": its text holds the URL, with the signature.
-            what = f"the download of {part.name} from {_host(url)} broke off: {root_cause(error)}"
+            what = (
+                f"the download of {part.name} from {_host(url)} was interrupted: "
+                f"{root_cause(error)}"
+            )
             retryable = not isinstance(error, requests.exceptions.SSLError)
             raise APIConnectionError(what, retryable=retryable) from None
-        raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects without end")
+        raise ResponseDecodeError(f"{part.name}: {_host(source.url)} redirects too often")
 
     def _take(
         self, part: Part, note: Note, offset: int, response: requests.Response, report: Report
@@ -234,14 +239,14 @@ class Downloader:
             if total is not None and note.total is not None and total != note.total:
                 raise _StartOver
             note.total = note.total if total is None else total
-        elif status == 200:
+        elif status == 200:  # from the beginning: If-Range has found another version, or no ranges
             offset = 0
             length = response.headers.get("Content-Length", "")
             note = Note.of(response.headers, int(length) if length.isdigit() else None)
         else:
             raise self._failure(part.name, response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise ResponseDecodeError(f"{part.name} came compressed, though that was not asked for")
+            raise ResponseDecodeError(f"{part.name} was sent compressed, which was not requested")
         # The note first: bytes without one are never resumed from.
         note.save(part.note)
         return self._finish(part, note, self._copy(part.file, offset, note.total, response, report))
@@ -262,15 +267,15 @@ class Downloader:
                 offset += len(piece)
                 report(offset, total)
                 self.check()
-            self.check()  # being broken off can look like the end
+            self.check()  # an aborted connection can look like the end of the file
             out.flush()
             os.fsync(out.fileno())
         return offset
 
     def _finish(self, part: Part, note: Note, size: int) -> int:
-        """Check what has come; return its size."""
+        """Check what has arrived; return its size."""
         if note.total is not None and size < note.total:  # urllib3 before 2 does not check
-            raise APIConnectionError(f"{part.name} broke off at {size} of {note.total} bytes")
+            raise APIConnectionError(f"{part.name} ended after {size} of {note.total} bytes")
         if note.total is not None and size > note.total:
             raise _StartOver
         if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
@@ -293,6 +298,7 @@ class Downloader:
 
     def _channel_for(self, url: str) -> Channel:
         """The channel to the host of *url*, through the proxy that the environment names."""
+        # The setting is for the server's own URL; a host of signed URLs may need another proxy.
         own = same_origin(url, self._config.base_url)
         proxy = self._config.proxy if own else proxy_for(url)
         if proxy not in self._by_proxy:
@@ -302,6 +308,7 @@ class Downloader:
 
     def _watch(self) -> None:
         """Abort what is in flight as soon as the download is cancelled or the client closed."""
+        # A thread of its own, because one that reads from a socket cannot check anything.
         while not self._done.wait(_CHECK_EVERY_S):
             if self._closing.is_set() or (self._cancel is not None and self._cancel.is_set()):
                 self._stop.set()

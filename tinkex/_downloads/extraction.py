@@ -54,7 +54,7 @@ def safe_parts(name: str) -> List[str]:
     if not parts or outside or odd:
         raise ResponseDecodeError(
             f"{name!r:.200} is not a file name that is safe to write",
-            hint="Nothing was written; the archive does not come from a well-behaved server.",
+            hint="Nothing was written: the server, or the archive, is not to be trusted.",
         )
     return parts
 
@@ -94,7 +94,7 @@ def _extract(tar: tarfile.TarFile, folder: Path, limit: int, check: Callable[[],
         if member.isdir() and member.name in (".", "./"):
             continue
         parts = safe_parts(member.name)
-        unpacked += member.size
+        unpacked += member.size  # as announced: checked before anything of the member is written
         if count >= MAX_FILES or unpacked > limit:
             raise ResponseDecodeError(
                 f"the archive unpacks to more than {MAX_FILES} files or {limit} bytes"
@@ -123,7 +123,7 @@ def _write(
     tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, check: Callable[[], None]
 ) -> None:
     source = tar.extractfile(member)
-    assert source is not None  # as it is for every plain file
+    assert source is not None  # it is None only for folders, links and devices
     if target.exists():
         raise ResponseDecodeError(f"the archive holds {member.name!r} twice")
     left = member.size
@@ -182,8 +182,8 @@ class ArchiveReader:
         # The last thing that tarfile reads is the block where it found no further header.
         if self._last != bytes(tarfile.BLOCKSIZE):
             raise ResponseDecodeError(
-                "the archive is damaged: it breaks off, or holds something else, where its next "
-                "file or its end marker should be"
+                "the archive is damaged: its next file or its end marker is missing, or something "
+                "else is in its place"
             )
         left = limit
         while True:

@@ -1,7 +1,7 @@
 """A file that is being fetched: what has arrived, and what is known of the original.
 
-Each has a note beside it: the entity tag under which its bytes came.  Bytes are only ever added
-under the same tag.
+Each has a note beside it, with the entity tag of the version that its bytes are of.  Bytes are only
+added to the same version.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Source:
 
 @dataclasses.dataclass
 class Note:
-    """What is known of a file under way: kept beside it, and read by the next attempt."""
+    """What is known of a file that is being fetched: kept beside it for the next attempt."""
 
     etag: Optional[str] = None
     modified: Optional[str] = None
@@ -48,6 +48,7 @@ class Note:
     @property
     def validator(self) -> Optional[str]:
         """What ``If-Range`` may carry: a strong tag, or else a date."""
+        # A weak tag stands for equivalent contents, not for equal bytes (RFC 9110, 8.8.1).
         if self.etag and not self.etag.startswith("W/"):
             return self.etag
         return None if self.etag else self.modified
@@ -70,7 +71,9 @@ class Note:
 
     @property
     def digest(self) -> Optional[bytes]:
-        """The SHA-256 that was announced for the complete file; None for S3's hash of its parts."""
+        """The SHA-256 that was announced for the complete file, if it was."""
+        # S3's checksum of a file that was uploaded in parts is that of the parts' checksums, with
+        # their number after it: no base64 of 32 bytes.
         try:
             raw = base64.b64decode(self.sha256 or "", validate=True)
         except (binascii.Error, ValueError):

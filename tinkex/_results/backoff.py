@@ -1,22 +1,25 @@
 """Backoff: how long to wait between two polls, for one request or for one sampler.
 
-For one thread; no threads of its own.
+Not thread-safe: each polling thread has its own.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Mapping, Optional
 
 from tinkex._transport.request import Request
-from tinkex._transport.request_errors import repeated_error_hint
+from tinkex._transport.request_errors import repeated_error_hint, unreachable_server
 from tinkex.errors import APIError, APITimeoutError
 from tinkex.retry import RetryPolicy, RetryState
 
 if TYPE_CHECKING:
     from tinkex._transport.resources import ClientResources
+
+logger = logging.getLogger(__name__)
 
 #: A server that responds "pending" immediately is polled again after this long at first ...
 FIRST_SPACING_S = 0.02
@@ -54,16 +57,18 @@ class PollInterval:
         if took_s >= HELD_S:
             self._spacing_s = FIRST_SPACING_S
             return 0.0
+        # Jitter: the polls of many futures, begun together, would stay in step.
         delay_s = self._spacing_s * (0.5 + rand)
         self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
         return delay_s
 
 
 class Backoff:
-    """How long to wait between two polls; raises what ends them."""
+    """How long to wait between two polls; raises the error that ends them."""
 
     def __init__(self, resources: ClientResources, poll: Request) -> None:
         transport, config = resources.transport, resources.transport.config
+        # An account without credit is no outage: with on_billing="wait" it pauses all polls.
         wait = partial(resources.billing.after_402, transport)
         self._retries = RetryState(
             poll_policy(config.max_outage_s),
@@ -71,6 +76,7 @@ class Backoff:
         )
         self._interval = PollInterval()
         self._poll = poll
+        self._config = config
         # A timeout while connecting is an outage; a later one is a poll that was held too long.
         self._held_s = config.connect_timeout_s + 1
 
@@ -86,7 +92,7 @@ class Backoff:
     def after_failure(
         self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
     ) -> float:
-        """The pause after a poll that failed; raises *error* once it must be meant.
+        """The pause after a poll that failed; raises *error* once it is final.
 
         *began* is when the poll began; *headers* are as for `RetryState.decide`.
         """
@@ -95,7 +101,14 @@ class Backoff:
             return 0.0  # the server held the poll for longer than we wait
         delay_s, error = self._retries.decide(error, now, random.random(), headers, began=began)
         if delay_s is not None:
+            logger.debug(
+                "%s; polling again in %.1f s",
+                error.message,
+                delay_s,
+                extra=unreachable_server(error, self._config),
+            )
             return delay_s
+        # The same 5xx again and again looks like a route that the server cannot serve.
         if error.status is not None and error.status >= 500 and self._retries.repeats > 1:
             error.hint = error.hint or repeated_error_hint(self._poll, self._retries.repeats)
         raise error

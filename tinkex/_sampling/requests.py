@@ -8,7 +8,7 @@ import secrets
 from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, TypeVar
 
 from tinkex._api import sampling as api
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._sampling.sample_checks import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: A result that may take more than this, in bytes, is announced by its size first.
+#: Of a result that may take more bytes than this, the size is requested first.
 _LARGE_BYTES = 1 << 20
 #: The number of tokens assumed where nothing limits them.
 _UNLIMITED = 32_768
@@ -67,7 +67,7 @@ class Sampler:
         self.sampling_session_id = sampling_session_id
         self.retries = retries
         self.nan_warning = NaNWarning(f"sampler {sampling_session_id}")
-        # next() is atomic.
+        # Shared by all workers: next() of a count is atomic.
         self._seq_ids: Optional[Iterator[int]] = None if clone else itertools.count()
         self._clone = 0  # of a clone, once it has joined, its number
         self._joining: SingleFlight[Iterator[int]] = SingleFlight()
@@ -104,6 +104,7 @@ class Sampler:
                     f"join_sampling_session: the client_counter {joined.client_counter} is not the "
                     "number of a clone"
                 )
+        # The server does not number its clones: a random block is most likely unused by any other.
         return 1 + secrets.randbelow(CLONE_BLOCK)
 
 
@@ -140,7 +141,7 @@ class SamplingRequest(PendingRequest[T]):
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         """Send it under a new seq_id; blocks while too many bytes are being submitted."""
         sampler, request = self._sampler, self._request
-        assert channel is not None
+        assert channel is not None  # samples are always sent on a connection of the worker's own
         limits = sampler.limits
         nbytes = limits.sample_bytes(request.prompt.length)
         try:
@@ -165,6 +166,7 @@ class SamplingRequest(PendingRequest[T]):
         request = self._request
         response = codec_for(reply.content_type).decode_samples(reply.body)
         sampled = sum(sequence.length for sequence in response.sequences)
+        # Before the checks, which may raise: the server has done the work in any case.
         self._reservation.used = Tokens(prefilled=request.prompt.length, sampled=sampled)
         check_counts(response, request, sequences=self.wants_sequences)
         response = complete_response(response, request, self._sequence_ids)

@@ -1,4 +1,4 @@
-"""Checks of sampling requests before they are sent, and of what servers make of them.  Pure."""
+"""Checks of sampling requests before they are sent, and of their results.  Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OLD_SERVER = "Leave it out, or use a newer server."
 
 
 def check_request(request: SampleRequest) -> None:
-    """Raise InvalidInputError if *request* cannot be meant."""
+    """Raise InvalidInputError if *request* is not valid."""
     if not isinstance(request.prompt, types.ModelInput):
         raise InvalidInputError(
             f"the prompt is {a_type(request.prompt)}, not a ModelInput",
@@ -66,6 +66,7 @@ def unsupported_by(
     error: UnprocessableEntityError, request: SampleRequest
 ) -> Optional[UnsupportedError]:
     """What to raise for a refusal of options that an older server does not know; else None."""
+    # Pydantic's error for an unknown field: it names the field, and its kind.
     options = [
         field.name
         for field in dataclasses.fields(request)
@@ -95,6 +96,7 @@ def check_counts(response: SampleResponse, request: SampleRequest, *, sequences:
             f"num_samples is {asked}",
             hint="The result was damaged on its way, or the server is at fault.",
         )
+    # The first token has no logprob, so that a prompt of one token may come back without any.
     length = request.prompt.length
     if request.prompt_logprobs and length > 1 and response.prompt_logprobs_np is None:
         raise ResponseDecodeError(
@@ -106,10 +108,10 @@ def check_counts(response: SampleResponse, request: SampleRequest, *, sequences:
 def complete_response(
     response: SampleResponse, request: SampleRequest, sequence_ids: Sequence[str]
 ) -> SampleResponse:
-    """Return *response* as it looks on every server.
+    """Return *response* in the form that callers see from every server.
 
-    There is one row of prompt logprobs per prompt token; sequences carry the ids that came with
-    the response to the submission (some servers send none).
+    There is one row of prompt logprobs per prompt token; sequences have the *sequence_ids*, those
+    of the response to the submission (some servers send none).
 
     Raises:
         UnsupportedError: the server ignored what it is too old to know.
@@ -118,6 +120,8 @@ def complete_response(
     length = request.prompt.length
     last_n = request.prompt_logprobs_last_n
     logprobs = response.prompt_logprobs_np
+    # Servers send last_n values, or all of them with the others null (docs/protocol.md, "Sample
+    # results").
     if last_n is not None and logprobs is not None and len(logprobs) == last_n:
         padded = np.concatenate([np.full(length - last_n, np.nan, np.float32), logprobs])
         response = dataclasses.replace(response, prompt_logprobs_np=padded)
@@ -133,12 +137,11 @@ def complete_response(
 def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> SampleResponse:
     """Return *response* with one row per prompt token, NaN (no top-k cells) at position 0.
 
-    Some servers send n values for a prompt of n tokens, some n - 1, because the first token has no
-    context.  The codecs do not know n.
-
     Raises:
-        ResponseDecodeError: there are neither n nor n - 1 rows.
+        ResponseDecodeError: for n prompt tokens, there are neither n nor n - 1 rows.
     """
+    # Some servers send n values, some n - 1, because the first token has no context.  Not in the
+    # codecs, which do not know n.
     logprobs, topk = response.prompt_logprobs_np, response.topk_prompt_logprobs_np
     if logprobs is None and topk is None:
         return response
@@ -168,6 +171,8 @@ def _missing_rows(what: str, rows: int, prompt_length: int) -> int:
 
 
 def _check_support(response: SampleResponse, request: SampleRequest) -> None:
+    # A server that does not know a field ignores it: the response lacks what was requested, or, for
+    # prompt_logprobs_last_n, has values before the last n.
     length = request.prompt.length
     logprobs, last_n = response.prompt_logprobs_np, request.prompt_logprobs_last_n or length
     ignored = {

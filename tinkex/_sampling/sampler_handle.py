@@ -20,7 +20,7 @@ from tinkex.errors import CredentialError, InvalidInputError, a_type
 
 logger = logging.getLogger(__name__)
 
-#: The settings in a handle.  Not the key, nor what may hold a secret or a path.
+#: The settings in a handle: nothing that may hold a secret or a path.
 _SETTINGS = (
     "base_url",
     "wire",
@@ -33,7 +33,7 @@ _SETTINGS = (
 
 
 class SamplerHandle(NamedTuple):
-    """What another process must know of a sampler."""
+    """What another process must know about a sampler."""
 
     session_id: str
     sampling_session_id: str
@@ -89,8 +89,8 @@ def config_of_handle(settings: Dict[str, Any], *, trusted: bool = False) -> Conf
     own = own_base_url()
     if not _same_server(settings["base_url"], own):
         return Config.resolve(own_credentials=False, **settings)
-    # The URL of this process itself, in case that another parser of URLs reads the handle's
-    # differently.
+    # With this process's own URL: another parser of URLs might find another host in the handle's,
+    # and the key would be sent there.
     return Config.resolve(**{**settings, "base_url": own})
 
 
@@ -103,7 +103,7 @@ def warn_of_withheld_key(config: Config) -> None:
     try:
         withheld = tinker_has_credentials()
     except CredentialError:
-        return  # nothing there to be sent
+        return  # there is no key that could be withheld
     if withheld:
         logger.warning(
             "the sampler handle names %s, which is not the server of this process: the API key of "

@@ -22,7 +22,7 @@ from typing import (
     Union,
 )
 
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._runtime.late_import import np
 from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags
@@ -48,10 +48,9 @@ E = TypeVar("E", bound=BaseException)
 #: With these the run itself is lost, and neither its gradient nor its batches matter any more.
 RUN_LOST = (ClientClosedError, SequenceLostError, SessionLostError)
 
-#: JSON takes at most this many bytes for one of a buffer, and this many more for a datum's names.
+#: The most bytes of JSON for one byte of a buffer, and for the names of a datum.
 _JSON_GROWTH = 4
 _JSON_OVERHEAD = 2000
-
 
 #: How servers name an example of a batch: in a sentence, or as the location of a bad field.
 _INDEX = re.compile(r'(\bdatum |\bdata\[|\bdata\.|"data", ?)(\d+)')
@@ -99,6 +98,7 @@ def cut(
     """
     limit = flags.fwdbwd_max_chunk_bytes_count
     sizes = nbytes = [datum.nbytes for datum in data]
+    # Measuring JSON means writing it, so that is done only for batches that may exceed the limit.
     json_at_most = _JSON_GROWTH * sum(nbytes) + _JSON_OVERHEAD * len(data)
     if (codec is None or codec.name == JSON.name) and json_at_most > limit:
         sizes = [_json_size(datum) for datum in data]
@@ -210,7 +210,7 @@ def cross_entropy(
             weights = datum.loss_fn_inputs["weights"]._dense().astype(np.float64)
         if logprobs is None or weights.shape != logprobs.shape:
             return None
-        counted = weights != 0
+        counted = weights != 0  # selected, because 0 times NaN is NaN
         total -= float(np.dot(weights[counted], logprobs[counted]))
     return total
 

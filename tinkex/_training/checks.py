@@ -37,7 +37,7 @@ _ZERO_WEIGHTS = (
 
 
 def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
-    """Return *data* as it is now: the batch is encoded later, in another thread.
+    """Return a snapshot of *data*.
 
     Raises:
         InvalidInputError: it is empty, holds something else than Datum, an empty input, a
@@ -50,6 +50,7 @@ def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
             f"the batch is {a_type(data)}; it must be a list of Datum",
             hint="A single example is a batch of one: [datum].",
         )
+    # The batch is encoded later, in another thread, and callers may change their lists meanwhile.
     batch = [_snapshot(index, datum) for index, datum in enumerate(data)]
     if not batch:
         raise InvalidInputError("the batch is empty", hint="Give at least one Datum.")
@@ -95,7 +96,7 @@ def _check_lengths(index: int, datum: Datum) -> None:
     length = 0
     for chunk in datum.model_input.chunks:
         if not isinstance(chunk, EncodedTextChunk):
-            return  # what it stands for is the server's to know
+            return  # only the server knows how many tokens an image takes
         length += chunk.length
     if length == 0:
         raise InvalidInputError(
@@ -120,7 +121,8 @@ def _check_lengths(index: int, datum: Datum) -> None:
 
 
 def _lacks_one(datum: Datum, targets: TensorData) -> bool:
-    """True if *targets* are the input tokens without the first or the last: a forgotten cut."""
+    """True if *targets* are the input tokens without the first or the last."""
+    # A common mistake: the targets were shifted, and the input was not cut to their length.
     tokens, given = datum.model_input.to_numpy(), targets.to_numpy()
     return np.array_equal(given, tokens[1:]) or np.array_equal(given, tokens[:-1])
 
@@ -132,12 +134,12 @@ def _warn_if_misspelt(name: str) -> None:
     _checked_names.add(name)
     for known in difflib.get_close_matches(name, sorted(_PER_TOKEN), 1, 0.8):
         logger.warning(
-            "there is no loss input %r, and a server may well ignore it: is %r meant?", name, known
+            "there is no loss input %r, and a server may ignore it: is %r meant?", name, known
         )
 
 
 def _check_numbers(batch: Sequence[Datum]) -> None:
-    """Look for NaN and infinity."""
+    """Raise InvalidInputError if a loss input holds NaN or infinity."""
     floats = [
         tensor.values
         for datum in batch
@@ -156,7 +158,7 @@ def _check_numbers(batch: Sequence[Datum]) -> None:
     )
     raise InvalidInputError(
         f"data[{index}]: loss input {name!r} holds {floats[first][at]} at position {at}",
-        hint="NaN and infinity cannot be trained on; find out where they come from.",
+        hint="Training on NaN or infinity would spoil the weights; find out where they come from.",
     )
 
 
@@ -197,7 +199,7 @@ def _is_unshifted(datum: Datum) -> bool:
         return False
     first = as_kept(chunks[0], "tokens_np")
     if not len(first) or not targets.values.size or first[0] != targets.values[0]:
-        return False  # nearly always: the rest is not looked at
+        return False  # nearly always, at the cost of one comparison
     tokens = datum.model_input.to_numpy()
     # One token repeated is the same when it is shifted.
     return np.array_equal(targets.to_numpy(), tokens) and bool(np.any(tokens != tokens[0]))
@@ -216,7 +218,7 @@ def check_ttl(ttl_seconds: Any) -> Optional[int]:
 
 
 def check_token(weights_access_token: Any) -> Optional[str]:
-    """Return a token without whitespace around it, or None; InvalidInputError if it is none."""
+    """Return a token without whitespace around it, or None; InvalidInputError if it is not one."""
     if weights_access_token is None:
         return None
     if not isinstance(weights_access_token, str):
@@ -225,7 +227,7 @@ def check_token(weights_access_token: Any) -> Optional[str]:
         )
     token = weights_access_token.strip()
     if not (token.isascii() and token.isprintable()):
-        raise InvalidInputError("weights_access_token holds characters that no token has")
+        raise InvalidInputError("weights_access_token holds characters that no valid token has")
     return token or None
 
 

@@ -1,9 +1,9 @@
-"""How a run is made: with a new adapter, or from a checkpoint.
+"""How a run is created: with a new adapter, or from a checkpoint.
 
 The hosted service takes one request for a run from a checkpoint (docs/protocol.md, "Loading
-weights", form 1).  Others refuse that: there the run is made first, with what weights_info reports
-about the checkpoint, and the checkpoint loaded by the run's first request (form 2).  What a server
-does is remembered.
+weights", form 1).  Others refuse that: there the run is created first, with what weights_info
+reports about the checkpoint, and the checkpoint loaded by the run's first request (form 2).  What a
+server does is remembered.
 
 Everything here blocks; it runs on a session's background threads.
 """
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 
 W = TypeVar("W", bound=Wire)
 
-#: Fields that only one of the two forms has: a complaint about one of them is about the form.
+#: Fields that only one of the two forms has: an error about one of them is about the form.
 _FORM_FIELDS = ("model_id", "session_id", "model_seq_id", "base_model", "user_metadata")
 
-# A fault in the words of pydantic, whose text also repeats the body that was sent.
+# An error of pydantic, whose text also repeats the body that was sent, and so all field names.
 _FAULT_AT = re.compile(r'"loc":\s*\[[^\]]*"(\w+)"\s*\]')
 
 
 @dataclasses.dataclass(frozen=True)
 class NewRun:
-    """A run that was made; its next request has the ``seq_id`` *next_seq_id*."""
+    """A run that was created; its next request has the ``seq_id`` *next_seq_id*."""
 
     model_id: str
     base_model: Optional[str]
@@ -59,7 +59,7 @@ class NewRun:
 
 @dataclasses.dataclass(frozen=True)
 class NewAdapter:
-    """A run to be made with a new adapter.
+    """A run to be created with a new adapter.
 
     Raises:
         InvalidInputError: a field is wrong.
@@ -80,7 +80,7 @@ class NewAdapter:
         set_field(self, "optimizer_config", optimizer_config_to_wire(self.optimizer_config))
 
     def create(self, runtime: Runtime, model_seq_id: int) -> NewRun:
-        """Make the run, number *model_seq_id* of its session.
+        """Create the run, number *model_seq_id* of its session.
 
         Raises APIError or RequestFailedError.
         """
@@ -97,7 +97,7 @@ class NewAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class FromCheckpoint:
-    """A run to be made from the checkpoint at *path*.
+    """A run to be created from the checkpoint at *path*.
 
     Attributes:
         optimizer: also restore the optimizer's state.
@@ -125,7 +125,7 @@ class FromCheckpoint:
         set_field(self, "optimizer_config", optimizer_config_to_wire(self.optimizer_config))
 
     def create(self, runtime: Runtime, model_seq_id: int) -> NewRun:
-        """Make the run, number *model_seq_id* of its session, in the way that the server has.
+        """Create the run, number *model_seq_id* of its session, in the way that the server has.
 
         Raises:
             APIStatusError: the server refuses both ways, or cannot report what the checkpoint was
@@ -149,9 +149,10 @@ class FromCheckpoint:
             if not (crashed or _refuses_form(error)):
                 raise
             logger.info("%s; falling back to create_model + load_weights", error.message)
-            made = self._after_refusal(runtime, model_seq_id, error)
+            created = self._after_refusal(runtime, model_seq_id, error)
+            # Only now: had this way failed too, the refusal may have been about the checkpoint.
             server.creates_runs_by_loading = False
-            return made
+            return created
         server.creates_runs_by_loading = True
         loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
         # All servers make the id like this, also those that do not send it (docs/protocol.md,
@@ -169,7 +170,7 @@ class FromCheckpoint:
             raise error from refusal
 
     def _in_two_requests(self, runtime: Runtime, model_seq_id: int) -> NewRun:
-        """Make the run, then load the checkpoint by its first request."""
+        """Create the run, then load the checkpoint by its first request."""
         info = self._weights_info(runtime)
         base_model = self.base_model or info.base_model
         # Under the model_seq_id of the request that was refused: if the server has made a run of
@@ -192,6 +193,7 @@ class FromCheckpoint:
         except TinkexError as error:
             if info.lora_rank is None:
                 error.hint = error.hint or self._name_the_rank(base_model)
+            # No client refers to the run: it would take the server's memory until the session ends.
             _unload(runtime, created.model_id)
             raise
         return dataclasses.replace(created, next_seq_id=2)
@@ -202,7 +204,7 @@ class FromCheckpoint:
         except RouteMissingError as error:
             if self.base_model is None:
                 error.hint = (
-                    "The server cannot report what the checkpoint was trained from: give "
+                    "The server does not report what the checkpoint was trained from: give "
                     f"base_model=. {self._name_the_rank('<base model>')}"
                 )
                 raise
@@ -210,7 +212,7 @@ class FromCheckpoint:
         return WeightsInfoResponse(self.base_model, is_lora=True)
 
     def _optimizer_config(self, info: WeightsInfoResponse) -> Optional[OptimizerConfig]:
-        """The optimizer asked for; else the checkpoint's own, unless it is the usual default."""
+        """The given optimizer; else the checkpoint's own, unless it is the default."""
         if self.optimizer_config is not None:
             return self.optimizer_config
         own = info.optimizer_config or {}

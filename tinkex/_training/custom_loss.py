@@ -160,7 +160,7 @@ def forward_data(data: Sequence[Datum]) -> List[Datum]:
     forward: List[Datum] = []
     for datum in data:
         weights = datum.loss_fn_inputs.get("weights")
-        if weights is None:
+        if weights is None:  # zeros, since the loss of this pass is not used
             shape = datum.loss_fn_inputs["target_tokens"].shape
             weights = TensorData(np.zeros(shape, np.float32))
         forward.append(_weighted(datum, weights))
@@ -178,6 +178,7 @@ def gradient_data(
     """
     import torch
 
+    # Copied, because the rows are views of the result, which a loss could change in place.
     leaves = [torch.from_numpy(row.copy()).requires_grad_() for row in _logprobs(data, output)]
     try:
         returned = loss_fn(data, leaves)
@@ -191,11 +192,14 @@ def gradient_data(
             "a custom loss must return a scalar tensor computed from the logprobs, and metrics",
             hint="Do not detach the logprobs or convert them to numbers on the way.",
         )
-    # Before anything is added to the run's gradient.
+    # Converted before anything is added to the run's gradient, because it may fail.
     reported = {**_metrics(metrics or {}), "loss:sum": float(loss.detach())}
+    # With respect to the leaves alone: backward() would also fill .grad of the user's own tensors.
     gradients = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True)
     weighted: List[Datum] = []
     for datum, leaf, gradient in zip(data, leaves, gradients):
+        # cross_entropy minimizes -sum(weights * logprobs), hence the minus.  None is for a datum
+        # that the loss does not depend on.
         weights = np.zeros(leaf.shape) if gradient is None else -gradient.numpy()
         if not np.isfinite(weights).all():
             raise InvalidInputError(
@@ -220,13 +224,13 @@ def run_custom_pass(
     *breaks* are the indices, in ascending order, at which a new part of the batch begins: each part
     has requests, and a call of *loss_fn*, of its own.
 
-    Forward for the logprobs; the loss and its gradient; backward with the gradient as weights.  All
-    on the queue's thread, so that no other request of the run comes between.  A failure, or a
-    cancel, before the backward pass leaves the run as it was.  The backward pass is like that of
-    any batch: see `TrainingRun.send_gradient`.
+    A failure, or a cancel, before the backward pass leaves the run as it was.  The backward pass is
+    like that of any batch: see `TrainingRun.send_gradient`.
     """
-    if not future.begin():
+    if not future.begin():  # cancelled while it was queued
         return
+    # All on the queue's thread: a request of the run that came between the two passes might change
+    # the weights that the logprobs are of.
     run.ensure_trainable()
     future.enter("submitting")
     surrogate = Loss("cross_entropy")

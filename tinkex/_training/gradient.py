@@ -11,10 +11,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from tinkex._training.batch import RUN_LOST, Loss
-from tinkex.errors import (
-    IncompleteGradientError,
-    TinkexError,
-)
+from tinkex.errors import IncompleteGradientError, TinkexError
 from tinkex.futures import APIFuture
 from tinkex.retry import left_undone
 from tinkex.types import Datum, ForwardBackwardOutput
@@ -63,11 +60,9 @@ class Gradient:
         self._settle(self._split)
 
     def ensure_complete(self) -> None:
-        """Raise IncompleteGradientError if only a part of a batch was added.
-
-        Once a part of a batch has failed, the others are waited for: a request that is sent before
-        may make it impossible to complete the batch.
-        """
+        """Raise IncompleteGradientError if only a part of a batch was added."""
+        # Once a part has failed, the others are waited for: a request that is sent before they are
+        # settled may make it impossible to complete the batch (`_may_be_completed`).
         self._settle([batch for batch in self._split if batch.failing])
         for batch in self._incomplete:
             error = batch.settle()
@@ -170,7 +165,7 @@ class SplitBatch:
         if not errors:
             self._succeed()
             return None
-        # Requests are cancelled because an earlier one has failed.
+        # Requests are cancelled because an earlier one has failed: that one has the reason.
         error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
         if not isinstance(error, RUN_LOST) and not all(map(_left_out, self.parts, failures)):
             error = self._incomplete(failures, error)
@@ -180,14 +175,14 @@ class SplitBatch:
     def completed_by(self, data: List[Datum], loss: Loss) -> Optional[List[Piece]]:
         """Return how *data* would complete this batch, of which a part is missing.
 
-        *data* is cut where this batch was: otherwise examples that were replaced, or an encoding
-        that is known by now, would move the cuts.  Pieces without a part are to be sent, in order.
-
-        Returns None if the gradient would not belong to *data*, or might not.
+        Pieces without a part are to be sent, in order.  None if the gradient would not belong to
+        *data*, or might not.
         """
         own, failures = self._contents, self._failures()
         if own is None or own.loss != loss or not self._may_be_completed(failures):
             return None
+        # Cut where this batch was: examples that were replaced, or an encoding that is known by
+        # now, would otherwise move the cuts, and the parts would not be those that were added.
         pieces: List[Piece] = []
         start = 0
         for part, failure, chunk in zip(self.parts, failures, own.chunks):
@@ -200,11 +195,9 @@ class SplitBatch:
         return [piece for piece in pieces if piece.data]
 
     def _may_be_completed(self, failures: Sequence[Optional[BaseException]]) -> bool:
-        """Whether the same call again adds what is missing, and nothing twice.
-
-        A part whose response was lost must then be the first request: any other one would have it
-        sent again before, and it would be added once more when it is due.
-        """
+        """Whether the same call again adds what is missing, and nothing twice."""
+        # A part whose response was lost must be the first request of that call: before any other,
+        # the queue would resend it (rule 4 of the seq_ids), and the call would then send it again.
         missing = False
         for part, failure in zip(self.parts, failures):
             if _left_out(part, failure):
@@ -221,7 +214,7 @@ class SplitBatch:
             self.settle()
 
     def _succeed(self) -> None:
-        self._contents = None  # a batch takes much memory
+        self._contents = None  # frees the datums, which may be large
         if self._future.done():
             return
         try:

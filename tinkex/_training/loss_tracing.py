@@ -43,7 +43,7 @@ _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 #: Where the functions come from that a server can look up by name.
 _MODULES = ("torch.", "math.", "operator.")
 
-#: What takes a value out of the graph, or works on the autograd state of this process.
+#: Takes a value out of the graph, or works on the autograd state of this process.
 _FORBIDDEN = frozenset({"backward", "item", "numpy", "tolist"})
 
 # Held while a loss is traced, and so while code of the user runs: torch.fx patches functions of
@@ -171,7 +171,7 @@ def _function(node: Any) -> str:
         name = str(_get_qualified_name(node.target))
     except (RuntimeError, AttributeError) as error:
         raise InvalidInputError(f"the loss calls {node.target!r}, which has no name") from error
-    if name.startswith("_operator."):
+    if name.startswith("_operator."):  # the C module that the functions of operator come from
         name = name[1:]
     known = name == "getattr" or name.startswith(_MODULES)
     if not known or name.rpartition(".")[2] in _FORBIDDEN:
@@ -210,7 +210,7 @@ def _encode(value: Any) -> Any:
         return {"ref": value.name}
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if isinstance(value, float):
+    if isinstance(value, float):  # JSON has neither NaN nor infinity
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, tuple):
         return {"tuple": _encode_all(value)}
@@ -241,7 +241,7 @@ class LossRegistry:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        # next() on a count is atomic; a seq_id is used even if its request fails.
+        # next() of a count is atomic.  A seq_id is used even if its request fails.
         self._seq_ids = itertools.count()
         # Guards _known: the graphs of the losses that were made, or are being made.
         self._lock = threading.Lock()
@@ -253,6 +253,7 @@ class LossRegistry:
         graph = trace_loss(fn, input_ranks)
         self._runtime.ensure_open(_KIND)
         key = orjson.dumps([graph.inputs, graph.graph])
+        # Registered before the upload, so that of two threads with the same loss one is refused.
         with self._lock:
             known = key in self._known
             self._known.add(key)

@@ -12,9 +12,9 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.encoding_choice import submit_batch
 from tinkex._api.training import submit
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
+from tinkex._results.pending import PendingRequest
 from tinkex._training.batch import Chunk, Loss, in_indices_of_batch, read_pass
-from tinkex._training.run_queue import RunQueue, RunRequest
 from tinkex._transport.request import Reply
 from tinkex.errors import ResponseDecodeError
 from tinkex.futures import APIFuture
@@ -30,9 +30,46 @@ from tinkex.types import (
 )
 
 if TYPE_CHECKING:
+    from tinkex._training.run_queue import RunQueue
     from tinkex._transport.fast_connection import AnyChannel
 
 T = TypeVar("T")
+
+
+class RunRequest(PendingRequest[T]):
+    """One request of a run, from the call until its future is settled.
+
+    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
+
+    Attributes:
+        queue: sends it.
+        seq_id: what it was sent under last; 0 before.
+    """
+
+    def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
+        super().__init__(future, f"run {queue.model_id}")
+        self.queue = queue
+        self.seq_id = 0
+        self._is_watched = False
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return the error to report in place of *error*."""
+        return error
+
+    def on_failure(self, error: BaseException) -> Optional[BaseException]:
+        """Return the error to report for *error*, or None if it is going to be resent."""
+        return self.queue.on_failure(self, error)
+
+    def watch(self) -> None:
+        """Report to the queue once the future is settled.  Call it each time it was accepted."""
+        if not self._is_watched:  # a request that is resent must not be reported twice
+            self._is_watched = True
+            self.future.on_settled(self._settled)
+        elif self.future.done():  # cancelled just now, before it was in flight again
+            self._settled(self.future)
+
+    def _settled(self, future: object) -> None:
+        self.queue.settled(self)
 
 
 class EndpointRequest(RunRequest[T]):
@@ -58,7 +95,6 @@ class EndpointRequest(RunRequest[T]):
         self._fields = fields
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it under its ``seq_id``."""
         queue = self.queue
         return submit(
             queue.transport,
@@ -69,7 +105,6 @@ class EndpointRequest(RunRequest[T]):
         )
 
     def decode(self, reply: Reply) -> T:
-        """Read the result."""
         result: T = read(self.response_type, reply, self.future.kind)
         return result
 
@@ -130,7 +165,8 @@ class SaveAndSample(EndpointRequest[T]):
         self._make_client = make_client
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        """Send it; each attempt takes a ``sampling_session_seq_id`` of its own."""
+        # A new one for each attempt, also under the same seq_id, which servers must allow
+        # (docs/protocol.md, "Saving weights").
         sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
         self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
@@ -202,12 +238,13 @@ class Pass(RunRequest[ForwardBackwardOutput]):
             self._loss.config,
             forward_only=self.future.kind == "forward",
         )
+        # The wait is here rather than when the call was queued: the bytes of batches that are only
+        # queued do not burden the server.
         batches = queue.runtime.resources.limits.batches
         with batches.holding(chunk.nbytes, self._is_over, self.future):
             return submit_batch(queue.transport, request, compress=self._compress)
 
     def decode(self, reply: Reply) -> ForwardBackwardOutput:
-        """Read the outputs."""
         return read_pass(reply, self._chunk, self._loss, self._nan_warning)
 
     def explain(self, error: BaseException) -> BaseException:

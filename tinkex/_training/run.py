@@ -25,7 +25,7 @@ from typing import (
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._api.encoding_choice import batch_codec
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import AcceptedRequest
 from tinkex._training.batch import Chunk, Loss, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, Piece, SplitBatch
@@ -94,6 +94,8 @@ class TrainingRun:
         ``max_unread``.
         """
         future = self.queue(kind, self._send_one, request_type, args, after, counted=after is None)
+        # Those that change the weights: a pipeline compares `last_update` to know whether a
+        # checkpoint that is queued now would still be that of its step.
         if request_type.waits_for_batches:
             self.last_update = object()
             self.has_gradient = False
@@ -177,12 +179,12 @@ class TrainingRun:
                 cuts = [Chunk(piece.data, 0, piece.first)]  # not sent: its future is settled
             chunks += cuts
             added += [piece.part] * len(cuts)
-        # The plan, and the server's flags, may have been waited for.
-        if future.done():
+        if future.done():  # cancelled during the waits above
             return
         parts = [future]
         if completed is not None or len(chunks) > 1:
             parts = [part or self.new_future(future.kind) for part in added]
+            # A forward pass changes nothing, so that its parts may be cancelled one by one.
             if future.kind == "forward":
                 gather(future, parts, combine)
             else:
@@ -250,6 +252,7 @@ class TrainingRun:
                 self._gradient.drop()
 
     def _send_unload(self, future: APIFuture[UnloadModelResponse]) -> None:
+        # It has no seq_id by which the server could put it after what is in flight.
         self._queue.wait_for(None)
         if future.done():  # cancelled while it was queued
             return
@@ -299,6 +302,7 @@ class TrainingRun:
     def _server_flags(self) -> ServerFlags:
         """The server's flags; the usual ones if it does not report them."""
         if self._flags is None:
+            # A pass must not fail because the flags cannot be had: they only set limits.
             try:
                 self._flags = flags_for(self._runtime.transport, once=True)
             except APIError as error:

@@ -14,7 +14,6 @@ import uuid
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, TypeVar
 
 from tinkex._api.encoding_choice import submit_batch
-from tinkex._results.pending import PendingRequest
 from tinkex._training.sequence import (
     Action,
     Lost,
@@ -40,6 +39,7 @@ from tinkex.types import Datum, ForwardBackwardRequest, ModelInput, UntypedFutur
 
 if TYPE_CHECKING:
     from tinkex._sessions.runtime import Runtime
+    from tinkex._training.requests import RunRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,42 +52,6 @@ _MAYBE_DONE = (
     "The server may have taken it all the same. The same call again is done once; any other call "
     "of this run first sends this one again."
 )
-
-
-class RunRequest(PendingRequest[T]):
-    """One request of a run, from the call until its future is settled.
-
-    `send` uses the queue's transport, and may be called again, with another ``seq_id``.
-
-    Attributes:
-        queue: sends it.
-        seq_id: what it was sent under last; 0 before.
-    """
-
-    def __init__(self, queue: RunQueue, future: APIFuture[T]) -> None:
-        super().__init__(future, f"run {queue.model_id}")
-        self.queue = queue
-        self.seq_id = 0
-        self._is_watched = False
-
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report for *error*, which it fails with."""
-        return error
-
-    def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if it is going to be resent."""
-        return self.queue.on_failure(self, error)
-
-    def watch(self) -> None:
-        """Have the queue learn when the future is settled.  Each time it was sent."""
-        if not self._is_watched:
-            self._is_watched = True
-            self.future.on_settled(self._settled)
-        elif self.future.done():  # cancelled just now, before it was in flight again
-            self._settled(self.future)
-
-    def _settled(self, future: object) -> None:
-        self.queue.settled(self)
 
 
 class BodyMismatch(Exception):
@@ -130,7 +94,8 @@ class RunQueue:
     def __init__(self, runtime: Runtime, model_id: str, first_seq_id: int = 1) -> None:
         self.runtime = runtime
         self.model_id = model_id
-        # Guards _rules and _services_resends; notified when a request is settled or refused.
+        # Guards _rules, to which the poller's threads report results, and _services_resends.
+        # Notified when a request is settled or refused.
         # Never held during I/O or while a future is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
@@ -146,7 +111,7 @@ class RunQueue:
         try:
             with active(future.operation):
                 task(future, *args)
-        except Exception as error:
+        except Exception as error:  # of any kind: nothing else would settle the future
             self.runtime.poller.fail(future, error)
 
     def drain(self) -> None:
@@ -198,6 +163,7 @@ class RunQueue:
         """Once nothing is in flight, resend what was refused for its seq_id (rule 5)."""
         rules = self._rules
         with self._changed:
+            # More may be refused until then, and all must be resent in order.
             while rules.has_refused and rules.in_flight and not self.runtime.closed:
                 self._changed.wait(_CHECK_CLOSED_S)
             refused = rules.take_resends()

@@ -7,14 +7,14 @@ Servers differ in what a ``seq_id`` means; these rules fit all known ones (docs/
    for a missing one.  Input that the client itself rejects uses none.
 2. A request that the server has read has used its ``seq_id``, also if it was refused then (400,
    404, 409, 410, 422).
-3. A request that was turned away unread (no connection, 401, 429 and the like) leaves its
-   ``seq_id`` to the next one.  If the next one gets 409, the ``seq_id`` was used after all, and it
+3. A request that was rejected unread (no connection, 401, 429 and the like) leaves its ``seq_id``
+   to the next one.  If the next one gets 409, the ``seq_id`` was used after all, and it
    is sent under the one after.
 4. A request that may have been executed although no response says so (the connection broke, or any
    5xx but 501) keeps its ``seq_id``: some servers look at the ``seq_id`` alone, and would return
    the first result for another body.  The same call made again has the same body, and is executed
    once; any other call first resends the lost request.  If the server responds to that with 500
-   once more, the lost request is given up, and its ``seq_id`` filled by a forward pass over one
+   once more, the lost request is abandoned, and its ``seq_id`` filled by a forward pass over one
    token, which has no effect whichever of the two the server executes.
 5. Some servers do not count a request that failed, and refuse those after it: "expected 20, got
    21".  What is refused in this way was not executed.  Once everything in flight is settled, it is
@@ -48,8 +48,8 @@ from tinkex.errors import (
 #: Statuses of a server that has read a request, so that its seq_id is used.  409 is one, too.
 _READ = (400, 404, 410, 422)
 
-#: Statuses of a request that was turned away unread.  Like 5xx, they leave open what became of
-#: an earlier attempt whose response was lost.
+#: Statuses of a request that was rejected unread.  Like 5xx, they leave open what became of an
+#: earlier attempt whose response was lost.
 _UNREAD = (401, 402, 403, 408, 429)
 
 _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
@@ -81,9 +81,9 @@ class Action(enum.Enum):
 class LostAction(enum.Enum):
     """What to do if the lost request could not be resent."""
 
-    CONTINUE = "go on with the request that had to wait: what became of the lost one is known"
+    CONTINUE = "send the request that waits for it: what became of the lost one is known"
     FILL = "use its seq_id for something that has no effect"
-    REPORT = "fail the request that had to wait"
+    REPORT = "fail the request that waits for it"
 
 
 class Message(Protocol):
@@ -136,7 +136,7 @@ class SequenceRules(Generic[R, M]):
         self.next_seq_id = first_seq_id
         self.lost: Optional[Lost[R, M]] = None
         self._sent: Optional[M] = None  # by the request that is being sent
-        self._last_rejected = False  # the last attempt at next_seq_id, before it was read: rule 3
+        self._last_rejected = False  # the last attempt at next_seq_id was rejected unread: rule 3
         self._in_flight: Dict[R, int] = {}  # accepted and not settled, with their seq_ids
         self._refused: List[_Refused] = []
         self._done_seq_id = first_seq_id - 1  # the highest one that is known to be done
@@ -166,6 +166,8 @@ class SequenceRules(Generic[R, M]):
         that the lost request must be resent first: its ``seq_id`` must not get another body.
         """
         lost = self.lost
+        # By route and body alone: each message has a new idempotency key, and the lost one must be
+        # resent under its own.
         if lost is None:
             self._sent = message
         elif (message.path, message.body) == (lost.message.path, lost.message.body):
@@ -188,11 +190,13 @@ class SequenceRules(Generic[R, M]):
             return Action.REPORT
         if outcome is Outcome.CONFLICT:
             was_lost, was_rejected = self.lost is not None, self._last_rejected
-            self._use(seq_id)
+            self._use(seq_id)  # a 409 shows that the seq_id is taken, by whatever request
             if was_lost:  # the same body was sent, so it is this request that used the seq_id
                 return Action.REPORT_DONE
             return Action.SEND_AGAIN if was_rejected else Action.REPORT  # rule 3
         self._last_rejected = True
+        # Once a filler may have used the seq_id, no failure of the lost request itself shows that
+        # the seq_id is free.
         filler_sent = self.lost is not None and self.lost.filler_sent
         if outcome in (Outcome.UNKNOWN, Outcome.CRASHED):  # rule 4
             if self._sent is not None:
@@ -273,6 +277,7 @@ class SequenceRules(Generic[R, M]):
         self._expected_seq_id = 0
         refused, self._refused = self._refused, []
         if refused:
+            # The latest refusal shows the server's latest state.
             self.next_seq_id = refused[-1].expected
         return [entry.request for entry in sorted(refused, key=operator.attrgetter("seq_id"))]
 
@@ -284,7 +289,7 @@ class SequenceRules(Generic[R, M]):
         """Count *seq_id* as used."""
         self.next_seq_id = max(self.next_seq_id, seq_id + 1)
         self._last_rejected = False
-        self.lost = self._sent = None  # a body takes much memory
+        self.lost = self._sent = None  # also frees the body, which may be large
 
 
 def classify(error: BaseException) -> Outcome:
@@ -310,6 +315,8 @@ def expected_seq_id(error: BaseException, seq_id: int) -> Optional[int]:
     """Return the ``seq_id`` that the server expects instead of *seq_id*, if *error* names one."""
     if not isinstance(error, (RequestFailedError, ConflictError)):
         return None
+    # Some servers report it by a 409, others as the failure of a request that they have accepted
+    # (docs/servers.md).
     if error.status != 409 and "equence conflict" not in error.message:
         return None
     found = _CONFLICT.search(error.message)

@@ -8,7 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Optional
 
 from tinkex._transport.request import Reply, Request
-from tinkex._transport.request_errors import error_if_damaged, repeated_error_hint
+from tinkex._transport.request_errors import (
+    error_if_damaged,
+    repeated_error_hint,
+    unreachable_server,
+)
 from tinkex.errors import (
     APIConnectionError,
     APIError,
@@ -154,7 +158,14 @@ class RequestAttempts:
         attempt = self._retries.attempts
         # An outage of minutes has hundreds of attempts: a few of them are enough for the log.
         level = logging.INFO if attempt in (1, 4) or attempt % 16 == 0 else logging.DEBUG
-        logger.log(level, "%s; attempt %d, next in %.1f s", error.message, attempt, delay_s)
+        logger.log(
+            level,
+            "%s; attempt %d, next in %.1f s",
+            error.message,
+            attempt,
+            delay_s,
+            extra=unreachable_server(error, self._transport.config),
+        )
 
     def _refuse_while_throttled(self) -> None:
         """Raise RateLimitError, instead of sending, while the server is rate-limiting."""

@@ -13,9 +13,8 @@ import queue
 import threading
 from typing import Callable, Deque, Iterator, Optional, Protocol, Set
 
-from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock, LongWait
 from tinkex._runtime.inbox import Inbox
-from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import BackpressureError, ClientClosedError
 
 logger = logging.getLogger(__name__)

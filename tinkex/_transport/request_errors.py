@@ -10,7 +10,7 @@ from __future__ import annotations
 import http.client
 import re
 import socket
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 from urllib.parse import urlsplit
 
 import orjson
@@ -280,6 +280,13 @@ def repeated_error_hint(request: Request, times: int) -> str:
         f"The server returned the same error {times} times: its route {request.name} is broken, or "
         "fails for this request. See its log."
     )
+
+
+def unreachable_server(error: APIError, config: Config) -> Dict[str, Optional[str]]:
+    """Return the *extra* of a log record about *error*: the server, if nothing responds there."""
+    is_outage = isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+    # With a status, something did respond: a gateway.
+    return {"unreachable": config.host_and_port if is_outage and error.status is None else None}
 
 
 # ---- A response that is not the server's, or was damaged ----

@@ -10,7 +10,7 @@ import click
 
 from tinkex import auth as access
 from tinkex._transport.transport import Transport
-from tinkex.cli import status as status_line
+from tinkex.cli import status_line
 from tinkex.cli.commands import Group, in_flags
 from tinkex.cli.connect import advice, base_url_option, explained
 from tinkex.cli.output import format_option, print_facts

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import click
 
 from tinkex import types
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import Command
 from tinkex.cli.generate import (
     ContextFullError,
@@ -89,7 +89,7 @@ def _lines() -> Iterator[str]:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # gives input() a history and editing
     while True:
-        with status.hidden():
+        with status_line.hidden():
             if typed:
                 try:
                     line = input("> ")

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.errors import TinkexError
 
 #: Setting of the library -> the parameter of commands with another name.
@@ -52,10 +52,9 @@ class Command(click.Command):
         self.params.append(verbose_option())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         try:
             verbose = ctx.meta.get(_VERBOSE, False)
-            with status.shown(f"{ctx.command_path}: working", verbose=verbose) as ctx.obj:
+            with status_line.shown(f"{ctx.command_path}: working", verbose=verbose) as ctx.obj:
                 return super().invoke(ctx)
         except TinkexError as error:
             raise Failed(error_in_flags(error, ctx)) from error

@@ -13,7 +13,7 @@ import click
 import tinkex
 from tinkex._api._optional import is_missing_route
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.cli import serve, status
+from tinkex.cli import serve, status_line
 from tinkex.cli.output import format_option
 from tinkex.cli.terminal import echo_error
 from tinkex.config import Config
@@ -21,11 +21,14 @@ from tinkex.errors import (
     APIConnectionError,
     APIError,
     APIStatusError,
+    BadRequestError,
     ConfigError,
     InvalidInputError,
+    NotFoundError,
     ResponseDecodeError,
     RouteMissingError,
     SessionLostError,
+    UnprocessableEntityError,
 )
 from tinkex.types.checkpoint_path import ParsedCheckpointTinkerPath, locate_checkpoint
 
@@ -66,7 +69,7 @@ def find_server(base_url: Optional[str], otherwise: str = "") -> Config:
     elif source == _SERVED_HERE:
         echo_error(f"Using the server at {base_url}.")
     config = Config.resolve(base_url=base_url)
-    status.waiting_for(f"waiting for {config.host_and_port}")
+    status_line.waiting_for(f"waiting for {config.host_and_port}")
     return config
 
 
@@ -116,7 +119,7 @@ def open_service(
         data_dir: folder for checkpoints of the embedded server; None keeps none.
     """
     if local_model is not None:
-        status.waiting_for(f"loading {local_model}")
+        status_line.waiting_for(f"loading {local_model}")
         with tinkex.ServiceClient.local(model=local_model, data_dir=data_dir) as service:
             yield service
         return
@@ -171,6 +174,7 @@ def explained(config: Config) -> Iterator[None]:
 
 def explain(error: APIError, config: Config) -> None:
     """Add the server of *config* and advice to *error*."""
+    # The messages of failed connections name the server themselves.
     if config.host_and_port not in error.message:
         error.message = ErrorText(f"{config.host_and_port}: ", error.message)
     error.hint = advice(error)
@@ -221,6 +225,15 @@ def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int
         if len(page) < wanted:
             break
     return found
+
+
+def base_sampler(service: tinkex.ServiceClient, model: str) -> tinkex.SamplingClient:
+    """Return a client of the base *model*; the error for an unknown one names the remedy."""
+    try:
+        return service.create_sampling_client(base_model=model)
+    except (BadRequestError, NotFoundError, UnprocessableEntityError) as error:
+        error.hint = error.hint or "`tinkex model list` lists the models that the server offers."
+        raise
 
 
 def context_length(service: tinkex.ServiceClient, model: Optional[str]) -> Optional[int]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import Command, Group
 from tinkex.cli.output import format_option, print_json, wants_json, warnings_in_words
 from tinkex.cli.terminal import echo, visible
@@ -98,9 +98,9 @@ def show(
     with warnings_in_words():
         examples = open_examples(file, skip_bad=skip_bad)
     places = _places(examples, lines, limit)
-    status.waiting_for("loading the tokenizer")
+    status_line.waiting_for("loading the tokenizer")
     tokenizer = _load_tokenizer(model)
-    status.waiting_for("reading the examples")
+    status_line.waiting_for("reading the examples")
     found = itertools.chain.from_iterable(
         _datums(examples, place, tokenizer, learn, max_tokens) for place in places
     )
@@ -179,7 +179,7 @@ def _print(shown: _Shown) -> None:
     if console.color_system is None or console.no_color:
         echo("".join(_marked(text, weight) for text, weight in spans) + "\n")
         return
-    with status.hidden():
+    with status_line.hidden():
         console.print(
             Text.assemble(*((text, _style(weight)) for text, weight in spans)), end="\n\n"
         )

@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import click
 
 import tinkex
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import base_url_option, check_path, explain, open_rest
 from tinkex.cli.output import count, format_option, print_json, wants_json
@@ -113,12 +113,13 @@ def _of_run(
 def _delete(rest: tinkex.RestClient, paths: List[str]) -> List[Tuple[str, APIError]]:
     """Delete *paths* concurrently; return those that failed, with the error."""
     failed = []
-    status.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
+    status_line.waiting_for(f"deleting {count(len(paths), 'checkpoint')}")
+    # All are under way before the first is waited for.
     futures = [(path, rest.delete_checkpoint_from_tinker_path(path)) for path in paths]
     for path, future in futures:
         try:
             future.result()
-        except APIError as error:  # go on with the others
+        except APIError as error:  # the others are deleted all the same
             explain(error, rest.config)
             failed.append((path, error))
     return failed

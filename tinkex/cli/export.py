@@ -8,7 +8,7 @@ from typing import Iterator, Optional
 import click
 
 import tinkex
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import advice, base_url_option, check_path, open_rest
 from tinkex.cli.output import format_option, print_facts, progress_bar, size
@@ -37,7 +37,7 @@ def export(
     is written for PEFT's AutoPeftModelForCausalLM; with --merge, the whole model for
     AutoModelForCausalLM.
     """
-    status.waiting_for(f"exporting {source}")
+    status_line.waiting_for(f"exporting {source}")
     with progress_bar("Downloading") as report, _client(source, base_url) as rest:
         folder = export_model(
             source, dest, merge=merge, base_model=base_model, rest=rest, progress=report

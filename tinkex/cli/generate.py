@@ -23,9 +23,10 @@ import click
 import tinkex
 from tinkex import types
 from tinkex._transport import request_log
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.commands import error_in_flags
 from tinkex.cli.connect import (
+    base_sampler,
     base_url_option,
     check_path,
     context_length,
@@ -126,12 +127,12 @@ def _open_run_folder(folder: Path, base_url: Optional[str]) -> Iterator[Generato
     """Open a session with the newest weights of the run in *folder*; it ends with the block."""
     from tinkex import recipes
 
-    status.waiting_for(f"opening the server of {folder}")
+    status_line.waiting_for(f"opening the server of {folder}")
     if base_url is None and recipes.server_of(folder) is None:  # an older version made the run
         base_url = find_server(None).base_url
     service, record = recipes.open_service(folder, base_url)
     with service, explained(service.config):
-        status.waiting_for("finding the newest weights")
+        status_line.waiting_for("finding the newest weights")
         path = recipes.find_sampler(service, record)
         yield Generator(service, path, record.spec["base_model"])
 
@@ -189,8 +190,8 @@ class Generator:
             self._sampler = service.create_sampling_client(model_path=model_path)
         else:
             self._model = base_model or _only_model(service)
-            self._sampler = service.create_sampling_client(base_model=self._model)
-        status.waiting_for("loading the tokenizer")
+            self._sampler = base_sampler(service, self._model)
+        status_line.waiting_for("loading the tokenizer")
         self.tokenizer: Any = self._sampler.get_tokenizer()
         self._streams: Optional[bool] = None  # whether the server does; None before it was asked
 
@@ -198,7 +199,7 @@ class Generator:
         self, tokens: List[int], params: types.SamplingParams, count: int
     ) -> types.SampleResponse:
         """Return *count* continuations of *tokens*."""
-        status.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        status_line.waiting_for(f"waiting for {self._config.host_and_port} to sample")
         prompt = types.ModelInput.from_ints(tokens)
         return self._sampler.sample(
             prompt=prompt, num_samples=count, sampling_params=params
@@ -216,7 +217,8 @@ class Generator:
         if not self._streams:
             yield self.read(self.sample(tokens, params, 1).sequences[0].tokens)
             return
-        status.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        status_line.waiting_for(f"waiting for {self._config.host_and_port} to sample")
+        # Tokens, not text: the endpoint would encode a text by rules of its own.
         body = {"model": self._model, "prompt": tokens, "stream": True, **params.to_json()}
         yield from _stream(self._config, {**body, "include_stop_str_in_output": True})
 
@@ -256,7 +258,7 @@ def write_pieces(pieces: Iterator[str]) -> str:
     first = next(pieces, "")  # the status line is shown until then
     parts: List[str] = []
     out = sys.stdout
-    with status.hidden():
+    with status_line.hidden():
         for piece in itertools.chain([first], pieces, ["\n"]):
             parts.append(piece)
             if out is not None:
@@ -282,6 +284,8 @@ def _only_model(service: tinkex.ServiceClient) -> str:
 
 def _offers_streams(config: Config) -> bool:
     """Return whether the server is an embedded one that can be reached directly."""
+    # By plain http.client, without the library's retries and proxies: where a proxy is needed, this
+    # fails, and the text comes in one piece over the protocol.
     connection = _connect(config, timeout_s=5.0)
     return is_embedded(connection, _path(config, "models"), _headers(config))
 
@@ -308,6 +312,7 @@ def _stream(config: Config, body: Dict[str, Any]) -> Iterator[str]:
                 if "error" in event:
                     raise _failure(event)
                 yield event["choices"][0]["text"]
+        # A complete stream ends with [DONE]; this text may lack its end.
         raise APIConnectionError(f"{config.host_and_port}: the stream ended early")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise APIConnectionError(f"{config.host_and_port}: the stream broke: {error}") from error

@@ -37,7 +37,7 @@ COMMANDS: Dict[str, Sequence[str]] = {
     "sample": ("tinkex.cli.sample:sample", "Prompt in, text out."),
     "session": ("tinkex.cli.sessions:session", "List and show sessions."),
     "serve": ("tinkex.cli.serve:serve", "Serve a model on this machine."),
-    "status": ("tinkex.cli.activity:status", "Show what is in flight on this machine."),
+    "status": ("tinkex.cli.status:status", "Show what is in flight on this machine."),
     "train": ("tinkex.cli.train:train", "Fine-tune a model on a file of examples."),
     "version": ("tinkex.cli.main:version", "Print the version."),
 }
@@ -52,14 +52,14 @@ class LazyGroup(Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         with terminal.write_errors():
             result = super().invoke(ctx)
+            # Here a full disk or a closed pipe is an error of the command; at exit, Python would
+            # report it with a traceback and exit code 120.
             terminal.flush_output()
         return result
 
     def list_commands(self, ctx: click.Context) -> List[str]:
-        """Return the names in alphabetical order."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
@@ -99,11 +99,13 @@ def version() -> None:
 def run_command(args: Optional[Sequence[str]] = None) -> int:
     """Run the command line *args* (by default the process's own) and return its exit code."""
     try:
+        # Standalone mode would write errors itself, and end the process.
         result: Any = cli.main(args, prog_name="tinkex", standalone_mode=False)
     except click.UsageError as error:
         _show_usage(error)
         return error.exit_code
     except click.ClickException as error:
+        # transformers reports Ctrl-C in one of its late imports as an ImportError of its own.
         if is_interrupt(error):
             terminal.echo_error("Interrupted.")
             return INTERRUPTED

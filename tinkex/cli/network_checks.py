@@ -82,6 +82,7 @@ def _tls_context(config: Config) -> ssl.SSLContext:
 
 def _address(config: Config) -> Tuple[str, int]:
     """Return host and port that connections are made to: the proxy's, if there is one."""
+    # A proxy resolves the server's name itself, and it may be the only one that can.
     parts = urlsplit(config.proxy or config.base_url)
     default = {"https": 443, "http": 80}.get(parts.scheme, 1080)
     return str(parts.hostname), parts.port or default

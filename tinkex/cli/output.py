@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVa
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.terminal import echo, echo_error, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,6 +85,7 @@ def print_table(
         return
     lines = [[visible(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(_width, column)) for column in zip(columns, *lines)]
+    # A terminal would wrap the rows, and a path could not be copied in one piece.
     if sum(widths) + 2 * len(widths) - 2 > _columns():
         blocks = [_facts(list(zip(columns, line))) for line in lines]
         echo("\n\n".join([title, *blocks]))
@@ -142,7 +143,7 @@ def print_csv(where: str, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
     """Show progress in bytes on stderr; yield a function to report it with (done, total)."""
-    line = status.current()  # looked up here, because other threads report the progress
+    line = status_line.current()  # looked up here, because other threads report the progress
     if line is None or not line.live:
 
         def in_words(done: int, total: Optional[int]) -> None:
@@ -159,7 +160,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, Optional[int]], None]]:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     )  # fmt: skip
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
-    with status.hidden(), bars:
+    with status_line.hidden(), bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -18,14 +18,31 @@ def run() -> None:
     """List and show training runs."""
 
 
+def _lora(found: TrainingRun) -> str:
+    if not found.is_lora:
+        return "no"
+    return f"rank {found.lora_rank}" if found.lora_rank is not None else "yes"
+
+
+def _checkpoint(found: TrainingRun, what: str) -> str:
+    newest = found.last_checkpoint
+    if newest is None:
+        return "-"
+    return when(newest.time) if what == "time" else newest.checkpoint_id
+
+
+def _status(found: TrainingRun) -> str:
+    return "corrupted" if found.corrupted else "ok"
+
+
 #: Column -> title, and the value for a run.
 COLUMNS: Dict[str, Tuple[str, Callable[[TrainingRun], str]]] = {
     "id": ("Run ID", lambda run: run.training_run_id),
     "model": ("Base Model", lambda run: run.base_model),
     "owner": ("Owner", lambda run: run.model_owner),
-    "lora": ("LoRA", lambda run: _lora(run)),
+    "lora": ("LoRA", _lora),
     "updated": ("Last Update", lambda run: when(run.last_request_time)),
-    "status": ("Status", lambda run: _status(run)),
+    "status": ("Status", _status),
     "checkpoint": ("Last Checkpoint", lambda run: _checkpoint(run, "checkpoint_id")),
     "checkpoint_time": ("Checkpoint Time", lambda run: _checkpoint(run, "time")),
 }
@@ -93,20 +110,3 @@ def show_run(rest: tinkex.RestClient, run_id: str) -> None:
             rows.append([label, checkpoint.tinker_path])
     rows += [[f"Metadata: {key}", str(value)] for key, value in (found.user_metadata or {}).items()]
     print_facts(f"Training run {run_id}", rows, as_json=found.to_wire())
-
-
-def _lora(found: TrainingRun) -> str:
-    if not found.is_lora:
-        return "no"
-    return f"rank {found.lora_rank}" if found.lora_rank is not None else "yes"
-
-
-def _checkpoint(found: TrainingRun, what: str) -> str:
-    newest = found.last_checkpoint
-    if newest is None:
-        return "-"
-    return when(newest.time) if what == "time" else newest.checkpoint_id
-
-
-def _status(found: TrainingRun) -> str:
-    return "corrupted" if found.corrupted else "ok"

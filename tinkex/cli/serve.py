@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 
 import click
 
-from tinkex.cli import status, terminal
+from tinkex.cli import status_line, terminal
 from tinkex.cli.commands import Command
 from tinkex.cli.signals import Ended, EndSignals
 from tinkex.cli.terminal import echo, echo_error
@@ -79,7 +79,7 @@ def serve(
             check_bind(host, port, api_key)
             folder = data_dir or default_data_dir()
             check_folder(folder)
-            status.waiting_for(f"loading {model}")
+            status_line.waiting_for(f"loading {model}")
             engine = load_engine(model, device, progress=echo_error)
             server = LocalServer(
                 engine,
@@ -91,8 +91,9 @@ def serve(
                 settings=ServerSettings(allowed_hosts=allowed_hosts),
                 access_log=None if quiet else _log_request,
             )
+            # From here on a signal must not interrupt: it could hit the closing of the server.
             signals.hold()
-            with server, status.hidden():
+            with server, status_line.hidden():
                 echo(
                     f"tinkex is ready: {model} at {server.url}   "
                     f"(open it in a browser to watch it; export TINKER_BASE_URL={server.url}; "
@@ -105,8 +106,7 @@ def serve(
         if signals.code is None:
             raise
         code = signals.code  # some libraries replace the interrupt by an error of their own
-    if code:
-        echo_error("stopped")
+    echo_error("stopped")
     ctx.exit(code)
 
 

@@ -53,6 +53,8 @@ class EndSignals:
 
     def wait(self) -> int:
         """Block until a signal arrives; return the exit code."""
+        # Python writes a byte when a signal arrives, and runs `_handle` once recv has returned: a
+        # signal before this call has left its byte behind, so that none is missed.
         while self.code is None:
             self._read.recv(64)
         return self.code
@@ -80,7 +82,7 @@ class EndSignals:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether *error* was raised in the place of a KeyboardInterrupt, as some libraries do."""
+    """Whether *error* stands for a KeyboardInterrupt, which some libraries convert."""
     seen: List[BaseException] = []  # an error can be its own cause's context
     found: Optional[BaseException] = error
     while found is not None and found not in seen:
@@ -94,6 +96,7 @@ def is_interrupt(error: BaseException) -> bool:
 def exit_at_interrupt() -> None:
     """Make Ctrl-C end the process without a traceback while it exits."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # os._exit, because an exception in the interpreter's last steps is printed and ignored.
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
 
 

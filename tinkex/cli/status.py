@@ -1,205 +1,107 @@
-"""The status line: what a command is waiting for, on stderr.
-
-On a terminal it is redrawn every second and erased before anything else is printed; otherwise it is
-a series of lines at doubling intervals, up to a minute.  The environment variable
-``TINKEX_NO_STATUS`` disables both.
-
-Each command owns a StatusLine, which owns the daemon thread "tinkex-status" while it is shown.
-While that thread runs, only it writes to stderr; log records are passed to it.
-"""
+"""``tinkex status``: what the clients on this machine have in flight, and run folders."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import queue
-import shutil
-import sys
-import threading
+import dataclasses
 import time
-from typing import Iterator, Optional
+from datetime import datetime, timezone
+from typing import Any, Dict, List, Tuple
 
 import click
 
-from tinkex._runtime.inbox import Inbox
+from tinkex._sessions.process_status import ProcessStatus, SessionStatus, read_processes
+from tinkex.cli.commands import Command
+from tinkex.cli.output import count, format_option, print_table, when
+from tinkex.runs import read_run
 
-#: Seconds without output before the first line.
-FIRST_S = 1.5
-_REDRAW_S = 1.0
-_MAX_GAP_S = 60.0
-
-#: Loggers whose records describe slow steps.
-_STEPS = (
-    "tinkex._api.archives",
-    "tinkex.clients.checkpoints",
-    "tinkex.local.engines.models",
-    "tinkex._downloads",
-    "tinkex._transport.attempts",
-)
-
-#: The log of requests, which ``--verbose`` shows.
-_REQUESTS = "tinkex._transport.request_log"
+#: A process that has not written its status for this long, in seconds, is worth a remark.
+_LATE_S = 60.0
 
 
-class StatusLine:
-    """One line about what a command is waiting for.
+@click.command(cls=Command)
+@click.argument("folders", metavar="[FOLDER]...", nargs=-1)
+@format_option
+def status(folders: Tuple[str, ...]) -> None:
+    """Show the sessions of this user's programs on this machine, and their work in flight.
 
-    Args:
-        doing: the text; may be assigned from any thread.
-        first_s: seconds without output before the first line.
+    With run folders, show how far these runs are instead, also after their programs have ended.
+
+    What is in flight is up to ten seconds old.  Programs that only list or download things have no
+    session, and are not shown.
     """
-
-    def __init__(self, doing: str, first_s: float) -> None:
-        self.doing = doing
-        self._first_s = first_s
-        self._enabled = sys.stderr is not None and not os.environ.get("TINKEX_NO_STATUS")
-        #: Whether the line is redrawn in place, on a terminal.
-        self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._began = time.monotonic()
-        self._drawn = 0  # columns drawn on the terminal; used by the thread only
-        # Lines to print; None ends the thread.
-        self._inbox: Inbox[Optional[str]] = Inbox()
-        self._thread: Optional[threading.Thread] = None
-
-    def start(self) -> None:
-        """Start showing the line."""
-        if not self._enabled:
-            return
-        thread = threading.Thread(target=self._run, name="tinkex-status", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: do without a status line
-            thread.start()
-            self._thread = thread
-
-    def stop(self) -> None:
-        """Erase the line, so that the next output starts on a clean line."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._inbox.put(None)
-            thread.join()
-        self._print_rest()
-
-    def print(self, line: str) -> None:
-        """Print *line* above the status line.  Safe from any thread."""
-        self._inbox.put(line)
-        if self._thread is None:  # otherwise the thread, or `stop`, prints it
-            self._print_rest()
-
-    def _print_rest(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                line = self._inbox.get_nowait()
-                if line is not None:
-                    self._write(f"{line}\n")
-
-    def _run(self) -> None:
-        due = time.monotonic() + self._first_s
-        gap_s = 2 * self._first_s
-        while True:
-            try:
-                line = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                self._draw()
-                due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
-                gap_s = min(2 * gap_s, _MAX_GAP_S)
-                continue
-            self._erase()
-            if line is None:
-                return
-            self._write(f"{line}\n")
-
-    def _draw(self) -> None:
-        doing, elapsed = self.doing.replace("\n", " "), f" ({time.monotonic() - self._began:.0f} s)"
-        if not self.live:
-            self._write(f"{doing}{elapsed}\n")
-            return
-        self._erase()
-        room = shutil.get_terminal_size().columns - len(elapsed) - 1  # a full line would wrap
-        text = doing[: max(0, room)] + elapsed
-        self._write(text)
-        self._drawn = len(text)
-
-    def _erase(self) -> None:
-        if self._drawn:
-            self._write(f"\r{' ' * self._drawn}\r")
-            self._drawn = 0
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # stderr is closed or full
-            sys.stderr.write(text)
-            sys.stderr.flush()
+    if folders:
+        _show_runs(folders)
+    else:
+        _show_processes()
 
 
-class _LogToStatus(logging.Handler):
-    """Prints warnings above the status line, and shows records of slow steps in it.
-
-    If *verbose*, it prints what is worth an INFO, and each request, too.
-    """
-
-    def __init__(self, line: StatusLine, verbose: bool) -> None:
-        super().__init__()
-        self._line = line
-        self._min_level = logging.INFO if verbose else logging.WARNING
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show or print *record*."""
-        try:
-            if record.levelno >= self._min_level or record.name == _REQUESTS:
-                self._line.print(self.format(record))
-            else:
-                self._line.doing = record.getMessage()
-        except Exception:
-            self.handleError(record)
+def _show_processes() -> None:
+    now = time.time()
+    found = read_processes(now)
+    sessions = [(process, session) for process in found for session in process.sessions]
+    print_table(
+        f"{count(len(sessions), 'session')} of {count(len(found), 'process', 'processes')}",
+        ["PID", "Program", "Server", "Session ID", "In Flight", "Heartbeat", "As Of"],
+        [_row(process, session, now) for process, session in sessions],
+        as_json={"processes": [dataclasses.asdict(process) for process in found]},
+    )
 
 
-@contextlib.contextmanager
-def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
-    """Show a status line and the library's log records during the block.
-
-    If *verbose*, each request is printed, too.
-    """
-    line = StatusLine(doing, FIRST_S)
-    handler = _LogToStatus(line, verbose)
-    logger = logging.getLogger("tinkex")
-    levels = dict.fromkeys(_STEPS, logging.DEBUG)
-    if verbose:
-        levels.update({logger.name: logging.INFO, _REQUESTS: logging.DEBUG})
-    before = {name: logging.getLogger(name).level for name in levels}
-    logger.addHandler(handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    line.start()
-    try:
-        yield line
-    finally:
-        line.stop()
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        logger.removeHandler(handler)
+def _row(process: ProcessStatus, session: SessionStatus, now: float) -> List[str]:
+    work = [f"{n} {kind}" for kind, n in sorted(session.in_flight.items())]
+    work += [f"{session.queued} queued"] if session.queued else []
+    beat = f"ok {_ago(session.last_success_at, now)}"
+    if session.failures:
+        beat = f"failing for {_ago(session.last_success_at, now)}: {session.last_error}"
+    late = now - process.updated_at > _LATE_S
+    return [
+        str(process.pid),
+        process.program,
+        session.server,
+        session.session_id,
+        ", ".join(work) or "-",
+        beat,
+        _ago(process.updated_at, now) + (" (suspended or busy?)" if late else ""),
+    ]
 
 
-def current() -> Optional[StatusLine]:
-    """Return the status line of the running command; None outside one, and in other threads."""
-    ctx = click.get_current_context(silent=True)
-    return None if ctx is None else ctx.find_object(StatusLine)
+def _ago(at: float, now: float) -> str:
+    seconds = max(0.0, now - at)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def waiting_for(doing: str) -> None:
-    """Set the text of the running command's status line."""
-    line = current()
-    if line is not None:
-        line.doing = doing
+def _show_runs(folders: Tuple[str, ...]) -> None:
+    runs: List[Dict[str, Any]] = []
+    for folder in folders:
+        record = read_run(folder)
+        newest = record.checkpoints[-1] if record.checkpoints else None
+        facts = {
+            "folder": folder,
+            "base_model": record.spec.get("base_model"),
+            "steps": record.steps[-1].index + 1 if record.steps else 0,
+            "last_step_at": record.steps[-1].at if record.steps else None,
+            "checkpoint": newest.path if newest else None,
+            "checkpoint_steps": newest.steps if newest else None,
+        }
+        runs.append(facts)
+    print_table(
+        count(len(runs), "run"),
+        ["Folder", "Base Model", "Steps", "Last Step", "Checkpoint"],
+        [
+            [
+                run["folder"],
+                run["base_model"] or "-",
+                str(run["steps"]),
+                _time_of(run["last_step_at"]),
+                f"{run['checkpoint']} (step {run['checkpoint_steps']})"
+                if run["checkpoint"]
+                else "-",
+            ]
+            for run in runs
+        ],
+        as_json={"runs": runs},
+    )
 
 
-@contextlib.contextmanager
-def hidden() -> Iterator[None]:
-    """Hide the status line during the block, which prints something or asks a question."""
-    line = current()
-    if line is None or line._thread is None:
-        yield
-        return
-    line.stop()
-    try:
-        yield
-    finally:
-        line.start()
+def _time_of(at: Any) -> str:
+    return "-" if at is None else when(datetime.fromtimestamp(at, timezone.utc))

@@ -15,7 +15,7 @@ from typing import Iterator, Optional, TextIO
 
 import click
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 
 #: Errors of writing to a file, a pipe or a terminal.
 _WRITING = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -66,11 +66,11 @@ def echo_error(text: str) -> None:
 
 
 def _write(stream: Optional[TextIO], text: str) -> None:
-    if stream is None:  # the process was started without it
+    if stream is None:  # the process was started without it, as by pythonw
         return
-    with status.hidden():
+    with status_line.hidden():
         stream.write(f"{text}\n")
-        stream.flush()
+        stream.flush()  # so that a failure is raised here, where it is reported
 
 
 def flush_output() -> None:
@@ -106,7 +106,7 @@ def write_errors() -> Iterator[None]:
 
 def read_input() -> str:
     """Return all of stdin; empty if the process was started without it."""
-    with status.hidden():
+    with status_line.hidden():
         return "" if sys.stdin is None else sys.stdin.read()
 
 
@@ -116,7 +116,7 @@ def ask_secret(label: str) -> str:
     Raises:
         NoInputError: nothing was entered.
     """
-    with status.hidden():
+    with status_line.hidden():
         if sys.stdin is not None and not sys.stdin.isatty():
             secret = sys.stdin.readline().strip()
         else:
@@ -138,7 +138,7 @@ def confirm(question: str, otherwise: str) -> bool:
     Raises:
         NoInputError: the input ended before a reply; *otherwise* explains the consequence.
     """
-    with status.hidden():
+    with status_line.hidden():
         while True:
             sys.stderr.write(f"{question} [y/N]: ")
             sys.stderr.flush()

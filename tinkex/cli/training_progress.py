@@ -11,7 +11,7 @@ import time
 from types import TracebackType
 from typing import Any, Mapping, Optional, Type
 
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.terminal import echo_error
 
 #: Seconds between two lines, at least; those with a held-out loss are always written.
@@ -32,15 +32,17 @@ class TrainingProgress:
         self._heldout: Optional[float] = None
         self._tokens = 0.0
         self._began = self._written = time.monotonic()
+        self._line: Optional[status_line.StatusLine] = None
         self._bar: Any = None
         self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingProgress:
-        line = status.current()
-        live = line is not None and line.live
-        self._shown.enter_context(status.hidden())
-        if live:
-            self._bar = self._shown.enter_context(_bar(self._steps, self._first))
+        line = self._line = status_line.current()
+        if line is not None:
+            line.doing = ""  # until a log record reports a wait, as for a server that is gone
+            if line.live:  # the bar redraws its own line, and shows such a wait in it
+                self._shown.enter_context(status_line.hidden())
+                self._bar = self._shown.enter_context(_bar(self._steps, self._first, line))
         return self
 
     def __exit__(
@@ -53,6 +55,8 @@ class TrainingProgress:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of *step*; those after the last one are of the weights at the end."""
+        if self._line is not None:
+            self._line.doing = ""  # a step is done, so the wait, if there was one, is over
         measured = "heldout_loss" in metrics
         self._heldout = metrics.get("heldout_loss", self._heldout)
         self._tokens += metrics.get("tokens", 0.0)
@@ -78,7 +82,7 @@ class TrainingProgress:
             echo_error(f"{where}: {', '.join(parts)}")
 
 
-def _bar(steps: int, done: int) -> Any:
+def _bar(steps: int, done: int, line: status_line.StatusLine) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -87,12 +91,17 @@ def _bar(steps: int, done: int) -> Any:
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class MetricsColumn(TextColumn):
+        def render(self, task: Any) -> Any:
+            return Text(line.doing) if line.doing else super().render(task)
 
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("{task.fields[shown]}"),
+        MetricsColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True))

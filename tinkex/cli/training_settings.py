@@ -10,13 +10,13 @@ from typing import Any, Dict, Optional, Tuple
 
 from tinkex import data
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex.cli import status
+from tinkex.cli import status_line
 from tinkex.cli.output import count
 from tinkex.config import Config
 from tinkex.errors import InvalidInputError
 from tinkex.recipes.prepared import split_heldout
 from tinkex.recipes.schedules import Schedule, constant, cosine, linear
-from tinkex.recipes.serving import EMBEDDED
+from tinkex.runs.records import EMBEDDED
 
 METHODS = ("supervised", "dpo")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -82,7 +82,7 @@ class Job:
             self.model = str(Path(self.model).resolve())  # `tinkex chat` may run elsewhere
 
 
-class Files:
+class JobExamples:
     """The examples of a job, read but not prepared.
 
     Attributes:
@@ -91,7 +91,7 @@ class Files:
     """
 
     def __init__(self, job: Job) -> None:
-        status.waiting_for(f"reading {job.file}")
+        status_line.waiting_for(f"reading {job.file}")
         self.training = data.open_examples(job.file, skip_bad=job.skip_bad)
         self.method = _method(job, self.training)
         self.heldout = self.training

@@ -10,10 +10,10 @@ from typing import Iterator, Optional, Tuple
 import click
 
 import tinkex
+from tinkex._downloads.hub import derived_repo_id
 from tinkex.cli.commands import Command
 from tinkex.cli.connect import check_path, with_rest
 from tinkex.cli.output import print_facts, print_text, progress_bar, size
-from tinkex.clients.hub import derived_repo_id
 from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
 

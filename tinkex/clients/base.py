@@ -1,9 +1,8 @@
-"""What the clients have in common.  Each holds a Runtime, which only its maker need own."""
+"""What the clients have in common.  Each refers to a Runtime, which only one of them owns."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generator, Optional, TypeVar, Union
 
@@ -137,19 +136,11 @@ class LookupClient(BaseClient):
         return f"<{type(self).__name__} at {self.config.base_url}, {state}>"
 
     def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> APIFuture[T]:
-        """Have a background thread make *call*, with the transport before the arguments given.
+        """Return the future of ``call(transport, *args, **kwargs)`` in a background thread.
 
-        Returns its future without blocking.  *call* must not refer to this client, which may be
-        dropped before its futures are done.
+        *call* must not refer to this client, which may be dropped before its futures are done.
         """
         kind = call.__name__
         self._ensure_open(kind)
         bound = functools.partial(call, self._runtime.transport, *args, **kwargs)
         return self._runtime.run(kind, bound)
-
-
-def moved(name: str) -> None:
-    """Warn that a method of RestClient is one of AdminClient now."""
-    warnings.warn(
-        f"RestClient.{name} has moved: use AdminClient().{name}", DeprecationWarning, stacklevel=3
-    )

@@ -1,4 +1,4 @@
-"""Pipeline: training steps, the next of which are submitted before one is waited for.
+"""Pipeline: training steps, with the next ones submitted before the oldest is waited for.
 
 Used by one thread.  It has none of its own: the run's queue sends.
 """
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Batch = Iterable[Datum]
 #: Parameters of the optimizer: the same for every step, or a function of the step's index.
 Schedule = Union[OptimParams, Callable[[int], OptimParams]]
-#: Steps to be saved: every n-th, or those for whose index a function returns True.
+#: Steps that the caller saves: every n-th, or those for whose index a function returns True.
 SaveAfter = Union[None, int, Callable[[int], bool]]
 #: Steps that the pipeline saves: every n-th, or those for whose index a function returns a name.
 SaveEvery = Union[None, int, Callable[[int], Optional[str]]]
@@ -128,13 +128,15 @@ class PipelineStep:
 
 
 class Step(NamedTuple):
-    """A pass, and the optimizer step after it, that were handed to the run's queue."""
+    """A pass, and the optimizer step after it, that were put into the run's queue."""
 
     forward_backward: APIFuture[ForwardBackwardOutput]
     optim: APIFuture[OptimStepResponse]
 
     def cancel_if_unsent(self) -> None:
-        """Cancel both, unless the queue has begun the pass: then it needs its optimizer step."""
+        """Cancel both, unless the queue has begun the pass."""
+        # The gradient of a pass that was sent must be taken by its own step: it would otherwise be
+        # added to that of the next one.
         if self.forward_backward.cancel_if_queued():
             self.optim.cancel()
 
@@ -150,7 +152,9 @@ class _Sent(NamedTuple):
 class Pipeline(Iterator[PipelineStep]):
     """The iterator that `TrainingClient.pipeline` returns.  For one thread.
 
-    Args: as for `TrainingClient.pipeline`, of *trainer*.
+    Args: as for `TrainingClient.pipeline`, of *trainer*; and
+
+        is_drained: the owner drains the pipeline however it ends, and reports what was not done.
     """
 
     def __init__(
@@ -164,6 +168,8 @@ class Pipeline(Iterator[PipelineStep]):
         save_after: SaveAfter,
         save_every: SaveEvery = None,
         save_ttl_seconds: Optional[int] = None,
+        *,
+        is_drained: bool = False,
     ) -> None:
         if loss_fn_config is not None and not isinstance(loss_fn, str):
             raise InvalidInputError("loss_fn_config is for losses of the server, not for your own")
@@ -177,27 +183,24 @@ class Pipeline(Iterator[PipelineStep]):
         self._loss_fn_config = loss_fn_config
         self._adam_params = adam_params
         self._depth = as_int("depth", depth, 1, text=False)
-        self._save_after = save_after
-        if save_after is not None and not callable(save_after):
-            self._save_after = as_int("save_after", save_after, 1, text=False)
-        self._save_every = save_every
-        if save_every is not None and not callable(save_every):
-            self._save_every = as_int("save_every", save_every, 1, text=False)
+        self._save_after: SaveAfter = _every_nth("save_after", save_after)
+        self._save_every: SaveEvery = _every_nth("save_every", save_every)
         self._save_ttl_seconds = check_ttl(save_ttl_seconds)
         self._sent: Deque[_Sent] = collections.deque()
         self._newest = -1  # the last step that was submitted
         self._newest_update = trainer._run.last_update  # of the newest step
         self._more = True
         self._ended = False
+        self._is_drained = is_drained
 
     def __iter__(self) -> Pipeline:
         return self
 
     def __next__(self) -> PipelineStep:
-        """Submit what there is room for, and wait for the oldest step.
+        """Submit up to *depth* steps, and wait for the oldest.
 
-        What breaks in, Ctrl-C too, cancels what was not sent, and is raised; `drain` returns what
-        was.
+        Any failure, Ctrl-C too, cancels what was not sent, and is raised; `drain` returns what was
+        sent.
         """
         if self._ended:
             raise StopIteration
@@ -297,10 +300,8 @@ class Pipeline(Iterator[PipelineStep]):
         return trainer._custom_pass(data, loss_fn, breaks)
 
     def _save_newest(self) -> None:
-        """Queue a checkpoint behind the newest step, if it is one of *save_every*.
-
-        The run's requests are done in order, so it holds that step, and none after it.
-        """
+        """Queue a checkpoint behind the newest step, if it is one of *save_every*."""
+        # The run's requests are executed in order, so it holds that step, and none after it.
         index, step, _ = self._sent[-1]
         if self._save_every is None:
             return
@@ -313,7 +314,7 @@ class Pipeline(Iterator[PipelineStep]):
             self._sent[-1] = _Sent(index, step, saved)
 
     def _is_saved_after(self, index: int) -> bool:
-        """Whether the caller has announced to save the step *index*."""
+        """Whether step *index* is one of *save_after*."""
         if self._save_after is None:
             return False
         if callable(self._save_after):
@@ -324,8 +325,8 @@ class Pipeline(Iterator[PipelineStep]):
         index, sent, saved = self._sent[0]
         try:
             step = PipelineStep(index, sent.forward_backward.result(), sent.optim.result())
-            vars(step).update(_pipeline=self, _saved=saved)  # it is frozen
-        except Exception as error:  # not Ctrl-C: the step goes on, and can be waited for
+            vars(step).update(_pipeline=self, _saved=saved)  # the dataclass is frozen
+        except Exception as error:  # not Ctrl-C: the step continues, and `drain` can wait for it
             self._sent.popleft()
             if isinstance(error, TinkexError):
                 _add_step_to_hint(error, index)
@@ -337,10 +338,15 @@ class Pipeline(Iterator[PipelineStep]):
         self._more = False
         self._ended = True
         self._cancel_unsent()
-        logger.warning("the pipeline stops: %s; %s", type(error).__name__, self._describe_sent())
+        if not self._is_drained:
+            logger.warning(
+                "the pipeline stops: %s; %s", type(error).__name__, self._describe_sent()
+            )
 
     def _cancel_unsent(self) -> None:
-        """Cancel, from the last backward, the steps that the queue has not begun; forget them."""
+        """Cancel the steps that the queue has not begun, and forget them."""
+        # From the last one backward: the queue may begin a step at any moment, and must not find
+        # one whose predecessor was cancelled.
         kept: Deque[_Sent] = collections.deque()
         for sent in reversed(self._sent):
             sent.step.cancel_if_unsent()
@@ -374,6 +380,13 @@ def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
         starts.append(len(data))
         data += part
     return data, starts[1:]
+
+
+def _every_nth(name: str, given: Any) -> Any:
+    """Return *given*, a number of steps, as an int; a function, and None, as it is."""
+    if given is None or callable(given):
+        return given
+    return as_int(name, given, 1, text=False)
 
 
 def _add_step_to_hint(error: TinkexError, index: int) -> None:

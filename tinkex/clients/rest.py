@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from datetime import date
 from pathlib import Path
 from typing import Any, Mapping, Optional, Tuple, Union
@@ -14,14 +15,14 @@ from tinkex._api import (
     sampling as sampling_api,
     sessions as sessions_api,
 )
+from tinkex._downloads import checkpoints, hub
+from tinkex._downloads.checkpoints import Progress
 from tinkex._runtime.awaiting import result_of
 from tinkex._runtime.numeric import as_int, is_int, to_int
 from tinkex._training.checks import check_token, check_ttl
 from tinkex._transport.transport import Transport
-from tinkex.clients import checkpoints, hub
 from tinkex.clients.admin import AdminClient
-from tinkex.clients.base import Instant, LookupClient, moved
-from tinkex.clients.checkpoints import Progress
+from tinkex.clients.base import Instant, LookupClient
 from tinkex.errors import ClientClosedError, InvalidInputError, RequestFailedError
 from tinkex.futures import APIFuture
 from tinkex.types import (
@@ -45,7 +46,7 @@ from tinkex.types import (
 )
 from tinkex.types.checkpoint_path import check_tinker_path, locate_checkpoint
 
-#: Between two requests for the state of a trace export, in seconds.
+#: Seconds between two requests for the state of a trace export.
 TRACE_POLL_S = 5.0
 
 
@@ -53,10 +54,10 @@ class RestClient(LookupClient):
     """Lists and manages what is on the server.  Thread-safe.
 
     Made by ServiceClient, or on its own: then nothing is created on the server.  Every method
-    returns a future and does not block, unless its docstring says so.  Futures raise NotFoundError
-    for what does not exist, RouteMissingError for what the server cannot do, and APIError
-    otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or whatever else the server has handed
-    out.  The arguments are those of LookupClient.
+    returns a future and does not block, unless its docstring states otherwise.  Futures raise
+    NotFoundError for what does not exist, RouteMissingError for what the server cannot do, and
+    APIError otherwise.  Paths are ``tinker://<run>/<kind>/<name>``, or of any other form that the
+    server uses.  The arguments are those of LookupClient.
     """
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
@@ -110,11 +111,11 @@ class RestClient(LookupClient):
         return self._run(api.get_weights_info, tinker_path)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
-        """Delete a checkpoint for good; *checkpoint_id* is ``<kind>/<name>``."""
+        """Delete a checkpoint permanently; *checkpoint_id* is ``<kind>/<name>``."""
         return self._run(api.delete_checkpoint, training_run_id, checkpoint_id)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Delete a checkpoint for good."""
+        """Delete a checkpoint permanently."""
         parsed = locate_checkpoint(tinker_path)
         return self.delete_checkpoint(parsed.training_run_id, parsed.checkpoint_id)
 
@@ -124,7 +125,7 @@ class RestClient(LookupClient):
         return self._run(api.publish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        """Make a checkpoint private again.  ConflictError if it is."""
+        """Make a checkpoint private again.  ConflictError if it is private already."""
         parsed = locate_checkpoint(tinker_path)
         return self._run(api.unpublish_checkpoint, parsed.training_run_id, parsed.checkpoint_id)
 
@@ -141,7 +142,7 @@ class RestClient(LookupClient):
     def list_sessions(
         self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
     ) -> APIFuture[ListSessionsResponse]:
-        """A page of session ids, newest first; sessions that ended are among them."""
+        """A page of session ids, newest first, including sessions that have ended."""
         limit, offset = _page(limit, offset)
         return self._run(api.list_sessions, limit=limit, offset=offset, access_scope=access_scope)
 
@@ -176,8 +177,8 @@ class RestClient(LookupClient):
     ) -> APIFuture[CheckpointArchiveUrlResponse]:
         """A signed URL of one archive with all files of a checkpoint.
 
-        The server may take minutes to build it, which the future waits out.  The hosted service
-        no longer has this; `download_checkpoint` uses whatever there is.
+        The server may take minutes to build it, and the future waits for that.  The hosted service
+        no longer has archives; `download_checkpoint` works with both.
         """
         return self._run(archives_api.get_checkpoint_archive_url, training_run_id, checkpoint_id)
 
@@ -242,13 +243,13 @@ class RestClient(LookupClient):
     def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
         """A page of the sessions that fit *request*, newest first.
 
-        For the next page, ask again with ``cursor=response.next_cursor``.
+        For the next page, search again with ``cursor=response.next_cursor``.
         """
         _check_search(request)
         return self._run(api.search_sessions, request)
 
     def whoami(self) -> APIFuture[WhoamiResponse]:
-        """Who the key belongs to; RouteMissingError or CredentialError if that cannot be known."""
+        """Who the key belongs to; RouteMissingError or CredentialError if that is not reported."""
         return self._run(auth.whoami)
 
     def download_checkpoint(
@@ -260,22 +261,67 @@ class RestClient(LookupClient):
         overwrite: bool = False,
         cancel: Optional[threading.Event] = None,
     ) -> Path:
-        """Download the files of a checkpoint into the folder *dest*.  Blocks.
+        """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
 
-        See `tinkex.clients.checkpoints.download_checkpoint`.
+        What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it
+        if it exists), and the next call with the same arguments resumes from there; only one at a
+        time may use it.  On a server without archives, a training checkpoint is exported for the
+        purpose: that opens a session, and the export is deleted again.  Checksums, the end of the
+        archive and the length of the weights are checked.
+
+        An adapter that was trained with ``train_unembed``, the default, on a model whose output
+        layer is tied to its embedding must not be merged by PEFT alone: see
+        `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
+
+        Args:
+            tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
+            dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or
+                be empty.  ``~`` is the home folder.
+            progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times
+                a second; what it raises ends the download.
+            overwrite: write into *dest* although there is something in it, once everything was
+                fetched.  Files with the names of the new ones, and adapters
+                (``adapter_config.json``, ``adapter_model*``), are replaced; others stay.
+            cancel: set it, from any thread, to end the download soon.
+
+        Raises:
+            InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
+            RouteMissingError: the server offers no way to download it.
+            DownloadCancelledError: *cancel* was set.
+            ResponseDecodeError: what was fetched is damaged, incomplete or not safe to unpack.
+            APIError: the server refuses it, or cannot be reached.
+            OSError: it cannot be written here.
         """
         self._ensure_open("download_checkpoint")
         return checkpoints.download_checkpoint(
-            self, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+            self.transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
         )
 
     def push_to_hub(self, tinker_path: str, repo_id: str, **options: Any) -> str:
-        """Push a checkpoint to the Hugging Face hub; return the commit's URL.  Blocks.
+        """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.
 
-        See `tinkex.clients.hub.push_to_hub`.
+        Blocks.  Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or
+        ``HF_TOKEN``).
+
+        Args:
+            tinker_path: as for `download_checkpoint`.
+            repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
+            private: of a repository that is made; True by default.
+            revision: the branch to push to; made if it does not exist.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of pushing.
+            allow_patterns, ignore_patterns: which files; all of them by default.
+            add_model_card: write a README.md that names base model and checkpoint, if it has none;
+                True by default.
+            progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
+            hub: used in place of ``huggingface_hub.HfApi()``.
+
+        Raises:
+            ConfigError: huggingface_hub is not installed.
+            And what `download_checkpoint` and huggingface_hub raise.
         """
         self._ensure_open("push_to_hub")
-        return hub.push_to_hub(self, tinker_path, repo_id, **options)
+        return hub.push_to_hub(self.transport, tinker_path, repo_id, **options)
 
     # Moved to AdminClient
 
@@ -283,24 +329,28 @@ class RestClient(LookupClient):
         self, event_type: str = "all", day: Optional[date] = None
     ) -> APIFuture[AuditLogResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_audit_log")
-        return self._admin().get_audit_log(event_type, day)
+        return self._admin("get_audit_log").get_audit_log(event_type, day)
 
     def get_billing_usage(
         self, starting_on: Instant, ending_before: Instant
     ) -> APIFuture[BillingUsageResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_billing_usage")
-        return self._admin().get_billing_usage(starting_on, ending_before)
+        return self._admin("get_billing_usage").get_billing_usage(starting_on, ending_before)
 
     def get_current_checkpoint_storage_usage(
         self, project_id: Optional[str] = None
     ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
         """Deprecated: see AdminClient."""
-        moved("get_current_checkpoint_storage_usage")
-        return self._admin().get_current_checkpoint_storage_usage(project_id)
+        return self._admin(
+            "get_current_checkpoint_storage_usage"
+        ).get_current_checkpoint_storage_usage(project_id)
 
-    def _admin(self) -> AdminClient:
+    def _admin(self, name: str) -> AdminClient:
+        warnings.warn(
+            f"RestClient.{name} has moved: use AdminClient().{name}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
         return AdminClient(self._runtime)
 
     # The official SDK's names for programs with an event loop of their own.
@@ -356,7 +406,7 @@ def export_session_trace(transport: Transport, session_id: str) -> str:
 
 
 def _page(limit: int, offset: int) -> Tuple[int, int]:
-    """Return both as ints; InvalidInputError if they are no page of a list."""
+    """Return both as ints; InvalidInputError if either is out of range."""
     size, start = to_int(limit, text=False), to_int(offset, text=False)
     if is_int(size, 1) and is_int(start, 0):
         return size, start

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Iterable,
-    List,
-    Optional,
-    Tuple,
-    Type,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Tuple, Type, TypeVar
 
 from tinkex import types
 from tinkex._api import sampling as api
@@ -33,10 +24,7 @@ from tinkex._sessions.runtime import Runtime
 from tinkex._transport.server_flags import ABSENT
 from tinkex.clients.base import BaseClient
 from tinkex.clients.tokenizers import load_tokenizer
-from tinkex.errors import (
-    APIStatusError,
-    InvalidInputError,
-)
+from tinkex.errors import APIStatusError, InvalidInputError
 from tinkex.futures import APIFuture
 from tinkex.retry import RetryConfig, check_retry_config
 from tinkex.types.checkpoint_path import check_model_name, check_tinker_path
@@ -68,9 +56,8 @@ class SamplingClient(BaseClient):
     Args:
         retry_config: limits and retries of this client; None takes RetryConfig's for the retries,
             and the session's settings for the limits.
-        record_stability_info: have the server record, with each sample, what later training may
-            refer to by its sequence_id.
-        clone: it is a second client of a sampler that another one made.
+        record_stability_info: as for `ServiceClient.create_sampling_client`.
+        clone: this is another client of a sampler that exists already.
     """
 
     usage_tag: Optional[str] = None
@@ -97,7 +84,7 @@ class SamplingClient(BaseClient):
         self._sampler = Sampler(
             runtime.resources, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
-        # That of the last request; one for thousands of them.
+        # That of the latest request: thousands of reservations share one.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)
 
     @classmethod
@@ -125,13 +112,15 @@ class SamplingClient(BaseClient):
         if base_model is not None:
             base_model = check_model_name(base_model)
         runtime.ensure_open("create_sampling_client")
-        number = runtime.session.next_sampler_seq_id()
+        # Taken here rather than in the background, so that samplers are numbered in the order of
+        # the calls.
+        seq_id = runtime.session.next_sampler_seq_id()
 
         def create() -> SamplingClient:
             created = api.create_sampling_session(
                 runtime.transport,
                 session_id=runtime.session.session_id,
-                sampling_session_seq_id=number,
+                sampling_session_seq_id=seq_id,
                 base_model=base_model,
                 model_path=model_path,
             )
@@ -166,8 +155,8 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[SampleResponse]:
         """Draw *num_samples* continuations of *prompt*; return immediately.
 
-        Cancelling the future frees its place immediately; the server is asked to cancel, too, if it
-        supports that.
+        Cancelling the future frees its place immediately, and cancels the work at the server if
+        that supports it.
 
         Args:
             prompt: n tokens, at least one.
@@ -183,8 +172,8 @@ class SamplingClient(BaseClient):
                 *include_prompt_logprobs*.
 
         The future raises RequestFailedError if the server rejects the request, UnsupportedError if
-        it is too old for what was asked and ignored it, and ResponseDecodeError if the result does
-        not hold *num_samples* sequences, or lacks the prompt logprobs.
+        the server is too old for an option and ignored it, and ResponseDecodeError if the result
+        does not hold *num_samples* sequences, or lacks the prompt logprobs.
         """
         request = types.SampleRequest(
             prompt=prompt,
@@ -246,7 +235,8 @@ class SamplingClient(BaseClient):
             max_in_flight = config.max_concurrent_samples
         max_in_flight = as_int("max_in_flight", max_in_flight, 1, text=False)
         if config.max_unread is not None:
-            max_in_flight = min(max_in_flight, config.max_unread)  # more would wait for ever
+            # Beyond it, submitting blocks until a future is read, which only this thread would do.
+            max_in_flight = min(max_in_flight, config.max_unread)
 
         def sample(prompt: ModelInput) -> APIFuture[SampleResponse]:
             return self.sample(prompt, num_samples, sampling_params, **options)
@@ -271,7 +261,7 @@ class SamplingClient(BaseClient):
         """
         request = types.SampleRequest(
             prompt=prompt,
-            sampling_params=types.SamplingParams(max_tokens=1),  # thrown away
+            sampling_params=types.SamplingParams(max_tokens=1),  # the token is discarded
             prompt_logprobs=True,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             record_stability_info=self._record_stability_info,
@@ -279,7 +269,7 @@ class SamplingClient(BaseClient):
         return self._submit("compute_logprobs", request, PendingLogprobs)
 
     def get_base_model(self) -> str:
-        """Name of the base model.  Blocks if the server must be asked; then cached."""
+        """Name of the base model.  Blocks if it has to be requested; then cached."""
         if self._base_model is None:
             sampler = self._get_sampler("get_base_model")
             self._base_model = self._ask_base_model() if sampler is None else sampler.base_model
@@ -293,7 +283,7 @@ class SamplingClient(BaseClient):
         return load_tokenizer(sampler.base_model, sampler.tokenizer_id)
 
     def _get_sampler(self, what: str) -> Optional[GetSamplerResponse]:
-        """What the server reports about the sampler; None if it does not, and we can do without."""
+        """What the server reports about the sampler; None if it cannot, and that is dispensable."""
         self._ensure_open(what)
         try:
             return api.get_sampler(self._runtime.transport, self.sampling_session_id)
@@ -309,10 +299,10 @@ class SamplingClient(BaseClient):
     def get_sampler_handle(self, *, include_api_key: bool = False) -> str:
         """Text from which another process can make a client of the same sampler.
 
-        It works while the session lives.  The key is left out unless asked for; the receiver then
-        uses its own if this server is its own, too (see `from_sampler_handle`).  The retry_config
-        is left out.  Pickling a client does the same, except that the receiver of a pickle always
-        uses its own key.
+        It is valid while the session lives.  It holds no retry_config, and no key unless
+        *include_api_key*; the receiver then uses its own key if this is its own server, too (see
+        `from_sampler_handle`).  Pickling a client does the same, except that the receiver of a
+        pickle always uses its own key.
         """
         facts = SamplerHandle(
             self._runtime.session.session_id,
@@ -330,8 +320,8 @@ class SamplingClient(BaseClient):
         The session is kept alive from this process too, and not ended with it.
 
         Args:
-            handle: names the server.  Whoever can forge one can have this process send prompts to
-                a server of theirs, but not its key.
+            handle: names the server.  A forged one can make this process send prompts to another
+                server, but not its key.
             api_key: of that server.  By default the one in the handle, if there is one; else this
                 process's own, but only if the server is this process's too: the one that
                 ``TINKER_BASE_URL`` names, or else the hosted service.
@@ -377,18 +367,16 @@ class SamplingClient(BaseClient):
         runtime = self._runtime
         self._ensure_open(kind)
         reservation = self._reserve(kind, request)
+        future: Optional[APIFuture[T]] = None
         try:
-            future: APIFuture[T] = runtime.poller.new_future(kind, counted=True)
-        except BaseException:
-            reservation.release()
-            raise
-        try:
+            future = runtime.poller.new_future(kind, counted=True)
             reservation.bind(future)
             owner = self._account.client
             pending = make(future, owner, self._sampler, request, reservation, self._no_progress_s)
             self._gate.enter(pending, runtime.poller.submit)
         except BaseException:  # Ctrl-C: nothing else would settle it
-            future.cancel()
+            if future is not None:
+                future.cancel()
             reservation.release()
             raise
         return future

@@ -1,4 +1,4 @@
-"""ServiceClient: where every program starts.  One of them is one session on the server."""
+"""ServiceClient: one session on the server, and where every program starts."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ServiceClient:
             settings: of the client, as for the constructor.
 
         Raises:
-            LocalServerError: the model cannot be had, something is not installed, or *data_dir*
+            LocalServerError: the model cannot be loaded, a package is not installed, or *data_dir*
                 is in use, by this process or another.
         """
         # An upward import, as in open_run: the embedded server is offered here as a convenience.
@@ -178,6 +178,7 @@ class ServiceClient:
         """What this client does and has done: counters and latencies.  Does not block."""
         self._runtime.ensure_not_forked("metrics")
         counts, latencies = self._runtime.recorder.snapshot()
+        # One in parts stands for other futures, which are counted themselves.
         futures = [f for f in self._runtime.poller.inflight() if not f.in_parts]
         sent = sum(future.was_sent for future in futures)
         tokens = self._runtime.ledger.snapshot().tokens
@@ -195,9 +196,8 @@ class ServiceClient:
         """The tokens that this client has used, by client, tag and model.  Does not block.
 
         The tag is the ``usage_tag`` of the client that used them.  A forward pass prefills; a
-        custom loss that is computed here prefills and trains.  Work that the server has accepted,
-        or that is being submitted, counts in full if it is cancelled, and so does lost work, which
-        may have been done.
+        custom loss that is computed here prefills and trains.  Work that is cancelled after its
+        submission began counts in full, and so does lost work, which may have been done.
         """
         self._runtime.ensure_not_forked("usage")
         return self._runtime.ledger.snapshot()
@@ -344,7 +344,7 @@ class ServiceClient:
     ) -> Run:
         """Begin a training run that is kept in *folder*, or continue the one that is.  Blocks.
 
-        The same program, run again after whatever has ended it, goes on from the last checkpoint,
+        The same program, run again after any interruption, continues from the last checkpoint,
         weights, optimizer and all, with the batch after it::
 
             with service.open_run("runs/poems", "my-model", save_every=50) as run:
@@ -362,25 +362,25 @@ class ServiceClient:
                 rank and layers are used.
             config: settings of your own, of JSON values, such as the learning rate.
             state: what `Run.state` holds at first.
-            save_every, save_minutes: save after this many steps, or minutes, since the last time;
-                looked at after each step.  None saves for no such reason.  The last step is saved
-                when the run is closed.
+            save_every, save_minutes: save after this many steps, or minutes, since the last time,
+                checked after each step; None disables it.  The last step is saved when the run is
+                closed.
             ttl_seconds: how long the server keeps these checkpoints, except for the one of the last
                 step; None is for ever.
             keep: how many of the newest are kept on the server; older ones are deleted.  None keeps
                 all.
-            on_session_loss: ``"raise"``, or ``"resume"`` to go on from the last checkpoint in a new
-                session when the session is lost; the loop's body must be within ``with step:``.
-            max_session_losses: how many sessions are opened before there is another checkpoint;
-                then SessionLostError is raised all the same.
+            on_session_loss: ``"raise"``, or ``"resume"`` to continue from the last checkpoint in a
+                new session when the session is lost; the loop's body must be within ``with step:``.
+            max_session_losses: how many sessions are opened without a new checkpoint between them;
+                then SessionLostError is raised nevertheless.
             exit_on_sigterm: at SIGTERM finish the step, save, and exit with code 143; at the next
                 one exit immediately.  In the main thread only.
-            accept_changes: continue although *config* is not what it was.
+            accept_changes: continue although *config* has changed.
 
         Raises:
             RunFolderError: the folder is in use, holds a run of another model, of another origin or
-                with another *config*, is damaged or not writable; or the server has none of its
-                checkpoints any more.
+                with another *config*, is damaged or not writable; or the server no longer has any
+                of its checkpoints.
             InvalidInputError: an argument is wrong.
             TinkexError: the run could not be created or loaded.
         """
@@ -451,7 +451,7 @@ class ServiceClient:
             input_ranks: number of dimensions of every parameter, 0, 1 or 2.
 
         Raises:
-            InvalidInputError: *fn* cannot be traced, or was given in this session before.
+            InvalidInputError: *fn* cannot be traced, or was created in this session before.
             ConfigError: torch is not installed.
         """
         from tinkex._training.loss_tracing import LossRegistry
@@ -497,8 +497,8 @@ class ServiceClient:
     ) -> Future[None]:
         """End the session, and the embedded server if there is one.
 
-        Outstanding futures fail with ClientClosedError, so that every waiter wakes.  Blocks for at
-        most about *timeout_s*; idempotent, and safe from several threads.
+        Outstanding futures fail with ClientClosedError.  Blocks for at most about *timeout_s*;
+        idempotent and thread-safe.
 
         Args:
             status: reported to the server: ``"success"``, ``"errored"`` or ``"interrupted"``.
@@ -514,7 +514,7 @@ class ServiceClient:
             raise InvalidInputError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         try:
             self._runtime.close(status, detail, timeout_s=seconds)
-        finally:  # also when Ctrl-C breaks in
+        finally:  # also after Ctrl-C
             server, self._server = self._server, None
             if server is not None:
                 self._server_dropper.detach()  # it refers to the server, and so to the model

@@ -35,12 +35,11 @@ def tokenizer_name(base_model: str, tokenizer_id: Optional[str] = None) -> str:
 
 
 def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
-    """Return a Hugging Face tokenizer of its own for the caller (they do not share well
-    between threads).  Blocks; the first load may download.
+    """Return a new copy of a Hugging Face tokenizer.  Blocks; the first load may download.
 
     Raises:
         ConfigError: transformers is not installed.
-        TinkexError: the tokenizer cannot be had.
+        TinkexError: the tokenizer cannot be loaded.
     """
     name = tokenizer_name(base_model, tokenizer_id)
     with lifecycle.module_lock():
@@ -49,14 +48,15 @@ def load_tokenizer(base_model: str, tokenizer_id: Optional[str] = None) -> Any:
         loaded = _load(name)
         with lifecycle.module_lock():
             _cache[name] = loaded
+    # Tokenizers are not thread-safe, so that callers must not share one.
     return copy.deepcopy(loaded)
 
 
 def _load(name: str) -> Any:
-    if name == WITHOUT_TOKENIZER:  # the hub would be asked for it, which takes a minute offline
+    if name == WITHOUT_TOKENIZER:  # else it is looked up in the hub, which takes a minute offline
         raise TinkexError(
             f"the model {name!r} has no tokenizer: it is for tests, and its token t is chr(t)",
-            hint="Give it token ids; or use 'tiny-random', which has one.",
+            hint="Pass token ids; or use 'tiny-random', which has one.",
         )
     try:
         from transformers import AutoTokenizer

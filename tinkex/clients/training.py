@@ -1,7 +1,7 @@
 """TrainingClient: one training run (an adapter over a base model) on the server.
 
-Methods check their arguments and queue requests with a TrainingRun, which owns the thread that
-sends them.
+Methods check their arguments and queue requests with a `TrainingRun`, whose queue has the thread
+that sends them.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ class TrainingClient(BaseClient):
     ) -> APIFuture[TrainingClient]:
         """Create a run from *source*; return immediately.  See `ServiceClient`."""
         runtime.ensure_open(source.kind)
-        # Reserved here, so that runs are numbered in the order of the calls.
+        # Taken here rather than in the background, so that runs are numbered in the order of calls.
         model_seq_id = runtime.session.next_model_seq_id()
 
         def create() -> TrainingClient:
             run = source.create(runtime, model_seq_id)
             client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
             try:
-                client.get_info()  # kept, since this is a background thread anyway
+                client.get_info()  # cached: this is a background thread, and may block
             except BaseException:
                 client.close()
                 raise
@@ -152,9 +152,9 @@ class TrainingClient(BaseClient):
 
         The gradient is added to what has accumulated since the last `optim_step`.  Outputs come
         back in input order: ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of
-        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests
-        and joined; an `optim_step` after one is sent when all of these are done, and cancelling the
-        future stops none of them once the first was sent.
+        ``data[i]``'s target_tokens.  Batches over 1024 datums or 5 MB are sent in several requests,
+        and their results joined; a later `optim_step` is sent when all of these are done, and
+        cancelling the future stops none of them once the first was sent.
 
         Args:
             data: at least one Datum, each with the loss inputs that *loss_fn* needs.
@@ -163,11 +163,10 @@ class TrainingClient(BaseClient):
             loss_fn_config: the loss's own settings.
 
         The future raises IncompleteGradientError if only some of several requests were done, or may
-        have been.  The run then takes no `optim_step` and no other batch until the gradient is
-        complete or dropped.  The same call again completes it, where that is possible: it sends
-        only what is missing, and examples that were refused may be replaced.  A checkpoint that is
-        loaded by `load_state_with_optimizer` or `load_state` drops it; `save_state` still saves the
-        weights as they were.
+        have been.  The run then takes no `optim_step` and no other batch until the same call again
+        has completed the gradient, where that is possible (it sends only what is missing, and
+        examples that were refused may be replaced), or `load_state` or `load_state_with_optimizer`
+        has dropped it.  `save_state` still saves the weights as they were.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -182,7 +181,7 @@ class TrainingClient(BaseClient):
 
         ``loss_fn(data, logprobs)`` gets one float32 leaf tensor per datum, of the shape of its
         target_tokens, and returns a scalar tensor and a dict of metrics, which are added to those
-        of the result: numbers as float, other values as they are.  It runs on the queue's thread;
+        of the result: numbers as float, other values unchanged.  It runs on the queue's thread, and
         calls made after this one wait for it.  The result's ``loss:sum`` is your loss.
 
         A loss from `ServiceClient.create_custom_loss` that the server has is computed there, in
@@ -194,8 +193,8 @@ class TrainingClient(BaseClient):
             loss_type_input: has no effect; deprecated.
 
         The future raises what *loss_fn* raises, and then no gradient was added.  It raises
-        IncompleteGradientError like that of `forward_backward`, but the same call again does not
-        complete the gradient.
+        IncompleteGradientError as for `forward_backward`, but the same call again does not complete
+        the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(
@@ -259,9 +258,9 @@ class TrainingClient(BaseClient):
     ) -> TrainStep:
         """Submit `forward_backward` and `optim_step` together, and wait for both.
 
-        One waiting time instead of two.  Blocks; raises the first failure.  If the pass cannot be
-        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; what
-        was is done by the server.
+        One round trip instead of two.  Blocks; raises the first failure.  If the pass cannot be
+        submitted, the optimizer step is not sent.  Ctrl-C cancels both if neither was sent; the
+        server still does what was sent.
         """
         step = self._submit_step(adam_params, self.forward_backward, data, loss_fn, loss_fn_config)
         try:
@@ -285,20 +284,20 @@ class TrainingClient(BaseClient):
         """Train on one batch after the other; return an iterator of `PipelineStep`.
 
         Before one step is waited for, the *depth* - 1 after it are submitted, so that the server
-        never waits for us; while you handle a step, those are under way::
+        never waits for the client; while you handle a step, those are in progress::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), depth=2):
                 print(step.index, step.metrics)
 
         A failure, or Ctrl-C, ends it: what was not sent is cancelled, and the error names the step.
-        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.  In
-        a ``with`` block the same happens when the block is left.  A loop that is left otherwise
-        leaves up to *depth* - 1 steps to be done.
+        What was sent is not undone: the log names those steps, and ``drain()`` waits for them.
+        Leaving a ``with`` block over it does the same; a loop that is left otherwise may leave up
+        to *depth* - 1 steps queued.
 
         A checkpoint that the loop's body saves holds all steps that were submitted, also those
         after the one it handles.  With *save_every* the pipeline saves: each checkpoint is queued
-        directly behind its step, which it holds and none after it, and the steps after it are not
-        held up::
+        directly behind its step, which it holds and none after it, and the steps after it do not
+        wait::
 
             for step in trainer.pipeline(batches, "cross_entropy", AdamParams(), save_every=100):
                 if step.index % 100 == 99:
@@ -306,7 +305,7 @@ class TrainingClient(BaseClient):
 
         To do something else with the weights of exactly one step, such as
         `save_weights_and_get_sampling_client`, name the step in *save_after*: after it nothing is
-        submitted until the next step is asked for.  There its ``save_state(name)`` and
+        submitted until the next step is requested.  There its ``save_state(name)`` and
         ``save_weights_for_sampler(name)`` work, too, which raise InvalidInputError if a later step
         was submitted.
 
@@ -346,9 +345,11 @@ class TrainingClient(BaseClient):
         *args: Any,
     ) -> Step:
         """Submit a pass, ``submit_pass(*args)``, and an optimizer step after it, or neither."""
-        optim_params_to_wire(optim_params)  # raises, if it does, before the pass is sent
+        optim_params_to_wire(optim_params)  # checked before the pass is sent
         passed = submit_pass(*args)
         try:
+            # Not counted among max_unread: train_step and Pipeline read it themselves, in the
+            # thread that would otherwise wait for it to be read.
             passed.uncount()
             return Step(passed, self._optim_step(optim_params, passed))
         except BaseException:
@@ -441,12 +442,10 @@ class TrainingClient(BaseClient):
 
         Args:
             name: has no effect; it is there for scripts of the official SDK.
-            retry_config: limits and retries of the new client.
-            record_stability_info: have the server record, with each sample, what later training
-                may refer to by its sequence_id.
-            kind: ``"snapshot"``: the client samples these weights for ever.  ``"inflight"``:
-                it samples the newest weights saved so, never older ones than these; generations
-                may span an update.
+            retry_config, record_stability_info: as for `ServiceClient.create_sampling_client`.
+            kind: ``"snapshot"``: the client always samples these weights.  ``"inflight"``: it
+                samples the newest weights that were saved in this way, never older ones than these;
+                a generation may span an update.
         """
         return self.save_weights_and_get_sampling_client_future(
             name, retry_config, record_stability_info, kind
@@ -482,7 +481,7 @@ class TrainingClient(BaseClient):
     ) -> SamplingClient:
         """Return a client that samples the checkpoint at *model_path*.  Blocks.
 
-        Further arguments as for `save_weights_and_get_sampling_client`.
+        Further arguments as for `ServiceClient.create_sampling_client`.
         """
         return self.create_sampling_client_future(
             model_path, retry_config, record_stability_info
@@ -508,12 +507,11 @@ class TrainingClient(BaseClient):
     def unload(self) -> APIFuture[UnloadModelResponse]:
         """Queue unloading this run at the server, and close this client; return immediately.
 
-        It is sent after all that was asked of the run, and only when that is done.  What was not
-        saved is lost.  The future raises RouteMissingError where the server has no such route;
-        then the run ends with its session.
+        It is sent once all requests before it are done.  What was not saved is lost.  The future
+        raises RouteMissingError where the server has no such route; the run then ends with its
+        session.
         """
         self._ensure_open("unload")
-
         unloaded = self._run.unload()
         self.close()
         return unloaded
@@ -596,7 +594,7 @@ class TrainingClient(BaseClient):
         """Queue a pass, as `TrainingRun.queue` does; reserves *most* of the budget for it."""
         ledger = self._runtime.ledger
         if self._base_model is None and ledger.needs_model:
-            self.get_info()
+            self.get_info()  # the price depends on the model
         account = Account(f"run {self.model_id}", self.usage_tag, self._base_model)
         reservation = ledger.reserve(kind, account, most)
         future: Optional[APIFuture[ForwardBackwardOutput]] = None

@@ -10,6 +10,7 @@ from tinkex.data.datums import (
     preference_data as preference_data,
     sampled_datum as sampled_datum,
     text_datum as text_datum,
+    weighted_tokens as weighted_tokens,
 )
 from tinkex.data.examples import (
     Completion as Completion,
@@ -21,4 +22,3 @@ from tinkex.data.examples import (
     parse_example as parse_example,
 )
 from tinkex.data.reader import Examples as Examples, open_examples as open_examples
-from tinkex.data.weighted import weighted_tokens as weighted_tokens

@@ -46,7 +46,7 @@ def chat_tokens(
 
     Raises:
         InvalidInputError: there is no template, it refuses the messages or does not render them
-            such that what is to be learnt can be told from the rest; or there is nothing to learn.
+            so that the part to learn can be distinguished; or there is nothing to learn.
     """
     turns = assistant_turns("messages", messages, first)
     if learn == "last":
@@ -58,20 +58,25 @@ def chat_tokens(
             hint='Put a message of the user or the system before it, or give it "weight": 0.',
         )
     template = _Template(tokenizer, tools)
+    # Text first, tokens last: the boundaries are found in the text, where a rendering of fewer
+    # messages is a prefix; their tokens need not be.
     text = template.render(messages)
     tail, end_of_turn = template.end_of_turn(messages[:-1])
     spans: List[Tuple[int, int]] = []
     for place in turns:
+        # What the model sees when it writes this message is what it must be trained to continue.
         prompt = template.render(messages[:place], generate=True)
         ended = text if place == turns[-1] else template.render(messages[: place + 1])
         if not ended.startswith(prompt):
             raise _inexact(place, "the template prompts for it with text that it lacks", _SWITCH)
         reply = ended[len(prompt) :]
         body = reply[: -len(tail)] if tail and reply.endswith(tail) else reply
+        # Some templates drop a part of earlier messages, such as reasoning, without an error.
         if has_content(messages[place]) and not body.strip():
             raise _inexact(place, "the template leaves out what it holds", None)
         if body != reply:
             reply = body + end_of_turn
+        # The rendering of all messages is what is trained on: the reply must stand in it unchanged.
         if not text.startswith(prompt + reply):
             raise _inexact(place, "the template changes it once other messages follow", _LAST)
         if spans and len(prompt) < spans[-1][1]:
@@ -124,6 +129,8 @@ class _Template:
         tail = self._after_probe([*prompt, reply])
         inside = self._after_probe([*prompt, reply, {"role": "user", "content": "-"}])
         added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+        # First and last place of each: the last may be behind the turn, where only the last message
+        # of a conversation has it.
         ends = [
             start + len(token)
             for token in added
@@ -154,8 +161,8 @@ def _encode(tokenizer: Any, text: str, spans: Sequence[Tuple[int, int]]) -> Weig
 def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> List[List[int]]:
     """Return the tokens of *text* from each of *cuts* to the next, the first 0, the last its end.
 
-    They are those of the whole text where no token crosses a cut.  Otherwise each piece is encoded
-    for itself, since a model continues the tokens of its prompt as they are.
+    They are those of the whole text where no token crosses a cut; otherwise each piece is encoded
+    for itself.
 
     Raises:
         InvalidInputError: the tokenizer can do neither, as pieces come out with other text.
@@ -171,18 +178,21 @@ def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> List[List[in
         )
         return decoded
 
+    # Best: the pieces' own tokens are those of the whole text, so that no token crosses a cut.
     whole = encode(0, len(text))
     pieces = [encode(start, end) for start, end in zip(cuts, cuts[1:])]
     joined = list(chain(*pieces))
     if joined == whole:
         return pieces
-    # Some tokenizers begin every text with a space.
+    # Some tokenizers begin every text with a space, so that only pieces from the start compare.
     heads = [encode(0, cut) for cut in cuts]
     if all(whole[: len(head)] == head for head in heads):
         return [whole[len(head) : len(after)] for head, after in zip(heads, heads[1:])]
+    # A token crosses a cut.  A model that generates continues the prompt's tokens as they are, so
+    # pieces of their own are what it meets, as long as they are the same text.
     if decode(joined) == decode(whole):
         return pieces
     raise InvalidInputError(
-        "what is to be learnt begins or ends inside a token of this tokenizer",
+        "the part to learn begins or ends inside a token of this tokenizer",
         hint="Begin the reply or completion with a letter; end the prompt without a space.",
     )

@@ -1,11 +1,11 @@
-"""Datums of examples, preferences and samples.
+"""Datums of examples, preferences and samples; and a datum as text, to see what is learnt.
 
 All of them shift the tokens: ``target_tokens[i]`` is the token after input token i.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from tinkex._runtime.late_import import np
 from tinkex._runtime.numeric import as_int
@@ -24,6 +24,11 @@ from tinkex.types import Datum, ModelInput, SampledSequence
 
 #: Called with the number of tokens of an example that was cut to ``max_tokens``.
 OnCut = Callable[[int], Any]
+
+#: What a tokenizer writes for an incomplete character.
+_INCOMPLETE = "\ufffd"
+#: A character has up to 4 bytes, so that no more than 4 tokens make one.
+_MOST_TOKENS = 4
 
 
 def example_datum(
@@ -219,6 +224,27 @@ def sampled_datum(
     )
 
 
+def weighted_tokens(datum: Datum, tokenizer: Any) -> List[Tuple[str, float]]:
+    """Return the text and the weight of each token of *datum*, in order.
+
+    The texts join to that of the datum; of tokens that make one character together, the last has
+    it, and the others are empty.  The weights are ``weights``, or else ``advantages``, or else 1;
+    the first token has weight 0, since it is not a target.
+
+    Raises:
+        InvalidInputError: the datum has images, or not one target token for each input token.
+    """
+    inputs = datum.loss_fn_inputs
+    ids = datum.model_input.to_ints()
+    targets = inputs["target_tokens"].values.tolist() if "target_tokens" in inputs else []
+    if len(targets) != len(ids) or not ids:
+        raise InvalidInputError("the datum does not have one target token for each input token")
+    ids.append(targets[-1])
+    weights = inputs.get("weights", inputs.get("advantages"))
+    after = [1.0] * len(targets) if weights is None else weights.values.tolist()
+    return list(zip(_texts(ids, tokenizer), [0.0, *after]))
+
+
 def _of_messages(
     messages: Sequence[Message],
     tokenizer: Any,
@@ -246,6 +272,7 @@ def _of_continuation(
 
 def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
     """Return the tokens of both and the end-of-sequence token; learnt is what follows *prompt*."""
+    # `completion_datum` and `text_datum` take these from the caller, unchecked.
     for text in (prompt, completion):
         if not isinstance(text, str):
             raise InvalidInputError(f"a prompt or completion is {a_type(text)}, not text")
@@ -260,6 +287,8 @@ def _of_text(prompt: str, completion: str, tokenizer: Any) -> WeightedTokens:
 
 
 def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[OnCut]) -> Datum:
+    # Inputs are all tokens but the last, targets all but the first: the first weight has no place,
+    # and *max_tokens* inputs need one token more.
     ids, weights = tokens.ids, tokens.weights
     length = len(ids) - 1
     if max_tokens is not None:
@@ -271,3 +300,20 @@ def _datum(tokens: WeightedTokens, max_tokens: Optional[int], on_cut: Optional[O
     if len(ids) <= length and on_cut is not None:
         on_cut(length)
     return Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": weights[1:]})
+
+
+def _texts(ids: List[int], tokenizer: Any) -> List[str]:
+    texts: List[str] = []
+    before: List[int] = []  # the tokens of the text before: some decoders strip a leading space
+    group: List[int] = []
+    for place, token in enumerate(ids):
+        group.append(token)
+        head = tokenizer.decode(before)
+        text = tokenizer.decode(before + group)[len(head) :]
+        last = place + 1 == len(ids)
+        if text.endswith(_INCOMPLETE) and len(group) < _MOST_TOKENS and not last:
+            texts.append("")
+            continue
+        texts.append(text)
+        before, group = group, []
+    return texts

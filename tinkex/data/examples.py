@@ -26,7 +26,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A prompt and how it is to be continued: both texts, or both lists of messages."""
+    """A prompt and its continuation: both texts, or both lists of messages."""
 
     prompt: Union[str, Sequence[Message]]
     completion: Union[str, Sequence[Message]]
@@ -100,7 +100,7 @@ def as_messages(name: str, messages: Any) -> List[Dict[str, Any]]:
 
 
 def assistant_turns(name: str, messages: Sequence[Message], first: int = 0) -> List[int]:
-    """Return the indices, from *first* on, of the assistant messages that are to be learnt.
+    """Return the indices, from *first* on, of the assistant messages to learn.
 
     Those with ``"weight": 0`` are not (as in OpenAI's format).
 

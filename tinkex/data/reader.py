@@ -1,7 +1,7 @@
 """Files of examples, one JSON object a line, which may be larger than memory.
 
 Opening a file reads it once, checks every line, and keeps where each begins.  Examples are read
-from the file when they are asked for.
+from the file when they are accessed.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def open_examples(path: Union[str, os.PathLike[str]], *, skip_bad: bool = False)
     bad: List[str] = []
     with _opened(name) as file:
         index, bad_lines = _scan(file, bad)
+        # Offsets of a file that is being written would point into the middle of lines.
         if _state(file) != index.state:
             raise InvalidInputError(f"{name} changed while it was read")
     lines = len(index.offsets) + len(index.left_out)
@@ -168,6 +169,7 @@ def _scan(file: BinaryIO, bad: List[str]) -> Tuple[_Index, int]:
     """Read all lines; return what was found and the number of bad ones, some described in *bad*."""
     state = _state(file)
     digest = hashlib.sha256()
+    # Arrays of 8 bytes an item, where a list of ints would take 36: files have millions of lines.
     offsets, left_out = array.array("Q"), array.array("Q")
     kinds: Set[Type[object]] = set()
     bad_lines = number = offset = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinkex.local.engines.torch_engine.merging import merge_adapter
+    from tinkex.local.engines.torch_engine.portable import merge_adapter
     from tinkex.local.server import LocalServer, load_engine
 
 __all__ = ["LocalServer", "load_engine", "merge_adapter"]
@@ -16,9 +16,9 @@ __all__ = ["LocalServer", "load_engine", "merge_adapter"]
 
 def __getattr__(name: str) -> Any:
     if name == "merge_adapter":
-        from tinkex.local.engines.torch_engine import merging
+        from tinkex.local.engines.torch_engine import portable
 
-        return merging.merge_adapter
+        return portable.merge_adapter
     if name in __all__:
         from tinkex.local import server
 

@@ -16,10 +16,9 @@ from werkzeug.routing import Rule
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import Admission, head_of
-from tinkex.local.http.messages import MAX_BODY, json_response
+from tinkex.local.http.messages import MAX_BODY, error_response, json_response, server_failure
 from tinkex.local.openai import routes as openai
 from tinkex.local.page.routes import PageRoutes
-from tinkex.local.routes.admin import AdminRoutes
 from tinkex.local.routes.checkpoints import CheckpointRoutes
 from tinkex.local.routes.downloads import DownloadRoutes
 from tinkex.local.routes.futures import FutureRoutes
@@ -42,7 +41,6 @@ _TOPICS = (
     FutureRoutes,
     CheckpointRoutes,
     DownloadRoutes,
-    AdminRoutes,
     PageRoutes,
 )
 
@@ -74,7 +72,7 @@ def create_app(
 
     Args:
         backend: does the work; started and closed by the caller.
-        settings: how it behaves; the defaults if None.
+        settings: of the server; the defaults if None.
         admission: which requests are let in; by default, what *settings* allow.
     """
     settings = settings or ServerSettings()
@@ -95,23 +93,23 @@ def create_app(
 
 
 def _admit(admission: Admission) -> None:
+    # The parser has judged the headers, too, but only to decide whether to keep the body
+    # (http/serving.py); here the reason becomes a response.
     admission.check(head_of(request.environ))
     try:
         request.query_string.decode()
-    except UnicodeDecodeError as error:  # views that read the query could not
+    except UnicodeDecodeError as error:  # a view that reads the query would fail with it
         raise HTTPError(400, "the query is not UTF-8; percent-encode it") from error
 
 
 def _rejected(error: HTTPError) -> Response:
-    response = json_response({"detail": error.detail}, error.status)
-    response.headers.extend(error.headers)
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = f"{error.retry_after_s:g}"
-    return response
+    return error_response(error, {"detail": error.detail})
 
 
 def _not_routed(error: HTTPException) -> Response:
-    detail = f"{request.method} {request.path}: {error.description}"
+    route = f"{request.method} {request.path}"
+    # Clients recognise a missing route by this text; a 404 with another names a missing object.
+    detail = f"no route {route}" if error.code == 404 else f"{route}: {error.description}"
     response = json_response({"detail": detail}, error.code or 500)
     if error.code == 405:
         response.headers.extend((name, v) for name, v in error.get_headers() if name == "Allow")
@@ -120,4 +118,4 @@ def _not_routed(error: HTTPException) -> Response:
 
 def _failed(error: Exception) -> Response:
     _log.exception("%s %s failed", request.method, request.path)
-    return json_response({"detail": f"the server failed: {type(error).__name__}: {error}"}, 500)
+    return _rejected(server_failure(error))

@@ -14,7 +14,7 @@ import uuid
 from typing import Any, Callable, Dict, List, Optional, Type
 
 from tinkex.local.engines.engine import Engine, EngineInfo
-from tinkex.local.errors import HTTPError, StorageError, invalid_input_rejected
+from tinkex.local.errors import HTTPError, StorageError
 from tinkex.local.losses.custom_passes import CustomLosses
 from tinkex.local.scheduling.batches import WeightsSource
 from tinkex.local.scheduling.engine_thread import EngineThread
@@ -22,19 +22,17 @@ from tinkex.local.scheduling.lanes import Job, Lane
 from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.activity import Activity
-from tinkex.local.state.checkpoints import KIND_OF
-from tinkex.local.state.encryption import is_encrypted
+from tinkex.local.state.catalog import Catalog
 from tinkex.local.state.futures import FutureTable
 from tinkex.local.state.repetitions import CreatedIds, IdempotencyCache
-from tinkex.local.state.rows import CheckpointRow, RunRow, SamplerRow
+from tinkex.local.state.rows import CheckpointRow
 from tinkex.local.state.session_table import SessionTable
 from tinkex.local.state.store import Store
 from tinkex.local.state.telemetry import TelemetrySink
-from tinkex.types import ParsedCheckpointTinkerPath
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between looks at old results and checkpoints.
+#: Seconds between sweeps of old results and checkpoints.
 _SWEEP_S = 15.0
 
 #: HTTP status for a session, or work in it, that is over.
@@ -47,7 +45,7 @@ class Backend:
     Args:
         engine: does the work; the backend owns it from now on and closes it.
         store: remembers; owned by the backend, too.
-        settings: how it behaves; the defaults if None.
+        settings: of the server; the defaults if None.
         lane_type: the queue of a training run; tests imitate other servers with their own.
         futures: results; a table of its own unless given.
         clock: monotonic seconds, for liveness and results.
@@ -67,6 +65,7 @@ class Backend:
         self.engine = engine
         self.info: EngineInfo = engine.info
         self.store = store
+        self.catalog = Catalog(store, engine.info)
         self.futures = FutureTable(clock=clock) if futures is None else futures
         self.activity = Activity(clock, store.wall)
         self.scheduler = Scheduler(
@@ -92,7 +91,7 @@ class Backend:
         self._lock = threading.Lock()
         self._sessions = SessionTable(settings.session_ttl_s)
         self._sweep_due = clock() + _SWEEP_S  # engine thread only, after start; as is this:
-        self._not_noted: List[str] = []  # sessions that have expired, by the database not yet
+        self._not_noted: List[str] = []  # sessions that expired, but not yet in the database
         # Serialises the creation of runs and samplers: an id is looked up, then taken.
         # Guards _created.
         self._creating = threading.Lock()
@@ -110,8 +109,10 @@ class Backend:
 
         Waits at most *timeout_s* for the engine to finish what it is doing.
         """
+        # Polls first: they hold HTTP threads, which need not wait for the engine.
         self.futures.close()
         self.engine_thread.close(timeout_s)
+        # Only now: until it ended, the engine thread may have expired some.
         with self._lock:
             left = self._sessions.ids()
         try:
@@ -127,7 +128,7 @@ class Backend:
     def create_session(self, facts: Dict[str, Any], idempotency_key: Optional[str] = None) -> str:
         """Start a session and return its id; *facts* describe it.
 
-        The same *idempotency_key* again stands for the same session: the response was lost.
+        A repetition with the same *idempotency_key* gets the same session.
         """
         return self.idempotency.get(idempotency_key, lambda: self._create_session(facts))
 
@@ -136,7 +137,7 @@ class Backend:
         self.store.add_session(session_id, facts)
         with self._lock:
             self._sessions.add(session_id, self._clock())
-        # The engine thread may have to wake earlier than it planned to.
+        # The engine thread sleeps until the next session expires, which may be this one now.
         self.scheduler.rotation.request_housekeeping()
         return session_id
 
@@ -181,9 +182,9 @@ class Backend:
         row = self.store.session(session_id)
         if row is None:
             return HTTPError(
-                404, f"session {session_id} is unknown; create one, or look at the base URL"
+                404, f"session {session_id} is unknown; create one, or check the base URL"
             )
-        if row.state == "live":  # it missed its time, and the engine thread has not seen it yet
+        if row.state == "live":  # the engine thread has not expired it yet
             return HTTPError(
                 404,
                 f"session {session_id} expired: no heartbeat for {self._sessions.ttl_s:g} s; "
@@ -204,7 +205,8 @@ class Backend:
         end_reason: Optional[str] = None,
         end_detail: Optional[str] = None,
     ) -> None:
-        """Free what a session holds, then note its end: the first is done on a full disk, too."""
+        """Free what a session holds, and note its end."""
+        # The database last: on a full disk it cannot be changed, but the rest can still be freed.
         with self._creating:
             self._created.drop_session(session_id)
         self.losses.drop_session(session_id)
@@ -212,7 +214,7 @@ class Backend:
         self.store.end_session(session_id, state, reason, end_reason, end_detail)
 
     def housekeeping(self, now: float) -> float:
-        """Expire sessions, drop old results and checkpoints; return when to come again.
+        """Expire sessions, drop old results and checkpoints; return when to run again.
 
         Called by the engine thread.
         """
@@ -241,85 +243,7 @@ class Backend:
                 self._not_noted.append(session_id)
                 _log.warning("the end of session %s is not in the database: %s", session_id, error)
 
-    # Names
-
-    def check_base_model(self, name: Optional[str]) -> str:
-        """Return the engine's own name for *name*; HTTPError 400 if it serves another model."""
-        served = self.model_names()
-        if name not in served:
-            raise HTTPError(
-                400, f"base model {name!r} is not served here; this server has {', '.join(served)}"
-            )
-        return self.info.model_name
-
-    def model_names(self) -> List[str]:
-        """The name of the base model, and its aliases."""
-        return [self.info.model_name, *self.info.aliases]
-
-    def checkpoint_at(self, path: object, *, kind: Optional[str] = None) -> CheckpointRow:
-        """Return the checkpoint at a ``tinker://`` path.
-
-        Raises:
-            HTTPError: 400, not such a path, or not of *kind*; 404, there is none.
-        """
-        with invalid_input_rejected():
-            parsed = ParsedCheckpointTinkerPath.from_tinker_path(str(path))
-        found_kind = KIND_OF[parsed.checkpoint_type]
-        if kind is not None and found_kind != kind:
-            raise HTTPError(
-                400, f"{path} is a {parsed.checkpoint_type} checkpoint; this needs .../{kind}/..."
-            )
-        name = parsed.checkpoint_id.partition("/")[2]
-        return self.checkpoint(parsed.training_run_id, found_kind, name)
-
-    def get_run(self, run_id: str) -> RunRow:
-        """Return a training run; HTTPError 404 if it is unknown."""
-        row = self.store.run(run_id)
-        if row is None:
-            raise HTTPError(
-                404,
-                f"training run {run_id} is unknown; this server keeps its runs in "
-                f"{self.store.data_dir}",
-            )
-        return row
-
-    def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointRow:
-        """Return a checkpoint; HTTPError 404 names what is missing, the run or the checkpoint."""
-        row = self.store.checkpoints.find(run_id, kind, name)
-        if row is not None:
-            return row
-        self.get_run(run_id)
-        names = [f"{c.kind}/{c.name}" for c in self.store.checkpoints.of_run(run_id)[:20]]
-        raise HTTPError(
-            404,
-            f"training run {run_id} has no checkpoint {kind}/{name} in {self.store.data_dir}; "
-            f"it has {', '.join(names) or 'none'}",
-        )
-
-    def check_loadable(self, checkpoint: CheckpointRow) -> None:
-        """Raise HTTPError 400 if a checkpoint was trained from another base model, or encrypted."""
-        run = self.store.run(checkpoint.run_id)
-        if run is not None and run.base_model not in self.model_names():
-            raise HTTPError(
-                400,
-                f"{checkpoint.tinker_path} was trained from {run.base_model}; this server has "
-                f"{self.info.model_name}",
-            )
-        if is_encrypted(self.store.checkpoints.folder_of(checkpoint)):
-            raise HTTPError(
-                400,
-                f"{checkpoint.tinker_path} is encrypted, and this server has no key to read it; "
-                "load what save_state or save_weights_for_sampler saved",
-            )
-
     # Runs and samplers
-
-    def get_model(self, model_id: str) -> RunRow:
-        """Return the run of a model; HTTPError 404 if it is unknown."""
-        run = self.store.run(model_id)
-        if run is None:
-            raise HTTPError(404, f"model {model_id} is unknown; create_model returns the id")
-        return run
 
     def check_model(self, model_id: str) -> None:
         """Raise HTTPError 404 or 410 unless *model_id* takes requests."""
@@ -327,7 +251,7 @@ class Backend:
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
-        run = self.get_model(model_id)
+        run = self.catalog.get_model(model_id)
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
         raise HTTPError(404, f"model {model_id} was unloaded; load its last checkpoint")
@@ -345,6 +269,7 @@ class Backend:
             known = self._created.find(model_id, digest)
             if known is not None:
                 return known
+            # First, since it fails on a full disk: then nothing else was done.
             add_run()
             self._created.add(model_id, digest, job.request_id)
             self.scheduler.add_model(model_id, session_id, job)
@@ -378,8 +303,7 @@ class Backend:
                     raise
                 self._created.add(sampler_id, digest, sampler_id)
                 self.scheduler.add_sampler(sampler_id, session_id, source)
-        # The same request came twice at the same time.
-        if known is not None:
+        if known is not None:  # the same request came twice at the same time
             source.remove()
         self._end_if_over(session_id)
         return sampler_id
@@ -393,7 +317,9 @@ class Backend:
         return WeightsSource(key, self.store.freeze(checkpoint), checkpoint.tinker_path)
 
     def _end_if_over(self, session_id: str) -> None:
-        """Undo what was made while its session ended: nothing else would unload it."""
+        """Undo what was made while its session ended."""
+        # The session may have ended since the view checked it.  Its end unloaded what there was
+        # then, and nothing else would unload what was made since.
         try:
             self.check_session(session_id)
         except HTTPError as problem:
@@ -405,18 +331,8 @@ class Backend:
         if self.scheduler.has_sampler(sampler_id):
             self.check_session(session_of(sampler_id))
             return
-        self.check_session(self.get_sampler(sampler_id).session_id)
+        self.check_session(self.catalog.get_sampler(sampler_id).session_id)
         raise HTTPError(404, f"sampling session {sampler_id} is not loaded")
-
-    def get_sampler(self, sampler_id: str) -> SamplerRow:
-        """Return a sampling session; HTTPError 404 if it is unknown."""
-        row = self.store.sampler(sampler_id)
-        if row is None:
-            raise HTTPError(
-                404,
-                f"sampling session {sampler_id} is unknown; create_sampling_session returns the id",
-            )
-        return row
 
 
 def session_of(model_or_sampler_id: str) -> str:

@@ -13,7 +13,7 @@ from tinkex.types._wire import Wire
 T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
 
-#: The most that a client may have the server keep: of a text, of metadata.
+#: Bounds of what the server keeps for a client, and repeats in its lists: a text, metadata.
 _MAX_CHARACTERS = 10_000
 _MAX_KEPT_BYTES = 64 << 10
 
@@ -49,10 +49,7 @@ def required_seq_id(body: Dict[str, Any], name: str = "seq_id") -> int:
 
 
 def metadata(body: Dict[str, Any], name: str = "user_metadata") -> Optional[Dict[str, Any]]:
-    """Return what a client keeps with a thing, None if nothing; HTTPError 400 if it is too much.
-
-    Lists show it again and again.
-    """
+    """Return the metadata of a run or checkpoint, or None; HTTPError 400 if it is too large."""
     value: Optional[Dict[str, Any]] = optional(body, name, dict)
     check_kept(name, value)
     return value

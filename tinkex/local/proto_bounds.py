@@ -21,7 +21,8 @@ MAX_FIELDS = 1 << 20
 _LEAST_BYTES = 2
 
 # The fields of a message that are messages themselves, with theirs, or packed numbers, of which
-# each byte may be one.  All others are a single value.
+# each byte may be one.  All others are a single value.  By their numbers in docs/protocol.md,
+# "Common messages" and "Requests in protobuf".
 _Nested = Mapping[int, Any]
 _PACKED = None
 _VALUES: Dict[int, Any] = {}
@@ -138,7 +139,7 @@ def _varint(raw: bytes, start: int) -> Tuple[int, int]:
     """Return the number at *start*, and where it ends; it may end behind *raw*."""
     value = shift = 0
     end = len(raw)
-    while start < end and shift < 70:
+    while start < end and shift < 70:  # seven bits in each of ten bytes at most
         byte = raw[start]
         start += 1
         value |= (byte & 0x7F) << shift

@@ -110,7 +110,7 @@ class LocalServer:
     ) -> None:
         self.settings = _settled(settings or ServerSettings(), api_key, session_ttl_s)
         _check_key(host, self.settings.api_key)
-        read_hosts(self.settings.allowed_hosts)
+        read_hosts(self.settings.allowed_hosts)  # raises now, before a port is bound
         self._access_log = access_log
         self._engine = engine
         self._host = host
@@ -153,6 +153,7 @@ class LocalServer:
         """
         if self._thread is not None or self._closed:
             raise LocalServerError("this server was started before; make a new one")
+        # First, so that a port in use shows before a folder or a thread is made.
         listener = _bind(self._host, self._port)
         try:
             self._start_on(listener)
@@ -174,12 +175,13 @@ class LocalServer:
                 return
             self._closed = True
         lifecycle.untrack(self)
+        # The timeouts add up to less than the two seconds in which exit hooks close everything.
         if self._thread is not None:
             self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
             self._http.pull_trigger()
-            if self._thread is not threading.current_thread():
+            if self._thread is not threading.current_thread():  # as after `drop`
                 self._thread.join(0.5)
             self._http.close_all()  # only now: the trigger pulled above is one of them
             self._backend.close(timeout_s=0.8)
@@ -264,9 +266,11 @@ class LocalServer:
             try:
                 self._http.serve_once(_DROPPED_S if self._dropped else 30.0)
             except OSError:
-                _log.debug("the socket loop was disturbed", exc_info=True)
+                # Another thread closed a socket that was being polled.  Paused, so that an error
+                # that persists does not keep a core busy.
+                _log.debug("the socket loop failed", exc_info=True)
                 time.sleep(0.01)
-        self._http.flush()
+        self._http.flush()  # the responses of polls that the close released
         if self._dropped:
             self.close()
 

@@ -1,7 +1,7 @@
 """The files of metrics in a run folder: ``metrics.jsonl``, and a table of the same as CSV.
 
-Each step has one line.  A step that is done again takes the place of its line and of all later
-ones, since the run was then continued from an earlier checkpoint.
+Each step has one line.  A step that is done again replaces its line and all later ones,
+since the run was then continued from an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from tinkex.errors import RunFolderError
 METRICS_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
 
+#: The remedy where something else was given instead of a run folder.
+RUN_FOLDER_HINT = (
+    "Give the folder of a run: that of `tinkex train --out`, or of ServiceClient.open_run."
+)
+
 #: The metrics of one step, by name.
 Row = Dict[str, float]
 
@@ -33,13 +38,28 @@ def read_metrics(folder: Union[str, Path]) -> List[Dict[str, Any]]:
         RunFolderError: the file cannot be read, or is damaged elsewhere than in its last line.
     """
     path = Path(folder) / METRICS_NAME
+    require_folder(path.parent, RUN_FOLDER_HINT)
     try:
         return [
             {name: math.nan if value is None else value for name, value in line.items()}
             for _, line in _lines(path)
         ]
     except OSError as error:
-        raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from error
+        raise RunFolderError(
+            f"cannot read {path}: {error.strerror or error}",
+            hint=f"{folder} is not a run folder, or nothing has been logged in it yet."
+            if isinstance(error, FileNotFoundError)
+            else None,
+        ) from error
+
+
+def require_folder(path: Path, hint: str) -> None:
+    """Raise RunFolderError if *path* is something else than a folder, such as a file of examples.
+
+    A *path* that does not exist, or cannot be looked at, is left to what opens it.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise RunFolderError(f"{path} is not a folder", hint=hint)
 
 
 class MetricsFile:
@@ -50,7 +70,7 @@ class MetricsFile:
 
     Attributes:
         last_step: the last step that was in the file when it was opened; -1 if it was empty.
-        last_row: the names of its metrics.
+        last_names: the names of its metrics.
 
     Raises:
         RunFolderError: the file cannot be written, or is damaged elsewhere than in its last line.
@@ -59,19 +79,20 @@ class MetricsFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS_NAME
         self._line = _LastLine(self._path)
+        require_folder(folder, "Choose another folder.")
         self.last_step = -1
-        self.last_row: FrozenSet[str] = frozenset()
+        self.last_names: FrozenSet[str] = frozenset()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path.touch()
             for _, line in _lines(self._path):
                 self.last_step = line["step"]
-                self.last_row = frozenset(line.keys() - {"step"})
+                self.last_names = frozenset(line.keys() - {"step"})
         except OSError as error:
             raise self._failed(error) from error
 
     def rewind(self, step: int) -> None:
-        """Have the next line, of *step*, take the place of those of that step and later ones."""
+        """Have the next line, of *step*, replace those of that step and later ones."""
         try:
             self._line.start_at(
                 sum(length for length, line in _lines(self._path) if line["step"] < step)
@@ -79,7 +100,7 @@ class MetricsFile:
         except OSError as error:
             raise self._failed(error) from error
 
-    def log(self, step: int, metrics: Row, row: Row) -> None:
+    def log(self, step: int, row: Row) -> None:
         """Write *row*, all metrics of *step* so far."""
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = json.dumps({"step": step, **values}, ensure_ascii=False)
@@ -87,9 +108,6 @@ class MetricsFile:
             self._line.write(step, line.encode() + b"\n")
         except OSError as error:
             raise self._failed(error) from error
-
-    def close(self) -> None:
-        """Do nothing: the file is open only while it is written."""
 
     def _failed(self, error: OSError) -> RunFolderError:
         return RunFolderError(
@@ -120,6 +138,7 @@ class CsvFile:
         if self._columns and row.keys() <= set(self._columns):
             self._line.write(step, self._text([{"step": step, **row}]).encode())
             return
+        # A new column changes every line; rows are then read from the file that has them all.
         rows = read_metrics(self._folder)
         self._columns = list(dict.fromkeys(name for line in rows for name in line))
         head: Dict[str, Any] = {name: name for name in self._columns}
@@ -160,7 +179,7 @@ class _LastLine:
                 left = memoryview(line)
                 while left:
                     left = left[file.write(left) :]
-            except OSError:  # what stays of the line has no line feed
+            except OSError:  # such as a full disk: what is left of the line has no line feed
                 file.truncate(self._start)
                 raise
         self._step, self._end = step, self._start + len(line)

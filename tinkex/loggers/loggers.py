@@ -10,9 +10,16 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, S
 
 from tinkex._runtime.numeric import to_float, to_int
 from tinkex.errors import ClientClosedError, InvalidInputError, a_type
+from tinkex.loggers.curves import Plot, import_figures
 from tinkex.loggers.files import CsvFile, MetricsFile, Row
-from tinkex.loggers.plot import Plot
-from tinkex.loggers.trackers import TensorBoard, open_trackio, open_wandb
+from tinkex.loggers.trackers import (
+    TensorBoard,
+    import_tensorboard,
+    import_trackio,
+    import_wandb,
+    open_trackio,
+    open_wandb,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +89,12 @@ class Loggers:
         rewound = self._row is None or step < self._step
         earlier = {} if rewound or step > self._step else self._row
         row = {**(earlier or {}), **new}
+        # First the file, which raises: what it lacks must not be in the other outputs.
         if rewound:
             self._file.rewind(step)
-        self._file.log(step, new, row)
+        self._file.log(step, row)
         self._step, self._row = step, row
-        for name, output in list(self._others.items()):
+        for name, output in list(self._others.items()):  # a copy, since one that fails is removed
             with self._left_out_if_it_fails(name):
                 if rewound:
                     output.rewind(step)
@@ -123,6 +131,28 @@ class Loggers:
         self.close()
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Import the packages that the outputs *names* need, before a run costs time and money.
+
+    Raises:
+        InvalidInputError: a name is unknown.
+        ConfigError: a package is not installed.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if isinstance(names, str) or unknown:
+        hint = f"The loggers are {', '.join(NAMES)}."
+        raise InvalidInputError(f"unknown logger {unknown[0] if unknown else names!r}", hint=hint)
+    packages: Dict[str, Callable[[], Any]] = {
+        "png": import_figures,
+        "tensorboard": import_tensorboard,
+        "wandb": import_wandb,
+        "trackio": import_trackio,
+    }
+    for name in names:
+        if name in packages:
+            packages[name]()
+
+
 def open_loggers(
     folder: Union[str, Path],
     names: Sequence[str] = (),
@@ -132,7 +162,7 @@ def open_loggers(
 ) -> Loggers:
     """Open the loggers of a run folder, which is made if it is missing.
 
-    ``metrics.jsonl`` is always written.  Everything lies in *folder*, and is continued when it is
+    ``metrics.jsonl`` is always written.  All files are in *folder*, and are continued when it is
     opened again, except what trackers have sent to their servers.
 
     Args:
@@ -147,10 +177,7 @@ def open_loggers(
         ConfigError: a package is not installed, or cannot start.
         RunFolderError: ``metrics.jsonl`` cannot be written, or is damaged.
     """
-    unknown = [name for name in names if name not in NAMES]
-    if isinstance(names, str) or unknown:
-        hint = f"The loggers are {', '.join(NAMES)}."
-        raise InvalidInputError(f"unknown logger {unknown[0] if unknown else names!r}", hint=hint)
+    check_loggers(names)
     path = Path(folder).absolute()
     file = MetricsFile(path)
     makers: Dict[str, Callable[[], Output]] = {

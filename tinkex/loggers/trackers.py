@@ -26,7 +26,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._module = _summary_writers()
+        self._module = import_tensorboard()
         self._folder = folder / "tensorboard"
         self._writer: Any = None
 
@@ -50,7 +50,8 @@ class TensorBoard:
             self._writer.close()
 
 
-def _summary_writers() -> Any:
+def import_tensorboard() -> Any:
+    """Return a module with a ``SummaryWriter``; ConfigError if there is none."""
     user = 'the logger "tensorboard"'
     try:
         return import_extra("tensorboardX", "SummaryWriter", user=user, extra="tensorboard")
@@ -77,7 +78,7 @@ class Tracker:
         self._run = run
         self._send = send
         self._sent = file.last_step
-        self._sent_names = set(file.last_row)  # of that step
+        self._sent_names = set(file.last_names)  # of that step
         self._skip_to = self._sent
 
     def rewind(self, step: int) -> None:
@@ -100,13 +101,23 @@ class Tracker:
         self._run.finish()
 
 
+def import_wandb() -> Any:
+    """Return wandb; ConfigError if it is not installed."""
+    return import_extra("wandb", "init", user='the logger "wandb"', extra="wandb")
+
+
+def import_trackio() -> Any:
+    """Return trackio; ConfigError if it is not installed."""
+    return import_extra("trackio", "init", user='the logger "trackio"', extra="trackio")
+
+
 def open_wandb(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> Tracker:
     """Open the wandb run of *folder*, named after it; settings are read from ``WANDB_...``.
 
     Raises:
         ConfigError: wandb is not installed, or cannot start, as without a login.
     """
-    module = import_extra("wandb", "init", user='the logger "wandb"', extra="wandb")
+    module = import_wandb()
     try:
         run = module.init(
             project=os.environ.get("WANDB_PROJECT") or "tinkex",
@@ -130,7 +141,7 @@ def open_trackio(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> 
     Raises:
         ConfigError: trackio is not installed, or cannot start.
     """
-    module = import_extra("trackio", "init", user='the logger "trackio"', extra="trackio")
+    module = import_trackio()
     try:
         run = module.init(
             project=os.environ.get("TRACKIO_PROJECT") or "tinkex",
@@ -144,7 +155,7 @@ def open_trackio(folder: Path, config: Mapping[str, Any], file: MetricsFile) -> 
 
 
 def tracker_id(folder: Path) -> str:
-    """Return the id of the run in *folder*, which is made up the first time."""
+    """Return the id of the run in *folder*, which is generated the first time."""
     path = folder / ID_NAME
     if not path.exists():
         path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")

@@ -5,13 +5,12 @@ docs/training.md has the whole story.
 """
 
 from tinkex.recipes.batches import Batches as Batches
-from tinkex.recipes.dpo import dpo_loss as dpo_loss, train_dpo as train_dpo
+from tinkex.recipes.dpo import Pair as Pair, dpo_loss as dpo_loss, train_dpo as train_dpo
 from tinkex.recipes.evaluation import (
     Evaluation as Evaluation,
     evaluate as evaluate,
     learnt_weight as learnt_weight,
 )
-from tinkex.recipes.reference import Pair as Pair
 from tinkex.recipes.rl import group_data as group_data, train_rl as train_rl
 from tinkex.recipes.schedules import (
     Schedule as Schedule,

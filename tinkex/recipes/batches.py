@@ -1,4 +1,4 @@
-"""Batches: the examples of each step, shuffled again in each epoch, the same whenever asked for."""
+"""Batches: the examples of each step, shuffled again in each epoch, the same each time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def split_batch(batch: Sequence[T], count: int) -> List[List[T]]:
 
 
 class Batches(Sequence[List[T]]):
-    """Batches of *data*; examples are read when their batch is asked for.
+    """Batches of *data*; examples are read when their batch is accessed.
 
     Epochs follow one another without a gap: every batch is full, except for the last one if *steps*
     is not given.  The order depends on *seed* and the epoch alone, so that a run that continues

@@ -6,6 +6,7 @@ either reply counts with its log-probability less that under the reference.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -16,20 +17,27 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
+    Tuple,
 )
 
 from tinkex._runtime.late_import import np
+from tinkex.clients.training import TrainingClient
 from tinkex.errors import InvalidInputError
 from tinkex.recipes.batches import split_batch
 from tinkex.recipes.evaluation import Evaluations, logged
-from tinkex.recipes.reference import Pair, Reference, logprob_of, reference_of
 from tinkex.recipes.schedules import Schedule
 from tinkex.recipes.supervised import Log
 from tinkex.runs import Run, RunStep
-from tinkex.types import Datum
+from tinkex.types import Datum, TensorData
 
 if TYPE_CHECKING:
     import torch
+
+#: The chosen and the rejected reply to one prompt, as from `tinkex.data.preference_data`.
+Pair = Tuple[Datum, Datum]
+
+#: The loss input that holds the log-probability under the reference.
+_REFERENCE = "reference_logprob"
 
 
 def train_dpo(
@@ -64,7 +72,7 @@ def train_dpo(
     """
     if not beta > 0:
         raise InvalidInputError(f"beta is {beta}; it must be positive")
-    scorer = Reference(run, reference or run.record.spec["start_from"])
+    scorer = _Reference(run, reference or run.record.spec["start_from"])
     scored: List[Datum] = []  # of the held-out pairs
 
     def measure() -> Callable[[], Mapping[str, float]]:
@@ -103,19 +111,21 @@ def train_dpo(
 def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]], Any]:
     """Return the loss for `TrainingClient.forward_backward_custom`: the sum over pairs.
 
-    Data are chosen and rejected replies by turns, with ``weights`` and ``reference_logprob``.
+    Data alternate between chosen and rejected replies, with ``weights`` and ``reference_logprob``.
     """
 
     def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> Any:
         import torch
 
+        # One number a datum, shape (2 * pairs,): sums over the learnt tokens, less the reference's.
         ratios = torch.stack(
             [
-                (row * datum.loss_fn_inputs["weights"].to_torch()).sum() - reference_of(datum)
+                (row * datum.loss_fn_inputs["weights"].to_torch()).sum() - _reference_of(datum)
                 for datum, row in zip(data, logprobs)
             ]
         )
         margins = beta * (ratios[::2] - ratios[1::2])
+        # logsigmoid, because log(sigmoid(x)) is -inf for a margin below about -100 in float32.
         return -torch.nn.functional.logsigmoid(margins).sum(), {
             "accuracy:sum": (margins > 0).sum(),
             "margin:sum": margins.sum(),
@@ -127,7 +137,53 @@ def dpo_loss(beta: float) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]],
 def _heldout_metrics(
     beta: float, data: Sequence[Datum], outputs: Sequence[Mapping[str, Any]]
 ) -> Dict[str, float]:
-    ratios = np.array([logprob_of(d, output) - reference_of(d) for d, output in zip(data, outputs)])
+    ratios = np.array(
+        [_logprob_of(d, output) - _reference_of(d) for d, output in zip(data, outputs)]
+    )
     margins = beta * (ratios[::2] - ratios[1::2])
-    loss = np.logaddexp(0.0, -margins).mean()
+    loss = np.logaddexp(0.0, -margins).mean()  # -log sigmoid(margin), without overflow
     return {"heldout_loss": float(loss), "heldout_accuracy": float((margins > 0).mean())}
+
+
+class _Reference:
+    """Computes log-probabilities under the model at *path*, or the base model of *run*."""
+
+    def __init__(self, run: Run, path: Optional[str]) -> None:
+        self._run = run
+        self._path = path
+        self._session: Any = None
+        self._client: Optional[TrainingClient] = None
+
+    def score(self, pairs: Sequence[Pair]) -> List[Datum]:
+        """Return the data of *pairs*, chosen and rejected alternating, with their references."""
+        data = [datum for pair in pairs for datum in pair]
+        outputs = self._trainer().forward(data, "cross_entropy").result().loss_fn_outputs
+        scored = []
+        for datum, output in zip(data, outputs):
+            reference = TensorData.from_numpy(np.array([_logprob_of(datum, output)], np.float32))
+            inputs = {**datum.loss_fn_inputs, _REFERENCE: reference}
+            scored.append(dataclasses.replace(datum, loss_fn_inputs=inputs))
+        return scored
+
+    def _trainer(self) -> TrainingClient:
+        service = self._run.service
+        if self._client is None or self._session is not service:  # another one after a loss
+            base_model = self._run.record.spec["base_model"]
+            if self._path is None:  # a new adapter changes nothing until it is trained
+                self._client = service.create_lora_training_client(base_model, rank=1, seed=0)
+            else:
+                self._client = service.create_training_client_from_state(self._path, base_model)
+            self._session = service
+        return self._client
+
+
+def _logprob_of(datum: Datum, output: Mapping[str, Any]) -> float:
+    """Return the log-probability of the learnt tokens of *datum*."""
+    weights = datum.loss_fn_inputs["weights"].to_numpy()
+    # In float64: a margin is a small difference of sums over hundreds of tokens.
+    return float(np.dot(weights, output["logprobs"].to_numpy().astype(np.float64)))
+
+
+def _reference_of(datum: Datum) -> float:
+    """Return the log-probability under the reference, which `_Reference.score` has added."""
+    return float(datum.loss_fn_inputs[_REFERENCE].to_numpy()[0])

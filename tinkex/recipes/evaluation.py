@@ -78,6 +78,8 @@ class Evaluations:
 
     def batches_from(self, first: int) -> Iterator[Any]:
         """Yield the batches from *first* on, for `Run.pipeline`; submit what is due before each."""
+        # The pipeline takes a batch after it has queued all steps before, and a run's requests are
+        # done in order: what is submitted here sees the weights of exactly *index* steps.
         for index in range(first, len(self._batches) + 1):
             if self._is_due(index):
                 assert self._measure is not None
@@ -98,19 +100,6 @@ class Evaluations:
             return False
         last = index == len(self._batches)
         return last or index == 0 or (self._every is not None and index % self._every == 0)
-
-
-def heldout_loss(trainer: Callable[[], TrainingClient], data: Sequence[Datum]) -> Measure:
-    """Return what measures ``heldout_loss``, the mean cross-entropy of *data*.
-
-    *trainer* is asked for the client each time, because a run replaces it after a lost session.
-    """
-
-    def measure() -> Callable[[], Mapping[str, float]]:
-        evaluation = Evaluation(trainer(), data)
-        return lambda: {"heldout_loss": evaluation.result()}
-
-    return measure
 
 
 def logged(metrics: Mapping[str, Any]) -> Dict[str, float]:

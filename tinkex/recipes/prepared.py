@@ -126,6 +126,7 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
 
     def leave_out(self, others: Prepared[P]) -> int:
         """Leave out the examples that *others* has, too; return how many.  Reads all of both."""
+        # Digests of one side only, the smaller: the examples themselves may not fit into memory.
         own = [digest_of(self._examples[index]) for index in self._indices.tolist()]
         wanted = set(own)
         is_other = np.zeros(len(others._examples), bool)
@@ -164,5 +165,7 @@ def split_heldout(count: int, heldout: int, seed: int) -> Tuple[Any, Any]:
 
     Both are arrays in increasing order.
     """
+    # RandomState, because its numbers are the same in every release of numpy: a run that continues
+    # must hold out the same examples.
     order = np.random.RandomState(seed).permutation(count)
     return np.sort(order[heldout:]), np.sort(order[:heldout])

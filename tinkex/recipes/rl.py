@@ -14,12 +14,10 @@ from tinkex.recipes.evaluation import logged
 from tinkex.recipes.schedules import Schedule
 from tinkex.recipes.supervised import Log
 from tinkex.runs import Run
+from tinkex.runs.source import SEEDS
 from tinkex.types import Datum, ModelInput, SampledSequence, SamplingParams
 
 P = TypeVar("P")
-
-#: Seeds are drawn below this: all servers take them.
-_SEEDS = 2**31
 
 
 def train_rl(
@@ -79,6 +77,8 @@ def train_rl(
                     seed=_seed_of(seed, step.index, place),
                 )
                 futures.append(sampler.sample(tokens, group_size, params))
+            # In order of submission, so that data and metrics do not depend on which reply came
+            # first; all of them are being sampled meanwhile.
             data: List[Datum] = []
             rewards: List[float] = []
             lengths: List[int] = []
@@ -91,7 +91,7 @@ def train_rl(
                 learnt = group_data(tokens, sequences, found)
                 informative += bool(learnt)
                 data += learnt
-            sampler.close()
+            sampler.close()  # its weights are out of date after the step
             if data:
                 done = run.trainer.train_step(data, loss_fn, rate, loss_fn_config)
                 step.log({**done.forward_backward.metrics, **(done.optim.metrics or {})})
@@ -118,6 +118,7 @@ def group_data(
     for value in rewards:
         if not math.isfinite(value):
             raise InvalidInputError(f"a reward is {value}; it must be finite")
+    # All advantages would be 0, and so would their gradient.
     if min(rewards) == max(rewards):
         return []
     advantages = np.asarray(rewards, np.float64) - np.mean(rewards)
@@ -129,4 +130,4 @@ def group_data(
 
 def _seed_of(*parts: int) -> int:
     """Return a seed that depends on all of *parts*, the same in every release of Python."""
-    return random.Random("/".join(map(str, parts))).randrange(_SEEDS)
+    return random.Random("/".join(map(str, parts))).randrange(SEEDS)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any, Optional, Tuple, Union
 
 from tinkex.clients.service import ServiceClient
 from tinkex.errors import LocalServerError, RunFolderError
 from tinkex.runs import RunRecord, read_run
 from tinkex.runs.journal import WRITABLE
-from tinkex.runs.run import save_for_sampler
+from tinkex.runs.records import EMBEDDED, server_folder
+from tinkex.runs.saver import save_for_sampler
 
 logger = logging.getLogger(__name__)
-
-#: In the place of a base URL: an embedded server.  As ``server`` in a run's config, one with its
-#: data in the run folder.
-EMBEDDED = "embedded"
 
 #: How long weights are kept that are saved only to be sampled now, in seconds.
 _TTL_S = 86400
@@ -28,8 +24,8 @@ def open_service(
 ) -> Tuple[ServiceClient, RunRecord]:
     """Open a session on the server that the run in *folder* was trained on.  Blocks.
 
-    That is the one which ``config["server"]`` of the run names.  Without it, it is an embedded
-    server if its data are in the run folder, and otherwise the one that the journal names.
+    That is ``read_run(folder).server``: an embedded server if its data are in the run folder, and
+    otherwise the one that ``config["server"]`` of the run, or its journal, names.
 
     Args:
         folder: a run folder.
@@ -38,7 +34,7 @@ def open_service(
             `ServiceClient.local`.
 
     Returns:
-        The client, which the caller closes, and what the run's journal says.
+        The client, which the caller closes, and the record of the run.
 
     Raises:
         RunFolderError: there is no run in *folder*; or it is in use, or its data are gone, where
@@ -48,25 +44,24 @@ def open_service(
     record = read_run(os.fspath(folder))
     if not record.spec:
         raise RunFolderError(f"the run in {os.fspath(folder)} has not begun yet")
-    server = base_url or server_of(folder, record)
-    if server != EMBEDDED:
-        return ServiceClient(base_url=server, **settings), record
-    if _is_in_folder(folder, record):
-        return start_server(folder, record.spec["base_model"], **settings), record
-    assert record.server is not None
-    data_dir = record.server.data_dir
-    if data_dir is None or not os.path.isdir(data_dir):
+    server = record.server
+    if base_url is not None or server is None:
+        return ServiceClient(base_url=base_url, **settings), record
+    if server.base_url is not None:
+        return ServiceClient(base_url=server.base_url, **settings), record
+    if server.data_dir is None or not os.path.isdir(server.data_dir):
         reason = (
             "was started without a data_dir, so its data was removed when it stopped"
-            if data_dir is None
-            else f"kept its data in {data_dir}, which is gone"
+            if server.data_dir is None
+            else f"kept its data in {server.data_dir}, which is gone"
         )
         raise RunFolderError(
             f"the weights of the run in {os.fspath(folder)} are not available: it was trained on "
             f"an embedded server that {reason}",
             hint="Train it again, with ServiceClient.local(model, data_dir=...).",
         )
-    model = record.server.model or record.spec["base_model"]
+    own = server.data_dir == os.path.abspath(server_folder(folder))
+    data_dir, model = None if own else server.data_dir, server.model or record.spec["base_model"]
     return start_server(folder, model, data_dir=data_dir, **settings), record
 
 
@@ -123,29 +118,13 @@ def server_of(
     `EMBEDDED` is an embedded server; None if the run names none.
 
     Args:
-        record: what the journal says; by default it is read.
+        record: what `read_run` has returned; by default the journal is read.
 
     Raises:
         RunFolderError: the journal cannot be read.
     """
-    record = record or read_run(os.fspath(folder))
-    if _is_in_folder(folder, record):
-        return EMBEDDED
-    named: Optional[str] = record.config.get("server")
-    if named is not None or record.server is None:
-        return named
-    return record.server.base_url or EMBEDDED
-
-
-def _is_in_folder(folder: Union[str, os.PathLike[str]], record: RunRecord) -> bool:
-    """Whether the server of the run is an embedded one with its data in *folder*."""
-    named = record.config.get("server")
-    return named == EMBEDDED or (named is None and server_folder(folder).is_dir())
-
-
-def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
-    """Return the folder for the data of a run's own embedded server."""
-    return Path(folder) / "server"
+    server = (record or read_run(os.fspath(folder))).server
+    return None if server is None else server.base_url or EMBEDDED
 
 
 def find_sampler(service: ServiceClient, record: RunRecord) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from tinkex.recipes.batches import split_batch
-from tinkex.recipes.evaluation import Evaluations, heldout_loss, learnt_weight, logged
+from tinkex.recipes.evaluation import Evaluation, Evaluations, learnt_weight, logged
 from tinkex.recipes.schedules import Schedule
 from tinkex.runs import Run, RunStep
 from tinkex.types import Datum
@@ -49,8 +49,13 @@ def train_supervised(
     Raises:
         TinkexError: a request has failed, or the run could not be saved.
     """
-    measure = heldout_loss(lambda: run.trainer, heldout) if len(heldout) else None
-    evaluations = Evaluations(batches, measure, eval_every)
+
+    def measure() -> Callable[[], Mapping[str, float]]:
+        # Read each time, because the run replaces its trainer after a lost session.
+        evaluation = Evaluation(run.trainer, heldout)
+        return lambda: {"heldout_loss": evaluation.result()}
+
+    evaluations = Evaluations(batches, measure if len(heldout) else None, eval_every)
 
     def source(first: int) -> Iterator[List[List[Datum]]]:
         for batch in evaluations.batches_from(first):

@@ -30,7 +30,7 @@ _MAX_PAUSE_S = 60.0
 
 
 class Connection:
-    """Starts the run on the server, from its newest checkpoint that is there.  For one thread.
+    """Starts the run on the server, from the newest checkpoint that it has.  For one thread.
 
     Args:
         service: of the caller, who closes it.
@@ -84,29 +84,32 @@ class Connection:
         )
         return found
 
-    def ride_out(self, error: TinkexError) -> Optional[CheckpointRecord]:
-        """Open another session, and `start` in it; try again after a while if that fails.
+    def replace_session(self, error: TinkexError) -> Optional[CheckpointRecord]:
+        """Open another session, and `start` in it; try again after a pause if that fails.
 
         Raises:
             TinkexError: *error*, or a later one, after *max_losses*.
         """
         while self.losses < self._max_losses:
             pause_s = min(2.0**self.losses, _MAX_PAUSE_S) if self.losses else 0.0
+            # Counted before the attempt, and reset only by a checkpoint: a server that accepts
+            # sessions and loses them again must not be tried for ever.
             self.losses += 1
             logger.warning("continuing in a new session, after: %s", error)
             time.sleep(pause_s)
             try:
-                return self._replace_session()
+                return self._start_anew()
             except (APIError, SessionLostError) as failure:
                 error = failure
         raise error
 
-    def _replace_session(self) -> Optional[CheckpointRecord]:
+    def _start_anew(self) -> Optional[CheckpointRecord]:
         """Open another session like the one that was lost, and `start` in it."""
         # By its type, because this module is imported by the one that defines it.
         lost = self.service
         fresh = type(lost)(config=lost.config, manager=lost._runtime.session.manager)
         fresh._runtime.ledger = lost._runtime.ledger  # a budget is for the run, not for a session
+        # The first client is the caller's to close; those that have replaced it are closed here.
         self.close("errored", "the session was lost")
         self.service = self._owned = fresh
         return self.start()
@@ -125,6 +128,7 @@ class Connection:
             try:
                 self.trainer = self._source.restore(self.service, checkpoint.path)
             except (APIStatusError, RequestFailedError) as error:
+                # A server that is down still has the checkpoint: passing it over would lose steps.
                 if not _is_gone(error):
                     raise
                 refusal: TinkexError = error

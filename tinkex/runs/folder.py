@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from pathlib import Path
-from typing import Any, List, Mapping, Union
+from typing import Any, List, Mapping, Optional, Union
 
+from tinkex._runtime import lifecycle
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import RunFolderError
-from tinkex.runs.folder_lock import FolderLock
 from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
 from tinkex.runs.records import RunRecord, replay
+
+LOCK_NAME = "run.lock"
 
 
 class RunFolder:
     """Holds the folder *path*, which is made if it is missing, until `close`.  For one thread.
 
     Attributes:
-        record: what the journal says, up to date.
+        record: the contents of the journal, up to date.
 
     Raises:
         RunFolderError: the folder is in use, damaged or not writable.
@@ -28,10 +32,15 @@ class RunFolder:
         with contextlib.ExitStack() as opened:
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                # Before the journal is opened, which cuts off a torn line: that may be one which
+                # another process is writing.
                 opened.callback(FolderLock(path).release)
             except OSError as error:
+                is_file = isinstance(error, FileExistsError)
                 raise RunFolderError(
-                    f"cannot use the run folder {path}: {error.strerror or error}", hint=WRITABLE
+                    f"cannot use the run folder {path}: "
+                    f"{'it is not a folder' if is_file else error.strerror or error}",
+                    hint="Choose another folder." if is_file else WRITABLE,
                 ) from error
             self._journal = Journal(path)
             opened.callback(self._journal.close)
@@ -92,3 +101,57 @@ def _compare(
         raise RunFolderError(
             ErrorText(f"{path} holds a run with another {what}", *changes), hint=hint
         )
+
+
+class FolderLock:
+    """Holds *folder* until `release`, or the end of the process by whatever cause.
+
+    The child of a fork does not hold it.  Where there is no ``fcntl`` (Windows), two processes on
+    one folder go unnoticed.
+
+    Raises:
+        RunFolderError: another process, or another run of this one, holds the folder.
+        OSError: the lock file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: Optional[int] = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(self._file, folder)
+            # For the error of another process; the lock itself is in the kernel, not in the text.
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            lifecycle.track(self)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other processes open the folder; idempotent."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def close_at_exit(self, status: str, timeout_s: float) -> None:
+        """Called at the end of the interpreter."""
+        self.release()
+
+    def forget_after_fork(self) -> None:
+        """Called in the child of a fork, which would hold the lock together with its parent."""
+        self.release()
+
+
+def _lock(file: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+        raise RunFolderError(
+            f"the run folder {folder} is in use by {holder}",
+            hint="Wait until it has ended, or stop it; a run in a notebook is closed by "
+            "run.close(). Two runs need two folders.",
+        ) from error

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Tuple
 
 from tinkex.errors import ClientClosedError, RunFolderError
 
-#: One line, decoded; ``kind`` says what it is about.
+#: One line, decoded; ``kind`` is its type.
 Entry = Dict[str, Any]
 
 JOURNAL_NAME = "journal.jsonl"
@@ -44,7 +44,8 @@ class Journal:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
             try:
                 self.entries, self._size = read_entries(self._path)
-                os.ftruncate(self._file, self._size)  # a line that a crash has torn
+                # A line that a crash has torn; a new one behind it would make one damaged line.
+                os.ftruncate(self._file, self._size)
                 os.lseek(self._file, 0, os.SEEK_END)
                 _sync_folder(folder)
             except BaseException:
@@ -65,12 +66,13 @@ class Journal:
         entry: Entry = {"kind": kind, "at": round(time.time(), 3), **facts}
         line = memoryview(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         try:
+            # Not a buffered file: after a full disk, its buffer would be written again at close.
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
             os.fsync(self._file)
         except OSError as error:
-            with contextlib.suppress(OSError):  # what stays of the line has no line feed
+            with contextlib.suppress(OSError):  # what is left of the line has no line feed
                 os.ftruncate(self._file, self._size)
                 os.lseek(self._file, self._size, os.SEEK_SET)
             raise self._failed("write", error) from error

@@ -6,6 +6,7 @@ import collections
 import logging
 from typing import TYPE_CHECKING, Any, Callable, Deque, Iterator, Mapping, Optional, Union
 
+from tinkex.clients.pipeline import Pipeline
 from tinkex.runs.saver import Place
 from tinkex.runs.step import RunStep
 from tinkex.types import OptimParams
@@ -23,7 +24,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
     """Iterates over *steps*, each with its result, by a pipeline over their batches.
 
     Args:
-        steps: one is taken when the pipeline has room; when the next one is asked for, all
+        steps: one is taken when the pipeline has room; when the next one is taken, all
             requests of the one before have been queued.
         trainer: of the run.
         first: the place before these steps.
@@ -54,8 +55,16 @@ class PipedSteps(Iterator[RunStep[Any]]):
         self._metrics = metrics
         self._submitted: Deque[RunStep[Any]] = collections.deque()
         schedule = self._params_of if callable(adam_params) else adam_params
-        self._pipeline = trainer.pipeline(
-            self._batches(), loss_fn, schedule, loss_fn_config, depth=depth
+        self._pipeline = Pipeline(
+            trainer,
+            self._batches(),
+            loss_fn,
+            loss_fn_config,
+            schedule,
+            depth,
+            None,
+            # A step that was sent is recorded by `drain`, or the run reports that it is not saved.
+            is_drained=True,
         )
 
     @property
@@ -78,10 +87,12 @@ class PipedSteps(Iterator[RunStep[Any]]):
         Raises:
             TinkexError: one fails.
         """
+        # Set until all is read, so that a failure or Ctrl-C below leaves it set: a second attempt
+        # would take the steps that are left for all there are.
         if self._incomplete:
             return False
         self._incomplete = True
-        if self._handed_out is not None:
+        if self._handed_out is not None:  # its line comes before those of later steps
             self._handed_out._end()
         for result in self._pipeline.drain():
             if result.index != self._finished:
@@ -96,6 +107,7 @@ class PipedSteps(Iterator[RunStep[Any]]):
             yield step.batch
 
     def _params_of(self, index: int) -> OptimParams:
+        # The pipeline counts its own steps from 0; a schedule is over the whole run.
         assert callable(self._adam_params)
         return self._adam_params(self._first.steps + index)
 
@@ -105,12 +117,14 @@ class PipedSteps(Iterator[RunStep[Any]]):
         step.result = result
         step.log(result.metrics)
         if self._metrics is not None:
+            # A step that the server has done must be counted and written whatever happens here: the
+            # run would otherwise train its batch twice.
             try:
                 step.log(self._metrics(step))
             except BaseException as error:  # Ctrl-C, too: the server has done the step
                 step._write()
                 if isinstance(error, SystemExit):
-                    raise  # nothing is to be waited for any more
+                    raise  # a second SIGTERM: nothing is waited for any more
                 if self.failure is None:
                     self.failure = error
                 else:

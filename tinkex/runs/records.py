@@ -1,12 +1,14 @@
-"""What the journal of a run says: its configuration, each step once, and its checkpoints."""
+"""The contents of the journal of a run: its configuration, each step once, and its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Union
 
 from tinkex.errors import RunFolderError
+from tinkex.loggers.files import RUN_FOLDER_HINT, require_folder
 from tinkex.runs.journal import JOURNAL_NAME, Entry, read_entries
 
 
@@ -32,8 +34,8 @@ class CheckpointRecord:
     Attributes:
         path: its ``tinker://`` path.
         steps: how many steps it holds.
-        loop, batch: where the run goes on from it: in which of its loops over batches, and at which
-            batch of that loop; both from 0.
+        loop, batch: where the run continues from it: the loop over batches, and the batch in
+            that loop; both from 0.
         state: what ``run.state`` held.
         at: when it was written, in seconds since the epoch.
         ttl_seconds: how long the server keeps it from then on; None is for ever.
@@ -61,6 +63,10 @@ class SamplerRecord:
     path: str
     steps: int
     at: float
+
+
+#: In the place of a base URL: an embedded server.
+EMBEDDED = "embedded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ class RunRecord:
             loaded have taken the place of the first ones.
         checkpoints: those not known to be gone, the newest last.
         sampler: what `Run.save_for_sampler` saved last.
-        server: where it was started or continued last; None if an older version has written it.
+        server: the one that has its checkpoints; None if an older version does not name it.
     """
 
     spec: Dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -119,15 +125,16 @@ class RunRecord:
         return newest
 
     def add(self, entry: Entry) -> None:
-        """Take in one line; lines of other versions' kinds are ignored."""
+        """Apply one line; lines of other versions' kinds are ignored."""
         kind = entry["kind"]
         if kind == "config":
             self.spec, self.config = entry["spec"], entry["config"]
-            self.sampler = None  # the run goes on with other settings
+            self.sampler = None  # the run is not finished with its new settings
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
             if "server" in entry:
                 self.server = ServerRecord(**_known(ServerRecord, entry["server"]))
+            # Steps after the checkpoint are done again; checkpoints after it could not be loaded.
             self.steps = [step for step in self.steps if step.index < entry["steps"]]
             self.checkpoints = [c for c in self.checkpoints if c.steps <= entry["steps"]]
         elif kind == "step":
@@ -153,7 +160,7 @@ class RunRecord:
 
 
 def _known(record: type, entry: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return what *entry* says of the fields of *record*; later versions may say more."""
+    """Return the fields of *record* in *entry*, to which later versions may add others."""
     names = {field.name for field in dataclasses.fields(record)}
     return {name: value for name, value in entry.items() if name in names}
 
@@ -174,16 +181,37 @@ def replay(entries: List[Entry], path: Path) -> RunRecord:
                 f"{error!r}",
                 hint="Continue the run with the version that wrote it.",
             ) from error
+    record.server = _server_of(path.parent, record)
     return record
+
+
+def server_folder(folder: Union[str, os.PathLike[str]]) -> Path:
+    """Return the folder for the data of a run's own embedded server."""
+    return Path(folder) / "server"
+
+
+def _server_of(folder: Path, record: RunRecord) -> Optional[ServerRecord]:
+    """Return the server that has the checkpoints of the run in *folder*.
+
+    The journal names one for each time that the run was started, with the path that its data had
+    then.  Data in the run folder go before it, because that folder may have been moved or copied,
+    and so do settings of `tinkex train`, whose folders are older than that part of the journal.
+    """
+    own = server_folder(folder)
+    named = record.config.get("server")
+    if named == EMBEDDED or (named is None and own.is_dir()):
+        return ServerRecord(model=record.spec.get("base_model"), data_dir=os.path.abspath(own))
+    return record.server if named is None else ServerRecord(base_url=named)
 
 
 def read_run(folder: Union[str, Path]) -> RunRecord:
     """Read the journal of a run folder, also while a process is writing to it.
 
     Raises:
-        RunFolderError: there is no journal, or it is damaged.
+        RunFolderError: there is no journal, or it is damaged; or *folder* is a file.
     """
     path = Path(folder) / JOURNAL_NAME
+    require_folder(path.parent, RUN_FOLDER_HINT)
     try:
         entries, _ = read_entries(path)
     except OSError as error:

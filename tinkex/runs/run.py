@@ -30,7 +30,6 @@ from tinkex._sessions.runtime import outcome_of
 from tinkex.errors import (
     ClientClosedError,
     InvalidInputError,
-    ResponseDecodeError,
     SessionLostError,
     TinkexError,
 )
@@ -39,7 +38,7 @@ from tinkex.runs.connection import Connection
 from tinkex.runs.folder import RunFolder
 from tinkex.runs.piped import PipedSteps
 from tinkex.runs.records import CheckpointRecord
-from tinkex.runs.saver import Place, SavePolicy, Saver
+from tinkex.runs.saver import Place, SavePolicy, Saver, save_for_sampler
 from tinkex.runs.sigterm import Sigterm
 from tinkex.runs.source import RunSource, as_json
 from tinkex.runs.step import RunStep
@@ -67,7 +66,7 @@ class Run:
 
     Attributes:
         folder: where its journal is.
-        record: what the journal says, up to date.
+        record: the contents of the journal, up to date.
         config: the settings that were given for it.
         state: a dict of your own, of JSON values, that is saved with each checkpoint and restored
             from it: counters, the state of a random generator.
@@ -96,7 +95,7 @@ class Run:
         self.config: Dict[str, Any] = as_json("config", dict(config or {}))
         self.state: Dict[str, Any] = {}
         self._first_state = as_json("state", dict(state or {}))
-        self._rides_out = on_session_loss == "resume"
+        self._resumes = on_session_loss == "resume"
         self._loops = 0  # begun so far
         self._running_loop: Optional[int] = None
         self._samplers = itertools.count(1)
@@ -106,6 +105,7 @@ class Run:
         self._failure: Optional[BaseException] = None  # of metrics, still to be raised
         self._closed = False
         with contextlib.ExitStack() as opened:
+            # First: SIGTERM while a checkpoint loads then raises SystemExit, which closes the rest.
             self._sigterm = Sigterm()
             if exit_on_sigterm:
                 self._sigterm.install()
@@ -113,6 +113,7 @@ class Run:
             files = self._files = RunFolder(self.folder)
             opened.callback(files.close)
             self.record = files.record
+            # Before the server is asked: a folder of another run costs no request.
             files.check(source.spec(self.record.spec), self.config, accept_changes)
             self._connection = Connection(
                 service, source, self.record, files.note, max_session_losses
@@ -120,17 +121,17 @@ class Run:
             opened.callback(self._connection.close)
             self._saver = Saver(policy, self.record, files.note)
             self.resumed_from = self._connection.start()
-            self._go_on_from(self.resumed_from)
+            self._restore(self.resumed_from)
             self._opened = opened.pop_all()
 
     @property
     def service(self) -> ServiceClient:
-        """The session to work in; another one after a loss was ridden out."""
+        """The session to work in; replaced after a loss with ``on_session_loss="resume"``."""
         return self._connection.service
 
     @property
     def trainer(self) -> TrainingClient:
-        """The client to train with; another one after a loss was ridden out."""
+        """The client to train with; replaced together with `service`."""
         return self._connection.trainer
 
     @property
@@ -141,7 +142,7 @@ class Run:
     def steps(self, batches: Batches[B]) -> Iterator[RunStep[B]]:
         """Iterate over the steps that are left to do, one for each batch.
 
-        A step is done when the next one is asked for: then its line is written, and a checkpoint
+        A step is done when the loop takes the next one: then its line is written, and a checkpoint
         queued if one is due.  A step that the loop leaves by ``break`` counts if an optimizer step
         was queued in it.  A program may have several such loops, one after the other: when it is
         continued, those that were done already are empty.
@@ -189,10 +190,10 @@ class Run:
         return self._loop(batches, arguments)
 
     def save_for_sampler(self) -> str:
-        """Save the weights as they are now for sampling, for good; return the path.  Blocks.
+        """Save the current weights for sampling, without a time to live; return the path.  Blocks.
 
-        The journal notes it: `RunRecord.sampler`.  A loop that was left is settled first: a step
-        that has trained counts, and the steps that a pipeline has submitted are waited for.
+        The journal records it: `RunRecord.sampler`.  A step that a loop was left in counts if it
+        has trained, and the steps that a pipeline has submitted are waited for.
 
         Raises:
             InvalidInputError: called within a loop over `pipeline`, whose next steps have been
@@ -205,8 +206,8 @@ class Run:
         elif self._piped is not None or self._has_trained():
             raise InvalidInputError(
                 f"save_for_sampler was called within step {self._place.steps}",
-                hint="Call it after the loop. (A loop that was left goes on as long as a variable "
-                "holds its iterator: close() that.)",
+                hint="Call it after the loop. (A loop that was left is still running while a "
+                "variable holds its iterator: close() that.)",
             )
         steps = self._place.steps
         path = save_for_sampler(self.trainer, f"sampler-{steps}-{next(self._samplers)}")
@@ -242,32 +243,31 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        # SIGTERM waits until the last step is saved; folder and handler are released after that.
         with self._sigterm.held(), self._opened:
             try:
                 if error is None:
                     self._save_last(may_count=True)
                 elif self._may_save_after(error):
-                    self._try_to_save_last()
+                    try:
+                        self._save_last(may_count=False)
+                    except TinkexError as failure:  # *error* is the one to raise
+                        logger.warning("the last step was not saved: %s", failure)
             finally:
-                failure = self._failure if error is None else error
                 self._saver.close()
-                self._connection.close(*outcome_of(None if failure is None else type(failure)))
+                cause = self._failure if error is None else error
+                self._connection.close(*outcome_of(None if cause is None else type(cause)))
             if error is None:
                 self._raise_failure()
 
     def _may_save_after(self, error: BaseException) -> bool:
         """Whether *error* leaves the steps of the server as they are known."""
-        if self._sigterm.is_hurried:
+        if self._sigterm.is_forced:
             return False
+        # An error of the server or the network may have lost any of the requests that were sent;
+        # Ctrl-C, and what the caller's own code has raised, have not.
         by_metrics = self._piped is not None and error is self._piped.failure
         return by_metrics or not isinstance(error, TinkexError)
-
-    def _try_to_save_last(self) -> None:
-        """Save what is done while an error is raised."""
-        try:
-            self._save_last(may_count=False)
-        except TinkexError as failure:
-            logger.warning("the last step was not saved: %s", failure)
 
     def _save_last(self, *, may_count: bool) -> None:
         """Save what is done, if a checkpoint can hold just that; *may_count* as for `_settle`."""
@@ -276,7 +276,9 @@ class Run:
             try:
                 self._saver.save_now(place, self.state, for_good=True)
             except SessionLostError as error:
-                self._ride_out(error)
+                # Continues from the newest checkpoint.  If that holds all steps, it only has to be
+                # saved again, without a time to live.
+                self._resume(error)
                 if self._place != place:  # the loops are over: nothing would do the steps again
                     raise
                 self._saver.save_now(place, self.state, for_good=True)
@@ -303,7 +305,8 @@ class Run:
     ) -> Iterator[RunStep[B]]:
         """Return what begins a loop, and iterates over what is left to do of it."""
         self._ensure_open()
-        if self._rides_out and isinstance(batches, Iterator):
+        # Checked here and not in the generator, which runs only when the first step is taken.
+        if self._resumes and isinstance(batches, Iterator):
             raise InvalidInputError(
                 "batches is an iterator, which cannot be read again after a lost session",
                 hint="Give a sequence, or a function of the number of batches to leave out.",
@@ -315,6 +318,7 @@ class Run:
     ) -> Iterator[RunStep[B]]:
         self._settle_before()
         loop, self._loops = self._loops, self._loops + 1
+        # SIGTERM in a step only sets a flag, which `_walk` reads between steps.
         with self._sigterm.held(), self._running(loop):
             while loop >= self._place.loop:  # or it was done before the run was continued
                 if loop > self._place.loop:
@@ -323,12 +327,15 @@ class Run:
                     steps = self._walk(batches, loop)
                     for step in steps if pipeline is None else self._pipe(steps, pipeline):
                         yield step
+                        # Before `_advance` queues a checkpoint of it: a run that continues from
+                        # the checkpoint never writes the line.  In a pipeline, where checkpoints
+                        # are queued earlier, `Saver.after_step` waits for the line.
                         step._end()
                     self._piped = None
-                    if self._rides_out:  # so that a loss in the next loop does not lead back here
+                    if self._resumes:  # so that a loss in the next loop does not lead back here
                         self._saver.save_now(self._place, self.state, for_good=False)
                 except SessionLostError as error:
-                    self._ride_out(error)
+                    self._resume(error)  # which sets the place, perhaps in an earlier loop
                     continue
                 return
 
@@ -342,11 +349,12 @@ class Run:
                 self._running_loop = None
 
     def _walk(self, batches: Batches[B], loop: int) -> Iterator[RunStep[B]]:
-        """Yield a step for each batch; one is done, or all queued, when the next is asked for."""
+        """Yield a step for each batch; one is done, or all queued, when the next is taken."""
         for batch in batches_from(batches, self._place.batch):
             if self._sigterm.requested:
                 return
-            step = RunStep(self._place.steps, batch, self._write_step, self._rides_out)
+            step = RunStep(self._place.steps, batch, self._write_step, self._resumes)
+            # The run's last update by identity: another one afterwards means that the step trained.
             self._current = _Current(step, self.trainer._run.last_update)
             yield step
             if self._place.loop != loop:
@@ -362,7 +370,7 @@ class Run:
         self._current = None
         self._place = self._place.after(1)
         if self._saver.after_step(self._place, self.state):
-            self._connection.losses = 0
+            self._connection.losses = 0  # only sessions lost without progress are counted
 
     def _has_trained(self) -> bool:
         """Whether the step that the loop is at has changed the weights."""
@@ -370,7 +378,7 @@ class Run:
         return current is not None and current.last_update is not self.trainer._run.last_update
 
     def _settle_before(self) -> None:
-        """See to a loop that was left, before something else is done.
+        """Complete the step or the pipeline that a loop was left in.
 
         Raises:
             InvalidInputError: it was left within a step.
@@ -389,7 +397,7 @@ class Run:
             raise failure
 
     def _settle(self, *, may_count: bool) -> bool:
-        """See to a step, or a pipeline, that the loop was left in; False if one is half done.
+        """Complete the step or pipeline that the loop was left in; False if one is half done.
 
         Args:
             may_count: a step that has changed the weights is taken as done; otherwise, after an
@@ -397,34 +405,38 @@ class Run:
         """
         piped = self._piped
         if piped is not None:
-            self._current = None
+            self._current = None  # the pipeline knows whether that step was submitted
             raised = piped.failure
             if not piped.drain():
                 return False
             self._piped = None
             self._place = piped.place
-            self._failure = piped.failure if raised is None else None
+            self._failure = piped.failure if raised is None else None  # else the loop has raised it
         current, self._current = self._current, None
         run = self.trainer._run
         if current is None or (current.last_update is run.last_update and not run.has_gradient):
             return True
+        # After an error, the body of the step may have had more to do; and a checkpoint does not
+        # hold a gradient.
         if not may_count or run.has_gradient:
             return False
         current.step._end()
         self._advance()
         return True
 
-    def _ride_out(self, error: SessionLostError) -> None:
-        """Go on in another session; raise *error* if that is not wanted, or fails repeatedly."""
-        if not self._rides_out:
+    def _resume(self, error: SessionLostError) -> None:
+        """Continue in another session; raise *error* if that is not wanted, or fails repeatedly."""
+        if not self._resumes:
             raise error
         with self._sigterm.released():  # without a session there is nothing to save
-            found = self._connection.ride_out(error)
-        self._go_on_from(found)
+            found = self._connection.replace_session(error)
+        self._restore(found)
 
-    def _go_on_from(self, checkpoint: Optional[CheckpointRecord]) -> None:
-        """Have place and state be those of *checkpoint*; of the start if there is none."""
+    def _restore(self, checkpoint: Optional[CheckpointRecord]) -> None:
+        """Set place and state to those of *checkpoint*, or of the start if there is none."""
         self._current = self._piped = None
+        # In place, and by copies: the caller may hold the dict, and a later loss needs the values
+        # as they were saved.
         self.state.clear()
         if checkpoint is None:
             self._place = Place(0, 0, 0)
@@ -433,18 +445,6 @@ class Run:
             self._place = Place(checkpoint.steps, checkpoint.loop, checkpoint.batch)
             self.state.update(copy.deepcopy(checkpoint.state))
         self._saver.start(self.service, self.trainer, self._place.steps)
-
-
-def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[int] = None) -> str:
-    """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
-
-    Raises:
-        TinkexError: they could not be saved.
-    """
-    path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
-    if path is None:
-        raise ResponseDecodeError("the server saved weights for sampling, but named no path")
-    return path
 
 
 class _Current(NamedTuple):

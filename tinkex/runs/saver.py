@@ -17,6 +17,7 @@ from tinkex.errors import (
     InvalidInputError,
     NotFoundError,
     RequestFailedError,
+    ResponseDecodeError,
 )
 from tinkex.futures import APIFuture, discard
 from tinkex.runs.records import RunRecord
@@ -111,11 +112,11 @@ class Saver:
         self._failures = 0
 
     def start(self, service: ServiceClient, trainer: TrainingClient, steps: int) -> None:
-        """Go on with *trainer*, which holds *steps*; what was under way is forgotten."""
-        self._service, self._trainer = service, trainer
+        """Save *trainer* from now on, which holds *steps*; what was under way is dropped."""
+        self._trainer = trainer
         self._rest = service.create_rest_client()
         if self._pending is not None:
-            discard([self._pending.future])
+            discard([self._pending.future])  # or its failure would be logged as unretrieved
         self._pending = None
         self._deletions = []
         self._saved_steps = self.steps_written = steps
@@ -165,7 +166,7 @@ class Saver:
         if self._pending is not None:
             self.finish()
         if not self._is_saved(place, for_good):
-            self._failures = _MAX_FAILURES
+            self._failures = _MAX_FAILURES  # the first failure is raised: no later step tries again
             self._queue(place, state, None if for_good else self._policy.ttl_seconds)
             self.finish()
 
@@ -197,14 +198,16 @@ class Saver:
                 save.place.steps,
                 error,
             )
-            self._saved_steps = -1  # due
+            self._saved_steps = -1  # due again after the next step
             return False
         self._failures = 0
         if self._trainer._run.failed_updates != save.failed_updates:
-            # Of what it was queued behind, something failed afterwards: steps are missing in it.
+            # A request ahead of it in the queue failed: it lacks a step that `place` counts.
             logger.info("dropping %s: a request before it has failed", path)
             self._delete(path)
             return False
+        # Only now is it one to continue from, and only then may older ones go: whenever the process
+        # is killed, the newest checkpoint in the journal exists on the server.
         self._note(
             "checkpoint",
             path=path,
@@ -216,7 +219,7 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Give the deletions under way a moment to be done."""
+        """Wait a few seconds for the deletions under way."""
         wait(self._deletions, _DELETE_S)
         self._read_deletions()
 
@@ -228,13 +231,15 @@ class Saver:
         return same and not (for_good and newest.ttl_seconds is not None)
 
     def _queue(self, place: Place, state: Dict[str, Any], ttl_seconds: Optional[int]) -> None:
-        """Queue a checkpoint behind all that was asked of the run so far."""
+        """Queue a checkpoint behind all requests of the run so far."""
+        # Counted, since a name is used once: see `_path_of`.
         name = f"autosave-{place.steps}-{next(self._counter)}"
+        # Read before queueing: a failure of anything ahead in the queue then shows as a change.
         failed_updates = self._trainer._run.failed_updates
         future = self._trainer.save_state(name, ttl_seconds)
-        self._pending = _Save(
-            future, name, place, as_json("run.state", state), ttl_seconds, failed_updates
-        )
+        # A copy of the state, which the loop may change while the server saves.
+        state = as_json("run.state", state)
+        self._pending = _Save(future, name, place, state, ttl_seconds, failed_updates)
         self._saved_steps, self._saved_at = place.steps, time.monotonic()
 
     def _path_of(self, save: _Save) -> str:
@@ -267,3 +272,15 @@ class Saver:
             error = deletion.exception()
             if error is not None and not isinstance(error, NotFoundError):
                 logger.info("an older checkpoint was not deleted: %s", error)
+
+
+def save_for_sampler(trainer: TrainingClient, name: str, ttl_seconds: Optional[int] = None) -> str:
+    """Save the weights of *trainer* as *name* for sampling; return the path.  Blocks.
+
+    Raises:
+        TinkexError: they could not be saved.
+    """
+    path = trainer.save_weights_for_sampler(name, ttl_seconds).result().path
+    if path is None:
+        raise ResponseDecodeError("the server saved weights for sampling, but named no path")
+    return path

@@ -22,11 +22,11 @@ class Sigterm:
 
     Attributes:
         requested: whether it has come.
-        is_hurried: whether it has come twice: nothing is to be waited for any more.
+        is_forced: whether it has come twice: nothing may be waited for any more.
     """
 
     def __init__(self) -> None:
-        self.requested = self.is_hurried = False
+        self.requested = self.is_forced = False
         self._held = False
         self._before: Any = None
 
@@ -75,8 +75,9 @@ class Sigterm:
             self._held = held
 
     def _handle(self, signum: int, frame: Optional[FrameType]) -> None:
-        if self.is_hurried and not self._held:
+        if self.is_forced and not self._held:
             return  # the program is on its way out; another SystemExit would only disturb that
-        self.requested, self.is_hurried = True, self.requested
-        if self.is_hurried or not self._held:
+        # In the main thread between two bytecodes, so no lock: Python runs handlers nowhere else.
+        self.requested, self.is_forced = True, self.requested
+        if self.is_forced or not self._held:
             raise SystemExit(EXIT_CODE)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinkex.types import OptimizerConfig
 
 #: Seeds are drawn below this: all servers take them.
-_SEEDS = 2**31
+SEEDS = 2**31
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class RunSource:
     optimizer: Optional[OptimizerConfig]
 
     def spec(self, earlier: Mapping[str, Any]) -> Dict[str, Any]:
-        """Return all of it as JSON, as it was *earlier*, in the journal, where nothing is given.
+        """Return all of it as JSON; what is not given is as in *earlier*, from the journal.
 
         A seed is chosen if there is none, so that a run that is killed before its first checkpoint
         starts again with the same weights.
@@ -44,7 +44,7 @@ class RunSource:
             own: Dict[str, Any] = {}
         else:
             if self.seed is None:
-                self.seed = earlier.get("seed", random.SystemRandom().randrange(_SEEDS))
+                self.seed = earlier.get("seed", random.SystemRandom().randrange(SEEDS))
             own = {"rank": self.rank, "seed": self.seed, **self.layers}
         return {
             "base_model": self.base_model,
@@ -69,7 +69,7 @@ class RunSource:
         )
 
     def restore(self, service: ServiceClient, path: str) -> TrainingClient:
-        """Make a run that goes on from the checkpoint at *path*.  Blocks."""
+        """Make a run that continues from the checkpoint at *path*.  Blocks."""
         return service.create_training_client_from_state_with_optimizer(
             path, self.base_model, self.user_metadata
         )

@@ -23,19 +23,19 @@ class RunStep(Generic[B]):
         batch: what the loop trains on.
         result: from `Run.pipeline`, the results of its requests; else None.
 
-    ``with step:`` around the loop's body lets `open_run(on_session_loss="resume")` ride out the
-    loss of the session: the SessionLostError ends the body, and the loop goes on from the last
-    checkpoint.
+    ``with step:`` around the loop's body lets `open_run(on_session_loss="resume")` continue after
+    the loss of the session: the SessionLostError ends the body, and the loop continues from the
+    last checkpoint.
     """
 
     def __init__(
-        self, index: int, batch: B, log: Callable[[int, Dict[str, Any]], None], rides_out: bool
+        self, index: int, batch: B, log: Callable[[int, Dict[str, Any]], None], resumes: bool
     ) -> None:
         self.index = index
         self.batch = batch
         self.result: Optional[PipelineStep] = None
         self._log = log
-        self._rides_out = rides_out
+        self._resumes = resumes
         self._metrics: Dict[str, Any] = {}
         self._written = False
         self._entered = False
@@ -74,7 +74,9 @@ class RunStep(Generic[B]):
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> bool:
-        if self._rides_out and isinstance(exc, SessionLostError):
+        # The error is kept for the run's loop: raised here, it would end the caller's `for` loop,
+        # since a generator cannot catch what the body of the loop raises.
+        if self._resumes and isinstance(exc, SessionLostError):
             self._lost = exc
         return self._lost is not None
 
@@ -82,14 +84,14 @@ class RunStep(Generic[B]):
         return f"<RunStep {self.index}>"
 
     def _end(self) -> None:
-        """Have the step written, with what was logged so far; SessionLostError if it has ended so.
+        """Write the step with what was logged so far; raise the SessionLostError that ended it.
 
         Raises:
-            InvalidInputError: the session's loss is to be ridden out, and that would not work.
+            InvalidInputError: ``on_session_loss="resume"`` needs ``with step:``.
         """
         if self._lost is not None:
             raise self._lost
-        if self._rides_out and not self._entered:
+        if self._resumes and not self._entered:
             raise InvalidInputError(
                 "on_session_loss='resume' needs the body of the loop within `with step:`",
                 hint="for step in run.steps(batches):\n      with step:\n          ...",
@@ -97,7 +99,7 @@ class RunStep(Generic[B]):
         self._write()
 
     def _write(self) -> None:
-        """Have the step written, with what was logged so far; once."""
+        """Write the step with what was logged so far, once."""
         if not self._written:
             self._written = True
             self._log(self.index, self.metrics)

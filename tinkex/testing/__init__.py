@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinkex.testing import faults
-    from tinkex.testing.exchange import Exchange, Reply
-    from tinkex.testing.journal import Journal, ReceivedRequest
-    from tinkex.testing.script import Injection
-    from tinkex.testing.server import FakeServer
-    from tinkex.testing.tokenizer import CharacterTokenizer
+    from tinkex.testing import faults as faults
+    from tinkex.testing.engine import CharacterTokenizer as CharacterTokenizer
+    from tinkex.testing.exchange import Exchange as Exchange, Reply as Reply
+    from tinkex.testing.journal import Journal as Journal, ReceivedRequest as ReceivedRequest
+    from tinkex.testing.script import Injection as Injection
+    from tinkex.testing.server import FakeServer as FakeServer
 
 _MODULES = {
-    "CharacterTokenizer": "tokenizer",
+    "CharacterTokenizer": "engine",
     "Exchange": "exchange",
     "FakeServer": "server",
     "Injection": "script",
@@ -27,16 +27,7 @@ _MODULES = {
     "faults": "faults",
 }
 
-__all__ = [
-    "CharacterTokenizer",
-    "Exchange",
-    "FakeServer",
-    "Injection",
-    "Journal",
-    "ReceivedRequest",
-    "Reply",
-    "faults",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""The deterministic engine, which writes down in the journal what it has done."""
+"""The deterministic engine, which records in the journal what it has done, and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Container, Dict, Iterator, List, Mapping, Sequence, Union
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, Sequence, Union
 
 from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.local.engines.engine import EngineInfo, Finished
@@ -27,11 +27,9 @@ class RecordingEngine(DeterministicEngine):
 
     @property
     def info(self) -> EngineInfo:
-        """What this engine serves."""
         return dataclasses.replace(super().info, aliases=self._aliases)
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
-        """Make a fresh adapter."""
         super().create(model_id, lora)
         self._journal.add_executed(model_id, "create")
 
@@ -44,7 +42,6 @@ class RecordingEngine(DeterministicEngine):
         *,
         forward_only: bool = False,
     ) -> ForwardBackwardOutput:
-        """Compute loss and logprobs of each datum."""
         output = super().forward_backward(
             model_id, data, loss_fn, loss_fn_config, forward_only=forward_only
         )
@@ -52,27 +49,41 @@ class RecordingEngine(DeterministicEngine):
         return output
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
-        """Take a step."""
         metrics = super().optim_step(model_id, params)
         self._journal.add_executed(model_id, "optim_step")
         return metrics
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter's state into *folder*."""
         super().save(model_id, folder, with_optimizer=with_optimizer)
         self._journal.add_executed(model_id, "save" if with_optimizer else "export")
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Take over a saved state."""
         super().load(model_id, folder, with_optimizer=with_optimizer)
         self._journal.add_executed(model_id, "load")
 
     def sample(
         self, sampler_id: str, requests: Sequence[SampleRequest], dropped: Container[int] = ()
     ) -> Iterator[List[Finished]]:
-        """Run *requests* as one batch."""
         for finished in super().sample(sampler_id, requests, dropped):
             for _, result in finished:
                 if not isinstance(result, Exception):
                     self._journal.add_executed(sampler_id, "sample")
             yield finished
+
+
+class CharacterTokenizer:
+    """Token ``t`` is the character ``chr(t)``; token 0 ends a sequence.  Immutable.
+
+    It decodes whatever `FakeServer` samples.  With the server's default vocabulary it encodes the
+    characters below U+7D00: all of Latin, Greek, Cyrillic and most of Chinese, but no emoji.
+    """
+
+    eos_token_id = 0
+
+    def encode(self, text: str) -> List[int]:
+        """Return the token ids of *text*."""
+        return [ord(character) for character in text]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of *tokens*, without the end of the sequence."""
+        return "".join(chr(token) for token in tokens if token != self.eos_token_id)

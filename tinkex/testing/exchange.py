@@ -79,13 +79,14 @@ class Exchange:
         self._script = script
         self._environ = environ
         self._application = application
-        self._stops = script.stops
+        self._stops = script.stops  # before any wait: a stop that comes first must not be missed
 
     def work(self) -> Reply:
-        """Have the server do what the request asks for, and return its response."""
+        """Have the server process the request, and return its response."""
         from werkzeug.test import run_wsgi_app
 
         parts, status, headers = run_wsgi_app(self._application, self._environ, buffered=True)
+        # `_send` sets it: a fault may have changed the body.
         kept = tuple((k, v) for k, v in headers if k.lower() != "content-length")
         return Reply(int(status.split()[0]), kept, b"".join(parts))
 
@@ -106,7 +107,6 @@ class FaultLayer:
         self._application = application
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Respond to one request."""
         request = self._receive(environ)
         injection = self._script.find(request)
         if injection is None:
@@ -125,6 +125,7 @@ class FaultLayer:
         return self._send(exchange, reply, environ, start_response)
 
     def _receive(self, environ: Environ) -> ReceivedRequest:
+        # Read here, for the journal; the application gets a stream of its own.
         body = environ["wsgi.input"].read()
         environ["wsgi.input"] = io.BytesIO(body)
         headers = {

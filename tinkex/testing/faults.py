@@ -23,7 +23,6 @@ class Latency:
     seconds: float
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         exchange.wait(self.seconds)
         return exchange.work()
 
@@ -35,7 +34,6 @@ class Hold:
     after_work: bool = False
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         reply = exchange.work() if self.after_work else None
         exchange.wait()
         return reply or exchange.work()
@@ -46,9 +44,8 @@ class LoseResponse:
     """Do the work and never respond: the client waits until it times out."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         exchange.work()
-        exchange.wait()
+        exchange.wait()  # until the injection is released, or the server stops
         return None
 
 
@@ -69,7 +66,6 @@ class Status:
     after_work: bool = False
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         if self.after_work:
             exchange.work()
         headers, body = _encoded({"detail": "injected"} if self.body is None else self.body)
@@ -85,7 +81,6 @@ class Drop:
     after_work: bool = False
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         if self.after_work:
             exchange.work()
         return None
@@ -96,7 +91,6 @@ class Cut:
     """Do the work, and close the connection in the middle of the response's body."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         reply = exchange.work()
         return dataclasses.replace(reply, close_after=len(reply.body) // 2)
 
@@ -106,7 +100,6 @@ class Truncate:
     """Do the work, and send half of the body as if it were all: the HTTP message is complete."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         reply = exchange.work()
         return dataclasses.replace(reply, body=reply.body[: len(reply.body) // 2])
 
@@ -116,7 +109,6 @@ class Garble:
     """Do the work, and flip the bits of every byte of the body."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         reply = exchange.work()
         return dataclasses.replace(reply, body=bytes(byte ^ 0xFF for byte in reply.body))
 
@@ -128,7 +120,6 @@ class Trickle:
     pause_s: float = 0.01
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         reply = exchange.work()
         piece = -(-len(reply.body) // _MOST_PIECES) or 1
         return dataclasses.replace(reply, piece=piece, pause_s=self.pause_s)
@@ -136,10 +127,9 @@ class Trickle:
 
 @dataclasses.dataclass(frozen=True)
 class ExpireResult:
-    """Finish the work that a ``retrieve_future`` asks for, drop its result, and report that."""
+    """Finish the work that a ``retrieve_future`` polls for, drop its result, and report that."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         exchange.server.drop_result(exchange.request.json()["request_id"])
         return exchange.work()
 
@@ -149,7 +139,6 @@ class ExpireSessions:
     """Let all sessions expire as if their heartbeats had stopped; the server then reports that."""
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         exchange.server.expire_sessions()
         return exchange.work()
 
@@ -162,9 +151,9 @@ class Restart:
     after_work: bool = False
 
     def __call__(self, exchange: Exchange) -> Optional[Reply]:
-        """See the module."""
         if self.after_work:
             exchange.work()
+        # In another thread: the restart waits until this request has ended.
         exchange.server.restart_soon(keep_state=self.keep_state)
         exchange.wait()  # until the server stops
         return None

@@ -90,6 +90,7 @@ class Journal:
         """
         groups: Dict[Tuple[str, ...], List[ReceivedRequest]] = {}
         for request in self.requests:
+            # One key for all attempts of a request: docs/protocol.md, "Idempotency keys".
             key = request.headers.get("x-idempotency-key")
             if request.method != "GET" and key and not _REPEATABLE.fullmatch(request.path):
                 groups.setdefault((request.method, request.path, key), []).append(request)

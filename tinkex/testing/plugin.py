@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tinkex import ServiceClient
     from tinkex.testing.server import FakeServer
 
-#: Sent by clients that the tested code makes; the server asks for none.
+#: Sent by clients that the tested code makes; the server requires none.
 _KEY = "tml-fake"
 
 

@@ -40,6 +40,7 @@ class Script:
         """Count *request*, and return the first injection that strikes it, if any does."""
         found: Optional[Injection] = None
         with self.changed:
+            # All of them count the request, also those behind the one that strikes.
             for injection in self._injections:
                 if injection.counts_locked(request) and found is None:
                     found = injection
@@ -73,6 +74,8 @@ class Script:
         Raises:
             ServerStopped: the server stops, or has stopped more often than *stops*.
         """
+        # The count of stops and not a flag: after a restart, requests of the new server are held
+        # while those of the old one must end.
         with self.changed:
             self.changed.wait_for(lambda: injection.is_released or self._stops > stops, seconds)
             if self._stops > stops:

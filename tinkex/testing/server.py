@@ -26,7 +26,7 @@ from tinkex.testing.exchange import FaultLayer
 from tinkex.testing.journal import Journal, route_pattern
 from tinkex.testing.script import Fault, Injection, Script
 
-#: A result that is to be dropped is waited for this long, in seconds.
+#: How long a result is waited for before it is dropped, in seconds.
 _RESULT_S = 30.0
 
 #: Tokens below this decode with every common tokenizer, and none of them is a lone surrogate.
@@ -108,6 +108,7 @@ class FakeServer:
             if self._closed or self._server is not None:
                 raise LocalServerError("this server was started before; make a new one")
             self._folder = Path(tempfile.mkdtemp(prefix="tinkex-fake-"))
+            # For a server that is never closed, as in a test that fails while it is made.
             weakref.finalize(self, shutil.rmtree, str(self._folder), ignore_errors=True)
             self._start_locked()
 
@@ -116,13 +117,13 @@ class FakeServer:
         with self._lock:
             self._closed = True
             self._stop_locked()
+        # Without the lock, which a restart takes before it sees that the server was closed.
         for thread in self._restarts:
             thread.join()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> FakeServer:
-        """Start."""
         self.start()
         return self
 
@@ -132,7 +133,6 @@ class FakeServer:
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        """Close."""
         self.close()
 
     # Faults
@@ -174,6 +174,7 @@ class FakeServer:
 
         The server's clock moves forward by that time; new sessions live as usual.
         """
+        # By the server's own clock and housekeeping, as sessions expire without heartbeats.
         server = self._running(wait=False)
         self._clock.advance(server.settings.session_ttl_s)
         server.request_housekeeping()
@@ -245,6 +246,7 @@ class FakeServer:
 
     def _stop_locked(self) -> None:
         server, self._server = self._server, None
+        # Held requests first: closing waits for all threads that handle one.
         self._script.stop()
         if server is not None:
             server.close()
@@ -260,7 +262,6 @@ class _Clock:
         return time.monotonic() + self._offset_s
 
     def advance(self, seconds: float) -> None:
-        """Move forward."""
         self._offset_s += seconds
 
 

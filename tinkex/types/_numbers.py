@@ -32,6 +32,7 @@ class _Field:
         if instance is None:
             return self
         values = getattr(instance, self._kept)
+        # Two threads may both convert it, into arrays that share the same memory.
         if isinstance(values, array.array):
             values = np.frombuffer(values, _DTYPES[values.typecode])
             self.__set__(instance, values)

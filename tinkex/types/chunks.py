@@ -195,7 +195,9 @@ class DmelChunk:
 
 
 def _dmel_length(container: bytes) -> int:
-    """Read the header: optional marker 254, dtype byte 0..7, then LEB128 ndim and dimensions."""
+    """Return dimension 0 of the header of *container*; InvalidInputError if it is malformed."""
+    # Optional marker 254, dtype byte 0..7, then ndim and the dimensions as LEB128
+    # (docs/protocol.md, "Model input").
 
     def varint(at: int) -> Tuple[int, int]:
         value = shift = 0
@@ -205,7 +207,7 @@ def _dmel_length(container: bytes) -> int:
             at, shift = at + 1, shift + 7
             if byte < 0x80:
                 return value, at
-            if shift > 63:
+            if shift > 63:  # bytes without an end would be read as one huge number
                 raise InvalidInputError("dmel container has a dimension of more than 64 bits")
 
     try:

@@ -48,8 +48,9 @@ class _Span:
                 hint="SampledSequence.sequence_id has it; some servers send none.",
             )
         object.__setattr__(self, "sequence_id", sequence_id)
-        object.__setattr__(self, "offset", _count("offset", offset))
-        object.__setattr__(self, "length", _count("length", length))
+        for name, value in (("offset", offset), ("length", length)):
+            count = as_int(f"the {name} of a provenance span", value, 0)
+            object.__setattr__(self, name, count)
 
 
 class PromptProvenanceSpan(_Span):
@@ -73,10 +74,6 @@ class SampledProvenanceSpan(_Span):
 
 
 ProvenanceSpan = Union[PromptProvenanceSpan, SampledProvenanceSpan]
-
-
-def _count(name: str, value: Any) -> int:
-    return as_int(f"the {name} of a provenance span", value, 0)
 
 
 def _to_tensor(name: str, value: Any) -> TensorData:

@@ -83,7 +83,7 @@ class ModelInput:
     @property
     def length(self) -> int:
         """Number of tokens over all chunks."""
-        return sum([chunk.length for chunk in self.chunks])
+        return sum([chunk.length for chunk in self.chunks])  # a list: faster than a generator
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
         """Return a new input with *chunk* at the end."""

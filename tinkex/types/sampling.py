@@ -191,12 +191,7 @@ class SampleRequest:
             "prompt_logprobs": self.prompt_logprobs,
             "type": "sample",
         }
-        for name in (
-            "topk_prompt_logprobs",
-            "topk_sample_logprobs",
-            "prompt_logprobs_last_n",
-            "prompt_alt_tokens_k",
-        ):
+        for name in _COUNTS[1:]:  # those with a default of None or 0; num_samples is always sent
             value = getattr(self, name)
             if value:
                 encoded[name] = value
@@ -211,25 +206,25 @@ class SampleRequest:
         """Read the JSON form; InvalidInputError if it is malformed or fails `check`."""
         if not isinstance(payload, dict):
             raise InvalidInputError("a sample request must be an object")
+        counts = {name: payload[name] for name in _COUNTS if payload.get(name) is not None}
+        for name, value in counts.items():
+            if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
+                raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
         target = payload.get("target_prompt_logprobs")
         params = payload.get("sampling_params")
         request = cls(
             prompt=ModelInput.from_json(payload.get("prompt")),
-            num_samples=_count(payload, "num_samples", 1),
             sampling_params=SamplingParams.from_json({} if params is None else params),
             prompt_logprobs=bool(payload.get("prompt_logprobs")),
-            topk_prompt_logprobs=_count(payload, "topk_prompt_logprobs", 0),
-            topk_sample_logprobs=_count(payload, "topk_sample_logprobs", 0),
-            prompt_logprobs_last_n=_count(payload, "prompt_logprobs_last_n", None),
             target_prompt_logprobs=None if target is None else tensor_from_json(target),
-            prompt_alt_tokens_k=_count(payload, "prompt_alt_tokens_k", 0),
             record_stability_info=bool(payload.get("record_stability_info")),
+            **counts,
         )
         request.check()
         return request
 
 
-#: The integers of a SampleRequest.
+#: The integers of a SampleRequest, in the order in which they are sent.
 _COUNTS = (
     "num_samples",
     "topk_prompt_logprobs",
@@ -237,13 +232,6 @@ _COUNTS = (
     "prompt_logprobs_last_n",
     "prompt_alt_tokens_k",
 )
-
-
-def _count(payload: Dict[str, Any], name: str, default: Optional[int]) -> Any:
-    value = payload.get(name)
-    if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
-        raise InvalidInputError(f"{name} is {value!r}; it must be an integer")
-    return default if value is None else value
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:

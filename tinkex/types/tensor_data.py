@@ -45,6 +45,7 @@ def _as_wire_array(values: Any, dtype: Optional[str], what: str) -> Array:
         )
     target = dtype or ("float32" if array.dtype.kind == "f" else "int64")
     is_fresh = isinstance(values, (list, tuple))  # numpy has just made a new array
+    # Values beyond float32 become infinity, which is checked where it matters (`check_batch`).
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(target, order="C", copy=not is_fresh)
     # Compared by value, not by dtype, because numpy makes an empty list an array of floats.
@@ -163,6 +164,7 @@ class TensorData:
                 f"from_torch was given {a_type(tensor)}, not a torch tensor",
                 hint="TensorData(...) takes lists and numpy arrays.",
             )
+        # numpy knows neither sparse layouts nor bfloat16.
         detached = tensor.detach().cpu()
         if str(detached.layout) != "torch.strided":
             detached = detached.to_dense()
@@ -182,6 +184,7 @@ class TensorData:
         dense = cls.from_torch(tensor)
         if len(dense.shape) != 2:
             raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {dense.shape}")
+        # CSR costs an index for each listed value, and one for each row and the end.
         table = dense._dense()
         listed = table != pad_value
         if len(table) + 1 + 2 * int(np.count_nonzero(listed)) >= table.size:

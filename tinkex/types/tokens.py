@@ -23,6 +23,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
     Raises:
         InvalidInputError: not a flat sequence of integers, or one outside 0 .. 2**31 - 1.
     """
+    # Exactly int: array.array would take bools, too, which are refused below.
     if isinstance(tokens, (list, tuple)) and len(tokens) <= SHORT and {*map(type, tokens)} <= {int}:
         try:
             short = array.array("i", tokens)
@@ -35,11 +36,7 @@ def as_tokens(tokens: Any, *, owned: bool = False) -> Any:
         return as_tokens(_only_sequence(tokens))
     try:
         ids = np.asarray(tokens)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a tensor that requires grad
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a tensor with a gradient
         raise InvalidInputError(f"tokens are not a flat sequence of integers: {error}") from error
     if ids.ndim == 0:
         raise InvalidInputError(

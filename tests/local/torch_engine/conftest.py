@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose output layer shares the embedding's matrix, as SmolLM2's does."""
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     folder = tmp_path_factory.mktemp("tied")
     write_tiny_random(folder, tie_word_embeddings=True)

@@ -18,7 +18,7 @@ from local.torch_engine.reference import make_data
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tinkex.errors import LocalServerError
-from tinkex.local.engines.torch_engine import TorchEngine, tiny
+from tinkex.local.engines.torch_engine import TorchEngine, builtin_models
 from tinkex.local.engines.torch_engine.adapter_config import adapts_tensors
 from tinkex.types import AdamParams, LoraConfig, ModelInput, SampleRequest, SamplingParams
 
@@ -61,7 +61,7 @@ def write_model(config: Any, folder: Path) -> Any:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15, generator=generator)
     model.save_pretrained(folder)
-    tiny._write_tokenizer(folder)
+    builtin_models._write_tokenizer(folder)
     return model
 
 
@@ -168,7 +168,7 @@ def test_torch_waits_passively_unless_told_otherwise(policy: Any) -> None:
         "import tinkex.local.engines.torch_engine, os; print(os.environ.get('OMP_WAIT_POLICY'))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY",)}
-    environment["PYTHONPATH"] = str(Path(tiny.__file__).parents[4])
+    environment["PYTHONPATH"] = str(Path(builtin_models.__file__).parents[4])
     environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library prints what it has read
     if policy:
         environment["OMP_WAIT_POLICY"] = policy

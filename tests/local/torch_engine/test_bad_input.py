@@ -11,7 +11,7 @@ from local.torch_engine.reference import gradient_of, make_data
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.local.engines.torch_engine import training
-from tinkex.local.engines.torch_engine.batching import plan_passes
+from tinkex.local.engines.torch_engine.network import plan_passes
 from tinkex.types import (
     AdamParams,
     Datum,

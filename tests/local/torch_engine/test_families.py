@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 from tinkex.errors import LocalServerError
 from tinkex.local.engines.engine import EngineInfo
 from tinkex.local.engines.inputs import Row
-from tinkex.local.engines.torch_engine import TorchEngine, tiny
+from tinkex.local.engines.torch_engine import TorchEngine, builtin_models
 from tinkex.local.engines.torch_engine.loading import checked_network
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 
@@ -57,7 +57,7 @@ def families() -> List[str]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny._write_tokenizer(folder)
+    builtin_models._write_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

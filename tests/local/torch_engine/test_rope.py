@@ -15,7 +15,7 @@ from tinkex.local.engines.inputs import Row
 from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.local.engines.torch_engine.decoding import prefill
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.training import run_batch
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams
 

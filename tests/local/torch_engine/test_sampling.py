@@ -13,7 +13,7 @@ from local.torch_engine.reference import Reference, give_random_delta, make_data
 from transformers import AutoModelForCausalLM
 
 from tinkex.local.engines.engine import EngineError, StreamingRequest
-from tinkex.local.engines.torch_engine import decoding, sample_jobs, sampling
+from tinkex.local.engines.torch_engine import decoding, sampling, stopping
 from tinkex.local.engines.torch_engine.drawing import draw
 from tinkex.types import ModelInput, SampleRequest, SampleResponse, SamplingParams, TensorData
 
@@ -205,7 +205,7 @@ def test_the_end_of_sequence_token_stops_unless_stop_is_given(
     prompt = prompt_of(10, 4)
     free = SampleRequest(prompt, 1, SamplingParams(max_tokens=30, seed=5, stop=[]))
     tokens = run_all(samplers, "base", [free])[0].sequences[0].tokens
-    ends = sample_jobs.Vocabulary(samplers._vocabulary.tokenizer, frozenset({tokens[6]}))
+    ends = stopping.Vocabulary(samplers._vocabulary.tokenizer, frozenset({tokens[6]}))
     monkeypatch.setattr(samplers, "_vocabulary", ends)
     default = SampleRequest(prompt, 1, SamplingParams(max_tokens=30, seed=5))
     sequence = run_all(samplers, "base", [default])[0].sequences[0]

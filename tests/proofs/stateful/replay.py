@@ -15,7 +15,6 @@ from proofs.stateful.witness import Key, WitnessServer
 from proofs.stateful.world import MODEL, World, adam, datum, sample_of
 
 from tinkex import ServiceClient
-from tinkex.clients.checkpoints import download_checkpoint
 
 Files = Dict[str, bytes]
 
@@ -124,5 +123,5 @@ def _metric(result: Any, name: str) -> float:
 
 def _files(rest: Any, path: str) -> Files:
     with tempfile.TemporaryDirectory() as folder:
-        target = download_checkpoint(rest, path, Path(folder) / "files")
+        target = rest.download_checkpoint(path, Path(folder) / "files")
         return {file.name: file.read_bytes() for file in target.rglob("*") if file.is_file()}

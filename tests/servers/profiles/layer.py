@@ -179,7 +179,7 @@ class ProfileLayer:
         candidates = results.path_inward(self._profile, path, kinds)
         for candidate in candidates:
             try:
-                self._backend.checkpoint_at(candidate)
+                self._backend.catalog.checkpoint_at(candidate)
             except HTTPError:
                 continue
             return candidate

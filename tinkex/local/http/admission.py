@@ -104,6 +104,7 @@ class Admission:
         self._check_host(head)
         if head.method not in ("GET", "HEAD"):
             self._check_origin(head)
+            # A body without a length is measured as it is read (http/messages.py).
             check_size(head.body_bytes or 0, self._max_body_bytes)
             if head.body_bytes != 0:
                 _check_content_type(head)
@@ -161,8 +162,11 @@ class Admission:
         if not given and (self._bearer or head.path.startswith(OPENAI_PREFIXES)):
             scheme, _, token = head.headers.get("AUTHORIZATION", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else ""
+        # In constant time: how long a comparison takes must not give the key away.
         if self._key is not None and hmac.compare_digest(given.encode(), self._key):
             return
+        # A token, by the first letters of its header.  A server without a key checks it only if
+        # clients are to have one.
         if given.startswith("eyJ") and (self._jwt or self._key is not None):
             # Exchanged for another, a token would never have to prove itself again.
             fault = self.mint.fault_of(given)
@@ -172,7 +176,7 @@ class Admission:
                 raise _invalid_token(fault)
         elif self._key is not None:
             what = "is not the one of this server" if given else "is missing"
-            raise HTTPError(401, f"the API key {what}; set TINKER_API_KEY, or api_key=...")
+            raise HTTPError(401, f"the API key {what}")
 
 
 def host_name(host: str) -> Optional[str]:

@@ -40,6 +40,7 @@ class Content:
             while left:
                 chunk = source.read(min(left, _CHUNK))
                 if not chunk:
+                    # The length is in the headers, which were sent: the connection has to break.
                     raise OSError("a saved file became shorter while it was read")
                 left -= len(chunk)
                 yield chunk

@@ -33,6 +33,20 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(write_json(value), status, mimetype="application/json")
 
 
+def error_response(error: HTTPError, body: Dict[str, Any]) -> Response:
+    """Return the response to a request that failed with *error*; *body* describes it."""
+    response = json_response(body, error.status)
+    response.headers.extend(error.headers)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = f"{error.retry_after_s:g}"
+    return response
+
+
+def server_failure(error: Exception) -> HTTPError:
+    """Return what a request fails with whose view raised *error*, which was not expected."""
+    return HTTPError(500, f"the server failed: {type(error).__name__}: {error}")
+
+
 def raw_body() -> bytes:
     """Return the request's body, decompressed.
 
@@ -41,10 +55,10 @@ def raw_body() -> bytes:
             installed; 400, it is broken.
     """
     limit = int(current_app.config[MAX_BODY])
-    check_size(request.content_length or 0, limit)
+    check_size(request.content_length or 0, limit)  # before it is read into one piece
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     body = request.get_data(cache=False)
-    check_size(len(body), limit)
+    check_size(len(body), limit)  # a chunked body has no length before
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -71,6 +85,7 @@ def decompressed(body: bytes, limit: int) -> bytes:
     parts, size = [], 0
     try:
         for start in range(0, len(body), _ZSTD_STEP):
+            # The decompressor stops at the end of a frame, and the rest would be lost silently.
             if decompressor.eof:
                 raise HTTPError(400, "the zstd body has more than one frame")
             part = decompressor.decompress(body[start : start + _ZSTD_STEP])
@@ -120,7 +135,7 @@ def page(default_limit: int) -> Tuple[int, int]:
         text = request.args.get(name, str(default))
         if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
             raise HTTPError(400, f"{name} is {text!r:.100}; it must be a number, 0 or more")
-        numbers.append(min(int(text), 1 << 31))
+        numbers.append(min(int(text), 1 << 31))  # SQLite takes no integers beyond 64 bits
     return numbers[0], numbers[1]
 
 

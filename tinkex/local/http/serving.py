@@ -76,6 +76,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         adjustments = Adjustments(
             ident="tinkex",
             log_socket_errors=False,  # a client that went away is no error of the server
+            # Held polls and requests of the OpenAI endpoint occupy a connection each.
             connection_limit=2 * settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
@@ -131,7 +132,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         """Accept all connections that wait, not one in each round.
 
         In a round every socket that is ready is served too, and with a hundred of them busy, rounds
-        are so few that a client's last connections would wait for most of a minute.
+        are so few that a client's last connections would wait for nearly a minute.
         """
         known = -1
         while known < len(self.sockets) < self.adj.connection_limit:
@@ -200,6 +201,7 @@ class _ErrorTask(_LoggedTask, ErrorTask):  # type: ignore[misc]
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.content_length = len(body)
+        # The request was not read to its end: what follows on the connection cannot be understood.
         self.set_close_on_finish()
         self.write(body)
 
@@ -240,6 +242,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("the URL or the Content-Length is malformed") from error
         if self.body_rcv is None:
             return
+        # The body is still read, since a client that sends it may not read a response before.
         size = None if self.chunked else self.content_length
         head = Head(self.command, self.path, self.headers, size)
         if not self._admission.admits(head):

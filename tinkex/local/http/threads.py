@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
-from typing import Any, Set
+from typing import Any, Callable, Set, TypeVar
 
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import ClientClosedError
+from tinkex.local.errors import HTTPError
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +31,12 @@ class HttpThreads:
 
     def __init__(self, limit: int, idle_s: float = 30.0) -> None:
         self._pool = WorkerPool("tinkex-http", limit, idle_s)
-        # Those that have not begun.  Removing one, which is atomic, decides who runs or cancels it.
+        # Those that have not begun.
         self._waiting: Set[Any] = set()
 
     def add_task(self, task: Any) -> None:
         """Have *task* (waitress's, with ``service`` and ``cancel``) run soon."""
+        # Before it is submitted: a thread may take it at any moment from then on.
         self._waiting.add(task)
         try:
             self._pool.submit(functools.partial(self._run, task))
@@ -54,17 +59,21 @@ class HttpThreads:
             _log.warning("still busy after %.1f s: %s", timeout, ", ".join(busy))
         return not busy
 
-    def _cancel(self, task: Any) -> None:
+    def _claim(self, task: Any) -> bool:
+        """True for the first caller, which then runs or cancels the task."""
+        # Removing from a set is atomic.
         try:
             self._waiting.remove(task)
-        except KeyError:  # it runs
-            return
-        task.cancel()
+        except KeyError:
+            return False
+        return True
+
+    def _cancel(self, task: Any) -> None:
+        if self._claim(task):
+            task.cancel()
 
     def _run(self, task: Any) -> None:
-        try:
-            self._waiting.remove(task)
-        except KeyError:  # it was cancelled
+        if not self._claim(task):
             return
         try:
             task.service()
@@ -74,3 +83,31 @@ class HttpThreads:
                 _log.exception("an HTTP request failed")
             else:
                 _log.debug("a client hung up", exc_info=True)
+
+
+class HeldPolls:
+    """Bounds how many polls are held: each occupies an HTTP thread.  Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = threading.BoundedSemaphore(limit)  # never waited for
+
+    def hold(self, wait: Callable[[], T]) -> T:
+        """Return what *wait* returns; HTTPError 429 if too many polls are held already."""
+        self.acquire()
+        try:
+            return wait()
+        finally:
+            self.release()
+
+    def acquire(self) -> None:
+        """Count one more that waits; HTTPError 429 if too many do already."""
+        if not self._free.acquire(blocking=False):
+            # Clients pause before they ask again after this, and not after try_again.
+            raise HTTPError(
+                429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
+            )
+
+    def release(self) -> None:
+        """Count one less."""
+        self._free.release()

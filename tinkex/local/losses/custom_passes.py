@@ -37,6 +37,8 @@ class CustomLosses:
             if known is None:
                 self._made[loss_id] = (digest, program)
                 return True
+        # The lock is not needed: an entry never changes.  A resent request gets its first response;
+        # the same seq_id with another body is a conflict, as everywhere in the protocol.
         if known[0] != digest:
             raise HTTPError(409, f"{loss_id} was made from another body; take the next seq_id")
         return False
@@ -50,6 +52,7 @@ class CustomLosses:
     def drop_session(self, session_id: str) -> None:
         """Forget the losses of a session."""
         with self._lock:
+            # Ids are "<session>:loss:<seq_id>".
             for loss_id in [one for one in self._made if one.startswith(f"{session_id}:")]:
                 del self._made[loss_id]
 
@@ -63,6 +66,7 @@ def run_custom_pass(
     forward_only: bool,
 ) -> ForwardBackwardOutput:
     """Compute the loss of every datum; unless *forward_only*, add its gradient to the run's."""
+    # The log-probabilities, by a pass whose weights are 0 and whose loss is not used.
     plain = [_weighted(datum, None) for datum in data]
     output = engine.forward_backward(model_id, plain, "cross_entropy", {}, forward_only=True)
     total = 0.0
@@ -81,7 +85,9 @@ def run_custom_pass(
         total += loss
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
+        # The derivative of -w * lp by lp is -w.
         weighted.append(_weighted(datum, TensorData.from_numpy(-gradient)))
+    # Only now, when no datum can fail any more: a pass that fails adds no gradient.
     if not forward_only:
         output = engine.forward_backward(model_id, weighted, "cross_entropy", {})
     means = {name: v / len(data) if name.endswith(":mean") else v for name, v in sums.items()}

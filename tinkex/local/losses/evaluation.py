@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import operator
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ def loss_of_datum(
     """
     import torch
 
+    # Copied, for an argument ``out`` writes into a tensor, and this array goes to the client.
     leaf = torch.from_numpy(logprobs.copy()).requires_grad_(backward)
     values: Dict[str, Any] = {program.parameters[0]: leaf}
     for parameter, (name, rank) in list(zip(program.parameters, program.inputs))[1:]:
@@ -58,6 +59,7 @@ def loss_of_datum(
     }
     gradient = torch.zeros_like(leaf)
     if backward and loss.requires_grad:
+        # A loss need not depend on the logprobs: its gradient is None then.
         gradient = torch.autograd.grad(loss.reshape(()), leaf, allow_unused=True)[0]
         gradient = torch.zeros_like(leaf) if gradient is None else gradient
         if not bool(torch.isfinite(gradient).all()):
@@ -70,6 +72,7 @@ def _input(name: str, rank: int, tensor: TensorData) -> Any:
     import torch
 
     values = torch.from_numpy(tensor.to_numpy().copy())
+    # A scalar may come in shape (1,).
     if rank == 0 and values.numel() == 1:
         return values.reshape(())
     if values.dim() != rank:
@@ -87,11 +90,13 @@ def _step(node: Node, values: Mapping[str, Any]) -> Any:
         result = _callable(node, args)(*args, **kwargs)
     except EngineError:
         raise
-    except Exception as error:  # whatever torch raises for arguments that do not fit
+    except Exception as error:  # torch raises many types for arguments that do not fit
         raise EngineError(
             f"the custom loss failed at {node.name} ({node.function}): "
             f"{type(error).__name__}: {error}"
         ) from error
+    # Python's integers have no limit: a thousand multiplications could make one that fills the
+    # memory.
     if isinstance(result, int) and abs(result) > 1 << 62:
         raise EngineError(f"the custom loss computed too large a number at {node.name}")
     return result
@@ -108,22 +113,13 @@ def _callable(node: Node, args: Sequence[Any]) -> Callable[..., Any]:
             return getattr
         if not isinstance(args[0], torch.Tensor):
             raise EngineError(f"{node.name}: {node.function} needs a tensor")
-        return _method(node.function)
     if node.module == "operator":
         return _operator(node.function)
-    if node.module == "math":
-        found: Callable[..., Any] = getattr(math, node.function)
-        return found
-    module = torch if node.module == "torch" else torch.nn.functional
-    function: Callable[..., Any] = getattr(module, node.function)
+    places = {"method": torch.Tensor, "math": math, "torch": torch}
+    # The remaining module that `program` lets pass is torch.nn.functional.
+    place = places.get(node.module, torch.nn.functional)
+    function: Callable[..., Any] = getattr(place, node.function)
     return function
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def call(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(tensor, name)(*args, **kwargs)
-
-    return call
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -134,11 +130,11 @@ def _operator(name: str) -> Callable[..., Any]:
         return function
 
     def call(*args: Any) -> Any:
-        # Numbers and tensors only: lists and texts can be multiplied to any size.
+        # Numbers and tensors only: lists and strings can be multiplied to any size.
         if not all(isinstance(arg, (torch.Tensor, int, float)) for arg in args):
             raise TypeError(f"{name} takes tensors and numbers only")
         if name == "pow" and not any(isinstance(arg, torch.Tensor) for arg in args):
-            return math.pow(*args)  # in floats, which cannot grow without bound
+            return math.pow(*args)  # in floats: an integer power could fill the memory
         return function(*args)
 
     return call
@@ -148,6 +144,8 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
     """Raise EngineError if the result could be too large: by broadcasting, joining, indexing."""
     import torch
 
+    # Before the call: all sessions share this process, and a graph of a few nodes could fill its
+    # memory.  An upper bound is enough.
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     joined = sum(
         item.numel()
@@ -158,28 +156,26 @@ def _check_size(node: Node, args: Sequence[Any]) -> None:
     )
     size = joined
     if node.function in ("getitem", "index_select", "take", "gather") and tensors:
+        # Each index picks a row, at most.
         picked = max((one.numel() for one in tensors[1:]), default=0) + joined
         rows = max(1, tensors[0].shape[0] if tensors[0].dim() else 1)
         size = tensors[0].numel() // rows * max(1, picked)
     elif len(tensors) > 1:
+        # Broadcasting aligns the last dimensions and takes the larger of each; so does an outer
+        # product by matmul.
         size += math.prod(
             max(one.shape[-place] for one in tensors if one.dim() >= place)
             for place in range(1, max(one.dim() for one in tensors) + 1)
         )
     if node.function in ("expand", "broadcast_to", "view", "reshape"):
-        size = math.prod(max(1, abs(arg)) for arg in _flat(args) if isinstance(arg, int))
+        # Sizes come one by one or as a list; -1 keeps a size.
+        listed = [n for arg in args for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        size = math.prod(max(1, abs(n)) for n in listed if isinstance(n, int))
     if size > _MOST_ELEMENTS:
         raise EngineError(
             f"the custom loss is too large at {node.name} ({node.function}): {size} elements; "
             f"at most {_MOST_ELEMENTS}"
         )
-
-
-def _flat(values: Sequence[Any]) -> List[Any]:
-    flat: List[Any] = []
-    for value in values:
-        flat += list(value) if isinstance(value, (list, tuple)) else [value]
-    return flat
 
 
 def _decode(value: Any, values: Mapping[str, Any]) -> Any:
@@ -204,7 +200,7 @@ def _decode(value: Any, values: Mapping[str, Any]) -> Any:
     if kind == "float":
         return float(content)
     if kind == "device":
-        return torch.device("cpu")  # whatever the client's was
+        return torch.device("cpu")  # where logprobs and inputs are here
     expected = {
         "dtype": torch.dtype,
         "layout": torch.layout,

@@ -15,12 +15,14 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.fields import required
 
 _MAX_INPUTS = 16
-_MAX_NODES = 1000
-_MAX_DEPTH = 8
+_MAX_NODES = 1000  # per datum, on the one thread that computes
+_MAX_DEPTH = 8  # of arguments, which are read recursively
 
 _INPUT = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
+# What is not listed cannot be called.  Left out are in-place functions, random numbers, files, and
+# functions that make a tensor of any size from numbers alone.
 _ELEMENTWISE = """
     abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow neg negative reciprocal sign sin
     cos tan asin acos atan atan2 sinh cosh tanh sigmoid logit erf erfc relu clamp clip clamp_min
@@ -77,6 +79,8 @@ METHODS = _SHARED | _names(
 #: Attributes of tensors, and of the pairs that some functions return.
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "values", "indices"})
 
+# Traces name some functions of torch by the module that implements them: torch.functional (norm),
+# torch._C._nn (gelu).
 _MODULES = {
     "torch": TORCH,
     "torch.functional": TORCH,
@@ -132,6 +136,8 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
     listed = required(graph, "nodes", list)
     if not 1 <= len(listed) <= _MAX_NODES:
         raise HTTPError(400, f"the graph has {len(listed)} nodes; it may have 1 to {_MAX_NODES}")
+    # Nodes come in execution order, so that a reference to a later one is a fault, and no cycle can
+    # be.
     known: Set[str] = set()
     parameters: List[str] = []
     nodes: List[Node] = []
@@ -163,6 +169,7 @@ def read_program(body: Dict[str, Any]) -> LossProgram:
 def _arguments(raw: Dict[str, Any]) -> Tuple[List[Any], Dict[str, Any]]:
     """The arguments of a node, positional and by name."""
     args, kwargs = raw.get("args") or [], raw.get("kwargs") or {}
+    # A node of torch.fx has a tuple of arguments.
     if isinstance(args, dict) and list(args) == ["tuple"]:
         args = args["tuple"]
     if not isinstance(args, list) or not isinstance(kwargs, dict):
@@ -177,6 +184,7 @@ def _read_inputs(listed: List[Any]) -> Tuple[Tuple[str, int], ...]:
         rank = raw.get("rank") if isinstance(raw, dict) else None
         if not isinstance(name, str) or not _INPUT.fullmatch(name):
             raise HTTPError(400, f"{name!r:.100} is no name of a loss input")
+        # The type itself, because True is an int, too.
         if type(rank) is not int or rank not in ((1, 2) if name == "logprobs" else (0, 1, 2)):
             raise HTTPError(400, f"the rank of the loss input {name!r} is {rank!r}")
         inputs.append((name, rank))

@@ -92,6 +92,8 @@ class Choice:
             return Delta("", [], "length")
         self.tokens += 1
         token, reason = sampled.token, sampled.stop_reason
+        # An end-of-sequence token has no text to show.  One that completes a stop string has: the
+        # string is searched for in the text, by `_give`.
         if reason == "stop" and token in self._text.eos:
             self._add(self._decoder.flush())
         else:
@@ -120,7 +122,7 @@ class Choice:
         found = [(pending.find(stop), stop) for stop in self._stops]
         ends = [(place, stop) for place, stop in found if place >= 0]
         if ends:
-            reason, (count, stop) = "stop", min(ends)
+            reason, (count, stop) = "stop", min(ends)  # the one that begins first
             count += len(stop) if self._keep_stop else 0
         elif reason is not None:
             count = len(pending)

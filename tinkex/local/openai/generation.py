@@ -38,7 +38,7 @@ class Generation:
     Args:
         samplers: do the work.
         text: of the model.
-        call: what is asked for.
+        call: the request.
     """
 
     def __init__(self, samplers: Samplers, text: Text, call: Call) -> None:
@@ -81,6 +81,7 @@ class Generation:
                 yield None
                 continue
             if isinstance(event, SampledToken):
+                # Tokens of a prompt whose log-probabilities are still to come wait for them.
                 if self._scores_prompts:
                     held.setdefault(index, []).append(event)
                 else:

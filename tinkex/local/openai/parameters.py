@@ -32,7 +32,7 @@ _OF_CHAT = {
     *("add_generation_prompt", "continue_final_message"),
 }
 
-#: They say who asks, and what becomes of the response elsewhere; the text is the same.
+#: About the sender, or what happens to the response elsewhere; the text is the same.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_retention"),
@@ -59,7 +59,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt: its tokens, and its text if it was given as text."""
+    """A prompt: its tokens, and its text unless the client sent tokens."""
 
     tokens: List[int]
     text: Optional[str] = None
@@ -204,6 +204,7 @@ def _call(
         raise OpenAIError("model is missing; GET models lists what is served", "model")
     stops = _read_stops(fields.get("stop"))
     params = SamplingParams(
+        # The engine samples at least one token; a choice that is `empty` drops it.
         max_tokens=max_tokens or (1 if max_tokens == 0 else None),
         seed=fields.integer("seed"),
         stop=list(stops) or None,

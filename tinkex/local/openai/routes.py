@@ -11,7 +11,8 @@ from werkzeug.exceptions import HTTPException
 from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.http.admission import OPENAI_PREFIXES
-from tinkex.local.http.messages import json_body, json_response
+from tinkex.local.http.messages import error_response, json_body, json_response, server_failure
+from tinkex.local.http.threads import HeldPolls
 from tinkex.local.json_text import write_json
 from tinkex.local.openai.bodies import Writer, usage_of
 from tinkex.local.openai.choices import Delta
@@ -20,7 +21,6 @@ from tinkex.local.openai.generation import Generation
 from tinkex.local.openai.parameters import Call, read_chat, read_completions
 from tinkex.local.openai.samplers import Samplers
 from tinkex.local.openai.text import Text, text_of
-from tinkex.local.routes.futures import HeldPolls
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.rows import CheckpointRow
 
@@ -159,13 +159,13 @@ def _events(generation: Generation, writer: Writer, call: Call) -> Iterator[byte
                 yield b": waiting\n\n"
             elif part.delta:
                 yield _event(writer.chunk(part.choice, part.delta))
+    # The status has been sent: an error is an event of the stream, as OpenAI's clients expect.
     except HTTPError as problem:
         yield _event(error_body(problem))
         return
     except Exception as error:
         _log.exception("a stream of %s failed", call.model)
-        detail = f"the server failed: {type(error).__name__}: {error}"
-        yield _event(error_body(HTTPError(500, detail)))
+        yield _event(error_body(server_failure(error)))
         return
     if call.include_usage:
         usage = usage_of(generation.prompt_tokens, generation.completion_tokens)
@@ -178,11 +178,7 @@ def _event(value: Dict[str, Any]) -> bytes:
 
 
 def _problem(problem: HTTPError) -> Response:
-    response = json_response(error_body(problem), problem.status)
-    response.headers.extend(problem.headers)
-    if problem.retry_after_s is not None:
-        response.headers["Retry-After"] = f"{problem.retry_after_s:g}"
-    return response
+    return error_response(problem, error_body(problem))
 
 
 def _http_error(error: HTTPException) -> Response:
@@ -192,4 +188,4 @@ def _http_error(error: HTTPException) -> Response:
 
 def _unexpected(error: Exception) -> Response:
     _log.exception("%s %s failed", request.method, request.path)
-    return _problem(HTTPError(500, f"the server failed: {type(error).__name__}: {error}"))
+    return _problem(server_failure(error))

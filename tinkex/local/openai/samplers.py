@@ -50,8 +50,8 @@ class Samplers:
             base, path = "", base
         try:
             if base or not path:
-                self._backend.check_base_model(base)
-            return self._checkpoint_at(path) if path else None
+                self._backend.catalog.check_base_model(base)
+            return self._backend.catalog.loadable_at(path) if path else None
         except HTTPError as problem:
             raise OpenAIError(
                 f"there is no model {model!r:.300}: {problem.detail}",
@@ -59,11 +59,6 @@ class Samplers:
                 status=404,
                 code="model_not_found",
             ) from problem
-
-    def _checkpoint_at(self, path: str) -> CheckpointRow:
-        checkpoint = self._backend.checkpoint_at(path)
-        self._backend.check_loadable(checkpoint)
-        return checkpoint
 
     def submit(
         self,
@@ -85,7 +80,7 @@ class Samplers:
             with self._lock:
                 sampler_id = self._sampler_locked(checkpoint).sampler_id
                 for request, cost, done in zip(requests, costs, on_done):
-                    seq_id = next(self._seq_ids)
+                    seq_id = next(self._seq_ids)  # never repeated, so that bodies need no digest
                     ids.append(
                         scheduler.submit_sample(
                             sampler_id, seq_id, b"", request, cost, on_done=done

@@ -25,7 +25,7 @@ class PageState:
         self._kept_text: Optional[Text] = None
 
     def since(self, cursor: str) -> Dict[str, Any]:
-        """Return what is new to a page that was given *cursor* the last time; ``""`` has nothing.
+        """Return what is new since *cursor*, from the previous response; ``""`` gets everything.
 
         A cursor of an earlier server, or a malformed one, counts as none.
         """
@@ -109,12 +109,7 @@ class PageState:
 
 def _curve(run: RunProgress) -> Dict[str, Any]:
     return {
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "loss": run.loss,
-        "at": run.at,
-        "stride": run.stride,
-        "start": run.start,
+        **run._asdict(),
         "point_steps": run.point_steps.tolist(),
         # Six digits: twice as short.
         "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],

@@ -73,7 +73,7 @@ class Routes:
                 400,
                 f"{kind}/{name} is not a checkpoint id; it must begin with one of {list(KINDS)}",
             )
-        return self._backend.checkpoint(run_id, kind, name)
+        return self._backend.catalog.checkpoint(run_id, kind, name)
 
     def _submit(self, body: JsonBody, prepare: Prepare, digest: Optional[bytes] = None) -> Result:
         """Queue the work for a training run, at the ``seq_id`` of its body."""
@@ -84,19 +84,19 @@ class Routes:
     def _submit_at(
         self, model_id: str, seq_id: int, digest: bytes, prepare: Callable[[], Work]
     ) -> Result:
-        """Queue what *prepare* returns at *seq_id*, unless the same body was submitted before.
-
-        A request that *prepare* rejects consumes its seq_id, so that the run can go on.
-        """
+        """Queue what *prepare* returns at *seq_id*, unless the same body was submitted before."""
         self._backend.check_model(model_id)
         if seq_id < 1:
             raise HTTPError(400, f"seq_id is {seq_id}; the requests of a run are numbered from 1")
         scheduler = self._backend.scheduler
+        # A repetition is not checked again: a checkpoint that it names may be gone since.
         request_id = scheduler.find(model_id, seq_id, digest)
         if request_id is None:
             try:
                 work = prepare()
             except HTTPError:
+                # A rejected request consumes its seq_id, too (docs/protocol.md, "Sequence numbers",
+                # rule 2): later ones would wait for it for ever.
                 scheduler.submit(model_id, seq_id, digest, None)
                 raise
             request_id = scheduler.submit(

@@ -11,12 +11,7 @@ from flask import request
 
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import optional, required, ttl_seconds
-from tinkex.local.http.messages import (
-    JsonBody,
-    check_scope,
-    idempotency_key,
-    page,
-)
+from tinkex.local.http.messages import JsonBody, check_scope, idempotency_key, page
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.state.rows import CheckpointRow, RunRow
 from tinkex.types import (
@@ -52,12 +47,12 @@ class CheckpointRoutes(Routes):
     def describe_run(self, run_id: str) -> Result:
         """One run."""
         check_scope()
-        return self._run(self._backend.get_run(run_id))
+        return self._run(self._backend.catalog.get_run(run_id))
 
     @route("GET", "training_runs/<run_id>/checkpoints")
     def list_checkpoints_of(self, run_id: str) -> Result:
         """Every checkpoint of a run, newest first."""
-        self._backend.get_run(run_id)
+        self._backend.catalog.get_run(run_id)
         found = [_as_checkpoint(row) for row in self._backend.store.checkpoints.of_run(run_id)]
         return CheckpointsListResponse(found)
 
@@ -75,9 +70,9 @@ class CheckpointRoutes(Routes):
     @route("POST", "weights_info")
     def weights_info(self, body: JsonBody) -> Result:
         """What a checkpoint was trained from, and how."""
-        checkpoint = self._backend.checkpoint_at(required(body, "tinker_path", str))
-        run = self._backend.get_run(checkpoint.run_id)
-        found = WeightsInfoResponse(
+        checkpoint = self._backend.catalog.checkpoint_at(required(body, "tinker_path", str))
+        run = self._backend.catalog.get_run(checkpoint.run_id)
+        return WeightsInfoResponse(
             base_model=run.base_model,
             is_lora=True,
             lora_rank=run.lora.rank,
@@ -86,14 +81,13 @@ class CheckpointRoutes(Routes):
             train_attn=run.lora.train_attn,
             optimizer_config=run.optimizer,
         )
-        return found
 
     @route("POST", "copy_weights")
     def copy(self, body: JsonBody) -> Result:
         """Copy a checkpoint into a run of its own; the same idempotency key, the same copy."""
         copy = functools.partial(
             self._copy,
-            self._backend.checkpoint_at(required(body, "source_path", str)),
+            self._backend.catalog.checkpoint_at(required(body, "source_path", str)),
             optional(body, "destination_project_id", str),
             ttl_seconds(body),
         )
@@ -102,7 +96,7 @@ class CheckpointRoutes(Routes):
     def _copy(
         self, source: CheckpointRow, project_id: Optional[str], ttl_s: Optional[float]
     ) -> str:
-        store, run = self._backend.store, self._backend.get_run(source.run_id)
+        store, run = self._backend.store, self._backend.catalog.get_run(source.run_id)
         copy_id = f"copy-{uuid.uuid4()}"
         store.add_run(
             copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
-from typing import Any, Callable, Dict, List, Tuple, TypeVar
+from typing import Any, Dict, List, Tuple
 
 import orjson
 from flask import Response, request
@@ -14,41 +13,12 @@ from tinkex.local.backend import Backend
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import optional, required, required_seq_id
 from tinkex.local.http.messages import JsonBody
+from tinkex.local.http.threads import HeldPolls
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.futures import Failure, Group, Outcome, Waiting
 from tinkex.types import ForwardBackwardOutput, SampleResponse
 from tinkex.wire.codec import JSON_CONTENT_TYPE, PROTOBUF_CONTENT_TYPE, codec_for
-
-T = TypeVar("T")
-
-
-class HeldPolls:
-    """Bounds how many polls are held: each occupies an HTTP thread.  Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._free = threading.BoundedSemaphore(limit)  # never waited for
-
-    def hold(self, wait: Callable[[], T]) -> T:
-        """Return what *wait* returns; HTTPError 429 if too many polls are held already."""
-        self.acquire()
-        try:
-            return wait()
-        finally:
-            self.release()
-
-    def acquire(self) -> None:
-        """Count one more that waits; HTTPError 429 if too many do already."""
-        if not self._free.acquire(blocking=False):
-            # Clients pause before they ask again after this, and not after try_again.
-            raise HTTPError(
-                429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
-            )
-
-    def release(self) -> None:
-        """Count one less."""
-        self._free.release()
 
 
 class FutureRoutes(Routes):
@@ -64,8 +34,10 @@ class FutureRoutes(Routes):
         """Send the result of one request, or ``try_again`` after a while."""
         request_id = required(body, "request_id", str)
         metadata_only = bool(optional(body, "allow_metadata_only", bool))
+        # Only a poll that has to wait counts among those that are held.
         outcome = self._futures.wait(request_id, 0.0)
         if isinstance(outcome, Waiting):
+            # Needs no timer: a client polls for requests that wait.
             self._backend.scheduler.refuse_early(outcome.owner)
             hold_s = self._settings.retrieve_hold_s
             outcome = self._held.hold(functools.partial(self._futures.wait, request_id, hold_s))
@@ -79,9 +51,9 @@ class FutureRoutes(Routes):
         else:
             accepts_protobuf = PROTOBUF_CONTENT_TYPE in request.headers.get("Accept", "")
             encoded, content_type = _encode(outcome.value, accepts_protobuf)
+            # A result that is only announced by its size does not count as fetched.
             if metadata_only and len(encoded) > self._settings.metadata_threshold_bytes:
-                size = {"status": "complete_metadata", "response_payload_size": len(encoded)}
-                return size
+                return {"status": "complete_metadata", "response_payload_size": len(encoded)}
         self._futures.fetched(request_id, len(encoded))
         return Response(encoded, mimetype=content_type)
 
@@ -129,7 +101,7 @@ class FutureRoutes(Routes):
         if kind != "sampling_session":
             raise HTTPError(400, f"target {kind!r} is unknown; it must be a sampling_session")
         sampler_id = required(target, "sampling_session_id", str)
-        self._backend.get_sampler(sampler_id)
+        self._backend.catalog.get_sampler(sampler_id)
         clone = optional(target, "cloned_sampler_id", int) or 0
         if clone < 0:
             raise HTTPError(400, f"cloned_sampler_id is {clone}; the first client is 0")

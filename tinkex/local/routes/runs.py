@@ -29,7 +29,7 @@ class RunRoutes(Routes):
     def create(self, body: JsonBody) -> Result:
         """Queue the creation of a run with a fresh adapter."""
         model_id = self._new_model_id(body)
-        self._backend.check_base_model(required(body, "base_model", str))
+        self._backend.catalog.check_base_model(required(body, "base_model", str))
         lora = read_wire(LoraConfig, optional(body, "lora_config", dict) or {}, "lora_config")
         check_lora(lora)
         check_optimizer(optional(body, "optimizer_config", dict))
@@ -57,7 +57,7 @@ class RunRoutes(Routes):
     def describe(self, body: JsonBody) -> Result:
         """What a run trains."""
         model_id = required(body, "model_id", str)
-        run = self._backend.get_model(model_id)
+        run = self._backend.catalog.get_model(model_id)
         info = self._backend.info
         found = GetInfoResponse(
             model_id=model_id,
@@ -105,7 +105,7 @@ class RunRoutes(Routes):
         model_id = self._new_model_id(body)
         checkpoint, with_optimizer = self._checkpoint_to_load(body)
         if body.get("base_model") is not None:
-            self._backend.check_base_model(required(body, "base_model", str))
+            self._backend.catalog.check_base_model(required(body, "base_model", str))
         check_optimizer(optional(body, "optimizer_config", dict))
         source = self._backend.store.run(checkpoint.run_id)
         return self._create_run(
@@ -144,9 +144,8 @@ class RunRoutes(Routes):
         with_optimizer = bool(optional(body, "optimizer", bool))
         # Only training checkpoints hold the state of the optimizer.
         kind: Optional[str] = "weights" if with_optimizer else None
-        checkpoint = self._backend.checkpoint_at(required(body, "path", str), kind=kind)
-        self._backend.check_loadable(checkpoint)
-        return checkpoint, with_optimizer
+        path = required(body, "path", str)
+        return self._backend.catalog.loadable_at(path, kind=kind), with_optimizer
 
     def _folder(self, checkpoint: CheckpointRow) -> Path:
         """Return the folder of a checkpoint that may have been replaced or deleted since."""

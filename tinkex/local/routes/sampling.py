@@ -26,21 +26,17 @@ class SamplingRoutes(Routes):
         path = optional(body, "model_path", str)
         base_model = optional(body, "base_model", str)
         if base_model is not None or path is None:
-            self._backend.check_base_model(base_model)
+            self._backend.catalog.check_base_model(base_model)
         sampler_id = self._backend.create_sampler(
             f"{session_id}:sample:{seq_id}",
             body.digest,
             path,
             functools.partial(self._weights, path),
         )
-        response = {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
-        return response
+        return {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
 
     def _weights(self, path: Optional[str]) -> WeightsSource:
-        if path is None:
-            return self._backend.frozen(None)
-        checkpoint = self._backend.checkpoint_at(path)
-        self._backend.check_loadable(checkpoint)
+        checkpoint = None if path is None else self._backend.catalog.loadable_at(path)
         return self._backend.frozen(checkpoint)
 
     @route("POST", "join_sampling_session")
@@ -54,11 +50,10 @@ class SamplingRoutes(Routes):
     @route("GET", "samplers/<sampler_id>")
     def describe(self, sampler_id: str) -> Result:
         """What a sampler draws from."""
-        row = self._backend.get_sampler(sampler_id)
-        sampler = GetSamplerResponse(
+        row = self._backend.catalog.get_sampler(sampler_id)
+        return GetSamplerResponse(
             sampler_id, row.base_model, row.model_path, self._backend.info.tokenizer_id
         )
-        return sampler
 
     @route("POST", "asample")
     def sample(self, body: JsonBody) -> Result:

@@ -68,6 +68,7 @@ class SaveRoutes(Routes):
             user_metadata=metadata(body),
         )
         recipients = _recipients(route, body)
+        # Checked again when it is saved; here, so that the error is the response to the submission.
         store.checkpoints.check_name_free(model_id, kind, name, overwrite)
         return functools.partial(self._save, route, model_id, name, saving, recipients)
 
@@ -90,7 +91,7 @@ class SaveRoutes(Routes):
                 engine.save(model_id, folder, with_optimizer=kind == "weights")
         saved: Dict[str, Any] = {"path": f"tinker://{model_id}/{kind}/{name}", "type": route}
         if kind == "external_weights":
-            saved["size_bytes"] = backend.checkpoint(model_id, kind, name).size_bytes
+            saved["size_bytes"] = backend.catalog.checkpoint(model_id, kind, name).size_bytes
         return saved
 
     def _prepare_sampler(self, model_id: str, body: JsonBody) -> Work:

@@ -13,7 +13,7 @@ from tinkex.local.errors import HTTPError
 from tinkex.local.fields import optional, required
 from tinkex.local.state.rows import SessionRow, timestamp
 
-#: Project of a session that was given none.
+#: Project of a session without one of its own.
 DEFAULT_PROJECT = "default"
 
 #: Why a client may say that it ended a session.
@@ -46,7 +46,7 @@ def status_of(row: SessionRow) -> Dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is looked for; None is anything."""
+    """The criteria of a search; None matches everything."""
 
     limit: int
     after: Optional[Tuple[str, str]]  # created_at and session_id of the last one of a page

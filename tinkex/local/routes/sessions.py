@@ -6,12 +6,7 @@ from typing import Any, Dict, Type
 
 from tinkex.local.errors import HTTPError
 from tinkex.local.fields import check_kept, optional, required
-from tinkex.local.http.messages import (
-    JsonBody,
-    check_scope,
-    idempotency_key,
-    page,
-)
+from tinkex.local.http.messages import JsonBody, check_scope, idempotency_key, page
 from tinkex.local.routes.base import Result, Routes, route
 from tinkex.local.routes.session_search import REASONS, Search, project_of, status_of
 from tinkex.local.state.rows import SessionRow, timestamp
@@ -78,13 +73,12 @@ class SessionRoutes(Routes):
         """What is in a session."""
         check_scope()
         row, store = self._row(session_id), self._backend.store
-        found = GetSessionResponse(
+        return GetSessionResponse(
             training_run_ids=store.runs_of(session_id),
             sampler_ids=store.samplers_of(session_id),
             user_metadata=row.facts.get("user_metadata"),
             display_name=row.facts.get("display_name"),
         )
-        return found
 
     @route("PUT", "sessions/<session_id>/project")
     def assign_project(self, body: JsonBody, session_id: str) -> Result:

@@ -96,6 +96,7 @@ class TrainingRoutes(Routes):
     def _submit_pass(self, *, forward_only: bool) -> Result:
         raw = raw_body()
         codec = codec_for(request.content_type or "")
+        # Before anything is decoded: objects take many times the bytes of their encoding.
         check_count = check_values if codec.content_type == JSON_CONTENT_TYPE else check_messages
         check_count(raw)
         try:
@@ -172,7 +173,7 @@ class TrainingRoutes(Routes):
         )
 
     def _consume_seq_id(self, raw: bytes, content_type: str) -> None:
-        """Find out which run an unreadable body was meant for, and let it go on without it."""
+        """Consume the seq_id of a body that could not be read, as far as it can be found out."""
         model_id, seq_id = _addressee(raw, content_type)
         if isinstance(model_id, str) and isinstance(seq_id, int) and seq_id > 0:
             self._backend.check_model(model_id)

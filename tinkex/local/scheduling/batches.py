@@ -50,7 +50,7 @@ class WeightsSource(NamedTuple):
         key: samplers with equal keys have the same weights, and share batches.
         folder: holds the adapter, and belongs to the scheduler from then on; None is the base
             model.
-        name: of the weights, to be shown: a base model, a ``tinker://`` path, or the id of a run.
+        name: of the weights, for display: a base model, a ``tinker://`` path, or the id of a run.
         newest: from now on they take the place of the earlier weights with this key.
     """
 
@@ -60,7 +60,7 @@ class WeightsSource(NamedTuple):
     newest: bool = False
 
     def remove(self) -> None:
-        """Remove the files, if no sampler is to draw from them."""
+        """Remove the files."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -68,18 +68,12 @@ class WeightsSource(NamedTuple):
 class SamplerWeights:
     """Frozen weights to draw from, and the engine's name for them.
 
-    They are removed once they are retired, and no batch uses them any more.
-
-    Args:
-        engine_id: the engine's name for them.
-        folder: holds the adapter, and is removed with the weights; None is the base model.
-        name: see `WeightsSource`.
+    They are removed, with their source, once they are retired and no batch uses them any more.
     """
 
-    def __init__(self, engine_id: str, folder: Optional[Path], name: str) -> None:
+    def __init__(self, engine_id: str, source: WeightsSource) -> None:
         self.engine_id = engine_id
-        self.folder = folder
-        self.name = name
+        self.source = source
         self.batches = 0  # engine thread only, like the next two
         self.loaded = False
         self.retired = False  # no lane uses them any more

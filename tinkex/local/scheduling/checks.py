@@ -56,11 +56,8 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
             raise HTTPError(400, f"datum {index}: {error}") from error
 
 
-def check_sample(
-    info: EngineInfo, request: SampleRequest, limits: Optional[SamplingLimits] = None
-) -> int:
+def check_sample(info: EngineInfo, request: SampleRequest, limits: SamplingLimits) -> int:
     """Check a sample request and return its size: tokens of prompt and continuations."""
-    limits = limits or SamplingLimits()
     if request.num_samples > limits.max_num_samples:
         raise HTTPError(
             400,

@@ -64,7 +64,7 @@ class Rotation:
 
     def add_locked(self, lane: AnyLane) -> None:
         """Add a lane that has something to do, unless it is there; wake the engine thread."""
-        # A lane that is being served comes back by give_back_locked, with what was added now.
+        # A lane that is being served is put back by give_back_locked, with what was added now.
         if lane is not self._served and lane not in self._lanes:
             self._lanes.append(lane)
         self.wake_locked()
@@ -81,8 +81,8 @@ class Rotation:
         The lane is the engine thread's until `give_back_locked`.
         """
         with self.lock:
-            # Checked under the lock, like the wish for housekeeping below: set before the wait
-            # begins, they would notify nobody, and the thread would sleep until *due*.
+            # Checked under the lock, as _housekeeping_wanted is below.  Otherwise a notification
+            # that comes just before the wait would be lost, and the thread would sleep until *due*.
             if self._closing:
                 return None
             now = self._clock()

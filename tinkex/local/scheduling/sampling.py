@@ -6,7 +6,6 @@ Used by that thread only, hence without a lock of its own; the scheduler's lock 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import OrderedDict
 from typing import Callable, Optional, cast
 
@@ -66,6 +65,7 @@ class SamplingWorker:
 
     def serve(self, lane: SamplerLane) -> None:
         """Take queued requests of a lane into batches, and do one slice of one of these."""
+        # A lane without samplers has only batches to end: their requests have been dropped.
         with self._lock:
             weights = lane.weights if lane.samplers else None
         if weights is not None and self._load(lane, weights):
@@ -86,20 +86,20 @@ class SamplingWorker:
             return
         if weights.loaded:
             self._unload(weights)
-        if weights.folder is not None:
-            shutil.rmtree(weights.folder, ignore_errors=True)
+        weights.source.remove()
 
     def _load(self, lane: SamplerLane, weights: SamplerWeights) -> bool:
         """Have the engine hold the weights; False if that failed, with what was queued."""
         lane.wanted = False
         if not weights.loaded:
+            # Those that batches draw from have to stay, even if more than *max_loaded* are held.
             for other in list(self._loaded.values()):
                 if len(self._loaded) < self._limits.max_loaded:
                     break
                 if not other.batches:
                     self._unload(other)
             try:
-                self._engine.create_sampler(weights.engine_id, weights.folder)
+                self._engine.create_sampler(weights.engine_id, weights.source.folder)
             except Exception as error:
                 failure = failure_of(error, weights.engine_id)
                 with self._lock:
@@ -117,6 +117,7 @@ class SamplingWorker:
         """Have queued requests join the live batches that have room, or start another one."""
         started = Batch(weights)
         with self._lock:
+            # A batch has the same weights to its end, also if its lane has newer ones by now.
             for batch in lane.live:
                 if batch.weights is weights:
                     self._fill(lane, batch)
@@ -127,6 +128,8 @@ class SamplingWorker:
         weights.batches += 1
         lane.live.append(started)
         try:
+            # The engine reads both lists again with each slice: requests join the batch, or are
+            # cancelled, while it runs.
             started.slices = self._engine.sample(
                 weights.engine_id, started.requests, started.dropped
             )
@@ -145,6 +148,8 @@ class SamplingWorker:
     def _advance(self, lane: SamplerLane) -> None:
         """Do one slice of the next batch."""
         batch = lane.live.popleft()
+        # Other threads only mark a job as dropped; what the engine reads is changed here, between
+        # two slices.
         for index in [index for index in batch.unfinished if batch.jobs[index].dropped]:
             batch.dropped.add(index)
             self._remove(batch, index)
@@ -173,7 +178,8 @@ class SamplingWorker:
             job = self._remove(batch, index)
             if failure is not None:
                 self._complete(job, failure)
-        close = getattr(batch.slices, "close", None)  # a generator has it, a plain iterator not
+        # Frees the batch's cache in the engine.  A generator can be closed, a plain iterator not.
+        close = getattr(batch.slices, "close", None)
         if close is not None:
             log_failure("abandon a batch", close)
         batch.weights.batches -= 1
@@ -188,7 +194,8 @@ class SamplingWorker:
     def _complete(self, job: SampleJob, outcome: Outcome) -> None:
         with self._lock:
             job.sampler.jobs.pop(job.request_id, None)
-            name = job.sampler.lane.weights.name
+            name = job.sampler.lane.weights.source.name
+        # Before the future completes: a client that has its sample finds it on the server's page.
         if isinstance(outcome, Success):
             response = cast(SampleResponse, outcome.value)
             log_failure("note a sample", self._on_sampled, name, job.request, response, job.began)

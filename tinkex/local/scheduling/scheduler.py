@@ -180,7 +180,7 @@ class Scheduler:
     def add_sampler(self, sampler_id: str, session_id: str, source: WeightsSource) -> Sampler:
         """Open a sampler and return it; the engine loads its weights soon."""
         with self._lock:
-            weights = SamplerWeights(sampler_id, source.folder, source.name)
+            weights = SamplerWeights(sampler_id, source)
             lane = self._lanes.get(source.key)
             if lane is None:
                 lane = self._lanes[source.key] = SamplerLane(source.key, weights)

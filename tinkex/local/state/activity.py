@@ -88,7 +88,7 @@ class Recent(NamedTuple):
     """What is new to a reader.
 
     Attributes:
-        version: to come back with.
+        version: to pass to the next `since`.
         runs: those that were trained since, by id.
         samples: those drawn since, oldest first.
         trained, sampled: tokens in each of the last seconds, oldest first.
@@ -125,7 +125,7 @@ class Activity:
 
     Attributes:
         epoch: identifies this object: versions of others mean nothing to it.
-        clock: as given.
+        clock: the *clock* above.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class Activity:
         # A request for log-probabilities alone has to sample one token, which is of no interest.
         scores = request.prompt_logprobs and request.sampling_params.max_tokens == 1
         kept = None if scores or not response.sequences else response.sequences[0]
+        # Copied without the lock: the engine thread waits for no reader.
         made = None if kept is None else _kept(model, request, kept, len(response.sequences))
         at = self._wall()
         with self._lock:

@@ -194,6 +194,8 @@ def is_without_room(error: Optional[BaseException]) -> bool:
 
 
 def _connect(path: str) -> sqlite3.Connection:
+    # Used by all threads, one at a time.  Without an isolation level, it begins no transactions:
+    # a single statement commits itself, and several are put into one by _change_locked.
     connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         connection.row_factory = sqlite3.Row

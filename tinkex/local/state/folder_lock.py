@@ -13,6 +13,13 @@ from typing import Dict, Iterator, Optional, Tuple
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
 
+#: How long a new server waits for one that is closing, in seconds.
+_ENDING_S = 5.0
+
+# The locks that a process holds, by its id (a fork copies this) and the device and inode of their
+# files.  Single operations on a dict are atomic.
+_held_here: Dict[Tuple[int, int, int], FolderLock] = {}
+
 
 class FolderLock:
     """Holds a data directory for one server: two would end each other's sessions.
@@ -45,6 +52,8 @@ class FolderLock:
         try:
             status = os.fstat(file)
             key = (os.getpid(), status.st_dev, status.st_ino)
+            # flock tells two servers of one process apart, too, but not whether the other one is
+            # about to close.
             holder = _held_here.get(key)
             if holder is not None:
                 gc.collect()  # its client may be garbage already, in a cycle
@@ -66,6 +75,7 @@ class FolderLock:
         if file is not None:
             if self._key is not None and _held_here.get(self._key) is self:
                 del _held_here[self._key]
+            # The file stays: after a removal, two servers could lock two files of the same name.
             os.close(file)
         self._released.set()
 
@@ -117,11 +127,3 @@ def _unusable(data_dir: Path, message: str, remedy: str) -> LocalServerError:
     error = LocalServerError(message, hint=hint)
     error.data_dir = str(data_dir)
     return error
-
-
-#: How long a new server waits for one that is closing, in seconds.
-_ENDING_S = 5.0
-
-# The locks that a process holds, by its id (a fork copies this) and the device and inode of their
-# files.  Single operations on a dict are atomic.
-_held_here: Dict[Tuple[int, int, int], FolderLock] = {}

@@ -29,7 +29,7 @@ class Group(NamedTuple):
 
 
 class Completions:
-    """Finished requests by group, each with an index that only grows.  Guarded by its user."""
+    """Finished requests by group, each with an index that only grows.  Not thread-safe."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -42,13 +42,15 @@ class Completions:
         return self._last
 
     def after(self, group: Group, cursor: int) -> Tuple[List[str], int]:
-        """Return what was done after *cursor*, and the cursor to come back with.
+        """Return what was done after *cursor*, and the next cursor.
 
-        What stands at or before *cursor* is forgotten: the client has seen it.
+        What stands at or before *cursor* is forgotten.
         """
         done = self._groups.get(group)
         if done is None:
             return [], cursor
+        # A client sends a cursor once it has the response that the cursor came with
+        # (docs/protocol.md, "Batch polling"); what comes after it may have been lost.
         while done and next(iter(done)) <= cursor:
             done.popitem(last=False)
         if not done:
@@ -169,6 +171,7 @@ class FutureTable:
     def complete(self, request_id: str, outcome: Outcome) -> None:
         """Settle a future and wake its waiters; nothing happens if it was settled before."""
         with self._lock:
+            # The first outcome counts: a request may be cancelled while the engine completes it.
             entry = self._pending.pop(request_id, None)
             if entry is None:
                 return
@@ -182,6 +185,7 @@ class FutureTable:
                 events += self._listeners.pop(entry.group, [])
             while len(self._unfetched) > self._max_finished:
                 self._drop_locked(next(iter(self._unfetched)))
+        # Without the lock, which the threads that are woken need.
         for event in events:
             event.set()
         if entry.on_done is not None:
@@ -197,6 +201,7 @@ class FutureTable:
             if entry is None:
                 finished = self._finished_locked(request_id)
                 return None if finished is None else finished.outcome
+            # After `close` no Event would be set any more.
             if timeout_s <= 0 or self._closing:
                 return Waiting(entry.owner, entry.seq_id)
             if entry.done is None:
@@ -217,6 +222,8 @@ class FutureTable:
             done, upto = self._completions.after(group, cursor)
             if done or timeout_s <= 0 or self._closing:
                 return self._outcomes_locked(done), upto
+            # Registered under the lock under which nothing was found: a completion since then
+            # finds the listener.
             event = threading.Event()
             self._listeners.setdefault(group, []).append(event)
         event.wait(timeout_s)
@@ -291,6 +298,7 @@ class FutureTable:
         """Release every waiter; from now on `wait` returns immediately."""
         with self._lock:
             self._closing = True
+            # Polls get "try again"; what is passed on to `on_done` has no polls, and fails.
             events = [entry.done for entry in self._pending.values() if entry.done is not None]
             for listeners in self._listeners.values():
                 events += listeners

@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from typing import List
 
-#: A curve of this many points is thinned to half of them.
+#: A curve of this many points is thinned to half of them; even, so that all form pairs.
 MOST_POINTS = 5000
 
 #: Rates are kept for this many seconds.

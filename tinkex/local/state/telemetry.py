@@ -1,7 +1,7 @@
 """Keeps the last telemetry events in memory (docs/protocol.md, "Telemetry").
 
-Nothing of it is logged or written anywhere: clients may send more than they should.  No thread of
-its own; thread-safe.
+Nothing of it is logged or written to disk: it may hold more than its sender meant to share.  No
+thread of its own; thread-safe.
 """
 
 from __future__ import annotations

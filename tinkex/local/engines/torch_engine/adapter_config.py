@@ -16,8 +16,12 @@ from typing import Any, List
 
 import torch
 
-from tinkex.local.engines.torch_engine.quiet import quiet
-from tinkex.local.engines.torch_engine.targets import Chosen, Targets
+from tinkex.local.engines.torch_engine.pretrained import quiet
+from tinkex.local.engines.torch_engine.targets import Chosen, Targets, shorten
+
+# The same for every rank, as in "LoRA Without Regret" (Thinking Machines Lab, 2025): with it, the
+# best learning rate hardly depends on the rank.
+_LORA_ALPHA = 32
 
 # The last part of every name that peft takes for an expert's or a router's of an older file.
 _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -25,7 +29,7 @@ _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "
 _WEIGHT = ".weight"
 
 
-def make_config(targets: Targets, chosen: Chosen, rank: int, alpha: int, base_model: str) -> Any:
+def make_config(targets: Targets, chosen: Chosen, rank: int, base_model: str) -> Any:
     """Return the configuration to save for a new adapter of what is *chosen*.
 
     *base_model* is what transformers loads: a folder or a Hugging Face name.
@@ -39,11 +43,12 @@ def make_config(targets: Targets, chosen: Chosen, rank: int, alpha: int, base_mo
     parameters = [*chosen.tensors, *(name + _WEIGHT for name in by_weight)]
     options: Any = {}
     if parameters:
-        options["target_parameters"] = targets.shorten_parameters(parameters)
+        # Only then, because the field is unknown to older releases of peft.
+        options["target_parameters"] = shorten(parameters, targets.parameters)
     return peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,
-        target_modules=targets.shorten_layers(as_layers),
+        lora_alpha=_LORA_ALPHA,
+        target_modules=shorten(as_layers, targets.modules),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -58,16 +63,16 @@ def injected_config(config: Any, targets: Targets, root: str) -> Any:
     Parameters are named in full: peft wants those of all adapters to be named alike.
     """
     modules = config.target_modules
+    # A pattern matches full names, which begin with *root* here.
     if isinstance(modules, str):
         modules = [f"{root}.{name}" for name in targets.layers_matching(modules)]
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
-    layers = [n[: -len(_WEIGHT)] for n in parameters if n.endswith(_WEIGHT)]
-    by_weight = set(layers).intersection(targets.linear)
+    by_weight = {n.removesuffix(_WEIGHT) for n in parameters}.intersection(targets.linear)
     if by_weight:
-        modules = [*(modules or ()), *targets.shorten_layers(by_weight)]
+        modules = [*(modules or ()), *shorten(by_weight, targets.modules)]
     changes: Any = {"target_modules": modules}
     if parameters:
-        rest = [name for name in parameters if name[: -len(_WEIGHT)] not in by_weight]
+        rest = [name for name in parameters if name.removesuffix(_WEIGHT) not in by_weight]
         changes["target_parameters"] = sorted(f"{root}.{name}" for name in rest) or None
     return dataclasses.replace(config, **changes)
 
@@ -76,7 +81,9 @@ def kinds_in(config: Any, targets: Targets) -> List[str]:
     """Return the kinds of what *config* adapts: some of "attn", "mlp" and "unembed"."""
     named = targets.layers_matching(config.target_modules)
     parameters = targets.parameters_matching(getattr(config, "target_parameters", None))
-    named += [n[: -len(_WEIGHT)] if n.endswith(_WEIGHT) else n for n in parameters] + parameters
+    # Under both names: the weight of a linear layer is known by its layer, a tensor of experts,
+    # which may be called weight, too (JetMoe), by itself.
+    named += [name.removesuffix(_WEIGHT) for name in parameters] + parameters
     known = {**targets.layers, **targets.tensors}
     return sorted({known[name] for name in named if name in known})
 
@@ -101,10 +108,11 @@ def adapts_tensors() -> bool:
     if not _knows_parameters():
         return False
     model = torch.nn.Sequential(_Experts())
+    # peft draws initial weights, and a user's own random numbers are not to change by that.
     state = torch.random.get_rng_state()
     try:
         with quiet():
-            for name in ("one", "another"):
+            for name in ("one", "another"):  # earlier releases fail at the second
                 config = peft.LoraConfig(r=1, target_modules=[], target_parameters=["0.weights"])
                 peft.inject_adapter_in_model(config, model, name)
     except ValueError:

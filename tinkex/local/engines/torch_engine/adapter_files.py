@@ -5,27 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional, TypeVar
+from typing import Any, Dict, Iterable, Mapping, Optional
 
 import torch
 
 from tinkex.local.engines.engine import EngineError
 from tinkex.local.engines.torch_engine.adapter_config import kinds_in
 from tinkex.local.engines.torch_engine.adapters import Adapter
+from tinkex.local.engines.torch_engine.output_layer import (
+    EXPORTED_OUTPUT,
+    NOTE_FILE,
+    PREFIX,
+    merging_note,
+    rename_exported,
+)
 from tinkex.local.engines.torch_engine.targets import Targets
-from tinkex.local.engines.torch_engine.tied import NOTE_FILE, merging_note
 from tinkex.types import LoraConfig
-
-T = TypeVar("T")
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# The LoraConfig of the run, since PEFT's configuration holds neither the kinds of layers nor the
+# seed.
 RUN_FILE = "tinkex_lora.json"
-
-_PREFIX = "base_model.model."
-
-#: What the weights of an adapter on the output layer are called in an export.
-EXPORTED_OUTPUT = f"{_PREFIX}model.unembed_tokens."
 
 
 def write_adapter(
@@ -37,13 +38,14 @@ def write_adapter(
     layer as the hosted service does, which is what the cookbook's merging and conversion expect.
     """
     renamed = for_export and adapter.output is not None
-    own = f"{_PREFIX}{adapter.output}."
+    own = f"{PREFIX}{adapter.output}."
     tensors = {}
     for name, value in adapter.parameters.items():
         if renamed and name.startswith(own):
             name = EXPORTED_OUTPUT + name[len(own) :]
         tensors[name] = value.detach()
     write_tensors(tensors, folder / WEIGHTS_FILE)
+    # As PEFT saves adapters: a model that loads this one does not train it unless asked to.
     config = dataclasses.replace(adapter.config, inference_mode=True)
     config.save_pretrained(str(folder))
     (folder / RUN_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
@@ -62,24 +64,13 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # safetensors takes contiguous tensors only.
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors reports a full disk as an error of its own, where callers handle OSError.
     try:
         save_file(contiguous, str(path), {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
-
-
-def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
-    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
-
-    *output* is the name of the output layer in the model.
-    """
-    return {
-        f"{_PREFIX}{output}.{name[len(EXPORTED_OUTPUT) :]}"
-        if name.startswith(EXPORTED_OUTPUT)
-        else name: tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def read_config(folder: Path) -> Any:
@@ -94,7 +85,7 @@ def read_config(folder: Path) -> Any:
         raise EngineError(f"{folder} holds no adapter that can be read: {error}") from error
     if not isinstance(config, peft.LoraConfig):
         raise EngineError(f"the adapter in {folder} is of type {config.peft_type}, not LoRA")
-    config.inference_mode = False
+    config.inference_mode = False  # peft would freeze an adapter that is loaded to go on training
     return config
 
 
@@ -102,6 +93,7 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     """Return the LoraConfig of the adapter saved in *folder* by this or another program."""
     file = folder / RUN_FILE
     if file.is_file():
+        # A later version may have written more.
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         saved = json.loads(file.read_text())
         return LoraConfig(**{name: value for name, value in saved.items() if name in known})
@@ -115,8 +107,8 @@ def read_lora(folder: Path, targets: Targets) -> LoraConfig:
     )
 
 
-def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
-    """True if *folder* has an adapter made for the same *lora* whose tensors are others.
+def has_other_layout(adapter: Adapter, lora: LoraConfig, folder: Path) -> bool:
+    """Return whether the adapter in *folder* was made for the same *lora*, with other tensors.
 
     An earlier version of tinkex, peft or transformers chose other layers, or held them otherwise.
     """
@@ -125,12 +117,13 @@ def was_laid_out_otherwise(adapter: Adapter, lora: LoraConfig, folder: Path) -> 
     if not (folder / RUN_FILE).is_file():
         return False
     saved = json.loads((folder / RUN_FILE).read_text())
-    asked = dataclasses.asdict(lora)
-    if any(saved.get(name) != asked[name] for name in asked if name != "seed"):
+    own = dataclasses.asdict(lora)
+    # Another rank or kind of layers is the user's mistake, which read_into reports.
+    if any(saved.get(name) != own[name] for name in own if name != "seed"):
         return False
     try:
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
-            names = file.keys()
+            names = file.keys()  # shapes are in the header: no data is read
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         if adapter.output is not None:
             shapes = rename_exported(shapes, adapter.output)
@@ -164,6 +157,7 @@ def read_tensors(
     saved = load_tensors(folder / file)
     if output is not None:
         saved = rename_exported(saved, output)
+    # In both directions: weights that this adapter has no place for were trained, too.
     if saved.keys() != wanted.keys():
         raise EngineError(
             f"the checkpoint adapts {sample_of(saved.keys() - wanted.keys())} beyond this model's "

@@ -27,14 +27,17 @@ from tinkex.local.engines.torch_engine.adapter_config import (
     injected_config,
     make_config,
 )
-from tinkex.local.engines.torch_engine.quiet import quiet
+from tinkex.local.engines.torch_engine.output_layer import (
+    NOTE_FILE,
+    PREFIX,
+    is_tied,
+    output_name,
+)
+from tinkex.local.engines.torch_engine.pretrained import quiet
 from tinkex.local.engines.torch_engine.targets import Chosen, Targets
-from tinkex.local.engines.torch_engine.tied import NOTE_FILE, is_tied
 from tinkex.types import LoraConfig
 
 logger = logging.getLogger(__name__)
-
-LORA_ALPHA = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +89,9 @@ class AdapterPool:
         self.targets = Targets(model)
         self._adapts_tensors = bool(self.targets.tensors) and adapts_tensors()
         self._root = _Root(model)
-        self._peft: Any = None  # the PeftModel, from the first adapter on
+        # The PeftModel, from the first adapter on: a server that only samples from the base needs
+        # none.
+        self._peft: Any = None
         self._layers: Dict[str, Any] = {}  # peft's LoRA layers by module name
         self._active: Optional[str] = None
         self._numbers = itertools.count()
@@ -116,7 +121,7 @@ class AdapterPool:
                 self._model_name,
                 left_out,
             )
-        return make_config(self.targets, chosen, lora.rank, LORA_ALPHA, self._source)
+        return make_config(self.targets, chosen, lora.rank, self._source)
 
     def adapted(self, lora: LoraConfig) -> Chosen:
         """Return what an adapter of *lora* changes in this model.  Safe from any thread."""
@@ -137,18 +142,21 @@ class AdapterPool:
                     self._peft = peft.PeftModel(self._root, injected, adapter_name=key)
                 else:
                     self._peft.add_adapter(key, injected)
-        except (ValueError, re.error) as error:  # peft found none of its layers
+        # No layer has the names, or they are no regular expression.
+        except (ValueError, re.error) as error:
             raise EngineError(f"the adapter does not fit {self._model_name}: {error}") from error
         torch.random.set_rng_state(random_state)  # peft's own initialization drew from it
+        # peft has wrapped layers that no earlier adapter was on.
         self._layers = {
             name: module
             for name, module in self._model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self._active = None
         parameters = self._parameters_of(key)
         _initialize(parameters, seed)
-        self._peft.eval()
+        self._peft.eval()  # new layers come in training mode
+        # peft activates what it adds.  Unknown, so that activate() does its work.
+        self._active = None
         self.activate(None)
         layer = self._layers.get(self._output or "")
         output = self._output if layer is not None and key in layer.lora_A else None
@@ -168,13 +176,13 @@ class AdapterPool:
             if key in layer.lora_A:
                 for half in ("lora_A", "lora_B"):
                     weight = getattr(layer, half)[key].weight
-                    found[f"base_model.model.{name}.{half}.weight"] = weight
+                    found[f"{PREFIX}{name}.{half}.weight"] = weight
         return found
 
     def activate(self, adapter: Optional[Adapter]) -> None:
         """Let *adapter* alone shape the model's output, and train; None is the bare base."""
         key = adapter.key if adapter is not None else ""
-        if key == self._active:
+        if key == self._active:  # hundreds of layers, before every slice of sampling
             return
         names = [key] if key else []
         for layer in self._layers.values():
@@ -185,14 +193,8 @@ class AdapterPool:
         """Drop *adapter* and free its memory."""
         with quiet():
             self._peft.delete_adapter(adapter.key)
-        self._active = None
+        self._active = None  # peft may have activated another one in its place
         self.activate(None)
-
-
-def output_name(model: Any) -> Optional[str]:
-    """Return the name of the output layer of *model*, or None."""
-    output = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) -> None:
@@ -202,11 +204,12 @@ def _initialize(parameters: Dict[str, torch.nn.Parameter], seed: Optional[int]) 
     else:
         generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     with torch.no_grad():
+        # Sorted, because the order of drawing decides the values.
         for name, parameter in sorted(parameters.items()):
             if name.endswith("lora_B.weight"):
                 parameter.zero_()
             else:
-                bound = 1 / math.sqrt(parameter.shape[1])
+                bound = 1 / math.sqrt(parameter.shape[1])  # A is (rank, in_features)
                 # Drawn on the CPU, so that a seed means the same on every device.
                 values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(values)

@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tinkex.local.engines.torch_engine.batching import plan_passes
-from tinkex.local.engines.torch_engine.network import Network
+from tinkex.local.engines.torch_engine.network import Network, plan_passes
 
 Tokens = npt.NDArray[np.int32]
 
@@ -47,11 +46,12 @@ class PrefillPiece:
     is_last: bool
 
     def end_of(self, row: int, prompt_length: int) -> Optional[torch.Tensor]:
-        """Return a copy of the features (d,) of the prompt's last token, if it is in this piece."""
+        """Return the features (d,) of the prompt's last token, if it is in this piece."""
         column = prompt_length - 1 - self.start
         if not 0 <= column < self.features.shape[1]:
             return None
-        return self.features[row, column].clone()  # a view would keep the entire piece
+        # Copied: a view would keep the entire piece in memory.
+        return self.features[row, column].clone()
 
 
 def prefill(
@@ -66,6 +66,8 @@ def prefill(
     The prompts are computed as the beginnings of sequences with *more_tokens* more.  The caller
     drops each piece before it asks for the next one, so that one is in memory at a time.
     """
+    # No mask is passed: padding is on the right, where causal attention keeps it out of every real
+    # position, and the fast attention kernels take no mask.  Its own features are never read.
     groups = plan_passes([prompt.size for prompt in prompts], PREFILL_TOKENS)
     for number, group in enumerate(groups, 1):
         lengths = [prompts[index].size + more_tokens for index in group]
@@ -74,10 +76,14 @@ def prefill(
         for row, index in enumerate(group):
             padded[row, : prompts[index].size] = prompts[index]
         tokens = torch.from_numpy(padded).to(network.device)
+        # Without the model's configuration, which would make layers of sliding windows keep only
+        # their last keys: rows of the decode cache need all of them.  The model's masks cut the
+        # windows.
         cache = DynamicCache()
         for start in range(0, longest, piece_tokens):
             piece = tokens[:, start : start + piece_tokens]
             positions = torch.arange(start, start + piece.shape[1], device=network.device)
+            # Without a name for the features, which would keep them while the next are computed.
             yield PrefillPiece(
                 group,
                 start,
@@ -105,6 +111,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
         super().__init__()
+        # What transformers' own update sets with the first keys, and reads.
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._keys, self._values, self._filled = keys, values, filled
@@ -117,7 +124,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        end = self._filled + key_states.shape[-2]
+        end = self._filled + key_states.shape[-2]  # keys are (rows, heads, columns, size)
         if end > self._keys.shape[2]:
             self._keys, self._values = _widened(self._keys, end), _widened(self._values, end)
         self._keys[:, :, self._filled : end] = key_states
@@ -130,7 +137,7 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
         return self._filled
 
     def put(self, row: int, first_column: int, layer: Any, source: int) -> None:
-        """Take over the keys and values that *layer* holds in its row *source*."""
+        """Replace the keys and values of *row* by those of *layer* in its row *source*."""
         length = self._filled - first_column
         self.keys[row, :, first_column:] = layer.keys[source, :, :length]
         self.values[row, :, first_column:] = layer.values[source, :, :length]
@@ -138,6 +145,8 @@ class _Columns(DynamicLayer):  # type: ignore[misc]  # transformers is Any to my
 
 def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
     rows, heads, old, size = buffer.shape
+    # By half, so that copying costs a constant per step.  Not zeroed: a column is written before it
+    # is shown.
     wide = buffer.new_empty((rows, heads, columns + columns // 2 + _SPARE_COLUMNS, size))
     wide[:, :, :old] = buffer
     return wide
@@ -146,7 +155,8 @@ def _widened(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 class DecodeBatch:
     """Rows that are continued one token at a time.
 
-    A row may go on after it has ended, beyond *context_length* even; its logits mean nothing then.
+    A row that has ended is computed on until it is taken out, even beyond *context_length*; its
+    logits mean nothing then.
     """
 
     def __init__(self, network: Network, context_length: int) -> None:
@@ -164,10 +174,11 @@ class DecodeBatch:
         """
         lengths = [self._filled - self._starts[row] for row in kept]
         width = max([*lengths, *(source.length for source in added)], default=0)
-        if not kept:
+        if not kept:  # a new batch: as many layers as the model has, which only a cache knows
             layers = added[0].cache.layers if added else []
             self._cache = Cache(layers=[DynamicLayer() for _ in layers])
-        for place in range(len(self._cache.layers)):  # one at a time: the cache is large
+        # Layer by layer, so that old and new copies of one layer only are in memory together.
+        for place in range(len(self._cache.layers)):
             self._cache.layers[place] = self._copied(kept, added, place, width)
         self._filled = width
         self._starts = [width - length for length in lengths]
@@ -178,12 +189,13 @@ class DecodeBatch:
     ) -> DynamicLayer:
         """Return one layer of the cache for these rows."""
         own = self._cache.layers[place] if kept else added[0].cache.layers[place]
-        if own.keys is None:  # a layer of the model without attention
+        if own.keys is None:  # no attention, or the keys of an earlier layer, as in Gemma 4
             return DynamicLayer()
         chosen = torch.tensor(kept, dtype=torch.long, device=self._network.device)
         halves = []
         for name in ("keys", "values"):
             some = getattr(own, name)
+            # Keys and values may differ in size (DeepSeek V3).
             shape = (len(kept) + len(added), some.shape[1], width + _SPARE_COLUMNS, some.shape[3])
             # Zeros, because what is masked out is still multiplied by zero, and 0 * NaN is NaN.
             buffer = some.new_zeros(shape)
@@ -203,7 +215,10 @@ class DecodeBatch:
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to each row; return float32 logits (rows, vocabulary) of the next."""
         device = self._network.device
+        # Cut off, because rows that ended may lie beyond the positions that the model knows, where
+        # those with a table (GPT-2) would fail for the entire batch.
         lengths = [min(self._filled - start + 1, self._context_length) for start in self._starts]
+        # A mask only if there is padding: attention kernels are faster without.
         mask: Optional[torch.Tensor] = None
         if any(self._starts):
             columns = torch.arange(self._filled + 1, device=device)
@@ -214,6 +229,7 @@ class DecodeBatch:
             lengths=lengths,
             cache=self._cache,
             attention_mask=mask,
+            # Of each row's own sequence: its first real token has position 0.
             positions=torch.tensor(lengths, device=device)[:, None] - 1,
         )
         self._filled += 1
@@ -222,8 +238,8 @@ class DecodeBatch:
     def outdated(self) -> List[int]:
         """Return the rows whose keys do not fit their length after the next step.
 
-        That is where the network's rotary frequencies depend on the length: such a row is computed
-        again, and handed to `replace`, before the step.
+        Keys are cached with their rotation.  Where the frequencies depend on the length, a row that
+        crosses a threshold is computed again, and handed to `replace`, before the step.
         """
         thresholds = self._network.rope.thresholds
         return [

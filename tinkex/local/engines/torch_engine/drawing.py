@@ -8,7 +8,8 @@ import torch
 
 from tinkex.types import SamplingParams
 
-# Temperatures that float32 holds: dividing zero by zero, or infinity by infinity, makes NaN.
+# Temperatures that float32 holds: logits divided by 0 or infinity make 0/0 or infinity/infinity,
+# NaN.
 _LOWEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _HIGHEST_TEMPERATURE = torch.finfo(torch.float32).max
 
@@ -24,6 +25,7 @@ def draw(
     logits as they are: temperature 1, nothing cut off.
     """
     normalizer = torch.logsumexp(logits, -1, keepdim=True)
+    # A batch mixes requests of all kinds; each kind is computed for its rows alone.
     greedy = [row for row, p in enumerate(params) if p.temperature < _LOWEST_TEMPERATURE]
     # Most requests ask for the model's own distribution; the normalizer is all that takes.
     plain = [row for row, p in enumerate(params) if p.temperature == 1 and not _cuts(p)]
@@ -37,6 +39,8 @@ def draw(
     if shaped:
         probabilities = _shaped(_rows(logits, shaped), [params[row] for row in shaped])
         tokens[shaped] = _invert(probabilities, [uniforms[row] for row in shaped])
+    # Of the model itself, not of what was drawn from (docs/protocol.md, "Sample results"): training
+    # needs them as q.
     logprobs = (logits.gather(-1, tokens[:, None]) - normalizer).squeeze(-1)
     return tokens.tolist(), logprobs.tolist()
 
@@ -46,6 +50,7 @@ def _cuts(params: SamplingParams) -> bool:
 
 
 def _rows(values: torch.Tensor, rows: List[int]) -> torch.Tensor:
+    # Indexing copies, (rows, vocabulary); all rows need none.
     return values if len(rows) == len(values) else values[rows]
 
 
@@ -54,10 +59,12 @@ def _shaped(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     temperatures = torch.tensor(
         [min(p.temperature, _HIGHEST_TEMPERATURE) for p in params], device=logits.device
     )
-    # Shifted first, so that a tiny temperature cannot overflow.
+    # Shifted first: the largest is then 0 at any temperature, and cannot overflow.  This makes a
+    # copy, in which top-k can be written.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     for row, p in enumerate(params):
         if 0 < p.top_k < scaled.shape[-1]:
+            # By places, not by a threshold, which would keep more than k where logits are equal.
             kept, where = torch.topk(scaled[row], p.top_k)
             scaled[row] = torch.full_like(scaled[row], -torch.inf).scatter(0, where, kept)
     probabilities = torch.softmax(scaled, -1)
@@ -73,7 +80,9 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     # The nucleus is nearly always small; sorting the entire vocabulary is the slow way.
     for count in (min(256, size), size):
         values, where = torch.topk(probabilities, count)
-        before = values.double().cumsum(0) - values  # mass of the likelier ones
+        # The mass of the likelier ones: the token that reaches top_p is still in, so that one is
+        # left whatever top_p is.  In float64, as rounding adds up over a vocabulary.
+        before = values.double().cumsum(0) - values
         if count == size or float(before[-1]) >= top_p:
             break
     kept = torch.where(before < top_p, values, torch.zeros_like(values))
@@ -81,8 +90,11 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _invert(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+    """Return the token (n,) at which the cumulative distribution of each row passes its uniform."""
+    # float64: in float32, steps of the sum would be lost beside it, and with them rare tokens.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     numbers = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)
+    # Scaled by the sum, which is below 1 after top-p, instead of normalizing the probabilities.
     total = cumulative[:, -1:].contiguous()
     # right=True: the first entry above the target; entries of probability zero never are.
     drawn = torch.searchsorted(cumulative, numbers[:, None] * total, right=True)

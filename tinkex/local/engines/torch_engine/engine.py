@@ -35,8 +35,8 @@ from tinkex.local.engines.torch_engine.adam import Adam, global_norm
 from tinkex.local.engines.torch_engine.adapters import Adapter, AdapterPool
 from tinkex.local.engines.torch_engine.loading import load_network
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.sample_jobs import Vocabulary
 from tinkex.local.engines.torch_engine.sampling import SampleRun
+from tinkex.local.engines.torch_engine.stopping import Vocabulary
 from tinkex.local.engines.torch_engine.training import BatchResult, metrics_of, run_batch
 from tinkex.types import (
     AdamParams,
@@ -65,7 +65,9 @@ class _Run:
 
 
 class TorchEngine:
-    """One base model with LoRA adapters to train and to sample from.  See `Engine`.
+    """One base model with LoRA adapters to train and to sample from.
+
+    `Engine` describes the methods; their docstrings here say what is particular to this engine.
 
     Gradients: ``forward_backward`` adds to what is accumulated, ``optim_step`` uses it up;
     ``load`` drops it, ``save`` does not store it.  A pass that fails leaves it as it was.
@@ -102,13 +104,14 @@ class TorchEngine:
         smollm2-135m once it is cached.
 
         Raises:
-            LocalServerError: the model cannot be had, or not be put on the device.
+            LocalServerError: the model cannot be loaded, or not be moved to the device.
         """
         started = time.monotonic()
         resolved = models.resolve(model, cache_dir=cache_dir, progress=progress)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
+            # Many CPUs have no arithmetic in bfloat16.
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
@@ -130,23 +133,20 @@ class TorchEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What this engine serves.  Safe from any thread."""
         return self._info
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer.  Safe from any thread."""
         return self._vocabulary.tokenizer
 
     # --- training runs -------------------------------------------------------------------------
 
     def adapted(self, lora: LoraConfig) -> Dict[str, int]:
-        """Return what an adapter of *lora* changes; see `tinkex.local.engines.engine`."""
-        pool: Optional[AdapterPool] = self.__dict__.get("_pool")  # None once closed
+        # From any thread, also while another one closes the engine.
+        pool: Optional[AdapterPool] = self.__dict__.get("_pool")
         return {} if pool is None else pool.adapted(lora).counts()
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
-        """Make a fresh adapter (its delta is zero) with a fresh optimizer."""
         check_values(lora)
         if model_id in self._runs:
             raise EngineError(f"model {model_id} exists already")
@@ -156,7 +156,6 @@ class TorchEngine:
         self._runs[model_id] = _Run(lora, adapter, Adam(adapter.parameters))
 
     def unload(self, model_id: str) -> None:
-        """Forget an adapter and its optimizer; nothing happens if it is unknown."""
         run = self._runs.pop(model_id, None)
         if run is not None:
             self._pool.remove(run.adapter)
@@ -170,15 +169,13 @@ class TorchEngine:
         *,
         forward_only: bool = False,
     ) -> ForwardBackwardOutput:
-        """Compute loss and logprobs of each datum; add the gradient to what is accumulated.
-
-        ``loss_fn_outputs[i]["logprobs"]`` is float32 of the shape of datum i's target_tokens.
-        For the metrics see `training.metrics_of`, for the losses `losses`.
-        """
+        """See `Engine`; `training.metrics_of` for the metrics, `losses` for the losses."""
         run = self._run(model_id)
         config = check_loss(loss_fn, loss_fn_config)
         rows = check_batch(data, loss_fn, config, self._info)
         self._pool.activate(run.adapter)
+        # Set aside, so that a pass that fails half way leaves it as it was, and so that what is
+        # checked below is the gradient of this pass.
         before = [(p, p.grad) for p in run.adapter.parameters.values()]
         for parameter, _ in before:
             parameter.grad = None
@@ -202,11 +199,7 @@ class TorchEngine:
         return ForwardBackwardOutput(outputs, metrics, "ArrayRecord")
 
     def optim_step(self, model_id: str, params: AdamParams) -> Dict[str, float]:
-        """Take one AdamW step with the accumulated gradient and clear it.
-
-        Without a gradient (no pass since the last step) it is a step with a gradient of zero.
-        Returns ``grad_norm`` (before clipping) and ``step`` (how many steps so far).
-        """
+        """See `Engine`, `Adam.step`.  Without a gradient it is a step with a gradient of zero."""
         run = self._run(model_id)
         check_values(params)
         return run.optimizer.step(params)
@@ -220,7 +213,6 @@ class TorchEngine:
     # --- checkpoints ---------------------------------------------------------------------------
 
     def save(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter (PEFT's format), and the optimizer's state if asked, into *folder*."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder)
@@ -230,21 +222,19 @@ class TorchEngine:
             (folder / OPTIMIZER_FILE).write_text(json.dumps(state) + "\n")
 
     def export(self, model_id: str, folder: Path) -> None:
-        """Write the adapter into *folder*, named as in exports of the hosted service."""
         run = self._run(model_id)
         folder.mkdir(parents=True, exist_ok=True)
         adapter_files.write_adapter(run.adapter, run.lora, folder, for_export=True)
 
     def load(self, model_id: str, folder: Path, *, with_optimizer: bool) -> None:
-        """Replace the adapter of *model_id* by a saved one; a fresh optimizer unless asked.
+        """See `Engine`.  Rank, alpha and adapted layers must be the same.
 
-        Rank, alpha and adapted layers must be the same.  An accumulated gradient is dropped.
         A checkpoint of the same configuration that adapts other layers, as an earlier version of
         tinkex or of a library below it chose them, is taken as it is.
         """
         run = self._run(model_id)
         adapter = run.adapter
-        if adapter_files.was_laid_out_otherwise(adapter, run.lora, folder):
+        if adapter_files.has_other_layout(adapter, run.lora, folder):
             adapter = self._pool.add(adapter_files.read_config(folder))
         try:
             self._load(run, adapter, folder, with_optimizer=with_optimizer)
@@ -258,6 +248,7 @@ class TorchEngine:
 
     def _load(self, run: _Run, adapter: Adapter, folder: Path, *, with_optimizer: bool) -> None:
         """Fill *adapter* and the optimizer of *run* from *folder*; nothing changes if it fails."""
+        # All is read and checked before the first value is changed.
         weights = adapter_files.read_into(adapter, folder)
         optimizer = Adam(adapter.parameters)
         if with_optimizer:
@@ -274,19 +265,17 @@ class TorchEngine:
         run.optimizer = optimizer
 
     def lora_config(self, folder: Path) -> LoraConfig:
-        """Return the configuration of a saved adapter."""
         return adapter_files.read_lora(folder, self._pool.targets)
 
     # --- sampling ------------------------------------------------------------------------------
 
     def create_sampler(self, sampler_id: str, folder: Optional[Path]) -> None:
-        """Make a sampler of the adapter saved in *folder*; of the base model if None."""
         if sampler_id in self._samplers:
             raise EngineError(f"sampler {sampler_id} exists already")
         adapter: Optional[Adapter] = None
         if folder is not None:
             config = adapter_files.read_config(folder)
-            adapter = self._pool.add(config, seed=0)
+            adapter = self._pool.add(config, seed=0)  # overwritten below
             try:
                 weights = adapter_files.read_into(adapter, folder)
             except BaseException:
@@ -294,11 +283,10 @@ class TorchEngine:
                 raise
             adapter_files.assign(adapter.parameters, weights)
             for parameter in adapter.parameters.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False)  # frozen: no pass keeps a graph for it
         self._samplers[sampler_id] = adapter
 
     def unload_sampler(self, sampler_id: str) -> None:
-        """Forget a sampler; nothing happens if it is unknown."""
         adapter = self._samplers.pop(sampler_id, None)
         if adapter is not None:
             self._pool.remove(adapter)
@@ -309,16 +297,19 @@ class TorchEngine:
         requests: Sequence[SampleRequest],
         dropped: Container[int] = (),
     ) -> Iterator[List[Finished]]:
-        """Run *requests* as one batch, in slices of a few tokens; see `sampling`."""
+        """See `Engine` and `SampleRun`."""
         if sampler_id not in self._samplers:
             raise EngineError(f"no sampler {sampler_id}; it was never created, or was unloaded")
         adapter = self._samplers[sampler_id]
         run = SampleRun(self._network, self._vocabulary, self._info, requests)
         while not run.done:
+            # Between slices it may be unloaded, and its name used for another.
             if sampler_id not in self._samplers or self._samplers[sampler_id] is not adapter:
-                yield run.abandon(EngineError(f"sampler {sampler_id} was unloaded meanwhile"))
+                yield run.abandon(
+                    EngineError(f"sampler {sampler_id} was unloaded while it was sampling")
+                )
                 return
-            self._pool.activate(adapter)
+            self._pool.activate(adapter)  # other work may have run since the last slice
             run.drop(dropped)
             # Left before each yield: the mode belongs to the thread, not to this generator.
             with torch.inference_mode():
@@ -326,13 +317,13 @@ class TorchEngine:
             yield finished
 
     def interrupt(self) -> None:
-        """Make the call in progress, and every later one, fail within a layer's work."""
+        """See `Engine`.  The call in progress fails within a layer's work."""
         self._interruption.requested = True
 
     def close(self) -> None:
-        """Release the model."""
         self._runs.clear()
         self._samplers.clear()
+        # The attributes go, rather than become None, which every method would have to check.
         for name in ("_network", "_pool"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
@@ -341,14 +332,14 @@ class TorchEngine:
 
 def _context_length(config: Any, tokenizer: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
-    if (
-        length is None
-    ):  # positions without a table, as BLOOM's: what the tokenizer reports, if plausible
+    if length is None:
+        # BLOOM's positions have no end.  Tokenizers without a limit report 1e30.
         length = min(tokenizer.model_max_length, _CONTEXT_IF_UNKNOWN)
     return int(length)
 
 
 def _check_finite(result: BatchResult, gradients: List[torch.Tensor]) -> None:
+    # One NaN in the optimizer's running averages would make every later step NaN.
     for index, losses in enumerate(result.losses):
         if not np.isfinite(losses).all():
             raise EngineError(

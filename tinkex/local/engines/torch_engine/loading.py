@@ -1,24 +1,38 @@
-"""Loads a model and its tokenizer, and refuses what this engine would compute wrongly."""
+"""Loads a model and its tokenizer, and refuses what this engine would compute wrongly.
+
+Architectures differ in what they cache, in how they count positions and in what they do with
+padding.  Two rows of different lengths, prefilled in two pieces and continued by one token, show
+in a fraction of a second what would otherwise make every sample fail or, worse, be wrong.
+"""
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
+import numpy as np
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
-from tinkex.local.engines import models
+from tinkex.local.engines.torch_engine.decoding import DecodeBatch, Source, prefill
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.quiet import quiet
-from tinkex.local.engines.torch_engine.self_check import find_difference
-
-_OTHER_MODEL = (
-    "Use a causal language model with attention layers only and no code of its own, such as Llama, "
-    "Qwen3 or Gemma."
+from tinkex.local.engines.torch_engine.pretrained import (
+    OTHER_MODEL,
+    first_lines,
+    load_pretrained,
+    quiet,
 )
+
+# Tokens of the two rows.  The second row is the beginning of the first.
+_LENGTHS = (5, 3)
+_PIECE = 2
+
+# Largest relative error of a token's logits that passes for rounding.  In half precision rounding
+# amounts to some percent (more where it changes an expert); a wrong computation is off by about
+# the size of the logits.
+_TOLERANCE = 0.01
+_TOLERANCE_HALF = 0.3
 
 
 def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Network, Any]:
@@ -31,50 +45,15 @@ def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Netwo
             results with this engine would differ from transformers' own.
     """
     with quiet():
-        model, tokenizer = _load(source, dtype, what)
+        model, tokenizer = load_pretrained(source, what, dtype=dtype)
         try:
             model = model.to(device).eval().requires_grad_(False)
         except (RuntimeError, AssertionError) as error:
             raise LocalServerError(
-                f"cannot put {what} on device {device!r}: {_first_lines(error)}",
+                f"cannot put {what} on device {device!r}: {first_lines(error)}",
                 hint=ErrorText("Use ", Setting("device", "cpu"), "."),
             ) from error
         return checked_network(model, what), tokenizer
-
-
-def _load(source: str, dtype: Any, what: str) -> Tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    part = "model"
-    try:
-        # No code from the folder is run; without the argument, transformers asks on the terminal.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        part = "tokenizer of"
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file leads to
-        raise LocalServerError(
-            f"cannot load the {part} {what}: {_first_lines(error)}",
-            hint=_hint(source, part, what, error),
-        ) from error
-
-
-def _hint(source: str, part: str, what: str, error: Exception) -> str:
-    """Return what to do about *error*, met while *part* was loaded."""
-    text = str(error)
-    if "does not recognize this architecture" in text:
-        return "If the model is newer than this transformers: python -m pip install -U transformers"
-    if "for this kind of AutoModel" in text or "trust_remote_code" in text:
-        return _OTHER_MODEL
-    if not Path(source).is_dir():
-        return models.hint_for(what)
-    if isinstance(error, ImportError):
-        return "Install what is missing, then start again."
-    if part != "model":
-        return "Save the tokenizer into the same folder: tokenizer.save_pretrained(folder)."
-    return (
-        "The folder needs config.json and complete weights (model.safetensors), as "
-        "save_pretrained writes them; copy or download it again."
-    )
 
 
 def checked_network(model: Any, what: str) -> Network:
@@ -86,11 +65,11 @@ def checked_network(model: Any, what: str) -> Network:
     try:
         with torch.no_grad():
             network = Network(model)
-            difference = find_difference(network)
+            difference = _find_difference(network)
     except MemoryError:
         raise
-    except Exception as error:  # whatever an architecture's code raises when it is run this way
-        reason = f"a trial run failed ({type(error).__name__}: {_first_lines(error)})"
+    except Exception as error:  # an architecture's code may raise anything
+        reason = f"a trial run failed ({type(error).__name__}: {first_lines(error)})"
         raise _refusal(model, what, reason) from error
     if difference is not None:
         raise _refusal(model, what, difference)
@@ -98,6 +77,7 @@ def checked_network(model: Any, what: str) -> Network:
 
 
 def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
+    # The cause, where it is known, rather than *reason*, which is only how it showed.
     if getattr(model, "_is_stateful", False):
         reason = "it keeps a recurrent state, which this engine does not support"
     else:
@@ -105,14 +85,12 @@ def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
         if kinds:
             reason = f"its layers keep more than keys and values ({', '.join(kinds)})"
     return LocalServerError(
-        f"this engine cannot run {what} ({type(model).__name__}): {reason}", hint=_OTHER_MODEL
+        f"this engine cannot run {what} ({type(model).__name__}): {reason}", hint=OTHER_MODEL
     )
 
 
 def _special_caches(config: Any) -> List[str]:
     """Return the kinds of cache layers, other than keys and values, that transformers would use."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     try:
         layers = DynamicCache(config=config).layers
@@ -121,6 +99,67 @@ def _special_caches(config: Any) -> List[str]:
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in plain})
 
 
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(" ".join(lines[:2]), 300) or type(error).__name__
+def _find_difference(network: Network) -> Optional[str]:
+    """Return how *network* differs from its model's own forward pass; None if it does not.
+
+    Exceptions of the model's code pass through.
+    """
+    tokens = (torch.arange(_LENGTHS[0]) * 37 + 11) % network.vocab_size
+    rows = torch.stack([tokens, tokens])
+    rows[1, _LENGTHS[1] :] = 0  # padding, where a causal model does not look
+    expected = network.model(input_ids=rows.to(network.device), use_cache=False).logits
+    half = expected.dtype in (torch.float16, torch.bfloat16)
+    tolerance = _TOLERANCE_HALF if half else _TOLERANCE
+    common = slice(0, _LENGTHS[1])
+    if _error(expected[1, common], expected[0, common]) > tolerance:
+        return "a token's logits depend on the tokens after it (it is an encoder)"
+
+    prompts = [tokens[: length - 1].numpy().astype(np.int32) for length in _LENGTHS]
+    sources: List[Source] = []
+    for piece in prefill(network, prompts, piece_tokens=_PIECE):
+        end = piece.start + piece.features.shape[1]
+        odd = _odd_layer(piece.cache, end)
+        if odd is not None:
+            return odd
+        error = _error(network.logits(piece.features[0]), expected[0, piece.start : end])
+        if error > tolerance:
+            return f"a prompt computed with a key-value cache has other logits (by {error:.2g})"
+        sources = [Source(piece.cache, row, prompts[row].size) for row in range(len(prompts))]
+
+    batch = DecodeBatch(network, max(_LENGTHS))
+    batch.regroup([], sources)
+    logits = batch.step([int(tokens[length - 1]) for length in _LENGTHS])
+    for row, length in enumerate(_LENGTHS):
+        error = _error(logits[row], expected[row, length - 1])
+        if error > tolerance:
+            return f"a token added to a key-value cache has other logits (by {error:.2g})"
+    return None
+
+
+def _odd_layer(cache: Any, length: int) -> Optional[str]:
+    """Return what *cache* holds besides one key and one value per head and token."""
+    filled = [layer for layer in cache.layers if layer.keys is not None]
+    if not filled:
+        return "it keeps no keys and values of earlier tokens"
+    # Exactly this class: subclasses keep a window, or quantized values.
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer:
+            return f"its cache has a {type(layer).__name__}, not keys and values alone"
+    for layer in filled:
+        if any(half.dim() != 4 or half.shape[2] != length for half in (layer.keys, layer.values)):
+            return "its cache does not hold one key and one value per token"
+    return None
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative error over tokens, of logits (..., vocabulary).
+
+    Logits matter up to a constant, so they are centered first.
+    """
+    found, expected = (
+        logits.float() - logits.float().mean(-1, True) for logits in (found, expected)
+    )
+    size = expected.norm(dim=-1).clamp(min=1e-6)
+    error = ((found - expected).norm(dim=-1) / size).max()
+    # NaN is larger than no tolerance, and would pass.
+    return float("inf") if error.isnan() else float(error)

@@ -1,41 +1,15 @@
-"""The losses of the Tinker API, per token, as plain tensor expressions.
+"""The losses of the Tinker API (docs/protocol.md, "Losses"), per token, as tensor expressions.
 
-Notation, elementwise over the tokens of a batch: ``lp`` is the log-probability the trained model
-gives the target token, ``q`` the one the sampler recorded (input ``logprobs``), ``A`` the
-advantage, ``w`` the weight, ``r = exp(lp - q)``.  A loss is the plain sum over tokens; nothing is
-averaged, so gradients of several calls add up.
-
-=====================  =============================================================
-cross_entropy          ``-lp * w``
-importance_sampling    ``-r * A``
-ppo                    ``-min(r * A, clip(r, low, high) * A)``
-cispo                  ``-stopgrad(clip(r, low, high)) * A * lp``
-gspo                   ``-min(s * A, clip(s, low, high) * A)``
-dro                    ``-(lp * A - beta / 2 * (lp - q)**2)``
-=====================  =============================================================
-
-``s`` is the ratio of the sequence, ``exp(sum(m * (lp - q)) / sum(m))`` over all tokens of the
-datum, with ``m`` the input ``sequence_ratio_mask`` (1 by default).  Its gradient by ``lp`` is ``s``
-(GSPO-token).
-
-``low`` and ``high`` default to 0.8 and 1.2, for gspo to 0.9997 and 1.0004; the configuration keys
-``clip_low_threshold`` and ``clip_high_threshold`` change them for a call, per-token inputs of the
-same names for a token.  ``beta`` defaults to 0.05.  A token of weight 0, or of advantage 0 (except
-in dro, whose second term stays), adds no loss and no gradient, whatever its log-probabilities are.
-
-Sources: names, inputs and the token-sum form follow Tinker's documentation of its losses.
-importance_sampling is the policy gradient (Williams 1992, REINFORCE) with the correction for
-sampling from another policy; ppo is the clipped surrogate of Schulman et al.
-(arXiv 1707.06347, eq. 7); cispo is MiniMax-M1's (arXiv 2506.13585, eq. 4); gspo is Group
-Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token, with the clipping
-range of the paper's experiments: if all tokens have the same advantage, the gradient is that of the
-sequence form times the number of tokens; dro is the per-token form of Direct Reward Optimisation
-(Richemond et al., arXiv 2405.19107).
+Elementwise over the tokens of a batch: ``lp`` is the log-probability that the trained model gives
+to the target token, ``q`` the one that the sampler recorded (input ``logprobs``), ``A`` the
+advantage, ``r = exp(lp - q)``.  A loss is the plain sum over tokens: nothing is averaged, so that
+gradients of several calls add up.  A token of weight 0, or of advantage 0 (except in dro, whose
+second term stays), adds no loss and no gradient, whatever its log-probabilities are.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Tuple
 
 import torch
 
@@ -46,7 +20,6 @@ Config = Mapping[str, float]
 
 #: Among the inputs of a loss that reads the ratio of the sequence: log s of the token's sequence.
 SEQUENCE_LOG_RATIO = "sequence_log_ratio"
-
 
 # The largest exponent whose exponential float32 can hold.
 _LARGEST_EXPONENT = 88.0
@@ -65,35 +38,48 @@ def _cross_entropy(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Te
     return -lp * inputs["weights"]
 
 
+# The policy gradient (Williams 1992, REINFORCE), with the correction for tokens that were sampled
+# from another policy: -r * A.
 def _importance_sampling(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     advantages = inputs["advantages"]
     return -_ratio(lp - inputs["logprobs"], advantages == 0) * advantages
 
 
+# The clipped surrogate of Schulman et al. (arXiv 1707.06347, eq. 7): -min(r * A, clip(r) * A).
 def _ppo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     return _clipped(lp - inputs["logprobs"], inputs)
 
 
+# Group Sequence Policy Optimization (arXiv 2507.18071) in its token form, GSPO-token: the same
+# surrogate of the ratio of the sequence, s = exp(sum(m * (lp - q)) / sum(m)) with m the
+# sequence_ratio_mask.  If all tokens have the same advantage, the gradient is that of the sequence
+# form times the number of tokens.
 def _gspo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
-    # lp - lp is 0 and has the gradient of lp.
+    # log s is a constant here.  lp - lp.detach() is 0 with the gradient of lp, so that the ratio is
+    # s and its gradient by lp is s (GSPO-token: sg[s] * pi / sg[pi]).
     return _clipped(inputs[SEQUENCE_LOG_RATIO] + (lp - lp.detach()), inputs)
 
 
 def _clipped(exponent: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Return the clipped surrogate of the ratio exp(exponent)."""
     advantages = inputs["advantages"]
-    # With a negative advantage a large ratio is not clipped: there infinity is the right value.
+    # With a negative advantage the minimum is the unclipped term, however large: there an infinite
+    # loss is right, and the engine refuses the batch.  Otherwise the clip bounds it.
     ratio = _ratio(exponent, advantages >= 0)
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
+# MiniMax-M1's (arXiv 2506.13585, eq. 4): -stopgrad(clip(r)) * A * lp.
 def _cispo(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
+    # Detached: the clipped ratio is a weight of the policy gradient, whose gradient flows through
+    # lp alone.  An infinite ratio needs no bound, since nothing is carried back through it.
     ratio = torch.exp(lp.detach() - inputs["logprobs"])
     clipped = torch.clamp(ratio, inputs[CLIP_LOW], inputs[CLIP_HIGH])
     return -clipped * inputs["advantages"] * lp
 
 
+# Direct Reward Optimisation (Richemond et al., arXiv 2405.19107), per token.
 def _dro(lp: torch.Tensor, inputs: Inputs, config: Config) -> torch.Tensor:
     drift = lp - inputs["logprobs"]
     return -(lp * inputs["advantages"] - 0.5 * config["beta"] * drift * drift)
@@ -113,5 +99,41 @@ def token_losses(loss_fn: str, lp: torch.Tensor, inputs: Inputs, config: Config)
     """Return the loss of each token, float32, in the shape of *lp* and of all *inputs*."""
     losses = _PER_TOKEN[loss_fn](lp, inputs, config)
     gate = LOSSES[loss_fn].gate
-    # 0 times an infinite log-probability is not 0.
+    # Filled, not multiplied: 0 times an infinite log-probability is NaN.
     return losses if gate is None else losses.masked_fill(inputs[gate] == 0, 0.0)
+
+
+class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient.
+
+    With torch's own two it would be three: the output of the first, and a gradient for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        ctx.logprobs, ctx.targets = logprobs, targets
+        return logprobs.gather(-1, targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
+        # In place: log_softmax becomes softmax, then the gradient.
+        (grad,) = grads
+        gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
+        # Added, because the k targets of a row may name one token twice.
+        gradient.scatter_add_(-1, ctx.targets, grad)
+        ctx.logprobs = ctx.targets = None
+        return gradient, None
+
+
+def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (n, k) of int64 *targets* (n, k) under *logits* (n, v).
+
+    Differentiable once: the backward pass uses up the buffer it keeps.
+    """
+    if not torch.is_grad_enabled():
+        # Without a buffer of normalized logits.
+        return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
+    result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
+    return result

@@ -7,7 +7,7 @@ ask for them in chunks, and only where they need them.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 import torch
 
@@ -17,12 +17,27 @@ from tinkex.local.engines.torch_engine.rope import RopeLengths
 #: Rows of logits worked on at a time: 256 x 49,152 floats are 50 MB.
 LOGITS_ROWS = 256
 
+#: Tokens (with padding) of one pass: bounds the activations kept for the way back (SmolLM2: about
+#: 2 MB per token).
+TOKENS_PER_PASS = 2048
+
+# A row shorter than this share of the longest one begins another pass, which saves padding; not
+# while the pass is below this many tokens, as a tiny pass costs more in calls than padding does.
+_LIKE_LENGTH = 0.8
+_WORTH_A_PASS = 512
+
 
 class Interruption:
-    """Stops a computation from another thread: each layer looks here, on the way back too."""
+    """Stops a computation from another thread: each layer checks it, in the backward pass too.
+
+    At exit, Python unwinds daemon threads, and torch's C++ then calls abort().  So a pass, which
+    may take minutes, must end first, and between its layers is where it can.
+    """
 
     def __init__(self) -> None:
-        self.requested = False  # written by any thread, once; read by the engine's
+        # Written by any thread, once, and read by the engine's.  No lock: a bool is assigned
+        # atomically, and a check that misses it is followed by the next layer's.
+        self.requested = False
 
     def check(self) -> None:
         """Raise EngineError once it is requested."""
@@ -30,7 +45,9 @@ class Interruption:
             raise EngineError("the engine was interrupted, since the server is closing", "server")
 
     def watch(self, model: Any) -> None:
-        """Look after each layer of *model*, and when a gradient comes back to it."""
+        """Check after each layer of *model*, and when a gradient comes back to it."""
+        # Decoders keep their layers in a ModuleList, and the work of one is short enough to wait
+        # for.
         for module in model.modules():
             if isinstance(module, torch.nn.ModuleList):
                 for layer in module:
@@ -40,18 +57,16 @@ class Interruption:
         self.check()
         features = output[0] if isinstance(output, tuple) else output
         if isinstance(features, torch.Tensor) and features.requires_grad:
-            features.register_hook(self._on_gradient)
-
-    def _on_gradient(self, gradient: torch.Tensor) -> None:
-        self.check()
+            # A hook that raises ends backward().  One that returns None keeps the gradient.
+            features.register_hook(lambda gradient: self.check())
 
 
 class Network:
     """A transformers model, split where its decoder ends.
 
     What follows the decoder is the output layer, and in some architectures something more (soft
-    capping, scaling).  A model that cannot be split has its logits for "features": everything
-    works, with more memory.
+    capping in Gemma 2, scaling in Cohere).  A model that cannot be split has its logits for
+    "features": everything works, with more memory.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,6 +76,7 @@ class Network:
         self.device: torch.device = next(model.parameters()).device
         self.interruption = Interruption()
         self.interruption.watch(model)
+        # 2, the shortest length that is tried, where positions have no table, as BLOOM's.
         self.rope = RopeLengths(model, getattr(text_config, "max_position_embeddings", None) or 2)
         self._decoder = _decoder_of(model)
         self._output_type: Any = None
@@ -88,6 +104,9 @@ class Network:
             return None
         self._output_type = type(output)
         expected = self.model(input_ids=probe, use_cache=False).logits
+        # The output layer comes first: where it is all there is, calling it is cheaper than to run
+        # the model's forward around it.  Compared bit for bit, because the right one runs the same
+        # operations on the same numbers.
         heads = [self._after_decoder]
         if self.model.get_output_embeddings() is not None:
             heads.insert(0, self._output_layer)
@@ -103,8 +122,11 @@ class Network:
 
     def _after_decoder(self, features: torch.Tensor) -> torch.Tensor:
         """Run the model's own code with *features* in place of what its decoder computes."""
+        # Models take (b, t, d): whatever the leading shape, its tokens become one row.
         rows = features.reshape(1, -1, features.shape[-1])
         output = self._output_type(last_hidden_state=rows)
+        # Only their shape matters: the decoder that would read them is replaced for this call,
+        # which no other thread can see, since an engine has one.
         tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
         own_forward = self._decoder.forward
         self._decoder.forward = lambda *args, **kwargs: output
@@ -150,11 +172,14 @@ class Network:
         self.interruption.check()
         if self._head is not None:
             features = self._head(features)
+        # From bfloat16, too: log-probabilities near 0 and sums of exponentials over the vocabulary
+        # need more than its 8 bits.
         return features.float()
 
 
 def _decoder_of(model: Any) -> Any:
     """Return the part of *model* before its output layer; *model* itself if there is none."""
+    # base_model is the model itself where an architecture names its decoder otherwise.
     candidates = [model.base_model, getattr(model, "model", None)]
     return next((part for part in candidates if part is not None and part is not model), model)
 
@@ -173,31 +198,24 @@ def _parameters(*modules: Any) -> Set[str]:
     return names
 
 
-class _TargetLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
-    """log_softmax + gather that keeps one buffer of logits' size and turns it into the gradient."""
+def plan_passes(lengths: Sequence[int], budget: int = TOKENS_PER_PASS) -> List[List[int]]:
+    """Group the indices of *lengths* into passes, longest first.
 
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        ctx.logprobs, ctx.targets = logprobs, targets
-        return logprobs.gather(-1, targets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[torch.Tensor, None]:
-        # d lp_k / d logits = onehot(target_k) - softmax, summed over the k targets of a row.
-        (grad,) = grads
-        gradient = ctx.logprobs.exp_().mul_(-grad.sum(-1, keepdim=True))
-        gradient.scatter_add_(-1, ctx.targets, grad)
-        ctx.logprobs = ctx.targets = None
-        return gradient, None
-
-
-def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities (n, k) of int64 *targets* (n, k) under *logits* (n, v).
-
-    Differentiable once: the backward pass uses up the buffer it keeps.
+    A pass holds rows of like length, and at most *budget* tokens with padding (a single longer
+    row has a pass for itself).  The plan depends on the lengths only.
     """
-    if not torch.is_grad_enabled():
-        return logits.gather(-1, targets) - torch.logsumexp(logits, -1, keepdim=True)
-    result: torch.Tensor = _TargetLogprobs.apply(logits, targets)
-    return result
+    # Longest first, so that the first row of a pass is its width.
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    passes: List[List[int]] = []
+    current: List[int] = []
+    for index in order:
+        longest = lengths[current[0]] if current else 0
+        full = (len(current) + 1) * longest > budget
+        unlike = lengths[index] < _LIKE_LENGTH * longest and len(current) * longest >= _WORTH_A_PASS
+        if current and (full or unlike):
+            passes.append(current)
+            current = []
+        current.append(index)
+    if current:
+        passes.append(current)
+    return passes

@@ -1,29 +1,91 @@
-"""Copies an adapter such that PEFT and transformers load it without knowing where it comes from."""
+"""Adapters for programs that know nothing of tinkex: merged into their base model, or as PEFT's."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 
-from tinkex.errors import InvalidInputError, LocalServerError
+from tinkex._runtime.error_text import ErrorText, Setting
+from tinkex.errors import InvalidInputError
+from tinkex.local.engines import models
 from tinkex.local.engines.engine import EngineError
 from tinkex.local.engines.torch_engine.adapter_files import (
-    EXPORTED_OUTPUT,
+    CONFIG_FILE,
     WEIGHTS_FILE,
     load_tensors,
     read_config,
-    rename_exported,
+    sample_of,
+    write_tensors,
 )
-from tinkex.local.engines.torch_engine.adapters import output_name
-from tinkex.local.engines.torch_engine.convert import save_tokenizer
-from tinkex.local.engines.torch_engine.quiet import quiet
-from tinkex.local.engines.torch_engine.tied import NOTE_FILE, is_tied, merging_note
+from tinkex.local.engines.torch_engine.output_layer import (
+    EXPORTED_OUTPUT,
+    NOTE_FILE,
+    is_tied,
+    merging_note,
+    output_name,
+    rename_exported,
+    untie,
+)
+from tinkex.local.engines.torch_engine.pretrained import load_pretrained, quiet, save_tokenizer
+
+_ADAPTER = "It must be a folder that RestClient.download_checkpoint or PEFT's save_pretrained made."
 
 #: What exports of the hosted service call the output layer.
 _EXPORTED_NAME = EXPORTED_OUTPUT.rstrip(".").rpartition(".")[2]
+
+
+def merge_adapter(
+    adapter: Union[str, Path],
+    dest: Union[str, Path],
+    *,
+    base_model: Optional[str] = None,
+    dtype: Union[str, torch.dtype] = "auto",
+) -> Path:
+    """Merge a downloaded adapter into its base model; write the result to the folder *dest*.
+
+    An output layer that shares its weights with the embedding gets weights of its own if the
+    adapter changes it, so that the merged model computes what was trained.  The tokenizer is
+    written beside it.  Runs on the CPU; blocks, as long as it takes to read and write the model.
+
+    Args:
+        adapter: a folder in PEFT's format, as `RestClient.download_checkpoint` makes it.
+        dest: is made, with its parents; it must not exist or be empty.
+        base_model: a folder, a Hugging Face name, or a model of the embedded server; by default
+            what the adapter names.
+        dtype: of the merged weights; ``"auto"`` is that of the base model.
+
+    Returns:
+        The path of *dest*.
+
+    Raises:
+        InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged; it does not fit
+            the base model; *dest* is taken; or *dtype* is not a float type.
+        LocalServerError: the base model cannot be loaded.
+        OSError: *dest* cannot be written.
+    """
+    source, target = Path(adapter).expanduser(), Path(dest).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidInputError(f"{target} exists already", hint="Choose another folder.")
+    chosen = _as_dtype(dtype)
+    config, tensors = _read(source)
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise InvalidInputError(
+            f"{source} does not name its base model",
+            hint=ErrorText("Give ", Setting("base_model", ...)),
+        )
+    where = models.resolve(os.fspath(name)).source
+    with quiet():
+        model, tokenizer = load_pretrained(where, os.fspath(name), dtype=chosen)
+        merged = _merge(model, tensors, config, f"the adapter in {source} does not fit {name}")
+        merged.save_pretrained(str(target))
+        _share_weights(target / "config.json")
+        save_tokenizer(tokenizer, target)
+    return target
 
 
 def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
@@ -36,21 +98,19 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
 
     Raises:
         InvalidInputError: there is no LoRA adapter in *adapter*, or it is damaged.
-        LocalServerError: the base model's configuration or tokenizer cannot be had.
+        LocalServerError: the base model's configuration or tokenizer cannot be loaded.
         OSError: it cannot be written.
     """
-    try:
-        config = read_config(adapter)
-        tensors = load_tensors(adapter / WEIGHTS_FILE)
-    except EngineError as error:
-        raise InvalidInputError(str(error)) from error
+    config, tensors = _read(adapter)
     dest.mkdir()
     with quiet():
-        model, tokenizer = _outline(base)
+        # Its weights are not needed: what counts is the name of the output layer, and whether it is
+        # tied.
+        model, tokenizer = load_pretrained(base, base, weights=False)
         save_tokenizer(tokenizer, dest)
         output = output_name(model)
         if output is not None and any(name.startswith(EXPORTED_OUTPUT) for name in tensors):
-            _save(rename_exported(tensors, output), dest)
+            write_tensors(rename_exported(tensors, output), dest / WEIGHTS_FILE)
             if is_tied(model):
                 note = merging_note(base, tied=True, exported=False)
                 (dest / NOTE_FILE).write_text(note, encoding="utf-8")
@@ -58,6 +118,7 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
             shutil.copyfile(adapter / WEIGHTS_FILE, dest / WEIGHTS_FILE)
             if (adapter / NOTE_FILE).is_file():
                 shutil.copyfile(adapter / NOTE_FILE, dest / NOTE_FILE)
+    # Exports of the hosted service list their name for the output layer there, too.
     if output is not None and _EXPORTED_NAME in (config.target_modules or ()):
         names = set(config.target_modules) - {_EXPORTED_NAME}
         config.target_modules = names | {output.rpartition(".")[2]}
@@ -65,25 +126,59 @@ def copy_adapter(adapter: Path, dest: Path, base: str) -> None:
     config.task_type = "CAUSAL_LM"
     config.inference_mode = True
     config.save_pretrained(str(dest))
+    _share_weights(dest / CONFIG_FILE)
 
 
-def _outline(base: str) -> Any:
-    """Return the model *base* without its weights, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
+def _read(folder: Path) -> Tuple[Any, Dict[str, torch.Tensor]]:
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        return model, AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise LocalServerError(f"cannot load the base model {base}: {error}") from error
+        return read_config(folder), load_tensors(folder / WEIGHTS_FILE)
+    except EngineError as error:
+        raise InvalidInputError(str(error), hint=_ADAPTER) from error
 
 
-def _save(tensors: Any, dest: Path) -> None:
-    from safetensors.torch import save_file
+def _as_dtype(dtype: object) -> Union[str, torch.dtype]:
+    found = dtype if dtype == "auto" else getattr(torch, str(dtype).rpartition(".")[2], None)
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise InvalidInputError(
+        f"dtype is {dtype!r}; it must be 'auto' or a float type of torch, such as 'bfloat16'"
+    )
 
-    path = dest / WEIGHTS_FILE
-    path.touch()
-    mode = path.stat().st_mode  # safetensors makes files for their owner only
-    save_file(tensors, str(path), {"format": "pt"})
-    path.chmod(mode)
+
+def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: str) -> Any:
+    import peft
+
+    output = output_name(model)
+    if output is not None:
+        tensors = rename_exported(tensors, output)
+    # Before peft wraps the layer, which would merge into the weights that the embedding reads, too.
+    if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
+        untie(model)
+    try:
+        wrapped = peft.PeftModel(model, config)
+        loaded = peft.set_peft_model_state_dict(wrapped, tensors)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidInputError(f"{misfit}: {_in_short(error)}") from error
+    # The weights of the base are listed as missing, too.
+    lacking = [key for key in loaded.missing_keys if "lora_" in key]
+    strange = list(loaded.unexpected_keys)
+    if lacking or strange:
+        raise InvalidInputError(
+            f"{misfit}: it adapts {sample_of(strange)} beyond the layers it names, and lacks "
+            f"weights for {sample_of(lacking)}"
+        )
+    return wrapped.merge_and_unload()
+
+
+def _in_short(error: Exception) -> str:
+    """Return the first of the weights that *error* lists; torch writes one on each line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if len(lines) < 2:
+        return str(error)
+    return lines[1] if len(lines) == 2 else f"{lines[1]} ({len(lines) - 2} more like this)"
+
+
+def _share_weights(config: Path) -> None:
+    """Give the weights beside *config* its permissions."""
+    for file in config.parent.glob("*.safetensors"):  # safetensors makes them for their owner only
+        shutil.copymode(config, file)

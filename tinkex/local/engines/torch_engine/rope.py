@@ -30,6 +30,7 @@ class RopeLengths:
         device = next(model.parameters()).device
         self._lengths: Optional[Sequence[int]] = None  # of the rows of the pass in progress
         for module in model.modules():
+            # A dict by the type of layer where, as in Gemma 3, windowed layers rotate otherwise.
             kind = getattr(module, "rope_type", None)
             kinds = kind if isinstance(kind, dict) else {None: kind}
             arguments = [
@@ -44,6 +45,7 @@ class RopeLengths:
             thresholds = [_threshold(module, longest, device, more) for more in arguments]
             if any(thresholds):
                 found.update(length for length in thresholds if length is not None)
+                # On the instance, which nn.Module's __call__ finds before the method of the class.
                 module.forward = functools.partial(self._by_row, module.forward)
         self.thresholds: List[int] = sorted(found)
 
@@ -70,8 +72,9 @@ class RopeLengths:
         ranges: Dict[int, List[int]] = {}
         for row, length in enumerate(lengths):
             ranges.setdefault(self.range_of(length), []).append(row)
-        if len(ranges) == 1:
+        if len(ranges) == 1:  # the common case: one call
             return _as_of(forward, x, position_ids, max(lengths), arguments)
+        # One row of positions may serve all rows; they are cut apart below.
         if position_ids.shape[-2] == 1:
             position_ids = position_ids.expand(*position_ids.shape[:-2], len(lengths), -1)
         joined = [row for rows in ranges.values() for row in rows]
@@ -86,6 +89,8 @@ class RopeLengths:
             )
             for rows in ranges.values()
         ]
+        # Counted from the end, (..., rows, positions, frequencies): some models put the three axes
+        # of images before the rows.
         return _map(lambda *some: torch.cat(some, -3).index_select(-3, order), *parts)
 
 
@@ -98,7 +103,8 @@ def _as_of(
 ) -> Any:
     """Call *forward* as if the sequence had *length* tokens.
 
-    That is, its last position is appended, and the positions of padding after it are cut off.
+    transformers chooses by the largest position.  So the sequence's last one is appended, for a
+    piece that ends before it, and larger ones, of padding, are cut off; its angles are dropped.
     """
     position_ids = position_ids.clamp(max=length - 1)
     last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
@@ -116,8 +122,13 @@ def _map(function: Callable[..., torch.Tensor], *results: Any) -> Any:
 def _threshold(
     module: Any, longest: int, device: torch.device, arguments: Dict[str, Any]
 ) -> Optional[int]:
-    """Return the smallest length up to *longest* with other frequencies than a short sequence."""
+    """Return the smallest length up to *longest* with other frequencies than a short sequence.
+
+    Found by bisection of what the module computes, since its settings have other names in each
+    family and release.
+    """
     x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
+    # Position 1: at 0 all angles are 0, whatever the frequencies.
     position_ids = torch.ones(1, 1, dtype=torch.long, device=device)
 
     def same(length: int) -> bool:
@@ -135,5 +146,6 @@ def _threshold(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if same(middle) else (low, middle)
-        same(2)  # leaves the module as it was found: transformers keeps the last choice
+        # transformers keeps the last choice of frequencies in the module: leave it as it was found.
+        same(2)
     return high

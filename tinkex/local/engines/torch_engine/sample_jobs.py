@@ -3,90 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tinkex.local.engines.engine import EngineError, EngineInfo, StreamingRequest
 from tinkex.local.engines.inputs import check_sample, check_values, prompt_targets
-from tinkex.local.engines.torch_engine.generated_text import GeneratedText
-from tinkex.local.engines.torch_engine.prompt_scores import PromptScores, as_asked
+from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network
+from tinkex.local.engines.torch_engine.stopping import StopRule, Vocabulary
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse, TensorData, TopkLogprobs
+from tinkex.types.sampling import TOPK_SENTINEL
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What sampling needs to know of the tokenizer."""
+class PromptScores:
+    """Log-probabilities of a prompt's tokens, filled in piece by piece of prefill."""
 
-    tokenizer: Any
-    eos_tokens: FrozenSet[int]
+    def __init__(self, request: SampleRequest, prompt: npt.NDArray[np.int32], targets: Any) -> None:
+        length = prompt.size
+        self._prompt = torch.from_numpy(prompt.astype(np.int64))
+        self._first = 1
+        if request.prompt_logprobs_last_n is not None:
+            self._first = length - request.prompt_logprobs_last_n
+        # Nothing precedes the first token: its logprob stays NaN and its rows empty, as the others'
+        # before prompt_logprobs_last_n do (docs/protocol.md, "Sample results").
+        self.logprobs = np.full(length, np.nan, dtype=np.float32)
+        self._k = request.topk_prompt_logprobs
+        self.top_tokens = np.zeros((length, self._k), dtype=np.int32)
+        self.top_logprobs = np.full((length, self._k), TOPK_SENTINEL, dtype=np.float32)
+        self._targets: Optional[npt.NDArray[np.int64]] = targets
+        self.target_logprobs = None if targets is None else np.zeros(targets.shape, np.float32)
 
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> Vocabulary:
-        """Collect the end-of-sequence tokens of model and tokenizer."""
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = tokenizer.eos_token_id
-        listed = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
-        return cls(tokenizer, frozenset(int(token) for token in listed))
+    def add(self, network: Network, start: int, features: torch.Tensor) -> None:
+        """Take features (t, d) of prompt positions start .. start + t - 1 into account."""
+        # Position i predicts token i + 1, and the prompt's last position no prompt token.  Logits
+        # are computed only for requested positions: those of an entire prompt are its
+        # largest tensor by far.
+        first = start if self._targets is not None else max(start, self._first - 1)
+        end = min(start + len(features), len(self._prompt) - 1)
+        for low in range(first, end, LOGITS_ROWS):
+            high = min(low + LOGITS_ROWS, end)
+            logprobs = torch.log_softmax(network.logits(features[low - start : high - start]), -1)
+            self._fill(low, high, logprobs)
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """Decode *tokens*, special ones included, nothing cleaned up."""
-        decoded: str = self.tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class StopRule:
-    """When a sequence ends: at a token, or as soon as its text holds a string."""
-
-    tokens: FrozenSet[int]
-    strings: Tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, stop: Any, vocabulary: Vocabulary) -> StopRule:
-        """Read ``SamplingParams.stop``."""
-        if stop is None:
-            return cls(vocabulary.eos_tokens)
-        items = [stop] if isinstance(stop, str) else list(stop)
-        strings = tuple(item for item in items if isinstance(item, str))
-        if any(not item for item in strings):
-            raise EngineError("stop holds an empty string; leave it out")
-        return cls(frozenset(int(i) for i in items if not isinstance(i, str)), strings)
-
-    def follow(
-        self, prompt: npt.NDArray[np.int32], vocabulary: Vocabulary
-    ) -> Optional[GeneratedText]:
-        """Return the text to give to `reached`; None if no string has to be looked for."""
-        if not self.strings:
-            return None
-        keep = max(len(string) for string in self.strings) - 1
-        return GeneratedText(prompt.tolist(), vocabulary.text, keep)
-
-    def reached(self, token: int, text: Optional[GeneratedText]) -> bool:
-        """True if the newest *token* ends the sequence; adds it to *text*."""
-        if token in self.tokens:
-            return True
-        if text is None:
-            return False
-        recent = text.append(token)
-        return any(string in recent for string in self.strings)
+    def _fill(self, low: int, high: int, logprobs: torch.Tensor) -> None:
+        """Fill in what *logprobs* (high - low, vocabulary) of positions from *low* on predict."""
+        following = self._prompt[low + 1 : high + 1, None].to(logprobs.device)
+        own = logprobs.gather(-1, following).squeeze(-1).cpu().numpy()
+        known = slice(max(low + 1, self._first), high + 1)
+        skipped = known.start - (low + 1)
+        if skipped < high - low:
+            self.logprobs[known] = own[skipped:]
+            if self._k:
+                top = torch.topk(logprobs[skipped:], self._k)
+                self.top_tokens[known] = top.indices.cpu().numpy()
+                self.top_logprobs[known] = top.values.cpu().numpy()
+        if self._targets is not None and self.target_logprobs is not None:
+            wanted = self._targets[low:high]
+            # -1 marks a cell to skip, whose result is 0; gather takes no negative index.
+            index = torch.from_numpy(np.maximum(wanted, 0)).to(logprobs.device)
+            found = logprobs.gather(-1, index).cpu().numpy()
+            self.target_logprobs[low:high] = np.where(wanted >= 0, found, 0.0)
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A checked request and its results so far; nothing is to come of it once it is *dropped*."""
+    """A checked request and its results so far; once it is *dropped*, no result is needed."""
 
     index: int
     request: SampleRequest
     prompt: npt.NDArray[np.int32]
     stop: StopRule
     limit: int
-    open_sequences: int
-    sequences: List[Optional[SampledSequence]]
+    sequences: List[Optional[SampledSequence]]  # None until it has ended
     prompt_scores: Optional[PromptScores]
     dropped: bool = False
 
@@ -118,8 +108,7 @@ def check_request(
     stop = StopRule.of(params.stop, vocabulary)
     if isinstance(request, StreamingRequest) and request.stop_at_eos:
         stop = dataclasses.replace(stop, tokens=stop.tokens | vocabulary.eos_tokens)
-    count = request.num_samples
-    return Job(index, request, prompt, stop, limit, count, [None] * count, scores)
+    return Job(index, request, prompt, stop, limit, [None] * request.num_samples, scores)
 
 
 def response_of(job: Job) -> SampleResponse:
@@ -132,10 +121,21 @@ def response_of(job: Job) -> SampleResponse:
         topk = TopkLogprobs(scores.top_tokens, scores.top_logprobs)
     targets: Optional[TensorData] = None
     if scores.target_logprobs is not None and request.target_prompt_logprobs is not None:
-        targets = as_asked(request.target_prompt_logprobs, scores.target_logprobs)
+        targets = _shaped_like(request.target_prompt_logprobs, scores.target_logprobs)
     return SampleResponse(
         sequences,
         prompt_logprobs_np=scores.logprobs if request.prompt_logprobs else None,
         topk_prompt_logprobs_np=topk,
         target_prompt_logprobs=targets,
+    )
+
+
+def _shaped_like(template: TensorData, values: npt.NDArray[np.float32]) -> TensorData:
+    """Return *values* in the shape and sparsity of *template* (docs/protocol.md, "Tensors")."""
+    if template.crow_indices is None or template.col_indices is None:
+        return TensorData.from_numpy(values)
+    rows = np.repeat(np.arange(template.shape[0]), np.diff(template.crow_indices))
+    listed = values[rows, template.col_indices]
+    return TensorData(
+        listed, "float32", template.shape, template.crow_indices, template.col_indices
     )

@@ -23,28 +23,19 @@ from tinkex.local.engines.engine import (
     SampledToken,
     StreamingRequest,
 )
-from tinkex.local.engines.torch_engine.decoding import (
-    DecodeBatch,
-    PrefillPiece,
-    Source,
-    prefill,
-)
+from tinkex.local.engines.torch_engine.decoding import DecodeBatch, PrefillPiece, Source, prefill
 from tinkex.local.engines.torch_engine.drawing import draw
-from tinkex.local.engines.torch_engine.generated_text import GeneratedText
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.sample_jobs import (
-    Job,
-    Vocabulary,
-    check_request,
-    response_of,
-)
+from tinkex.local.engines.torch_engine.sample_jobs import Job, check_request, response_of
+from tinkex.local.engines.torch_engine.stopping import GeneratedText, Vocabulary
 from tinkex.types import SampledSequence, SampleRequest, TopkLogprobs
 
 #: Decode steps of one slice.
 SLICE_STEPS = 8
 
-#: Most tokens of one decode batch, counting each row as long as the longest (prompt and longest
-#: continuation); more rows wait.
+#: Most tokens of one decode batch; more rows wait.  Each row counts as long as the longest (prompt
+#: and longest continuation), because the cache is a rectangle.  SmolLM2 keeps 46 kB per token in
+#: float32, so 6 GB.
 BATCH_TOKENS = 131072
 
 # Rows that ended leave the batch once this share of it is idle: leaving copies the cache.
@@ -53,7 +44,7 @@ _IDLE_SHARE = 0.25
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """One continuation in the making."""
+    """A continuation that is being generated."""
 
     job: Job
     number: int
@@ -82,7 +73,7 @@ class _Sequence:
         request.on_token(SampledToken(self.number, self.tokens[-1], self.logprobs[-1], top, reason))
 
     def finish(self) -> None:
-        """Hand the sequence over to its job."""
+        """Give the sequence to its job."""
         topk: Optional[TopkLogprobs] = None
         if self.job.request.topk_sample_logprobs:
             topk = TopkLogprobs(
@@ -95,17 +86,16 @@ class _Sequence:
             np.array(self.logprobs, dtype=np.float32),
             topk_logprobs_np=topk,
         )
-        self.job.open_sequences -= 1
 
 
 class SampleRun:
-    """One batch of requests on its way; `advance` does a slice of it.
+    """A batch of requests that is being computed; `advance` does a slice of the work.
 
     Call `advance` under ``torch.inference_mode`` and with the sampler's adapter active, until
     `done`.
 
     Args:
-        requests: those that are appended meanwhile join with the next slice.
+        requests: those that are appended later join with the next slice.
     """
 
     def __init__(
@@ -119,7 +109,7 @@ class SampleRun:
         self._vocabulary = vocabulary
         self._info = info
         self._requests = requests
-        self._taken = 0  # of the requests
+        self._taken = 0  # requests taken so far
         self._finished: List[Finished] = []
         self._jobs: Dict[int, Job] = {}  # not finished
         self._waiting: Deque[_Sequence] = deque()
@@ -151,6 +141,8 @@ class SampleRun:
         joining: Optional[Generator[bool, None, None]] = None
         while True:
             self._take_requests()
+            # A piece of prefill, then a slice of decoding: the rows that run are not held up by
+            # long prompts, nor new requests by long continuations.
             if joining is None:
                 admitted = self._admit()
                 joining = self._join(admitted) if admitted else None
@@ -165,7 +157,7 @@ class SampleRun:
                 return
 
     def _take_requests(self) -> None:
-        """Check the requests that came since, and have their sequences wait."""
+        """Check the requests that were added since, and queue their sequences."""
         for index in range(self._taken, len(self._requests)):
             try:
                 job = check_request(index, self._requests[index], self._vocabulary, self._info)
@@ -177,7 +169,9 @@ class SampleRun:
         self._taken = len(self._requests)
 
     def _admit(self) -> List[_Sequence]:
-        """Remove and return the waiting sequences for which there is room, and one in any case."""
+        """Remove and return the waiting sequences that fit in; at least one into an empty batch."""
+        # What is reserved is the longest continuation: a batch that has begun never runs out of
+        # room.
         lengths = [row.job.length for row in self._rows if not row.ended]
         count, longest = len(lengths), max(lengths, default=0)
         admitted: List[_Sequence] = []
@@ -186,16 +180,17 @@ class SampleRun:
             if not sequence.ended:
                 count, longest = count + 1, max(longest, sequence.job.length)
                 if count > 1 and count * longest > BATCH_TOKENS:
-                    break
+                    break  # in order of arrival: a shorter one behind it does not overtake
                 admitted.append(sequence)
             self._waiting.popleft()
         return admitted
 
     def _join(self, admitted: List[_Sequence]) -> Generator[bool, None, None]:
-        """Prefill, draw the first tokens, and have what goes on join the rows.
+        """Prefill, draw the first tokens, and add the sequences that continue to the rows.
 
         Yields True between pieces of prefill.
         """
+        # Once for each request, whose samples share its prompt.
         jobs = list(dict.fromkeys(sequence.job for sequence in admitted))
         sources: Dict[Job, Source] = {}
         ends: Dict[Job, torch.Tensor] = {}
@@ -241,6 +236,7 @@ class SampleRun:
     def _decode(self) -> Generator[bool, None, None]:
         """Draw as many tokens for each row as a slice has."""
         for _ in range(SLICE_STEPS):
+            # Before the step, which would add keys of the new frequencies to those of the old ones.
             yield from self._update()
             logits = self._batch.step([sequence.tokens[-1] for sequence in self._rows])
             self._extend(self._rows, logits)
@@ -252,12 +248,15 @@ class SampleRun:
 
     def _update(self) -> Generator[bool, None, None]:
         """Compute again the rows that grow into a length with other rotary frequencies."""
+        # The newest token is not in the cache yet: the step appends it.  Hence tokens[:-1], and
+        # more_tokens=1 for the length whose frequencies apply.
         rows = self._rows
         outdated = [row for row in self._batch.outdated() if not rows[row].ended]
         texts = [
             np.append(rows[row].job.prompt, rows[row].tokens[:-1]).astype(np.int32)
             for row in outdated
         ]
+        # A slice for each piece, as these rows may be long.
         for piece in prefill(self._network, texts, more_tokens=1):
             for source, index in enumerate(piece.prompts):
                 if piece.end_of(source, texts[index].size) is not None:
@@ -268,6 +267,8 @@ class SampleRun:
     def _extend(self, rows: List[_Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each row that has not ended."""
         params = [sequence.job.request.sampling_params for sequence in rows]
+        # One number per token from the sequence's own generator, so that a seed decides the same
+        # tokens in any batch.  Rows that ended are still in the batch, and draw none.
         uniforms = [0.0 if sequence.ended else sequence.random.random() for sequence in rows]
         tokens, logprobs = draw(logits, params, uniforms)
         for row, sequence in enumerate(rows):
@@ -275,6 +276,7 @@ class SampleRun:
                 continue
             sequence.tokens.append(tokens[row])
             sequence.logprobs.append(logprobs[row])
+            # Tokens include the one that ends a sequence (docs/protocol.md, "Sample results").
             k = sequence.job.request.topk_sample_logprobs
             if k:
                 top = torch.topk(torch.log_softmax(logits[row], -1), k)
@@ -288,13 +290,15 @@ class SampleRun:
             if not sequence.stop_reason:
                 continue
             sequence.finish()
-            if sequence.job.open_sequences == 0:
+            if all(sequence.job.sequences):
                 self._finished.append((sequence.job.index, response_of(sequence.job)))
                 del self._jobs[sequence.job.index]
 
 
 def _sequences_of(job: Job, vocabulary: Vocabulary) -> Iterator[_Sequence]:
     """Yield the sequences of *job*, each with its own random numbers."""
+    # numpy takes no negative seeds; two's complement keeps all 64 bits apart.  SeedSequence mixes
+    # seed and sample number, so that neighbouring ones have independent streams.
     seed = job.request.sampling_params.seed
     entropy = None if seed is None else seed & 0xFFFFFFFFFFFFFFFF
     for number in range(job.request.num_samples):

@@ -69,6 +69,8 @@ class Targets:
         layers: the kind of each linear layer (torch.nn.Linear or transformers' Conv1D), by name.
         tensors: the kind of each parameter that holds all experts of a layer, by name.
         linear: names of all linear layers of the model but the output layer.
+        modules: names of all modules.
+        parameters: names of all parameters.
     """
 
     def __init__(self, model: Any) -> None:
@@ -77,17 +79,19 @@ class Targets:
         self.layers: Dict[str, str] = {}
         self.tensors: Dict[str, str] = {}
         for name, module in model.named_modules():
+            # The output layer by identity, not by name: it is lm_head, embed_out, output ...
             kind = "unembed" if module is output else kind_of(name)
             if kind is None or _without_expert_number(name) not in passed:
                 continue
             if is_linear(module) or module is output:
                 self.layers[name] = kind
             elif "expert" in f"{name} {type(module).__name__}".lower():
+                # One matrix for each expert; biases and scales have fewer dimensions.
                 for parameter, value in module.named_parameters(recurse=False):
                     if value.dim() == 3:
                         self.tensors[f"{name}.{parameter}"] = kind
-        self._modules = [name for name, _ in model.named_modules()]
-        self._parameters = [name for name, _ in model.named_parameters()]
+        self.modules = [name for name, _ in model.named_modules()]
+        self.parameters = [name for name, _ in model.named_parameters()]
         self.linear = [n for n, m in model.named_modules() if is_linear(m) and m is not output]
 
     def choose(self, lora: LoraConfig) -> Chosen:
@@ -103,25 +107,17 @@ class Targets:
         present = {*self.layers.values(), *self.tensors.values()}
         return [kind for kind in _wanted_kinds(lora) if kind not in present]
 
-    def shorten_layers(self, names: Iterable[str]) -> List[str]:
-        """Shorten names of layers to endings that no other module of the model has."""
-        return shorten(names, self._modules)
-
-    def shorten_parameters(self, names: Iterable[str]) -> List[str]:
-        """Shorten names of parameters to endings that no other parameter of the model has."""
-        return shorten(names, self._parameters)
-
     def layers_matching(self, pattern: Union[str, Collection[str], None]) -> List[str]:
         """Return the modules that peft's ``target_modules`` means by *pattern*."""
         if isinstance(pattern, str):
             if pattern.lower() == "all-linear":
                 return self.linear
-            return [name for name in self._modules if re.fullmatch(pattern, name)]
-        return _with_ending(self._modules, pattern or ())
+            return [name for name in self.modules if re.fullmatch(pattern, name)]
+        return _with_ending(self.modules, pattern or ())
 
     def parameters_matching(self, endings: Optional[Collection[str]]) -> List[str]:
         """Return the parameters that peft's ``target_parameters`` means by *endings*."""
-        return _with_ending(self._parameters, endings or ())
+        return _with_ending(self.parameters, endings or ())
 
 
 def is_linear(module: Any) -> bool:
@@ -136,6 +132,7 @@ def kind_of(name: str) -> Optional[str]:
     *parents, leaf = name.split(".")
     if any("router" in part or part in _CHOOSING for part in [*parents, leaf]):
         return None
+    # From the innermost part outwards: the nearest one that says something decides.
     for part in reversed(parents):
         if any(word in part for word in _ATTENTION):
             return "attn"
@@ -156,6 +153,8 @@ def _modules_that_text_passes(model: Any) -> Set[str]:
     """Return the names of the modules that run for text; an expert counts for all of its list."""
     passed: Set[str] = set()
 
+    # An expert that the router does not choose for the probe's three tokens does not run; any other
+    # of its list stands for it.
     def note(name: str) -> Callable[..., None]:
         return lambda *arguments: passed.add(_without_expert_number(name))
 
@@ -172,7 +171,7 @@ def _modules_that_text_passes(model: Any) -> Set[str]:
 
 def _wanted_kinds(lora: LoraConfig) -> List[str]:
     wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    return [kind for kind, asked_for in wanted.items() if asked_for]
+    return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
 
 def _endings(name: str) -> Iterator[str]:
@@ -188,7 +187,10 @@ def _with_ending(names: Iterable[str], endings: Collection[str]) -> List[str]:
 
 
 def shorten(chosen: Iterable[str], names: Iterable[str]) -> List[str]:
-    """Shorten the *chosen* of *names* to endings that none of the others has."""
+    """Shorten the *chosen* of *names* to endings that none of the others has.
+
+    peft matches names by their endings, so that a few stand for hundreds of names.
+    """
     chosen = set(chosen)
     taken = {ending for name in names if name not in chosen for ending in _endings(name)}
     return sorted({next((e for e in _endings(n) if e not in taken), n) for n in chosen})

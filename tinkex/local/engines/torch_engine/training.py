@@ -1,4 +1,8 @@
-"""One forward (and backward) pass over a checked batch, micro-batch by micro-batch."""
+"""One forward (and backward) pass over a checked batch, micro-batch by micro-batch.
+
+Memory decides its form: activations are bounded by the tokens of a micro-batch, logits by the rows
+of a chunk, whatever the client sends.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,18 @@ import numpy.typing as npt
 import torch
 
 from tinkex.local.engines.inputs import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_MASK, Row
-from tinkex.local.engines.torch_engine.batching import plan_passes
-from tinkex.local.engines.torch_engine.losses import SEQUENCE_LOG_RATIO, token_losses
-from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, target_logprobs
+from tinkex.local.engines.torch_engine.losses import (
+    SEQUENCE_LOG_RATIO,
+    target_logprobs,
+    token_losses,
+)
+from tinkex.local.engines.torch_engine.network import LOGITS_ROWS, Network, plan_passes
 
 FloatArray = npt.NDArray[np.float32]
+
+# A divisor for sequences whose mask is 0 everywhere.  They have no token with an advantage
+# (`inputs` checks that), so that their ratio is computed and not used.
+_LEAST_MASK = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +46,12 @@ def run_batch(
 ) -> BatchResult:
     """Compute logprobs and losses of *rows*; with *backward*, add the gradient of their sum.
 
-    The gradient lands in ``.grad`` of whatever parameters of the network require one.
+    The gradient is added to ``.grad`` of the network's parameters that require one.
     """
-    result = BatchResult([_NOTHING] * len(rows), [_NOTHING] * len(rows))
+    nothing: FloatArray = np.empty((0, 1), dtype=np.float32)
+    result = BatchResult([nothing] * len(rows), [nothing] * len(rows))
+    # Losses are sums over tokens (docs/protocol.md, "Passes"), so the gradients of the
+    # micro-batches add up in .grad to that of the batch, without a factor for their sizes.
     for indices in plan_passes([row.tokens.size for row in rows]):
         chosen = [rows[index] for index in indices]
         logprobs, losses = _run_pass(network, chosen, loss_fn, config, backward=backward)
@@ -52,9 +66,6 @@ def run_batch(
     return result
 
 
-_NOTHING: FloatArray = np.empty((0, 1), dtype=np.float32)
-
-
 def _run_pass(
     network: Network,
     rows: Sequence[Row],
@@ -63,37 +74,49 @@ def _run_pass(
     *,
     backward: bool,
 ) -> Tuple[FloatArray, FloatArray]:
+    """Return logprobs and losses (sum of the rows' targets, widest k) of one micro-batch."""
     loss, device = LOSSES[loss_fn], network.device
+    # From here on, the targets of all rows are one axis: (t, k), with t the sum of their lengths.
     positions = _flat_positions(rows).to(device)
     targets = torch.from_numpy(_join([row.targets for row in rows])).to(device)
     inputs = {
         name: torch.from_numpy(_join([row.inputs[name] for row in rows])).to(device)
         for name in loss.inputs
     }
+    # (t,): the tokens that the loss depends on.  A gate of 0 takes a token out of it.
     live = torch.ones(len(targets), dtype=torch.bool, device=device)
     if loss.gate is not None:
         live = (inputs[loss.gate] != 0).any(-1)
-    backward = backward and bool(live.any())
+    backward = backward and bool(live.any())  # else no graph is kept for nothing
     with torch.set_grad_enabled(backward):
         # Padding is on the right, where causal attention keeps it out of every real position:
         # no mask is needed, so the fast attention kernels apply.
         lengths = [row.tokens.size for row in rows]
         features = network.features(_padded_tokens(rows).to(device), lengths=lengths)
+        # (b, longest, d) -> (t, d): the output layer computes nothing for padding and prompts.
         flat = features.reshape(-1, features.shape[-1]).index_select(0, positions)
     if loss.by_sequence:
+        # The ratio of a sequence takes the logprobs of all its tokens, which chunks cut apart: they
+        # are computed first, without a gradient, since GSPO-token takes the ratio as a constant.
+        # The chunks below compute them once more, with one.
         all_logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
         with torch.no_grad():
             for chunk in torch.arange(len(targets), device=device).split(LOGITS_ROWS):
                 all_logprobs[chunk] = target_logprobs(network.logits(flat[chunk]), targets[chunk])
-        inputs[SEQUENCE_LOG_RATIO] = _sequence_log_ratios(rows, all_logprobs, inputs)
+        ends = np.cumsum([len(row.targets) for row in rows])[:-1]
+        by_row = zip(rows, np.split(all_logprobs.cpu().numpy(), ends))
+        log_ratios = np.concatenate([_sequence_log_ratio(row, found) for row, found in by_row])
+        inputs[SEQUENCE_LOG_RATIO] = torch.from_numpy(log_ratios).float().to(device)[:, None]
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=device)
     losses = torch.empty_like(logprobs)
     gradient = torch.zeros_like(flat) if backward else None
-    # Each chunk of logits is carried back to the features immediately and then freed; tokens that
-    # have no part in the gradient (weight 0) skip the way back through the output layer.
+    # Each chunk of logits is carried back to the features immediately and then freed, so that one
+    # chunk is in memory at a time.  Tokens outside of the gradient (weight 0) skip the way back.
     for wanted, part in ((True, live), (False, ~live)):
         with torch.set_grad_enabled(backward and wanted):
             for chunk in part.nonzero().squeeze(-1).split(LOGITS_ROWS):
+                # A leaf, so that backward stops here and not at the bottom of the decoder, whose
+                # graph is walked once, below, for all chunks.
                 leaf = flat.detach()[chunk].requires_grad_(backward and wanted)
                 lp = target_logprobs(network.logits(leaf), targets[chunk])
                 chunk_inputs = {name: values[chunk] for name, values in inputs.items()}
@@ -103,7 +126,7 @@ def _run_pass(
                     gradient[chunk] = leaf.grad
                 logprobs[chunk] = lp.detach()
                 losses[chunk] = lost.detach()
-    # Where only the output layer is trained, nothing before it takes part.
+    # Where only the output layer is trained, no graph leads further back.
     if gradient is not None and flat.requires_grad:
         torch.autograd.backward(flat, gradient)
     return logprobs.cpu().numpy(), losses.cpu().numpy()
@@ -119,7 +142,7 @@ def _padded_tokens(rows: Sequence[Row]) -> torch.Tensor:
 def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
     """Indices of the tokens that have targets, in the flattened (rows, longest) grid."""
     longest = max(row.tokens.size for row in rows)
-    # Targets may be fewer than tokens: they belong to the last ones.
+    # Targets may be fewer than tokens: they belong to the last ones (docs/protocol.md, "Losses").
     parts = [
         np.arange(row.tokens.size - len(row.targets), row.tokens.size) + i * longest
         for i, row in enumerate(rows)
@@ -127,28 +150,20 @@ def _flat_positions(rows: Sequence[Row]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _sequence_log_ratios(
-    rows: Sequence[Row], logprobs: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """Return, for each token, the mean of lp - q over its sequence, as the mask weighs it."""
-    lengths = [len(row.targets) for row in rows]
-    mask = inputs[SEQUENCE_MASK].double()
-    # Where the mask is 0, a placeholder may stand for q.
-    drift = torch.where(mask == 0, 0.0, logprobs.double() - inputs["logprobs"].double())
-    means = [
-        (m * d).sum() / m.sum().clamp(min=_LEAST_MASK)
-        for m, d in zip(mask.split(lengths), drift.split(lengths))
-    ]
-    counts = torch.tensor(lengths, device=logprobs.device)
-    return torch.stack(means).repeat_interleave(counts).float().unsqueeze(-1)
-
-
-# A sequence whose mask is 0 everywhere has no token with an advantage: its ratio is not used.
-_LEAST_MASK = 1e-30
+def _sequence_log_ratio(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
+    """Return the mean of lp - q over a sequence, as the mask weighs it, once per token: (n,)."""
+    # float64: a mean of small differences, which the loss compares with clips 3e-4 away from it.
+    mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
+    # Chosen, not multiplied: lp may be -infinity where the mask is 0, and 0 * infinity is NaN.
+    drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
+    return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))
 
 
 def _join(parts: List[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
-    """Stack (n_i, k_i) arrays to (sum of n, largest k); zeros fill up narrow ones."""
+    """Stack (n_i, k_i) arrays to (sum of n, largest k); zeros fill up narrow ones.
+
+    0 is a token, and the weight of what is filled up, so that it adds nothing to loss and gradient.
+    """
     widest = max(part.shape[1] for part in parts)
     joined = np.zeros((sum(len(part) for part in parts), widest), dtype=parts[0].dtype)
     start = 0
@@ -175,6 +190,7 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
         weights = (row.inputs["weights"].sum(dtype=np.float64) for row in rows)
         metrics["weights:sum"] = float(sum(weights))
         return metrics
+    # Tokens of advantage 0 are prompts and padding, whose q is a placeholder.
     active = np.concatenate([row.inputs["advantages"].ravel() for row in rows]) != 0
     metrics["active_tokens:sum"] = float(active.sum())
     if not active.any():
@@ -183,8 +199,9 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
     old = np.concatenate([row.inputs["logprobs"].ravel() for row in rows])[active]
     drift = new - old
     if LOSSES[loss_fn].by_sequence:
-        drift = np.concatenate([_mean_drift(r, lp) for r, lp in zip(rows, result.logprobs)])[active]
-    ratio = np.exp(np.clip(drift, -80, 80))  # kept finite: metrics travel as JSON
+        by_row = zip(rows, result.logprobs)
+        drift = np.concatenate([_sequence_log_ratio(row, found) for row, found in by_row])[active]
+    ratio = np.exp(np.clip(drift, -80, 80))  # finite, because JSON has no infinity
     metrics["ratio:sum"] = float(ratio.sum())
     metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
     metrics["sampler_kl:sum"] = float((old - new).sum())
@@ -193,10 +210,3 @@ def metrics_of(rows: Sequence[Row], result: BatchResult, loss_fn: str) -> Dict[s
         high = np.concatenate([row.inputs[CLIP_HIGH].ravel() for row in rows])[active]
         metrics["clipped_tokens:sum"] = float(((ratio < low) | (ratio > high)).sum())
     return metrics
-
-
-def _mean_drift(row: Row, logprobs: FloatArray) -> npt.NDArray[np.float64]:
-    """Return log s of a sequence, once per token."""
-    mask = row.inputs[SEQUENCE_MASK].astype(np.float64)
-    drift = np.where(mask == 0, 0.0, logprobs.astype(np.float64) - row.inputs["logprobs"])
-    return np.full(mask.size, (mask * drift).sum() / max(mask.sum(), _LEAST_MASK))

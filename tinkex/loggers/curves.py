@@ -33,7 +33,7 @@ class Plot:
     """
 
     def __init__(self, folder: Path, every_s: float) -> None:
-        self._figures = import_figures('the logger "png"')
+        self._figures = import_figures()
         self._folder = folder
         self._every_s = every_s
         self._due = time.monotonic() + every_s
@@ -63,7 +63,7 @@ class Plot:
         replace_file(self._folder / PNG_NAME, png_of(figure))
 
 
-def import_figures(user: str) -> Any:
+def import_figures(user: str = 'the logger "png"') -> Any:
     """Return ``matplotlib.figure``, which *user* needs; ConfigError if it is not installed.
 
     It is used without pyplot, which keeps figures and chooses a window system.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, Dict
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tinkex.errors import InvalidInputError, LocalServerError
+from tinkex.export import export_model
 from tinkex.local import merge_adapter
 from tinkex.local.engines.torch_engine import TorchEngine
 from tinkex.types import LoraConfig
@@ -179,4 +181,38 @@ def test_what_cannot_be_merged_is_refused(cache: Path, tied_folder: Path, tmp_pa
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InvalidInputError, match=r"adapter_model\.safetensors cannot be read"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["half the weights", "code of its own"])
+def test_a_base_model_that_cannot_be_loaded_is_refused_with_a_hint(
+    damage: str, cache: Path, tied_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(prompt: str = "") -> str:
+        pytest.fail(f"asked on the terminal: {prompt}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    engine = TorchEngine.from_pretrained(str(tied_folder), device="cpu")
+    engine.create("m", LoraConfig(rank=4))
+    engine.save("m", tmp_path / "adapter", with_optimizer=False)
+    base = shutil.copytree(tied_folder, tmp_path / "base")
+    if damage == "half the weights":
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        hint = "complete weights"
+    else:
+        code = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
+        (base / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+        hint = "no code of its own"
+    with pytest.raises(LocalServerError, match="cannot load the model") as caught:
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", base_model=str(base))
+    assert hint in str(caught.value.hint)
+    with pytest.raises(LocalServerError, match="cannot load the model") as caught:
+        export_model(
+            tmp_path / "adapter",
+            tmp_path / "out",
+            merge=damage == "half the weights",  # without merging, weights are not read
+            base_model=str(base),
+        )
+    assert hint in str(caught.value.hint)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,13 @@
-"""Checkpoints as files: download them.  (`tinkex.clients.hub` pushes them on.)
+"""Downloads the files of checkpoints.
 
 Servers offer one of two things: an archive of a checkpoint, or a signed URL for each file of
-exported weights.  Whichever it is, files are collected in a hidden folder and checked; until all is
-there, nothing else at the destination is touched.
+exported weights.  In both cases the files are collected in a hidden folder and checked; until all
+have arrived, nothing else at the destination is touched.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -22,10 +23,7 @@ from tinkex._downloads.downloads import Downloader, Report
 from tinkex._downloads.extraction import extract
 from tinkex._downloads.part_file import Source
 from tinkex._runtime.numeric import as_flag
-from tinkex._sessions.manager import default_manager
-from tinkex._sessions.runtime import Runtime
 from tinkex._transport.transport import Transport
-from tinkex.clients.base import LookupClient
 from tinkex.errors import (
     DownloadCancelledError,
     InvalidInputError,
@@ -47,12 +45,12 @@ Progress = Callable[[int, Optional[int]], None]
 #: The embedded server puts this into checkpoints that PEFT alone cannot merge.
 MERGING_NOTE = "MERGING.md"
 
-#: A temporary export is deleted by the server after this long, should we not get to it.
+#: The server deletes a temporary export after this long if this process does not.
 EXPORT_TTL_S = 3600
 
 
 def download_checkpoint(
-    rest: LookupClient,
+    transport: Transport,
     tinker_path: str,
     dest: Union[str, Path],
     *,
@@ -60,42 +58,9 @@ def download_checkpoint(
     overwrite: bool = False,
     cancel: Optional[Event] = None,
 ) -> Path:
-    """Download the files of a checkpoint into the folder *dest*; return its path.  Blocks.
-
-    What an interrupted download has fetched stays in a hidden folder (beside *dest*, or in it if
-    it exists), and the next call with the same arguments resumes from there; only one at a time may
-    use it.  On a server without archives, a training checkpoint is exported for the purpose: that
-    opens a session, and the export is deleted again.
-
-    What has come is checked: checksums, the end of the archive, that the weights are there and
-    complete.
-
-    An adapter that was trained with ``train_unembed``, as is the default, on a model whose output
-    layer is tied to its embedding must not be merged by PEFT alone: see
-    `tinkex.local.merge_adapter`.  The embedded server puts a note into such a checkpoint.
-
-    Args:
-        rest: a client of the server that has it.
-        tinker_path: of any kind; a sampler checkpoint only where the server makes archives.
-        dest: a folder; it is made, with its parents.  Unless *overwrite*, it must not exist or be
-            empty.  ``~`` is the home folder.
-        progress: called as ``progress(bytes_done, total_or_None)``, in this thread, many times a
-            second; what it raises ends the download.
-        overwrite: write into *dest* although there is something in it, once all has come.  Files
-            with the names of the new ones, and adapters (``adapter_config.json``,
-            ``adapter_model*``), are replaced; every other file in the folder stays.
-        cancel: set it, from any thread, to end the download soon.
-
-    Raises:
-        InvalidInputError: *tinker_path* names no checkpoint, or *dest* is taken.
-        RouteMissingError: the server offers no way to download it.
-        DownloadCancelledError: *cancel* was set.
-        ResponseDecodeError: what came is damaged, incomplete or not safe to unpack.
-        APIError: it cannot be had.
-        OSError: it cannot be written here.
-    """
+    """See `RestClient.download_checkpoint`."""
     target = fetch_checkpoint(
-        rest, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
+        transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
     )
     if (target / MERGING_NOTE).is_file():
         logger.warning(
@@ -105,7 +70,7 @@ def download_checkpoint(
 
 
 def fetch_checkpoint(
-    rest: LookupClient,
+    transport: Transport,
     tinker_path: str,
     dest: Union[str, Path],
     *,
@@ -113,25 +78,23 @@ def fetch_checkpoint(
     overwrite: bool = False,
     cancel: Optional[Event] = None,
 ) -> Path:
-    """Download as `download_checkpoint` does, for callers that see to the merging themselves."""
+    """Like `download_checkpoint`, without the warning about merging: for callers that merge."""
     parsed = locate_checkpoint(tinker_path)
     if not isinstance(dest, (str, os.PathLike)):
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
     overwrite = as_flag("overwrite", overwrite)
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
     check_free(target, overwrite)
-    transport = rest.transport
-    work = DownloadFolder(
-        target, {"server": rest.config.base_url, "tinker_path": parsed.tinker_path}
-    )
+    config = transport.config
+    work = DownloadFolder(target, {"server": config.base_url, "tinker_path": parsed.tinker_path})
     try:
-        with Downloader(rest.config, closing=transport.closing, cancel=cancel) as downloader:
-            _Download(rest, parsed, work, downloader, progress or _silent).run()
+        with Downloader(config, closing=transport.closing, cancel=cancel) as downloader:
+            _Download(transport, parsed, work, downloader, progress or _silent).run()
             work.check(tinker_path)
             downloader.check()
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
-            error.hint = f"What has come is in {work.folder}; the same call resumes from there."
+            error.hint = f"What has arrived is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
     return target
@@ -142,24 +105,24 @@ def _silent(done: int, total: Optional[int]) -> None:
 
 
 class _Download:
-    """One download, from asking where the files are until they are here."""
+    """One download: finds out where the files are, and fetches them."""
 
     def __init__(
         self,
-        rest: LookupClient,
+        transport: Transport,
         parsed: ParsedCheckpointTinkerPath,
         work: DownloadFolder,
         downloader: Downloader,
         progress: Progress,
     ) -> None:
-        self._rest = rest
+        self._transport = transport
         self._parsed = parsed
         self._work = work
         self._downloader = downloader
         self._progress = progress
 
     def run(self) -> None:
-        """Bring all files here."""
+        """Fetch all files, in the way that the server offers."""
         if self._parsed.checkpoint_type == "external":
             self.fetch_files(self._parsed)
             return
@@ -168,8 +131,8 @@ class _Download:
         except RouteMissingError as missing:
             if self._parsed.checkpoint_type == "sampler":
                 missing.hint = (
-                    "It cannot hand out a sampler checkpoint otherwise; save_state makes a "
-                    "training checkpoint of the same weights, which it may be able to export."
+                    "There is no other way to download a sampler checkpoint; save_state makes a "
+                    "training checkpoint of the same weights, which the server may export."
                 )
             if self._parsed.checkpoint_type != "training":
                 raise
@@ -177,7 +140,7 @@ class _Download:
 
     def fetch_archive(self) -> None:
         """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
-        parsed, transport = self._parsed, self._rest.transport
+        parsed, transport = self._parsed, self._transport
         channel = self._downloader.adopt(transport.open_channel())
 
         def sign(again: bool) -> Source:
@@ -205,7 +168,7 @@ class _Download:
 
     def fetch_files(self, parsed: ParsedCheckpointTinkerPath) -> None:
         """Fetch each file of exported weights."""
-        urls = _Urls(self._rest.transport, parsed)
+        urls = _Urls(self._transport, parsed)
         parts = [self._work.part(name) for name in urls.names]
         arrived = 0
         for part in parts:
@@ -218,16 +181,23 @@ class _Download:
 
     def fetch_through_export(self, missing: RouteMissingError) -> None:
         """Export a training checkpoint, fetch the export, and delete it again."""
-        from tinkex._training.create_run import FromCheckpoint  # few downloads need it
-        from tinkex.clients.training import TrainingClient
+        # Few downloads need a session.
+        from tinkex._sessions.manager import default_manager
+        from tinkex._sessions.runtime import Runtime
+        from tinkex._training.create_run import FromCheckpoint
+        from tinkex._training.requests import SaveExternal
+        from tinkex._training.run import TrainingRun
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
-        with Runtime(self._rest.config, default_manager()) as runtime:
+        with Runtime(self._transport.config, default_manager()) as runtime:
             source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
-            trainer = self._wait(TrainingClient.create_future(runtime, source))
-            name = f"download-{uuid.uuid4().hex[:12]}"
+            model_seq_id = runtime.session.next_model_seq_id()
+            create = functools.partial(source.create, runtime, model_seq_id)
+            new_run = self._wait(runtime.run(source.kind, create))
+            run = TrainingRun(runtime, new_run.model_id, new_run.next_seq_id)
+            fields = {"path": f"download-{uuid.uuid4().hex[:12]}", "ttl_seconds": EXPORT_TTL_S}
             try:
-                saved = self._wait(trainer.save_weights_external(name, ttl_seconds=EXPORT_TTL_S))
+                saved = self._wait(run.submit("save_weights_external", SaveExternal, fields))
             except RouteMissingError as also:
                 raise missing from also
             try:
@@ -239,24 +209,24 @@ class _Download:
         """Delete a temporary export; the server does it by itself after an hour."""
         parsed = locate_checkpoint(path)
         try:
-            api.delete_checkpoint(
-                self._rest.transport, parsed.training_run_id, parsed.checkpoint_id
-            )
+            api.delete_checkpoint(self._transport, parsed.training_run_id, parsed.checkpoint_id)
         except TinkexError as error:
             logger.warning("the temporary export %s was not deleted: %s", path, error)
 
     def _wait(self, future: APIFuture[T]) -> T:
-        """Wait for *future*, and look now and then whether to stop."""
+        """Wait for *future*, or until the download is to stop."""
         while True:
             try:
                 return future.result(0.2)
             except FutureTimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # just now; or the work has failed with such an error
+                    return future.result()
                 self._downloader.check()
 
     def _reporting(self, arrived: int, alone: bool) -> Report:
-        """Pass progress on, for a file that comes after *arrived* bytes of others."""
+        """Return what reports the progress of a file after *arrived* bytes of others."""
+        # The sizes of the others are not known before they are fetched, so only a single file has a
+        # total.
 
         def report(done: int, total: Optional[int]) -> None:
             self._progress(arrived + done, total if alone else None)
@@ -265,7 +235,7 @@ class _Download:
 
 
 class _Urls:
-    """Where the files of exported weights are; asked for again when a signature is used up."""
+    """The URLs of exported weights; requested again when a signature has expired."""
 
     def __init__(self, transport: Transport, parsed: ParsedCheckpointTinkerPath) -> None:
         self._transport = transport
@@ -285,7 +255,7 @@ class _Urls:
 
         def source() -> Source:
             url = self._latest.urls.get(name)
-            if not isinstance(url, str):
+            if not isinstance(url, str):  # the checkpoint was replaced during the download
                 raise ResponseDecodeError(f"{self._parsed.tinker_path} no longer has {name!r}")
             return Source(url, self._latest.expires)
 

@@ -11,9 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tinkex.local.engines.torch_engine import TorchEngine
-from tinkex.local.engines.torch_engine.generated_text import GeneratedText
-from tinkex.local.engines.torch_engine.sample_jobs import StopRule, Vocabulary
-from tinkex.local.engines.torch_engine.tiny import write_tiny_random
+from tinkex.local.engines.torch_engine.builtin_models import write_tiny_random
+from tinkex.local.engines.torch_engine.stopping import GeneratedText, StopRule, Vocabulary
 from tinkex.types import ModelInput, SampleRequest, SamplingParams
 
 BLANK = "\u2581"

@@ -1,19 +1,24 @@
-"""tiny-random: a two-layer Llama with fixed random weights and a byte-level tokenizer.
+"""Makes the models that need no model hub, as folders that transformers loads.
 
-For tests and dry runs: it loads in milliseconds, and every code path of a real model is in it.
-Its text is nonsense.
+SmolLM2 is converted from a GGUF file.  ``tiny-random`` is a two-layer Llama with fixed random
+weights and a byte-level tokenizer, for tests and dry runs: it loads in milliseconds, and every code
+path of a real model is in it.  Its text is nonsense.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
+from typing import Any, Dict
 
-from tinkex.local.engines.torch_engine.convert import save_tokenizer
-from tinkex.local.engines.torch_engine.quiet import quiet
+import torch
+
+from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 CONTEXT_LENGTH = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-_SEED = 20240917
+_SEED = 20240917  # of the weights of tiny-random; another one is another model to its users' caches
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -21,16 +26,50 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_random(
-    folder: Path, *, tie_word_embeddings: bool = False, seed: int = _SEED
-) -> None:
-    """Write the model and its tokenizer into *folder*.
+def convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
+    """Read *folder*/*gguf_file* by transformers' own reader, and write it into *target* as fp32.
+
+    fp32 because that is what dequantizing gives; bfloat16 would round every weight once more.
+    """
+    # gguf's progress bar cannot be switched off; it writes to sys.stderr.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), gguf_file=gguf_file, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
+        # Written by hand: save_pretrained refuses a model that came from a quantized file.
+        save_file(_unique_tensors(model), str(target / "model.safetensors"), {"format": "pt"})
+        # As of a model that was never quantized, since the weights written here are float32.
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        config["architectures"] = [type(model).__name__]
+        clean = type(model.config).from_dict(config)
+        clean._name_or_path = ""  # the temporary folder, which it names otherwise
+        clean.save_pretrained(str(target))
+        model.generation_config.save_pretrained(str(target))
+        save_tokenizer(tokenizer, target)
+
+
+def _unique_tensors(model: Any) -> Dict[str, Any]:
+    """The state dict without tied duplicates, which safetensors refuses."""
+    seen: Dict[int, str] = {}
+    unique = {}
+    for name, tensor in model.state_dict().items():
+        if seen.setdefault(tensor.data_ptr(), name) == name:
+            unique[name] = tensor.contiguous()
+    return unique
+
+
+def write_tiny_random(folder: Path, *, tie_word_embeddings: bool = False) -> None:
+    """Write the model, the same at each call, and its tokenizer into *folder*.
 
     Token ids 0..255 are the bytes themselves, 256.. the special tokens (end of text, start and
-    end of a chat turn, padding).  The weights depend on *seed* only.
+    end of a chat turn, padding).
     """
     with quiet():
-        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -48,8 +87,9 @@ def write_tiny_random(
         )
         model = LlamaForCausalLM(config).float()
         # Wider than usual, so that its predictions are far from uniform, as a real model's are.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(_SEED)
         with torch.no_grad():
+            # In the order of their names: that of creation may change between releases.
             for _, parameter in sorted(model.named_parameters()):
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.12, generator=generator)

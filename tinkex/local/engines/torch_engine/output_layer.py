@@ -1,18 +1,33 @@
-"""Models whose output layer shares its weights with the embedding, and adapters on that layer.
+"""Adapters on the output layer: its name, and weights that it shares with the embedding.
 
-Such an adapter changes the logits and not the embedding.  Merging it into the shared weights would
-change both, so that they have to be separated first.  PEFT's ``ensure_weight_tying`` is no way
-out: it means an adapter that was trained on both (PEFT 0.19 and later then add this one to the
-embedding even without merging; earlier releases ignore it).
+An adapter on an output layer that is tied to the embedding changes the logits and not the
+embedding.  Merging it into the shared weights would change both, so that they have to be separated
+first.  PEFT's ``ensure_weight_tying`` does not help: it means an adapter that was trained on both
+(PEFT 0.19 and later then add this one to the embedding even without merging; earlier releases
+ignore it).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Dict, Mapping, Optional, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 NOTE_FILE = "MERGING.md"
+
+#: What PEFT puts before the names of a model's layers, in files of weights.
+PREFIX = "base_model.model."
+
+#: What the weights of an adapter on the output layer are called in an export of the hosted service.
+EXPORTED_OUTPUT = f"{PREFIX}model.unembed_tokens."
+
+
+def output_name(model: Any) -> Optional[str]:
+    """Return the name of the output layer of *model*, or None."""
+    output = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def is_tied(model: Any) -> bool:
@@ -32,8 +47,23 @@ def untie(model: Any) -> None:
     """
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    # Else the model is tied again when it is loaded.  Multimodal models have a second
+    # configuration, of the text part.
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+
+
+def rename_exported(tensors: Mapping[str, T], output: str) -> Dict[str, T]:
+    """Return *tensors* (or their shapes) with the names of PEFT where an export has others.
+
+    *output* is the name of the output layer in the model.
+    """
+    return {
+        f"{PREFIX}{output}.{name[len(EXPORTED_OUTPUT) :]}"
+        if name.startswith(EXPORTED_OUTPUT)
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def merging_note(base_model: str, *, tied: bool, exported: bool) -> str:

@@ -1,4 +1,4 @@
-"""Push a checkpoint to the Hugging Face hub."""
+"""Pushes a checkpoint to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from threading import Event
 from typing import Any, Dict, Optional, Sequence
 
 from tinkex._api import rest as api
-from tinkex.clients.base import LookupClient
-from tinkex.clients.checkpoints import Progress, fetch_checkpoint
+from tinkex._downloads.checkpoints import Progress, fetch_checkpoint
+from tinkex._transport.transport import Transport
 from tinkex.errors import ConfigError, InvalidInputError, TinkexError
 from tinkex.types.checkpoint_path import locate_checkpoint
 
@@ -23,7 +23,7 @@ _LONGEST_NAME = 96
 
 
 def push_to_hub(
-    rest: LookupClient,
+    transport: Transport,
     tinker_path: str,
     repo_id: str,
     *,
@@ -38,37 +38,17 @@ def push_to_hub(
     cancel: Optional[Event] = None,
     hub: Any = None,
 ) -> str:
-    """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.  Blocks.
-
-    Needs ``pip install "tinkex[hub]"`` and a login (``hf auth login`` or ``HF_TOKEN``).
-
-    Args:
-        rest: a client of the server that has it.
-        tinker_path: as for `download_checkpoint`.
-        repo_id: ``"<user or organization>/<name>"``; made if it does not exist.
-        private: of a repository that is made.
-        revision: the branch to push to; made if it does not exist.
-        commit_message: of the commit.
-        create_pr: open a pull request instead of pushing.
-        allow_patterns, ignore_patterns: which files; all of them by default.
-        add_model_card: write a README.md that names base model and checkpoint, if it has none.
-        progress, cancel: as for `download_checkpoint`; an upload cannot be cancelled.
-        hub: used in place of ``huggingface_hub.HfApi()``.
-
-    Raises:
-        ConfigError: huggingface_hub is not installed.
-        And what `download_checkpoint` and huggingface_hub raise.
-    """
+    """See `RestClient.push_to_hub`."""
     tinker_path = locate_checkpoint(tinker_path).tinker_path
     if not isinstance(repo_id, str) or not repo_id.strip("/"):
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
     hub = hub or _hub()
     with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
         files = fetch_checkpoint(
-            rest, tinker_path, Path(folder) / "checkpoint", progress=progress, cancel=cancel
+            transport, tinker_path, Path(folder) / "checkpoint", progress=progress, cancel=cancel
         )
         if add_model_card and not (files / "README.md").exists():
-            card = _model_card(rest, tinker_path, repo_id, files)
+            card = _model_card(transport, tinker_path, repo_id, files)
             (files / "README.md").write_text(card, encoding="utf-8")
         hub.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
@@ -110,7 +90,7 @@ def _hub() -> Any:
     return HfApi()
 
 
-def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path) -> str:
+def _model_card(transport: Transport, tinker_path: str, repo_id: str, files: Path) -> str:
     """A README.md for the hub: front matter it can read, and where the weights come from."""
     config: Dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -118,7 +98,7 @@ def _model_card(rest: LookupClient, tinker_path: str, repo_id: str, files: Path)
     base_model = config.get("base_model_name_or_path")
     rank = config.get("r")
     try:
-        info = api.get_weights_info(rest.transport, tinker_path)
+        info = api.get_weights_info(transport, tinker_path)
         base_model, rank = info.base_model, info.lora_rank or rank
     except TinkexError as error:
         logger.info("the model card describes only what the files show: %s", error)

@@ -1,0 +1,222 @@
+"""The status line: what a command is waiting for, on stderr.
+
+On a terminal it is redrawn every second and erased before anything else is printed; otherwise it is
+a series of lines at doubling intervals, up to a minute.  The environment variable
+``TINKEX_NO_STATUS`` disables both.
+
+Each command owns a StatusLine, which owns the daemon thread "tinkex-status" while it is shown.
+While that thread runs, only it writes to stderr; log records are passed to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from typing import Iterator, Optional
+
+import click
+
+from tinkex._runtime.inbox import Inbox
+
+#: Seconds without output before the first line.
+FIRST_S = 1.5
+_REDRAW_S = 1.0
+_MAX_GAP_S = 60.0
+
+#: Loggers whose records describe slow steps.
+_STEPS = (
+    "tinkex._api.archives",
+    "tinkex.local.engines.models",
+    "tinkex._downloads",
+    "tinkex._results.backoff",
+    "tinkex._transport.attempts",
+)
+
+#: The log of requests, which ``--verbose`` shows.
+_REQUESTS = "tinkex._transport.request_log"
+
+
+class StatusLine:
+    """One line about what a command is waiting for.
+
+    Args:
+        doing: the text; may be assigned from any thread.  While it is empty, nothing is shown.
+        first_s: seconds without output before the first line.
+    """
+
+    def __init__(self, doing: str, first_s: float) -> None:
+        self.doing = doing
+        self._first_s = first_s
+        self._enabled = sys.stderr is not None and not os.environ.get("TINKEX_NO_STATUS")
+        #: Whether the line is redrawn in place, on a terminal.
+        self.live = self._enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._began = time.monotonic()
+        self._drawn = 0  # columns drawn on the terminal; used by the thread only
+        # Lines to print; None ends the thread.  A queue and no lock: a log record may come from any
+        # thread, and from a finalizer, which must not wait.
+        self._inbox: Inbox[Optional[str]] = Inbox()
+        self._thread: Optional[threading.Thread] = None
+
+    def start(self) -> None:
+        if not self._enabled:
+            return
+        thread = threading.Thread(target=self._run, name="tinkex-status", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no more threads: do without a status line
+            thread.start()
+            self._thread = thread
+
+    def stop(self) -> None:
+        """Erase the line, so that the next output starts on a clean line."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._inbox.put(None)
+            thread.join()
+        # Records that were put behind the None, which the thread has not taken.
+        self._print_rest()
+
+    def print(self, line: str) -> None:
+        """Print *line* above the status line.  Safe from any thread."""
+        self._inbox.put(line)
+        if self._thread is None:  # otherwise the thread, or `stop`, prints it
+            self._print_rest()
+
+    def _print_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                line = self._inbox.get_nowait()
+                if line is not None:
+                    self._write(f"{line}\n")
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._first_s
+        gap_s = 2 * self._first_s
+        while True:
+            try:
+                line = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                if self.doing:
+                    self._draw()
+                    due = time.monotonic() + (_REDRAW_S if self.live else gap_s)
+                    gap_s = min(2 * gap_s, _MAX_GAP_S)
+                else:  # what comes next is a wait of its own, with its own time and its own gaps
+                    self._erase()
+                    self._began = time.monotonic()
+                    due, gap_s = self._began + self._first_s, 2 * self._first_s
+                continue
+            self._erase()
+            if line is None:
+                return
+            self._write(f"{line}\n")
+
+    def _draw(self) -> None:
+        doing, elapsed = self.doing.replace("\n", " "), f" ({time.monotonic() - self._began:.0f} s)"
+        if not self.live:
+            self._write(f"{doing}{elapsed}\n")
+            return
+        # Erased first: the text may be shorter than before.
+        self._erase()
+        room = shutil.get_terminal_size().columns - len(elapsed) - 1  # a full line would wrap
+        text = doing[: max(0, room)] + elapsed
+        self._write(text)
+        self._drawn = len(text)
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._write(f"\r{' ' * self._drawn}\r")
+            self._drawn = 0
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed or full
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class _LogToStatus(logging.Handler):
+    """Prints warnings above the status line, and shows records of slow steps in it.
+
+    If *verbose*, it prints what is worth an INFO, and each request, too.
+    """
+
+    def __init__(self, line: StatusLine, verbose: bool) -> None:
+        super().__init__()
+        self._line = line
+        self._min_level = logging.INFO if verbose else logging.WARNING
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if record.levelno >= self._min_level or record.name == _REQUESTS:
+                self._line.print(self.format(record))
+            else:
+                self._line.doing = _wait_of(record)
+        except Exception:  # as in every handler: a record must not end the work that it describes
+            self.handleError(record)
+
+
+def _wait_of(record: logging.LogRecord) -> str:
+    """Return what a command is waiting for, by the record of a slow step."""
+    server = getattr(record, "unreachable", None)
+    if server is None:
+        return record.getMessage()
+    return f"waiting for the server at {server}; start it again, or press Ctrl-C"
+
+
+@contextlib.contextmanager
+def shown(doing: str, *, verbose: bool = False) -> Iterator[StatusLine]:
+    """Show a status line and the library's log records during the block.
+
+    If *verbose*, each request is printed, too.
+    """
+    line = StatusLine(doing, FIRST_S)
+    handler = _LogToStatus(line, verbose)
+    # The levels are restored in the end: a program that runs a command in its own process keeps its
+    # logging.
+    logger = logging.getLogger("tinkex")
+    levels = dict.fromkeys(_STEPS, logging.DEBUG)
+    if verbose:
+        levels.update({logger.name: logging.INFO, _REQUESTS: logging.DEBUG})
+    before = {name: logging.getLogger(name).level for name in levels}
+    logger.addHandler(handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    line.start()
+    try:
+        yield line
+    finally:
+        line.stop()
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        logger.removeHandler(handler)
+
+
+def current() -> Optional[StatusLine]:
+    """Return the status line of the running command; None outside one, and in other threads."""
+    ctx = click.get_current_context(silent=True)
+    return None if ctx is None else ctx.find_object(StatusLine)
+
+
+def waiting_for(doing: str) -> None:
+    """Set the text of the running command's status line."""
+    line = current()
+    if line is not None:
+        line.doing = doing
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Hide the status line during the block, which prints something or asks a question."""
+    line = current()
+    # Without its thread it is hidden already, as by an outer block, or it is never shown.
+    if line is None or line._thread is None:
+        yield
+        return
+    line.stop()
+    try:
+        yield
+    finally:
+        line.start()
