@@ -80,9 +80,9 @@ def no_thread_is_left() -> Iterator[None]:
         server_state.forget_servers()
     # A socket dropped without being closed warns when it is collected; warnings are errors.
     gc.collect(0)
-    deferred = sys.modules.get("tinkex._runtime.deferred")
-    if deferred is not None:  # failed futures that the test did not read are not the next one's
-        deferred.run_deferred()
+    lifecycle = sys.modules.get("tinkex._runtime.lifecycle")
+    if lifecycle is not None:  # failed futures that the test did not read are not the next one's
+        lifecycle.run_deferred()
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,7 @@ def test_no_test_sleeps():
 def test_nothing_waits_a_short_time_on_a_simple_queue():
     # Before Python 3.13, it may wait for ever; see Inbox.
     users = {module for module in SOURCES if "SimpleQueue(" in ast.unparse(SOURCES[module])}
-    assert users == {"tinkex._runtime.deferred", "tinkex._runtime.worker_pool"}
+    assert users == {"tinkex._runtime.worker_pool"}
 
 
 def test_every_module_says_what_it_is_for():

@@ -1,9 +1,4 @@
-"""APIFuture: a concurrent.futures.Future for work that a server does.
-
-It stays PENDING until it is settled, so `cancel` works at any time.  What settles one uses
-`try_set_result` or `try_set_exception`, which return whether they were first: a result that arrives
-after a cancel is normal, not an error.
-"""
+"""APIFuture: a concurrent.futures.Future for work that a server does."""
 
 from __future__ import annotations
 
@@ -28,8 +23,8 @@ from typing import (
 )
 
 from tinkex._runtime.awaiting import outcome_of
-from tinkex._runtime.deferred import defer
-from tinkex._runtime.long_wait import LongWait
+from tinkex._runtime.clock import LongWait
+from tinkex._runtime.lifecycle import defer
 from tinkex._runtime.numeric import as_seconds
 from tinkex.errors import ClientClosedError
 
@@ -100,19 +95,19 @@ class APIFuture(Future[T], Generic[T]):
     """The result of a long operation, later.
 
     Works with `concurrent.futures.wait`, `as_completed` and `add_done_callback`.  `result(timeout)`
-    bounds only the caller's wait: the operation goes on.  `cancel` settles the future and stops
-    asking for the result; the server may still do the work.  Thread-safe.
+    bounds only the caller's wait: the operation continues.  `cancel` settles the future and stops
+    polling for the result; the server may still do the work.  Thread-safe.
 
-    An error is never lost: if the future of failed work is dropped although its `result` or
-    `exception` was never asked for and it has no callback, the error is logged, once: by the next
-    call of any client, by the heartbeats or at exit, whichever comes first.
+    An error is never lost: if the future of failed work is collected, `result` or `exception` was
+    never called and it has no callback, the error is logged once: by the next call of any client,
+    by the heartbeats or at exit, whichever comes first.
 
     Args:
         kind: the operation's name, for messages.
         notice_after_s: a wait is explained in the log after this long: at INFO, or at WARNING once
             there has been trouble and it has taken half a minute.
         run_callback: how user callbacks are run; None runs them in the settling thread.
-        throttle_reason: returns, in words, why nothing is submitted just now, or None.
+        throttle_reason: returns, in words, why nothing is being submitted, or None.
     """
 
     # What few futures ever set stays on the class: with more than 30 attributes of its own, an
@@ -159,6 +154,8 @@ class APIFuture(Future[T], Generic[T]):
         self._retrieved = False
         self._state_name = "queued"
         self._state_since = time.monotonic()
+        # The base class gets one callback, which runs all: it would keep its callbacks, and what
+        # they refer to, for as long as the future is kept.
         super().add_done_callback(_run_callbacks)
 
     def result(self, timeout: Optional[float] = None) -> T:
@@ -169,12 +166,12 @@ class APIFuture(Future[T], Generic[T]):
 
         Raises:
             InvalidInputError: *timeout* is not a number.
-            concurrent.futures.TimeoutError: *timeout* passed; the operation goes on.
+            concurrent.futures.TimeoutError: *timeout* passed; the operation continues.
             concurrent.futures.CancelledError: it was cancelled.
             TinkexError: the operation failed.
         """
         self._await(timeout)
-        self._note_read()
+        self._note_read()  # first, since an error is raised below
         value: T = super().result(0)
         return value
 
@@ -200,7 +197,7 @@ class APIFuture(Future[T], Generic[T]):
 
     @property
     def request_id(self) -> Optional[str]:
-        """The server's id of the work, once it was accepted (of the first part, if in parts)."""
+        """The server's id of the work, or of its first part, once it was accepted."""
         return self._children[0].request_id if self._children else self._request_id
 
     @property
@@ -215,7 +212,7 @@ class APIFuture(Future[T], Generic[T]):
 
     @property
     def was_accepted(self) -> bool:
-        """True once the server has accepted it, unless it is to be sent again since."""
+        """True once the server has accepted it, unless it has to be sent again."""
         return self._state_name == "waiting"
 
     def future(self) -> Future[T]:
@@ -227,7 +224,7 @@ class APIFuture(Future[T], Generic[T]):
         return self.result_async().__await__()
 
     def result_async(self, timeout: Optional[float] = None) -> Coroutine[Any, Any, T]:
-        """Like `result`, in a running event loop, which goes on meanwhile.
+        """Like `result`, without blocking the running event loop.
 
         Cancelling the task that awaits it, and the end of *timeout* seconds, cancel the future;
         `result` does not do that.  Raises asyncio's TimeoutError and CancelledError.
@@ -235,9 +232,10 @@ class APIFuture(Future[T], Generic[T]):
         return outcome_of(self, self._long_wait(timeout), self._explain)
 
     def coroutine(self) -> Coroutine[Any, Any, T]:
-        """What awaits the future, for ``asyncio.create_task`` and the like."""
+        """Return a coroutine that awaits the future, e.g. for ``asyncio.create_task``."""
         return self.result_async()
 
+    # Forgetting .result() is the commonest mistake, and the plain AttributeError does not name it.
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
@@ -287,12 +285,11 @@ class APIFuture(Future[T], Generic[T]):
     def cancel(self) -> bool:
         """Settle the future as cancelled; False if it was settled already.
 
-        The place of a sample is free immediately, and the server is asked to cancel it if it
-        supports that; other work that it has accepted runs to its end.  What was not sent yet is
-        not sent.  Waiters get CancelledError, callbacks are called; a result that still comes is
-        thrown away.  Cancelling a batch in several requests cancels these, but not those that add
-        to a gradient once one of them was sent.  In the child of a fork it does nothing, and
-        returns False.
+        Work that was not sent yet is not sent.  The place of a sample is free immediately, and the
+        server is asked to cancel it if it supports that; other accepted work runs to its end, and
+        its result is discarded.  Waiters get CancelledError, callbacks are called.  Cancelling a
+        batch in several requests cancels these, but not those that add to a gradient once one of
+        them was sent.  In the child of a fork it does nothing, and returns False.
         """
         if self._pid != os.getpid():
             return False  # what waits for it, and its connection, are the parent's
@@ -304,6 +301,7 @@ class APIFuture(Future[T], Generic[T]):
             first, self._cancel_was_seen = not self._cancel_was_seen, True
         if not first:
             return False
+        # Never at submission: a future that is RUNNING cannot be cancelled any more.
         self.set_running_or_notify_cancel()
         if self._cancels_children:
             for child in self._children:
@@ -314,6 +312,8 @@ class APIFuture(Future[T], Generic[T]):
         """Call ``fn(self)`` once settled: on the client's callback thread, or, if the future is
         settled already, immediately in this thread.  Its exceptions are logged.
         """
+        # Not on the settling thread, a poller: a callback that blocks on another future would hold
+        # up the very thread that may have to settle it.
         self._has_callback = True
         if not self._add_callback(functools.partial(_deliver, fn, self._run_callback)):
             self._note_read()
@@ -333,6 +333,7 @@ class APIFuture(Future[T], Generic[T]):
 
     def try_set_result(self, value: T) -> bool:
         """Set the result; False if the future was settled already."""
+        # Checking first would be a race; and a result that arrives after a cancel is no error.
         try:
             self.set_result(value)
         except InvalidStateError:
@@ -345,13 +346,13 @@ class APIFuture(Future[T], Generic[T]):
             self.set_exception(error)
         except InvalidStateError:
             return False
-        self._failure = error
+        self._failure = error  # the finalizer cannot call exception(), which locks
         return True
 
     def begin(self) -> bool:
         """Note that its work is about to be done; False if it was settled or cancelled before.
 
-        From here on `cancel_if_queued` leaves it alone.
+        From here on `cancel_if_queued` does nothing.
         """
         with self._lock:
             self._begun = not (self._withdrawn or self.done())
@@ -375,19 +376,20 @@ class APIFuture(Future[T], Generic[T]):
     def on_read(self, fn: Callable[[], None]) -> None:
         """Have *fn* called once: by the first reader of the outcome, or by the finalizer.
 
-        It must be safe in finalizers: no lock, no logging.  There is one *fn* at most.
+        It must be safe in finalizers: no lock, no logging.  A later *fn* replaces it.
         """
         self._on_read = fn
 
     def stand_for(self, children: Sequence[APIFuture[Any]], *, cancel: bool = True) -> None:
         """Report the state of *children*; with *cancel*, cancelling this one cancels them."""
         self._children, self._cancels_children = children, cancel
-        if cancel and self.cancelled():  # before it had children to cancel
+        if cancel and self.cancelled():  # before this call: `cancel` saw no children
             for child in children:
                 child.cancel()
 
     def uncount(self) -> None:
         """Free its place among ``max_unread``: for callers that keep few futures, and read them."""
+        # A place must be freed once, whichever of several readers comes first.
         with self._lock:
             on_read, self._on_read = self._on_read, None
         if on_read is not None:
@@ -414,6 +416,7 @@ class APIFuture(Future[T], Generic[T]):
         """Wait until settled; long waits are explained in the log."""
         wait = self._long_wait(timeout)
         while not self.done():
+            # In slices: for the notices, and since on Windows Ctrl-C does not end such a wait.
             try:
                 super().exception(wait.slice_s())
             except FutureTimeoutError:
@@ -462,11 +465,9 @@ def _call_user(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
 
 
 def _run_callbacks(future: Any) -> None:
-    """In the thread that settles *future*: run its callbacks, and drop them.
-
-    A caller who keeps the future must not keep everything that they refer to.
-    """
+    """In the thread that settles *future*: run its callbacks, and drop them."""
     future._outcome = "cancelled" if future.cancelled() else "finished"
+    # In one step with the end of adding: a callback is either here or called by who adds it.
     with future._lock:
         callbacks, future._callbacks = future._callbacks, None
     for fn in callbacks:
@@ -481,7 +482,7 @@ def _call(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
 
 
 def _log_unretrieved(kind: str, request_id: Optional[str], error: BaseException) -> None:
-    """Log the failure of a future that was collected although nobody had asked for its outcome."""
+    """Log the failure of a future that was collected unread."""
     known = request_id is None or request_id in str(error)
     request = "" if known else f" (request {request_id})"
     logger.error("unretrieved failure in %s%s: %s: %s", kind, request, type(error).__name__, error)
@@ -523,6 +524,8 @@ def _child_settled(
         if parent.try_set_exception(error):
             for other in children:
                 other.cancel()
+    # Two threads that settle the last two children may both find all of them done; the second
+    # result is then ignored.
     elif all(other.done() for other in children) and not parent.done():
         try:
             parent.try_set_result(join([other.result() for other in children]))

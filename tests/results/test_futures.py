@@ -22,7 +22,7 @@ from support.threads import PATIENCE_S, race, wait_until
 from support.tinker_routes import TinkerRoutes
 
 from tinkex import ServiceClient, futures, types
-from tinkex._runtime.deferred import run_deferred
+from tinkex._runtime.lifecycle import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex.errors import (
     BackpressureError,

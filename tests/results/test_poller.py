@@ -335,7 +335,7 @@ def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
     }
     server.on(POLL, Answer(body=paused), Answer(body=paused), result())
     with (
-        caplog.at_level(logging.INFO, "tinkex._results.pause_log"),
+        caplog.at_level(logging.INFO, "tinkex._results.notices"),
         open_poller(server) as poller,
     ):
         future = poller.new_future("sample")

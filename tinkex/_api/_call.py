@@ -49,9 +49,7 @@ def call(
 ) -> Reply:
     """Send a JSON request with retries; return the 2xx response.
 
-    The response may be empty if *reads_response* is False.  A request with a ``seq_id`` of any kind
-    rides out the responses of gateways for ``max_outage_s``: whether its seq_id was used must not
-    be guessed.
+    The response may be empty if *reads_response* is False.
     """
     began = time.perf_counter()
     encoded = None if body is None else encode(body)
@@ -69,6 +67,8 @@ def call(
     )
     if policy is None:
         policy = RetryPolicy(max_elapsed_s=transport.config.max_outage_s)
+        # Retried through a gateway's responses as long as through any outage: taking one for the
+        # server's refusal would mean guessing whether the seq_id was used.
         if any(name.endswith("seq_id") for name in body or {}):
             policy = dataclasses.replace(policy, max_gateway_answers=None)
     return transport.send(request, policy, channel=channel)
@@ -106,7 +106,7 @@ def segment(what: str, value: str) -> str:
 def get(
     transport: Sender, path: str, response_type: Type[W], query: Optional[Mapping[str, Any]] = None
 ) -> W:
-    """GET *path* and read the response; empty query values are left out."""
+    """GET *path* and read the response; query values that are None or empty are left out."""
     pairs = {key: value for key, value in (query or {}).items() if value not in (None, "")}
     full = f"{path}?{urlencode(pairs)}" if pairs else path
     return read(response_type, call(transport, "GET", full), f"GET {path}")

@@ -1,4 +1,4 @@
-"""Routes that a server may not have: the error that names them, and noting which they are."""
+"""Routes that a server may not have: recognizing a missing one, and the error that names it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tinkex.errors import APIStatusError, RouteMissingError
 if TYPE_CHECKING:
     from tinkex._transport.transport import Sender
 
-#: How web frameworks answer for a route they do not have; texts about a thing that is missing
-#: name the thing.
+#: What web frameworks respond for a missing route; an application's 404 names the missing object
+#: (docs/protocol.md, "Error bodies").
 _GENERIC = ("", "not found", "404 not found", "404: not found", "404 page not found")
 _NAMES_THE_ROUTE = re.compile(r"(cannot|no route:?) (get|post|put|delete) /")
 
@@ -30,11 +30,9 @@ def is_missing_route(error: APIStatusError, *, names_nothing: bool = False) -> b
 
 
 def was_done_before(error: APIStatusError, *statuses: int) -> bool:
-    """True if *error* means that an earlier attempt of the same request was carried out.
-
-    A request without a seq_id is sent again when its response is lost.  If the server had carried
-    it out, the second attempt gets one of *statuses*: there is nothing left to do.
-    """
+    """True if *error* means that an earlier attempt of the same request was carried out."""
+    # A request without a seq_id is sent again when its response is lost.  If the server had carried
+    # it out, the second attempt gets one of *statuses*: there is nothing left to do.
     return error.maybe_taken and error.status in statuses and not is_missing_route(error)
 
 
@@ -57,9 +55,9 @@ def optional_route(
 
     Args:
         route: method and path after ``/api/v1/``, with ``{id}`` for what varies.
-        names_nothing: a request for it names nothing that could be missing instead.
-        ask_once: for what the library does by itself: once the route was missing, the error comes
-            immediately, and nothing is sent.  What a user calls for is tried again.
+        names_nothing: the request names no object that could be missing instead.
+        ask_once: for requests that the library makes by itself: once the route was missing, the
+            error is raised without a request.  What a user calls is tried each time.
     """
     server = transport.server
     status = server.missing_status(route)

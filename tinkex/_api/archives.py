@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 ROUTE = "GET training_runs/{id}/checkpoints/{checkpoint}/archive"
 
-#: Responses of 503 that are waited out, and the pause after each unless the server names one, in
-#: seconds.
+#: Attempts while the server builds the archive, and the pause after each unless the server sends
+#: Retry-After, in seconds.
 BUILDING_TRIES = 6
 BUILDING_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 300.0
@@ -50,7 +50,7 @@ def get_checkpoint_archive_url(
     """``GET .../archive``: the signed URL, in a redirect that is not followed or in a body.
 
     Blocks while the server builds the archive: six responses of 503, some minutes in all.  *pause*
-    sleeps, or raises to give up; by default closing the client does.
+    sleeps, or raises to stop; the default raises once the client is closed.
 
     Raises:
         RouteMissingError: the server has no such route.
@@ -76,7 +76,7 @@ def get_checkpoint_archive_url(
         headers: Optional[Mapping[str, str]] = None
         try:
             reply = transport.send_once(request, channel=channel)
-            # Of another type, it may be the archive itself, which another try would not mend.
+            # Of another type, the body may be the archive itself; it would come again each time.
             is_json = not reply.content_type or "json" in reply.content_type
             damaged = error_if_damaged(request, reply) if is_json else None
             if reply.status < 400 and damaged is None:
@@ -86,7 +86,7 @@ def get_checkpoint_archive_url(
             error = silence
         now = clock.monotonic()
         delay_s, error = retries.decide(error, now, random.random(), headers)
-        # The server builds while we wait, and something between us and it has timed out.
+        # The server builds the archive before it responds, and something between has timed out.
         timed_out = headers is None and error.retryable and now - sent >= BUILDING_PAUSE_S
         if timed_out or (headers is not None and error.status == 503):
             building += 1
@@ -97,6 +97,7 @@ def get_checkpoint_archive_url(
         if delay_s is None:
             error.attempts, error.elapsed_s = retries.attempts, now - started
             try:
+                # It sees the error here: a 404 becomes RouteMissingError if it is about the route.
                 with optional_route(transport, ROUTE):
                     raise error
             finally:

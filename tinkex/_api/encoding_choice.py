@@ -1,12 +1,11 @@
-"""Which encoding a server takes training batches in, found out from its responses.
+"""In which encoding a server takes training batches, found out from its responses.
 
 Servers of today take protobuf only, or JSON only (docs/servers.md).  With ``wire="auto"`` the
 first batch goes out as protobuf; a response that means "I cannot read this" makes us send the
-same batch, under the same seq_id, as JSON.  What worked is kept in the `ServerState`; batches that
-come meanwhile wait for the outcome.  Nothing is sent again after a success, or after a refusal of
-what is in the batch.
+same batch, under the same seq_id, as JSON.  What worked is kept in the `ServerState`; other batches
+wait for the outcome.  Nothing is sent again after a success, or after a refusal of the contents.
 
-No threads of its own: it works in the lanes of training runs.
+No threads: this runs in the submission threads of training runs.
 """
 
 from __future__ import annotations
@@ -78,6 +77,7 @@ def submit_batch(
         APIStatusError: the server refused it.
         ClientClosedError: the client was closed meanwhile.
     """
+    # Again after the search of another thread: it may have failed, and decided nothing.
     while True:
         codec = batch_codec(sender)
         if codec is not None:
@@ -100,6 +100,7 @@ def _submit_as(
     except APIStatusError as error:
         if error.status != 415:
             raise
+        # Never again for this server (docs/protocol.md, "Compression").
         sender.server.compression, sender.server.refuses_compression = None, True
         return forward_backward(sender, codec, request, policy)
     sender.server.compression = "zstd"
@@ -117,14 +118,16 @@ class _FirstBatch:
         self._error: Optional[Exception] = None
 
     def send(self) -> None:
-        """Submit the batch, unless the encoding was settled just now; keep what comes of it."""
+        """Submit the batch, unless the encoding is known by now; keep the outcome."""
         if self._server.codec is not None:
             return
         try:
             self._accepted = self._find_encoding()
-        except ClientClosedError:  # decides nothing for the callers that wait
+        except ClientClosedError:  # SingleFlight has another thread search instead
             raise
-        except Exception as error:  # about this batch; the others have their own
+        except Exception as error:
+            # Kept, not raised: SingleFlight would raise it in the threads that wait, too, whose
+            # batches it is not about.
             self._error = error
 
     @property
@@ -133,7 +136,7 @@ class _FirstBatch:
         return self._accepted is not None or self._error is not None
 
     def outcome(self) -> UntypedFuture:
-        """What came of it."""
+        """The promise of its result; raises its error."""
         if self._accepted is None:
             assert self._error is not None
             raise self._error
@@ -141,7 +144,7 @@ class _FirstBatch:
 
     def _find_encoding(self) -> UntypedFuture:
         """Submit the batch, and note which encoding the server took it in."""
-        # A plain 500 may mean "unreadable": look at the first one.
+        # A plain 500 may mean "unreadable", so it is not retried before JSON was tried.
         policy = RetryPolicy(
             max_elapsed_s=self._sender.config.max_outage_s,
             max_server_errors=1,
@@ -157,7 +160,7 @@ class _FirstBatch:
         return accepted
 
     def _try_json(self, first: APIStatusError) -> UntypedFuture:
-        """Submit it as JSON after the response *first*; raise the one that is about the batch."""
+        """Submit it as JSON after the error *first*; raise the error that is about the batch."""
         try:
             accepted = _submit_as(_json(), self._sender, self._request)
         except InvalidInputError as error:  # e.g. it has spans, which JSON cannot express
@@ -166,9 +169,10 @@ class _FirstBatch:
         except APIStatusError as second:
             if _means_protobuf(self._request, second):
                 self._server.codec = _protobuf()
-                if first.status == 500:  # which may pass, after all
+                if first.status == 500:  # of a server that reads protobuf: now with retries
                     return _submit_as(_protobuf(), self._sender, self._request)
                 raise first from None
+            # The server has said so itself; *second* is about the contents of the batch.
             if first.status == 415:
                 self._server.codec = _json()
             if (first.status, first.body) != (second.status, second.body):

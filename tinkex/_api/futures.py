@@ -33,11 +33,12 @@ def retrieve_future(
 ) -> Reply:
     """``POST retrieve_future``, once: a long poll; returns the response whatever its status.
 
-    *binary*: the result may come as protobuf (samples and passes).  *payload* insists on
-    the result itself, from a server that has announced its size instead; *size_first* allows it to
-    announce that of a large one.
+    *binary*: the result may come as protobuf (samples and passes).  *size_first* lets the server
+    announce the size of a large result instead; *payload* then requests the result itself.
     """
     body: Dict[str, Any] = {"request_id": request_id}
+    # Left out where it is not needed: older servers reject the field (docs/protocol.md, "Large
+    # results").
     if payload or size_first:
         body["allow_metadata_only"] = not payload
     request = Request(
@@ -64,8 +65,8 @@ def retrieve_futures(
 ) -> Reply:
     """``POST retrieve_futures``, once: which samples are done since *cursor*.
 
-    A long poll, unless *immediate*; returns the response whatever its status.  *retrieved* are the
-    ids whose results the server may drop.
+    A long poll, unless *immediate*; returns the response whatever its status.  *retrieved* are
+    request ids whose results the server may drop.
     """
     body: Dict[str, Any] = {
         "target": {
@@ -93,8 +94,8 @@ class Completions:
     """The response of ``retrieve_futures``.
 
     Attributes:
-        sizes: of the results that are there, in bytes, by request id; 0 is not known, or failed.
-        cursor: what to ask from the next time.
+        sizes: bytes of the finished results, by request id; 0 if not known, or if it failed.
+        cursor: the ``prev_cursor`` of the next request.
     """
 
     sizes: Mapping[str, int]
@@ -102,7 +103,7 @@ class Completions:
 
 
 def read_completions(reply: Reply) -> Completions:
-    """Read the response of ``retrieve_futures``; ResponseDecodeError if it is none."""
+    """Read the response of ``retrieve_futures``; ResponseDecodeError if it is malformed."""
     body = reply.json()
     try:
         sizes = {

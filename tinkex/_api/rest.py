@@ -61,7 +61,7 @@ def _change(
     *,
     done: Tuple[int, ...] = (),
 ) -> None:
-    """Change something; *done* are the statuses of a server where it was changed before."""
+    """Send a change; *done* are the statuses of one that an earlier attempt has made."""
     with optional_route(transport, f"{method} {route}"):
         try:
             call(transport, method, path, body, reads_response=False)
@@ -219,6 +219,7 @@ def search_sessions(
         body["display_name"] = request.display_name
     if request.statuses is not None:
         body["statuses"] = [_plain(status) for status in request.statuses]
+    # Defaults are not sent: some servers reject fields that they do not know.
     if request.limit != types.SessionSearchRequest.limit:
         body["limit"] = request.limit
     if request.cursor is not None:

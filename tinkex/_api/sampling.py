@@ -42,7 +42,7 @@ def create_sampling_session(
 def join_sampling_session(
     transport: Sender, sampling_session_id: str
 ) -> types.JoinSamplingSessionResponse:
-    """``POST join_sampling_session``: another client of the same sampler makes itself known."""
+    """``POST join_sampling_session``: registers another client of the same sampler."""
     body = {"sampling_session_id": sampling_session_id, "type": "join_sampling_session"}
     return post(
         transport,

@@ -77,10 +77,8 @@ def session_heartbeat(
 
 
 def ask_for_session(transport: Transport, session_id: str, *, timeout_s: float) -> None:
-    """``POST session_heartbeat``, again for *timeout_s* if an attempt fails; raises if all do.
-
-    Work that has failed waits for it, so a 429 or 402 is not waited out.
-    """
+    """``POST session_heartbeat``, with retries for *timeout_s*; raises if all attempts fail."""
+    # Urgent: failed work waits for it, so a 429 or 402 must not delay it.
     policy = RetryPolicy(max_elapsed_s=timeout_s, max_gateway_answers=None)
     transport.send(_heartbeat(session_id, timeout_s), policy, urgent=True)
 
@@ -95,7 +93,7 @@ def finish_session(
 ) -> int:
     """``POST sessions/{id}/finish``, once; returns the status of the response.
 
-    A 404 is about the route: one about the session is returned as 410.
+    404 means that the route is missing; a 404 about the session is returned as 410.
     """
     body = encode({"reason": {"type": status}, "detail": detail})
     path = f"/api/v1/sessions/{session_id}/finish"
@@ -121,7 +119,7 @@ def get_server_capabilities(transport: Sender) -> types.GetServerCapabilitiesRes
 
 
 def healthz(transport: Sender) -> None:
-    """``GET healthz``: raises if the server is not well."""
+    """``GET healthz``: raises if the response is an error."""
     call(transport, "GET", HEALTH_PATH, reads_response=False)
 
 
@@ -141,6 +139,7 @@ def send_telemetry(
         "session_id": session_id,
         "process_uuid": process_uuid,
     }
+    # Events hold the texts of errors, which may quote a key that the user has put anywhere.
     clean = transport.redact(encode(body).decode()).encode()
     request = Request(
         "POST",

@@ -1,6 +1,6 @@
 """Backoff: how long to wait between two polls, for one request or for one sampler.
 
-For one thread; no threads of its own.
+Not thread-safe: each polling thread has its own.
 """
 
 from __future__ import annotations
@@ -57,16 +57,18 @@ class PollInterval:
         if took_s >= HELD_S:
             self._spacing_s = FIRST_SPACING_S
             return 0.0
+        # Jitter: the polls of many futures, begun together, would stay in step.
         delay_s = self._spacing_s * (0.5 + rand)
         self._spacing_s = min(self._spacing_s * 1.5, LAST_SPACING_S)
         return delay_s
 
 
 class Backoff:
-    """How long to wait between two polls; raises what ends them."""
+    """How long to wait between two polls; raises the error that ends them."""
 
     def __init__(self, resources: ClientResources, poll: Request) -> None:
         transport, config = resources.transport, resources.transport.config
+        # An account without credit is no outage: with on_billing="wait" it pauses all polls.
         wait = partial(resources.billing.after_402, transport)
         self._retries = RetryState(
             poll_policy(config.max_outage_s),
@@ -90,7 +92,7 @@ class Backoff:
     def after_failure(
         self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
     ) -> float:
-        """The pause after a poll that failed; raises *error* once it must be meant.
+        """The pause after a poll that failed; raises *error* once it is final.
 
         *began* is when the poll began; *headers* are as for `RetryState.decide`.
         """
@@ -106,6 +108,7 @@ class Backoff:
                 extra=unreachable_server(error, self._config),
             )
             return delay_s
+        # The same 5xx again and again looks like a route that the server cannot serve.
         if error.status is not None and error.status >= 500 and self._retries.repeats > 1:
             error.hint = error.hint or repeated_error_hint(self._poll, self._retries.repeats)
         raise error

@@ -101,10 +101,12 @@ class BatchPoller:
     # Submitting, by tinkex-submit-i
 
     def _submit(self, request: PendingRequest[Any]) -> None:
+        # Finished results first: one must not wait behind thousands of submissions.
         self._fetches.run_waiting()
         future = request.future
         if future.done():  # cancelled while it was queued
             return
+        # Until the end of this submission, a completion of an unknown id may be of this request.
         number = self._submissions.begin()
         try:
             with Lease(future, self._samples.channel()) as lease:
@@ -142,19 +144,20 @@ class BatchPoller:
     def _poll_for(self, polls: SamplerPolls) -> None:
         try:
             polls.poll(self, self._samples.channel())
-        except Exception as error:
+        except Exception as error:  # a bug, too, falls back: what waits must not hang
             self._on_poll_failure(polls, error)
         finally:
             self._free_polls.release()
 
     def _on_poll_failure(self, polls: SamplerPolls, error: Exception) -> None:
-        """The poll cannot go on: fail what waits, or fall back to per-sample polling."""
+        """End the poll after an error: fail what waits, or fall back to per-sample polling."""
+        # Polling for each sample would meet the same outage, closed client or empty account.
         fails_all = isinstance(error, (APIConnectionError, ClientClosedError)) or (
             isinstance(error, APIError) and error.status == 402
         )
         left = polls.abandon(per_sample=not fails_all)
         if fails_all:
-            for request in left:
+            for request in left:  # a copy for each: errors carry the id of their request
                 self.fail(request.future, copy.copy(error))
             return
         logger.warning(
@@ -191,7 +194,7 @@ class BatchPoller:
                 future.on_settled(functools.partial(polls.note_fetched, request_id))
                 self.fall_back(request)
                 return
-        except ResultExpiredError as lost:
+        except ResultExpiredError as lost:  # the other poller decides whether to send it again
             request.note_lost(lost)
             self.fall_back(request)
         except Exception as error:
@@ -224,7 +227,7 @@ class BatchPoller:
         ]
         if not left:
             return
-        # The transport's own are aborted.
+        # A new connection, since `close` has aborted the transport's own.
         channel = Channel(self._resources.transport.config, pool_size=1)
         try:
             for polls, poll in left:

@@ -45,6 +45,7 @@ class SampleGate:
             future: Optional[APIFuture[Any]] = None
             try:
                 with self._lock:
+                    # If a thread is starting one, its loop sees what has come or left meanwhile.
                     if self._starting or not self._waiting or len(self._running) >= limit:
                         return
                     first, start = self._waiting[0]
@@ -54,8 +55,11 @@ class SampleGate:
                     future, self._starting = first.future, True
                     self._running.add(future)
                     self._waiting.popleft()
+                # Before the start, which may settle it.
                 future.on_settled(self._left)
                 start(first)
+                # A plain write: a thread that still saw True returned, and the next iteration of
+                # this loop does its work.
                 self._starting = False
             except BaseException:  # Ctrl-C, at any call: nothing else would start or settle it
                 if future is not None:

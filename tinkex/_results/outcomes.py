@@ -47,7 +47,7 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True)
 class Trouble:
-    """Something that may pass; *error* if it does not."""
+    """A failure of the poll, which is repeated; *error* once that does not help."""
 
     error: APIError
 
@@ -67,7 +67,7 @@ def interpret(
         return _interpret_error(
             reply, error, request_id=request_id, kind=kind, maybe_lost=maybe_lost
         )
-    if "application/x-protobuf" in reply.content_type:
+    if "application/x-protobuf" in reply.content_type:  # everything but a result is JSON
         return Done(reply)
     if not any(word in reply.body for word in _SPECIAL):
         return Done(reply)  # do not decode a large result just to look at its keys
@@ -97,11 +97,15 @@ def _interpret_error(
 ) -> Outcome:
     status = reply.status
     error.request_id = request_id
-    if status == 408:
+    if status == 408:  # how some servers end a long poll
         body = getattr(error, "body", None)
         return _pending(body) if isinstance(body, dict) else Pending()
+    # These are about the poll or the account, not about the work.  501 is not: no repetition makes
+    # a server implement the route.
     if status in (402, 429) or (status >= 500 and status != 501):
         return Trouble(error)
+    # A server may hand a result out only once.  A 404 is an unknown request, but after a response
+    # that was cut off it most likely means that that response held the result.
     if status == 410 or (status == 404 and maybe_lost):
         lost = ResultExpiredError(
             f"the result of {kind} is no longer on the server (status {status})",

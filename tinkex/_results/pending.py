@@ -55,6 +55,7 @@ class PendingRequest(Generic[T]):
         losses: how often it was sent again because the result was lost.
     """
 
+    # A batch job has thousands of these.
     __slots__ = (
         "accepted",
         "future",
@@ -95,7 +96,7 @@ class PendingRequest(Generic[T]):
         raise NotImplementedError
 
     def on_failure(self, error: BaseException) -> Optional[BaseException]:
-        """Return the error to report for *error*, or None if the request goes on all the same.
+        """Return the error to report for *error*, or None if the request continues regardless.
 
         Called in the thread that polls for it; must be quick and not raise.
         """
@@ -122,7 +123,7 @@ class PendingRequest(Generic[T]):
         self.accepted, self.lost, self.maybe_lost = True, None, False
 
     def note_lost(self, error: ResultExpiredError) -> None:
-        """The server has no result for it any more."""
+        """The server has lost its result: it has to be sent again."""
         self.accepted, self.lost = False, error
 
 
@@ -156,6 +157,7 @@ class Lease:
         self._submitting = False
         self._operation = future.operation
         self._span_token: Any = None
+        # Called in this thread if the future was cancelled already.
         future.on_settled(self._settled)
 
     def __enter__(self) -> Lease:
@@ -169,7 +171,7 @@ class Lease:
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        with self._lock:
+        with self._lock:  # from now on the channel may serve another future
             self._over = True
         if self._operation is not None:
             self._operation.detach(self._span_token)
@@ -192,6 +194,7 @@ class Lease:
                 return
             self.channel.stopped.set()  # the worker's next lease takes another channel
             submitting = self._submitting
+        # Not under the lock: it closes a socket.
         if not submitting:
             self.channel.abort()
 
@@ -206,7 +209,7 @@ class ThreadLocalConnections:
     def get(self) -> AnyChannel:
         """The calling thread's own; replaced once it was stopped."""
         channel: Optional[AnyChannel] = getattr(self._thread_local, "channel", None)
-        if channel is not None and channel.stopped.is_set():
+        if channel is not None and channel.stopped.is_set():  # its last future was cancelled
             channel.abort()
             channel = None
         if channel is None:

@@ -1,6 +1,7 @@
-"""PollLoop: asks for the result of one accepted request until there is one.
+"""PollLoop: polls for the result of one accepted request until there is one.
 
-Used by one thread of a poller; what a response means is decided in `outcomes`.
+Used by one thread of a poller; `outcomes` decides what a response means (docs/protocol.md,
+"Interpreting a poll").
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Optional
 
 from tinkex._api.futures import retrieve_future
 from tinkex._results.backoff import Backoff
+from tinkex._results.notices import PauseNotices
 from tinkex._results.outcomes import (
     Announced,
     Done,
@@ -20,7 +22,6 @@ from tinkex._results.outcomes import (
     Trouble,
     interpret,
 )
-from tinkex._results.pause_log import PauseNotices
 from tinkex._results.pending import PendingRequest
 from tinkex._transport.request import Reply, Request
 from tinkex.config import Config
@@ -67,7 +68,7 @@ class PollLoop:
         self._pauses = pauses
         self._no_progress_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         self._announced = announced
-        self._payload = False  # insist on the result itself
+        self._payload = False  # request the result itself, not only its size
         self._held = 0  # bytes of the quota for large results
         self._backoff = Backoff(resources, _POLL)
         self._last_contact = time.monotonic()
@@ -87,7 +88,7 @@ class PollLoop:
 
     @contextlib.contextmanager
     def _reserved(self) -> Iterator[None]:
-        """Take what of the quota is known to be needed, and give back all that was taken."""
+        """Reserve the bytes of a result of known size; release in the end all that was reserved."""
         try:
             if self._announced > 0:
                 self._reserve(self._announced)
@@ -102,7 +103,7 @@ class PollLoop:
             delay = self._step(request_id)
             if delay is None:
                 return
-            if delay > 0:
+            if delay > 0:  # ends early when the future is cancelled or the client closed
                 self._channel.stopped.wait(delay)
             stopped = self._channel.stopped.is_set() or self._transport.closing.is_set()
             if stopped and not self._future.done():
@@ -113,7 +114,8 @@ class PollLoop:
     def _step(self, request_id: str) -> Optional[float]:
         """Poll once; return the pause before the next poll, or None when settled."""
         began = time.monotonic()
-        if self._polled:  # a result that is there is fetched, however late
+        # Not before the first poll: a result that is ready is fetched, however late.
+        if self._polled:
             self._check_limits(began)
         self._polled = True
         self._future.attempts += 1
@@ -128,12 +130,14 @@ class PollLoop:
                 channel=self._channel,
             )
         except APIConnectionError as silence:
-            # With an error status, it was turned away on the way there, and no result handed out.
-            turned_away = silence.status is not None and silence.status >= 300
-            self._request.maybe_lost |= not turned_away
+            # With an error status, it got no token and was never sent.  Without one, the response
+            # that was lost may have been the result.
+            unsent = silence.status is not None and silence.status >= 300
+            self._request.maybe_lost |= not unsent
             return self._after_failure(silence, began)
-        except APIStatusError as refused:  # the server gives no token just now
+        except APIStatusError as refused:  # the server issues no token at present
             return self._after_failure(refused, began, {})
+        # Any response is contact, an error too: no_progress_timeout_s is about silence.
         self._last_contact = time.monotonic()
         error = None if reply.status < 300 else self._transport.status_error(_POLL, reply)
         try:
@@ -148,11 +152,14 @@ class PollLoop:
         except ResponseDecodeError as unreadable:
             if not reply.is_damaged:
                 raise
-            self._request.maybe_lost = True  # and may be there still
+            # Cut off or garbled on its way: the server may have handed the result out, or still
+            # have it.
+            self._request.maybe_lost = True
             return self._after_failure(unreadable, began, {})
 
     def _act_on(self, outcome: Outcome, began: float) -> Optional[float]:
         if isinstance(outcome, Done):
+            # A result has no queue state, so that the end of a pause would not be logged.
             if self._future.queue_state not in (None, "active"):
                 self._note_queue("active", None)
             self._finish(outcome.reply)
@@ -184,6 +191,7 @@ class PollLoop:
             self._pauses.note(self._request.owner, state, reason, grace_s)
 
     def _ask_for_payload(self, announced: Announced) -> float:
+        # The server sends the size first, so that few large results are in memory at a time.
         if self._payload:
             raise ResponseDecodeError(
                 f"the server announces the result of {self._future.kind} ({announced.size} bytes) "
@@ -195,20 +203,23 @@ class PollLoop:
         return 0.0
 
     def _reserve(self, size: int) -> None:
-        """Wait until a result of *size* bytes may be fetched, and insist on it from now on."""
+        """Wait until a result of *size* bytes may be fetched; the next poll requests it."""
         self._resources.limits.results.acquire(
             size,
             lambda: self._future.done() or self._channel.stopped.is_set(),
             self._future,
         )
         self._held, self._payload = size, True
+        # The wait was ours, not the server's silence; and the result is ready, so that no limit
+        # ends the next poll.
         self._last_contact = time.monotonic()
-        self._polled = False  # it is there: no limit ends the next poll
+        self._polled = False
 
     def _after_failure(
         self, error: APIError, began: float, headers: Optional[Mapping[str, str]] = None
     ) -> float:
-        """Return the pause after a poll that failed; raise *error* once it must be meant."""
+        """Return the pause after a poll that failed; raise *error* once it is final."""
+        # Also for status() and the log, while it is retried.
         self._future.last_error = error.message
         error.attempts = self._future.attempts
         error.elapsed_s = time.monotonic() - self._started
@@ -222,7 +233,7 @@ class PollLoop:
             limits.append(self._started + self._config.operation_timeout_s - now)
         if self._no_progress_s is not None:
             limits.append(self._last_contact + self._no_progress_s - now)
-        return max(0.05, min(limits))
+        return max(0.05, min(limits))  # a socket timeout of 0 would mean non-blocking
 
     def _check_limits(self, now: float) -> None:
         error = overdue(

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional
 from tinkex._results.batch_poller import BatchPoller
 from tinkex._results.pending import Lease, PendingRequest
 from tinkex._results.sample_poller import SamplePoller
-from tinkex._runtime.deferred import run_deferred
 from tinkex._runtime.descriptors import connection_cap
+from tinkex._runtime.lifecycle import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._transport.server_flags import ServerFlags, flags_for
 from tinkex.errors import ClientClosedError, TinkexError
@@ -60,7 +60,10 @@ class Poller:
         self._config = transport.config
         self._keeps = None if keeps is None else weakref.ref(keeps)
         self._polls = resources.pools.make("tinkex-poll", POLL_CAP)
+        # One thread: requests that wait for the flags are passed on in their order.
         self._asking = resources.pools.make("tinkex-flags", 1, idle_s=1.0)
+        # Apart from the pollers, which a slow callback, or one that waits for another future, would
+        # block; and not among the pools that close first, since settling queues callbacks.
         self._callbacks = WorkerPool("tinkex-callbacks", 1)
         self._samples = SamplePoller(resources, explain, on_failure)
         self._batches = BatchPoller(resources, self._samples)
@@ -86,7 +89,7 @@ class Poller:
             BackpressureError: there is none, and on_backpressure is ``"raise"``.
             ClientClosedError: the poller was closed.
         """
-        run_deferred()
+        run_deferred()  # what finalizers have left, e.g. errors to log
         unread = self._resources.unread
         counted = counted and unread.counts
         if counted:
@@ -103,6 +106,7 @@ class Poller:
                 future.on_read(unread.release)
             future.on_settled(self._forget)
             with self._lock:
+                # In one step: `close` settles all that are outstanding, and no other is added.
                 if self._closed is not None:
                     raise self._closed
                 self._outstanding[future] = None if self._keeps is None else self._keeps()
@@ -122,14 +126,14 @@ class Poller:
         """The futures that are not settled yet, in no order."""
         with self._lock:
             outstanding = list(self._outstanding)
-        # Who waits for a future may wake before the callback that removes it has run.
+        # A thread that waits for a future may wake before the callback that removes it has run.
         return [future for future in outstanding if not future.done()]
 
     def watch(self, lane: str, request: PendingRequest[Any]) -> None:
         """Poll for *request*, already accepted, after all others of *lane*."""
         with self._lock:
             queue = self._lanes.get(lane)
-            if queue is not None:
+            if queue is not None:  # a thread drains the lane, and will come to it
                 queue.append(request)
                 return
             self._lanes[lane] = collections.deque([request])
@@ -190,6 +194,7 @@ class Poller:
         with self._lock:
             self._closed = self._closed or error
             outstanding = list(self._outstanding)
+        # First the pools: a callback of a settled future could submit more work.
         self._resources.pools.close()
         self._batches.close()
         for future in outstanding:
@@ -210,7 +215,8 @@ class Poller:
     def _forget(self, future: Any) -> None:
         with self._lock:
             kept = self._outstanding.pop(future, None)
-        del kept  # not with the lock held: this may have been the last reference
+        # Not with the lock held: it may be the last reference to the runtime, whose finalizers run.
+        del kept
 
     def _drain(self, lane: str) -> None:
         """Poll the head of *lane* until the lane is empty."""
@@ -221,8 +227,11 @@ class Poller:
                 if not head.future.done():
                     with Lease(head.future, self._samples.channel()) as lease:
                         self._samples.poll(head, lease.channel)
-            except Exception as error:  # a TinkexError to report, or a bug that must not be lost
+            # A TinkexError, or a bug: either way the future is settled, and the lane goes on.
+            except Exception as error:
                 self._samples.fail_request(head, error)
+            # In one step with the end of this thread's work: `watch` starts another if the lane is
+            # not there.
             with self._lock:
                 queue = self._lanes[lane]
                 queue.popleft()

@@ -3,22 +3,25 @@
 Up to a cap; more are queued.  A worker whose future is cancelled is free immediately: its
 connection is aborted, and it gets a new one.
 
-Threads: ``tinkex-sample-i``, one per sample in flight, and ``tinkex-cancel-i`` (see CancelQueue).
+Threads: ``tinkex-sample-i``, one per sample in flight, and up to eight ``tinkex-cancel-i``, while
+there is something to cancel.
 With completions in order, a few threads were measured to be as fast as a thread per future, while
 unordered long polls behind a small pool turned milliseconds into seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from tinkex._results.cancel_queue import CancelQueue
-from tinkex._results.pause_log import PauseNotices
+from tinkex._api.futures import cancel_future
+from tinkex._results.notices import PauseNotices
 from tinkex._results.pending import Lease, PendingRequest, ThreadLocalConnections
 from tinkex._results.poll_loop import PollLoop
 from tinkex._transport.request_errors import forget_frames
+from tinkex._transport.server_flags import dynamic_flags_for
 from tinkex.errors import ClientClosedError, ResultExpiredError, TinkexError
 from tinkex.futures import APIFuture
 
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from tinkex._transport.resources import ClientResources
 
 logger = logging.getLogger(__name__)
+
+CANCEL_ROUTE = "POST cancel_future"
+
+_CANCEL_THREADS = 8
+#: More than this many cancels are not queued: the server will drop the work in time.
+_MAX_QUEUED = 10_000
 
 
 class SamplePoller:
@@ -63,11 +72,11 @@ class SamplePoller:
         return self._channels.get()
 
     def poll(self, request: PendingRequest[Any], channel: AnyChannel) -> None:
-        """Poll until its future is settled, by whichever thread, or raise its error.  Blocks."""
+        """Block until the future of *request* is settled, by any thread, or raise its error."""
         PollLoop(self._resources, request, channel, self._pauses).run()
 
     def fetch(self, request: PendingRequest[Any], size: int) -> bool:
-        """Ask once for a result of *size* bytes; False if the server did not hand it out."""
+        """Poll once for a result of *size* bytes; False if the server did not hand it out."""
         with Lease(request.future, self.channel()) as lease:
             loop = PollLoop(self._resources, request, lease.channel, self._pauses, announced=size)
             return loop.try_once()
@@ -78,7 +87,10 @@ class SamplePoller:
             self._workers.resize(max(1, cap))
 
     def submit(self, request: PendingRequest[Any]) -> None:
-        """Have a worker submit *request*, if need be, and poll for it.  Does not block."""
+        """Have a worker submit *request*, unless it is accepted, and poll for it.
+
+        Does not block.
+        """
         try:
             self._workers.submit(functools.partial(self._run, request))
         except ClientClosedError as error:
@@ -88,6 +100,7 @@ class SamplePoller:
         """On a worker, ``tinkex-sample-i``."""
         future = request.future
         if future.done():  # cancelled while it was queued
+            # Accepted by a batch poller, which handed it over.
             if request.accepted and future.cancelled():
                 self.cancels.put(future.request_id or "")
             return
@@ -111,7 +124,7 @@ class SamplePoller:
                 return
             except ResultExpiredError as lost:
                 request.note_lost(lost)
-            finally:
+            finally:  # its poll was aborted, so the server does not know yet
                 if future.cancelled():
                     self.cancels.put(future.request_id or "")
 
@@ -143,6 +156,49 @@ class SamplePoller:
         if self._on_failure is not None and not future.done():
             self._on_failure(future, error)
         if isinstance(error, TinkexError):
+            # With its frames the error would keep the request and its data alive, in a cycle.
             logger.debug("%s failed", future.kind, exc_info=error)
             forget_frames(error)
         future.try_set_exception(error)
+
+
+class CancelQueue:
+    """Asks the server to cancel samples that are not wanted any more.  Thread-safe.
+
+    Servers that support this have a flag for it (docs/protocol.md, "Cancellation"); others get
+    nothing.  Cancels are sent a few at a time, each retried; failures are only logged.
+    """
+
+    def __init__(self, resources: ClientResources) -> None:
+        self._transport = resources.transport
+        self._pool = resources.pools.make("tinkex-cancel", _CANCEL_THREADS, idle_s=1.0)
+        self._pool.resize(1)  # until it is known how many the server accepts
+
+    def put(self, request_id: str) -> None:
+        """Have the server cancel *request_id*.  Never blocks, never raises."""
+        if self._pool.waiting < _MAX_QUEUED:
+            with contextlib.suppress(ClientClosedError):  # the session ends, with all its work
+                self._pool.submit(functools.partial(self._cancel, request_id))
+
+    def _cancel(self, request_id: str) -> None:
+        limit = self._limit()
+        if limit == 0:
+            return
+        self._pool.resize(min(_CANCEL_THREADS, limit))
+        try:
+            cancel_future(self._transport, request_id)
+        except TinkexError as error:
+            logger.debug("cancelling request %s: %s", request_id, error)
+            if error.status in (405, 501):  # 404 is about the request
+                self._transport.server.note_missing(CANCEL_ROUTE, error.status)
+
+    def _limit(self) -> int:
+        """How many cancels the server accepts at a time; 0 if it supports none."""
+        try:
+            flags = dynamic_flags_for(self._transport)
+        except TinkexError as error:
+            logger.debug("could not find out whether samples can be cancelled: %s", error)
+            return 0
+        missing = self._transport.server.missing_status(CANCEL_ROUTE) is not None
+        enabled = flags.sample_cancel_enabled and not missing
+        return flags.sample_cancel_max_batch_size if enabled else 0

@@ -24,7 +24,7 @@ from tinkex.futures import APIFuture
 
 if TYPE_CHECKING:
     from tinkex._results.batch_poller import BatchPoller
-    from tinkex._results.cancel_queue import CancelQueue
+    from tinkex._results.sample_poller import CancelQueue
     from tinkex._transport.fast_connection import AnyChannel
     from tinkex._transport.resources import ClientResources
 
@@ -95,6 +95,7 @@ class CompletionTracker:
 
         *begun* is the number of submissions so far.
         """
+        # Only what was sent: more may have been fetched while the poll was held.
         self._unacknowledged.difference_update(sent.retrieved)
         self._acknowledged_cursor, self._cursor = sent.cursor, cursor
         ready: List[Tuple[PendingRequest[Any], int]] = []
@@ -103,6 +104,7 @@ class CompletionTracker:
             if request is not None:
                 self._fetching.add(request_id)
                 ready.append((request, size))
+            # The server repeats what it has reported until that is acknowledged.
             elif request_id not in self._fetching and request_id not in self._unacknowledged:
                 self._early[request_id] = (size, begun)
         return ready
@@ -186,12 +188,14 @@ class SamplerPolls:
         request_id = request.future.request_id or ""
         limit_s = request.no_progress_timeout_s or self._config.no_progress_timeout_s
         size: Optional[int] = None
+        # All in one step: `_stop` ends the polling thread under the same lock, so that either this
+        # request is seen there, or a new thread is started here.
         with self._lock:
             starts = not self._polled
             watched = not self._per_sample and (not starts or poller.may_poll())
             idle = self._idle
             if watched:
-                if not self._tracker.waiting:
+                if not self._tracker.waiting:  # the silence before there was work does not count
                     self._last_contact = time.monotonic()
                 self._no_progress_s = min(self._no_progress_s, limit_s or math.inf)
                 size = self._tracker.expect(request_id, request)
@@ -201,6 +205,7 @@ class SamplerPolls:
             return
         if idle:
             self._wake.set()
+        # Outside the lock: `_withdraw` takes it, and runs here if the future is settled already.
         if size is None:
             withdraw = functools.partial(self._withdraw, poller.cancels, request_id)
             request.future.on_settled(withdraw)
@@ -212,6 +217,7 @@ class SamplerPolls:
     def _withdraw(self, cancels: CancelQueue, request_id: str, future: Any) -> None:
         """In the thread that settles the future: if it was cancelled, have the server cancel it."""
         with self._lock:
+            # If it was taken off already, a thread that fetches it sees the cancellation.
             waited = self._tracker.waiting.pop(request_id, None) is not None
         if waited and future.cancelled():
             cancels.put(request_id)
@@ -233,7 +239,7 @@ class SamplerPolls:
                 for future, error in self._overdue():
                     poller.fail(future, error)
                 pause_s = self._poll_once(sent, poller, channel, backoff)
-                if pause_s > 0:
+                if pause_s > 0:  # the close of the client ends it early
                     channel.stopped.wait(pause_s)
             elif not self._was_woken() and self._acknowledge_or_stop(poller, channel):
                 return
@@ -253,10 +259,10 @@ class SamplerPolls:
             return backoff.after_failure(refused, began, {})
         self._last_contact = now = time.monotonic()
         if reply.status >= 300:
-            if reply.status == 408:
+            if reply.status == 408:  # a long poll without news, as for a single request
                 return backoff.after_pending(now - began)
             error = self._transport.status_error(_POLL, reply)
-            if error.status in ABSENT:
+            if error.status in ABSENT:  # from now on samples are polled for individually
                 server.note_missing(ROUTE, error.status or 404)
             return backoff.after_failure(error, began, {})
         try:
@@ -287,6 +293,7 @@ class SamplerPolls:
     def _take(self, sent: NextPoll, reply: Reply, poller: BatchPoller) -> Tuple[bool, float]:
         """Have what is done fetched; return whether anything is, and the pause before more."""
         completions = read_completions(reply)
+        # Read before, to nest no lock in ours.  It only grows: an older value drops fewer.
         oldest = self._submissions.oldest()
         with self._lock:
             ready = self._tracker.note_completions(
@@ -298,11 +305,12 @@ class SamplerPolls:
     def _was_woken(self) -> bool:
         """Block until there is something to poll for; False if there is nothing for a while."""
         woken = self._wake.wait(ACKNOWLEDGE_AFTER_S)
+        # What was added just before is seen by the next look at the tracker.
         self._wake.clear()
         return woken
 
     def wake(self) -> None:
-        """Have the thread that polls look at once whether the client was closed."""
+        """Have the polling thread check immediately whether the client was closed."""
         self._wake.set()
 
     def _acknowledge_or_stop(self, poller: BatchPoller, channel: AnyChannel) -> bool:
@@ -338,7 +346,7 @@ class SamplerPolls:
 
         With *per_sample* it is over for good: samples are polled for individually.
         """
-        with self._lock:
+        with self._lock:  # in one step: a request that comes later finds no thread polling
             self._polled = self._idle = False
             self._per_sample = self._per_sample or per_sample
             left, self._tracker.waiting = self._tracker.waiting, {}
@@ -355,6 +363,7 @@ class SamplerPolls:
         """What has taken too long, with the error of each."""
         now = time.monotonic()
         with self._lock:
+            # Thousands may wait, and this is called before every poll: look at each only if due.
             late = self._left_s_locked(now) <= 0
             waiting = list(self._tracker.waiting.values()) if late else []
         silent_s = now - self._last_contact
@@ -369,7 +378,7 @@ class SamplerPolls:
     def _left_s_locked(self, now: float) -> float:
         """Seconds until something that is waited for has taken too long, or less."""
         left_s = self._last_contact + self._no_progress_s - now
-        oldest = next(iter(self._tracker.waiting.values()), None)
+        oldest = next(iter(self._tracker.waiting.values()), None)  # dicts keep their order
         if oldest is not None and self._config.operation_timeout_s is not None:
             waited_s = now - oldest.future.entered
             left_s = min(left_s, self._config.operation_timeout_s - waited_s)

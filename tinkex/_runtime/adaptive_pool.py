@@ -49,7 +49,7 @@ class AdaptivePool:
     @property
     def waiting(self) -> int:
         """How many tasks were not begun yet."""
-        return len(self._waiting)
+        return len(self._waiting)  # atomic
 
     def put(self, tasks: Sequence[Task]) -> None:
         """Queue *tasks*; does not block.
@@ -88,13 +88,15 @@ class AdaptivePool:
             self._run_one(task)
 
     def _run_one(self, task: Task) -> None:
+        # thread_time is the CPU time of this thread alone: added up over the pool's threads, it
+        # shows how busy the pool is, whatever the rest of the program does.
         began, cpu_s = time.monotonic(), time.thread_time()
         task()
         wanted = self._note(began, time.monotonic(), time.thread_time() - cpu_s)
         before = self.pool.cap
         if wanted is not None and wanted != before:
             self.pool.resize(wanted)
-            with contextlib.suppress(ClientClosedError):
+            with contextlib.suppress(ClientClosedError):  # what still waits is not run then
                 self._call(min(wanted - before, len(self._waiting)))
 
     def clear(self) -> None:
@@ -105,6 +107,7 @@ class AdaptivePool:
     def _note(self, began: float, now: float, cpu_s: float) -> Optional[int]:
         """Note a request; now and then, return how many threads there should be."""
         with self._lock:
+            # The fastest of two periods counts: one that has just begun has seen few requests.
             if now - self._period_began > RECENT_S:
                 self._fastest_before_s, self._fastest_s = self._fastest_s, math.inf
                 self._period_began = now

@@ -14,7 +14,7 @@ import functools
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, TypeVar
 
-from tinkex._runtime.long_wait import LongWait
+from tinkex._runtime.clock import LongWait
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec

@@ -1,9 +1,21 @@
-"""The clock everything waits by: injectable, so that tests need not sleep."""
+"""The clock that waits go by, and the pacing of long ones.
+
+`Clock` is injectable, so that tests need not sleep.  `LongWait` paces one wait of one thread, which
+blocks for `LongWait.slice_s` at a time and logs what it waits for when a notice is due.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from typing import Protocol
+from typing import Optional, Protocol
+
+#: The longest pause between two notices about one wait, in seconds.
+LONGEST_NOTICE_S = 300.0
+
+#: On Windows a wait for a lock or a queue cannot be interrupted before Python 3.14.
+_LONGEST_SLICE_S = 0.25 if sys.platform == "win32" else LONGEST_NOTICE_S
 
 
 class Clock(Protocol):
@@ -29,3 +41,46 @@ class SystemClock:
 
 
 SYSTEM_CLOCK = SystemClock()
+
+
+class LongWait:
+    """One wait, which begins now.
+
+    Args:
+        notice_after_s: seconds until the first notice; each pause is twice the one before, up to
+            LONGEST_NOTICE_S.
+        timeout_s: seconds until the wait is over; None is no limit.
+    """
+
+    __slots__ = ("_began", "_deadline", "_notice_at", "_pause_s", "timeout_s")
+
+    def __init__(self, notice_after_s: float, timeout_s: Optional[float] = None) -> None:
+        self.timeout_s = timeout_s
+        self._began = time.monotonic()
+        self._deadline = math.inf if timeout_s is None else self._began + timeout_s
+        self._pause_s = notice_after_s
+        self._notice_at = self._began + notice_after_s
+
+    def slice_s(self) -> float:
+        """Seconds to block before the limits are looked at again."""
+        left_s = min(self._deadline, self._notice_at) - time.monotonic()
+        return max(0.0, min(left_s, _LONGEST_SLICE_S))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began
+
+    @property
+    def is_over(self) -> bool:
+        """True once the timeout has passed."""
+        return time.monotonic() >= self._deadline
+
+    def notice_is_due(self) -> bool:
+        """True if the wait is to be explained now; the next notice is due after a longer pause."""
+        now = time.monotonic()
+        if now < self._notice_at:
+            return False
+        self._pause_s = min(2 * self._pause_s, LONGEST_NOTICE_S)
+        self._notice_at = now + self._pause_s
+        return True

@@ -14,11 +14,12 @@ _RESERVED = 64
 
 
 def are_exhausted(error: BaseException) -> bool:
-    """Tell whether *error*, or what it was raised from, is about descriptors that ran out."""
+    """Return whether *error*, or what it was raised from, is about descriptors that ran out."""
     seen: Optional[BaseException] = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
             return True
+        # requests and urllib3 keep what they wrap in args[0] or `reason`, and not always as cause.
         inner = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
         reason = getattr(seen, "reason", None)
         seen = reason if isinstance(reason, BaseException) else inner or seen.__cause__

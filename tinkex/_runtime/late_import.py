@@ -26,7 +26,7 @@ _modules: Dict[str, Any] = {}  # completely imported modules; sys.modules may ho
 
 def import_late(name: str) -> Any:
     """Return the module *name*, imported at the first call.  Thread-safe."""
-    module = _modules.get(name)
+    module = _modules.get(name)  # atomic
     if module is None:
         thread = threading.get_ident()
         with _condition:
@@ -126,13 +126,15 @@ def names_in_stub(
 
 
 def _before_fork() -> None:
+    # Released in the parent and in the child after the fork: no import begins in between.
     _condition.acquire()
-    me = threading.get_ident()
+    me = threading.get_ident()  # its own import goes on in the child, with the lock that it holds
     _condition.wait_for(lambda: not _importing.keys() - {me}, _MAX_FORK_WAIT_S)
 
 
 def _after_fork_in_child() -> None:
     me = threading.get_ident()
+    # Imports that took longer than the wait; their threads do not exist here.
     for thread in _importing.keys() - {me}:
         del _importing[thread]
     _condition.release()

@@ -1,13 +1,18 @@
-"""What must happen when the process exits or forks, for everything that is open.
+"""What happens when the process exits or forks, and the work that finalizers leave for later.
 
 One ``atexit`` hook and one fork hook per process, installed with the first `track`; both walk
 weak references, so tracking keeps nothing alive.  Nothing starts at import, and the exit hook
 starts no thread (Thread.start fails there on Python 3.12).
+
+A finalizer may run at any time in any thread, even while that thread holds a lock of this package
+or of logging.  So it only defers its work: the next call of any client, the heartbeats or the exit
+of the process runs it, whichever comes first.
 """
 
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import logging
 import os
@@ -15,7 +20,7 @@ import sys
 import threading
 import time
 import weakref
-from typing import List, Protocol
+from typing import Any, Callable, Deque, List, Protocol, Tuple
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,10 @@ _lock = threading.Lock()
 _tracked: weakref.WeakKeyDictionary[Tracked, None] = weakref.WeakKeyDictionary()
 _installed = False
 _hooked_pid = 0  # the multiprocessing child that _hook_multiprocessing has prepared
+
+# What finalizers deferred.  Appending to a deque is atomic and takes no lock.
+_deferred: Deque[Tuple[Callable[..., object], Tuple[Any, ...]]] = collections.deque()
+_runs_at_exit = False
 
 
 def module_lock() -> threading.Lock:
@@ -94,6 +103,7 @@ def _hook_multiprocessing() -> None:
 
 def _at_exit() -> None:
     with _lock:
+        # Newest first: a ServiceClient is closed before the manager that finishes its session.
         things: List[Tracked] = list(_tracked)[::-1]
     status = exit_status()
     deadline = time.monotonic() + EXIT_BUDGET_S
@@ -123,9 +133,43 @@ def _restore_interrupt() -> None:
 
 def _after_fork_in_child() -> None:
     global _lock, _hooked_pid
-    _lock = threading.Lock()  # the parent's may be held by a thread that is not here
+    _lock = threading.Lock()  # the parent's may be held by a thread that does not exist here
     things = list(_tracked)
     _tracked.clear()
     for thing in things:
         thing.forget_after_fork()
     _hooked_pid = 0  # multiprocessing forgets its hooks only after this
+
+
+def defer(function: Callable[..., object], *args: Any) -> None:
+    """Have ``function(*args)`` called later.  Safe in finalizers."""
+    global _runs_at_exit
+    _deferred.append((function, args))
+    if not _runs_at_exit:  # registered twice, if two threads race, it does no harm
+        _runs_at_exit = True
+        atexit.register(run_deferred)
+
+
+def call_from_finalizer(function: Callable[..., object], *args: Any) -> None:
+    """Call ``function(*args)`` now, or later if the finalizer has interrupted this package."""
+    # The finalizer itself is the first frame.  Any of ours below it may hold one of our locks.
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("tinkex."):
+            defer(function, *args)
+            return
+        frame = frame.f_back
+    function(*args)
+
+
+def run_deferred() -> None:
+    """Do what finalizers left to be done.  Thread-safe."""
+    while _deferred:
+        try:
+            function, args = _deferred.popleft()
+        except IndexError:  # another thread was faster
+            return
+        try:
+            function(*args)
+        except Exception:
+            logger.exception("deferred work failed")

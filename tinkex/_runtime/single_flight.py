@@ -60,6 +60,7 @@ class SingleFlight(Generic[T]):
                 if closing.is_set():
                     raise ClientClosedError("the client was closed while it waited for the server")
             if flight.error is not None:
+                # A copy for each thread: raising adds to an error's traceback.
                 raise copy.copy(flight.error) from flight.error
             if not flight.abandoned:
                 return flight.value  # type: ignore[return-value]  # a T once it has landed
@@ -71,12 +72,13 @@ class SingleFlight(Generic[T]):
             value = flight.value = work()
             flight.abandoned = False
             return value
-        except ClientClosedError:
+        except ClientClosedError:  # of this client alone: a thread of another one leads next
             raise
         except Exception as error:
             flight.error = error
             raise
         finally:
+            # A new caller that still finds this flight sees that it has landed, and leads another.
             flight.landed.set()
             with self._lock:
                 if self._flight is flight:  # an error would keep its frames alive

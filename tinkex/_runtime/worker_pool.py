@@ -70,12 +70,14 @@ class WorkerPool:
         self._state = _State(name, idle_s)
         self.cap = cap
         self._serial = cap == 1
+        # It refers to the state alone: a reference to the pool would keep the pool alive.  At exit
+        # the owner closes the pool, or its daemon threads simply stop.
         weakref.finalize(self, self._state.stop_from_finalizer).atexit = False
 
     @property
     def waiting(self) -> int:
         """How many tasks were queued and not begun yet."""
-        return self._state.backlog
+        return self._state.backlog  # one read of an int needs no lock
 
     def submit(self, task: Task) -> None:
         """Queue *task*; does not block.
@@ -85,10 +87,11 @@ class WorkerPool:
                 The task will not run.
         """
         state = self._state
-        trouble: Optional[RuntimeError] = None
+        trouble: Optional[RuntimeError] = None  # logged once the lock is released
         with state.lock:
             if state.closed or state.draining:
                 raise ClientClosedError(f"{state.name} was closed")
+            # Each queued task will take one idle thread; this one needs a thread beyond those.
             if state.backlog >= state.idle and len(state.threads) < self.cap:
                 # Before the task is queued: one reported as refused must not run later.
                 trouble = self._start_thread_locked()
@@ -98,7 +101,10 @@ class WorkerPool:
             logger.debug("could not start another %s thread: %s", state.name, trouble)
 
     def submit_to_idle(self, task: Task, most: int) -> None:
-        """Have threads that are idle now run *task*, *most* at most; starts none, never raises."""
+        """Have threads that are idle now run *task*, *most* at most; never raises.
+
+        Starts no thread: at interpreter exit that fails on Python 3.12.
+        """
         state = self._state
         with state.lock:
             if state.closed or state.draining:
@@ -128,8 +134,10 @@ class WorkerPool:
         """Start a thread; return why not, if there are others to do the work."""
         state = self._state
         name = state.name if self._serial else f"{state.name}-{state.started}"
+        # A daemon: the interpreter joins all other threads before it runs exit hooks, so that a
+        # long poll would delay the exit by seconds.
         thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
-        state.threads.append(thread)
+        state.threads.append(thread)  # before it starts, because _work ends if it is not listed
         try:
             thread.start()
         except RuntimeError as error:  # interpreter shutdown, or no more threads to be had
@@ -150,7 +158,8 @@ class WorkerPool:
         """
         with self._state.lock:
             self._state.closed = True
-        self._state.queue.put(None)  # each thread that sees it puts it back for the next
+        # One is enough: each thread that takes it puts it back for the next.
+        self._state.queue.put(None)
 
     def drain(self) -> None:
         """Refuse new tasks and let the threads end after the queued ones.  Does not block."""
@@ -161,8 +170,9 @@ class WorkerPool:
     def join(self, deadline: float) -> List[str]:
         """Wait until *deadline* (monotonic) for the threads; return the names of those left."""
         with self._state.lock:
+            # Without an ident it was not started, because of Ctrl-C; join would raise.
             threads = [t for t in self._state.threads if t.ident is not None]
-        current = threading.current_thread()
+        current = threading.current_thread()  # a task may close the pool that runs it
         for thread in threads:
             if thread is not current:
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -173,7 +183,7 @@ class WorkerPools:
     """The pools of one client, which are closed together.  Thread-safe."""
 
     def __init__(self) -> None:
-        # Guards _pools.
+        # Guards _pools, which is weak: a pool ends when its owner is collected.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
@@ -199,7 +209,7 @@ class WorkerPools:
 
 
 def _work(state: _State) -> None:
-    with state.lock:
+    with state.lock:  # held by the thread that starts this one, until the lists agree
         if threading.current_thread() not in state.threads:  # its start was interrupted
             return
     while True:
@@ -219,8 +229,8 @@ def _next_task(state: _State) -> Optional[Task]:
         with state.lock:
             state.idle += 1
         try:
-            # Inbox tells why its timeout must not be short; a thread that went on waiting would
-            # only stay idle.
+            # With a very short timeout this may block for ever before Python 3.13 (see Inbox);
+            # here it would only leave a thread idle.
             task = state.queue.get(timeout=state.idle_s)
         except queue.Empty:
             task = None
@@ -228,12 +238,12 @@ def _next_task(state: _State) -> Optional[Task]:
             state.idle -= 1
             if task is not None:
                 state.backlog -= 1
-                if not state.closed:
+                if not state.closed:  # a closed pool begins nothing, even what is queued
                     return task
             if state.closed or state.draining:
                 if state.closed:
                     _drop_tasks(state)
-                state.queue.put(None)
+                state.queue.put(None)  # for the next thread
             elif state.backlog:  # a task came just as we gave up waiting
                 continue
             state.threads.remove(threading.current_thread())

@@ -8,7 +8,7 @@ import secrets
 from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, TypeVar
 
 from tinkex._api import sampling as api
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import PendingRequest, SamplerId
 from tinkex._runtime.single_flight import SingleFlight
 from tinkex._sampling.sample_checks import (

@@ -48,7 +48,7 @@ class BeatQueue:
         """
         for name, host in list(self._hosts.items()):
             if host.waiting and len(host.sent) < self._allowed(host, now):
-                self._hosts[name] = self._hosts.pop(name)  # to the end of the line
+                self._hosts[name] = self._hosts.pop(name)  # to the end: dicts keep their order
                 host.sent.append(now)
                 return name, host.waiting.popleft()
         return None
@@ -57,9 +57,10 @@ class BeatQueue:
         """Note the end, at *now*, of a beat taken at *sent*."""
         entry = self._hosts.get(host)
         if entry is not None:
-            entry.sent.remove(sent)
+            entry.sent.remove(sent)  # of two with the same time, either
             if responded:
                 took_s = now - sent
+                # A moving average; the first response sets it.
                 weight = 0.2 if entry.responds is not None else 1.0
                 entry.usual_s += weight * (took_s - entry.usual_s)
             entry.responds = responded
@@ -76,9 +77,9 @@ class BeatQueue:
             # Hosts that did not respond last time get half of the workers at most, all together.
             troubled = sum(len(h.sent) for h in self._hosts.values() if h.responds is False)
             return 1 if troubled < self._workers // 2 else 0
-        if len(self._hosts) == 1:
+        if len(self._hosts) == 1:  # there is no other host to keep workers free for
             return self._workers
-        if host.responds is None:
+        if host.responds is None:  # not known yet: an equal share
             return max(2, self._workers // len(self._hosts))
         # It may begin to hang at this very moment: some workers stay free for the others.
         return 1 if host.overdue(now) else self._workers - self._workers // 4

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Callable, Optional
 
 from tinkex._runtime.clock import Clock
-from tinkex._runtime.deferred import run_deferred
+from tinkex._runtime.lifecycle import run_deferred
 from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session_record import (
     FINISH_S,
@@ -86,7 +86,7 @@ class HeartbeatThread:
         self._sending_inline = False
 
     def wake(self) -> None:
-        """Have the thread look at the registry again."""
+        """Have the thread check the registry again."""
         self.inbox.put(Wake())
 
     def ensure_running(self) -> None:
@@ -102,7 +102,7 @@ class HeartbeatThread:
             if not in_charge or self._sending_inline:
                 thread = self._new_thread()
                 # With the lock held: the new thread waits for it, and if it cannot be started, the
-                # old one goes on.
+                # old one stays in charge.
                 try:
                     thread.start()
                 except RuntimeError as error:  # interpreter shutdown, or too many threads
@@ -154,20 +154,24 @@ class HeartbeatThread:
             except Exception:
                 with contextlib.suppress(Exception):  # a user's log handler may be what failed
                     logger.exception("an iteration of the heartbeat thread failed; it continues")
-                time.sleep(0.1)  # whatever it was, not in a hot loop
+                time.sleep(0.1)  # an error that repeats must not become a busy loop
 
     def run_once(self) -> bool:
         """Sleep until a beat is due or a message comes, and handle it.  False after the last."""
         with self._lock:
-            # Replaced while it was sending?  Then this must not even look into the inbox.
+            # Replaced while it was sending?  Then it must not take a message from the inbox.
             if self._thread is not threading.current_thread():
                 return False
         late_s = self._sleep()
+        # The monotonic clock stands still while the machine sleeps, so that nothing is due after
+        # it; the wall clock shows that time has passed for the server.
         jump_s = self._clock_jump()
         slept = abs(jump_s) > SLEEP_JUMP_S
         if self._leave_if_idle():
             return False
         self._report_delay(jump_s if slept else 0.0, late_s)
+        # Idle connections were closed meanwhile, by the server or a router: a beat on one of them
+        # would run into its timeout.
         if slept or late_s > SLEEP_JUMP_S:
             for record in self._registry.records():
                 record.link.drop_idle()
@@ -189,6 +193,7 @@ class HeartbeatThread:
     def _leave_if_idle(self) -> bool:
         """True if there is no session left, and this thread is no longer in charge."""
         with self._lock:
+            # In one step: a session added after this finds no thread in charge, and starts one.
             if len(self._registry):
                 return False
             self._leaving, self._thread = self._thread, None
@@ -215,6 +220,7 @@ class HeartbeatThread:
         if isinstance(message, OwnerCollected):
             self._finish_unowned(message)
         elif isinstance(message, ManagerDropped):
+            # In this thread: the finalizer that sent the message must not do any I/O.
             self.finish_all("success", "the session manager was dropped", FINISH_S)
         return 0.0
 
@@ -223,6 +229,7 @@ class HeartbeatThread:
         record = self._registry.remove_owner(message.session_id, message.token)
         if record is None:
             return
+        # By another thread, since this one must not wait for a server that hangs.
         finish = functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
         try:
             self._session_workers.submit(finish)
@@ -257,6 +264,7 @@ class HeartbeatThread:
 
     def _send(self, due: int, *, inline: bool) -> None:
         """Have the *due* queued beats sent, by this thread or by the workers."""
+        # With a single session a hung server delays no other beat, and no worker is needed.
         if inline:
             self._send_queued()
             return
@@ -280,9 +288,10 @@ class HeartbeatThread:
                 status = record.link.beat(record.session_id)
             except TinkexError as failure:
                 error = failure.message
-            except Exception as failure:
+            except Exception as failure:  # a bug of ours must not end the session either
                 error = repr(failure)
                 logger.debug("heartbeat of session %s failed", record.session_id, exc_info=True)
+            # Any status, also an error, shows that the host responds.
             self._registry.beat_ended(beat, responded=status is not None)
             self.record_heartbeat_reply(record, status, error)
 
@@ -316,6 +325,8 @@ def _new_workers() -> WorkerPool:
 def _log_verdict(record: SessionRecord, verdict: Verdict) -> None:
     """Log what a verdict means for the user; silence is the normal case."""
     session_id = record.session_id
+    # A session that just ended is no reason to warn.  But if the very first beat gets a 404, its
+    # path is probably wrong, and nothing else would show that no session is kept alive.
     if verdict.kind == "gone" and verdict.first_beat and verdict.status == 404 and record.owned:
         logger.warning(
             "the very first heartbeat of session %s got 'not found' from %s: is base_url right, "

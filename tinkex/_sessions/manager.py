@@ -89,9 +89,11 @@ class SessionManager:
             APIError: the server refused or cannot be reached; the message names it.
             ClientClosedError: the manager was closed.
         """
-        if self._registry.closed:
+        if self._registry.closed:  # before the server creates a session that could not be kept
             raise closed_error()
         creation = _Creation(config, self._open_link(config))
+        # On a thread of its own: Ctrl-C and the timeout can end the wait at any time, and a server
+        # that hangs delays no heartbeat.
         try:
             self._session_workers.submit(creation.run)
             created = creation.wait()
@@ -135,8 +137,9 @@ class SessionManager:
         Idempotent; never raises; takes at most about *timeout_s*.  A beat in flight can
         neither revive the session nor log anything more.
         """
+        # First: a beat in flight whose response comes now finds no session to revive or report.
         record = self._registry.remove(session_id)
-        self._heartbeat.wake()
+        self._heartbeat.wake()  # it ends if that was the last session
         if record is not None:
             record.finish(status, detail, timeout_s)
 
@@ -166,6 +169,7 @@ class SessionManager:
         expire, so a hung host costs one wait of two seconds.
         """
         deadline = time.monotonic() + timeout_s
+        # In this order: no session can be added, then all that there are end.
         self._registry.close()
         self._heartbeat.finish_all(status, detail, timeout_s)
         if self._status_file is not None:
@@ -188,6 +192,7 @@ class SessionManager:
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked: the child starts without sessions; the parent's live on."""
+        # New locks and queues: a thread that does not exist here may have held the old ones.
         self._finalizer.detach()
         self._start_over()
         lifecycle.track(self)
@@ -208,6 +213,7 @@ class SessionManager:
         self._heartbeat = HeartbeatThread(
             self._registry, self._session_workers, self._clock, self._on_removed, self._status_file
         )
+        # Put into the inbox, since the thread refers to the registry and never to the manager.
         self._finalizer = weakref.finalize(self, self._registry.inbox.put, ManagerDropped())
         self._finalizer.atexit = False  # close_at_exit does that
 
@@ -247,7 +253,7 @@ class _Creation:
             return
         try:
             created = self._link.create()
-        except BaseException as error:
+        except BaseException as error:  # the caller waits for it: none may be lost
             self._link.abort()
             try:
                 self._arrival.set_exception(error)
@@ -284,6 +290,8 @@ class _Creation:
 
     def give_up(self) -> None:
         """Stop waiting; a session that has arrived already is ended now."""
+        # Begins no further attempt, but does not abort: the server may be creating the session at
+        # this moment, and only the response holds the id by which it can be ended.
         self._link.give_up()
         if self._arrival.cancel() or self._arrival.exception() is not None:
             return

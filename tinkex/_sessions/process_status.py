@@ -46,7 +46,7 @@ INTERVAL_S = 10.0
 
 OFF_VARIABLE = "TINKEX_NO_STATUS_FILE"
 
-#: A process that cannot be asked for by its id (on Windows) is taken for dead after this long.
+#: On Windows, where a process cannot be looked up by its id, it counts as dead after this long.
 _SILENT_S = 120.0
 
 #: Returns the unsettled futures of each session, by its id.
@@ -142,6 +142,7 @@ class StatusFile:
             if now < self._due or (not ids and self._thread is None):
                 return
             self._due = now + INTERVAL_S
+            # Under the lock, so that `_run` sees it before it leaves.
             self._outdated.set()
             if self._thread is None:
                 self._start_thread_locked()
@@ -198,7 +199,7 @@ class StatusFile:
     ) -> ProcessStatus:
         work = self._find_work()
         servers = {record.session_id: record.host for record in records}
-        # Wall times of monotonic ones.
+        # Added to monotonic times, it makes them comparable with those of other processes.
         lead_s = self._clock.wall() - self._clock.monotonic()
         sessions = []
         for found in sorted(snapshots, key=lambda one: one.created):
@@ -226,9 +227,10 @@ class StatusFile:
     def _write(self, status: ProcessStatus) -> None:
         folder = status_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In a shared folder for temporary files, another user may have made it, e.g. as a link.
         if not _is_ours(folder):
             raise PermissionError(f"{folder} belongs to another user")
-        # Replaced in one step; its name is this thread's own.
+        # Replaced in one step, so that no reader finds half a file; the name is this thread's own.
         part = folder / f"{status.pid}.{threading.get_ident()}.part"
         try:
             part.write_text(json.dumps(dataclasses.asdict(status)), encoding="utf-8")
@@ -284,7 +286,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _read(file: Path) -> Optional[ProcessStatus]:
-    """Return what *file* says; None if it cannot be read, or another version has written it."""
+    """Return the content of *file*; None if it cannot be read, or is of another version."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         sessions = tuple(SessionStatus(**session) for session in facts.pop("sessions"))
@@ -301,6 +303,7 @@ def _lives(pid: int, status: Optional[ProcessStatus], now: float) -> bool:
         os.kill(pid, 0)
     except OSError:  # there is none, or it is another user's
         return False
+    # Process ids are used again: another start time means another process.
     return status is None or status.started is None or status.started == _start_of(pid)
 
 
@@ -308,6 +311,7 @@ def _start_of(pid: int) -> Optional[str]:
     """Return when a process was started, as Linux has it; None on other systems."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # Field 22, counted after the second, the program's name, which may hold blanks and ")".
         return stat.rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None

@@ -61,6 +61,7 @@ class SessionRegistry:
     @property
     def closed(self) -> bool:
         """True once the manager was closed; then no session can be added."""
+        # An early answer only: `add` checks it again, with the lock held.
         return self._closed
 
     def add(
@@ -78,6 +79,7 @@ class SessionRegistry:
             if self._closed:
                 raise closed_error()
             known = self._records.get(record.session_id)
+            # A session that was adopted by two clients of this process is one session here.
             if known is None:
                 now = self._clock.monotonic()
                 self._records[record.session_id] = record
@@ -122,6 +124,7 @@ class SessionRegistry:
     def remove_all(self) -> List[SessionRecord]:
         """Remove and return all sessions, those whose heartbeats succeed first."""
         with self._lock:
+            # Failing ones last: the time to end sessions is bounded, and their servers may hang.
             failing = {s.session_id for s in self._table.snapshots() if s.consecutive_failures}
             records = sorted(self._records.values(), key=lambda r: r.session_id in failing)
             self._records, self._lost, self._table = {}, {}, SessionTable()
@@ -184,7 +187,8 @@ class SessionRegistry:
                 record = self._records.get(session_id)
                 if record is not None:
                     return Beat(record, host, now)
-                self._beats.done(host, now, now, responded=True)  # it was stopped meanwhile
+                # It was stopped meanwhile; there is nothing to send.
+                self._beats.done(host, now, now, responded=True)
                 self._forget_host_locked(host)
 
     def beat_ended(self, beat: Beat, *, responded: bool) -> None:
@@ -205,12 +209,14 @@ class SessionRegistry:
         """
         with self._lock:
             session_id = record.session_id
+            # By identity: the id may have been stopped, and belong to a session elsewhere since.
             if self._records.get(session_id) is not record:
                 return None
             now = self._clock.monotonic()
             verdict = self._table.record(session_id, status=status, error=error, now=now)
             if verdict is not None and verdict.removed:
                 self._remove_locked(session_id)
+                # Until it is stopped: work that fails on it is then explained.
                 self._note_lost_locked(session_id, verdict.reason)
             return verdict
 

@@ -90,7 +90,7 @@ class Runtime:
         self._pid = os.getpid()
         self._closing = threading.Event()
         self._closed = threading.Event()
-        # Guards _closer: the thread that closes, so that only one does.
+        # Guards _closer: the thread that closes, so that only one does.  Never held while it does.
         self._lock = threading.Lock()
         self._closer: Optional[threading.Thread] = None
         self.ledger = Ledger(config.budget, config.prices)
@@ -146,6 +146,7 @@ class Runtime:
         """Return this process's runtime of that session, or open one that keeps it alive here."""
         with lifecycle.module_lock():
             found = _by_session.get((os.getpid(), session_id))
+        # Shared with the client that opened the session here, or was unpickled here earlier.
         if found is not None and not found.closed:
             return found
         return cls(config, manager, session_id)
@@ -204,7 +205,7 @@ class Runtime:
 
     def run(self, kind: str, work: Callable[[], T]) -> APIFuture[T]:
         """Run *work* on a background thread; return its future without blocking."""
-        self.ensure_open(kind)
+        self.ensure_open(kind)  # a closed one would raise below, without naming the call
         future: APIFuture[T] = self.poller.new_future(kind)
         future.enter("submitting")
         self._background.submit(functools.partial(self._run_now, future, work))
@@ -213,7 +214,7 @@ class Runtime:
     def _run_now(self, future: APIFuture[T], work: Callable[[], T]) -> None:
         if future.done():  # cancelled while it waited for a thread
             return
-        try:
+        try:  # on tinkex-create-i or tinkex-rest-i
             with active(future.operation):
                 value = work()
             self.transport.config = self.config  # the server is there: max_outage_s from now on
@@ -238,7 +239,7 @@ class Runtime:
             if mine:
                 self._closer = threading.current_thread()
         if not mine:
-            # A callback on one of our threads must not wait for the close that joins its thread.
+            # A callback on one of our threads must not wait for a close that joins its thread.
             if not threading.current_thread().name.startswith("tinkex-"):
                 self._closed.wait(max(0.0, deadline - time.monotonic()))
             return
@@ -274,6 +275,7 @@ class Runtime:
 
     def _stop_work(self) -> None:
         """Refuse new work, wake every waiter, and have the threads end."""
+        # The event first: without it, an aborted request looks like an outage, and is retried.
         self._closing.set()
         self.poller.close(
             ClientClosedError(
@@ -296,9 +298,11 @@ class Runtime:
         """See lifecycle.Tracked: nothing to do, since every method looks at `forked`."""
 
     def __del__(self) -> None:
+        # What a failed __init__ has not set is missing; then the caller already has the error.
         session = getattr(self, "_session", None)
         if session is None or not session.owned or not hasattr(self, "_background"):
             return
+        # No lock and no join: this may run in any thread, even inside one of our locks.
         if self._closer is None and not self._closed.is_set() and not self.forked:
             # Not with source=self: what records the warning would keep the session alive.
             warnings.warn(

@@ -85,6 +85,7 @@ class Session:
         self._asking: SingleFlight[None] = SingleFlight()
         self._alive_at = self._ask_again_at = 0.0
         self._alive_in_a_row = 0
+        # With the owner, a client that is merely dropped ends its session, too.
         if session_id is None:
             session_id = manager.start_session(config, owner=self)
         else:
@@ -107,15 +108,15 @@ class Session:
         """Return the error to show for failed work: SessionLostError if the session was lost.
 
         Blocks for a few seconds at most, to ask the server, if the work failed because something
-        that it needs is not there, or after it was accepted: the next heartbeat may be seconds
-        away.
+        that it needs is not there, or after it was accepted.
         """
         if error.session_id is None:
             error.session_id = self.session_id
         if not isinstance(error, (APIStatusError, RequestFailedError, ResultExpiredError)):
             return error
-        may_be_lost = error.status in GONE or isinstance(error, RequestFailedError)
-        if may_be_lost:
+        # A lost session fails no work by itself; the server's response to the work does.
+        # By then the loss may still be unknown: the next heartbeat may be seconds away.
+        if error.status in GONE or isinstance(error, RequestFailedError):
             self._ask_after_failure()
         reason = self.manager.lost_reason(self.session_id)
         if reason is None:
@@ -129,7 +130,7 @@ class Session:
         )
 
     def how_to_resume(self) -> str:
-        """A sentence on how to continue a run that cannot go on."""
+        """Return a sentence on how to resume a run that has failed."""
         last = self.last_checkpoint
         if last:
             return f"Resume with create_training_client_from_state_with_optimizer({last!r})."
@@ -138,7 +139,7 @@ class Session:
     def _how_to_replace(self) -> str:
         if self.owned:
             return f"Create a new ServiceClient. {self.how_to_resume()}"
-        # Only the process that opened it knows what was saved, and where to go on.
+        # Only the process that opened it knows what was saved, and from where to resume.
         return (
             "Another process opened this session and has ended or lost it: have that process "
             "make a new sampler, and keep its ServiceClient open while the sampler is used."
@@ -149,7 +150,8 @@ class Session:
         failed_at = time.monotonic()
         if self._alive_in_a_row >= ALIVE_IN_A_ROW and failed_at - self._alive_at < ALIVE_FOR_S:
             return
-        # The first question may be another thread's, sent before the failure.
+        # Twice: the first question may be another thread's, sent before this failure, when the
+        # session may still have been alive.
         for _ in range(2):
             lost = self.manager.lost_reason(self.session_id) is not None
             if lost or self._alive_at >= failed_at:
@@ -158,8 +160,9 @@ class Session:
                 self._asking.run(self._ask_whether_gone, self._transport.closing)
 
     def _ask_whether_gone(self) -> None:
-        """Send a heartbeat, again if what comes back is no response of the server."""
+        """Send a heartbeat, and note whether the session is alive, gone, or not known to be."""
         asked_at = time.monotonic()
+        # During an outage, thousands of failing futures would wait for a timeout each.
         if asked_at < self._ask_again_at:
             return
         try:

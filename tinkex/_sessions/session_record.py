@@ -76,6 +76,8 @@ class HTTPLink:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        # Of its own: closed connections, limits or a load of requests of the clients must not delay
+        # or end a heartbeat.
         self._transport = Transport(config, closing=threading.Event())
         # Shorter than the interval: the next beat is the retry.
         self._beat_timeout_s = min(HEARTBEAT_TIMEOUT_S, config.heartbeat_interval_s)
@@ -137,8 +139,9 @@ class SessionRecord:
     def add_owner(self, owner: object, inbox: Inbox[Message]) -> None:
         """Have *inbox* get an OwnerCollected message when *owner* is collected."""
         token = object()
+        # A finalizer may run in any thread, even inside a lock of ours: it only puts a message.
         finalizer = weakref.finalize(owner, inbox.put, OwnerCollected(self.session_id, token))
-        finalizer.atexit = False
+        finalizer.atexit = False  # the manager's close_at_exit ends the session
         self._owners[token] = finalizer
 
     def remove_owner(self, token: object) -> bool:
@@ -151,14 +154,14 @@ class SessionRecord:
         return bool(self._owners)
 
     def detach_owners(self) -> None:
-        """Have the fate of the owners no longer matter, for a session that has ended."""
+        """Ignore the collection of the owners from now on: the session has ended."""
         for finalizer in self._owners.values():
             finalizer.detach()
 
     def finish(self, status: str, detail: Optional[str], timeout_s: float) -> bool:
         """Report the session's end to the server, once, and close the connection.
 
-        Never raises an Exception.  False if the server was asked and did not respond.
+        Never raises an Exception.  False if the server did not respond.
         """
         try:
             if self.owned and timeout_s > 0 and self._server.missing_status(FINISH_ROUTE) is None:
@@ -220,6 +223,7 @@ class FinishRound:
                     return
                 host, session_id = item
                 self._under_way += 1
+                # With no time left, `finish` sends nothing, and only closes the connection.
                 left_s = 0.0 if host in self._silent_hosts else max(0.0, self._deadline - began)
             # Half of what is left: one silent host must not use up the time of all.
             responded = self._records[session_id].finish(

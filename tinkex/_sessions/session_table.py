@@ -114,21 +114,16 @@ class SessionTable:
         # which are recognised by their time and dropped when they surface.
         self._heap: List[Tuple[float, str]] = []
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, session_id: str) -> bool:
-        return session_id in self._entries
-
     def add(self, session_id: str, policy: HeartbeatPolicy, *, now: float, phase: float) -> None:
         """Add a session; its first beat is due after *phase* (in [0, 1)) of its interval."""
+        # A random phase spreads the beats of sessions that are created together.
         due = now + phase * policy.interval_s
         self._entries[session_id] = _Entry(session_id, policy, now, due, last_success=now)
         heapq.heappush(self._heap, (due, session_id))
 
-    def remove(self, session_id: str) -> bool:
-        """Remove a session; False if it is not there."""
-        return self._entries.pop(session_id, None) is not None
+    def remove(self, session_id: str) -> None:
+        """Remove a session, if it is there."""
+        self._entries.pop(session_id, None)
 
     def next_due(self) -> Optional[float]:
         """When the next beat is due, or None without sessions."""
@@ -153,6 +148,8 @@ class SessionTable:
                 return due
             entry = self._entries[heapq.heappop(self._heap)[1]]
             interval = entry.policy.interval_s
+            # Re-armed before it is sent, so that a beat that hangs or fails does not delay the next
+            # one.  A multiple of the interval keeps the session's phase and skips missed beats.
             entry.due += interval * (1 + (now - entry.due) // interval)
             heapq.heappush(self._heap, (entry.due, entry.session_id))
             if not entry.in_flight:
@@ -161,6 +158,7 @@ class SessionTable:
 
     def beat_all_at(self, now: float) -> None:
         """Make every session due at *now*, e.g. after the machine slept."""
+        # The items that are in the heap become stale; `next_due` drops them.
         for entry in self._entries.values():
             entry.due = now
             heapq.heappush(self._heap, (now, entry.session_id))
@@ -219,8 +217,11 @@ class SessionTable:
         policy = entry.policy
         silent_s = now - entry.last_success
         kind = "failing"
+        # Twice the same status: two different ones, e.g. 401 and then 403, may be two accidents.
         before, entry.refused = entry.refused, status if _refuses(status) else None
         confirmed = entry.refused is not None and entry.refused == before
+        # The order matters: what the server decided comes before the limits set here, and those
+        # before a mere warning.  See docs/protocol.md, "Heartbeats".
         if status in (404, 410):
             kind = "gone"
         elif confirmed:

@@ -131,8 +131,9 @@ class Reporter:
         """Report that *future* failed with *error*.  Never raises."""
         if isinstance(error, ClientClosedError):
             return
+        # The error of a part of the work was reported with that part's own future.
         if getattr(error, "request_id", None) not in (None, future.request_id):
-            return  # it was reported for the part of the work that failed
+            return
         try:
             if future.request_id is not None:
                 found = failed_request(
@@ -167,12 +168,13 @@ class Reporter:
             return
         deadline = time.monotonic() + timeout_s
         thread.join(timeout_s)
-        if thread.is_alive():
+        if thread.is_alive():  # in a request: aborting it ends the thread
             self._close_transport()
             thread.join(max(0.1, deadline - time.monotonic()))
 
     def finalizer_hook(self) -> None:
         """Stop the thread from a finalizer; what waits is still sent."""
+        # Sets no flag under the lock, which the thread that runs the finalizer may hold.
         self._queue.put(_STOP)
 
     def _generic(self, name: str, data: Mapping[str, Any], severity: str) -> bool:
@@ -180,7 +182,7 @@ class Reporter:
 
     def _add(self, kind: str, severity: str, fields: Mapping[str, Any]) -> bool:
         """Queue an event for the thread, which the first one starts; False if it is dropped."""
-        if self._pid != os.getpid():  # its lock may be dead here
+        if self._pid != os.getpid():  # after a fork, its lock may be held for ever
             return False
         at = datetime.datetime.fromtimestamp(self._clock.wall(), datetime.timezone.utc)
         event = {
@@ -191,6 +193,8 @@ class Reporter:
             **fields,
         }
         trouble: Optional[RuntimeError] = None
+        # Index and place in the queue in one step, so that events are sent in order; a dropped one
+        # leaves a gap that the server can see.
         with self._lock:
             event["event_session_index"] = self._next_index
             self._next_index += 1
@@ -229,6 +233,7 @@ class Reporter:
                     return
                 more_waiting = len(events) == BATCH
         finally:
+            # The server takes no events, or the session is over: later ones are dropped at once.
             with self._lock:
                 self._closed = True
                 while not self._queue.empty():
@@ -258,7 +263,7 @@ class Reporter:
 
     def _send(self, events: List[Event], channel: Channel) -> bool:
         """Send *events*, or drop them; False if there is no point in sending more."""
-        go_on = True
+        useful = True
         try:
             reply = send_telemetry(
                 self._transport,
@@ -273,16 +278,16 @@ class Reporter:
             logger.debug("%d events were not reported: status %d", len(events), reply.status)
             if reply.status in ABSENT:
                 self._transport.server.note_missing(ROUTE, reply.status)
-                go_on = False
+                useful = False
         except ClientClosedError:
-            go_on = False
+            useful = False
         except TinkexError as error:
             logger.debug("%d events were not reported: %s", len(events), error)
-        except Exception:
+        except Exception:  # telemetry must never disturb the program
             logger.exception("%d events were not reported", len(events))
         with self._lock:
             self.dropped += len(events)
-        return go_on
+        return useful
 
     def _close_transport(self) -> None:
         self._transport.closing.set()

@@ -62,7 +62,7 @@ def _is_user_error(error: BaseException) -> bool:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """*error* and what led to it."""
-    seen: List[BaseException] = []
+    seen: List[BaseException] = []  # chains can be circular
     found: Optional[BaseException] = error
     while found is not None and found not in seen:
         seen.append(found)

@@ -22,7 +22,7 @@ from typing import (
     Union,
 )
 
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._runtime.late_import import np
 from tinkex._transport.request import Reply
 from tinkex._transport.server_flags import ServerFlags

@@ -12,7 +12,7 @@ from tinkex._api._call import read
 from tinkex._api._optional import optional_route
 from tinkex._api.encoding_choice import submit_batch
 from tinkex._api.training import submit
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import PendingRequest
 from tinkex._training.batch import Chunk, Loss, in_indices_of_batch, read_pass
 from tinkex._transport.request import Reply

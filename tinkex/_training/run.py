@@ -25,7 +25,7 @@ from typing import (
 from tinkex._api import training as api
 from tinkex._api._call import read
 from tinkex._api.encoding_choice import batch_codec
-from tinkex._results.nan_warning import NaNWarning
+from tinkex._results.notices import NaNWarning
 from tinkex._results.pending import AcceptedRequest
 from tinkex._training.batch import Chunk, Loss, check_encoding, cut
 from tinkex._training.gradient import Contents, Gradient, Piece, SplitBatch

@@ -1,8 +1,7 @@
-"""Limits: how much may be under way at the same time, and which thread waits for it.
+"""Limits: how much may be in flight at the same time, and which thread waits for it.
 
 A `Quota` limits bytes or requests in flight, `UnreadLimit` the futures that were not read, and a
-`RateLimiter` the requests after a 429.  No threads: a caller that has to wait does so in its own
-thread, in a function whose name shows in a stack dump (``faulthandler``) what it waits for.
+`RateLimiter` the requests after a 429.  No threads: a caller that has to wait blocks in its own.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import queue
 import threading
 from typing import Callable, Deque, Iterator, Optional, Protocol, Set
 
-from tinkex._runtime.clock import SYSTEM_CLOCK, Clock
+from tinkex._runtime.clock import SYSTEM_CLOCK, Clock, LongWait
 from tinkex._runtime.inbox import Inbox
-from tinkex._runtime.long_wait import LongWait
 from tinkex.errors import BackpressureError, ClientClosedError
 
 logger = logging.getLogger(__name__)
 
-#: A waiting thread checks this often whether it should stop, in seconds; `wake` checks immediately.
+#: A waiting thread checks this often, in seconds, whether it should stop; `wake` has it check now.
 _CHECK_INTERVAL_S = 1.0
 
-#: Returned places are counted once there are this many: each put is cheap, counting takes the lock.
+#: Places that were given back are counted once there are this many, or when none is left.
 _COUNT_AT = 256
 
 #: After a back-off, requests go out a few at a time for this long, in seconds ...
@@ -51,9 +49,8 @@ class _Waiter:
 class Quota:
     """A limit on what is in use at the same time; further callers wait, first come, first served.
 
-    Something is granted while no more than *size* is in use (docs/protocol.md, "Back-pressure"):
-    one piece that is larger than *size* still passes, and the next one waits for it.
-    Thread-safe.
+    An amount is granted while no more than *size* is in use (docs/protocol.md, "Back-pressure"), so
+    one larger than *size* still passes, and the next one waits for it.  Thread-safe.
 
     Args:
         name: of what is counted, for messages.
@@ -73,7 +70,7 @@ class Quota:
     def acquire(
         self, amount: int, stopped: Callable[[], bool], future: Optional[Waits] = None
     ) -> None:
-        """Take *amount*; blocks until something is left and all earlier callers have theirs.
+        """Take *amount*; blocks until no more than *size* is in use and it is this caller's turn.
 
         *future* shows the wait in its status.  Give the amount back with `release`.
 
@@ -81,9 +78,11 @@ class Quota:
             ClientClosedError: *stopped*, which is checked once a second and at `wake`.
         """
         with self._lock:
+            # Not past those who wait: a steady flow of small requests would starve a large one.
             if not self._queue and self._used <= self.size:
                 self._used += amount
                 return
+        # The names of this method and its like show in a stack dump what a thread waits for.
         self._wait_for_quota(amount, stopped, future)
 
     def release(self, amount: int) -> None:
@@ -121,6 +120,7 @@ class Quota:
         try:
             with self._lock:
                 self._queue.append(waiter)
+                # All may have been given back since `acquire` looked, and no release would follow.
                 self._grant_locked()
             if future is not None:
                 future.waiting_for = self.describe
@@ -128,9 +128,11 @@ class Quota:
                 if stopped():
                     raise ClientClosedError(f"closed or cancelled during a wait ({self._name})")
                 waiter.woken.wait(_CHECK_INTERVAL_S)
+                # Only `wake` sets it without granting.  A grant after this check is seen by the
+                # loop, which looks at `granted` before it waits again.
                 if not waiter.granted:
                     waiter.woken.clear()
-        except BaseException:  # Ctrl-C too: pass on what it may have been given
+        except BaseException:  # Ctrl-C, too: what was granted meanwhile would be lost
             self._leave_queue(waiter)
             raise
         finally:
@@ -159,17 +161,15 @@ def megabytes(amount: int) -> str:
 
 
 class UnreadLimit:
-    """Limits the futures that a client has given out and that were not read yet.
+    """Limits the futures of a client that were not read yet.  Thread-safe.
 
-    A future is read with `result`, `exception` or a callback, or when it is collected.  Readers and
-    finalizers release a place by a put into an Inbox, which is safe anywhere.  Thread-safe.
+    A future is read with `result`, `exception` or a callback, or when it is collected.
 
-    A thread that waits here cannot read, so a program that has no other one waits forever.  That
-    cannot be known, since any thread may come to read: the log warns of the danger.
+    A thread that waits here cannot read, so a program without another thread waits forever.  That
+    cannot be detected, since any thread may start to read: the log warns of it.
 
     Args:
-        limit: at this many, `acquire` waits, or raises; None counts nothing.
-        raises: it raises.
+        limit: at this many, `acquire` waits, or raises if *raises*; None counts nothing.
         closing: ends waiting.
         notice_after_s: a longer wait is logged.
     """
@@ -181,12 +181,14 @@ class UnreadLimit:
         self._raises = raises
         self._closing = closing
         self._notice_after_s = notice_after_s
+        # Places given back.  A queue and not a counter with a lock: finalizers release places, and
+        # one may run in a thread that holds the lock.
         self._released: Inbox[None] = Inbox()
-        # Guards _count, which those in _released are still part of, and _submitters.
+        # Guards _count, which includes those in _released, and _submitters.
         self._lock = threading.Lock()
         self._count = 0
-        # Threads that took a place; more than two need not be known.  Not their ids, which are
-        # used again.
+        # Threads that took a place; after the second one it does not matter.  Not their ids, which
+        # are reused.
         self._submitters: Set[threading.Thread] = set()
 
     @property
@@ -198,7 +200,7 @@ class UnreadLimit:
         """Take a place for the future of *what*; blocks while there is none.
 
         Raises:
-            BackpressureError: there is none, and it is to raise.
+            BackpressureError: there is none, and the limit *raises*.
             ClientClosedError: the client was closed meanwhile.
         """
         if self._limit is None:
@@ -240,8 +242,8 @@ class UnreadLimit:
                 pass
             else:
                 if not self._closing.is_set():
-                    return  # the place of a future that was read; the count stays
-                self._released.put(None)  # for the next thread that waits
+                    return  # it has taken over the place of a future that was read
+                self._released.put(None)  # `wake` puts one for all threads: pass it on
             if self._closing.is_set():
                 raise ClientClosedError(f"{what}: the client was closed during a wait")
             if wait.notice_is_due():
@@ -273,22 +275,23 @@ _READ_THEM = (
 
 
 class RateLimiter:
-    """Holds submissions back after a 429, for all clients of a server and key.  Thread-safe.
+    """Throttles submissions after a 429, for all clients of a server and key.  Thread-safe.
 
     For a while after the back-off, requests go out a few at a time (docs/protocol.md,
-    "Back-pressure"): otherwise all that were held back would reach the server in the same moment.
+    "Back-pressure"): otherwise all that waited would reach the server in the same moment.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
-        # Guards writes to _not_before, which is read without it.
+        # Guards writes to _not_before.  Each request reads it, without the lock: one that reads the
+        # old value goes out as it would have a moment before.
         self._lock = threading.Lock()
         self._not_before = float("-inf")
         # A quota grants while no more than its size is in use, which is one more request.
         self._quota = Quota("requests after a 429", MAX_AFTER_429 - 1, unit=str)
 
     def back_off(self, delay_s: float) -> None:
-        """Hold submissions back for *delay_s* seconds; an earlier, longer back-off stands."""
+        """Pause submissions for *delay_s* seconds; a longer back-off that began earlier stands."""
         until = self._clock.monotonic() + delay_s
         with self._lock:
             self._not_before = max(self._not_before, until)
@@ -303,7 +306,7 @@ class RateLimiter:
         return self._clock.monotonic() < self._not_before + RECENT_S
 
     def acquire(self, pause: Callable[[float], None], stopped: Callable[[], bool]) -> None:
-        """Wait for the end of the back-off, and then for one of the few places; see `release`.
+        """Wait for the end of the back-off and for one of MAX_AFTER_429 places; see `release`.
 
         *pause* waits for a number of seconds and raises if *stopped*, which is checked regularly.
         """
@@ -312,7 +315,7 @@ class RateLimiter:
             self._quota.acquire(1, stopped)
             if self.wait_s() <= 0:
                 return
-            self._quota.release(1)  # there was another 429 meanwhile
+            self._quota.release(1)  # there was another 429 during the wait for the place
 
     def release(self) -> None:
         """Give the place back.  Does not block."""
@@ -323,7 +326,7 @@ class RateLimiter:
         self._quota.wake()
 
     def describe(self) -> Optional[str]:
-        """In words, how requests are held back; None if they are not."""
+        """In words, how requests are throttled; None if they are not."""
         wait_s = self.wait_s()
         if wait_s > 0:
             return f"rate-limited by the server (429), {wait_s:.1f} s to go"

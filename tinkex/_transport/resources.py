@@ -1,6 +1,6 @@
 """ClientResources: the transport of one client, and what bounds and counts its work.
 
-Sessions and session-less connections own one each; what does their work is handed it.
+A client's Runtime owns them and hands them on.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.metrics import Recorder
 
-#: What a token of a prompt counts, in bytes.
-TOKEN_BYTES = 10
-
-#: Shortly after a 429 a sample counts this many times its size.
+# What a token of a prompt counts, in bytes, and by how much more shortly after a 429
+# (docs/protocol.md, "Back-pressure").
+_TOKEN_BYTES = 10
 _THROTTLED_FACTOR = 20
 
 
@@ -47,12 +46,13 @@ class ByteLimits:
         self._resize(ServerFlags())
 
     def sample_bytes(self, tokens: int) -> int:
-        """What a sampling request with this many prompt tokens takes of ``samples`` now."""
+        """What a sampling request with this many prompt *tokens* takes of ``samples`` now."""
         self.adjust()
-        return tokens * TOKEN_BYTES * (_THROTTLED_FACTOR if self._server.limiter.throttled else 1)
+        return tokens * _TOKEN_BYTES * (_THROTTLED_FACTOR if self._server.limiter.throttled else 1)
 
     def adjust(self) -> None:
-        """Take the server's flags into account, once they are known."""
+        """Apply the server's flags, once they are known."""
+        # Two threads may both do it, with the same outcome.
         flags = self._server.flags.static
         if flags is not None and not self._sized_by_server:
             self._sized_by_server = True
@@ -79,11 +79,11 @@ class ClientResources:
 
     Attributes:
         transport: sends its requests.  What is known of the server is in its ``server``.
-        limits: how many bytes may be under way.
+        limits: how many bytes may be in flight.
         unread: how many futures may be unread.
         recorder: counts its work, for `ServiceClient.metrics`.
         billing: how long it waits while the account cannot pay.
-        pools: its threads, but for those of callbacks and of telemetry.
+        pools: its threads, except those of callbacks and of telemetry.
     """
 
     transport: Transport

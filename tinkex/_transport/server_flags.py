@@ -1,8 +1,7 @@
 """ServerFlags: what the server reports about itself (docs/protocol.md, "Server flags").
 
-Requested when they are first needed, once per server and credential, by one thread for all; every
-transport of the process shares the response.  A server without the route has the default flags.
-No threads of its own: flags that change are requested again when they are next needed.
+Requested when they are first needed, once per server and credential, by one thread for all.  There
+is no thread that refreshes them: flags that change are requested again when they are next needed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ABSENT = (404, 405, 501)
 #: One request for flags may take this long, in seconds.
 TIMEOUT_S = 10.0
 
-#: Flags that change are requested no more often than this, in seconds, whatever the server asks.
+#: Flags that change are requested no more often than this, in seconds, whatever their interval.
 MIN_REFRESH_S = 10.0
 
 # Servers choose flags by the version a client claims: the generation that we speak, and the only
@@ -42,10 +41,7 @@ _BODY = orjson.dumps({"sdk_version": PROTOCOL_VERSION})
 
 @dataclasses.dataclass(frozen=True)
 class ServerFlags:
-    """``client/config``: the flags that have an effect here.  Sizes are bytes.
-
-    Every flag is optional, and others are ignored.
-    """
+    """``client/config``: the flags that have an effect here.  Sizes are bytes."""
 
     pjwt_auth_enabled: bool = False
     credential_default_source: str = "api_key"
@@ -76,15 +72,14 @@ F = TypeVar("F", ServerFlags, DynamicFlags)
 
 
 class FlagCache:
-    """The flags of one server under one credential, as far as they are known.
+    """The flags of one server under one credential, as far as they are known."""
 
-    The attributes are replaced, never changed, by the leader of a flight, and read without a lock.
-    """
+    # No lock: the leader of a flight replaces an attribute in one step, and never changes a value.
 
     def __init__(self) -> None:
         self.static: Optional[ServerFlags] = None
         self.static_flight: SingleFlight[ServerFlags] = SingleFlight()
-        # With the monotonic instant from which they are to be asked for again.
+        # With the monotonic instant of their next refresh.
         self.dynamic: Optional[Tuple[DynamicFlags, float]] = None
         self.dynamic_flight: SingleFlight[DynamicFlags] = SingleFlight()
         # Responses to requests tried once that looked like a gateway's: see RetryPolicy.
@@ -92,10 +87,10 @@ class FlagCache:
 
 
 def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
-    """Return the server's flags; the first call asks, later ones do not block.
+    """Return the server's flags; the first call requests them, later ones do not block.
 
-    Retried for ``startup_timeout_s``, or tried *once*.  A failure is not remembered, except that
-    the server lacks the route.
+    Retried for ``startup_timeout_s``, or tried *once*.  A failure is not remembered, but a missing
+    route is: such a server has the default flags.
 
     Raises:
         APIError: the server cannot be reached, refuses the credential, or sends nonsense.
@@ -105,20 +100,20 @@ def flags_for(transport: Sender, *, once: bool = False) -> ServerFlags:
     if known.static is not None:
         return known.static
 
-    def ask() -> ServerFlags:
-        if known.static is None:  # the flight before ours may have landed just now
-            # Never a token: the response tells whether the server uses tokens.
+    def fetch() -> ServerFlags:
+        if known.static is None:  # another thread may have fetched them since we looked
+            # Never with a token: the flags decide whether the server uses tokens.
             request = _request("client/config", raw_credential=True)
-            known.static = _ask(transport, request, ServerFlags, known if once else None)
+            known.static = _fetch(transport, request, ServerFlags, known if once else None)
         return known.static
 
-    return known.static_flight.run(ask, transport.closing)
+    return known.static_flight.run(fetch, transport.closing)
 
 
 def dynamic_flags_for(transport: Sender) -> DynamicFlags:
-    """Return the flags that may change; asks when those it has are ``refresh_interval_sec`` old.
+    """Return the flags that may change; refreshes them once they are ``refresh_interval_sec`` old.
 
-    A refresh is tried once, and if it fails the old flags stay for another interval.  Raises as
+    A refresh is tried once, and if it fails the old flags stay for another interval.  Raises like
     `flags_for`, on the first call only.
     """
     known = transport.server.flags
@@ -129,7 +124,7 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
             return None
         return found[0]
 
-    def ask() -> DynamicFlags:
+    def fetch() -> DynamicFlags:
         flags = current()
         if flags is None:
             old = known.dynamic
@@ -138,17 +133,17 @@ def dynamic_flags_for(transport: Sender) -> DynamicFlags:
             known.dynamic = flags, transport.clock.monotonic() + interval_s
         return flags
 
-    return current() or known.dynamic_flight.run(ask, transport.closing)
+    return current() or known.dynamic_flight.run(fetch, transport.closing)
 
 
 def _refresh(transport: Sender, known: FlagCache, old: Optional[DynamicFlags]) -> DynamicFlags:
     request = _request("client/dynamic_config")
     try:
-        return _ask(transport, request, DynamicFlags, None if old is None else known)
+        return _fetch(transport, request, DynamicFlags, None if old is None else known)
     except APIError as error:
         if old is None:
             raise
-        logger.debug("the server's flags stay as they are: %s", error)
+        logger.debug("keeping the old flags of the server: %s", error)
         return old
 
 
@@ -163,18 +158,19 @@ def _request(route: str, *, raw_credential: bool = False) -> Request:
     )
 
 
-def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
+def _fetch(transport: Sender, request: Request, kind: Type[F], once: Optional[FlagCache]) -> F:
     """Request flags, with retries; or *once*, which counts the responses of gateways."""
     try:
         if once is not None:
-            reply = _ask_once(transport, request, once)
+            reply = _fetch_once(transport, request, once)
         else:
             policy = RetryPolicy(max_elapsed_s=transport.config.startup_timeout_s, cap_s=4.0)
             reply = transport.send(request, policy)
     except APIStatusError as error:
         if error.status not in ABSENT:
             raise
-        transport.server.note_missing(_route_of(request), error.status or 404)
+        route = request.name.replace("/api/v1/", "")
+        transport.server.note_missing(route, error.status or 404)
         return kind()
     payload = reply.json()
     if not isinstance(payload, dict):
@@ -184,13 +180,16 @@ def _ask(transport: Sender, request: Request, kind: Type[F], once: Optional[Flag
     return read_flags(kind, payload)
 
 
-def _ask_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
+def _fetch_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
+    """Send one attempt: the callers are attempts of other requests, which have retries."""
     try:
         reply = transport.send_once(request)
         damaged = error_if_damaged(request, reply)
         if damaged is not None:
             raise APIConnectionError(damaged.message, status=reply.status) from damaged
     except APIConnectionError as error:
+        # Something that looks like a gateway's page may be the server's own "no such route".  A
+        # RetryState counts such responses of one request; here each comes to another caller.
         own = server_error_behind(error)
         known.gateway_answers += own is not None
         if own is None or RetryPolicy().retries_gateway(known.gateway_answers):
@@ -201,16 +200,12 @@ def _ask_once(transport: Sender, request: Request, known: FlagCache) -> Reply:
     return reply
 
 
-def _route_of(request: Request) -> str:
-    return request.name.replace("/api/v1/", "")
-
-
 def read_flags(kind: Type[F], payload: Mapping[str, Any]) -> F:
     """Read flags from a decoded response: unknown and null ones are ignored.
 
-    A flag of the wrong type, or a size that is not positive, is logged and takes its default: a
-    client should not stop for a flag that it may never need.
+    A flag of the wrong type, or a size that is not positive, is logged and takes its default.
     """
+    # No error: a client should not fail for a flag that it may never need.
     given: Dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         value = payload.get(field.name)

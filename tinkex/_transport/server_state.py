@@ -1,7 +1,7 @@
 """ServerState: all that this process knows of one server, as one credential sees it.
 
-Nothing is requested here: code that meets a difference between servers notes it, and no later
-request meets it again.  `state_of` is the one registry, kept for the life of the process.
+Nothing is requested here: code that finds out how a server differs notes it, for all later requests
+of the process.  `state_of` is the one registry, kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MAX_NOTES = 256
 
 @dataclasses.dataclass(frozen=True)
 class ServerDialect:
-    """How a server speaks, as far as it is known: a snapshot, which does not change.
+    """What is known of how a server speaks the protocol: a snapshot, which does not change.
 
     Attributes:
         encoding: of training batches: ``"protobuf"``, ``"json"``, or None while not known.
         compression: of their bodies: ``"zstd"``, or None.
-        missing_routes: optional routes that it turned out not to have.
+        missing_routes: optional routes that it does not have, as far as they were tried.
         creates_runs_by_loading: True if one request makes a run from a checkpoint, False if the
             run must be made first, None while not known.
     """
@@ -75,7 +75,8 @@ class ServerState:
         self.tokens = TokenSource(config)
         self.encoding_search: SingleFlight[None] = SingleFlight()
         self.pid = os.getpid()
-        # Each is replaced in one step, and read as it is.
+        # No lock: each is replaced in one step, and a reader that gets the old value only sends a
+        # request as it would have a moment before.
         self.codec: Optional[Codec] = None
         self.compression: Optional[str] = None
         self.refuses_compression = False
@@ -89,11 +90,9 @@ class ServerState:
             self._inherit(parent)
 
     def _inherit(self, parent: ServerState) -> None:
-        """Take over what the *parent* process knew before a fork.
-
-        Without its lock, which may have been held; the parent's threads are not here, so nothing
-        changes what is read.
-        """
+        """Copy what the *parent* process knew before a fork."""
+        # Without its lock, which may have been held by a thread that does not exist here; for the
+        # same reason nothing changes what is read.
         for name in ("codec", "compression", "refuses_compression", "creates_runs_by_loading"):
             setattr(self, name, getattr(parent, name))
         self._notes = set(parent._notes)
@@ -106,11 +105,9 @@ class ServerState:
             return self._missing.get(route)
 
     def note_missing(self, route: str, status: int) -> None:
-        """Note that *status* means there is no *route*, unless the route has worked before.
-
-        The status then is about something that the request named.
-        """
+        """Note that *status* means there is no *route*, unless the route has worked before."""
         with self._lock:
+            # If it has worked, the status is about something that the request named.
             if route not in self._present:
                 self._missing[route] = status
 
@@ -121,10 +118,9 @@ class ServerState:
             self._missing.pop(route, None)
 
     def dialect(self, forced: Optional[Codec] = None) -> ServerDialect:
-        """What is known now; *forced* is an encoding that the settings prescribe.
-
-        Without the lock, which may have been held when a child was forked that prints this.
-        """
+        """What is known now; *forced* is an encoding that the settings prescribe."""
+        # Without the lock: the child of a fork may print this, and a thread of the parent's may
+        # have held it.
         codec = forced or self.codec
         return ServerDialect(
             encoding=None if codec is None else codec.name,
@@ -154,9 +150,9 @@ _states: Dict[Tuple[str, str], ServerState] = {}
 def state_of(config: Config) -> ServerState:
     """Return what this process knows of the server of *config* under its credential.
 
-    Always the same object, except that the child of a fork gets one of its own: locks of the
-    parent's may have been held, and requests under way, when it was copied.
+    Always the same object, except that the child of a fork gets one of its own.
     """
+    # The parent's locks may have been held, and its flights under way, when it was copied.
     key = config.base_url, config.key_digest
     with lifecycle.module_lock():
         state = _states.get(key)

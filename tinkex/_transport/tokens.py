@@ -1,14 +1,15 @@
 """TokenSource: the credential of each request (docs/protocol.md, "Authentication").
 
 Shared by all transports of the process that use one server and one credential.  It has no thread:
-the request that notices that a token grows old renews it, while the others go on with the old one;
-heartbeats alone are frequent enough to notice in time.  Lifetimes go by the wall clock.
+the request that notices that a token is due renews it, while the others continue to use the old
+one; heartbeats alone are frequent enough to notice in time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 import threading
 from typing import TYPE_CHECKING, List, Mapping, NoReturn, Optional, Tuple
@@ -38,22 +39,23 @@ logger = logging.getLogger(__name__)
 #: One exchange may take this long, in seconds.
 EXCHANGE_TIMEOUT_S = 10.0
 
-#: A request waits for a new token when the old one lasts no longer than this, in seconds, or than
-#: a quarter of its life if that is less.
+#: Requests wait for a new token when less than this is left of the old one, in seconds, or than a
+#: quarter of its life if that is less.
 URGENT_S = 60.0
 
-#: Pauses after a renewal that failed, in seconds: before the old token is urgently due, and then.
+#: Pauses after a renewal that failed, in seconds: before it is urgent, and after that.
 RETRY_S = 60.0
 URGENT_RETRY_S = 5.0
 
 #: A request with a timeout up to this, in seconds, renews no token that is still good: it may be
-#: the last one of a process that exits.
+#: the last one before the process exits.
 NO_RENEWAL_S = 5.0
 
-# A client's clock may be so far from the server's, in seconds, before it is not believed.
+# The client's and the server's clocks may differ by this much, in seconds.
 _SKEW_S = 60.0
 
-# This many tokens and command outputs are remembered, to be kept out of messages.
+# This many tokens and command outputs are remembered, to be kept out of messages: requests with
+# older ones may still be in flight.
 _SECRETS_KEPT = 3
 
 _KEY_HEADER = "X-API-Key"
@@ -61,27 +63,29 @@ _KEY_HEADER = "X-API-Key"
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """What goes into ``X-API-Key``, and until when; instants are seconds since the epoch.
+    """The value of ``X-API-Key``, and its lifetime; instants are seconds since the epoch.
 
     Attributes:
         renew_at: about half of its life is over.
         urgent_at: it is about to expire.
         renewable: another one can be fetched in its place.
-        exchanged: the server made it; otherwise it is a key, or what the command printed.
+        exchanged: the server issued it; otherwise it is a key, or the output of the command.
     """
+
+    # By the wall clock, as the claims of a token are.
 
     text: str = dataclasses.field(repr=False)
     renewable: bool = False
     exchanged: bool = False
-    renew_at: Optional[float] = None
-    urgent_at: Optional[float] = None
-    expires_at: Optional[float] = None
+    renew_at: float = math.inf
+    urgent_at: float = math.inf
+    expires_at: float = math.inf
 
     @classmethod
     def received(cls, text: str, now: float, rand: float, *, exchanged: bool = True) -> Token:
-        """Plan the life of a token that came at *now*; *rand* is uniform in [0, 1).
+        """Plan the renewal of a token received at *now*; *rand* is uniform in [0, 1).
 
-        One that is no JWT, or names no expiry, is good until it is refused.
+        One that is not a JWT, or has no expiry, is good until it is refused.
         """
         claims = read_claims(text)
         if claims is None or claims.expires_at is None:
@@ -91,16 +95,13 @@ class Token:
         expires_at = claims.expires_at
         margin_s = min(URGENT_S, life_s / 4)
         if life_s and not began - _SKEW_S <= now < expires_at - margin_s:
-            # New, and by our clock not yet valid or about to expire: the clocks disagree.
+            # New, and by our clock not yet valid or about to expire: the clocks disagree.  The
+            # lifetime holds all the same, from now.
             began, expires_at = now, now + life_s
-        # Spread, so that many processes do not renew in the same moment.
         urgent_at = expires_at - margin_s
+        # Spread, so that many processes do not renew in the same moment.
         renew_at = min(began + life_s * (0.45 + 0.1 * rand), urgent_at)
         return cls(text, True, exchanged, renew_at, urgent_at, expires_at)
-
-    def has_come(self, instant: Optional[float], now: float) -> bool:
-        """True if one of its instants has passed; None never does."""
-        return instant is not None and now >= instant
 
 
 class TokenSource:
@@ -129,10 +130,10 @@ class TokenSource:
             return tuple(self._secrets)
 
     def token_for(self, sender: Sender, request: Request) -> Optional[Token]:
-        """Return what *request* is to be sent with; None if there is no credential.
+        """Return the token to send *request* with; None if there is no credential.
 
         Blocks for an exchange only if there is no good token, or if this request is the one that
-        renews an ageing one.  Tries once: the retries are the caller's.
+        renews it.  Tries once: the retries are the caller's.
 
         Raises:
             CredentialError: the token has expired and cannot be renewed, or the command failed.
@@ -143,6 +144,7 @@ class TokenSource:
             return None
         if self._static:
             return self._static_token(sender.clock.wall())
+        # The request for the flags comes here; it must not wait for the flags below.
         if request.raw_credential:
             return Token(self._raw(sender, forced=False))
         flags = _flags(sender)
@@ -164,11 +166,10 @@ class TokenSource:
         return self._flight.run(work, sender.closing)
 
     def forget(self, refused: Token) -> None:
-        """Note that the server refused a credential: a command is run again for the next request.
-
-        Not for tokens that the server made itself: those it calls invalid, and the rest stands.
-        """
+        """Note a 401: the credential command is run again for the next request."""
         with self._lock:
+            # A token that the server issued stands, unless the 401 calls it invalid (see `renew`):
+            # any other 401 is about the request.
             if self._token is refused and not refused.exchanged:
                 self._token = None
 
@@ -191,19 +192,21 @@ class TokenSource:
         now = sender.clock.wall()
         with self._lock:
             token, not_before = self._token, self._not_before
-        if token is not None and not token.has_come(token.renew_at, now):
+        if token is not None and now < token.renew_at:
             return token
-        good = token is not None and not token.has_come(token.expires_at, now)
-        urgent = token is None or token.has_come(token.urgent_at, now)
+        good = token is not None and now < token.expires_at
+        urgent = token is None or now >= token.urgent_at
         if token is not None and good:
-            is_urgent_request = (request.read_timeout_s or NO_RENEWAL_S + 1) <= NO_RENEWAL_S
-            if now < not_before or is_urgent_request or (self._flight.busy and not urgent):
+            is_short = (request.read_timeout_s or NO_RENEWAL_S + 1) <= NO_RENEWAL_S
+            # Another thread is renewing it: no need to wait unless this one is about to expire.
+            renewing = self._flight.busy and not urgent
+            if now < not_before or is_short or renewing:
                 return token
 
         def work() -> Token:
             current = self._current()
             if current is not None and current is not token:
-                return current  # the flight before ours has landed just now
+                return current  # another thread has renewed it since we looked
             return self._obtain(sender, request, flags)
 
         try:
@@ -215,12 +218,12 @@ class TokenSource:
             with self._lock:
                 self._not_before = now + pause_s
             logger.warning(
-                "the token for %s could not be renewed and is used on: %s", self._host, error
+                "the token for %s could not be renewed; using the old one: %s", self._host, error
             )
             return token
 
     def _obtain(self, sender: Sender, request: Request, flags: ServerFlags) -> Token:
-        """Make a new token and remember it.  Only one thread at a time is here."""
+        """Fetch a new token and keep it.  Called by the leader of a flight only."""
         forced = flags.credential_default_source == "credential_cmd"
         raw = text = self._raw(sender, forced=forced)
         if flags.pjwt_auth_enabled:
@@ -230,7 +233,7 @@ class TokenSource:
         with self._lock:
             self._token, self._not_before = token, 0.0
             self._remember_locked(text)
-        logger.debug("a new token for %s", self._host)
+        logger.debug("fetched a new token for %s", self._host)
         return token
 
     def _remember_locked(self, secret: str) -> None:
@@ -254,6 +257,7 @@ class TokenSource:
 
     def _exchange(self, sender: Sender, request: Request, raw: str) -> str:
         """``POST auth/token``, once.  After 404, 405 or 501 the key itself is used."""
+        # The request waits for the exchange, which must not take longer than the request may.
         limit_s = min(EXCHANGE_TIMEOUT_S, request.read_timeout_s or EXCHANGE_TIMEOUT_S)
         exchange = Request(
             "POST",
@@ -267,7 +271,7 @@ class TokenSource:
         )
         reply = sender.send_once(exchange)
         if reply.status in ABSENT:
-            logger.info("%s has no route for tokens; the key itself is sent", self._host)
+            logger.info("%s has no auth/token; sending the key itself", self._host)
             return raw
         if not 200 <= reply.status < 300:
             _raise_as_outage(sender.status_error(exchange, reply))
@@ -289,14 +293,16 @@ def _flags(sender: Sender) -> ServerFlags:
 
 
 def _raise_as_outage(error: APIError) -> NoReturn:
-    """Raise *error*; one that may pass is an outage for the request that needs the token."""
+    """Raise *error*; a temporary one is an outage for the request that needs the token."""
+    # As an APIStatusError it would be taken for the response to that request.
     if error.retryable:
         raise APIConnectionError(error.message, status=error.status) from error
     raise error
 
 
 def _read_jwt(body: bytes) -> Optional[str]:
-    """The token of a response, or None; no exception, which would hold the response."""
+    """The token of a response, or None if it holds none."""
+    # No exception leaves this function: its traceback would hold the response, and so the token.
     try:
         payload = orjson.loads(body)
         text = payload.get("jwt") if isinstance(payload, dict) else None
@@ -308,6 +314,6 @@ def _read_jwt(body: bytes) -> Optional[str]:
     return None
 
 
-def is_invalid_token(status: int, headers: Mapping[str, str]) -> bool:
-    """True if a response means that the token, not the request, is at fault."""
-    return status == 401 and 'error="invalid_token"' in headers.get("www-authenticate", "")
+def is_invalid_token(headers: Mapping[str, str]) -> bool:
+    """True if the *headers* of a 401 mean that the token, not the request, is at fault."""
+    return 'error="invalid_token"' in headers.get("www-authenticate", "")

@@ -164,7 +164,7 @@ class Transport:
         channel = channel or self._connections.shared(request.traffic)
         reply = self._follow(request, headers, token, channel)
         if token is not None and reply.status == 401:
-            if token.renewable and is_invalid_token(reply.status, reply.headers):
+            if token.renewable and is_invalid_token(reply.headers):
                 # Not counted as an attempt: the server has not looked at the request itself.
                 token = self.server.tokens.renew(self, request, token)
                 reply = self._follow(request, headers, token, channel)

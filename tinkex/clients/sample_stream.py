@@ -27,9 +27,9 @@ from typing import (
     Union,
 )
 
-from tinkex._runtime.deferred import call_from_finalizer
+from tinkex._runtime.clock import LongWait
 from tinkex._runtime.inbox import Inbox
-from tinkex._runtime.long_wait import LongWait
+from tinkex._runtime.lifecycle import call_from_finalizer
 from tinkex.errors import (
     BackpressureError,
     BudgetExceededError,

@@ -41,9 +41,8 @@ def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     names are those of the first chunk; one that another chunk lacks is dropped, because reducing
     only some of the chunks would give a wrong value.
 
-    Where the official SDK raises an error or drops a metric, this does not: a name without exactly
-    one colon, or with an unknown reduction, is treated like ``unique``, which loses nothing; a mean
-    over chunks without any datum is unweighted.  A single chunk is reduced like several.
+    A name without exactly one colon, or with an unknown reduction, is treated like ``unique``; a
+    mean over chunks without any datum is unweighted.  A single chunk is reduced like several.
 
     Raises:
         InvalidInputError: *outputs* is empty.
@@ -52,6 +51,8 @@ def combine(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
         raise InvalidInputError("there are no outputs to combine")
     weights = [len(output.loss_fn_outputs) for output in outputs]
     metrics: Dict[str, float] = {}
+    # The official SDK raises an error for an unknown reduction, or drops the metric.  Here a metric
+    # that a server adds must not cost the result of a batch.
     for name in outputs[0].metrics:
         if all(name in output.metrics for output in outputs):
             values = [output.metrics[name] for output in outputs]
@@ -75,6 +76,7 @@ def _reduce(name: str, values: Sequence[float], weights: Sequence[int]) -> Mappi
         return {name: _max(values)}
     if reduction == "slack":
         return {name: _max(values) - _mean(values, weights)}
+    # In integers: the float64 sum of two large hashes would lose their low bits.
     if reduction == "hash2" and all(math.isfinite(value) for value in values):
         return {name: sum(int(value) & _UINT64 for value in values) & _UINT64}
     return {name if i == 0 else f"{name}_{i}": value for i, value in enumerate(values)}

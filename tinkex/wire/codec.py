@@ -1,6 +1,6 @@
 """The two encodings of bulk values, JSON and protobuf, behind one interface.
 
-`codec_for` picks one by content type.  Pure functions, safe from any thread.
+`codec_for` chooses one by content type.  Pure functions, safe from any thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 JSON_CONTENT_TYPE = "application/json"
 PROTOBUF_CONTENT_TYPE = "application/x-protobuf"
 
-#: What Python, numpy, orjson and protobuf raise for malformed values.
+#: What Python, numpy, orjson and protobuf raise for malformed values.  Not Exception: a fault of
+#: ours should show as one.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -135,6 +136,7 @@ def translating(error_type: Type[TinkexError], doing: str) -> Iterator[None]:
         yield
     except error_type:
         raise
+    # Values check themselves with InvalidInputError; in a response that is the server's fault.
     except TinkexError as error:
         raise error_type(f"{doing}: {error.message}", hint=error.hint) from error
     except _MALFORMED as error:

@@ -1,6 +1,6 @@
 """The JSON encoding (docs/protocol.md, "JSON encoding"), by orjson: it writes numpy buffers in C.
 
-JSON has no NaN and no infinity: both are written as null, and null is read as NaN.
+JSON has no NaN and no infinity: orjson writes both as null, and null is read as NaN.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class JsonCodec:
                 "data": [_datum_to_json(datum) for datum in request.data],
                 "loss_fn": request.loss_fn,
             }
+            # Not even an empty one: some servers reject fields that they do not know
+            # (docs/protocol.md, "Bodies").
             if request.loss_fn_config:
                 batch["loss_fn_config"] = dict(request.loss_fn_config)
             key = "forward_input" if request.forward_only else "forward_backward_input"
@@ -70,6 +72,8 @@ class JsonCodec:
         """Read the body of ``forward_backward`` or ``forward``, distinguished by its key."""
         with translating(InvalidInputError, "malformed JSON training request"):
             payload = _load_object(body)
+            # The key, and not the route, decides whether there is a backward pass: a body with both
+            # would be ambiguous.
             keys = [key for key in _INPUT_KEYS if key in payload]
             if len(keys) != 1:
                 raise ValueError(f"expected one of {' and '.join(_INPUT_KEYS)}")
@@ -189,6 +193,7 @@ def _load_object(body: bytes) -> Dict[str, Any]:
 def _expect(payload: Any, key: str, kind: type) -> Any:
     """Return ``payload[key]``; ValueError if it is missing or not of type *kind*."""
     value = payload.get(key) if isinstance(payload, dict) else None
+    # bool is a subclass of int, and true is not a seq_id.
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(
             f"field {key!r} should be of type {kind.__name__}, not {excerpt(value, 100)}"
@@ -245,9 +250,10 @@ def _floats(values: Any) -> npt.NDArray[np.float32]:
 
 
 def _logprobs(values: Optional[List[Optional[float]]]) -> Any:
-    """Return the values as a flat array; None for an empty list, as in protobuf."""
+    """Return the values as a flat float32 array; None for an empty list, as in protobuf."""
     if not values:
         return None
+    # A program that only samples need not import numpy for it.  Nulls go the longer way.
     if len(values) <= SHORT and {*map(type, values)} <= {float, int}:
         return array.array("f", values)
     logprobs = _floats(values)
@@ -290,17 +296,20 @@ def _topk_from_json(
     """Read ``[null or [[id, logprob], ...], ...]``; short rows are padded with the sentinel."""
     if not rows:
         return None
+    # All cells in one array first: a Python loop over tokens would take longer than decoding.
     filled = [row or [] for row in rows]
     lengths = np.array([len(row) for row in filled])
     k = int(lengths.max())
     if k == 0:
         return None
+    # float64 holds every int32 exactly; float32 would round token ids above 2**24.
     cells = np.array(list(chain.from_iterable(filled)), dtype=np.float64)
     if cells.shape != (int(lengths.sum()), 2):
         raise ValueError("a top-k cell is not a pair of token id and logprob")
     ids = cells[:, 0]
     if not bool(np.all((ids >= 0) & (ids <= 0x7FFFFFFF) & (ids == np.floor(ids)))):
         raise ValueError("a top-k cell does not begin with a token id")
+    # The mask, (rows, k), fills both arrays row by row, in the order of the cells.
     used = np.arange(k) < lengths[:, np.newaxis]
     token_ids = np.zeros(used.shape, dtype=np.int32)
     logprobs = np.full(used.shape, TOPK_SENTINEL, dtype=np.float32)

@@ -57,7 +57,8 @@ _WIRE_DTYPES: Mapping[int, str] = {
 _STOP_REASONS = {pb.STOP: "stop", pb.LENGTH: "length"}
 _STOP_CODES = {name: code for code, name in _STOP_REASONS.items()}
 
-#: Limit for a record without fields, so that a few bytes on the wire cannot exhaust memory.
+#: Limit for a record without fields, whose size is a mere number: a few bytes on the wire must not
+#: exhaust memory.
 _MAX_EMPTY_DATUMS = 1 << 20
 
 #: numpy's own limit.
@@ -115,6 +116,7 @@ class ProtobufCodec:
             outputs: List[Dict[str, TensorData]] = []
             for record in message.loss_fn_outputs:
                 outputs.extend(_get_record(record))
+            # "module:Class", or the class alone (docs/protocol.md, "Results in protobuf").
             kind = message.loss_fn_output_type
             kind = kind.rpartition(":")[2] if message.loss_fn_outputs else kind or "ArrayRecord"
             return ForwardBackwardOutput(outputs, dict(message.metrics), kind)
@@ -189,8 +191,11 @@ def _to_array(raw: bytes, dtype: int) -> Array:
     wire_dtype = _WIRE_DTYPES.get(dtype)
     if wire_dtype is None:
         raise ValueError(f"unknown tensor dtype {dtype}")
+    # frombuffer refuses bytes that are not a multiple of the item size; its array is read-only and
+    # refers to the message, so what is returned is a copy.
     values = np.frombuffer(raw, wire_dtype)
     if dtype == pb.BFLOAT16:
+        # A bfloat16 is the upper half of a float32: widening is exact, NaN and infinity included.
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32 if dtype == pb.FLOAT32 else np.int64)
 
@@ -310,6 +315,7 @@ def _put_record(
 
 def _get_record(message: pb.ArrayRecord) -> List[Dict[str, TensorData]]:
     columns = {name: _get_batched(name, field) for name, field in message.fields.items()}
+    # num_datums is 0 for "not set", too; the fields decide then.
     count = message.num_datums or max((len(column) for column in columns.values()), default=0)
     if any(len(column) != count for column in columns.values()):
         sizes = {name: len(column) for name, column in columns.items()}
@@ -330,6 +336,7 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     trailing_shape = tuple(message.trailing_shape)
     if any(n < 0 for n in trailing_shape):
         raise ValueError(f"field {name!r} has trailing shape {trailing_shape}")
+    # Offsets count bytes, and each must be the beginning of a row of *trailing_shape*.
     row = math.prod(trailing_shape)
     fits = (
         offsets.size > 0
@@ -340,6 +347,7 @@ def _get_batched(name: str, message: pb.BatchedTensor) -> List[TensorData]:
     )
     if not fits:
         raise ValueError(f"the offsets of field {name!r} do not fit its {len(data)} bytes")
+    # From here on in values: rows per datum, and one shape object for all datums of a length.
     bounds = offsets // itemsize
     lengths = np.diff(bounds) // max(row, 1)
     shapes = {length: (length, *trailing_shape) for length in set(lengths.tolist())}
@@ -369,6 +377,7 @@ def _get_sequence(message: pb.SampledSequence) -> SampledSequence:
     stop_reason = _STOP_REASONS.get(message.stop_reason)
     if stop_reason is None:
         raise ValueError(f"unknown stop reason {message.stop_reason}")
+    # Not by numpy, which a program that only samples need not import.
     tokens = from_bytes("i", message.tokens)
     logprobs = from_bytes("f", message.logprobs) if message.logprobs else None
     if logprobs is not None and len(logprobs) != len(tokens):

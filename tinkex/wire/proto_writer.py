@@ -69,6 +69,7 @@ def forward_backward_request(request: ForwardBackwardRequest) -> Parts:
     block: List[Part] = [_text(1, request.model_id), _number(2, request.seq_id)]
     blocks, filled, total = [block], 0, sum(map(len, block))
     for datum in request.data:
+        # Between datums only: an array is never cut, since that would copy it.
         if filled >= _BLOCK_BYTES:
             block, filled = [], 0
             blocks.append(block)
@@ -93,6 +94,7 @@ def _varint(value: int) -> bytes:
     """Encode an int32 or int64; negative values take ten bytes."""
     if not -(1 << 63) <= value < (1 << 63):
         raise ValueError(f"{value} does not fit into 64 bits")
+    # Negative numbers are written in two's complement of 64 bits, int32 too.
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 0x7F:
@@ -106,6 +108,7 @@ def _tag(field: int, wire_type: int) -> bytes:
     return bytes((field << 3 | wire_type,))
 
 
+# Cached, like the frames below: the sizes of a batch repeat, and a varint takes a loop in Python.
 @lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
     """Return the tag and the length before *size* bytes."""
@@ -121,6 +124,7 @@ def _text(field: int, value: str) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
+    # Nothing for 0: proto3 leaves out default values, as the protobuf library does.
     return _tag(field, _VARINT) + _varint(value) if value else b""
 
 
@@ -134,8 +138,9 @@ def _message(field: int, content: bytes) -> bytes:
 
 def _put_datum(block: List[Part], datum: Datum) -> int:
     """Append *datum*; return its size in bytes."""
+    # The head of a message holds its size, which is known only after its parts.
     at = len(block)
-    block.append(b"")  # replaced by the head once the size is known
+    block.append(b"")
     size = 0
     for chunk in datum.model_input.chunks:
         if isinstance(chunk, EncodedTextChunk):
@@ -148,6 +153,7 @@ def _put_datum(block: List[Part], datum: Datum) -> int:
             block.append(written)
             size += len(written)
     inputs = datum.loss_fn_inputs
+    # Sorted, so that the same batch gives the same bytes (docs/protocol.md, "Protobuf encoding").
     for name in sorted(inputs) if len(inputs) > 1 else inputs:
         tensor = inputs[name]
         if tensor.crow_indices is None or tensor.col_indices is None:

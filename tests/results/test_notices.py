@@ -8,8 +8,8 @@ from typing import List, Tuple
 import pytest
 from support.clocks import ManualClock
 
-from tinkex._results import pause_log
-from tinkex._results.pause_log import PauseNotices
+from tinkex._results import notices as notices_module
+from tinkex._results.notices import PauseNotices
 
 RUN = "run session-1:train:0"
 
@@ -21,7 +21,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def notices(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> PauseNotices:
-    caplog.set_level(logging.INFO, "tinkex._results.pause_log")
+    caplog.set_level(logging.INFO, "tinkex._results.notices")
     return PauseNotices(clock)
 
 
@@ -88,7 +88,7 @@ def test_answers_without_a_state_tell_nothing(
 def test_samplers_of_long_ago_are_forgotten(
     notices: PauseNotices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pause_log, "_KEPT", 3)
+    monkeypatch.setattr(notices_module, "_KEPT", 3)
     for number in range(10):
         notices.note(f"sampler {number}", "paused_capacity", None)
     assert list(notices._pauses) == ["sampler 7", "sampler 8", "sampler 9"]

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 
-from tinkex._runtime.deferred import call_from_finalizer, defer, run_deferred
+from tinkex._runtime.lifecycle import call_from_finalizer, defer, run_deferred
 
 
 def finalizer(done: List[str]) -> None:

@@ -1,7 +1,4 @@
-"""PauseNotices: logs that the server has paused a sampler or a run, and why.
-
-Waiting futures show it, too (`FutureStatus`); the log is for programs that do not look there.
-"""
+"""What is logged about a sampler or a run, not too often: pauses by the server, NaN logprobs."""
 
 from __future__ import annotations
 
@@ -29,7 +26,10 @@ class _Pause:
 
 
 class PauseNotices:
-    """Gets the queue state of every pending response.  Thread-safe."""
+    """Logs that the server has paused a sampler or a run, and why.  Thread-safe.
+
+    Waiting futures show it, too (`FutureStatus`); the log is for programs that do not look there.
+    """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
@@ -45,9 +45,10 @@ class PauseNotices:
             return
         now = self._clock.monotonic()
         with self._lock:
-            if state == "active" and owner not in self._pauses:
+            if state == "active" and owner not in self._pauses:  # the usual case
                 return
             pause = self._pauses.setdefault(owner, _Pause())
+            # A program may make any number of samplers; the oldest entries go.
             if len(self._pauses) > _KEPT:
                 del self._pauses[next(iter(self._pauses))]
             resumed = state == "active" and pause.logged
@@ -55,6 +56,8 @@ class PauseNotices:
                 pause.since, pause.logged = None, False
             elif pause.since is None:
                 pause.since = now
+            # Decided under the lock, so that of many threads with the same news one logs it, and
+            # logged outside, since a log handler may block.
             due = (
                 pause.since is not None
                 and now - pause.since >= grace_s
@@ -68,3 +71,28 @@ class PauseNotices:
             )
         elif resumed:
             logger.info("%s resumed", owner)
+
+
+class NaNWarning:
+    """Logs once that logprobs of one *owner*, ``"run ..."`` or ``"sampler ..."``, are not numbers.
+
+    Attributes:
+        shown: it was logged.  Two threads that race may both log it.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self.shown = False
+
+    def show(self, where: str) -> None:
+        """Log that the logprobs of *where* hold NaN, unless some did before."""
+        if self.shown:
+            return
+        self.shown = True
+        logger.warning(
+            "%s: the server returned NaN for logprobs of %s. This usually means a token id beyond "
+            "the model's vocabulary: does the tokenizer belong to the base model? "
+            "(this warning is shown once)",
+            self._owner,
+            where,
+        )

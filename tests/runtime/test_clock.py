@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from tinkex._runtime import long_wait
-from tinkex._runtime.long_wait import LongWait
+from tinkex._runtime import clock as clock_module
+from tinkex._runtime.clock import LongWait
 
 
 class Clock:
@@ -20,8 +20,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(long_wait, "time", types.SimpleNamespace(monotonic=made.monotonic))
-    monkeypatch.setattr(long_wait, "_LONGEST_SLICE_S", 1000.0)
+    monkeypatch.setattr(clock_module, "time", types.SimpleNamespace(monotonic=made.monotonic))
+    monkeypatch.setattr(clock_module, "_LONGEST_SLICE_S", 1000.0)
     return made
 
 
@@ -52,5 +52,5 @@ def test_a_slice_ends_with_the_timeout(clock: Clock) -> None:
 def test_a_slice_is_short_where_waits_cannot_be_interrupted(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(long_wait, "_LONGEST_SLICE_S", 0.25)
+    monkeypatch.setattr(clock_module, "_LONGEST_SLICE_S", 0.25)
     assert LongWait(10.0).slice_s() == 0.25
