@@ -7,7 +7,9 @@ in a fraction of a second what would otherwise make every sample fail or, worse,
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+import textwrap
+from pathlib import Path
+from typing import Any, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,13 +17,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from tinkex._runtime.error_text import ErrorText, Setting
 from tinkex.errors import LocalServerError
+from tinkex.local.engines import models
 from tinkex.local.engines.torch_engine.decoding import DecodeBatch, Source, prefill
 from tinkex.local.engines.torch_engine.network import Network
-from tinkex.local.engines.torch_engine.pretrained import (
-    OTHER_MODEL,
-    first_lines,
-    load_pretrained,
-    quiet,
+from tinkex.local.engines.torch_engine.pretrained import quiet
+
+# The remedy where the engine does not support the kind of model.
+_OTHER_MODEL = (
+    "Use a causal language model with attention layers only and no code of its own, such as Llama, "
+    "Qwen3 or Gemma."
 )
 
 # Tokens of the two rows.  The second row is the beginning of the first.
@@ -50,10 +54,68 @@ def load_network(source: str, device: str, dtype: Any, what: str) -> Tuple[Netwo
             model = model.to(device).eval().requires_grad_(False)
         except (RuntimeError, AssertionError) as error:
             raise LocalServerError(
-                f"cannot put {what} on device {device!r}: {first_lines(error)}",
+                f"cannot put {what} on device {device!r}: {_first_lines(error)}",
                 hint=ErrorText("Use ", Setting("device", "cpu"), "."),
             ) from error
         return checked_network(model, what), tokenizer
+
+
+def load_pretrained(
+    source: str, what: str, *, dtype: Union[str, torch.dtype] = "auto", weights: bool = True
+) -> Tuple[Any, Any]:
+    """Return model and tokenizer of *source*, a folder or a Hugging Face name.
+
+    *what* is what the user calls it.  Without *weights*, only the configuration is read: the model
+    has its modules and names, but no data.
+
+    Raises:
+        LocalServerError: it cannot be loaded, or is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    part = "model"
+    try:
+        # No code from the folder is run.  Without the argument, transformers asks for permission on
+        # the terminal and waits, in an overnight job, too.
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False
+            )
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        part = "tokenizer of"
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged file can lead to any of them
+        raise LocalServerError(
+            f"cannot load the {part} {what}: {_first_lines(error)}",
+            hint=_hint(source, part, what, error),
+        ) from error
+
+
+def _hint(source: str, part: str, what: str, error: Exception) -> str:
+    """Return what to do about *error*, met while *part* was loaded."""
+    text = str(error)
+    if "does not recognize this architecture" in text:
+        return "If the model is newer than this transformers: python -m pip install -U transformers"
+    if "for this kind of AutoModel" in text or "trust_remote_code" in text:
+        return _OTHER_MODEL
+    if not Path(source).is_dir():
+        return models.hint_for(what)
+    if isinstance(error, ImportError):
+        return "Install what is missing, then start again."
+    if part != "model":
+        return "Save the tokenizer into the same folder: tokenizer.save_pretrained(folder)."
+    return (
+        "The folder needs config.json and complete weights (model.safetensors), as "
+        "save_pretrained writes them; copy or download it again."
+    )
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(" ".join(lines[:2]), 300) or type(error).__name__
 
 
 def checked_network(model: Any, what: str) -> Network:
@@ -69,7 +131,7 @@ def checked_network(model: Any, what: str) -> Network:
     except MemoryError:
         raise
     except Exception as error:  # an architecture's code may raise anything
-        reason = f"a trial run failed ({type(error).__name__}: {first_lines(error)})"
+        reason = f"a trial run failed ({type(error).__name__}: {_first_lines(error)})"
         raise _refusal(model, what, reason) from error
     if difference is not None:
         raise _refusal(model, what, difference)
@@ -85,7 +147,7 @@ def _refusal(model: Any, what: str, reason: str) -> LocalServerError:
         if kinds:
             reason = f"its layers keep more than keys and values ({', '.join(kinds)})"
     return LocalServerError(
-        f"this engine cannot run {what} ({type(model).__name__}): {reason}", hint=OTHER_MODEL
+        f"this engine cannot run {what} ({type(model).__name__}): {reason}", hint=_OTHER_MODEL
     )
 
 

@@ -21,6 +21,7 @@ from tinkex.local.engines.torch_engine.adapter_files import (
     sample_of,
     write_tensors,
 )
+from tinkex.local.engines.torch_engine.loading import load_pretrained
 from tinkex.local.engines.torch_engine.output_layer import (
     EXPORTED_OUTPUT,
     NOTE_FILE,
@@ -30,7 +31,7 @@ from tinkex.local.engines.torch_engine.output_layer import (
     rename_exported,
     untie,
 )
-from tinkex.local.engines.torch_engine.pretrained import load_pretrained, quiet, save_tokenizer
+from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 _ADAPTER = "It must be a folder that RestClient.download_checkpoint or PEFT's save_pretrained made."
 
