@@ -147,7 +147,7 @@ def get_session(url: str) -> Any:
 
 
 @pytest.mark.parametrize("bytes_", BROKEN.values(), ids=BROKEN.keys())
-def test_bytes_that_are_no_answer(bytes_: bytes) -> None:
+def test_bytes_that_are_no_response(bytes_: bytes) -> None:
     with RawServer(bytes_) as server, pytest.raises(TinkexError) as failure:
         get_session(server.url)
     assert KEY not in str(failure.value)
@@ -155,6 +155,6 @@ def test_bytes_that_are_no_answer(bytes_: bytes) -> None:
 
 
 @pytest.mark.parametrize("bytes_", FINE.values(), ids=FINE.keys())
-def test_odd_but_complete_answers_are_read(bytes_: bytes) -> None:
+def test_odd_but_complete_responses_are_read(bytes_: bytes) -> None:
     with RawServer(bytes_) as server:
         assert get_session(server.url).sampler_ids == []

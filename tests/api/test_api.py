@@ -642,7 +642,9 @@ def test_forward_backward(
     assert codec.decode_forward_backward(request.body) == batch
 
 
-def test_heartbeat_returns_any_answer(mocked: responses.RequestsMock, transport: Transport) -> None:
+def test_a_heartbeat_returns_any_reply(
+    mocked: responses.RequestsMock, transport: Transport
+) -> None:
     mocked.add("POST", f"{BASE}/api/v1/session_heartbeat", status=410, json={"detail": "over"})
     assert sessions.session_heartbeat(transport, "s").status == 410
     assert json.loads(sent(mocked).body) == {"session_id": "s", "type": "session_heartbeat"}
@@ -654,7 +656,7 @@ def test_finish_sends_its_nulls(mocked: responses.RequestsMock, transport: Trans
     assert json.loads(sent(mocked).body) == {"reason": {"type": "errored"}, "detail": None}
 
 
-def test_retrieve_future_returns_any_answer(
+def test_retrieve_future_returns_any_response(
     mocked: responses.RequestsMock, transport: Transport
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/retrieve_future", status=408)
@@ -671,7 +673,7 @@ def test_a_result_itself_is_insisted_on_after_its_announcement(
     assert json.loads(sent(mocked).body) == {"request_id": "r", "allow_metadata_only": False}
 
 
-def test_telemetry_returns_any_answer_and_carries_no_key(
+def test_telemetry_returns_any_response_and_carries_no_key(
     mocked: responses.RequestsMock,
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/client/config", json={})  # is the key to be exchanged?
@@ -693,7 +695,7 @@ def test_telemetry_returns_any_answer_and_carries_no_key(
 
 
 @pytest.mark.parametrize("body", ["[]", "{}", '{"request_id": null}', "not json"])
-def test_an_answer_that_breaks_the_promise_names_the_route(
+def test_a_response_that_breaks_the_promise_names_the_route(
     mocked: responses.RequestsMock, transport: Transport, body: str
 ) -> None:
     mocked.add("POST", f"{BASE}/api/v1/optim_step", body=body, content_type="application/json")

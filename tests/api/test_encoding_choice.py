@@ -197,7 +197,7 @@ def test_a_passing_500_on_a_server_without_json_is_ridden_out(
     assert seq_ids(server) == [3] * 4
 
 
-def test_other_answers_are_not_about_the_encoding(
+def test_other_responses_are_not_about_the_encoding(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, Answer(409, {"detail": "conflict"}))
@@ -220,7 +220,7 @@ def test_once_settled_a_500_is_only_a_500(transport: Transport, server: Scripted
     assert encodings(server) == ["x-protobuf"] * 5
 
 
-def test_a_batch_without_a_json_form_is_reported_by_the_first_answer(
+def test_a_batch_without_a_json_form_is_reported_by_the_first_response(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "the spans cannot be decoded"}))
@@ -241,7 +241,7 @@ def test_a_server_without_the_forward_route_speaks_protobuf(
     assert batch_codec(transport) is PROTOBUF
 
 
-def test_two_like_answers_are_told_once(transport: Transport, server: ScriptedServer) -> None:
+def test_two_like_responses_are_reported_once(transport: Transport, server: ScriptedServer) -> None:
     server.on(ROUTE, Answer(400, {"detail": "input 'x' is missing"}))
     with pytest.raises(BadRequestError) as caught:
         submit_batch(transport, batch())
@@ -250,7 +250,7 @@ def test_two_like_answers_are_told_once(transport: Transport, server: ScriptedSe
     assert str(caught.value).count("input 'x'") == 1
 
 
-def test_a_conflict_that_the_search_itself_has_caused_is_not_told(
+def test_a_conflict_that_the_search_itself_has_caused_is_not_reported(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(ROUTE, Answer(400, {"detail": "input 'x' is missing"}), Answer(409), ACCEPTED)
@@ -409,7 +409,7 @@ def test_a_snapshot_can_be_taken_where_the_lock_is_dead(transport: Transport) ->
         assert [dialect.missing_routes for dialect in taken] == [("POST telemetry",)]
 
 
-def test_a_route_that_has_answered_is_not_missing(
+def test_a_route_that_has_responded_is_not_missing(
     transport: Transport, server: ScriptedServer
 ) -> None:
     route = "GET /api/v1/samplers/s"
@@ -426,7 +426,7 @@ def test_a_route_that_has_answered_is_not_missing(
     assert transport.server.missing_status("GET samplers/{id}") is None
 
 
-def test_a_route_that_is_missing_is_asked_for_once(
+def test_a_route_that_is_missing_is_tried_once(
     transport: Transport, server: ScriptedServer
 ) -> None:
     route = "GET /api/v1/samplers/s"

@@ -103,12 +103,12 @@ def test_the_request(clients: Clients, endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
-def test_an_answer_with_the_required_fields_only(clients: Clients, endpoint: Endpoint) -> None:
+def test_a_response_with_the_required_fields_only(clients: Clients, endpoint: Endpoint) -> None:
     assert call(clients, endpoint, endpoint.least) == endpoint.least_gives
 
 
 @pytest.mark.parametrize("endpoint", FULLER, ids=str)
-def test_an_answer_with_every_field(clients: Clients, endpoint: Endpoint) -> None:
+def test_a_response_with_every_field(clients: Clients, endpoint: Endpoint) -> None:
     assert call(clients, endpoint, endpoint.most) == endpoint.most_gives
 
 
@@ -128,7 +128,7 @@ def test_a_null_is_the_same_as_a_missing_field(clients: Clients, endpoint: Endpo
 
 
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
-def test_an_answer_without_a_required_field_is_refused(
+def test_a_response_without_a_required_field_is_refused(
     clients: Clients, endpoint: Endpoint
 ) -> None:
     for missing in set(endpoint.least) - set(endpoint.spare):
@@ -139,7 +139,7 @@ def test_an_answer_without_a_required_field_is_refused(
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"text"', b"{"])
 @pytest.mark.parametrize("endpoint", ANSWERED, ids=str)
-def test_an_answer_that_is_no_object_is_refused(
+def test_a_response_that_is_no_object_is_refused(
     clients: Clients, endpoint: Endpoint, body: bytes
 ) -> None:
     with pytest.raises(ResponseDecodeError):

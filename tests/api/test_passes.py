@@ -198,7 +198,7 @@ def test_null_logprobs_are_nan(server: ScriptedServer) -> None:
     ],
     ids=["no outputs", "no numbers", "broken protobuf", "nothing"],
 )
-def test_a_result_that_is_none_is_told_with_its_request(
+def test_a_result_that_is_none_is_reported_with_its_request(
     server: ScriptedServer, answer: Answer
 ) -> None:
     with pytest.raises(ResponseDecodeError):

@@ -65,7 +65,7 @@ def test_create_session_with_everything(
 
 
 @pytest.mark.parametrize("flags", [Answer(404), Answer(405), Answer(501), Answer(body={})])
-def test_flags_are_asked_for_with_the_version_and_may_be_missing(
+def test_flags_are_requested_with_the_version_and_may_be_missing(
     server: ScriptedServer, flags: Answer
 ) -> None:
     server.on(f"POST {API}client/config", flags)
@@ -185,7 +185,7 @@ def test_a_cancelled_sample_is_cancelled_where_the_server_says_so(server: Script
     assert bodies(server, "client/dynamic_config") == [{"sdk_version": PROTOCOL_VERSION}]
 
 
-def test_telemetry_is_sent_only_if_asked_for(
+def test_telemetry_is_sent_only_if_requested(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TINKER_TELEMETRY", raising=False)
@@ -243,7 +243,7 @@ def test_every_request_of_a_session_is_authenticated(server: ScriptedServer) -> 
     assert len(set(keys)) == len(keys)
 
 
-def test_whoami_reads_the_token_and_asks_nobody(server: ScriptedServer) -> None:
+def test_whoami_reads_the_token_and_sends_nothing(server: ScriptedServer) -> None:
     claims = {"sub": "urn:me", "org_id": "o", "email": "e", "iss": "passport-x", "exp": 4102444800}
     body = base64.urlsafe_b64encode(json.dumps({**claims, "iat": 0}).encode()).decode().rstrip("=")
     server.on(f"POST {API}client/config", Answer(body={"pjwt_auth_enabled": True}))

@@ -178,7 +178,7 @@ def check(error: errors.TinkexError, case: Case) -> None:
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("case", REFUSALS, ids=by_status)
-def test_a_refusal_is_an_answer(server: ScriptedServer, place: Place, case: Case) -> None:
+def test_a_refusal_is_a_response(server: ScriptedServer, place: Place, case: Case) -> None:
     with ready(server, place) as call:
         before = len(server.requests(place.route))
         server.on(place.route, Answer(case.status, case.body, SOON))
@@ -224,7 +224,7 @@ def test_trouble_that_passes_is_not_seen(server: ScriptedServer, place: Place, c
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("case", PASSING, ids=by_status)
-def test_trouble_that_stays_is_told_after_a_while(
+def test_trouble_that_stays_is_reported_after_a_while(
     server: ScriptedServer, place: Place, case: Case
 ) -> None:
     with ready(server, place, max_outage_s=20.0) as call:

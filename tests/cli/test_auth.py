@@ -121,7 +121,7 @@ def test_nonsense_about_a_key_is_an_error(
     assert not CredentialsFile().path.exists()
 
 
-def test_a_server_that_tells_nothing_about_keys_is_asked_for_something_else(
+def test_a_key_is_checked_otherwise_where_the_server_reports_nothing_about_keys(
     tinkex_auth: Any, hosted: ScriptedServer, typed: io.StringIO
 ) -> None:
     hosted.on(CAPABILITIES, Answer(body={"supported_models": []}))
@@ -171,7 +171,7 @@ def test_logout_removes_the_key_and_revokes_what_was_made_for_this_machine(
     assert hosted.requests(f"DELETE {ME}")[0].headers["x-api-key"] == KEY
 
 
-def test_a_key_that_cannot_be_revoked_is_gone_all_the_same_and_that_is_told(
+def test_a_key_that_cannot_be_revoked_is_gone_all_the_same_and_that_is_reported(
     tinkex_auth: Any, hosted: ScriptedServer
 ) -> None:
     hosted.on(f"DELETE {ME}", Answer(503, {"detail": "busy"}))

@@ -62,7 +62,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]], ids=" ".join)
-def test_the_version_may_be_asked_for_as_an_option(arguments):
+def test_the_version_may_be_requested_as_an_option(arguments):
     assert tinkex(*arguments) == (0, f"tinkex {library.__version__}\n", "")
 
 
@@ -194,7 +194,7 @@ def test_runs_are_listed(server: Server, saved: str):
 @pytest.mark.parametrize(
     "arguments", [["-f", "json", "run", "list"], ["run", "list", "-f", "json"]], ids=" ".join
 )
-def test_json_may_be_asked_for_before_and_after_the_command(server, saved, arguments):
+def test_json_may_be_requested_before_and_after_the_command(server, saved, arguments):
     done = tinkex(*arguments, base_url=server.url)
     (run,) = json.loads(done.stdout)["runs"]
     assert run["lora_rank"] == 4
@@ -276,7 +276,7 @@ def test_deleting_reports_what_failed_and_does_the_rest(server: Server, saved: s
     assert missing in done.stderr
 
 
-def test_a_wrong_path_is_told_before_the_network():
+def test_a_wrong_path_is_reported_before_the_network():
     done = tinkex("checkpoint", "info", "tinker://nonsense", base_url="http://127.0.0.1:9")
     assert done.returncode == 1
     assert "tinker://nonsense" in done.stderr

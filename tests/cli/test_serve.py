@@ -49,7 +49,7 @@ def start(data_dir: Path, *options: str) -> Tuple[subprocess.Popen, str]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)], ids=["SIGINT", "SIGTERM"]
 )
-def test_it_is_ready_when_it_says_so_and_ends_when_told(
+def test_it_is_ready_when_it_says_so_and_ends_at_sigterm_or_ctrl_c(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process, url = start(tmp_path)
@@ -63,7 +63,7 @@ def test_it_is_ready_when_it_says_so_and_ends_when_told(
     assert (tmp_path / "tinkex.sqlite3").exists()
 
 
-def test_it_answers_for_the_hosts_that_it_is_told_of_and_no_others(tmp_path: Path) -> None:
+def test_it_responds_only_for_the_hosts_that_it_is_given(tmp_path: Path) -> None:
     process, url = start(tmp_path, "--allow-host", "a.example", "--allow-host", "b.example")
     with process:
         for host, status in (("a.example", 200), ("B.example:80", 200), ("c.example", 421)):

@@ -198,7 +198,7 @@ def test_the_end_of_the_input_at_a_prompt_is_an_error_and_no_interruption(
     )
 
 
-def test_an_answer_that_is_neither_yes_nor_no_is_asked_for_again(scripted):
+def test_the_question_is_repeated_after_an_answer_that_is_neither_yes_nor_no(scripted):
     path = "tinker://run/weights/a"
     done = tinkex("checkpoint", "delete", path, base_url=scripted.url, stdin="maybe\n\n")
     assert done.returncode == 1

@@ -102,7 +102,7 @@ def test_a_request_without_a_response_is_logged(caplog: pytest.LogCaptureFixture
     assert "/api/v1/x no response (ConnectionError), 0 B sent" in caplog.records[0].getMessage()
 
 
-def test_nothing_is_logged_unless_it_was_asked_for(caplog: pytest.LogCaptureFixture):
+def test_nothing_is_logged_unless_it_was_requested(caplog: pytest.LogCaptureFixture):
     with ScriptedServer() as server, open_transport(server) as transport:
         server.on("GET /api/v1/x", Answer())
         transport.send_once(Request("GET", "/api/v1/x"))

@@ -223,7 +223,7 @@ CALLS = {
 
 @pytest.mark.parametrize("route", CALLS)
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_server_without_it_is_told_apart(
+def test_a_server_without_it_is_recognized(
     server: ScriptedServer, admin: AdminClient, route: str, status: int
 ) -> None:
     server.on(route, Answer(status, {"detail": "we do not do that here"}))

@@ -553,7 +553,7 @@ def test_a_clone_takes_a_random_block_where_the_server_gives_none(
 # Facts about the sampler
 
 
-def test_the_base_model_of_a_checkpoint_is_asked_of_its_weights_where_samplers_tell_nothing(
+def test_the_base_model_of_a_checkpoint_is_that_of_its_weights_where_samplers_report_none(
     scripted: ServiceClient, routes: TinkerRoutes
 ) -> None:
     info = {"base_model": "base", "is_lora": True}

@@ -55,7 +55,7 @@ def sent(recorder: Recorder, route: str) -> Any:
     return one.json()
 
 
-def test_it_is_told_apart_by_what_it_sends(service: Any, trainer: Any, recorder: Recorder) -> None:
+def test_it_is_recognized_by_what_it_sends(service: Any, trainer: Any, recorder: Recorder) -> None:
     bodies = [one.json() for one in recorder.exchanges("client/config")]
     assert {"sdk_version": tinker.__version__} in bodies
     assert len({json.dumps(one) for one in bodies}) == 1
@@ -243,7 +243,7 @@ def test_what_flags_make_it_send_is_understood(
         assert binary == ["forward_backward"] * len(flags)
 
 
-def test_lost_answers_are_made_up_for(trainer: Any, recorder: Recorder) -> None:
+def test_lost_responses_are_made_up_for(trainer: Any, recorder: Recorder) -> None:
     """The server has done the work; the client asks again under the same number."""
     expected = train(trainer, 3)
     base = trainer.get_info().model_data.model_name

@@ -126,7 +126,7 @@ def test_a_custom_loss_is_computed_on_the_client(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("status", ["success", "errored", "interrupted"])
-def test_the_end_of_a_session_is_told(recorder: Recorder, status: str) -> None:
+def test_the_end_of_a_session_is_reported(recorder: Recorder, status: str) -> None:
     service = open_service(recorder)
     session_id = new_trainer(service).get_info().model_id.partition(":")[0]
     service.close(status, "in the test").result()
@@ -152,7 +152,7 @@ def test_an_exception_ends_the_session_as_errored(recorder: Recorder) -> None:
     assert [one.json()["reason"] for one in finished] == [{"type": "errored"}]
 
 
-def test_lost_answers_are_made_up_for(recorder: Recorder) -> None:
+def test_lost_responses_are_made_up_for(recorder: Recorder) -> None:
     """The server has done the work; the client asks again under the same number."""
     with open_service(recorder) as service:
         expected = train(new_trainer(service), 3)

@@ -103,7 +103,7 @@ def test_a_server_without_a_key_answers_to_no_other_name(host: str, method: str)
     assert status_of(method, "/signed/archive/x", HOST=host) == 421
 
 
-def test_names_that_the_server_was_started_with_are_answered_too() -> None:
+def test_names_that_the_server_was_started_with_are_accepted_too() -> None:
     settings = ServerSettings(allowed_hosts=("Tinker.Example.com:8642", "10.0.0.7", "fe80::1"))
     for host in ("tinker.example.com", "TINKER.example.com.:80", "10.0.0.7:1", "[FE80::1]:8642"):
         assert status_of(settings=settings, HOST=host) == 200

@@ -216,7 +216,7 @@ def test_requests_beyond_a_gap_are_bounded(tmp_path: Path) -> None:
 # Flags for clients
 
 
-def test_every_flag_of_the_protocol_is_told(api: Api) -> None:
+def test_every_flag_of_the_protocol_is_reported(api: Api) -> None:
     assert api.post("client/config", sdk_version="0.38.0") == {
         "pjwt_auth_enabled": False,
         "credential_default_source": "api_key",

@@ -174,7 +174,7 @@ def test_profiles_are_bounded_too(profile: str) -> None:
                 assert http.get(f"{server.url}/api/v1/{path}", timeout=20).status_code != 500
 
 
-def test_metadata_of_an_older_version_that_no_answer_can_show_is_left_out(tmp_path: Path) -> None:
+def test_metadata_of_an_older_version_that_no_response_can_show_is_left_out(tmp_path: Path) -> None:
     with serving(tmp_path) as api:
         session = api.session()
         run = str(api.result(api.submit_model(session))["model_id"])
@@ -292,7 +292,7 @@ def test_how_many_samples_are_drawn_can_be_chosen(tmp_path: Path) -> None:
         },
     ],
 )  # fmt: skip
-def test_answers_without_bound_are_refused(api: Api, sampler: str, changes: Dict[str, Any]) -> None:
+def test_unbounded_results_are_refused(api: Api, sampler: str, changes: Dict[str, Any]) -> None:
     assert api.post("asample", 400, **api.sample_body(sampler, 0, **changes))["detail"]
     assert "sequences" in api.result(api.submit_sample(sampler, 0))  # the number is free still
 

@@ -233,7 +233,7 @@ def test_a_copy_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
         assert api.post("weights_info", tinker_path=copied)["base_model"] == "deterministic"
 
 
-def test_a_copy_that_is_asked_for_again_is_the_same(api: Api) -> None:
+def test_a_copy_that_is_requested_again_is_the_same(api: Api) -> None:
     path = api.save(api.model(), 1, "a")
 
     def copy(key: str) -> str:

@@ -62,7 +62,7 @@ def test_before_training_it_is_a_distribution(engine: DeterministicEngine) -> No
     assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_answers_depend_on_the_input_alone(engine: DeterministicEngine) -> None:
+def test_results_depend_on_the_input_alone(engine: DeterministicEngine) -> None:
     other = DeterministicEngine(vocab_size=50, context_length=64)
     other.create("m", LoraConfig(rank=16))
     assert loss(engine) == loss(other)
@@ -207,7 +207,7 @@ def test_a_state_is_saved_and_loaded(engine: DeterministicEngine, tmp_path: Path
         engine.load("m", tmp_path, with_optimizer=False)
 
 
-def test_sampling_ends_at_the_end_of_sequence_unless_told_otherwise(
+def test_sampling_ends_at_the_end_of_sequence_by_default(
     engine: DeterministicEngine,
 ) -> None:
     prompt = ModelInput.from_ints([1, 2, 3])

@@ -24,7 +24,7 @@ def test_a_future_is_pending_and_then_settled_once() -> None:
     assert futures.wait("unknown", 0) is None
 
 
-def test_a_completion_wakes_all_who_wait_for_it_and_nobody_else() -> None:
+def test_a_completion_wakes_only_the_threads_that_wait_for_it() -> None:
     futures = table()
     futures.create("a", "m", 1)
     futures.create("b", "m", 2)
@@ -92,7 +92,7 @@ def test_results_are_bounded_in_number_and_in_bytes() -> None:
     assert [futures.wait(name, 0) for name in "bcd"] == [None, None, Success("d")]
 
 
-def test_a_result_that_nobody_has_fetched_is_not_displaced_by_fetched_ones() -> None:
+def test_a_result_that_was_not_fetched_is_not_displaced_by_fetched_ones() -> None:
     futures = table(max_finished=3)
     futures.create("mine", "a", 1)
     futures.complete("mine", Success("mine"))

@@ -174,7 +174,7 @@ def test_beyond_loopback_a_key_is_needed() -> None:
         assert send(server, "create_session", {})[0] == 401
 
 
-def test_a_key_is_asked_for_everywhere_but_on_healthz(tmp_path: Path) -> None:
+def test_a_key_is_required_everywhere_but_on_healthz(tmp_path: Path) -> None:
     with serving(tmp_path, api_key="tml-secret") as api:
         assert api.get("healthz") == {"status": "ok"}
         assert "is missing" in api.get("sessions", 401)["detail"]
@@ -272,13 +272,13 @@ def test_each_answer_is_logged_if_that_is_wanted(tmp_path: Path) -> None:
     ]
 
 
-def test_no_answer_is_logged_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_response_is_logged_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with LocalServer(DeterministicEngine(), data_dir=tmp_path) as server:
         send(server, "healthz")
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_nobody_thought_of_is_a_500_and_logged(
+def test_an_unexpected_error_is_a_500_and_logged(
     api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend: Any = api.backend  # type: ignore[attr-defined]  # see harness

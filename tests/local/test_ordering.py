@@ -106,7 +106,7 @@ def test_a_request_beyond_a_gap_says_what_it_waits_for(tmp_path: Path) -> None:
         assert "model_id" in api.result(request_id)
 
 
-def test_a_repeated_seq_id_is_answered_from_the_first_execution(
+def test_a_repeated_seq_id_gets_the_result_of_the_first_execution(
     api: Api, engine: HeldEngine
 ) -> None:
     model = api.model()

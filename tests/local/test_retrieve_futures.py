@@ -102,7 +102,7 @@ def test_close_releases_who_waits_for_completions() -> None:
 # The route
 
 
-def test_two_hundred_samples_are_told_to_one_poller(api: Api) -> None:
+def test_two_hundred_samples_are_reported_to_one_poller(api: Api) -> None:
     sampler = api.sampler(api.session())
     made = {str(api.submit_sample(sampler, n)["request_id"]) for n in range(200)}
     seen: Dict[str, int] = {}
@@ -161,7 +161,7 @@ def test_clones_hear_of_their_own_samples_only(api: Api) -> None:
     assert ids(news(api, sampler, clone=2, timeout=0.0)) == []
 
 
-def test_failures_are_told_without_a_size(tmp_path: Path) -> None:
+def test_failures_are_reported_without_a_size(tmp_path: Path) -> None:
     class Broken(HeldEngine):
         def _draws(self, request: SampleRequest, steps: int) -> Any:
             raise ValueError("NaN in the logits")
@@ -181,7 +181,7 @@ def test_a_long_poll_ends_with_its_time(tmp_path: Path) -> None:
         assert news(api, sampler, 7, timeout=3600)["cursor"] == 7  # the server's own is shorter
 
 
-def test_too_many_held_polls_are_told_to_come_back(tmp_path: Path) -> None:
+def test_too_many_held_polls_are_asked_to_retry(tmp_path: Path) -> None:
     with serving(tmp_path, max_held_polls=1) as api:
         session = api.session()
         sampler = api.sampler(session)
@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_request_is_named(
     assert says in news(api, sampler, expect=status, **change)["detail"]
 
 
-def test_an_ended_session_tells_what_failed_and_then_holds_no_poll(
+def test_an_ended_session_reports_what_failed_and_then_holds_no_poll(
     api: Api, engine: HeldEngine
 ) -> None:
     session, other = api.session(), api.session()

@@ -195,7 +195,7 @@ def test_a_session_is_assigned_to_a_project(api: Api) -> None:
     assert gone.status_code == 404
 
 
-def test_a_session_whose_answer_was_lost_is_not_made_twice(api: Api) -> None:
+def test_a_session_whose_response_was_lost_is_not_made_twice(api: Api) -> None:
     def create(**headers: str) -> str:
         answer = api.client.post("/api/v1/create_session", json={"tags": []}, headers=headers)
         return str(answer.get_json()["session_id"])

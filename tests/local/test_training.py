@@ -45,7 +45,7 @@ def test_both_dialects_compute_the_same(api: Api) -> None:
     assert results[0] == results[1]
 
 
-def test_failures_and_pending_answers_are_json_whatever_is_accepted(tmp_path: Path) -> None:
+def test_failures_and_pending_responses_are_json_whatever_is_accepted(tmp_path: Path) -> None:
     with serving(tmp_path, retrieve_hold_s=0.0) as api:
         session = api.session()
         api.submit_model(session)

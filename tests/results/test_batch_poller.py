@@ -106,7 +106,7 @@ def test_idle_threads_go_and_nothing_more_is_asked(batches: ScriptedServer, poll
     assert bodies(batches, BATCH)[-1]["retrieved_request_ids"] == ["a"]
 
 
-def test_what_is_done_before_the_submission_is_answered_is_kept(
+def test_what_is_done_before_its_submission_was_acknowledged_is_kept(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     answered, reported = threading.Event(), threading.Event()
@@ -126,7 +126,7 @@ def test_what_is_done_before_the_submission_is_answered_is_kept(
     assert second.result(PATIENCE_S) == "late"
 
 
-def test_a_cancelled_sample_is_told_to_the_server_and_others_go_on(
+def test_a_cancelled_sample_is_reported_to_the_server_and_others_go_on(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     go = threading.Event()
@@ -180,7 +180,7 @@ def test_a_poll_that_is_refused_gives_way_to_polling_one_by_one(
 
 
 @pytest.mark.parametrize("body", [b"what?", b"[]", b'{"completions": 3, "cursor": 1}'])
-def test_an_answer_that_makes_no_sense_gives_way_too(
+def test_a_response_that_makes_no_sense_gives_way_too(
     batches: ScriptedServer, poller: Poller, body: bytes
 ) -> None:
     batches.on(BATCH, Answer(body=body))
@@ -276,7 +276,7 @@ def request() -> PendingRequest[Any]:
     return ScriptedRequest(APIFuture("sample"))
 
 
-def test_what_nobody_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
+def test_what_nothing_waits_for_is_reported_once_no_submission_can_be_its_own() -> None:
     tracker = CompletionTracker()
     tracker.note_completions(tracker.next_poll(), {"x": 1}, 4, begun=2)
     tracker.drop_unwanted(oldest=2)  # the second submission is still under way
@@ -285,7 +285,7 @@ def test_what_nobody_waits_for_is_reported_once_no_submission_can_be_its_own() -
     assert tracker.next_poll() == (4, ("x",), False)
 
 
-def test_what_is_told_twice_is_fetched_once_and_reported_until_a_poll_succeeds() -> None:
+def test_what_is_announced_twice_is_fetched_once_and_acknowledged_until_a_poll_succeeds() -> None:
     tracker, one = CompletionTracker(), request()
     tracker.expect("a", one)
     asked = tracker.next_poll()
@@ -328,7 +328,7 @@ def test_hundreds_of_samples_take_few_threads_and_leave_nothing_on_the_server(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_the_child_of_a_fork_is_told_at_once(hosted: LocalServer) -> None:
+def test_the_child_of_a_fork_gets_an_error_immediately(hosted: LocalServer) -> None:
     prompt = types.ModelInput.from_ints([1, 2, 3])
     with ServiceClient(base_url=hosted.url) as client:
         sampler = client.create_sampling_client(base_model="deterministic")

@@ -108,7 +108,7 @@ def reported(server: ScriptedServer) -> Any:
     return {name for body in bodies(server, BATCH) for name in body["retrieved_request_ids"]}
 
 
-def test_a_result_whose_answer_was_lost_is_known_to_be_lost(
+def test_a_result_whose_response_was_lost_is_known_to_be_lost(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     batches.on(POLL, Answer(reset=True), Answer(404, {"detail": "unknown request"}))
@@ -116,7 +116,7 @@ def test_a_result_whose_answer_was_lost_is_known_to_be_lost(
     assert isinstance(sample(poller, "a").exception(PATIENCE_S), ResultExpiredError)
 
 
-def test_more_is_not_asked_for_while_many_results_wait(
+def test_more_is_not_requested_while_many_results_wait(
     batches: ScriptedServer, poller: Poller
 ) -> None:
     polls = SamplerPolls(SAMPLER, poller._resources, Submissions())

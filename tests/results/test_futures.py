@@ -228,7 +228,7 @@ def test_a_short_wait_is_silent(caplog: pytest.LogCaptureFixture) -> None:
 # Status
 
 
-def test_a_future_tells_what_it_is() -> None:
+def test_a_future_reports_what_it_is() -> None:
     future = new("sample")
     assert repr(future) == "<APIFuture sample: queued>"
     future.enter("waiting", "r-1")
@@ -487,7 +487,7 @@ def failed(error: BaseException, kind: str = "optim_step") -> APIFuture[Any]:
     return future
 
 
-def test_a_failure_that_nobody_asked_for_is_told_once_when_collected(
+def test_a_failure_that_nothing_reads_is_reported_once_when_collected(
     lost: Callable[[], List[str]],
 ) -> None:
     future = failed(RequestFailedError("out of memory", category="server"))
@@ -507,7 +507,7 @@ def test_a_failure_that_nobody_asked_for_is_told_once_when_collected(
     ],
     ids=["exception", "wait and exception", "callback"],
 )
-def test_a_failure_that_was_read_is_not_told(
+def test_a_failure_that_was_read_is_not_reported(
     lost: Callable[[], List[str]], read: Callable[[Any], Any]
 ) -> None:
     read(failed(ValueError("x")))
@@ -525,7 +525,7 @@ def test_a_wait_that_timed_out_has_read_nothing(lost: Callable[[], List[str]]) -
     assert len(lost()) == 1
 
 
-def test_neither_a_cancel_nor_a_close_nor_a_result_is_told(
+def test_neither_a_cancel_nor_a_close_nor_a_result_is_reported(
     lost: Callable[[], List[str]],
 ) -> None:
     new().cancel()
@@ -535,7 +535,7 @@ def test_neither_a_cancel_nor_a_close_nor_a_result_is_told(
     assert lost() == []
 
 
-def test_a_failed_batch_is_told_once_and_not_if_it_was_read(
+def test_a_failed_batch_is_reported_once_and_not_if_it_was_read(
     lost: Callable[[], List[str]],
 ) -> None:
     for read in (True, False):
@@ -571,7 +571,7 @@ def test_collection_inside_a_lock_of_logging_does_no_harm(
         logging.getLogger("tinkex.futures").removeHandler(handler)
 
 
-def test_the_next_call_of_a_client_tells_it(
+def test_the_next_call_of_a_client_reports_it(
     scripted: ServiceClient, routes: TinkerRoutes, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = scripted.create_sampling_client(base_model="base")
@@ -590,7 +590,7 @@ def test_the_next_call_of_a_client_tells_it(
     assert caplog.text.count("unretrieved failure") == 1
 
 
-def test_a_script_that_never_asked_is_told_at_exit() -> None:
+def test_an_unread_failure_is_reported_at_exit() -> None:
     script = (
         "from tinkex.futures import APIFuture\n"
         "future = APIFuture('save_state')\n"
@@ -609,7 +609,7 @@ def test_a_script_that_never_asked_is_told_at_exit() -> None:
 @pytest.mark.parametrize(
     "settle", [lambda f: f.try_set_result(1), lambda f: f.try_set_exception(ValueError())]
 )
-def test_a_settled_future_lets_go_of_what_was_told(settle: Callable[[Any], bool]) -> None:
+def test_a_settled_future_lets_go_of_what_was_reported(settle: Callable[[Any], bool]) -> None:
     class Listener:
         notified = 0
 

@@ -68,7 +68,7 @@ def test_requests_of_one_sampler_that_disagree_do_not_fill_the_log(
     assert len(logged(caplog)) == 2
 
 
-def test_each_is_told_of_its_own_pause(
+def test_each_reports_its_own_pause(
     notices: PauseNotices, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a", "b"):
@@ -76,7 +76,7 @@ def test_each_is_told_of_its_own_pause(
     assert len(logged(caplog)) == 2
 
 
-def test_answers_without_a_state_tell_nothing(
+def test_responses_without_a_state_report_nothing(
     notices: PauseNotices, caplog: pytest.LogCaptureFixture
 ) -> None:
     notices.note("sampler s", None, None)

@@ -47,7 +47,7 @@ def test_there_are_never_more_threads_and_connections_than_the_cap(server: Scrip
     assert sorted(sent) == sorted(names)
 
 
-def test_they_are_begun_in_the_order_in_which_they_were_asked_for(server: ScriptedServer) -> None:
+def test_they_are_begun_in_the_order_in_which_they_were_requested(server: ScriptedServer) -> None:
     sent: List[str] = []
     server.on(POLL, result)
     names = [f"s{number}" for number in range(50)]

@@ -175,7 +175,7 @@ def test_410_is_an_expired_result() -> None:
     assert isinstance(found.error.__cause__, APIStatusError)
 
 
-def test_404_is_not_found_unless_an_answer_was_lost_on_the_way() -> None:
+def test_404_is_not_found_unless_a_response_was_lost_on_the_way() -> None:
     never = outcome(404, {"detail": "unknown future"})
     assert isinstance(never, Failed)
     assert isinstance(never.error, NotFoundError)
@@ -198,7 +198,7 @@ def test_how_open_servers_report_failed_work(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 405, 415, 501])
-def test_other_answers_are_final_under_their_own_type(status: int) -> None:
+def test_other_responses_are_final_under_their_own_type(status: int) -> None:
     found = outcome(status, {"detail": "no"})
     assert isinstance(found, Failed)
     assert type(found.error) is status_error_type(status)
@@ -211,7 +211,7 @@ def test_a_real_long_poll_is_followed_at_once() -> None:
     assert PollInterval().after_pending(took_s=30.0, rand=0.9) == 0.0
 
 
-def test_quick_pending_answers_are_spaced_ever_further_up_to_a_second() -> None:
+def test_quick_pending_responses_are_spaced_ever_further_up_to_a_second() -> None:
     interval = PollInterval()
     delays = [interval.after_pending(took_s=0.0, rand=0.5) for _ in range(30)]
     assert delays[0] == FIRST_SPACING_S
@@ -267,7 +267,7 @@ def test_the_servers_wish_is_obeyed_within_reason() -> None:
     assert Polls().fail(error(503, retry_after_s=0.0), rand=0.0) == 0.25
 
 
-def test_the_same_500_over_and_over_is_the_answer() -> None:
+def test_the_same_500_over_and_over_is_the_response() -> None:
     polls = Polls()
     goes_on = [polls.fail(error(500)) is not None for _ in range(SAME_500_LIMIT)]
     assert goes_on == [True] * (SAME_500_LIMIT - 1) + [False]
@@ -282,7 +282,7 @@ def test_different_500s_and_503s_may_pass() -> None:
     assert polls.fail(error(500)) is not None
 
 
-def test_a_pending_answer_between_500s_starts_the_count_again() -> None:
+def test_a_pending_response_between_500s_starts_the_count_again() -> None:
     polls = Polls()
     for _ in range(SAME_500_LIMIT - 1):
         polls.fail(error(500))

@@ -119,7 +119,7 @@ def test_a_result_settles_the_future(server: ScriptedServer) -> None:
     ("binary", "accept"),
     [(True, "application/x-protobuf, application/json"), (False, "application/json")],
 )
-def test_binary_results_are_asked_for_where_there_may_be_some(
+def test_binary_results_are_requested_where_there_may_be_some(
     server: ScriptedServer, binary: bool, accept: str
 ) -> None:
     server.on(POLL, result())
@@ -128,7 +128,7 @@ def test_binary_results_are_asked_for_where_there_may_be_some(
     assert server.requests()[0].headers["accept"] == accept
 
 
-def test_pending_work_is_asked_for_again_and_its_state_shown(server: ScriptedServer) -> None:
+def test_pending_work_is_requested_again_and_its_state_shown(server: ScriptedServer) -> None:
     release = threading.Event()
     paused = {"type": "try_again", "queue_state": "paused_capacity", "queue_state_reason": "full"}
     finished = Answer(body={"path": "p"}, hold=release)
@@ -144,7 +144,7 @@ def test_pending_work_is_asked_for_again_and_its_state_shown(server: ScriptedSer
         assert future.result(PATIENCE_S) == "p"
 
 
-def test_a_server_that_answers_pending_at_once_is_not_hammered(
+def test_a_server_that_responds_pending_at_once_is_not_hammered(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backoff.random, "random", lambda: 0.5)
@@ -262,7 +262,7 @@ def test_a_404_to_the_first_poll_is_not_found(server: ScriptedServer) -> None:
     [[Answer(body={"wrong": "fields"})], [Answer(body=b'{"path": "p"')] * MAX_DAMAGED],
     ids=["wrong fields", "cut off, and again"],
 )
-def test_an_answer_that_cannot_be_read_is_the_futures_error(
+def test_a_response_that_cannot_be_read_is_the_futures_error(
     server: ScriptedServer, answers: List[Answer]
 ) -> None:
     server.on(POLL, *answers, result("next"))
@@ -273,7 +273,7 @@ def test_an_answer_that_cannot_be_read_is_the_futures_error(
 
 
 @pytest.mark.parametrize("body", [b'{"path": "p"', b"\xff\xfe"], ids=["cut off", "garbled"])
-def test_a_result_that_was_damaged_on_its_way_is_asked_for_again(
+def test_a_result_that_was_damaged_on_its_way_is_requested_again(
     server: ScriptedServer, body: bytes
 ) -> None:
     server.on(POLL, Answer(body=body), result("intact"))
@@ -305,7 +305,7 @@ def test_a_bug_while_decoding_is_the_futures_error_and_the_lane_goes_on(
 # Large results
 
 
-def test_a_result_that_is_only_announced_is_asked_for(server: ScriptedServer) -> None:
+def test_a_result_that_is_only_announced_is_requested(server: ScriptedServer) -> None:
     announced = Answer(body={"status": "complete_metadata", "response_payload_size": 5_000_000})
     server.on(POLL, announced, result("large"))
     with open_poller(server) as poller:
@@ -325,7 +325,7 @@ def test_a_result_that_is_announced_for_ever_is_an_error(server: ScriptedServer)
 # Pauses
 
 
-def test_a_paused_sampler_is_told_in_the_log_and_so_is_its_end(
+def test_a_paused_sampler_is_reported_in_the_log_and_so_is_its_end(
     server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     paused = {
@@ -707,7 +707,7 @@ def test_cancels_race_results_and_every_worker_goes_on(server: ScriptedServer) -
         assert [sample(poller, "s", server).result(PATIENCE_S) for _ in range(8)] == ["p"] * 8
 
 
-def test_the_server_is_told_of_cancelled_samples_if_it_wants_to_know(
+def test_the_server_hears_of_cancelled_samples_if_it_wants_to_know(
     server: ScriptedServer,
 ) -> None:
     cancellable(server)
@@ -746,7 +746,7 @@ def test_no_more_cancels_go_out_at_once_than_the_server_takes(server: ScriptedSe
 
 
 @pytest.mark.parametrize("answer", [Answer(404), Answer(body={"sample_cancel_enabled": False})])
-def test_a_server_that_takes_no_cancels_is_told_nothing(
+def test_a_server_that_takes_no_cancels_is_sent_none(
     server: ScriptedServer, answer: Answer
 ) -> None:
     server.on("POST /api/v1/client/dynamic_config", answer)

@@ -28,7 +28,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_a_failed_pass_that_nobody_waits_for_is_told_by_the_next_call(
+def test_a_failed_pass_that_nothing_waits_for_is_reported_by_the_next_call(
     trainer: TrainingClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer.forward_backward([BAD], "cross_entropy")

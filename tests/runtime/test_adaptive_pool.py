@@ -58,7 +58,7 @@ def test_there_are_more_threads_where_the_server_is_far_and_they_are_idle() -> N
     assert after(0.0305, cpu_s=0.9) == adaptive_pool.MIN_THREADS
 
 
-def test_one_quick_request_of_late_tells_how_far_the_server_is() -> None:
+def test_one_quick_recent_request_shows_how_far_the_server_is() -> None:
     made = make()
     began = made._period_began
 

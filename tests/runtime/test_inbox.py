@@ -40,7 +40,7 @@ def test_the_shortest_wait_ends(timeout: float, was_used: bool) -> None:
             inbox.get(timeout=timeout)
 
 
-def test_a_wait_is_as_long_as_asked_for() -> None:
+def test_a_wait_is_as_long_as_requested() -> None:
     inbox: Inbox[int] = Inbox()
     inbox.put(1)
     inbox.get()

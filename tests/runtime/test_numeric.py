@@ -71,7 +71,7 @@ def test_tensors_without_dimensions_are_numbers() -> None:
     assert type(to_int(torch.tensor([8]))) is torch.Tensor
 
 
-def test_text_is_a_number_only_where_it_is_asked_for() -> None:
+def test_text_is_a_number_only_where_it_is_requested() -> None:
     assert to_int("8", text=False) == "8"
     assert to_float("0.5", text=False) == "0.5"
     assert to_int("9" * 5000) == "9" * 5000

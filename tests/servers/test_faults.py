@@ -96,7 +96,7 @@ def test_crashes_and_resets_are_ridden_out(loop: Loop, faults: Faults) -> None:
     assert min(faults.counts[route] for route in crashing) > 3
 
 
-def test_a_lost_answer_is_asked_for_again(loop: Loop, faults: Faults) -> None:
+def test_a_lost_response_is_requested_again(loop: Loop, faults: Faults) -> None:
     trainer = loop.trainer
     trainer.train_step([datum()], "cross_entropy", ADAM)
     faults.counts.clear()

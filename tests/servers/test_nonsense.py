@@ -107,7 +107,7 @@ def session_id(client: Client) -> str:
 
 @given(asked=requests())
 @several(100)
-def test_nonsense_is_answered(client: Client, session_id: str, asked: Dict[str, Any]) -> None:
+def test_nonsense_gets_a_response(client: Client, session_id: str, asked: Dict[str, Any]) -> None:
     path = asked.pop("path").replace("SESSION", session_id)
     data = asked.pop("data").replace(b"SESSION", session_id.encode())
     answer = client.open(path, data=data, **asked)

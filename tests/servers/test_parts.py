@@ -92,7 +92,7 @@ def test_a_server_with_every_route_lacks_only_what_is_named() -> None:
     assert table.refusal("POST", "forward_backward") is None
 
 
-def test_faults_are_told_in_the_words_of_fastapi() -> None:
+def test_faults_are_reported_in_the_words_of_fastapi() -> None:
     body = {"session_id": 5, "model_seq_id": 0, "lora_config": {"rank": 4, "alpha": 1}}
     found = bodies.faults("create_model", body, refuse_extras=True, new_runs=False)
     assert [(fault["type"], fault["loc"]) for fault in found] == [

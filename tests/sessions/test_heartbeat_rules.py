@@ -214,7 +214,7 @@ def test_a_single_host_may_use_all_workers() -> None:
     assert len(sent(queue)) == 8
 
 
-def test_a_host_that_did_not_answer_gets_one_worker() -> None:
+def test_a_host_that_did_not_respond_gets_one_worker() -> None:
     queue = BeatQueue(8)
     queue.put("a", "a0")
     sent(queue, 0.0)
@@ -226,7 +226,7 @@ def test_a_host_that_did_not_answer_gets_one_worker() -> None:
     assert len(sent(queue, 2.0)) == 4
 
 
-def test_hosts_that_do_not_answer_get_half_of_the_workers_together() -> None:
+def test_hosts_that_do_not_respond_get_half_of_the_workers_together() -> None:
     queue = BeatQueue(8)
     hosts = [f"dead{number}" for number in range(9)]
     for host in hosts:
@@ -255,7 +255,7 @@ def test_a_host_that_begins_to_hang_leaves_workers_to_the_others() -> None:
     assert sent(queue, 1.0) == ["b0"]
 
 
-def test_a_host_whose_answer_is_overdue_gets_no_further_worker() -> None:
+def test_a_host_whose_response_is_overdue_gets_no_further_worker() -> None:
     queue = BeatQueue(8)
     for host in ("a", "b"):
         queue.put(host, host)

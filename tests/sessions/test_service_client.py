@@ -156,7 +156,7 @@ def test_a_session_that_is_lost_just_after_it_was_found_alive_is_reported(
         assert len(server.beats()) == 2
 
 
-def test_a_question_that_a_gateway_answers_is_asked_again(
+def test_a_question_that_a_gateway_responds_to_is_asked_again(
     server: SessionServer, short_backoff: None
 ) -> None:
     server.serve_work()

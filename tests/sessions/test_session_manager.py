@@ -57,7 +57,7 @@ def test_start_returns_the_id_and_stop_ends_it_once(server: SessionServer, confi
     server.assert_ended_once()
 
 
-def test_a_session_whose_creation_got_no_response_is_asked_for_again(
+def test_a_session_whose_creation_got_no_response_is_requested_again(
     server: SessionServer, config: Config
 ) -> None:
     server.on(CREATE, Answer(hold=threading.Event()), Answer(body={"session_id": "s1"}))

@@ -319,7 +319,7 @@ def test_no_secret_and_nothing_of_the_users_leaves_the_process(
         assert secret.encode() not in sent, secret
 
 
-def test_messages_end_where_somebody_else_is_quoted() -> None:
+def test_messages_end_where_someone_else_is_quoted() -> None:
     cut = NotFoundError("GET /api/v1/x returned 404: no /home/me/x", status=404)
     assert safe_message(cut) == "GET /api/v1/x returned 404"
     assert safe_message(APIConnectionError("cannot reach h:80 for POST /x: refused by me")) == (
@@ -340,7 +340,7 @@ def test_paths_begin_with_their_package(tmp_path: Any) -> None:
     assert package_path("/home/me/python3-notes/secret/train.py") == "train.py"
 
 
-def test_a_traceback_tells_places_and_no_code() -> None:
+def test_a_traceback_reports_places_and_no_code() -> None:
     try:
         raise ValueError("x")
     except ValueError as error:

@@ -67,7 +67,7 @@ def test_what_is_larger_than_the_whole_passes_and_the_next_waits_for_it() -> Non
         small.result(PATIENCE_S)
 
 
-def test_turns_come_in_order_and_nobody_overtakes() -> None:
+def test_turns_come_in_order() -> None:
     quota = Quota("things", 0, str)
     quota.acquire(1, never)
     order: List[int] = []
@@ -232,7 +232,7 @@ def test_beyond_the_bound_a_call_raises_if_that_is_wanted() -> None:
     limit.acquire("sample")
 
 
-def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wait_for_reads_is_reported_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     limit = unread(1, notice_after_s=0.002)
     limit.acquire("sample")
     with (
@@ -246,7 +246,7 @@ def test_a_wait_for_reads_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -
     assert "the results of max_unread = 1 futures were not read" in caplog.text
 
 
-def test_a_thread_that_may_wait_for_itself_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_thread_that_may_wait_for_itself_is_warned(caplog: pytest.LogCaptureFixture) -> None:
     """Whether another thread will read cannot be known, so it is no error."""
     limit = unread(1, notice_after_s=0.002)
 

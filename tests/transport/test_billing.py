@@ -56,7 +56,7 @@ def levels(caplog: pytest.LogCaptureFixture) -> List[str]:
     return [record.levelname for record in caplog.records]
 
 
-def test_it_is_waited_until_the_limit_and_told_once_a_minute(
+def test_it_is_waited_until_the_limit_and_reported_once_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = ManualClock()
@@ -83,7 +83,7 @@ def test_a_402_long_after_the_last_one_begins_anew(caplog: pytest.LogCaptureFixt
     assert levels(caplog) == ["WARNING", "WARNING"]
 
 
-def test_the_limit_is_asked_for_once_and_not_by_the_question_itself() -> None:
+def test_the_limit_is_requested_once_and_not_by_the_question_itself() -> None:
     clock = ManualClock()
     asked: List[int] = []
 
@@ -101,7 +101,7 @@ def test_the_limit_is_asked_for_once_and_not_by_the_question_itself() -> None:
     assert asked == [1]
 
 
-def test_without_an_answer_the_limit_is_an_hour() -> None:
+def test_without_a_response_the_limit_is_an_hour() -> None:
     clock = ManualClock()
 
     def fail() -> float:

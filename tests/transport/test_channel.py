@@ -66,7 +66,7 @@ def test_cookies_are_refused(channel: Channel, server: ScriptedServer) -> None:
     assert "cookie" not in server.requests()[1].headers
 
 
-def test_answers_may_be_compressed(channel: Channel, server: ScriptedServer) -> None:
+def test_responses_may_be_compressed(channel: Channel, server: ScriptedServer) -> None:
     server.on("POST /x", Answer(body={"a": 1}, use_gzip=True))
     assert post(channel, server).json() == {"a": 1}
 

@@ -167,7 +167,7 @@ def test_a_password_in_the_url_is_refused_and_not_shown() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_key_digests_tell_keys_apart() -> None:
+def test_key_digests_distinguish_keys() -> None:
     digests = {resolve(api_key=key).key_digest for key in (None, "a", "b")}
     assert len(digests) == 3
 

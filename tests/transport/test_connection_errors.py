@@ -26,7 +26,7 @@ from tinkex.retry import RetryPolicy
 SUBMIT = Request("POST", "/api/v1/asample", b'{"a":1}')
 
 
-def test_tls_to_a_port_that_never_answers_the_handshake(server: ScriptedServer) -> None:
+def test_tls_to_a_port_that_never_completes_the_handshake(server: ScriptedServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"https://127.0.0.1:{mute.getsockname()[1]}"
         with open_transport(server, base_url=url, connect_timeout_s=0.1) as transport:
@@ -49,7 +49,7 @@ def test_a_server_without_the_first_route_makes_the_url_suspect(server: Scripted
         ServiceClient(base_url=f"{server.url}/api/v1")
 
 
-def test_an_unreachable_server_is_told_without_the_insides_of_libraries(
+def test_an_unreachable_server_is_reported_without_the_insides_of_libraries(
     server: ScriptedServer,
 ) -> None:
     server.close()

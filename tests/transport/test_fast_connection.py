@@ -185,7 +185,7 @@ def test_connection_close_is_obeyed(server: ScriptedServer) -> None:
     assert server.connections == 2
 
 
-def test_bytes_that_nobody_asked_for_are_not_the_next_answer() -> None:
+def test_unsolicited_bytes_are_not_the_next_response() -> None:
     smuggled = OK + b"HTTP/1.1 500 Smuggled\r\nContent-Length: 2\r\n\r\nok"
     with RawServer(smuggled, OK, keep_alive=True) as server:
         connection = opened(server.url)
@@ -258,7 +258,7 @@ def test_timeouts(server: ScriptedServer) -> None:
     connection.close()
 
 
-def test_nobody_listens_and_no_such_host() -> None:
+def test_nothing_listens_and_no_such_host() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(requests.ConnectionError, match="refused"):

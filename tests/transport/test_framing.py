@@ -40,7 +40,7 @@ def ask(url: str, private: bool, read_timeout_s: float = PATIENCE_S) -> Any:
     "cut",
     [b"", b"HTTP/1.1 2", b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK\r\n", HEAD, HEAD + b"Content-Len"],
 )
-def test_an_answer_cut_off_in_its_headers_is_an_error(private: bool, cut: bytes) -> None:
+def test_a_response_cut_off_in_its_headers_is_an_error(private: bool, cut: bytes) -> None:
     with RawServer(cut) as server, pytest.raises(requests.ConnectionError):
         ask(server.url, private)
 
@@ -112,7 +112,7 @@ def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
         ask(server.url, private, read_timeout_s=0.3)  # each pause is far shorter
 
 
-def test_the_time_of_an_answer_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
     timeouts = []

@@ -90,7 +90,7 @@ def test_some_answers_are_empty_rightly() -> None:
     assert not is_from_gateway(redirected, reply(302, "", b""))
 
 
-def test_an_answer_is_described_in_one_bounded_line() -> None:
+def test_a_response_is_described_in_one_bounded_line() -> None:
     long = reply(403, "text/html; charset=utf-8", b"<html>\r\n\t<body>" + b"x" * 9999)
     text = describe(ANY, long)
     assert text.startswith("status 403, text/html, '<html> <body>xxx")

@@ -103,7 +103,7 @@ def construct(base_url: str, **settings: Any) -> ServiceClient:
     return ServiceClient(base_url=base_url, **settings)
 
 
-def test_nobody_at_the_address(server: ScriptedServer) -> None:
+def test_no_server_at_the_address(server: ScriptedServer) -> None:
     port = server.port
     server.close()
     with promptly():
@@ -124,7 +124,7 @@ def test_a_server_that_starts_a_moment_later_is_waited_for(local: LocalServer) -
             assert service.session_id
 
 
-def test_somebody_who_never_answers(server: ScriptedServer) -> None:
+def test_a_server_that_never_responds(server: ScriptedServer) -> None:
     server.on("POST /api/v1/create_session", Answer(hold=threading.Event()))
     with promptly():
         with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
@@ -142,7 +142,7 @@ def test_somebody_who_never_answers(server: ScriptedServer) -> None:
         (Answer(301, headers={"Location": "/login"}), APIStatusError, "301"),
     ],
 )
-def test_somebody_else_at_the_address(
+def test_another_server_at_the_address(
     server: ScriptedServer, answer: Answer, error: Any, part: str
 ) -> None:
     server.on("POST /api/v1/create_session", answer)

@@ -12,7 +12,7 @@ from tinkex.config import Config
 from tinkex.errors import ClientClosedError
 
 
-def test_nobody_waits_before_a_429() -> None:
+def test_no_request_waits_before_a_429() -> None:
     assert RateLimiter(ManualClock()).wait_s() == 0.0
 
 

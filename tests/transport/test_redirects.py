@@ -194,7 +194,7 @@ def test_targets(location: Optional[str], target: Optional[str]) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 204, 300, 304, 305, 306, 400, 500])
-def test_other_answers_are_no_redirects(status: int) -> None:
+def test_other_responses_are_no_redirects(status: int) -> None:
     assert next_hop("GET", "http://h/a", status, "/b") is None
 
 

@@ -56,7 +56,7 @@ def test_a_wish_for_no_pause_is_not_granted() -> None:
     assert RetryPolicy().delay_s(1, 0.0, 0.0, 0.0) == 0.25
 
 
-def test_damaged_responses_are_asked_for_again_a_few_times_in_a_row() -> None:
+def test_damaged_responses_are_requested_again_a_few_times_in_a_row() -> None:
     state = RetryState(RetryPolicy(), 0.0)
     damaged = ResponseDecodeError("not JSON", status=200)
     for _ in range(2):

@@ -50,7 +50,7 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     assert DynamicFlags() == DynamicFlags(300.0, False, 64)
 
 
-def test_flags_are_asked_for_once_with_the_version_we_speak(
+def test_flags_are_requested_once_with_the_version_we_speak(
     transport: Transport, server: ScriptedServer
 ) -> None:
     answer = {"proto_compress_fwdbwd": True, "fwdbwd_max_chunk_len": 7, "a_flag_of_tomorrow": {}}
@@ -105,7 +105,7 @@ def test_a_server_without_the_routes_has_the_defaults(
     assert len(server.requests()) == 2
 
 
-def test_an_outage_is_told_and_not_remembered(transport: Transport, server: ScriptedServer) -> None:
+def test_an_outage_is_raised_and_not_kept(transport: Transport, server: ScriptedServer) -> None:
     server.on(CONFIG, Answer(503, {"detail": "starting"}))
     with pytest.raises(InternalServerError, match="starting"):
         flags_for(transport)
@@ -125,7 +125,7 @@ def test_flags_that_were_damaged_on_their_way_are_not_taken_for_those_of_the_ser
     assert flags_for(transport, once=True).fwdbwd_max_chunk_len == 5
 
 
-def test_a_refused_key_is_told(transport: Transport, server: ScriptedServer) -> None:
+def test_a_refused_key_is_reported(transport: Transport, server: ScriptedServer) -> None:
     server.on(CONFIG, Answer(401, {"detail": "who are you?"}))
     with pytest.raises(AuthenticationError, match="who are you"):
         flags_for(transport)
@@ -205,7 +205,7 @@ def test_any_object_makes_flags_of_the_right_types(payload: Any) -> None:
 # Flags that change
 
 
-def test_changing_flags_are_asked_for_again_when_they_are_old(server: ScriptedServer) -> None:
+def test_changing_flags_are_requested_again_when_they_are_old(server: ScriptedServer) -> None:
     clock = ManualClock()
     server.on(
         DYNAMIC,

@@ -222,7 +222,7 @@ def test_an_outage_of_the_exchange_is_a_connection_error_to_who_sends_once(
     assert caught.value.status == 503
 
 
-def test_a_refused_exchange_is_told_as_it_is(
+def test_a_refused_exchange_is_reported_as_it_is(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(401, {"detail": "unknown key"}))
@@ -236,7 +236,7 @@ def test_a_refused_exchange_is_told_as_it_is(
     "body",
     [{}, {"jwt": ""}, {"jwt": 3}, {"jwt": None}, [], b"eyJ.not.json", {"jwt": "a\nb: c"}],
 )
-def test_an_answer_without_a_token_is_a_typed_error_that_does_not_show_it(
+def test_a_response_without_a_token_is_a_typed_error_that_does_not_show_it(
     transport: Transport, mint: TokenServer, server: ScriptedServer, body: Any
 ) -> None:
     server.on(TOKEN, Answer(body=body))
@@ -245,7 +245,7 @@ def test_an_answer_without_a_token_is_a_typed_error_that_does_not_show_it(
     assert "eyJ" not in everything_about(caught.value)
 
 
-def test_a_token_that_was_damaged_on_its_way_is_asked_for_again(
+def test_a_token_that_was_damaged_on_its_way_is_requested_again(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(TOKEN, Answer(body=b'{"jwt": "eyJ'), mint.exchange)
@@ -453,7 +453,7 @@ def test_in_its_last_minute_a_failed_renewal_keeps_the_old_one(
     assert len(server.requests(TOKEN)) == 3
 
 
-def test_in_its_last_minute_a_rejected_key_is_told(
+def test_in_its_last_minute_a_rejected_key_is_reported(
     transport: Transport, mint: TokenServer, server: ScriptedServer, clock: ManualClock
 ) -> None:
     send(transport)
@@ -525,7 +525,7 @@ def test_an_invalid_token_is_renewed_and_the_request_replayed_once(
     assert mint.keys_of_work() == [mint.made[0], mint.made[0], mint.made[1]]
 
 
-def test_a_replay_that_is_refused_too_is_the_answer(
+def test_a_replay_that_is_refused_too_is_the_response(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     server.on(WORK, Answer(401, {"detail": "never"}, headers=INVALID))
@@ -538,7 +538,7 @@ def test_a_replay_that_is_refused_too_is_the_answer(
 @pytest.mark.parametrize(
     "headers", [{}, {"WWW-Authenticate": "Bearer"}, {"WWW-Authenticate": 'error="other"'}]
 )
-def test_another_401_is_an_answer(
+def test_another_401_is_a_response(
     transport: Transport, mint: TokenServer, server: ScriptedServer, headers: Dict[str, str]
 ) -> None:
     server.on(WORK, Answer(401, {"detail": "no"}, headers=headers))
@@ -564,7 +564,7 @@ def test_fifty_refusals_at_once_make_one_exchange(
     assert len(mint.made) == 2
 
 
-def test_a_failed_exchange_after_a_refusal_is_told(
+def test_a_failed_exchange_after_a_refusal_is_reported(
     transport: Transport, mint: TokenServer, server: ScriptedServer
 ) -> None:
     send(transport)
@@ -608,7 +608,7 @@ def runs(folder: Path) -> int:
     return len(path.read_text()) if path.exists() else 0
 
 
-def test_a_command_tells_the_key_for_each_exchange(
+def test_a_command_supplies_the_key_for_each_exchange(
     mint: TokenServer, server: ScriptedServer, clock: ManualClock, tmp_path: Path
 ) -> None:
     command = command_in(tmp_path, f"print('{KEY}')")

@@ -143,7 +143,7 @@ def test_all_attempts_carry_the_same_body_and_idempotency_key(
 
 
 @pytest.mark.parametrize("own_connection", [False, True])
-def test_a_retry_sends_what_was_sent_whoever_writes_to_its_arrays(
+def test_a_retry_sends_the_same_bytes_even_if_its_arrays_were_written_to(
     transport: Transport,
     server: ScriptedServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +192,7 @@ def test_a_500_is_believed_after_four_attempts(
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 410, 415, 422, 501])
-def test_an_answer_that_will_not_change_is_not_asked_for_again(
+def test_a_response_that_will_not_change_is_not_requested_again(
     transport: Transport, server: ScriptedServer, status: int
 ) -> None:
     server.on(route(), Answer(status, {"detail": f"because of {status}"}))
@@ -327,7 +327,7 @@ def test_a_402_is_waited_out_if_asked_to(
 # No answer
 
 
-def test_nobody_listens(server: ScriptedServer) -> None:
+def test_nothing_listens(server: ScriptedServer) -> None:
     port = server.port
     server.close()
     with open_transport(server) as transport, pytest.raises(APIConnectionError) as caught:
@@ -402,7 +402,7 @@ def test_tls_with_a_certificate_that_is_trusted() -> None:
         assert server.connections == 1
 
 
-def test_tls_with_a_certificate_that_nobody_knows() -> None:
+def test_tls_with_an_unknown_certificate() -> None:
     with ScriptedServer(tls=True) as server, open_transport(server) as transport:
         with pytest.raises(APIConnectionError, match="certificate") as caught:
             transport.send(SUBMIT, QUICK)
@@ -448,7 +448,7 @@ def test_a_proxy_that_is_not_there_is_named_without_its_password(server: Scripte
         assert "hunter2" not in "".join(traceback.format_exception(caught.type, caught.value, None))
 
 
-def test_an_answer_that_is_not_http() -> None:
+def test_a_response_that_is_not_http() -> None:
     with RawServer(b"SSH-2.0-OpenSSH_9.2\r\n") as server, open_transport(server) as other:
         with pytest.raises(APIConnectionError, match=f"127.0.0.1:{server.port}"):
             other.send(SUBMIT, ONCE)
@@ -591,7 +591,7 @@ def test_a_huge_error_body_is_cut(transport: Transport, server: ScriptedServer) 
     assert len(repr(caught.value.body)) < 700
 
 
-def test_an_answer_that_is_not_json_says_what_came(
+def test_a_response_that_is_not_json_says_what_came(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer(body=b"<html>hello</html>", content_type="text/html"))
@@ -612,7 +612,7 @@ def test_errors_pickle_with_their_facts(transport: Transport, server: ScriptedSe
     assert (again.status, again.attempts, again.retry_after_s) == (429, 1, 3.0)
 
 
-def test_retries_are_told_in_the_log(
+def test_retries_are_reported_in_the_log(
     transport: Transport, server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.on(route(), Answer(503, {"detail": "starting"}), Answer())
@@ -679,7 +679,7 @@ def test_a_broken_compressed_answer_is_a_connection_error(
 
 
 @pytest.mark.parametrize("body", [b'{"request_id": "r', b"\x84\xdd\xff"])
-def test_a_success_that_was_damaged_on_its_way_is_asked_for_again(
+def test_a_success_that_was_damaged_on_its_way_is_requested_again(
     transport: Transport, server: ScriptedServer, body: bytes
 ) -> None:
     server.on(route(), Answer(body=body), Answer(body={"request_id": "r"}))
@@ -705,7 +705,7 @@ def test_what_is_not_read_may_be_anything(transport: Transport, server: Scripted
     assert transport.send(request, ONCE).body == b"ok{"
 
 
-def test_without_zstandard_such_an_answer_is_told_at_once(
+def test_without_zstandard_such_a_response_is_reported_at_once(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "_HAVE_ZSTD", False)
@@ -724,7 +724,7 @@ def test_a_400_without_a_word_is_tried_again_on_a_new_connection(
     assert len({attempt.connection for attempt in sent(server)}) == 3
 
 
-def test_a_400_without_a_word_that_stays_is_told(
+def test_a_400_without_a_word_that_stays_is_reported(
     transport: Transport, server: ScriptedServer
 ) -> None:
     server.on(route(), Answer(400, b""))
@@ -735,7 +735,7 @@ def test_a_400_without_a_word_that_stays_is_told(
         transport.send_once(SUBMIT)
 
 
-def test_a_400_with_words_is_an_answer(transport: Transport, server: ScriptedServer) -> None:
+def test_a_400_with_words_is_a_response(transport: Transport, server: ScriptedServer) -> None:
     server.on(route(), Answer(400, b"{}"))
     with pytest.raises(errors.BadRequestError):
         transport.send(SUBMIT, QUICK)
@@ -743,7 +743,7 @@ def test_a_400_with_words_is_an_answer(transport: Transport, server: ScriptedSer
 
 
 @pytest.mark.parametrize(("level", "expected"), [(None, logging.WARNING), ("error", logging.ERROR)])
-def test_a_deprecation_is_told_once(
+def test_a_deprecation_is_reported_once(
     transport: Transport,
     server: ScriptedServer,
     caplog: pytest.LogCaptureFixture,

@@ -21,7 +21,6 @@ from typing import (
 )
 
 from tinkex._runtime.late_import import np
-from tinkex.clients.training import TrainingClient
 from tinkex.errors import InvalidInputError
 from tinkex.recipes.batches import split_batch
 from tinkex.recipes.evaluation import Evaluations, logged
@@ -32,6 +31,8 @@ from tinkex.types import Datum, TensorData
 
 if TYPE_CHECKING:
     import torch
+
+    from tinkex.clients.training import TrainingClient
 
 #: The chosen and the rejected reply to one prompt, as from `tinkex.data.preference_data`.
 Pair = Tuple[Datum, Datum]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    TypeVar,
+)
 
 from tinkex._runtime.numeric import as_int
-from tinkex.clients.training import TrainingClient
 from tinkex.futures import APIFuture
 from tinkex.types import Datum, ForwardBackwardOutput
+
+if TYPE_CHECKING:
+    from tinkex.clients.training import TrainingClient
 
 B = TypeVar("B")
 

@@ -62,7 +62,7 @@ def test_steps_equal_those_of_torch(order: List[AdamParams]) -> None:
             assert mine[name].grad is None
 
 
-def test_a_clipped_gradient_has_exactly_the_norm_asked_for() -> None:
+def test_a_clipped_gradient_has_exactly_the_norm_requested() -> None:
     parameters = make_parameters()
     fill_gradients(parameters, 1)
     optimizer = Adam(parameters)

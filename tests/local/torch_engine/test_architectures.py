@@ -163,7 +163,7 @@ def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP library")
 @pytest.mark.parametrize("policy", [None, "ACTIVE"])
-def test_torch_waits_passively_unless_told_otherwise(policy: Any) -> None:
+def test_torch_waits_passively_by_default(policy: Any) -> None:
     script = (
         "import tinkex.local.engines.torch_engine, os; print(os.environ.get('OMP_WAIT_POLICY'))"
     )

@@ -267,7 +267,7 @@ def test_a_cancel_between_the_passes_keeps_the_gradient_from_being_added(
     assert passes(routes) == [(1, True)]
 
 
-def test_a_server_that_sends_too_few_outputs_is_told_of(
+def test_a_server_that_sends_too_few_outputs_is_reported(
     trainer: TrainingClient, routes: TinkerRoutes
 ) -> None:
     empty = {"loss_fn_output_type": "T", "loss_fn_outputs": [{}], "metrics": {}}

@@ -374,7 +374,7 @@ def test_only_the_last_n_prompt_logprobs_are_known_if_so_asked(samplers: Any) ->
     assert [row is None for row in answers[1].topk_prompt_logprobs] == [True] * 33 + [False] * 7
 
 
-def test_target_prompt_logprobs_come_back_in_the_shape_asked_for(samplers: Any) -> None:
+def test_target_prompt_logprobs_come_back_in_the_shape_requested(samplers: Any) -> None:
     prompt = prompt_of(6, 8)
     targets = np.array([[1, 2], [3, -1], [-1, -1], [7, 8], [9, 10]])
     asked = SampleRequest(
