@@ -84,9 +84,8 @@ def main() -> None:
         tokenizer = trainer.get_tokenizer()
         data = [completion_datum(prompt_of(q), a[0], tokenizer) for q, a in QUESTIONS.items()]
         evaluate(service, options.model)
-        rate = AdamParams(learning_rate=options.learning_rate)
-        for _ in trainer.pipeline([data] * options.steps, "cross_entropy", rate):
-            pass
+        adam = AdamParams(learning_rate=options.learning_rate)
+        list(trainer.pipeline([data] * options.steps, "cross_entropy", adam))
         saved = trainer.save_weights_for_sampler("trained", ttl_seconds=3600).result()
         evaluate(service, str(saved.path))
 

@@ -52,11 +52,6 @@ def roll_out(handle: str, tokens: List[int], seed: int) -> Rollout:
     return Rollout(group_data(prompt, sequences, rewards), rewards, os.getpid())
 
 
-def ignore_interrupts() -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that started the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def connect(options: argparse.Namespace) -> tinkex.ServiceClient:
     """Open a session on the given server, or on one started here."""
     if options.base_url:
@@ -74,9 +69,10 @@ def main() -> None:
     options = parser.parse_args()
 
     spawn = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+    ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; this process ends them
     with (
         connect(options) as service,
-        ProcessPoolExecutor(options.workers, spawn, ignore_interrupts) as pool,
+        ProcessPoolExecutor(options.workers, spawn, signal.signal, ctrl_c) as pool,
     ):
         trainer = service.create_lora_training_client(options.model, rank=8, seed=0)
         pids: Set[int] = set()

@@ -202,7 +202,7 @@ def test_the_command_exports_a_run_folder(trained: Path, tmp_path: Path) -> None
 
 def test_a_run_without_a_checkpoint_is_an_error(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    folder.mkdir()
+    shutil.copytree(trained, folder)
     lines = (trained / "journal.jsonl").read_text().splitlines(keepends=True)
     (folder / "journal.jsonl").write_text("".join(line for line in lines if '"config"' in line))
     with pytest.raises(RunFolderError, match="the run has no checkpoint yet"):
