@@ -43,7 +43,7 @@ def sampler_of(handle: str) -> tinkex.SamplingClient:
     return tinkex.SamplingClient.from_sampler_handle(handle, api_key=key)
 
 
-def roll_out(handle: str, tokens: List[int], seed: int) -> Rollout:
+def roll_out(handle: str, seed: int, tokens: List[int]) -> Rollout:
     """Sample a group and compute its rewards.  Runs in a worker."""
     prompt = ModelInput.from_ints(tokens)
     params = SamplingParams(max_tokens=16, temperature=1.0, seed=seed)
@@ -79,8 +79,7 @@ def main() -> None:
         for step in range(options.steps):
             sampler = trainer.save_weights_and_get_sampling_client()
             handle = sampler.get_sampler_handle()
-            futures = [pool.submit(roll_out, handle, prompt, step) for prompt in PROMPTS]
-            rollouts = [future.result() for future in futures]
+            rollouts = list(pool.map(functools.partial(roll_out, handle, step), PROMPTS))
             sampler.close()
             data = [datum for one in rollouts for datum in one.data]
             if data:  # else all rewards of each group were equal
