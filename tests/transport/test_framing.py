@@ -69,6 +69,11 @@ def test_an_absurd_size_of_a_chunk_is_an_error(private: bool, size: bytes) -> No
         ask(server.url, private)
 
 
+@pytest.mark.parametrize("kind", [decoding.CheckedResponse, decoding._WatchedRaw])
+def test_a_response_that_ctrl_c_left_half_made_is_finalized_in_silence(kind: Any) -> None:
+    kind.__new__(kind).close()  # what its finalizer does
+
+
 def test_sizes_of_chunks() -> None:
     assert [chunk_size(text) for text in (b"0", b"000", b"1F", b"00000000000000002")] == [
         0,

@@ -118,6 +118,9 @@ class Pace:
 class _WatchedRaw(io.RawIOBase):
     """Reads from *sock*, no slower than *pace*, and notes the end of the stream."""
 
+    # Ctrl-C may come before __init__ has set it; the finalizer calls close all the same.
+    _raw: Any = None
+
     def __init__(self, sock: Any, pace: Optional[Pace]) -> None:
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
@@ -148,7 +151,7 @@ class _WatchedRaw(io.RawIOBase):
         return size
 
     def close(self) -> None:
-        if not self.closed:
+        if self._raw is not None and not self.closed:
             self._raw.close()
         super().close()
 
@@ -165,6 +168,10 @@ class _Watched:
 
 class CheckedResponse(http.client.HTTPResponse):
     """A response whose headers must be complete, and whose length must be a number."""
+
+    # Ctrl-C may come before http.client has set it; the finalizer calls close all the same, and an
+    # AttributeError there would be printed.
+    fp: Any = None
 
     def __init__(self, sock: Any, *args: Any, pace: Optional[Pace], **kwargs: Any) -> None:
         watched = _Watched(sock, pace)
