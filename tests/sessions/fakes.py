@@ -25,6 +25,7 @@ class FakeNetwork:
         self.created = 0
         self.sent: List[str] = []  # the sessions of the beats, in order
         self.finished: List[Tuple[str, str, Optional[str]]] = []
+        self.finish_timeouts: List[float] = []
         self.threads: List[str] = []  # who created sessions
         self.links: List[FakeLink] = []
         self.on_create: Callable[[str], CreateSessionResponse] = CreateSessionResponse
@@ -73,6 +74,7 @@ class FakeLink:
     def finish(self, session_id: str, status: str, detail: Optional[str], timeout_s: float) -> int:
         with self.network.lock:
             self.network.finished.append((session_id, status, detail))
+            self.network.finish_timeouts.append(timeout_s)
         return self.network.on_finish(session_id)
 
     def give_up(self) -> None:

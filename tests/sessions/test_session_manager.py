@@ -1023,6 +1023,17 @@ def test_close_does_not_cut_off_a_finish_that_waits_for_a_thread() -> None:
         assert network.finished == [("s0", "success", "the client was dropped")]
 
 
+def test_the_end_of_a_dropped_client_may_take_longer_than_one_that_is_waited_for() -> None:
+    with managed() as (manager, network):
+        owners = [threading.Event(), threading.Event()]
+        for owner in owners:
+            manager.start_session(A, owner=owner)
+        del owner, owners[0]
+        wait_until(lambda: len(network.finished) == 1, "the session of the dropped one is finished")
+        manager.close()
+        assert network.finish_timeouts[0] >= 10.0 > 2.0 >= network.finish_timeouts[1]
+
+
 def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
     with managed() as (manager, network):
         owner = threading.Event()  # anything that can be collected

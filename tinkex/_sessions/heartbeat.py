@@ -22,6 +22,7 @@ from tinkex._runtime.worker_pool import WorkerPool
 from tinkex._sessions.session_record import (
     FINISH_S,
     MAX_WORKERS,
+    UNHURRIED_FINISH_S,
     FinishRound,
     ManagerDropped,
     OwnerCollected,
@@ -230,11 +231,11 @@ class HeartbeatThread:
         if record is None:
             return
         # By another thread, since this one must not wait for a server that hangs.
-        finish = functools.partial(record.finish, "success", "the client was dropped", FINISH_S)
+        finish = functools.partial(record.finish, "success", "the client was dropped")
         try:
-            self._session_workers.submit(finish)
+            self._session_workers.submit(functools.partial(finish, UNHURRIED_FINISH_S))
         except ClientClosedError:  # the manager is being closed, and waits for this thread
-            finish()
+            finish(FINISH_S)
 
     def _begin_watch(self) -> None:
         """Take the clocks as they are: a jump while no thread ran has delayed no heartbeat."""
