@@ -176,6 +176,7 @@ class Ledger:
         reservation = Reservation(self, account, most)
         try:
             with self._lock:
+                # In one step with the reservation, or two requests could both take what is left.
                 if self.budget is not None:
                     self._check(what, account.model, most, self.budget)
                 _add(self._reserved, account.model, most, 1)
@@ -198,6 +199,7 @@ class Ledger:
                     f"{what}: the budget is in USD, and there is no price of model {model!r}",
                     hint=f"Add it to prices=, or a price for {ANY_MODEL!r}, any model.",
                 )
+            # These skip models without a price, of which this check has admitted none.
             cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
             adds = price.of(most)
             if cost + reserved_usd + adds > budget.usd:
@@ -213,8 +215,10 @@ class Ledger:
         """Put *used* in place of what was reserved; only the first time."""
         account = reservation.account
         with self._lock:
+            # The default is not None, which stands for a reservation without a future so far.
             if self._open.pop(reservation, self) is self:  # settled before
                 return
+            # With what was used, in one step: in between, others would find room that there is not.
             _add(self._reserved, account.model, reservation.most, -1)
             if any(used):
                 _add(self._used, account.model, used, 1)
@@ -225,6 +229,7 @@ class Ledger:
         # A future wakes its readers before it runs its callbacks, and so before `settled`.
         with self._lock:
             bound = [(held, future) for held, future in self._open.items() if future is not None]
+        # Without the lock, which `settled` takes.
         for held, future in bound:
             if future.done():
                 held.settled(future)
@@ -279,6 +284,7 @@ class Reservation:
         """Call it when the request's *future* is settled; more than once does no harm."""
         used = self.used
         if used is None:
+            # The most is exact for a pass that was done, and safe for a sample that was lost.
             used = Tokens() if _costs_nothing(future) else self.most
         self._ledger.settle(self, used)
 

@@ -85,8 +85,10 @@ class Sampler:
         return next(seq_ids)
 
     def _join(self) -> Iterator[int]:
+        # Another thread may have joined between our look at it and the start of this flight.
         if self._seq_ids is None:
             self._clone = self._clone_id()
+            # Last: a thread that finds it set sends at once, and `id` must be complete by then.
             self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
         return self._seq_ids
 
@@ -149,6 +151,8 @@ class SamplingRequest(PendingRequest[T]):
                 accepted = api.asample(
                     sampler.transport,
                     sampling_session_id=sampler.sampling_session_id,
+                    # A new one also after a lost result: the old one would name the lost request
+                    # (docs/protocol.md, "Sample requests").
                     seq_id=sampler.next_seq_id(),
                     request=request,
                     channel=channel,
@@ -179,6 +183,7 @@ class SamplingRequest(PendingRequest[T]):
         """As set by the client's RetryConfig, unless the server's flags forbid retries."""
         sampler = self._sampler
         delay_s = sampler.retries.delay_s(self.losses, random.random())
+        # The flag is about `sample` alone (docs/protocol.md, "Static flags").
         if delay_s is not None and self.wants_sequences:
             return None if flags_for(sampler.transport).sample_no_retries else delay_s
         return delay_s
@@ -216,6 +221,7 @@ class PendingLogprobs(SamplingRequest[List[Optional[float]]]):
 def may_be_large(request: types.SampleRequest) -> bool:
     """Whether the result may take so much memory that its size should be asked for first."""
     tokens = request.num_samples * (request.sampling_params.max_tokens or _UNLIMITED)
+    # Of each token and each alternative to it: an id and a logprob, of 4 bytes each.
     values = tokens * (2 + 2 * request.topk_sample_logprobs)
     wanted = request.topk_prompt_logprobs + request.prompt_alt_tokens_k
     if request.prompt_logprobs or wanted or request.target_prompt_logprobs is not None:

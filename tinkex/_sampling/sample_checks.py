@@ -122,6 +122,7 @@ def complete_response(
     logprobs = response.prompt_logprobs_np
     # Servers send last_n values, or all of them with the others null (docs/protocol.md, "Sample
     # results").
+    # Padded first: `align_prompt_logprobs` accepts n or n - 1 rows only.
     if last_n is not None and logprobs is not None and len(logprobs) == last_n:
         padded = np.concatenate([np.full(length - last_n, np.nan, np.float32), logprobs])
         response = dataclasses.replace(response, prompt_logprobs_np=padded)
@@ -148,6 +149,7 @@ def align_prompt_logprobs(response: SampleResponse, prompt_length: int) -> Sampl
     if logprobs is not None:
         missing = _missing_rows("prompt_logprobs", len(logprobs), prompt_length)
         logprobs = np.concatenate([np.full(missing, np.nan, np.float32), logprobs])
+        # Some servers send a number here (docs/servers.md). The array is a copy, so it may change.
         logprobs[:1] = np.nan
     if topk is not None:
         missing = _missing_rows("topk_prompt_logprobs", len(topk.token_ids), prompt_length)
@@ -175,6 +177,7 @@ def _check_support(response: SampleResponse, request: SampleRequest) -> None:
     # prompt_logprobs_last_n, has values before the last n.
     length = request.prompt.length
     logprobs, last_n = response.prompt_logprobs_np, request.prompt_logprobs_last_n or length
+    # A prompt of one token has no position to report, so nothing can be missing.
     ignored = {
         "topk_prompt_logprobs": request.topk_prompt_logprobs
         and length > 1
@@ -202,6 +205,7 @@ def has_unknown_logprobs(response: SampleResponse, request: SampleRequest) -> bo
     """True if a logprob is NaN where there should be a number."""
     prompt = response.prompt_logprobs_np
     if prompt is not None:
+        # NaN is right for the first token, and before the last n.
         asked = request.prompt_logprobs_last_n or len(prompt) - 1
         if holds_nan(prompt[len(prompt) - asked :]):
             return True

@@ -69,6 +69,7 @@ def read_handle(handle: str) -> Tuple[SamplerHandle, Dict[str, Any]]:
         found = dict(state["settings"])
         settings = {name: found[name] for name in _SETTINGS if name in found}
         settings["base_url"] = _text(settings["base_url"])
+        # Not one of _SETTINGS: it is in a handle only if its writer asked for that.
         settings["api_key"] = _optional_text(found.get("api_key"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInputError(f"this is not a sampler handle: {error}") from error
@@ -84,6 +85,7 @@ def config_of_handle(settings: Dict[str, Any], *, trusted: bool = False) -> Conf
     Raises:
         ConfigError: a setting is out of its range.
     """
+    # From a pickle, where withholding the key protects nothing: loading one can run any code.
     if trusted:
         return Config.resolve(**settings)
     own = own_base_url()

@@ -116,6 +116,7 @@ def check_encoding(chunks: Sequence[Chunk], codec: Optional[Codec]) -> None:
     codec = codec or codec_for(PROTOBUF_CONTENT_TYPE)
     for chunk in chunks:
         try:
+            # In protobuf this copies no arrays: the parts refer to those of the datums.
             codec.forward_backward_parts(ForwardBackwardRequest("", 1, chunk.data, ""))
         except InvalidInputError as error:
             raise _with_index(error, chunk, codec) from error
@@ -144,6 +145,7 @@ def in_indices_of_batch(error: E, first: int, stop: int) -> E:
     An index that the server counted from the beginning of its request is counted from the
     beginning of the batch.
     """
+    # The first request begins where the batch does; the loss of a run is not about an example.
     if not isinstance(error, TinkexError) or isinstance(error, RUN_LOST) or first == 0:
         return error
 
@@ -181,6 +183,7 @@ def read_pass(
         )
     with_logprobs = [i for i, o in enumerate(output.loss_fn_outputs) if "logprobs" in o]
     logprobs = [output.loss_fn_outputs[i]["logprobs"].values for i in with_logprobs]
+    # Searched only until the warning was shown: that takes time for every result of a run.
     found = None if nan_warning.shown else first_where(np.isnan, logprobs)
     if found is not None:
         nan_warning.show(f"data[{chunk.first + with_logprobs[found]}]")
@@ -231,6 +234,7 @@ def importance_sampling(
         if not sampled.shape == advantages.shape == logprobs.shape:
             return None
         gains = advantages._dense().astype(np.float64)
+        # Selected as in `cross_entropy`: 0 times NaN, or times an infinite ratio, is NaN.
         counted = gains != 0
         steps = logprobs[counted] - sampled._dense().astype(np.float64)[counted]
         with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond measure is infinite
@@ -247,4 +251,5 @@ def _with_logprobs(
     """Each datum with the logprobs of its output, None where there are none."""
     for index, datum in enumerate(data):
         found = outputs[index].get("logprobs") if len(outputs) == len(data) else None
+        # In float64, because sums over many tokens lose digits in float32.
         yield datum, None if found is None else found._dense().astype(np.float64)

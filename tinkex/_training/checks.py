@@ -72,6 +72,7 @@ def as_loss_config(
         raise InvalidInputError(f"loss_fn_config is {a_type(loss_fn_config)}; it must be a dict")
     config: Dict[str, Union[float, str]] = {}
     for name, given in (loss_fn_config or {}).items():
+        # The protocol has no booleans here (docs/protocol.md, "Passes").
         value: Any = int(given) if isinstance(given, bool) else to_float(given, text=False)
         if not (isinstance(name, str) and (is_finite(value) or isinstance(value, str))):
             raise InvalidInputError(
@@ -131,6 +132,7 @@ def _warn_if_misspelt(name: str) -> None:
     """Warn, once, about a loss input that seems misspelt: a server may ignore it silently."""
     import difflib
 
+    # Not locked: adding is atomic, and at worst two threads warn of the same name.
     _checked_names.add(name)
     for known in difflib.get_close_matches(name, sorted(_PER_TOKEN), 1, 0.8):
         logger.warning(
@@ -226,6 +228,7 @@ def check_token(weights_access_token: Any) -> Optional[str]:
             f"weights_access_token is of type {type(weights_access_token).__name__}, not a string"
         )
     token = weights_access_token.strip()
+    # `copy_weights` sends it as a header, which must not hold a line break.
     if not (token.isascii() and token.isprintable()):
         raise InvalidInputError("weights_access_token holds characters that no valid token has")
     return token or None

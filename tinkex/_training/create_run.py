@@ -145,6 +145,7 @@ class FromCheckpoint:
             )
         except APIStatusError as error:
             # Some servers respond with a plain 500 to a form that they do not know.
+            # Once a server has accepted the form, a 500 is a failure like any other.
             crashed = error.status == 500 and server.creates_runs_by_loading is None
             if not (crashed or _refuses_form(error)):
                 raise
@@ -153,6 +154,7 @@ class FromCheckpoint:
             # Only now: had this way failed too, the refusal may have been about the checkpoint.
             server.creates_runs_by_loading = False
             return created
+        # Before the result is known: what was accepted has the right form, even if loading fails.
         server.creates_runs_by_loading = True
         loaded = wait_for_result(runtime, "load_weights", accepted, LoadWeightsResponse)
         # All servers make the id like this, also those that do not send it (docs/protocol.md,
@@ -180,6 +182,7 @@ class FromCheckpoint:
         )
         created = adapter.create(runtime, model_seq_id)
         try:
+            # The run has no queue yet that would number its requests: its queue will begin at 2.
             accepted = api.submit(
                 runtime.transport,
                 "load_weights",
@@ -208,6 +211,7 @@ class FromCheckpoint:
                     f"base_model=. {self._name_the_rank('<base model>')}"
                 )
                 raise
+        # With a base model the run can be made all the same, at the default rank of `LoraConfig`.
         logger.info("the server does not report the rank of %s; using 32", self.path)
         return WeightsInfoResponse(self.base_model, is_lora=True)
 
@@ -215,6 +219,8 @@ class FromCheckpoint:
         """The given optimizer; else the checkpoint's own, unless it is the default."""
         if self.optimizer_config is not None:
             return self.optimizer_config
+        # The default is left out because some servers reject fields that they do not know
+        # (docs/protocol.md, "Bodies").
         own = info.optimizer_config or {}
         return own if self.optimizer and own.get("type", "adamw") != "adamw" else None
 
@@ -233,6 +239,7 @@ def wait_for_result(
     future: APIFuture[W] = runtime.poller.new_future(kind)
     decode = functools.partial(read, response_type, name=kind)
     request = AcceptedRequest(future, decode, "a new run", accepted.request_id)
+    # A lane of its own, since no other result has to come before it.
     runtime.poller.watch(f"create {accepted.request_id}", request)
     return future.result()
 
@@ -262,4 +269,5 @@ def _unload(runtime: Runtime, model_id: str) -> None:
     try:
         api.unload_model(runtime.transport, model_id)
     except TinkexError as error:
+        # Not raised: the caller is about to raise why the checkpoint could not be loaded.
         logger.debug("run %s stays on the server: %s", model_id, error)

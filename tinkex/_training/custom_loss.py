@@ -81,6 +81,7 @@ class LossHandle:
                 tensor = datum.loss_fn_inputs.get(name)
                 if tensor is None:
                     raise InvalidInputError(f"data[{index}] has no loss input {name!r}")
+                # A scalar may be given as a tensor of one element: `_one` reshapes it.
                 single = entry.rank == 0 and tensor.values.size == 1
                 if len(tensor.shape) != entry.rank and not single:
                     raise InvalidInputError(
@@ -107,6 +108,7 @@ class LossHandle:
 
     def _one(self, datum: Datum, row: torch.Tensor) -> Tuple[torch.Tensor, Mapping[str, Any]]:
         tensors = []
+        # The first parameter is `logprobs`, which *row* is.
         for entry in self.inputs[1:]:
             tensor = datum.loss_fn_inputs[entry.name].to_torch()
             tensors.append(tensor.reshape(()) if entry.rank == 0 else tensor)
@@ -232,6 +234,8 @@ def run_custom_pass(
     # All on the queue's thread: a request of the run that came between the two passes might change
     # the weights that the logprobs are of.
     run.ensure_trainable()
+    # The forward pass has a future of its own: without this, a cancel during it would be taken for
+    # that of a call that was never sent, and cost nothing of the budget.
     future.enter("submitting")
     surrogate = Loss("cross_entropy")
     output = run.run_pass("forward", forward_data(data), surrogate, breaks)
@@ -256,6 +260,8 @@ def _gradient_of_parts(
         outputs = output.loss_fn_outputs[start:stop]
         part, metrics = gradient_data(data[start:stop], ForwardBackwardOutput(outputs, {}), loss_fn)
         weighted += part
+        # As results of passes, so that `combine` joins the metrics by their reductions, and weights
+        # means by the number of datums.
         reported.append(ForwardBackwardOutput(outputs, metrics))
     return weighted, dict(combine(reported).metrics)
 
@@ -266,6 +272,7 @@ def _join(
     """The server's outputs with the user's metrics; the server's loss becomes surrogate_loss."""
     output = combine(outputs)
     merged: Dict[str, Any] = dict(output.metrics)
+    # It is the surrogate's: only its gradient is that of the user's loss, not its value.
     if "loss:sum" in merged:
         merged["surrogate_loss:sum"] = merged.pop("loss:sum")
     merged.update(metrics)

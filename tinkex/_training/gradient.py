@@ -49,6 +49,7 @@ class Gradient:
         """Note that *batch* is about to be sent; it takes the place of *completed*, if any."""
         self._split.append(batch)
         if completed is not None:
+            # Although the rest may fail again: *batch* has the parts of *completed* among its own.
             self._incomplete.remove(completed)
 
     def drop(self) -> None:
@@ -90,6 +91,7 @@ class Gradient:
             self._queue.wait_for(batch.parts)
         for batch in [batch for batch in self._split if batch.done]:
             self._split.remove(batch)
+            # `_part_settled` may not have run yet: a future wakes its waiters before its callbacks.
             if batch.settle() is not None:
                 self._incomplete.append(batch)
 
@@ -167,6 +169,8 @@ class SplitBatch:
             return None
         # Requests are cancelled because an earlier one has failed: that one has the reason.
         error = next((e for e in errors if not isinstance(e, CancelledError)), errors[0])
+        # The plain error is right if nothing was added, as the gradient is then intact, and if the
+        # run is lost, as there is no gradient any more.
         if not isinstance(error, RUN_LOST) and not all(map(_left_out, self.parts, failures)):
             error = self._incomplete(failures, error)
         self._future.try_set_exception(error)
@@ -187,10 +191,12 @@ class SplitBatch:
         start = 0
         for part, failure, chunk in zip(self.parts, failures, own.chunks):
             piece = data[start : start + len(chunk)]
+            # What was added, or may have been, must be the same; what was not may differ.
             if not _left_out(part, failure) and piece != chunk:
                 return None
             pieces.append(Piece(piece, start, part if failure is None else None))
             start += len(chunk)
+        # Examples beyond those of this batch were never sent.
         pieces.append(Piece(data[start:], start, None))
         return [piece for piece in pieces if piece.data]
 
@@ -215,6 +221,7 @@ class SplitBatch:
 
     def _succeed(self) -> None:
         self._contents = None  # frees the datums, which may be large
+        # Cancelled, which leaves the requests alone, or settled by an earlier call.
         if self._future.done():
             return
         try:

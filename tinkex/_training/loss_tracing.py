@@ -37,6 +37,7 @@ _KIND = "create_custom_loss"
 #: Most parameters a loss may have, ``logprobs`` included.
 MAX_INPUTS = 16
 
+# What the protocol allows (docs/protocol.md, "Custom losses"), checked before anything is sent.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
@@ -99,6 +100,7 @@ def trace_loss(fn: Callable[..., Any], input_ranks: Mapping[str, int]) -> LossGr
             hint="Use torch functions of the parameters only; no if, for, float() or print that "
             "depends on their values.",
         ) from error
+    # Without the lock: torch is not patched any more, and the graph is this thread's alone.
     nodes = [_node(node) for node in traced.nodes]
     name = str(getattr(fn, "__name__", "custom_loss"))  # a functools.partial has none
     return LossGraph(name, inputs, {"format": 1, "nodes": nodes})
@@ -179,6 +181,7 @@ def _function(node: Any) -> str:
             f"the loss calls {name}, which cannot be sent",
             hint="Only functions of torch, math and operator can.",
         )
+    # An attribute, as in x.shape, is traced as a call of getattr.
     if name == "getattr" and node.args[1] in _FORBIDDEN:
         raise InvalidInputError(f"the loss uses .{node.args[1]}, which cannot be sent")
     return name
@@ -252,6 +255,7 @@ class LossRegistry:
         require_torch("create_custom_loss")
         graph = trace_loss(fn, input_ranks)
         self._runtime.ensure_open(_KIND)
+        # Without the name: under two names it is still the same loss.
         key = orjson.dumps([graph.inputs, graph.graph])
         # Registered before the upload, so that of two threads with the same loss one is refused.
         with self._lock:
@@ -263,6 +267,7 @@ class LossRegistry:
                 hint="Keep the LossHandle and use it for every step.",
             )
         try:
+            # Without the lock: this takes a request and its polls, and others may create losses.
             loss_id = self._runtime.run(_KIND, functools.partial(self._upload, graph)).result()
         except BaseException:  # Ctrl-C too: the caller has no handle, and may try again
             with self._lock:

@@ -96,6 +96,8 @@ class EndpointRequest(RunRequest[T]):
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
         queue = self.queue
+        # Through the queue's transport, whose `SendGate` holds it back while a lost request must be
+        # resent first.
         return submit(
             queue.transport,
             self.route,
@@ -114,6 +116,7 @@ class OptimStep(EndpointRequest[OptimStepResponse]):
 
     route = "optim_step"
     response_type = OptimStepResponse
+    # A step on a part of a batch would succeed, and train on a wrong gradient.
     waits_for_batches = needs_gradient = True
 
 
@@ -126,6 +129,7 @@ class SaveState(EndpointRequest[SaveWeightsResponse]):
     def decode(self, reply: Reply) -> SaveWeightsResponse:
         """Read the result, and remember the path to resume from."""
         saved = super().decode(reply)
+        # Noted even if the caller never reads it: the errors of a lost run name it in their hints.
         self.queue.runtime.session.last_checkpoint = saved.path
         return saved
 
@@ -198,6 +202,8 @@ class Load(EndpointRequest[LoadWeightsResponse]):
 
     route = "load_weights"
     response_type = LoadWeightsResponse
+    # Form 2 clears the gradient (docs/protocol.md, "Loading weights"): by then it must be known
+    # which batches are in it in part, so that they can be forgotten.
     waits_for_batches = drops_gradient = True
 
 
@@ -240,6 +246,8 @@ class Pass(RunRequest[ForwardBackwardOutput]):
         )
         # The wait is here rather than when the call was queued: the bytes of batches that are only
         # queued do not burden the server.
+        # They are held until it is accepted: only passes on their way to the server are limited
+        # (docs/protocol.md, "Back-pressure").
         batches = queue.runtime.resources.limits.batches
         with batches.holding(chunk.nbytes, self._is_over, self.future):
             return submit_batch(queue.transport, request, compress=self._compress)

@@ -183,6 +183,7 @@ class TrainingRun:
             return
         parts = [future]
         if completed is not None or len(chunks) > 1:
+            # Requests of an earlier call keep their places: the result is that of the whole batch.
             parts = [part or self.new_future(future.kind) for part in added]
             # A forward pass changes nothing, so that its parts may be cancelled one by one.
             if future.kind == "forward":
@@ -198,6 +199,7 @@ class TrainingRun:
         """Like a `send_batch` that was queued, but send it now, and wait for the result."""
         future: APIFuture[Output] = self.new_future(kind)
         self.send_batch(future, data, loss, breaks)
+        # Not `result` alone: this very thread has to resend what is refused meanwhile (rule 5).
         self._queue.wait_for([future])
         return future.result()
 
@@ -214,6 +216,7 @@ class TrainingRun:
         Unlike that of `send_batch`, it is not completed by the same call again, which computes the
         loss again and may not send the same.
         """
+        # Again: a part of an earlier batch may have failed during the forward pass before this.
         self.ensure_trainable()
         chunks = self._cut(data, breaks)
         parts = [self.new_future("forward_backward") for _ in chunks]
@@ -239,6 +242,7 @@ class TrainingRun:
             future.waiting_for = _describe_wait
             self._gradient.wait()
             future.waiting_for = None
+        # What is cancelled uses no seq_id: `send` returns immediately.
         if after is not None and after.failed():
             future.cancel()
         if request_type.needs_gradient and not future.done():

@@ -71,6 +71,8 @@ class SendGate:
 
     def __call__(self, request: Request) -> Request:
         """Return what to send for *request*; raise BodyMismatch if it must wait."""
+        # Not left to the transport: the rules keep the message, and what is lost must be resent
+        # under the key that it had (docs/protocol.md, "Idempotency keys").
         keyed = dataclasses.replace(request, idempotency_key=str(uuid.uuid4()))
         with self._lock:
             allowed = self._rules.before_send(keyed)
@@ -101,6 +103,7 @@ class RunQueue:
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in wait_for, and sees a refusal itself
         self.transport = ThreadTransport(runtime.transport, SendGate(self._rules, self._changed))
+        # With a cap of one the pool is a serial lane: its tasks run in the order of the calls.
         self._lane = runtime.resources.pools.make(f"tinkex-submit-{model_id}", 1)
 
     def put(self, future: APIFuture[T], task: Callable[..., None], *args: Any) -> None:
@@ -139,6 +142,7 @@ class RunQueue:
         Meanwhile refused requests are resent: in a plain wait the thread might wait for itself.
         Returns early if the client is closed.
         """
+        # `settled` does not see all of them: one may stand for several requests, or fail unsent.
         for future in futures or ():
             future.on_settled(self._wake)
         with self._changed:
@@ -175,6 +179,7 @@ class RunQueue:
                 len(refused),
                 first,
             )
+        # Here rather than as new tasks, which would come after the calls that are queued already.
         for request in refused:
             self._send_and_poll(request)
 
@@ -194,12 +199,14 @@ class RunQueue:
         request.note_accepted(accepted.request_id)
         # Once it is in flight: the future may be cancelled by now, which takes it out again.
         request.watch()
+        # The run is the lane: its results are fetched one at a time, in the order of submission.
         poller.watch(self.model_id, request)
 
     def _send_until_accepted(self, request: RunRequest[Any]) -> UntypedFuture:
         """Send *request* until it is accepted, or fails."""
         while True:
             with self._changed:
+                # Anew each time: a 409, or resending what was lost, may have used the last one.
                 seq_id = request.seq_id = self._rules.begin()
             try:
                 accepted = request.send()
@@ -223,6 +230,7 @@ class RunQueue:
                     error.hint = f"{error.hint} {_MAYBE_DONE}" if error.hint else _MAYBE_DONE
                 raise
             with self._changed:
+                # Before the poller gets it: `settled` ignores a request that is not in flight.
                 self._rules.accepted(request, seq_id)
             return accepted
 
@@ -291,6 +299,7 @@ class RunQueue:
 
     def settled(self, request: RunRequest[Any]) -> None:
         """The future of *request* is settled."""
+        # One that was cancelled may have been done, but rule 7 relies on work that certainly was.
         done = not request.future.failed()
         with self._changed:
             self._rules.settled(request, done=done)
@@ -308,12 +317,15 @@ class RunQueue:
         assert isinstance(error, TinkexError)
         with self._changed:
             action = self._rules.out_of_order(request, request.seq_id, expected)
+            # Outside of `wait_for` the thread may be idle: only a new task is certain to resend it.
             wakes_thread = action is Action.RESEND_LATER and not self._services_resends
             self._changed.notify_all()
         if action is Action.REPORT_DONE:
             return _from(error, _done_already(error, request))
         if action is Action.REPORT_LOST_RUN:
             return _from(error, self._run_lost(error, request, expected))
+        # What is refused like this was not executed (rule 5): until it is resent it counts as
+        # unsent, so that a cancel costs nothing.
         request.future.enter("queued")
         if wakes_thread:
             try:

@@ -194,6 +194,7 @@ class SequenceRules(Generic[R, M]):
             if was_lost:  # the same body was sent, so it is this request that used the seq_id
                 return Action.REPORT_DONE
             return Action.SEND_AGAIN if was_rejected else Action.REPORT  # rule 3
+        # The seq_id stays free. A 409 for the next request will mean that it was used (rule 3).
         self._last_rejected = True
         # Once a filler may have used the seq_id, no failure of the lost request itself shows that
         # the seq_id is free.
@@ -256,6 +257,7 @@ class SequenceRules(Generic[R, M]):
             return Action.REPORT_DONE
         if expected <= self._done_seq_id:  # rule 7
             return Action.REPORT_LOST_RUN
+        # It is not in there if it was refused when it was sent, by a 409.
         self._in_flight.pop(request, None)
         self._refused.append(_Refused(request, seq_id, expected))
         return Action.RESEND_LATER
@@ -279,6 +281,7 @@ class SequenceRules(Generic[R, M]):
         if refused:
             # The latest refusal shows the server's latest state.
             self.next_seq_id = refused[-1].expected
+        # Not as they were reported: a 409 to a submission may precede the polls of earlier ones.
         return [entry.request for entry in sorted(refused, key=operator.attrgetter("seq_id"))]
 
     def withdraw(self, request: R) -> None:
@@ -296,10 +299,12 @@ def classify(error: BaseException) -> Outcome:
     """Return what *error*, of sending a request, means for its ``seq_id``."""
     if isinstance(error, ResponseDecodeError):
         return Outcome.UNREADABLE
+    # Before its base class below: where there is no route, nothing has read the request.
     if isinstance(error, RouteMissingError):
         return Outcome.NOT_SENT
     if isinstance(error, APIConnectionError):
         return Outcome.UNKNOWN if error.maybe_taken else Outcome.UNREAD
+    # The client's own errors, such as about input that cannot be encoded: no seq_id (rule 1).
     if not isinstance(error, APIStatusError):
         return Outcome.NOT_SENT
     if error.status == 409:
@@ -308,6 +313,7 @@ def classify(error: BaseException) -> Outcome:
         return Outcome.REFUSED
     if error.maybe_taken:
         return Outcome.CRASHED if error.status == 500 else Outcome.UNKNOWN
+    # The rest, such as 413, is rejected unread, and would be each time.
     return Outcome.UNREAD if error.status in _UNREAD else Outcome.NOT_ACCEPTED
 
 
@@ -319,6 +325,7 @@ def expected_seq_id(error: BaseException, seq_id: int) -> Optional[int]:
     # (docs/servers.md).
     if error.status != 409 and "equence conflict" not in error.message:
         return None
+    # It must name the seq_id that was sent, or it is not about this request.
     found = _CONFLICT.search(error.message)
     if found is None or int(found.group(2)) != seq_id or int(found.group(1)) == seq_id:
         return None

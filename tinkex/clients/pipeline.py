@@ -124,6 +124,7 @@ class PipelineStep:
         return self._pipeline.trainer_after(self.index, what)
 
     def __getstate__(self) -> Dict[str, Any]:
+        # Not the pipeline and the future that `_finish_oldest` adds: they cannot be pickled.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
@@ -223,6 +224,7 @@ class Pipeline(Iterator[PipelineStep]):
         while self._sent:
             try:
                 steps.append(self._finish_oldest())
+            # Not Ctrl-C: the step remains the oldest, and another `drain` waits for it again.
             except Exception as error:
                 self._break_off(error)
                 raise
@@ -253,6 +255,7 @@ class Pipeline(Iterator[PipelineStep]):
                 hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
                 "save_after=100 if you save them yourself; or use depth=1.",
             )
+        # Every optimizer step and load that is queued replaces it, whoever queued it.
         if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
                 f"{what}: the run was trained or loaded outside of the pipeline after step "
@@ -278,6 +281,8 @@ class Pipeline(Iterator[PipelineStep]):
                 return
             try:
                 step = self._submit(index, batch)
+                # Before the checkpoint is queued, which may fail: the step is in the run's queue by
+                # now, and must be among those that are cancelled or drained.
                 self._sent.append(_Sent(index, step))
                 self._newest, self._newest_update = index, self._trainer._run.last_update
                 self._save_newest()
@@ -322,6 +327,7 @@ class Pipeline(Iterator[PipelineStep]):
         return (index + 1) % self._save_after == 0
 
     def _finish_oldest(self) -> PipelineStep:
+        # Left in place until its results are there: Ctrl-C may interrupt the wait for them.
         index, sent, saved = self._sent[0]
         try:
             step = PipelineStep(index, sent.forward_backward.result(), sent.optim.result())
@@ -368,6 +374,7 @@ def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
 
     Raises InvalidInputError if a pass is empty.
     """
+    # Several passes are a list of lists; all else is one pass, and checked as such later.
     if not (isinstance(batch, (list, tuple)) and batch and all(isinstance(p, list) for p in batch)):
         return batch, []
     data: List[Any] = []

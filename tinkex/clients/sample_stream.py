@@ -94,6 +94,7 @@ class SampleStream(Iterator[Sampled]):
     def __next__(self) -> Sampled:
         if self._pid != os.getpid():  # locks may be dead, and nothing would wake us
             raise ClientClosedError("sample_many: this belongs to the parent process of a fork")
+        # While a generator runs, nobody else may enter or close it: Python raises ValueError.
         with self._lock:
             self._running = True
             try:
@@ -164,6 +165,7 @@ class _Run:
 
     def stop(self) -> None:
         """End the run; wakes the thread that waits.  From any thread."""
+        # The flag is for a thread that submits prompts, the item for one that waits for a result.
         self._stopped = True
         self._settled.put(None)
 
@@ -201,6 +203,7 @@ class _Run:
                     first.error,
                 )
         except GeneratorExit:
+            # `close` sets the flag before it closes the generator; a finalizer does not.
             collected = not self._stopped
             raise
         finally:
@@ -225,11 +228,13 @@ class _Run:
                     return
                 continue  # the iterable of prompts may have closed the stream
             index, prompt = self._next
+            # A slow prompt holds back the results after it; this bounds how many are kept.
             if self._window is not None and index >= self._due + self._window:
                 return
             try:
                 future = self._sample(prompt)
             except (BudgetExceededError, BackpressureError) as error:
+                # None of ours is going to free any room, so a wait might never end.
                 if not self._in_flight:
                     _add_index(error, index)
                     raise
@@ -259,6 +264,7 @@ class _Run:
         if index is None:
             return None
         prompt, future = self._in_flight.pop(index)
+        # Asked first, because `exception` would raise CancelledError rather than return it.
         if future.cancelled():
             return Sampled(index, prompt, None, CancelledError())
         error = future.exception()
@@ -269,6 +275,7 @@ class _Run:
         return Sampled(index, prompt, future.result())
 
     def _explain_wait(self) -> None:
+        # A dict keeps the order of insertion, in which the prompts were begun.
         _, oldest = next(iter(self._in_flight.values()))
         logger.info(
             "sample_many: still waiting for %d samples; the oldest is %s",
