@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 import threading
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from support.tinker_routes import API, MODEL, RESULTS, TinkerRoutes
 
 from tinkex import ServiceClient, TrainingClient, types
 from tinkex._api import _call
+from tinkex._training import requests
 from tinkex._training.batch import Loss
 from tinkex._training.requests import EndpointRequest
 from tinkex.errors import (
@@ -539,3 +542,21 @@ def test_a_poll_that_breaks_again_and_again_names_its_route(
     error = trainer.optim_step(ADAM).exception(PATIENCE_S)
     assert "out of order" in str(error)
     assert "its route POST /api/v1/retrieve_future is broken" in str(error)
+
+
+def test_an_unnamed_save_that_is_repeated_keeps_its_sampling_session_seq_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: List[Any] = []
+    monkeypatch.setattr(requests, "submit", lambda *args, **fields: sent.append(fields))
+    queue: Any = SimpleNamespace(transport=None, model_id="m", runtime=SimpleNamespace())
+    queue.runtime.session = SimpleNamespace(next_sampler_seq_id=itertools.count(4).__next__)
+    future: Any = SimpleNamespace(kind="save_weights_and_get_sampling_client")
+    request = requests.SaveAndSample(queue, future, {"kind": "snapshot"}, str)
+    for seq_id in (7, 8):
+        request.seq_id = seq_id
+        request.send()
+    assert [(fields["seq_id"], fields["sampling_session_seq_id"]) for fields in sent] == [
+        (7, 4),
+        (8, 4),
+    ]

@@ -169,10 +169,11 @@ class SaveAndSample(EndpointRequest[T]):
         self._make_client = make_client
 
     def send(self, channel: Optional[AnyChannel] = None) -> UntypedFuture:
-        # A new one for each attempt, also under the same seq_id, which servers must allow
-        # (docs/protocol.md, "Saving weights").
-        sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
-        self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
+        # One for all attempts: a repetition under the same seq_id is then the same bytes.  Drawn
+        # here, so that samplers are numbered in the order in which they are made.
+        if "sampling_session_seq_id" not in self._fields:
+            sampler_seq_id = self.queue.runtime.session.next_sampler_seq_id()
+            self._fields = {"sampling_session_seq_id": sampler_seq_id, **self._fields}
         return super().send(channel)
 
     def decode(self, reply: Reply) -> T:
