@@ -82,6 +82,7 @@ def create_app(
     app.before_request(functools.partial(_admit, admission))
     topics = [topic(backend, settings) for topic in _TOPICS]
     for topic in (ServiceRoutes(backend, settings, admission.mint), *topics):
+        # A path may have a view for each method, so the names of endpoints contain both.
         for method, path, view in topic.rules():
             rule = path if path.startswith("/") else f"/api/v1/{path}"
             app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])
@@ -111,6 +112,7 @@ def _not_routed(error: HTTPException) -> Response:
     # Clients recognise a missing route by this text; a 404 with another names a missing object.
     detail = f"no route {route}" if error.code == 404 else f"{route}: {error.description}"
     response = json_response({"detail": detail}, error.code or 500)
+    # HTTP requires `Allow` with a 405.
     if error.code == 405:
         response.headers.extend((name, v) for name, v in error.get_headers() if name == "Allow")
     return response

@@ -134,6 +134,7 @@ class Backend:
 
     def _create_session(self, facts: Dict[str, Any]) -> str:
         session_id = str(uuid.uuid4())
+        # The database first: if it cannot be written, there is no session.
         self.store.add_session(session_id, facts)
         with self._lock:
             self._sessions.add(session_id, self._clock())
@@ -168,6 +169,7 @@ class Backend:
     def finish_session(self, session_id: str, reason: str, detail: Optional[str]) -> None:
         """End a session; a second end changes nothing.  HTTPError 404 if it is unknown."""
         with self._lock:
+            # Whoever removes it ends it: a finish and an expiry at the same moment end it once.
             removed = self._sessions.remove(session_id)
         if not removed:
             row = self.store.session(session_id)
@@ -220,6 +222,7 @@ class Backend:
         """
         with self._lock:
             expired = self._sessions.drop_expired(now)
+        # Ended without the lock, which every heartbeat takes: it writes to the database.
         for session_id in expired:
             _log.info("session %s expired", session_id)
         self._end_expired([*self._not_noted, *expired])
@@ -227,6 +230,7 @@ class Backend:
             self._sweep_due = now + _SWEEP_S
             self.futures.sweep(now)
             self.store.checkpoints.delete_expired()
+            # After the deletions, which may have made room for it.
             self.store.restore_reserve()
         with self._lock:
             next_expiry = self._sessions.next_due()
@@ -251,6 +255,7 @@ class Backend:
             self.check_session(session_of(model_id))
             self.store.touch_run(model_id)
             return
+        # The end of its session, if that is why, explains more than the end of the run.
         run = self.catalog.get_model(model_id)
         if run.session_id:  # a copy has none
             self.check_session(run.session_id)
@@ -272,6 +277,7 @@ class Backend:
             # First, since it fails on a full disk: then nothing else was done.
             add_run()
             self._created.add(model_id, digest, job.request_id)
+            # Within the lock: a repetition polls at once for the future of the id that it gets.
             self.scheduler.add_model(model_id, session_id, job)
         self._end_if_over(session_id)
         return job.request_id
@@ -289,6 +295,7 @@ class Backend:
         """
         session_id = session_of(sampler_id)
         with self._creating:
+            # A first look, so that a repetition does not copy the weights for nothing.
             known = self._created.find(sampler_id, digest)
         if known is not None:
             return known

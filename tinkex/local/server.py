@@ -133,6 +133,7 @@ class LocalServer:
         """Base URL for clients; LocalServerError before start."""
         if self._http is None:
             raise _not_started()
+        # Wildcards are addresses to bind, not to connect to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
         return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
@@ -174,12 +175,14 @@ class LocalServer:
             if self._closed:
                 return
             self._closed = True
+        # Without the lock: the rest may take two seconds, and a second call returns at once.
         lifecycle.untrack(self)
         # The timeouts add up to less than the two seconds in which exit hooks close everything.
         if self._thread is not None:
             self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
+            # Wakes the thread, which may wait for 30 s; after _stop is set, or it would wait again.
             self._http.pull_trigger()
             if self._thread is not threading.current_thread():  # as after `drop`
                 self._thread.join(0.5)
@@ -194,6 +197,7 @@ class LocalServer:
         """
         if self._closed or self._thread is None:
             return
+        # First: a new server on the folder then waits for this one and is not refused.
         self._store.folder_lock.ending = True
         self._dropped = True
         with contextlib.suppress(OSError):  # it was closed at the same time
@@ -229,6 +233,7 @@ class LocalServer:
 
         if self._data_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="tinkex-server-"))
+        # Kept before anything else is made: if that fails, `start` closes it.
         self._store = Store(self._temporary or self._data_dir or Path())
         self._backend, app, admission = self._assemble(self._engine, self._store)
         _import_for_requests()
@@ -264,6 +269,7 @@ class LocalServer:
             if self._dropped and not self._backend.has_sessions():
                 break
             try:
+                # A dropped server looks often: the end of its last session wakes no socket.
                 self._http.serve_once(_DROPPED_S if self._dropped else 30.0)
             except OSError:
                 # Another thread closed a socket that was being polled.  Paused, so that an error
@@ -271,6 +277,7 @@ class LocalServer:
                 _log.debug("the socket loop failed", exc_info=True)
                 time.sleep(0.01)
         self._http.flush()  # the responses of polls that the close released
+        # The owner was garbage, so nobody else would close it.
         if self._dropped:
             self.close()
 
@@ -366,6 +373,7 @@ def _check_key(host: str, api_key: Optional[str]) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
+        # A restarted server gets its port although old connections linger (TIME_WAIT).
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:

@@ -64,6 +64,7 @@ def head_of(environ: Mapping[str, Any]) -> Head:
     """Read the head of a WSGI request."""
     headers = {name: environ.get(f"HTTP_{name}", "") for name in _HEADERS}
     headers["CONTENT_TYPE"] = environ.get("CONTENT_TYPE", "")
+    # A chunked body ends where its chunks end, whatever Content-Length says.
     length = environ.get("CONTENT_LENGTH") or "0"
     known = length.isdigit() and len(length) < 20 and "HTTP_TRANSFER_ENCODING" not in environ
     return Head(
@@ -102,6 +103,8 @@ class Admission:
                 missing or wrong.
         """
         self._check_host(head)
+        # GET changes nothing, and a browser lets no page read a response of another origin; a page
+        # that has its own name point here fails in `_check_host`, or lacks the key.
         if head.method not in ("GET", "HEAD"):
             self._check_origin(head)
             # A body without a length is measured as it is read (http/messages.py).
@@ -142,6 +145,7 @@ class Admission:
                 "if it is this server behind a proxy, start it with --allow-host NAME "
                 "(allowed_hosts)",
             )
+        # For browsers that send no Origin here.  Programs that are no browsers send neither.
         if not origin and site not in ("", "none", "same-origin"):
             raise HTTPError(403, f"the request comes from a web page of another site ({site:.40})")
 
@@ -150,9 +154,11 @@ class Admission:
             parts = urlsplit(origin)
         except ValueError:
             return False
+        # `Origin: null`, as of a sandboxed frame, has no host, and is not ours.
         name = host_name(parts.netloc)
         if parts.scheme not in ("http", "https") or name is None:
             return False
+        # Either side may leave the default port out.
         default = ":443" if parts.scheme == "https" else ":80"
         same = _with_port(parts.netloc, default) == _with_port(host, default)
         return same or name in self._allowed_hosts
@@ -163,6 +169,7 @@ class Admission:
             scheme, _, token = head.headers.get("AUTHORIZATION", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else ""
         # In constant time: how long a comparison takes must not give the key away.
+        # As bytes: of strings, compare_digest takes only ASCII.
         if self._key is not None and hmac.compare_digest(given.encode(), self._key):
             return
         # A token, by the first letters of its header.  A server without a key checks it only if
@@ -203,6 +210,7 @@ def read_hosts(names: Iterable[str]) -> FrozenSet[str]:
     """Read allowed hosts; LocalServerError if one is not the name of a host."""
     found = set()
     for given in names:
+        # Two colons are an IPv6 address without the brackets that it has in a header.
         name = host_name(f"[{given}]" if given.count(":") > 1 and "[" not in given else given)
         if name is None:
             raise LocalServerError(

@@ -46,6 +46,7 @@ class Content:
                 yield chunk
 
     def _add(self, source: BinaryIO) -> int:
+        # Of the open file: a deletion, or another save under the name, no longer changes it.
         size = source.seek(0, io.SEEK_END)
         self._parts.append((self.size, self.size + size, source))
         self.size += size
@@ -63,6 +64,8 @@ def tar_content(folder: Path) -> Content:
     """Open all files of *folder* as an archive; OSError if it is not there."""
     content = Content()
     try:
+        # All are opened before the first byte is sent: a checkpoint that is deleted meanwhile can
+        # be sent to its end.
         for file in files_of(folder):
             _add_member(content, folder, file)
     except BaseException:
@@ -79,6 +82,7 @@ def files_of(folder: Path) -> List[Path]:
     """Return the files in *folder*, at any depth, by name; OSError if it is not there."""
     if not folder.is_dir():
         raise FileNotFoundError(str(folder))
+    # Sorted, so that a resumed download continues in the same archive.
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 

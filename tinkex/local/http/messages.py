@@ -133,6 +133,7 @@ def page(default_limit: int) -> Tuple[int, int]:
     numbers = []
     for name, default in (("limit", default_limit), ("offset", 0)):
         text = request.args.get(name, str(default))
+        # `isdigit` alone is true of ², which `int` does not read.
         if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
             raise HTTPError(400, f"{name} is {text!r:.100}; it must be a number, 0 or more")
         numbers.append(min(int(text), 1 << 31))  # SQLite takes no integers beyond 64 bits

@@ -116,6 +116,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
 
     def flush(self) -> None:
         """Send what is left of responses, as far as that takes no waiting."""
+        # A list, since a channel that fails removes itself.
         for channel in list(self.sockets.values()):
             if getattr(channel, "total_outbufs_len", 0):
                 channel.handle_write()
@@ -126,6 +127,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
 
     def readable(self) -> bool:
         """Whether to accept; waitress's own method closes idle connections, too."""
+        # In this order: idle connections are closed during a pause, too, which frees descriptors.
         return super().readable() and self._resume_at is None
 
     def handle_accept(self) -> None:

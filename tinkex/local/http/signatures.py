@@ -57,6 +57,7 @@ class TokenMint:
 
 
 def _encode(raw: bytes) -> bytes:
+    # JSON Web Tokens leave the padding out.
     return base64.urlsafe_b64encode(raw).rstrip(b"=")
 
 
@@ -86,8 +87,10 @@ class Signer:
     def check(self, path: str, expires: Optional[str], signature: Optional[str]) -> None:
         """Raise HTTPError 403 unless *signature* fits *path*, and *expires* is in the future."""
         number = expires if expires and expires.isascii() and expires.isdigit() else ""
+        # Bounded, since `int` raises an exception of its own for thousands of digits.
         if signature is None or not 0 < len(number) <= 12:
             raise HTTPError(403, "this URL is not signed; ask for a signed one")
+        # The signature first: an expiry that was not signed means nothing.
         expected = self._signature(path, int(number))
         if not hmac.compare_digest(expected.encode(), signature.encode()):
             raise HTTPError(403, "the signature of this URL is wrong; ask for a new one")
@@ -95,5 +98,6 @@ class Signer:
             raise HTTPError(403, "this URL has expired; ask for a new one")
 
     def _signature(self, path: str, expires_at: int) -> str:
+        # Both in one signature, so that neither can be changed or combined with another.
         text = f"{expires_at}\n{path}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()

@@ -32,6 +32,7 @@ class HttpThreads:
     def __init__(self, limit: int, idle_s: float = 30.0) -> None:
         self._pool = WorkerPool("tinkex-http", limit, idle_s)
         # Those that have not begun.
+        # A closed pool drops them, but waitress has to have each one cancelled.
         self._waiting: Set[Any] = set()
 
     def add_task(self, task: Any) -> None:
@@ -49,6 +50,7 @@ class HttpThreads:
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
         """End all threads; return False if one is still busy after *timeout* seconds."""
         if cancel_pending:
+            # The pool first: a task that comes after it was closed is cancelled by `add_task`.
             self._pool.close()
             for task in list(self._waiting):
                 self._cancel(task)

@@ -95,6 +95,7 @@ class Batch:
         """Add a request."""
         self.unfinished.add(len(self.jobs))
         self.jobs.append(job)
+        # The engine reads this list with its next slice, so joining a running batch takes no more.
         self.requests.append(job.request)
         self.sequences += job.request.num_samples
 
@@ -133,14 +134,19 @@ class SamplerLane:
 
     def drop(self, jobs: Iterable[SampleJob]) -> int:
         """Drop requests, and return how many of them were queued."""
+        # The mark is for those in a live batch: that is the engine thread's, which takes them out
+        # between two slices.
         for job in jobs:
             job.dropped = True
+        # One pass for all of them: a session may end with thousands queued.
         before = len(self.queued)
         self.queued = deque(job for job in self.queued if not job.dropped)
         return before - len(self.queued)
 
     def starts_at(self, limits: SamplingLimits) -> float:
         """The instant from which the queued requests may form a batch; there must be some."""
+        # A pause in the arrivals ends a burst, which is to be one batch; the bound on the first
+        # one's wait keeps a steady stream from delaying it forever.
         first, last = self.queued[0].arrived, self.queued[-1].arrived
         return min(first + limits.gather_most_s, last + limits.gather_s)
 
@@ -165,6 +171,8 @@ class SamplerLane:
                 live_tokens <= limits.max_live_tokens
                 and batch.sequences + job.request.num_samples <= limits.max_batch_sequences
             )
+            # In order of arrival, without a look behind it: a stream of small requests would
+            # otherwise keep a large one waiting forever.
             if not fits and batch.jobs:
                 break
             batch.add(self.queued.popleft())
@@ -180,5 +188,6 @@ class Sampler:
         self.session_id = session_id
         self.lane = lane
         self.jobs: Dict[str, SampleJob] = {}  # by request id
+        # A retry keeps its seq_id, and is the same sample (docs/protocol.md, "Sample requests").
         self.seen = SeenIds(sampler_id)
         self.clones = 0  # clients that joined after the first one

@@ -24,6 +24,8 @@ _MAX_CELLS = 1 << 26
 _MAX_STOPS = 1024
 _MAX_RANK = 4096
 
+# A name becomes a folder (state/checkpoints.py): no slash; no leading dot, as of folders that are
+# being written; and no ~, as of later versions under the same name.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,127}")
 
 
@@ -42,6 +44,7 @@ def check_pass(info: EngineInfo, loss_fn: str, data: Sequence[Datum]) -> None:
     cells = 0
     for index, datum in enumerate(data):
         try:
+            # By shape: a sparse tensor of a few bytes may be gigabytes once it is dense.
             cells += sum(math.prod(tensor.shape) for tensor in datum.loss_fn_inputs.values())
             if cells > _MAX_CELLS:
                 raise EngineError(
@@ -71,6 +74,8 @@ def check_sample(info: EngineInfo, request: SampleRequest, limits: SamplingLimit
         prompt, room = inputs.check_sample(request, info)
     except EngineError as error:
         raise HTTPError(400, str(error)) from error
+    # The most that it can become: batches are filled by size before anything is sampled.  Without
+    # max_tokens a continuation may fill the context.
     sampled = request.num_samples * min(request.sampling_params.max_tokens or room, room)
     _check_cells(request, int(prompt.size), sampled)
     return request.num_samples * int(prompt.size) + sampled

@@ -69,6 +69,7 @@ class EngineThread:
 
         Waits at most *timeout_s*; work that takes longer ends in the background.
         """
+        # Before the interrupt: the thread, back from the interrupted call, must find no other work.
         self._scheduler.rotation.close()
         self._engine.interrupt()
         self.join(timeout_s)
@@ -94,6 +95,8 @@ class EngineThread:
                 self._run_next_job(lane)
             elif lane is not None:
                 self._sampling.serve(lane)
+            # HTTP threads only list weights as retired: to unload them calls the engine, which only
+            # this thread may do.
             for weights in self._scheduler.give_back(lane):
                 self._sampling.remove(weights)
         self._shut_down()
@@ -109,8 +112,10 @@ class EngineThread:
 
     def _run_next_job(self, lane: Lane) -> None:
         job = self._scheduler.next_job(lane)
+        # None if another thread closed the run after the rotation chose it.
         if job is not None:
             self._run(lane, job)
+        # After the job, which may be the one that closes the run (`unload_model`).
         if self._scheduler.remove_ended(lane):
             log_failure(f"unload {lane.model_id}", self._engine.unload, lane.model_id)
 
@@ -121,8 +126,11 @@ class EngineThread:
             return
         try:
             value = job.run()
+        # Any exception: this thread serves all runs, and must survive the work of one.
         except Exception as error:
             failure = failure_of(error, job.request_id)
+            # Requests that were accepted meanwhile are queued behind it: they fail with this
+            # reason, and do not reach an engine that does not know the model.
             if job.creates:
                 lane.broken = f"model {lane.model_id} was not created: {failure.message}"
             self._futures.complete(job.request_id, failure)
@@ -135,4 +143,5 @@ class EngineThread:
             self._sampling.remove(weights)
         for lane in lanes:
             self._sampling.end(lane)
+        # The engine last: ending batches and unloading weights still calls it.
         log_failure("close", self._engine.close)

@@ -59,6 +59,8 @@ class Lane:
                 is forgotten.
         """
         request_id = self._seen.find(seq_id, digest)
+        # It was used, but its digest is forgotten: the body may be another one, and the same one
+        # must not be executed twice.  So it is a conflict either way.
         if request_id is None and seq_id < self.next_seq and seq_id not in self._seen:
             raise HTTPError(
                 409,
@@ -76,6 +78,7 @@ class Lane:
 
     def add(self, seq_id: int, digest: bytes, job: Optional[Job]) -> None:
         """Add a new request, or None for a seq_id that a rejected request consumed."""
+        # Rejected ones, too: under such a seq_id only the same body may be tried again.
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
         if seq_id < self.next_seq:
             # A request that was rejected is repeated and valid now, as with a checkpoint that has
@@ -84,6 +87,8 @@ class Lane:
                 self.ready.append(job)
             return
         self._early[seq_id] = job
+        # One arrival may close the gap for many that came before it.  A rejected request has
+        # consumed its seq_id, and leaves no gap (docs/protocol.md, "Sequence numbers").
         while self.next_seq in self._early:
             arrived = self._early.pop(self.next_seq)
             if arrived is not None:
@@ -93,6 +98,7 @@ class Lane:
     @property
     def has_work(self) -> bool:
         """True if something is ready for the engine: a request, or the end of the run."""
+        # A closed run needs one more turn, in which the engine thread unloads the model.
         return bool(self.ready) or (self.closed is not None and not self.is_gone)
 
     @property
@@ -102,10 +108,12 @@ class Lane:
 
     def waits_beyond_a_gap(self, seq_id: int) -> int:
         """Return how many requests wait already if *seq_id* would also wait; else 0."""
+        # The missing request itself is never turned away: nothing else can close the gap.
         return len(self._early) if seq_id > self.next_seq else 0
 
     def note_missing(self, now: float) -> None:
         """Note since when requests wait for the seq_id that is next; call it after `add`."""
+        # Later requests behind the same gap do not prolong the wait; another gap starts a new one.
         if not self._early:
             self.missing = None
         elif self.missing is None or self.missing.seq_id != self.next_seq:
@@ -131,6 +139,8 @@ class Lane:
         """Return a sentence on why the request *seq_id* is not done yet."""
         if seq_id > self.next_seq and seq_id in self._early:
             return f"waits for seq_id {self.next_seq} of {self.model_id}, which has not arrived"
+        # `ready` ends with next_seq - 1, so its last next_seq - seq_id requests are this one and
+        # those behind it; what is left is ahead of it.
         ahead = max(0, len(self.ready) - (self.next_seq - seq_id))
         if ahead:
             return f"queued behind {ahead} earlier request(s) of {self.model_id}"

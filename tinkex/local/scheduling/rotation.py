@@ -87,6 +87,8 @@ class Rotation:
                 return None
             now = self._clock()
             wait_until = due
+            # Each is looked at once.  A run in the rotation has work; a sampler may have to wait,
+            # for more requests to gather or for room in the cache.
             for _ in range(len(self._lanes)):
                 lane = self._lanes.popleft()
                 if isinstance(lane, Lane) or runnable(lane, now):
@@ -97,12 +99,16 @@ class Rotation:
                     starts_at = lane.starts_at(self._limits)
                     if starts_at > now:  # else it waits for another batch to end
                         wait_until = min(wait_until, starts_at)
+            # One wait, however it ends: the caller first does the housekeeping if it is due, and
+            # asks again.
             if not self._housekeeping_wanted:
                 self._wake.wait(max(0.0, wait_until - now))
             return None
 
     def give_back_locked(self, lane: Optional[AnyLane]) -> None:
         """Put the lane that was served behind the others, if it has more to do."""
+        # Under one lock with the check below: work that came while the lane was served, when
+        # `add_locked` left it out, is seen by `has_work`.
         self._served = None
         if lane is not None and lane.has_work:
             self._lanes.append(lane)

@@ -56,6 +56,7 @@ class SamplingWorker:
 
     def runnable(self, lane: SamplerLane, now: float) -> bool:
         """True if `serve` would have something to do for *lane* now."""
+        # A lane without samplers gets a turn, too: its batches have to end before it is forgotten.
         return bool(
             lane.live
             or lane.wanted
@@ -90,6 +91,7 @@ class SamplingWorker:
 
     def _load(self, lane: SamplerLane, weights: SamplerWeights) -> bool:
         """Have the engine hold the weights; False if that failed, with what was queued."""
+        # Also if it fails: the next request tries again, and not the engine thread in a loop.
         lane.wanted = False
         if not weights.loaded:
             # Those that batches draw from have to stay, even if more than *max_loaded* are held.
@@ -105,6 +107,7 @@ class SamplingWorker:
                 with self._lock:
                     jobs = list(lane.queued)
                     self._scheduler.count_dequeued_locked(lane.drop(jobs))
+                # Outside the lock, which `_complete` takes for each.
                 for job in jobs:
                     self._complete(job, failure)
                 return False
@@ -118,6 +121,7 @@ class SamplingWorker:
         started = Batch(weights)
         with self._lock:
             # A batch has the same weights to its end, also if its lane has newer ones by now.
+            # A running batch is joined at once: only a new one waits for requests to gather.
             for batch in lane.live:
                 if batch.weights is weights:
                     self._fill(lane, batch)
@@ -125,8 +129,10 @@ class SamplingWorker:
                 self._fill(lane, started)
         if not started.jobs:
             return
+        # Before the engine has them: weights with a batch are neither unloaded nor removed.
         weights.batches += 1
         lane.live.append(started)
+        # Outside the lock: the engine may work for long, while HTTP threads submit and cancel.
         try:
             # The engine reads both lists again with each slice: requests join the batch, or are
             # cancelled, while it runs.
@@ -147,6 +153,7 @@ class SamplingWorker:
 
     def _advance(self, lane: SamplerLane) -> None:
         """Do one slice of the next batch."""
+        # Taken from the front and put back at the end: the lane's batches take turns.
         batch = lane.live.popleft()
         # Other threads only mark a job as dropped; what the engine reads is changed here, between
         # two slices.
@@ -154,6 +161,7 @@ class SamplingWorker:
             batch.dropped.add(index)
             self._remove(batch, index)
         failure: Optional[Failure] = None
+        # If all of them were cancelled, a slice would be work for nobody.
         if batch.unfinished:
             try:
                 for index, outcome in next(batch.slices):
@@ -163,6 +171,7 @@ class SamplingWorker:
                         if isinstance(outcome, EngineError)
                         else Success(outcome),
                     )
+            # Requests without a result would stay pending forever.
             except StopIteration:
                 failure = Failure("the engine ended without a result", "server")
             except Exception as error:
@@ -183,6 +192,7 @@ class SamplingWorker:
         if close is not None:
             log_failure("abandon a batch", close)
         batch.weights.batches -= 1
+        # They were retired while this batch drew from them, so they were left to its end.
         if batch.weights.retired:
             self.remove(batch.weights)
 
@@ -193,6 +203,8 @@ class SamplingWorker:
 
     def _complete(self, job: SampleJob, outcome: Outcome) -> None:
         with self._lock:
+            # The entry is gone if the client cancelled the sample, or its session ended, during the
+            # slice: the future has failed by then, and keeps that outcome.
             job.sampler.jobs.pop(job.request_id, None)
             name = job.sampler.lane.weights.source.name
         # Before the future completes: a client that has its sample finds it on the server's page.

@@ -85,6 +85,7 @@ class Scheduler:
         with self._lock:
             lane = self._models[model_id] = self._lane_type(model_id, session_id)
             self._futures.create(job.request_id, model_id, 0)
+            # Not by `Lane.add`: this is number 0, and those that `add` puts in order begin with 1.
             lane.ready.append(job)
             self.rotation.add_locked(lane)
 
@@ -114,6 +115,8 @@ class Scheduler:
             known = lane.find(seq_id, digest)
             if known is not None:
                 return known
+            # After `find`: a repetition gets its response even then.  Nothing was noted yet, since
+            # a 429 leaves the seq_id unused (docs/protocol.md, "Sequence numbers", rule 3).
             if lane.waits_beyond_a_gap(seq_id) >= self._max_waiting:
                 raise HTTPError(
                     429,
@@ -162,6 +165,7 @@ class Scheduler:
         """Fail the requests of a run that have waited too long for a missing seq_id."""
         with self._lock:
             lane = self._models.get(owner)
+            # *owner* may be a sampler, whose requests wait for no seq_id.
             missing = None if lane is None else lane.missing
             if lane is None or missing is None:
                 return
@@ -228,6 +232,7 @@ class Scheduler:
             known = sampler.seen.find(seq_id, digest)
             if known is not None:
                 return known
+            # Before the seq_id is noted: the client sends the same request again after a 429.
             if self._queued_samples >= self._limits.max_queued:
                 raise HTTPError(
                     429, f"{self._queued_samples} sample requests are queued", retry_after_s=1.0
@@ -261,6 +266,7 @@ class Scheduler:
                 self.count_dequeued_locked(job.sampler.lane.drop([job]))
                 # The request behind it may fit where this one did not.
                 self.rotation.wake_locked()
+        # Without a look at *job*: if the sample is done, its future is settled and stays as it is.
         self._fail([request_id], "the client cancelled the request")
 
     # All
@@ -272,6 +278,8 @@ class Scheduler:
             for lane in self._models.values():
                 if lane.session_id == session_id and lane.closed is None:
                     failed += self._close_lane_locked(lane, why)
+            # A list, since a sampler leaves the dict when it is closed.  A run stays in its own
+            # until the engine thread has unloaded it.
             for sampler in list(self._samplers.values()):
                 if sampler.session_id == session_id:
                     failed += self._close_sampler_locked(sampler)
@@ -305,6 +313,8 @@ class Scheduler:
 
     def _open_lane_locked(self, model_id: str) -> Lane:
         lane = self._models.get(model_id)
+        # A run and the rotation are closed under this lock, too.  What got in after the engine
+        # thread's last look (`end_all`) would stay pending forever.
         if lane is None or lane.closed is not None or self.rotation.is_closing:
             raise HTTPError(
                 404, lane.closed if lane and lane.closed else f"{model_id} is not loaded"
@@ -350,6 +360,8 @@ class Scheduler:
         Returns the weights that no lane uses any more.
         """
         with self._lock:
+            # Checked and removed under one lock: a sampler with the same weights that is opened at
+            # this moment either keeps the lane alive or gets a new one.
             if isinstance(lane, SamplerLane) and lane.is_over:
                 del self._lanes[lane.key]
                 self._retired.append(lane.weights)
@@ -365,6 +377,7 @@ class Scheduler:
     def remove_ended(self, lane: Lane) -> bool:
         """Forget a run that has ended; False if it has not, or has jobs left."""
         with self._lock:
+            # A closed run accepts nothing, so that a queue that is empty now stays empty.
             has_ended = lane.closed is not None and not lane.ready
             if has_ended:
                 self._models.pop(lane.model_id, None)

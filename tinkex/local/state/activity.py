@@ -227,6 +227,7 @@ class Activity:
 def _progress(run: _Run, version: int) -> RunProgress:
     curve = run.curve
     start = curve.start_after(version)
+    # Slices of an `array` are copies, which are read without the lock.
     return RunProgress(
         run.steps,
         run.tokens,
@@ -244,6 +245,8 @@ def _kept(
 ) -> KeptSample:
     # Engines read text only.
     prompt, logprobs = request.prompt.to_numpy(), sequence.logprobs_np
+    # Parts are copied: views would keep the arrays of the whole response in memory.  The first two
+    # fields are set under the lock, where versions are given out.
     return KeptSample(
         0,
         0.0,

@@ -44,6 +44,7 @@ class Catalog:
             raise HTTPError(
                 400, f"{path} is a {parsed.checkpoint_type} checkpoint; this needs .../{kind}/..."
             )
+        # A checkpoint id is <kind>/<name> (docs/protocol.md, "Paths").
         name = parsed.checkpoint_id.partition("/")[2]
         return self.checkpoint(parsed.training_run_id, found_kind, name)
 

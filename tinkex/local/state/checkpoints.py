@@ -129,12 +129,16 @@ class Checkpoints:
         with storage_errors(self._data_dir):
             parent = _run_folder(self._data_dir, run_id) / kind
             parent.mkdir(parents=True, exist_ok=True)
+            # In the same folder, for an atomic rename; no checkpoint's name begins with a dot.
             written = parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
             written.mkdir()
             try:
                 yield written
                 size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+                # Renamed before there is a row, so that no row ever names a half-written folder;
+                # and not onto an older version, which stays valid if the row cannot be written.
                 written = written.rename(_free_sibling(parent, name))
+                # After the body: the lifetime of a checkpoint begins once it is complete.
                 now = self._wall()
                 row = CheckpointRow(
                     run_id, kind, name, now, str(written.relative_to(self._data_dir)), size, False,
@@ -150,6 +154,7 @@ class Checkpoints:
 
     def _add(self, row: CheckpointRow) -> Optional[CheckpointRow]:
         """Add the row of a checkpoint; return the one that had its name, which may have expired."""
+        # Without `_UNEXPIRED`: an expired checkpoint still has its row, and files to remove.
         replaced = self._db.first(CheckpointRow, _ONE, *row.key)
         self._db.change(
             ("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
@@ -176,6 +181,7 @@ class Checkpoints:
             try:
                 shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
             except OSError as error:
+                # A folder that is still there was not the reason; a full disk may be.
                 if source.exists():
                     raise
                 raise self.missing_files(checkpoint) from error
@@ -183,6 +189,7 @@ class Checkpoints:
     def missing_files(self, checkpoint: CheckpointRow) -> HTTPError:
         """Make the error for a checkpoint whose folder is not there."""
         current = self.find(*checkpoint.key)
+        # Another folder under this name: it was saved again, and its old files were removed.
         if current is None or current.folder != checkpoint.folder:
             return HTTPError(404, f"{checkpoint.tinker_path} was deleted just now")
         return HTTPError(

@@ -118,6 +118,8 @@ class Database:
         try:
             self._connection = _connect(path)
         except sqlite3.OperationalError as error:
+            # `close` deletes the reserve, so one that is there now was left by a server that was
+            # killed: its room lets this one start.
             if not (is_without_room(error) and self._reserve.release()):
                 raise
             self._connection = _connect(path)
@@ -166,6 +168,7 @@ class Database:
     def rows(self, sql: str, *values: Any) -> Sequence[sqlite3.Row]:
         """Return what a query finds."""
         with self._lock:
+            # All at once: the next thread uses the same connection as soon as the lock is released.
             return self._connection.execute(sql, values).fetchall()
 
     def restore_reserve(self) -> None:
@@ -182,6 +185,8 @@ class Database:
             for sql, *values in statements:
                 self._connection.execute(sql, values)
             self._connection.execute("COMMIT")
+        # On Ctrl-C, too: all threads share the connection, and a transaction that stayed open would
+        # take in the changes of others.
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # SQLite may have done it by itself
                 self._connection.execute("ROLLBACK")

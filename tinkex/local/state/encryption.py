@@ -51,6 +51,7 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     """Replace each file in *folder* by one that is encrypted for *recipients*, named ``*.age``."""
     import pyrage
 
+    # Listed before any is encrypted, since each adds a file to the folder.
     for file in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
         file.unlink()

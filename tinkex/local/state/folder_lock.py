@@ -73,10 +73,12 @@ class FolderLock:
         """Give the lock back; nothing happens if it is not held."""
         file, self._file = self._file, None
         if file is not None:
+            # Before the file is closed: from then on, another server's entry may have this key.
             if self._key is not None and _held_here.get(self._key) is self:
                 del _held_here[self._key]
             # The file stays: after a removal, two servers could lock two files of the same name.
             os.close(file)
+        # Last: who waits for this locks the file at once, and does not try again.
         self._released.set()
 
     def _in_use(self, *, here: bool) -> LocalServerError:

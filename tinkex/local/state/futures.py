@@ -166,6 +166,8 @@ class FutureTable:
         """
         with self._lock:
             self._pending[request_id] = _Entry(owner, seq_id, group=group, on_done=on_done)
+            # An id may come again: after a gap was refused, its seq_ids are free
+            # (`Lane.remove_early`).
             self._gone.pop(request_id, None)
 
     def complete(self, request_id: str, outcome: Outcome) -> None:
@@ -197,6 +199,7 @@ class FutureTable:
         Returns Waiting if it is still pending then, and None if there is no such future.
         """
         with self._lock:
+            # Pending ones first: of an id that came again, there may be an earlier outcome, too.
             entry = self._pending.get(request_id)
             if entry is None:
                 finished = self._finished_locked(request_id)
@@ -285,6 +288,7 @@ class FutureTable:
     def sweep(self, now: float) -> None:
         """Drop results that have been kept long enough."""
         with self._lock:
+            # Both are in order of time, so the first one that is young enough ends the search.
             for request_id, entry in list(self._fetched.items()):
                 if entry.fetched_at is None or now < entry.fetched_at + self._keep_fetched_s:
                     break
@@ -319,6 +323,8 @@ class FutureTable:
         self._fetched_bytes -= entry.fetched_bytes
         if entry.group is not None:
             self._completions.discard(entry.group, entry.number)
+        # Remembered for a while: a late poll gets 410, after which a sample is submitted again, and
+        # not the 404 of an id that never existed (docs/protocol.md, "Lifetime of results").
         self._gone[request_id] = None
         if len(self._gone) > self._max_gone:
             self._gone.popitem(last=False)

@@ -80,6 +80,7 @@ class CreatedIds:
         Raises:
             HTTPError: 409, it was created with another body.
         """
+        # The default of an unknown id has the digest that was asked for, and so raises nothing.
         known_digest, response_id = self._created.get(made_id, (digest, None))
         if known_digest != digest:
             raise HTTPError(
@@ -109,6 +110,7 @@ class IdempotencyCache:
             return make()
         with self._lock:
             if key not in self._results:
+                # If it raises, nothing is kept: the client's retry is to try again.
                 self._results[key] = make()
                 if len(self._results) > _MAX_KEYS:
                     self._results.popitem(last=False)

@@ -104,6 +104,7 @@ class AuditRow:
 
 def timestamp(seconds: float) -> str:
     """RFC 3339 in UTC, with microseconds; later times sort later."""
+    # By itself, isoformat leaves out a fraction of zero, and the texts would not sort by time.
     text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")
 
@@ -131,6 +132,7 @@ def _loads(text: str) -> Dict[str, Any]:
     if levels(text.encode()) <= MAX_LEVELS:
         return value
     # Older versions stored what no response can show; it is left out.
+    # Each part is one level deeper in the object than by itself, hence `<` below.
     texts = {name: json.dumps(one).encode() for name, one in value.items()}
     return {name: one for name, one in value.items() if levels(texts[name]) < MAX_LEVELS}
 

@@ -56,6 +56,7 @@ class Curve:
     def _thin(self, version: int) -> None:
         pairs = zip(self.losses[::2], self.losses[1::2])
         self.losses = array("d", [(first + second) / 2 for first, second in pairs])
+        # A pair stands at the later of its steps, as every point of more than one step does.
         self.steps, self._versions = self.steps[1::2], self._versions[1::2]
         self.stride *= 2
         self._thinned_at = version
@@ -72,6 +73,7 @@ class TokenRate:
         """Add *tokens* of work from *start* to *end*, in equal parts to the seconds it took."""
         last = int(end)
         self._advance(last)
+        # The ring has no place for earlier seconds; their share goes to those that it has.
         first = max(int(start), last - RATE_SECONDS + 1)
         for second in range(first, last + 1):
             self._counts[second % RATE_SECONDS] += tokens / (last + 1 - first)
@@ -83,6 +85,8 @@ class TokenRate:
         return (self._counts[place:] + self._counts[:place])[:-1]
 
     def _advance(self, second: int) -> None:
+        # At most one round, however long nothing happened.  *second* may also lie behind, since
+        # threads read the clock before they wait for the lock: then nothing is cleared.
         for passed in range(max(self._second + 1, second - RATE_SECONDS + 1), second + 1):
             self._counts[passed % RATE_SECONDS] = 0.0
         self._second = max(self._second, second)

@@ -26,6 +26,7 @@ class SessionTable:
 
     def alive(self, session_id: str, now: float) -> bool:
         """True if *session_id* was added, has not ended and has not missed its time."""
+        # Compared, since an expired session stays in the table until the next housekeeping.
         due = self._due.get(session_id)
         return due is not None and now < due
 

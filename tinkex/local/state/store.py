@@ -66,15 +66,18 @@ class Store:
         with folder_errors(data_dir), contextlib.ExitStack() as opened:
             opened.callback(self.folder_lock.release)
             data_dir.mkdir(parents=True, exist_ok=True)
+            # Before anything is read: `_tidy` would end the sessions of a server that still runs.
             self.folder_lock.acquire()
             self._db = Database(data_dir)
             opened.callback(self._db.close)
             self.checkpoints = Checkpoints(data_dir, self._db, wall)
             self._tidy()
+            # Everything succeeded: from here on `close` is responsible.
             opened.pop_all()
 
     def close(self) -> None:
         """Close the database and release the folder."""
+        # The folder last: another server may open the database as soon as it is free.
         self._db.close()
         self.folder_lock.release()
 
@@ -158,6 +161,7 @@ class Store:
     ) -> Tuple[List[RunRow], int]:
         """Return a page of runs (of one project), last used first, and how many there are."""
         found = (
+            # LEFT: the run of a copied checkpoint belongs to no session.
             "FROM runs LEFT JOIN sessions USING (session_id) "
             "WHERE ? IS NULL OR COALESCE(runs.project_id, sessions.project_id) = ?"
         )
@@ -180,6 +184,7 @@ class Store:
             if now - self._touched.get(run_id, 0.0) < 1.0:
                 return
             self._touched[run_id] = now
+        # Outside the lock: who has nothing to note now need not wait for the disk.
         sql = "UPDATE runs SET last_request_at = ? WHERE run_id = ?"
         self._db.execute_if_possible(sql, now, run_id)
 
@@ -252,4 +257,5 @@ class Store:
             "UPDATE sessions SET state = 'lost', ended_at = ?, "
             "reason = 'the server was restarted' WHERE state = 'live'"
         )
+        # Not `change`: its StorageError is for HTTP, and `__init__` raises LocalServerErrors.
         self._db.execute((sql, self.wall()))

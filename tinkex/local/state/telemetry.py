@@ -44,6 +44,7 @@ class TelemetrySink:
         events = batch.get("events")
         if not isinstance(events, list) or len(events) > _MOST_EVENTS:
             raise HTTPError(400, f"field 'events' must be a list of at most {_MOST_EVENTS} events")
+        # All are checked before any is kept: a corrected batch can then be sent again whole.
         for number, event in enumerate(events):
             _check(f"event {number}", event)
         common = {name: value for name, value in batch.items() if name != "events"}
@@ -62,6 +63,7 @@ def _check(what: str, event: Any) -> None:
         raise HTTPError(400, f"{what} is {kind!r:.80}; it must be one of {', '.join(_OWN)}")
     for name, expected in {**_COMMON, **_OWN[kind]}.items():
         value = event.get(name)
+        # In Python a bool is an int; in JSON it is no number.
         if not isinstance(value, expected) or isinstance(value, bool):
             raise HTTPError(
                 400,
