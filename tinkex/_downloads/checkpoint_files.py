@@ -56,6 +56,7 @@ def _check_safetensors(path: Path, what: str) -> None:
     """Check that the file is as long as its header announces."""
     size = path.stat().st_size
     with open(path, "rb") as file:
+        # The header's length in eight bytes, the header, which is a JSON object, then the tensors.
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
         if length == 0:
@@ -79,6 +80,7 @@ def _announced_bytes(header: bytes) -> Optional[int]:
             entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"
         ]
         return max(ends, default=0)
+    # The file may hold any JSON in the place of a header, so any of these can happen.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None
 

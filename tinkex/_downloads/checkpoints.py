@@ -84,6 +84,8 @@ def fetch_checkpoint(
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
     overwrite = as_flag("overwrite", overwrite)
     target = Path(os.path.abspath(os.path.expanduser(os.fspath(dest))))
+    # Before the server is asked: it may take minutes to build an archive (docs/protocol.md,
+    # "Archives").
     check_free(target, overwrite)
     config = transport.config
     work = DownloadFolder(target, {"server": config.base_url, "tinker_path": parsed.tinker_path})
@@ -91,7 +93,10 @@ def fetch_checkpoint(
         with Downloader(config, closing=transport.closing, cancel=cancel) as downloader:
             _Download(transport, parsed, work, downloader, progress or _silent).run()
             work.check(tinker_path)
+            # Checking the files takes time, too: a download cancelled meanwhile must not appear at
+            # *dest*.
             downloader.check()
+    # Ctrl-C, too: what has arrived stays for the next call.
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
             error.hint = f"What has arrived is in {work.folder}; the same call resumes from there."
@@ -136,11 +141,15 @@ class _Download:
                 )
             if self._parsed.checkpoint_type != "training":
                 raise
+            # The hosted service has no archives, but it exports training checkpoints
+            # (docs/protocol.md, "Archives").
             self.fetch_through_export(missing)
 
     def fetch_archive(self) -> None:
         """Fetch the archive and unpack it; RouteMissingError if the server makes none."""
         parsed, transport = self._parsed, self._transport
+        # A channel of its own: cancelling aborts everything on it, and must not reach other
+        # requests.
         channel = self._downloader.adopt(transport.open_channel())
 
         def sign(again: bool) -> Source:
@@ -190,11 +199,14 @@ class _Download:
 
         logger.info("exporting %s, since its server makes no archives", self._parsed.tinker_path)
         with Runtime(self._transport.config, default_manager()) as runtime:
+            # The export holds weights alone, so the optimizer's state need not be loaded.
             source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
             model_seq_id = runtime.session.next_model_seq_id()
             create = functools.partial(source.create, runtime, model_seq_id)
             new_run = self._wait(runtime.run(source.kind, create))
             run = TrainingRun(runtime, new_run.model_id, new_run.next_seq_id)
+            # A new name each time, because one that exists is refused with 409 (docs/protocol.md,
+            # "Saving weights").
             fields = {"path": f"download-{uuid.uuid4().hex[:12]}", "ttl_seconds": EXPORT_TTL_S}
             try:
                 saved = self._wait(run.submit("save_weights_external", SaveExternal, fields))
@@ -217,6 +229,7 @@ class _Download:
         """Wait for *future*, or until the download is to stop."""
         while True:
             try:
+                # In short waits, since cancelling the download does not settle the future.
                 return future.result(0.2)
             except FutureTimeoutError:
                 if future.done():  # just now; or the work has failed with such an error
@@ -261,6 +274,7 @@ class _Urls:
 
         def sign(again: bool) -> Source:
             if again or source().is_stale(self._transport.clock.wall()):
+                # One response signs all files, so the later ones get new URLs, too.
                 self._latest = self._ask()
             return source()
 

@@ -40,6 +40,7 @@ class DownloadFolder:
 
     def __init__(self, target: Path, made_for: Mapping[str, str]) -> None:
         self._target = target
+        # Either way on the file system of the destination, so that moving the files is a rename.
         self.folder = (
             target / INSIDE if target.is_dir() else target.with_name(f".{target.name}.part")
         )
@@ -48,6 +49,7 @@ class DownloadFolder:
         self.archive = self.folder / "archive"
         self._made_for = self.folder / "checkpoint.json"
         facts = json.dumps(made_for)
+        # The parts of another checkpoint may have the same names, and must not be resumed from.
         if self.folder.exists() and self._read_facts() != facts:
             self._delete_other()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +62,8 @@ class DownloadFolder:
 
     def _delete_other(self) -> None:
         """Delete what is left of the download of another checkpoint, and nothing else."""
+        # The caller may have a folder of this name: only one with our note, or an empty one, is
+        # deleted.
         ours = self.folder.is_dir() and (self._made_for.exists() or not any(self.folder.iterdir()))
         if not ours:
             raise InvalidInputError(
@@ -104,6 +108,7 @@ class DownloadFolder:
         if self._target.is_dir():
             self._move_into()
         else:
+            # One step: the destination is complete, or not there.
             os.rename(self.files, self._target)
         shutil.rmtree(self.folder)
 
@@ -141,6 +146,7 @@ def check_free(target: Path, overwrite: bool) -> None:
     above = next((parent for parent in target.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise InvalidInputError(f"{above} is a file, not a folder", hint="Choose another folder.")
+    # `exists` follows links: a dangling one occupies the name all the same.
     if not (target.exists() or target.is_symlink()):
         return
     if not target.is_dir():
@@ -148,6 +154,7 @@ def check_free(target: Path, overwrite: bool) -> None:
             f"{target} is not a folder, and a checkpoint is one",
             hint="Move it away, or choose a folder.",
         )
+    # What an interrupted download has left is no reason to refuse the next one.
     if not overwrite and any(path.name != INSIDE for path in target.iterdir()):
         raise InvalidInputError(
             f"{target} exists already, and is not empty",

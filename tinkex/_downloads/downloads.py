@@ -85,7 +85,9 @@ class Downloader:
         self._closing = closing
         self._cancel = cancel
         self._clock = clock
+        # Set by the watcher: there is a reason to stop.
         self._stop = threading.Event()
+        # Set for the watcher, which ends then: the download is over.
         self._done = threading.Event()
         # Guards _channels.
         self._lock = threading.Lock()
@@ -98,6 +100,7 @@ class Downloader:
 
     def __exit__(self, *exc: object) -> None:
         self._done.set()
+        # Not those that were adopted from outside, which their owners close.
         for channel in self._by_proxy.values():
             channel.close()
 
@@ -105,6 +108,7 @@ class Downloader:
         """Abort *channel* too when the download is to stop; return it."""
         with self._lock:
             self._channels.append(channel)
+        # The watcher may have aborted the others just before this one was added.
         if self._stop.is_set():
             channel.abort()
         return channel
@@ -119,6 +123,7 @@ class Downloader:
     def pause(self, seconds: float) -> None:
         """Sleep, or raise as soon as the download is to stop."""
         self.check()
+        # One event for both causes, since a thread can wait for one only; the watcher sets it.
         self._stop.wait(seconds)
         self.check()
 
@@ -146,6 +151,8 @@ class Downloader:
         while True:
             self.check()
             if source is None or source.is_stale(self._clock.wall()):
+                # True from the second time on: the URL before was refused or is stale, so a cached
+                # one is no use.
                 source = sign(signed)
                 signed = True
             try:
@@ -187,7 +194,10 @@ class Downloader:
 
     def _attempt(self, part: Part, source: Source, report: Report) -> int:
         note = Note.load(part.note)
+        # Without a validator nothing shows that the bytes are of the version that the host has now.
         offset = part.size if note.validator else 0
+        # Ranges count the bytes as they are sent: those of a compressed body would not be the
+        # file's.
         headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -227,6 +237,7 @@ class Downloader:
         self, part: Part, note: Note, offset: int, response: requests.Response, report: Report
     ) -> int:
         status = response.status_code
+        # No range is left because all bytes had arrived when the connection broke.
         if status == 416 and offset and _total_of_range(response.headers) == offset:
             return self._finish(part, note, offset)
         if status == 416 and offset:
@@ -234,6 +245,7 @@ class Downloader:
         if status == 206 and offset:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             total = _total_of_range(response.headers)
+            # Bytes of another range would damage the file without any error.
             if found is None or found[1] is None or int(found[1]) != offset:
                 raise _StartOver
             if total is not None and note.total is not None and total != note.total:
@@ -269,6 +281,8 @@ class Downloader:
                 self.check()
             self.check()  # an aborted connection can look like the end of the file
             out.flush()
+            # Before the file gets its final name: a power failure must not leave the name without
+            # the bytes.
             os.fsync(out.fileno())
         return offset
 
@@ -279,6 +293,7 @@ class Downloader:
         if note.total is not None and size > note.total:
             raise _StartOver
         if note.digest is not None and sha256_of(part.file, self.check) != note.digest:
+            # Otherwise every later attempt would resume from the damaged bytes.
             part.discard()
             raise ResponseDecodeError(
                 f"{part.name}: the SHA-256 of its {size} bytes is not the one that was announced",
@@ -314,6 +329,7 @@ class Downloader:
                 self._stop.set()
                 with self._lock:
                     channels = list(self._channels)
+                # Without the lock, which `adopt` needs in the thread that downloads.
                 for channel in channels:
                     channel.abort()
                 return
@@ -337,6 +353,7 @@ def fetch_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     size = downloader.fetch(part, sign, report)
     os.replace(part.file, target)
+    # The file has its final name; this deletes the note.
     part.discard()
     return size
 

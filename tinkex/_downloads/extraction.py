@@ -69,10 +69,14 @@ def extract(archive: Path, folder: Path, *, check: Callable[[], None] = lambda: 
         ResponseDecodeError: it is not a tar file, broken, too large unpacked, or not safe.
         OSError: it cannot be written here.
     """
+    # A few compressed bytes can stand for gigabytes of zeros, which would fill the disk.
     limit = archive.stat().st_size * EXPANSION + SLACK_BYTES
+    # A new folder: whatever is found in it later has come from this archive.
     folder.mkdir()
     try:
         with ArchiveReader(archive) as reader:
+            # As an uncompressed tar ("r:"): the reader decompresses, and checks what follows the
+            # tar.
             with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:") as tar:
                 unpacked = _extract(tar, folder, limit, check)
                 reader.finish(limit, check)
@@ -91,6 +95,7 @@ def _extract(tar: tarfile.TarFile, folder: Path, limit: int, check: Callable[[],
     unpacked = 0
     for count, member in enumerate(tar):
         check()
+        # The root itself, with which many archives begin.
         if member.isdir() and member.name in (".", "./"):
             continue
         parts = safe_parts(member.name)
@@ -127,6 +132,7 @@ def _write(
     if target.exists():
         raise ResponseDecodeError(f"the archive holds {member.name!r} twice")
     left = member.size
+    # Exclusive, so that it neither overwrites anything nor follows a link.
     with source, open(target, "xb") as out:
         while left:
             check()
@@ -198,6 +204,7 @@ class ArchiveReader:
     def _guarded(self, act: Callable[[], T]) -> T:
         try:
             return act()
+        # Each of gzip, bz2 and lzma has errors of its own for damage.
         except (OSError, EOFError, zlib.error, LZMAError) as error:
             raise ResponseDecodeError(
                 f"the archive is damaged: {type(error).__name__}: {error}"
@@ -209,6 +216,7 @@ def _open_archive(path: Path) -> BinaryIO:
         start = file.read(6)
     opener = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "io")
     try:
+        # Imported only when needed, since a Python may be built without bz2 or lzma.
         return cast(BinaryIO, importlib.import_module(opener).open(path, "rb"))
     except ImportError as error:
         raise ResponseDecodeError(

@@ -19,6 +19,7 @@ from tinkex.types.checkpoint_path import locate_checkpoint
 
 logger = logging.getLogger(__name__)
 
+# The hub refuses longer names.
 _LONGEST_NAME = 96
 
 
@@ -42,6 +43,7 @@ def push_to_hub(
     tinker_path = locate_checkpoint(tinker_path).tinker_path
     if not isinstance(repo_id, str) or not repo_id.strip("/"):
         raise InvalidInputError(f"repo_id is {repo_id!r}; it must be like 'me/my-model'")
+    # Before the download, which would be in vain without huggingface_hub.
     hub = hub or _hub()
     with tempfile.TemporaryDirectory(prefix="tinkex-") as folder:
         files = fetch_checkpoint(
@@ -50,8 +52,10 @@ def push_to_hub(
         if add_model_card and not (files / "README.md").exists():
             card = _model_card(transport, tinker_path, repo_id, files)
             (files / "README.md").write_text(card, encoding="utf-8")
+        # Only now: a download that fails leaves no empty repository behind.
         hub.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
+            # The upload expects the branch to exist.
             hub.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = hub.upload_folder(
             repo_id=repo_id,
@@ -76,6 +80,7 @@ def derived_repo_id(tinker_path: str) -> str:
     """
     parsed = locate_checkpoint(tinker_path)
     name = f"tinker-{parsed.training_run_id}-{parsed.checkpoint_id}"
+    # Ids hold colons and slashes, which names on the hub may not.
     name = re.sub("[^A-Za-z0-9_]+", "-", name)[:_LONGEST_NAME]
     return f"{_hub().whoami()['name']}/{name.strip('-')}"
 
@@ -98,12 +103,14 @@ def _model_card(transport: Transport, tinker_path: str, repo_id: str, files: Pat
     base_model = config.get("base_model_name_or_path")
     rank = config.get("r")
     try:
+        # Optional: not every server has the route (docs/protocol.md, "Endpoints").
         info = api.get_weights_info(transport, tinker_path)
         base_model, rank = info.base_model, info.lora_rank or rank
     except TinkexError as error:
         logger.info("the model card describes only what the files show: %s", error)
     lines = ["---"]
     if base_model:
+        # As a JSON string, which is YAML, too: bare text with a colon might not be.
         lines.append(f"base_model: {json.dumps(base_model)}")
     if config:
         lines.append("library_name: peft")

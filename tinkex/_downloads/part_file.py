@@ -21,6 +21,7 @@ EXPIRY_MARGIN_S = 300.0
 
 _PIECE = 1 << 20
 
+# Repr-Digest has colons around the value, the older Digest has not.
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 
 
@@ -67,6 +68,7 @@ class Note:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(**found)
         except (OSError, ValueError, TypeError):
+            # Without a validator the file is fetched from its beginning.
             return cls()
 
     @property

@@ -77,6 +77,7 @@ def train_dpo(
     scored: List[Datum] = []  # of the held-out pairs
 
     def measure() -> Callable[[], Mapping[str, float]]:
+        # Once: the reference stays the same while the model is trained.
         if not scored:
             scored.extend(scorer.score(heldout))
         data = [datum for pair in heldout for datum in pair]
@@ -87,6 +88,8 @@ def train_dpo(
 
     def source(first: int) -> Iterator[List[List[Datum]]]:
         for batch in evaluations.batches_from(first):
+            # It blocks, but not the training: the pipeline takes a batch once the steps before are
+            # queued.
             yield [scorer.score(pairs) for pairs in split_batch(batch, accumulation)]
 
     def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:

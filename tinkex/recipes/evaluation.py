@@ -51,6 +51,7 @@ class Evaluation:
     def __init__(self, trainer: TrainingClient, data: Sequence[Datum]) -> None:
         batch = list(data)
         self._weight = learnt_weight(batch)
+        # Forward only, so that nothing is added to the run's gradient (docs/protocol.md, "Passes").
         self._future: APIFuture[ForwardBackwardOutput] = trainer.forward(batch, "cross_entropy")
 
     def result(self) -> float:
@@ -95,6 +96,8 @@ class Evaluations:
         for index in range(first, len(self._batches) + 1):
             if self._is_due(index):
                 assert self._measure is not None
+                # If the loop went back here after a lost session, it replaces the measurement of
+                # that session.
                 self._submitted[index] = self._measure()
             if index < len(self._batches):
                 yield self._batches[index]

@@ -72,6 +72,7 @@ class Prepared(SequenceOf, Generic[P]):  # type: ignore[type-arg]
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         first = range(len(self))[place]  # IndexError if it is none
+        # With another example in its place, the number and the size of the batches stay the same.
         for tried in range(_MAX_BAD):
             try:
                 return self._made(int(self._indices[(first + tried) % len(self)]))

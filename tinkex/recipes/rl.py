@@ -70,6 +70,8 @@ def train_rl(
             prompts = [ModelInput.from_ints(prompt(problem)) for problem in step.batch]
             futures = []
             for place, tokens in enumerate(prompts):
+                # A seed by step and place: a step that is done again after a crash samples the same
+                # replies.
                 params = SamplingParams(
                     max_tokens=max_tokens,
                     temperature=temperature,

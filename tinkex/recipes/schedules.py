@@ -81,5 +81,7 @@ def _params_of(
     if index < warmup:
         share = (index + 1) / warmup
     else:
+        # Divided such that the rate is zero only after the last step, which would otherwise do
+        # nothing.
         share = decay((min(index, steps - 1) - warmup) / (steps - warmup) if steps else 0.0)
     return dataclasses.replace(params, learning_rate=params.learning_rate * share)

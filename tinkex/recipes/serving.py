@@ -61,6 +61,7 @@ def open_service(
             hint="Train it again, with ServiceClient.local(model, data_dir=...).",
         )
     own = server.data_dir == os.path.abspath(server_folder(folder))
+    # None for the run's own data, so that errors name the run folder and not a folder in it.
     data_dir, model = None if own else server.data_dir, server.model or record.spec["base_model"]
     return start_server(folder, model, data_dir=data_dir, **settings), record
 
@@ -94,6 +95,7 @@ def start_server(
     except LocalServerError as error:
         if error.data_dir is None:
             raise
+        # It comes from the lock of the data folder, which another server holds.
         if isinstance(error.__cause__, BlockingIOError):
             raise RunFolderError(
                 f"the run folder {os.fspath(folder)} is in use: its embedded server is running",
@@ -141,6 +143,7 @@ def find_sampler(service: ServiceClient, record: RunRecord) -> str:
     if newest is record.sampler:
         return newest.path
     logger.info("loading the checkpoint of %d steps", newest.steps)
+    # Without the optimizer's state, which sampling does not need.
     trainer = service.create_training_client_from_state(newest.path, record.spec["base_model"])
     try:
         return save_for_sampler(trainer, f"sampler-{newest.steps}", _TTL_S)

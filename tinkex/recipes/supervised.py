@@ -63,6 +63,7 @@ def train_supervised(
 
     def metrics(step: RunStep[List[List[Datum]]]) -> Dict[str, float]:
         assert step.result is not None
+        # Losses are sums over tokens (docs/protocol.md, "Passes"): the mean is made here.
         tokens = sum(learnt_weight(part) for part in step.batch)
         return {
             "loss": step.result.metrics["loss:sum"] / tokens,

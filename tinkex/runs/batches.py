@@ -33,6 +33,8 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
             hint="Give a sequence, an iterable, or a function of the number of batches to skip.",
         )
     remaining = iter(batches)
+    # Counted, because islice ends silently: data that became shorter would look like a finished
+    # loop.
     skipped = sum(1 for _ in itertools.islice(remaining, first))
     if skipped < first:
         raise InvalidInputError(
@@ -45,4 +47,5 @@ def batches_from(batches: Batches[B], first: int) -> Iterator[B]:
 def _is_indexed(batches: object) -> bool:
     """Whether it has a length and an order without being a Sequence, like a data set."""
     has = all(hasattr(batches, name) for name in ("__len__", "__getitem__"))
+    # A mapping has both methods, too, but takes keys, not places.
     return has and not isinstance(batches, Mapping)

@@ -74,6 +74,7 @@ class Connection:
         found = self._load_newest() if self._record.checkpoints else None
         if found is None:
             self.trainer = self._source.create(self.service)
+        # Only once there is a client: the line drops what the record has beyond this checkpoint.
         self._note(
             "start",
             model_id=self.trainer.model_id,
@@ -159,6 +160,8 @@ class Connection:
 
 def _is_gone(error: TinkexError) -> bool:
     """Whether a checkpoint could not be loaded because of what it is, or because it is not."""
+    # A server may refuse the missing checkpoint at once, or accept the request and report a failure
+    # of the work later (docs/protocol.md, "Promises").
     return error.status in (404, 410) or (
         isinstance(error, RequestFailedError) and error.category == "user"
     )

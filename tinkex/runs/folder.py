@@ -45,6 +45,7 @@ class RunFolder:
             self._journal = Journal(path)
             opened.callback(self._journal.close)
             self.record: RunRecord = replay(self._journal.entries, path / JOURNAL_NAME)
+            # In reverse order: the journal is closed before the lock lets another process in.
             self.close = opened.pop_all().close
 
     def check(self, spec: Mapping[str, Any], config: Mapping[str, Any], accept: bool) -> None:
@@ -57,6 +58,7 @@ class RunFolder:
             RunFolderError: they are of another run.
         """
         check_same(self._path, self.record, spec, config, accept)
+        # Not each time: a line of this kind also marks the run as unfinished (`RunRecord.add`).
         if not self.record.spec or config != self.record.config:
             self.note("config", format=1, spec=spec, config=config)
 
@@ -115,6 +117,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        # Not truncated before it is locked: until then the text is that of the holder.
         self._file: Optional[int] = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._file, folder)
@@ -130,6 +133,8 @@ class FolderLock:
         """Let other processes open the folder; idempotent."""
         file, self._file = self._file, None
         if file is not None:
+            # Not LOCK_UN, which in the child of a fork would take the lock away from the parent,
+            # too.
             os.close(file)
 
     def close_at_exit(self, status: str, timeout_s: float) -> None:
@@ -147,6 +152,8 @@ def _lock(file: int, folder: Path) -> None:
     except ImportError:
         return
     try:
+        # Not lockf, whose locks belong to the process: two runs of one process could share a
+        # folder.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"

@@ -70,12 +70,15 @@ class Journal:
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
+            # What follows relies on the line: older checkpoints are deleted once a newer one is
+            # noted.
             os.fsync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):  # what is left of the line has no line feed
                 os.ftruncate(self._file, self._size)
                 os.lseek(self._file, self._size, os.SEEK_SET)
             raise self._failed("write", error) from error
+        # Only complete lines count: a failed write is cut back to this size.
         self._size += len(line)
         return entry
 
@@ -100,6 +103,7 @@ def read_entries(path: Path) -> Tuple[List[Entry], int]:
         RunFolderError: a line before the last one is damaged.
     """
     content = path.read_bytes()
+    # The rest is a line that a crash has torn, or that another process is writing at this moment.
     size = content.rfind(b"\n") + 1
     entries = []
     for number, line in enumerate(content[:size].split(b"\n")[:-1], 1):

@@ -116,6 +116,7 @@ class RunRecord:
             RunFolderError: nothing was saved yet.
         """
         newest = self.checkpoints[-1] if self.checkpoints else None
+        # At equal steps the sampler's: a checkpoint would have to be loaded and saved again.
         if self.sampler is not None and (newest is None or self.sampler.steps >= newest.steps):
             return self.sampler
         if newest is None:
@@ -132,6 +133,7 @@ class RunRecord:
             self.sampler = None  # the run is not finished with its new settings
         elif kind == "start":
             self.model_ids.append(entry["model_id"])
+            # Older versions did not write it.
             if "server" in entry:
                 self.server = ServerRecord(**_known(ServerRecord, entry["server"]))
             # Steps after the checkpoint are done again; checkpoints after it could not be loaded.

@@ -254,6 +254,7 @@ class Run:
                     except TinkexError as failure:  # *error* is the one to raise
                         logger.warning("the last step was not saved: %s", failure)
             finally:
+                # Before the session ends, in which its deletions are still under way.
                 self._saver.close()
                 cause = self._failure if error is None else error
                 self._connection.close(*outcome_of(None if cause is None else type(cause)))

@@ -189,6 +189,7 @@ class Saver:
         assert save is not None
         try:
             path = self._path_of(save)
+        # Not SessionLostError: without a new session, no later attempt can succeed.
         except (APIError, RequestFailedError) as error:
             self._failures += 1
             if self._failures >= _MAX_FAILURES:
@@ -226,8 +227,12 @@ class Saver:
     def _is_saved(self, place: Place, for_good: bool) -> bool:
         newest = self._record.checkpoints[-1] if self._record.checkpoints else None
         if newest is None:
+            # A run without steps needs no checkpoint: it starts again with the same weights
+            # (`RunSource.spec`).
             return place.steps == 0
         same = (newest.steps, newest.loop, newest.batch) == place
+        # The newest must not expire while the run is not open, so it is saved once more without a
+        # limit.
         return same and not (for_good and newest.ttl_seconds is not None)
 
     def _queue(self, place: Place, state: Dict[str, Any], ttl_seconds: Optional[int]) -> None:
@@ -258,6 +263,8 @@ class Saver:
         """Delete the checkpoints beyond those to keep; the journal forgets them first."""
         keep = self._policy.keep
         for old in self._record.checkpoints[:-keep] if keep is not None else ():
+            # In this order a crash in between leaves a checkpoint that is never used; the other
+            # order would leave a record of one that is gone.
             self._note("gone", path=old.path)
             self._delete(old.path)
 

@@ -45,7 +45,10 @@ class Sigterm:
 
     def uninstall(self) -> None:
         """Restore the handler that was there before, unless it was replaced meanwhile."""
+        # Not `is`: each access to the method makes a new object.
         if signal.getsignal(signal.SIGTERM) == self._handle:
+            # None stands for a handler that was not installed from Python, and cannot be restored
+            # from it.
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     @contextlib.contextmanager
@@ -56,6 +59,7 @@ class Sigterm:
             yield
         finally:
             self._held = False
+        # Not in the `finally`: an exception of the block takes precedence.
         if self.requested:
             raise SystemExit(EXIT_CODE)
 

@@ -41,9 +41,12 @@ class RunSource:
         starts again with the same weights.
         """
         if self.start_from is not None:
+            # The checkpoint decides on rank, seed and layers.
             own: Dict[str, Any] = {}
         else:
             if self.seed is None:
+                # SystemRandom does not depend on a seed that the program has set, and does not
+                # advance the generator that it uses.
                 self.seed = earlier.get("seed", random.SystemRandom().randrange(SEEDS))
             own = {"rank": self.rank, "seed": self.seed, **self.layers}
         return {
@@ -70,6 +73,8 @@ class RunSource:
 
     def restore(self, service: ServiceClient, path: str) -> TrainingClient:
         """Make a run that continues from the checkpoint at *path*.  Blocks."""
+        # With the optimizer's moments: without them the next steps would differ from those of a run
+        # that was not interrupted.
         return service.create_training_client_from_state_with_optimizer(
             path, self.base_model, self.user_metadata
         )
@@ -78,6 +83,8 @@ class RunSource:
 def as_json(what: str, value: Any) -> Any:
     """Return *value* as it comes back from JSON; InvalidInputError if it cannot be written."""
     try:
+        # There and back: tuples become lists, as in the journal, which it is compared with; and the
+        # copy does not change with the caller's value.
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} cannot be written as JSON: {error}") from error

@@ -90,6 +90,7 @@ class RunStep(Generic[B]):
             InvalidInputError: ``on_session_loss="resume"`` needs ``with step:``.
         """
         if self._lost is not None:
+            # Here it is raised within the run's generator, which can catch it (see `__exit__`).
             raise self._lost
         if self._resumes and not self._entered:
             raise InvalidInputError(

@@ -29,6 +29,7 @@ INPUT_DTYPES: Mapping[str, str] = {
 #: The inputs of a loss for one datum, by name.
 LossFnInputs = Dict[str, TensorData]
 
+# Tokens travel as int32 (docs/protocol.md, "Requests in protobuf").
 _TOKEN_BYTES = 4
 
 
@@ -144,6 +145,7 @@ class Datum:
             str(name): _to_tensor(str(name), value) for name, value in loss_fn_inputs.items()
         }
         object.__setattr__(self, "loss_fn_inputs", tensors)
+        # docs/protocol.md, "Requests in protobuf": an example has both lists or neither.
         if (model_input_spans is None) != (loss_fn_input_spans is None):
             raise InvalidInputError(
                 "a Datum takes both model_input_spans and loss_fn_input_spans, or neither"
@@ -160,10 +162,13 @@ class Datum:
         Raises:
             InvalidInputError: a value assigned to ``loss_fn_inputs`` cannot be sent.
         """
+        # Tensors are immutable, so the copies share them.
         inputs = dict(self.loss_fn_inputs)
         for name, value in inputs.items():
+            # It was assigned after the datum was made, and not converted then.
             if type(value) is not TensorData:
                 inputs[name] = _to_tensor(name, value)
+        # Not through the constructor, which would check and convert every part again.
         datum = object.__new__(Datum)
         set_field = object.__setattr__
         set_field(datum, "model_input", self.model_input._snapshot())
@@ -204,6 +209,7 @@ class Datum:
         )
 
     def __hash__(self) -> int:
+        # The names alone, since values that were assigned may be arrays, which cannot be hashed.
         return hash((self.model_input, tuple(sorted(self.loss_fn_inputs))))
 
     @property

@@ -77,6 +77,7 @@ class SamplingParams:
 
     def to_json(self) -> Dict[str, Any]:
         """Return the JSON form, with ``max_tokens``, ``seed`` and ``stop`` only if they are set."""
+        # Sent even at their defaults (docs/protocol.md, "Sample requests").
         encoded: Dict[str, Any] = {
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -84,6 +85,7 @@ class SamplingParams:
         }
         for name in ("max_tokens", "seed", "stop"):
             value = getattr(self, name)
+            # Not by truth: a seed of 0 and an empty list of stops have meanings of their own.
             if value is not None:
                 encoded[name] = value
         return encoded
@@ -109,6 +111,7 @@ def _init_with_unknown(self: SamplingParams, *args: Any, **arguments: Any) -> No
     """
     known = self.__dataclass_fields__
     unknown = {name: arguments.pop(name) for name in sorted(arguments.keys() - known.keys())}
+    # First, since `stop` shows afterwards whether the caller gave one.
     _init(self, *args, **arguments)
     for name, value in unknown.items():
         if name == "stop_token_ids" and self.stop is None:
@@ -135,6 +138,8 @@ def _stops(stop: Any) -> Any:
         stop = stop.tolist()
     if not isinstance(stop, (list, tuple)):
         return stop
+    # A string of digits is a stop string, and a float is left for `check` to refuse: to_int would
+    # make token ids of some of them.
     return [item if isinstance(item, (str, float)) else to_int(item) for item in stop]
 
 
@@ -206,6 +211,7 @@ class SampleRequest:
         """Read the JSON form; InvalidInputError if it is malformed or fails `check`."""
         if not isinstance(payload, dict):
             raise InvalidInputError("a sample request must be an object")
+        # Null is the same as a missing field (docs/protocol.md, "Bodies").
         counts = {name: payload[name] for name in _COUNTS if payload.get(name) is not None}
         for name, value in counts.items():
             if isinstance(value, str):  # numeric strings are converted for callers, not on the wire
@@ -259,6 +265,7 @@ def tensor_from_json(payload: Any) -> TensorData:
             values = np.array(data, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"tensor data is not a list of numbers: {error}") from error
+    # No second copy: numpy has just made the array from a list.
     return TensorData._adopt(values, shape, *map(index_array, indices))
 
 
@@ -280,6 +287,7 @@ class TopkLogprobs:
         """Return ``[(token, logprob), ...]`` for each position, or None where there is no data."""
         rows: List[TopkRow] = []
         for ids, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
+            # Both, since 0 is a token like any other. float32 holds the sentinel exactly.
             cells = [(i, p) for i, p in zip(ids, logprobs) if not (i == 0 and p == TOPK_SENTINEL)]
             rows.append(cells or None)
         return rows
@@ -365,6 +373,7 @@ class SampleResponse:
         """List view of ``prompt_logprobs_np``, with None for NaN."""
         if self.prompt_logprobs_np is None:
             return None
+        # Only NaN differs from itself.
         known = self.prompt_logprobs_np == self.prompt_logprobs_np
         return [
             p if ok else None for p, ok in zip(self.prompt_logprobs_np.tolist(), known.tolist())

@@ -112,6 +112,8 @@ class TensorData:
             raise InvalidInputError("a sparse tensor needs both crow and col indices")
         if crow is not None and col is not None:
             _check_csr(values, shape, crow, col)
+        # math.prod, because numpy's would wrap around for a huge shape; and two negative dimensions
+        # have a positive product.
         elif math.prod(shape) != values.size or any(n < 0 for n in shape):
             raise InvalidInputError(f"tensor shape {shape} does not hold {values.size} values")
         set_field = object.__setattr__
@@ -146,6 +148,7 @@ class TensorData:
         are most of the cost of reading a result of a thousand tensors.
         """
         tensor = object.__new__(cls)
+        # Directly: the class is frozen, and object.__setattr__ would cost a call for each field.
         fields = tensor.__dict__
         fields["values"], fields["dtype"], fields["shape"] = values, dtype, shape
         fields["crow_indices"] = fields["col_indices"] = None
@@ -233,6 +236,7 @@ class TensorData:
         if self.crow_indices is None or self.col_indices is None:
             return self.values.reshape(self.shape)
         dense = np.full(self.shape, pad_value, dtype=self.values.dtype)
+        # The row of each listed value: row r has crow[r + 1] - crow[r] of them.
         rows = np.repeat(np.arange(self.shape[0]), np.diff(self.crow_indices))
         dense[rows, self.col_indices] = self.values
         return dense
@@ -241,6 +245,7 @@ class TensorData:
         """Return a new torch tensor of ``shape`` (needs torch)."""
         import torch
 
+        # It shares the memory of the copy, which nothing else refers to.
         return torch.from_numpy(self.to_numpy(pad_value))
 
     def tolist(self, pad_value: float = 0) -> List[Any]:
@@ -258,6 +263,7 @@ class TensorData:
         return (
             self.dtype == other.dtype
             and self.shape == other.shape
+            # NaN stands for an unknown value: tensors with the same unknowns are equal.
             and np.array_equal(self.values, other.values, equal_nan=self.dtype == "float32")
             and _same_indices(self.crow_indices, other.crow_indices)
             and _same_indices(self.col_indices, other.col_indices)
@@ -312,6 +318,7 @@ def _check_csr(values: Array, shape: Sequence[int], crow: Array, col: Array) -> 
     if len(shape) != 2:
         raise InvalidInputError(f"a sparse tensor has two dimensions, not shape {tuple(shape)}")
     rows, columns = shape
+    # In this order: the later tests read what the earlier ones have shown to be there.
     fits = (
         rows >= 0
         and crow.size == rows + 1

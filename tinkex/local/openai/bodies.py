@@ -71,6 +71,7 @@ class Writer:
     def _chunk(self, choices: List[Dict[str, Any]]) -> Dict[str, Any]:
         kind = "chat.completion.chunk" if self._call.chat else "text_completion"
         chunk = {**self._facts, "object": kind, "choices": choices}
+        # With include_usage each chunk has the field, as OpenAI sends it: null until the last one.
         return {**chunk, "usage": None} if self._call.include_usage else chunk
 
     def _logprobs(self, entries: Iterable[TokenEntry]) -> Optional[Dict[str, Any]]:
@@ -95,6 +96,7 @@ class Writer:
         named: Dict[str, float] = {}
         for token, logprob in {**dict(entry.top), entry.token: entry.logprob}.items():
             name = token_name(self._text.bytes_of(token))
+            # Several tokens may have the same name: the likeliest counts.
             named[name] = max(logprob, named.get(name, logprob))
         return named
 

@@ -142,6 +142,7 @@ class Choice:
 
     def _held_back(self, pending: str) -> int:
         """Return how many characters at the end of *pending* may begin a stop string."""
+        # One less than the longest: all of it would have been found.
         most = max((len(stop) for stop in self._stops), default=1) - 1
         for count in range(min(most, len(pending)), 0, -1):
             if any(stop.startswith(pending[-count:]) for stop in self._stops):

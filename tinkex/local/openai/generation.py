@@ -50,8 +50,11 @@ class Generation:
         self._scores_prompts = call.echo and call.top is not None
         self._choices = [self._choices_of(prompt) for prompt in call.prompts]
         self._open = set(range(len(call.prompts)))
+        # One queue for tokens and outcomes, filled by the engine thread: an outcome comes after its
+        # tokens.
         puts = [self._put(index) for index in range(len(call.prompts))]
         requests = [self._request(prompt, put) for prompt, put in zip(call.prompts, puts)]
+        # Last: the engine may put tokens into the queue before this returns.
         self._request_ids = samplers.submit(call.model, requests, puts)
 
     @property
@@ -78,6 +81,7 @@ class Generation:
             try:
                 index, event = self._events.get(timeout=pause_s)
             except queue.Empty:
+                # For the caller to find out whether its client is gone.
                 yield None
                 continue
             if isinstance(event, SampledToken):
@@ -112,6 +116,8 @@ class Generation:
             topk_prompt_logprobs=(call.top or 0) if call.echo else 0,
             topk_sample_logprobs=call.top or 0,
             on_token=on_token,
+            # As OpenAI's clients expect: in the Tinker protocol, stops take the place of the
+            # model's own end.
             stop_at_eos=True,
         )
 
@@ -131,6 +137,7 @@ class Generation:
         ]
 
     def _put(self, index: int) -> Callable[[Union[SampledToken, Outcome]], None]:
+        # Not `self`: what the scheduler keeps refers to the queue alone.
         events = self._events
         return lambda event: events.put((index, event))
 

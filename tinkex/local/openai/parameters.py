@@ -159,6 +159,7 @@ def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo, most: i
         _check_context(prompt, max_tokens, info, "prompt")
     if max_tokens is None:
         rooms = [info.context_length - len(prompt.tokens) for prompt in prompts]
+        # The client has not asked for a length, so that less room in the context is no error.
         max_tokens = min(_DEFAULT_MAX_TOKENS, *rooms)
     top = fields.integer("logprobs", 0, info.vocab_size)
     return _call(fields, prompts, n, max_tokens, top, chat=False, echo=fields.flag("echo"))
@@ -174,6 +175,7 @@ def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo, most: int) -> 
         if fields.get(name) is not None:
             options[name] = fields.flag(name)
     if options.get("continue_final_message"):
+        # A template cannot both continue the last message and begin a new one.
         options.setdefault("add_generation_prompt", False)
     prompt = Prompt(text.chat(_read_messages(fields.get("messages")), options))
     if not prompt.tokens:
@@ -207,6 +209,8 @@ def _call(
         # The engine samples at least one token; a choice that is `empty` drops it.
         max_tokens=max_tokens or (1 if max_tokens == 0 else None),
         seed=fields.integer("seed"),
+        # Not an empty list, which would stop at max_tokens only (docs/protocol.md, "Sample
+        # requests").
         stop=list(stops) or None,
         temperature=fields.number("temperature", 1.0),
         top_k=_top_k(fields),
@@ -215,6 +219,7 @@ def _call(
     try:
         params.check()
     except InvalidInputError as error:
+        # These messages begin with the name of the parameter.
         raise OpenAIError(error.message, error.message.partition(" ")[0]) from error
     stream, options = fields.flag("stream"), fields.mapping("stream_options")
     if options and not stream:
@@ -292,6 +297,7 @@ def _are_tokens(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
+        # By type, because True is an int, too; and the engine's tokens are int32.
         and all(type(token) is int and 0 <= token < 1 << 31 for token in value)
     )
 

@@ -60,9 +60,11 @@ class _Endpoint:
         """Return the routes; a request or an error of theirs is never anyone else's."""
         routes = Blueprint(name, __name__)
         routes.get("/models")(self.models)
+        # Slashes are not merged, because names hold "tinker://".
         routes.get("/models/<path:model>", merge_slashes=False)(self.model)
         routes.post("/completions")(self.completions)
         routes.post("/chat/completions")(self.chat_completions)
+        # Unknown paths, too, since a blueprint handles errors of its own routes only.
         routes.route("/<path:path>", methods=_METHODS)(self.no_such_route)
         routes.errorhandler(HTTPError)(_problem)
         routes.errorhandler(HTTPException)(_http_error)
@@ -107,6 +109,7 @@ class _Endpoint:
         body = json_body()
         most = self._backend.settings.limits.max_num_samples
         call = read(body, self._text(), self._backend.info, most)
+        # Released where the response ends: for a stream, long after this function has returned.
         self._held.acquire()
         try:
             generation = Generation(self._samplers, self._text(), call)
@@ -138,6 +141,7 @@ def _never() -> bool:
 
 
 def _whole(generation: Generation, writer: Writer, choices: int) -> Dict[str, Any]:
+    # Nothing else would stop the engine for a client that hung up. The key is waitress's own.
     is_gone = request.environ.get("waitress.client_disconnected", _never)
     deltas: List[List[Delta]] = [[] for _ in range(choices)]
     for part in generation.parts(_PAUSE_S):

@@ -79,6 +79,7 @@ class Routes:
         """Queue the work for a training run, at the ``seq_id`` of its body."""
         model_id, seq_id = required(body, "model_id", str), required_seq_id(body)
         work = functools.partial(prepare, model_id, body)
+        # Some routes bring a digest without the fields that may differ in a retry.
         return self._submit_at(model_id, seq_id, digest or body.digest, work)
 
     def _submit_at(

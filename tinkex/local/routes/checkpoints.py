@@ -91,6 +91,8 @@ class CheckpointRoutes(Routes):
             optional(body, "destination_project_id", str),
             ttl_seconds(body),
         )
+        # The request has no sequence number, so that only its key shows a repetition
+        # (docs/protocol.md, "Idempotency keys").
         return {"tinker_path": self._backend.idempotency.get(idempotency_key(), copy)}
 
     def _copy(
@@ -98,6 +100,7 @@ class CheckpointRoutes(Routes):
     ) -> str:
         store, run = self._backend.store, self._backend.catalog.get_run(source.run_id)
         copy_id = f"copy-{uuid.uuid4()}"
+        # In no session: a copy takes no requests, it only holds its checkpoint.
         store.add_run(
             copy_id, "", run.base_model, run.lora, run.optimizer, run.user_metadata, project_id
         )
@@ -107,6 +110,7 @@ class CheckpointRoutes(Routes):
                 overwrite=False, ttl_s=ttl_s, user_metadata=source.user_metadata,
             ) as folder:  # fmt: skip
                 store.checkpoints.copy_files(source, folder)
+        # Otherwise the lists would show a run without the checkpoint that it was made for.
         except BaseException:
             store.drop_run(copy_id)
             raise
@@ -124,6 +128,7 @@ class CheckpointRoutes(Routes):
         """Mark a checkpoint as published, or as private."""
         public = request.method == "POST"
         row = self._checkpoint(run_id, kind, name)
+        # docs/protocol.md, "Expiry and publication": this is a conflict, not a success.
         if row.public is public:
             state = "public" if public else "private"
             raise HTTPError(409, f"{row.tinker_path} is {state} already")

@@ -37,8 +37,11 @@ class DownloadRoutes(Routes):
     @route("GET", f"{CHECKPOINT}/archive")
     def archive_url(self, run_id: str, kind: str, name: str) -> Result:
         """Redirect to the archive of a checkpoint."""
+        # A missing checkpoint is a 404 here, and not only behind the URL.
         self._checkpoint(run_id, kind, name)
         url, expires_at = self._signed(f"archive/{run_id}/{kind}/{name}")
+        # Clients read this redirect rather than follow it, and fetch the URL without credentials
+        # (docs/protocol.md, "Archives").
         response = json_response({"url": url, "expires": timestamp(expires_at)}, 302)
         response.headers["Location"] = url
         response.headers["Expires"] = formatdate(expires_at, usegmt=True)
@@ -64,6 +67,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{SIGNED_PREFIX}archive/<run_id>/<kind>/<name>")
     def archive(self, run_id: str, kind: str, name: str) -> Result:
         """Send a checkpoint as a tar archive."""
+        # First: without a key, nobody finds out which checkpoints there are.
         self._check_signature()
         row = self._checkpoint(run_id, kind, name)
         content = self._read(row, tar_content)
@@ -106,7 +110,9 @@ def _download(content: Content, etag: str, mimetype: str) -> Response:
     asked = _range(content.size, etag)
     start, stop = (0, content.size) if asked is None else asked
     response = Response(content.read(start, stop), mimetype=mimetype)
+    # Also if the client hangs up before the end.
     response.call_on_close(content.close)
+    # A download that resumes sends it back as If-Range, so that it never joins two versions.
     response.set_etag(etag)
     response.headers["Accept-Ranges"] = "bytes"
     response.headers["Cache-Control"] = "private"
@@ -123,6 +129,7 @@ def _download(content: Content, etag: str, mimetype: str) -> Response:
 def _range(size: int, etag: str) -> Optional[Tuple[int, int]]:
     """Return the part that was asked for, None for everything, an empty part if there is none."""
     asked = request.range
+    # Several ranges would need a multipart response; HTTP allows sending everything instead.
     if asked is None or asked.units != "bytes" or len(asked.ranges) != 1:
         return None
     if request.headers.get("If-Range") and request.if_range.etag != etag:

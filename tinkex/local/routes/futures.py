@@ -45,6 +45,7 @@ class FutureRoutes(Routes):
             raise self._no_result(request_id)
         if isinstance(outcome, Waiting):
             return self._try_again(request_id, outcome)
+        # Status 200: HTTP errors are about the poll itself (docs/protocol.md, "Failures").
         if isinstance(outcome, Failure):
             encoded = orjson.dumps({"error": outcome.message, "category": outcome.category})
             content_type = JSON_CONTENT_TYPE
@@ -54,10 +55,14 @@ class FutureRoutes(Routes):
             # A result that is only announced by its size does not count as fetched.
             if metadata_only and len(encoded) > self._settings.metadata_threshold_bytes:
                 return {"status": "complete_metadata", "response_payload_size": len(encoded)}
+        # Not dropped yet, because this response may be lost (docs/protocol.md, "Lifetime of
+        # results").
         self._futures.fetched(request_id, len(encoded))
         return Response(encoded, mimetype=content_type)
 
     def _no_result(self, request_id: str) -> HTTPError:
+        # 410 says that only the result is lost, so that clients submit a sample again
+        # (docs/protocol.md, "Interpreting a poll").
         if self._futures.is_gone(request_id):
             return HTTPError(
                 410,
@@ -86,6 +91,7 @@ class FutureRoutes(Routes):
         retrieved = optional(body, "retrieved_request_ids", list) or []
         if not all(isinstance(request_id, str) for request_id in retrieved):
             raise HTTPError(400, "retrieved_request_ids must be a list of request ids")
+        # Before the wait, which may take long: the client has these results.
         self._futures.acknowledge(group, retrieved)
         done, end = self._futures.completed(group, cursor, 0.0)
         if not done and timeout_s > 0:
@@ -115,6 +121,7 @@ class FutureRoutes(Routes):
         if outcome is None and not self._futures.is_gone(request_id):
             raise HTTPError(404, f"request {request_id} is unknown")
         if isinstance(outcome, Waiting):
+            # The owner is a training run if it is no sampler.
             if self._backend.store.sampler(outcome.owner) is None:
                 raise HTTPError(
                     400,
@@ -140,6 +147,8 @@ def _completions(done: List[Tuple[str, Outcome]]) -> List[Dict[str, Any]]:
         item: Dict[str, Any] = {"state": "failed", "request_id": request_id}
         if not isinstance(outcome, Failure):
             item["state"] = "finished"
+            # The client reserves these bytes before it fetches the result (docs/protocol.md, "Batch
+            # polling").
             item["response_payload_uncompressed_size"] = len(_encode(outcome.value, True)[0])
         listed.append(item)
     return listed

@@ -79,6 +79,8 @@ class RunRoutes(Routes):
 
     def _create_run(self, model_id: str, body: JsonBody, lora: LoraConfig, create: Work) -> Result:
         """Queue *create* as request 0 of a new run."""
+        # A function: it must not be called for a repetition, which the backend finds under its
+        # lock.
         add = functools.partial(
             self._backend.store.add_run,
             model_id,
@@ -88,6 +90,7 @@ class RunRoutes(Routes):
             _ADAMW,
             metadata(body),
         )
+        # Number 0 is the request that creates the run (docs/protocol.md, "Sequence numbers").
         job = Job(f"{model_id}:0", create, creates=True)
         request_id = self._backend.create_run(model_id, body.digest, job, add)
         return {"request_id": request_id, "model_id": model_id}
@@ -96,6 +99,7 @@ class RunRoutes(Routes):
         try:
             self._backend.engine.create(model_id, lora)
         except Exception:
+            # Its row was added when the request was queued, and there is no model for it now.
             self._backend.store.drop_run(model_id)
             raise
         return {"model_id": model_id, "type": "create_model"}
@@ -121,6 +125,8 @@ class RunRoutes(Routes):
         engine = self._backend.engine
         try:
             folder = self._folder(checkpoint)
+            # From the files: another checkpoint may have been saved under the name since the
+            # request was queued.
             engine.create(model_id, engine.lora_config(folder))
             engine.load(model_id, folder, with_optimizer=with_optimizer)
         except Exception:

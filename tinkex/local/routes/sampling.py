@@ -27,6 +27,7 @@ class SamplingRoutes(Routes):
         base_model = optional(body, "base_model", str)
         if base_model is not None or path is None:
             self._backend.catalog.check_base_model(base_model)
+        # The weights by a function: a repetition of the request copies no files.
         sampler_id = self._backend.create_sampler(
             f"{session_id}:sample:{seq_id}",
             body.digest,
@@ -37,6 +38,7 @@ class SamplingRoutes(Routes):
 
     def _weights(self, path: Optional[str]) -> WeightsSource:
         checkpoint = None if path is None else self._backend.catalog.loadable_at(path)
+        # A copy, since the checkpoint may be deleted or replaced while the sampler lives.
         return self._backend.frozen(checkpoint)
 
     @route("POST", "join_sampling_session")
@@ -44,6 +46,7 @@ class SamplingRoutes(Routes):
         """Count one more client of a sampler."""
         sampler_id = required(body, "sampling_session_id", str)
         self._backend.check_sampler(sampler_id)
+        # Each clone numbers its samples in a block of its own (docs/protocol.md, "Clones").
         counter = self._backend.scheduler.join_sampler(sampler_id)
         return {"client_counter": counter, "type": "join_sampling_session"}
 
@@ -61,11 +64,15 @@ class SamplingRoutes(Routes):
         sampler_id = required(body, "sampling_session_id", str)
         seq_id = required_seq_id(body)
         self._backend.check_sampler(sampler_id)
+        # Unlike a run's, the number of a rejected sample need not be consumed: samples do not wait
+        # for one another (docs/protocol.md, "Sample requests").
         with invalid_input_rejected():
             asked = SampleRequest.from_json(body)
         cost = check_sample(self._backend.info, asked, self._backend.settings.limits)
         request_id = self._backend.scheduler.submit_sample(
             sampler_id, seq_id, body.digest, asked, cost
         )
+        # With the promise, since results in protobuf have no field for them (docs/protocol.md,
+        # "Results in protobuf").
         sequence_ids = [f"{request_id}:{index}" for index in range(asked.num_samples)]
         return {"request_id": request_id, "sample_sequence_ids": sequence_ids}

@@ -86,11 +86,14 @@ class SaveRoutes(Routes):
             if kind == "external_weights":
                 engine.export(model_id, folder)
                 if recipients:
+                    # Within `saving`, which gives the folder its name at the end: plain files never
+                    # have it.
                     encrypt_files(folder, recipients)
             else:
                 engine.save(model_id, folder, with_optimizer=kind == "weights")
         saved: Dict[str, Any] = {"path": f"tinker://{model_id}/{kind}/{name}", "type": route}
         if kind == "external_weights":
+            # `saving` has measured the files, after they were encrypted.
             saved["size_bytes"] = backend.catalog.checkpoint(model_id, kind, name).size_bytes
         return saved
 
@@ -111,9 +114,13 @@ class SaveRoutes(Routes):
     def _save_sampler(
         self, model_id: str, sampler_id: str, digest: bytes, *, is_inflight: bool
     ) -> object:
+        # Called on the engine thread, at the place of the request in the run's order: it sees the
+        # weights of exactly the requests before.
         def weights() -> WeightsSource:
             with self._backend.store.new_sampler_folder() as folder:
                 self._backend.engine.save(model_id, folder, with_optimizer=False)
+            # Under one key the inflight samplers of a run share their weights, and get new ones
+            # together.
             key = model_id if is_inflight else sampler_id
             return WeightsSource(key, folder, model_id, newest=is_inflight)
 

@@ -64,6 +64,8 @@ class ServiceRoutes(Routes):
     def exchange_key(self) -> Result:
         """Make a token of the key that was sent."""
         settings = self._settings
+        # Clients read from them who they are: no endpoint says so (docs/protocol.md, "Token
+        # exchange").
         claims = {"sub": settings.owner_urn, "org_id": settings.org_id, "iss": "tinkex"}
         return {"jwt": self._mint.make(claims)}
 
@@ -122,6 +124,7 @@ class ServiceRoutes(Routes):
     def _start_of_day(self, day: Optional[str]) -> float:
         """Return when *day* (``YYYY-MM-DD``) begins; HTTPError 400 if it is no day."""
         if not day:
+            # Days of UTC are multiples of 86400 seconds since the epoch.
             return self._backend.wall() // _DAY_S * _DAY_S
         try:
             # Not strptime, which imports a module: requests must not, see local/server.py.

@@ -84,11 +84,14 @@ class Search:
         """Return the next of *rows* that fit, newest first, and the cursor if there are more."""
         if self.owner_urns is not None and owner_urn not in self.owner_urns:
             return [], None
+        # By the text of the cursor, not by the float: one rounded differently would make a page
+        # repeat or skip a session. The id decides among sessions of the same microsecond.
         keyed = {(timestamp(row.created_at), row.session_id): row for row in rows}
         found: List[SessionRow] = []
         for key, row in sorted(keyed.items(), reverse=True):
             if (self.after is not None and key >= self.after) or not self._fits(row):
                 continue
+            # Only one more shows that there is another page: the last one has no cursor.
             if len(found) == self.limit:
                 last = found[-1]
                 return found, {
@@ -119,6 +122,7 @@ def _cursor(cursor: Optional[Dict[str, Any]]) -> Optional[Tuple[str, str]]:
         return None
     created_at = required(cursor, "last_created_at", str)
     try:
+        # Python reads the Z only since 3.11.
         moment = datetime.fromisoformat(created_at.replace("Z", "+00:00"))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)

@@ -34,6 +34,8 @@ class SessionRoutes(Routes):
         given = {name: optional(body, name, kind) for name, kind in _FACTS.items()}
         facts = {name: value for name, value in given.items() if value is not None}
         check_kept("the description of the session", facts)
+        # The request has no sequence number: a repetition has the same key (docs/protocol.md,
+        # "Idempotency keys").
         session_id = self._backend.create_session(facts, idempotency_key())
         messages = {
             name: getattr(self._settings, name)

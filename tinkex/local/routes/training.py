@@ -73,6 +73,8 @@ class TrainingRoutes(Routes):
         request_id = f"{loss_id}:create"
         with self._creating_loss:
             if self._backend.losses.add(loss_id, body.digest, program):
+                # Done already, but the protocol has a promise here (docs/protocol.md, "Custom
+                # losses").
                 created = Success({"loss_id": loss_id, "type": "create_custom_loss"})
                 self._backend.futures.create(request_id, loss_id, 0)
                 self._backend.futures.complete(request_id, created)
@@ -88,6 +90,7 @@ class TrainingRoutes(Routes):
 
     def _step(self, model_id: str, params: AdamParams) -> object:
         metrics = self._backend.engine.optim_step(model_id, params)
+        # The weights have changed: the step must not fail because of this.
         log_failure("note a step", self._backend.activity.note_step, model_id)
         return {"metrics": metrics}
 
@@ -98,6 +101,8 @@ class TrainingRoutes(Routes):
         codec = codec_for(request.content_type or "")
         # Before anything is decoded: objects take many times the bytes of their encoding.
         check_count = check_values if codec.content_type == JSON_CONTENT_TYPE else check_messages
+        # Not in the `try` below: a 413 leaves the seq_id to the next request (docs/protocol.md,
+        # "Sequence numbers", rule 3) ...
         check_count(raw)
         try:
             with invalid_input_rejected():
@@ -105,9 +110,11 @@ class TrainingRoutes(Routes):
                     check_levels(raw)
                 asked = codec.decode_forward_backward(raw)
         except HTTPError:
+            # ... but a body that was read and refused has used its number (rule 2).
             self._consume_seq_id(raw, codec.content_type)
             raise
         if forward_only:
+            # JSON has a route for each kind of pass, protobuf a field (docs/protocol.md, "Passes").
             asked = dataclasses.replace(asked, forward_only=True)
         return self._submit_at(
             asked.model_id, asked.seq_id, digest(raw), functools.partial(self._prepare_pass, asked)
@@ -149,14 +156,17 @@ class TrainingRoutes(Routes):
     def _prepare_custom(self, asked: ForwardBackwardRequest) -> Callable[[], ForwardBackwardOutput]:
         loss_id = asked.loss_fn_config.get("loss_id")
         program = self._backend.losses.find(loss_id)
+        # A loss is valid within its session only (docs/protocol.md, "Custom losses").
         if program is None or session_of(str(loss_id)) != session_of(asked.model_id):
             raise HTTPError(
                 400,
                 f"loss_id {loss_id!r:.100} is no custom loss of this session; create_custom_loss "
                 "returns the id",
             )
+        # It is computed by passes with cross_entropy (`run_custom_pass`).
         check_pass(self._backend.info, "cross_entropy", asked.data)
         for index, datum in enumerate(asked.data):
+            # Without the first input, the log-probabilities: the pass itself computes them.
             for name in ("target_tokens", *(name for name, _ in program.inputs[1:])):
                 if name not in datum.loss_fn_inputs:
                     raise HTTPError(
