@@ -49,26 +49,6 @@ MERGING_NOTE = "MERGING.md"
 EXPORT_TTL_S = 3600
 
 
-def download_checkpoint(
-    transport: Transport,
-    tinker_path: str,
-    dest: Union[str, Path],
-    *,
-    progress: Optional[Progress] = None,
-    overwrite: bool = False,
-    cancel: Optional[Event] = None,
-) -> Path:
-    """See `RestClient.download_checkpoint`."""
-    target = fetch_checkpoint(
-        transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
-    )
-    if (target / MERGING_NOTE).is_file():
-        logger.warning(
-            "read %s before you merge this adapter into its base model", target / MERGING_NOTE
-        )
-    return target
-
-
 def fetch_checkpoint(
     transport: Transport,
     tinker_path: str,
@@ -78,7 +58,7 @@ def fetch_checkpoint(
     overwrite: bool = False,
     cancel: Optional[Event] = None,
 ) -> Path:
-    """Like `download_checkpoint`, without the warning about merging: for callers that merge."""
+    """Download the files of a checkpoint; see `RestClient.download_checkpoint`."""
     parsed = locate_checkpoint(tinker_path)
     if not isinstance(dest, (str, os.PathLike)):
         raise InvalidInputError(f"dest is of type {type(dest).__name__}; it must be a path")
@@ -103,6 +83,14 @@ def fetch_checkpoint(
         raise
     work.finish()
     return target
+
+
+def warn_about_merging(folder: Path) -> None:
+    """Log a warning if PEFT alone cannot merge the adapter in *folder*, which says why."""
+    if (folder / MERGING_NOTE).is_file():
+        logger.warning(
+            "read %s before you merge this adapter into its base model", folder / MERGING_NOTE
+        )
 
 
 def _silent(done: int, total: Optional[int]) -> None:

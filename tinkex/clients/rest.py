@@ -293,9 +293,11 @@ class RestClient(LookupClient):
             OSError: it cannot be written here.
         """
         self._ensure_open("download_checkpoint")
-        return checkpoints.download_checkpoint(
+        folder = checkpoints.fetch_checkpoint(
             self.transport, tinker_path, dest, progress=progress, overwrite=overwrite, cancel=cancel
         )
+        checkpoints.warn_about_merging(folder)
+        return folder
 
     def push_to_hub(self, tinker_path: str, repo_id: str, **options: Any) -> str:
         """Download a checkpoint and push it to the Hugging Face hub; return the commit's URL.
