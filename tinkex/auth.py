@@ -149,7 +149,7 @@ def whoami(transport: Transport) -> WhoamiResponse:
     """Who the credential belongs to, according to its token.  Blocks if a token must be had first.
 
     Raises:
-        CredentialError: there is no key; or no token: the server issues none, and the key is none.
+        CredentialError: there is no key, or the server issues no tokens and the key is not one.
         APIError: the server refuses to issue one, or cannot be reached.
     """
     config = transport.config

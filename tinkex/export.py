@@ -132,8 +132,10 @@ def _fetch(
         return folder, None
     if not (folder / JOURNAL_NAME).is_file():
         what = "holds neither" if folder.is_dir() else "is neither a tinker:// path nor a folder of"
+        absent = "" if folder.exists() else "; there is no such file or folder"
         raise InvalidInputError(
-            f"{source} {what} a run ({JOURNAL_NAME}) nor an adapter ({CONFIG_FILE})"
+            f"{source} {what} a run ({JOURNAL_NAME}) nor an adapter ({CONFIG_FILE}){absent}",
+            hint="Give the folder of `tinkex train --out`, once a step is saved in it.",
         )
     service, record = open_service(folder)
     with service:

@@ -42,7 +42,7 @@ RunLater = Callable[[Callable[[], object]], None]
 _CALL = "future.result()"
 
 #: A wait for this long while polls fail is worth a warning, in seconds.
-_TROUBLE_S = 30.0
+_TROUBLE_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,7 +467,8 @@ def _call_user(fn: Callable[[Any], object], future: APIFuture[Any]) -> None:
 def _run_callbacks(future: Any) -> None:
     """In the thread that settles *future*: run its callbacks, and drop them."""
     future._outcome = "cancelled" if future.cancelled() else "finished"
-    # In one step with the end of adding: a callback is either here or called by who adds it.
+    # Under the lock, so that each callback is either run here or called by the thread that adds
+    # it.
     with future._lock:
         callbacks, future._callbacks = future._callbacks, None
     for fn in callbacks:

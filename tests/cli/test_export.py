@@ -64,7 +64,11 @@ def test_a_folder_that_is_neither_a_run_nor_an_adapter_is_refused(tmp_path: Path
     assert err == (
         f"Error: {tmp_path} holds neither a run (journal.jsonl) nor an adapter "
         "(adapter_config.json)\n"
+        "  Give the folder of `tinkex train --out`, once a step is saved in it.\n"
     )
+    code, _, err = tinkex("export", "nofolder", "--to", str(tmp_path / "out"))
+    assert code == 1
+    assert "; there is no such file or folder\n" in err
 
 
 def test_a_run_whose_server_is_down_is_an_error_with_advice(tmp_path: Path) -> None:

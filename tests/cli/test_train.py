@@ -437,7 +437,7 @@ def test_a_folder_that_is_a_file(chats: Path, out: Path) -> None:
     refused(train(chats, out), f"{out} is not a folder", "Choose another folder for --out.")
     file = str(chats)
     for arguments in (["chat", file], ["status", file], ["sample", "a", "--run", file]):
-        refused(tinkex(*arguments), f"{chats} is not a folder", "Give the folder of a run: ")
+        refused(tinkex(*arguments), f"{chats} is not a folder", "Give a run folder: ")
 
 
 def test_a_package_of_a_logger_that_is_missing_is_reported_before_the_model_is_loaded(

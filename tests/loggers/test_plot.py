@@ -117,4 +117,4 @@ def test_what_cannot_be_drawn_is_an_error(matplotlib: Any, tmp_path: Path) -> No
         )
     with pytest.raises(RunFolderError, match="is not a folder") as error:
         plot(folder / "metrics.jsonl")
-    assert "Give the folder of a run" in str(error.value)
+    assert "Give a run folder" in str(error.value)

@@ -70,7 +70,7 @@ def test_continuing_a_run_without_a_data_dir_says_why_that_cannot_be(folder: Pat
     train_locally(folder, None)
     with (
         ServiceClient.local("deterministic") as service,
-        pytest.raises(RunFolderError, match="without a data_dir") as error,
+        pytest.raises(RunFolderError, match="which had no data_dir") as error,
     ):
         service.open_run(folder, "deterministic", rank=4)
     assert "data_dir=...)" in str(error.value.hint)

@@ -20,6 +20,7 @@ from support.threads import wait_until
 from tinkex import Run, RunStep, ServiceClient, TrainingClient, read_run, types
 from tinkex._runtime import lifecycle
 from tinkex.errors import (
+    BadRequestError,
     ClientClosedError,
     InvalidInputError,
     NoProgressError,
@@ -866,8 +867,7 @@ def test_a_run_that_could_not_be_opened_leaves_the_folder_free(
     with pytest.raises(Exception, match="nonesuch"):
         service.open_run(tmp_path, "nonesuch", rank=4)
     lifecycle_size = len(lifecycle._tracked)
-    with pytest.raises(RunFolderError, match="base_model was 'nonesuch'"):
-        open_run(service, tmp_path)
+    open_run(service, tmp_path).close()
     assert len(lifecycle._tracked) <= lifecycle_size + 1
 
 
@@ -1024,3 +1024,15 @@ def test_a_checkpoint_is_noted_after_the_lines_of_its_steps(
         written += entry["kind"] == "step"
         assert entry["kind"] != "checkpoint" or entry["steps"] <= written
     assert written == STEPS
+
+
+def test_a_run_whose_model_was_refused_may_begin_with_other_settings(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRequestError, match="at most"):
+        open_run(service, tmp_path, rank=100_000)
+    assert not read_run(tmp_path).has_begun
+    with open_run(service, tmp_path, rank=4) as run:
+        assert run.record.spec["rank"] == 4
+    with pytest.raises(RunFolderError, match="rank was 4 and is 8"):
+        open_run(service, tmp_path, rank=8)

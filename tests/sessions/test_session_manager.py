@@ -1034,6 +1034,28 @@ def test_the_end_of_a_dropped_client_may_take_longer_than_one_that_is_waited_for
         assert network.finish_timeouts[0] >= 10.0 > 2.0 >= network.finish_timeouts[1]
 
 
+def test_close_ends_the_thread_that_reports_the_end_of_a_dropped_client() -> None:
+    with managed() as (manager, network):
+        asked = threading.Event()
+
+        def hang(session_id: str) -> int:
+            asked.set()
+            assert network.links[0].aborted.wait(PATIENCE_S)
+            return 200
+
+        network.on_finish = hang
+        owner = threading.Event()  # anything that can be collected
+        manager.start_session(A, owner=owner)
+        del owner
+        assert asked.wait(PATIENCE_S)
+        threads = list(manager._session_workers._state.threads)
+        manager.close()
+        for thread in threads:
+            thread.join(PATIENCE_S / 2)  # `hang` has failed by then, if nothing has aborted it
+        assert network.links[0].aborted.is_set()
+        assert manager._registry.ending() == []
+
+
 def test_a_client_that_is_dropped_while_the_manager_closes_is_reported() -> None:
     with managed() as (manager, network):
         owner = threading.Event()  # anything that can be collected

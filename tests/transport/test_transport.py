@@ -23,7 +23,7 @@ from support.threads import promptly, wait_until
 from support.transports import open_transport, quick_config
 
 from tinkex import errors
-from tinkex._transport import billing, channel as channel_module, decoding
+from tinkex._transport import billing, channel as channel_module, response_reading
 from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.transport import Sender, ThreadTransport, Transport
@@ -708,7 +708,7 @@ def test_what_is_not_read_may_be_anything(transport: Transport, server: Scripted
 def test_without_zstandard_such_a_response_is_reported_at_once(
     transport: Transport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_HAVE_ZSTD", False)
+    monkeypatch.setattr(response_reading, "_HAVE_ZSTD", False)
     monkeypatch.setattr(channel_module, "_URLLIB3_DECODES_ZSTD", False)
     server.on(route(), Answer(body=b"\x28\xb5\x2f\xfd", headers={"Content-Encoding": "zstd"}))
     with pytest.raises(ResponseDecodeError, match=r"tinkex\[zstd\]"):

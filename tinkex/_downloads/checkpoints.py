@@ -7,7 +7,6 @@ have arrived, nothing else at the destination is touched.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shutil
@@ -181,7 +180,7 @@ class _Download:
         # Few downloads need a session.
         from tinkex._sessions.manager import default_manager
         from tinkex._sessions.runtime import Runtime
-        from tinkex._training.create_run import FromCheckpoint
+        from tinkex._training.create_run import FromCheckpoint, prepare_run
         from tinkex._training.requests import SaveExternal
         from tinkex._training.run import TrainingRun
 
@@ -189,9 +188,7 @@ class _Download:
         with Runtime(self._transport.config, default_manager()) as runtime:
             # The export holds weights alone, so the optimizer's state need not be loaded.
             source = FromCheckpoint(self._parsed.tinker_path, optimizer=False)
-            model_seq_id = runtime.session.next_model_seq_id()
-            create = functools.partial(source.create, runtime, model_seq_id)
-            new_run = self._wait(runtime.run(source.kind, create))
+            new_run = self._wait(runtime.run(source.kind, prepare_run(runtime, source)))
             run = TrainingRun(runtime, new_run.model_id, new_run.next_seq_id)
             # A new name each time, because one that exists is refused with 409 (docs/protocol.md,
             # "Saving weights").

@@ -74,8 +74,8 @@ class Note:
     @property
     def digest(self) -> Optional[bytes]:
         """The SHA-256 that was announced for the complete file, if it was."""
-        # S3's checksum of a file that was uploaded in parts is that of the parts' checksums, with
-        # their number after it: no base64 of 32 bytes.
+        # For an upload in parts, S3 sends the checksum of the parts' checksums and the number of
+        # parts, which is not base64 of 32 bytes.
         try:
             raw = base64.b64decode(self.sha256 or "", validate=True)
         except (binascii.Error, ValueError):

@@ -231,11 +231,18 @@ class HeartbeatThread:
         if record is None:
             return
         # By another thread, since this one must not wait for a server that hangs.
-        finish = functools.partial(record.finish, "success", "the client was dropped")
         try:
-            self._session_workers.submit(functools.partial(finish, UNHURRIED_FINISH_S))
+            self._session_workers.submit(
+                functools.partial(self._finish_dropped, record, UNHURRIED_FINISH_S)
+            )
         except ClientClosedError:  # the manager is being closed, and waits for this thread
-            finish(FINISH_S)
+            self._finish_dropped(record, FINISH_S)
+
+    def _finish_dropped(self, record: SessionRecord, timeout_s: float) -> None:
+        try:
+            record.finish("success", "the client was dropped", timeout_s)
+        finally:
+            self._registry.forget_ending(record)
 
     def _begin_watch(self) -> None:
         """Take the clocks as they are: a jump while no thread ran has delayed no heartbeat."""

@@ -176,12 +176,18 @@ class SessionManager:
             self._status_file.update()  # there is no session left: its thread removes it and ends
         self._heartbeat.close()
         self._session_workers.drain()  # the ends of dropped sessions may still be queued
-        # All connections are closed.  What does not end right away is connecting, or creating a
-        # session that no caller waits for any more and that is ended when it arrives.
+        # All connections are closed but those that report the ends of dropped sessions.  What else
+        # does not end right away is connecting, or creating a session that no caller waits for any
+        # more and that is ended when it arrives.
         now = time.monotonic()
         deadline = min(max(deadline, now + 0.2), now + _LINGER_S)
         self._heartbeat.join(deadline)
         self._session_workers.join(deadline)
+        ending = self._registry.ending()
+        for record in ending:
+            record.link.abort()
+        if ending:  # their threads end now
+            self._session_workers.join(time.monotonic() + 0.2)
         if self._status_file is not None:
             self._status_file.join(deadline)
         lifecycle.untrack(self)

@@ -54,6 +54,8 @@ class SessionRegistry:
         self._lock = threading.Lock()
         self._table = SessionTable()
         self._records: Dict[str, SessionRecord] = {}
+        #: Without owners; as long as their end is being reported.
+        self._ending: Dict[SessionRecord, None] = {}
         self._lost: Dict[str, str] = {}  # why and when, until the session is stopped
         self._beats = BeatQueue(MAX_WORKERS)
         self._closed = False
@@ -119,7 +121,18 @@ class SessionRegistry:
             record = self._records.get(session_id)
             if record is None or not record.remove_owner(token):
                 return None
+            self._ending[record] = None
             return self._remove_locked(session_id)
+
+    def forget_ending(self, record: SessionRecord) -> None:
+        """Note that the end of a session without owners was reported, or cannot be."""
+        with self._lock:
+            self._ending.pop(record, None)
+
+    def ending(self) -> List[SessionRecord]:
+        """Sessions without owners whose end is being reported."""
+        with self._lock:
+            return list(self._ending)
 
     def remove_all(self) -> List[SessionRecord]:
         """Remove and return all sessions, those whose heartbeats succeed first."""

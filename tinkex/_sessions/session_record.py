@@ -46,8 +46,9 @@ MAX_WORKERS = 8
 #: A server is given this long, in seconds, for the end of one session when many end together.
 FINISH_S = 2.0
 
-#: The same where nothing waits for it.  A server that misses the end keeps the session until it
-#: expires, and a busy one may need more than the two seconds.
+#: The same for the session of a dropped client, for which nothing waits before `close` does.
+#: A server that misses the end keeps the session until it expires; a busy one may need more than
+#: the two seconds.
 UNHURRIED_FINISH_S = 15.0
 
 #: As `ServerState` names it.

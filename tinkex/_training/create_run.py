@@ -14,7 +14,18 @@ import dataclasses
 import functools
 import logging
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Dict, Mapping, Optional, Type, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Mapping,
+    Optional,
+    Type,
+    TypeVar,
+    Union,
+)
 
 from tinkex._api import rest, training as api
 from tinkex._api._call import read
@@ -55,6 +66,17 @@ class NewRun:
     model_id: str
     base_model: Optional[str]
     next_seq_id: int = 1
+
+
+def prepare_run(
+    runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]
+) -> Callable[[], NewRun]:
+    """Return what creates the run, for a background thread.
+
+    Its ``model_seq_id`` is taken now, so that runs are numbered in the order of calls.
+    """
+    runtime.ensure_open(source.kind)
+    return functools.partial(source.create, runtime, runtime.session.next_model_seq_id())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.response import HTTPResponse
 
-from tinkex._transport.decoding import SMALL_BODY, CheckedResponse, Pace, decompress
 from tinkex._transport.request import Body, Reply
+from tinkex._transport.response_reading import SMALL_BODY, CheckedResponse, Pace, decompress
 from tinkex.config import Config
 from tinkex.wire.codec import Parts
 

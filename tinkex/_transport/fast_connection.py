@@ -24,8 +24,14 @@ from urllib3.util.ssl_ import create_urllib3_context
 from urllib3.util.wait import wait_for_read
 
 from tinkex._transport.channel import SOCKET_OPTIONS, Channel, shut_down
-from tinkex._transport.decoding import SMALL_BODY, Pace, chunk_size, content_length, decompress
 from tinkex._transport.request import Body, Reply
+from tinkex._transport.response_reading import (
+    SMALL_BODY,
+    Pace,
+    chunk_size,
+    content_length,
+    decompress,
+)
 from tinkex.config import Config
 from tinkex.wire.codec import Parts
 

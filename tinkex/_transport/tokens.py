@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 #: One exchange may take this long, in seconds.
 EXCHANGE_TIMEOUT_S = 10.0
 
-#: Requests wait for a new token when less than this is left of the old one, in seconds, or than a
-#: quarter of its life if that is less.
+#: Requests wait for a new token when the old one has less than this left, in seconds, or less than
+#: a quarter of its lifetime, whichever is shorter.
 URGENT_S = 60.0
 
 #: Pauses after a renewal that failed, in seconds: before it is urgent, and after that.

@@ -30,7 +30,6 @@ from tinkex._transport.attempts import RequestAttempts
 from tinkex._transport.billing import BillingPause
 from tinkex._transport.channel import Channel
 from tinkex._transport.connections import Connections
-from tinkex._transport.decoding import ACCEPT_ENCODING
 from tinkex._transport.fast_connection import AnyChannel
 from tinkex._transport.redaction import Redactor
 from tinkex._transport.request import MAX_HOPS, Reply, Request, next_hop, same_origin
@@ -40,6 +39,7 @@ from tinkex._transport.request_errors import (
     gateway_error,
     status_error,
 )
+from tinkex._transport.response_reading import ACCEPT_ENCODING
 from tinkex._transport.server_state import state_of
 from tinkex._transport.tokens import Token, is_invalid_token
 from tinkex._transport.tracing import Tracer

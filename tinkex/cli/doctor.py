@@ -24,9 +24,9 @@ from tinkex._api.sessions import (
     session_heartbeat,
 )
 from tinkex._runtime.error_text import ErrorText, Setting
-from tinkex._transport.decoding import ACCEPT_ENCODING
 from tinkex._transport.request import Reply, Request
 from tinkex._transport.request_errors import GATEWAY_HINT
+from tinkex._transport.response_reading import ACCEPT_ENCODING
 from tinkex._transport.server_flags import flags_for
 from tinkex._transport.transport import Transport
 from tinkex.auth import ask_once, credential_source
@@ -270,7 +270,7 @@ class Diagnosis:
         reply = self._beat()
         if not 200 <= reply.status < 300:
             raise Failed(
-                f"the heartbeat of {self._session_id} was answered with {reply.status}",
+                f"the server returned {reply.status} for the heartbeat of {self._session_id}",
                 "the server",
                 "Without heartbeats it ends every session: check its version, and any gateway "
                 "that sends this path elsewhere.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Iterator, Optional
 
 import click
@@ -14,6 +15,7 @@ from tinkex.cli.connect import advice, base_url_option, check_path, open_rest
 from tinkex.cli.output import format_option, print_facts, progress_bar, size
 from tinkex.errors import APIConnectionError, APIError
 from tinkex.export import export_model
+from tinkex.runs.journal import JOURNAL_NAME
 from tinkex.types.checkpoint_path import SCHEME
 
 
@@ -44,16 +46,27 @@ def export(
         )
     n_bytes = sum(file.stat().st_size for file in folder.iterdir())
     kind = "model" if merge else "adapter"
+    steps = _steps_of(source)
     print_facts(
         "Exported",
         [
             ["Source", source],
+            *([["Steps", steps]] if steps else []),
             ["Written", kind],
             ["Destination", str(folder)],
             ["Size", size(n_bytes)],
         ],
         as_json={"source": source, "kind": kind, "destination": str(folder), "size_bytes": n_bytes},
     )
+
+
+def _steps_of(source: str) -> Optional[str]:
+    """Return the steps of a run folder's newest weights, for people; None for other sources."""
+    if not (Path(source).expanduser() / JOURNAL_NAME).is_file():
+        return None
+    record = tinkex.read_run(Path(source).expanduser())
+    steps = record.newest_weights().steps
+    return str(steps) if record.sampler else f"{steps}, of a run that is not finished"
 
 
 @contextlib.contextmanager

@@ -106,14 +106,14 @@ def train(**options: Any) -> None:
             _train(job, examples, service)
     except TinkexError as error:
         # Bad input would fail again in the same way.
-        if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).spec:
+        if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).has_begun:
             earlier = (error.hint, "\n  ") if error.hint else ()  # which may be a command to copy
             error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
         raise
     except (KeyboardInterrupt, SystemExit):  # SIGTERM raises SystemExit
         saved = _read(job.out).checkpoints
-        steps = count(saved[-1].steps if saved else 0, "step")
-        echo_error(f"{steps} saved in {job.out}; run the command again to continue.")
+        steps = f"{count(saved[-1].steps, 'step')} saved" if saved else "No step is saved yet"
+        echo_error(f"{steps} in {job.out}; run the command again to continue.")
         raise
     _report(job, _read(job.out))
 

@@ -255,7 +255,7 @@ class Pipeline(Iterator[PipelineStep]):
                 hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
                 "save_after=100 if you save them yourself; or use depth=1.",
             )
-        # Every optimizer step and load that is queued replaces it, whoever queued it.
+        # Every queued optimizer step or load replaces it, whether or not the pipeline queued it.
         if self._trainer._run.last_update is not self._newest_update:
             raise InvalidInputError(
                 f"{what}: the run was trained or loaded outside of the pipeline after step "

@@ -84,7 +84,7 @@ class SamplingClient(BaseClient):
         self._sampler = Sampler(
             runtime.resources, sampling_session_id, retry_config or RetryConfig(), clone=clone
         )
-        # That of the latest request: thousands of reservations share one.
+        # Of the latest request: thousands of reservations share one account.
         self._account = Account(f"sampler {sampling_session_id}", None, base_model)
 
     @classmethod

@@ -36,7 +36,7 @@ from tinkex._training.checks import (
     check_token,
     check_ttl,
 )
-from tinkex._training.create_run import FromCheckpoint, NewAdapter
+from tinkex._training.create_run import FromCheckpoint, NewAdapter, prepare_run
 from tinkex._training.custom_loss import (
     CustomLoss,
     LossHandle,
@@ -123,12 +123,10 @@ class TrainingClient(BaseClient):
         cls, runtime: Runtime, source: Union[NewAdapter, FromCheckpoint]
     ) -> APIFuture[TrainingClient]:
         """Create a run from *source*; return immediately.  See `ServiceClient`."""
-        runtime.ensure_open(source.kind)
-        # Taken here rather than in the background, so that runs are numbered in the order of calls.
-        model_seq_id = runtime.session.next_model_seq_id()
+        create_run = prepare_run(runtime, source)
 
         def create() -> TrainingClient:
-            run = source.create(runtime, model_seq_id)
+            run = create_run()
             client = cls(runtime, run.model_id, run.base_model, run.next_seq_id)
             try:
                 client.get_info()  # cached: this is a background thread, and may block

@@ -23,8 +23,8 @@ from tinkex.local.scheduling.scheduler import Scheduler
 from tinkex.local.settings import ServerSettings
 from tinkex.local.state.activity import Activity
 from tinkex.local.state.catalog import Catalog
+from tinkex.local.state.deduplication import CreatedIds, IdempotencyCache
 from tinkex.local.state.futures import FutureTable
-from tinkex.local.state.repetitions import CreatedIds, IdempotencyCache
 from tinkex.local.state.rows import CheckpointRow
 from tinkex.local.state.session_table import SessionTable
 from tinkex.local.state.store import Store

@@ -21,7 +21,7 @@ CSV_NAME = "metrics.csv"
 
 #: The remedy where something else was given instead of a run folder.
 RUN_FOLDER_HINT = (
-    "Give the folder of a run: that of `tinkex train --out`, or of ServiceClient.open_run."
+    "Give a run folder: the one given to `tinkex train --out` or ServiceClient.open_run."
 )
 
 #: The metrics of one step, by name.
@@ -54,7 +54,7 @@ def read_metrics(folder: Union[str, Path]) -> List[Dict[str, Any]]:
 
 
 def require_folder(path: Path, hint: str) -> None:
-    """Raise RunFolderError if *path* is something else than a folder, such as a file of examples.
+    """Raise RunFolderError if *path* exists but is not a folder, such as a file of examples.
 
     A *path* that does not exist, or cannot be looked at, is left to what opens it.
     """

@@ -143,10 +143,11 @@ class Connection:
         server = self._record.server
         if server is not None and server.base_url is None and server.data_dir is None:
             raise RunFolderError(
-                "the checkpoints of this run are gone: it was trained on an embedded server "
-                "without a data_dir, whose data was removed when it stopped",
+                f"none of the {len(checkpoints)} checkpoints of this run can be loaded: they were "
+                "deleted, have expired, or were removed with the embedded server that the run was "
+                "trained on, which had no data_dir",
                 hint="Begin again in another folder, with ServiceClient.local(model, "
-                "data_dir=...).",
+                "data_dir=...), which keeps them.",
             ) from refusal
         raise RunFolderError(
             f"the server has none of the {len(checkpoints)} checkpoints of this run",

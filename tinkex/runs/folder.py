@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Union
 
 from tinkex._runtime import lifecycle
 from tinkex._runtime.error_text import ErrorText, Setting
+from tinkex._runtime.file_lock import lock_file
 from tinkex.errors import RunFolderError
 from tinkex.runs.journal import JOURNAL_NAME, WRITABLE, Journal
 from tinkex.runs.records import RunRecord, replay
@@ -59,7 +61,7 @@ class RunFolder:
         """
         check_same(self._path, self.record, spec, config, accept)
         # Not each time: a line of this kind also marks the run as unfinished (`RunRecord.add`).
-        if not self.record.spec or config != self.record.config:
+        if (spec, config) != (self.record.spec, self.record.config):
             self.note("config", format=1, spec=spec, config=config)
 
     def note(self, kind: str, **facts: Any) -> None:
@@ -76,9 +78,10 @@ def check_same(
 ) -> None:
     """Raise RunFolderError if *spec* or *config* are not those of *record*, read from *path*.
 
-    An empty record is that of any run.  *accept*: another *config* is no error.
+    A run that never began, as its settings were rejected, may be replaced.  *accept*: another
+    *config* is no error.
     """
-    if not record.spec:
+    if not record.has_begun:
         return
     _compare(path, "origin", record.spec, spec, "Choose another folder for another run.")
     if not accept:
@@ -108,8 +111,8 @@ def _compare(
 class FolderLock:
     """Holds *folder* until `release`, or the end of the process by whatever cause.
 
-    The child of a fork does not hold it.  Where there is no ``fcntl`` (Windows), two processes on
-    one folder go unnoticed.
+    The child of a fork does not hold it.  On Windows, two processes on one folder go
+    unnoticed.
 
     Raises:
         RunFolderError: another process, or another run of this one, holds the folder.
@@ -147,14 +150,10 @@ class FolderLock:
 
 
 def _lock(file: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:
+    if sys.platform == "win32":  # it would lock the text against reading, too
         return
     try:
-        # Not lockf, whose locks belong to the process: two runs of one process could share a
-        # folder.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file)
     except BlockingIOError as error:
         holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
         raise RunFolderError(

@@ -109,6 +109,11 @@ class RunRecord:
     sampler: Optional[SamplerRecord] = None
     server: Optional[ServerRecord] = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a model was ever created for it."""
+        return bool(self.model_ids)
+
     def newest_weights(self) -> Union[SamplerRecord, CheckpointRecord]:
         """Return the newest weights that were saved, those for sampling before the others.
 

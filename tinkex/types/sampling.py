@@ -196,7 +196,7 @@ class SampleRequest:
             "prompt_logprobs": self.prompt_logprobs,
             "type": "sample",
         }
-        for name in _COUNTS[1:]:  # those with a default of None or 0; num_samples is always sent
+        for name in _OPTIONAL_COUNTS:
             value = getattr(self, name)
             if value:
                 encoded[name] = value
@@ -230,14 +230,14 @@ class SampleRequest:
         return request
 
 
-#: The integers of a SampleRequest, in the order in which they are sent.
-_COUNTS = (
-    "num_samples",
+#: Integers of a SampleRequest that are sent only if they are set, in this order.
+_OPTIONAL_COUNTS = (
     "topk_prompt_logprobs",
     "topk_sample_logprobs",
     "prompt_logprobs_last_n",
     "prompt_alt_tokens_k",
 )
+_COUNTS = ("num_samples", *_OPTIONAL_COUNTS)
 
 
 def tensor_to_json(tensor: TensorData) -> Dict[str, Any]:

@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import Callable, Dict, Iterator, Optional, Tuple
 from urllib.parse import urlsplit
 
+from tinkex._runtime.file_lock import lock_file
 from tinkex.errors import LocalServerError
 
 logger = logging.getLogger(__name__)
@@ -249,15 +250,8 @@ def _making_lock(cache: Path, report: Progress) -> Iterator[None]:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        lock_file(descriptor)
+    except BlockingIOError:
         return False
     return True
 

@@ -43,7 +43,7 @@ def error_response(error: HTTPError, body: Dict[str, Any]) -> Response:
 
 
 def server_failure(error: Exception) -> HTTPError:
-    """Return what a request fails with whose view raised *error*, which was not expected."""
+    """Return the HTTP 500 for an unexpected *error* raised by a view."""
     return HTTPError(500, f"the server failed: {type(error).__name__}: {error}")
 
 

@@ -15,7 +15,7 @@ from typing import Deque, Dict, Hashable, Iterable, Iterator, List, NamedTuple, 
 
 from tinkex.local.engines.engine import Finished
 from tinkex.local.settings import SamplingLimits
-from tinkex.local.state.repetitions import SeenIds
+from tinkex.local.state.deduplication import SeenIds
 from tinkex.types import SampleRequest
 
 #: Most requests of one batch in its lifetime: those that are done stay in its list.

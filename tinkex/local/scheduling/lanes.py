@@ -11,7 +11,7 @@ from collections import deque
 from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from tinkex.local.errors import HTTPError
-from tinkex.local.state.repetitions import SeenIds
+from tinkex.local.state.deduplication import SeenIds
 
 #: Engine work: called on the engine thread, its value is the result.
 Work = Callable[[], object]
@@ -46,7 +46,6 @@ class Lane:
         self.ready: Deque[Job] = deque()
         self.closed: Optional[str] = None  # why nothing is accepted any more
         self.broken: Optional[str] = None  # why the model does not exist; engine thread only
-        self.is_gone = False  # the engine thread is done with it
         self.missing: Optional[Missing] = None
         self._early: Dict[int, Optional[Job]] = {}  # beyond a gap; None is a rejected seq_id
         self._seen = SeenIds(model_id)
@@ -99,7 +98,7 @@ class Lane:
     def has_work(self) -> bool:
         """True if something is ready for the engine: a request, or the end of the run."""
         # A closed run needs one more turn, in which the engine thread unloads the model.
-        return bool(self.ready) or (self.closed is not None and not self.is_gone)
+        return bool(self.ready) or self.closed is not None
 
     @property
     def waiting(self) -> int:

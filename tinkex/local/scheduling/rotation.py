@@ -17,7 +17,7 @@ AnyLane = Union[Lane, SamplerLane]
 
 
 class Rotation:
-    """The lanes with something to do, served one after the other, and what else the thread is for.
+    """The lanes that have work, served in turn, and the engine thread's other duties.
 
     Args:
         limits: how sampling shares the engine.

@@ -365,6 +365,8 @@ class Scheduler:
             if isinstance(lane, SamplerLane) and lane.is_over:
                 del self._lanes[lane.key]
                 self._retired.append(lane.weights)
+            if isinstance(lane, Lane) and self._models.get(lane.model_id) is not lane:
+                lane = None  # it was removed when its run ended
             self.rotation.give_back_locked(lane)
             retired, self._retired = self._retired, []
             return retired
@@ -381,7 +383,6 @@ class Scheduler:
             has_ended = lane.closed is not None and not lane.ready
             if has_ended:
                 self._models.pop(lane.model_id, None)
-                lane.is_gone = True
             return has_ended
 
     def end_all(self, why: str) -> List[SamplerLane]:

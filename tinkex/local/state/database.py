@@ -194,7 +194,7 @@ class Database:
 
 
 def is_without_room(error: Optional[BaseException]) -> bool:
-    """Whether SQLite's *error* comes of a full disk, a quota, or a limit to the size of files."""
+    """Whether SQLite's *error* is caused by a full disk, a quota, or a limit of file sizes."""
     return any(reason in str(error) for reason in ("disk is full", "disk I/O error"))
 
 

@@ -6,11 +6,13 @@ import contextlib
 import gc
 import os
 import sqlite3
+import sys
 import threading
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
 
 from tinkex._runtime.error_text import ErrorText, Setting
+from tinkex._runtime.file_lock import lock_file
 from tinkex.errors import LocalServerError
 
 #: How long a new server waits for one that is closing, in seconds.
@@ -44,9 +46,7 @@ class FolderLock:
             LocalServerError: another server has it.
             OSError: the folder cannot be used.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows: there, two servers on one folder go unnoticed
+        if sys.platform == "win32":  # there, two servers on one folder go unnoticed
             return
         file = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -60,8 +60,8 @@ class FolderLock:
                 if holder.ending:
                     holder._released.wait(_ENDING_S)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                lock_file(file)
+            except BlockingIOError as error:
                 raise self._in_use(here=holder is not None) from error
         except BaseException:
             os.close(file)
@@ -78,7 +78,7 @@ class FolderLock:
                 del _held_here[self._key]
             # The file stays: after a removal, two servers could lock two files of the same name.
             os.close(file)
-        # Last: who waits for this locks the file at once, and does not try again.
+        # Last: the waiting server locks the file as soon as this is set, and does not retry.
         self._released.set()
 
     def _in_use(self, *, here: bool) -> LocalServerError:

@@ -184,7 +184,7 @@ class Store:
             if now - self._touched.get(run_id, 0.0) < 1.0:
                 return
             self._touched[run_id] = now
-        # Outside the lock: who has nothing to note now need not wait for the disk.
+        # Outside the lock, so that callers with nothing to write do not wait for the disk.
         sql = "UPDATE runs SET last_request_at = ? WHERE run_id = ?"
         self._db.execute_if_possible(sql, now, run_id)
 

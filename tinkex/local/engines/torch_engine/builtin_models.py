@@ -18,7 +18,8 @@ from tinkex.local.engines.torch_engine.pretrained import quiet, save_tokenizer
 
 CONTEXT_LENGTH = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-_SEED = 20240917  # of the weights of tiny-random; another one is another model to its users' caches
+#: Of the weights of tiny-random; another one would change the model that users have cached.
+_SEED = 20240917
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -89,7 +90,7 @@ def write_tiny_random(folder: Path, *, tie_word_embeddings: bool = False) -> Non
         # Wider than usual, so that its predictions are far from uniform, as a real model's are.
         generator = torch.Generator().manual_seed(_SEED)
         with torch.no_grad():
-            # In the order of their names: that of creation may change between releases.
+            # By name: the order of creation may change between releases.
             for _, parameter in sorted(model.named_parameters()):
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.12, generator=generator)

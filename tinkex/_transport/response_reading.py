@@ -1,4 +1,4 @@
-"""Decoding responses, for both kinds of connections: length, end, pace and content coding.
+"""Reading responses, on both kinds of connections: length, end, pace and content coding.
 
 http.client takes a response that is cut off inside its headers for a complete one without a body,
 ignores lengths that are not numbers, and waits for a body as long as a byte comes now and then.

@@ -11,11 +11,11 @@ import requests
 from support.loopback import PATIENCE_S, LoopbackServer
 from support.raw_server import RawServer
 
-from tinkex._transport import decoding
+from tinkex._transport import response_reading
 from tinkex._transport.channel import Channel
-from tinkex._transport.decoding import Pace, chunk_size, content_length
 from tinkex._transport.fast_connection import PrivateChannel
 from tinkex._transport.request import Request
+from tinkex._transport.response_reading import Pace, chunk_size, content_length
 from tinkex._transport.transport import Transport
 from tinkex.config import Config
 from tinkex.errors import APIConnectionError
@@ -69,7 +69,7 @@ def test_an_absurd_size_of_a_chunk_is_an_error(private: bool, size: bytes) -> No
         ask(server.url, private)
 
 
-@pytest.mark.parametrize("kind", [decoding.CheckedResponse, decoding._WatchedRaw])
+@pytest.mark.parametrize("kind", [response_reading.CheckedResponse, response_reading._WatchedRaw])
 def test_a_response_that_ctrl_c_left_half_made_is_finalized_in_silence(kind: Any) -> None:
     kind.__new__(kind).close()  # what its finalizer does
 
@@ -119,7 +119,7 @@ def test_a_trickle_meets_a_limit_in_all(private: bool, head: bytes) -> None:
 
 def test_the_time_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
+    monkeypatch.setattr(response_reading.time, "monotonic", lambda: now)
     timeouts = []
 
     class Sock:
@@ -141,7 +141,7 @@ def test_the_time_of_a_response_grows_with_its_size(monkeypatch: pytest.MonkeyPa
 
 def test_time_before_a_large_body_is_sent_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: now)
+    monkeypatch.setattr(response_reading.time, "monotonic", lambda: now)
     pace = Pace(2.0, starts_now=False)
     now = 130.0
     with socket.socket() as sock:

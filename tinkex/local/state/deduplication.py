@@ -1,6 +1,6 @@
-"""Requests that were sent before: a client repeats one if it got no response.
+"""Recognizes requests that a client sends again because it got no response.
 
-A repetition gets the response of the first one, and nothing is done twice.
+A repeated request gets the response of the first one, and nothing is done twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex.local.errors import HTTPError
 #: repeated.  There are more of them than requests that may wait for a missing one.
 MAX_REMEMBERED = 2048
 
-#: Most results that are remembered by key; a retry comes within minutes.
+#: Results kept by idempotency key, at most; a retry comes within minutes.
 _MAX_KEYS = 4096
 
 
@@ -80,7 +80,7 @@ class CreatedIds:
         Raises:
             HTTPError: 409, it was created with another body.
         """
-        # The default of an unknown id has the digest that was asked for, and so raises nothing.
+        # An unknown id gets this digest as its default, so that the check below passes.
         known_digest, response_id = self._created.get(made_id, (digest, None))
         if known_digest != digest:
             raise HTTPError(
