@@ -6,14 +6,18 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any, List
 
 import pytest
+import requests
 
 from tinkex import ServiceClient
 from tinkex.errors import LocalServerError
+from tinkex.local import LocalServer
+from tinkex.local.engines.deterministic import DeterministicEngine
 
 #: What a client that was forgotten says.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed ServiceClient:ResourceWarning")
@@ -37,7 +41,8 @@ class Watched:
         self.thread = server._thread
         self.engine_thread = server._backend.engine_thread._thread
         self.folder = server.data_dir
-        self.engine = weakref.ref(server._engine)
+        self.engine_is_gone = threading.Event()
+        weakref.finalize(server._engine, self.engine_is_gone.set)
 
     def assert_running(self) -> None:
         gc.collect()
@@ -48,8 +53,11 @@ class Watched:
         for thread in (self.thread, self.engine_thread):
             thread.join(WAIT_S)
             assert not thread.is_alive()
-        gc.collect()
-        assert self.engine() is None
+        # An HTTP thread may be ending still, and hold it until then.
+        deadline = time.monotonic() + WAIT_S
+        while not self.engine_is_gone.wait(0.05) and time.monotonic() < deadline:
+            gc.collect()
+        assert self.engine_is_gone.is_set()
 
 
 def test_a_notebook_cell_that_is_run_again_leaves_one_server() -> None:
@@ -104,6 +112,36 @@ def test_another_client_of_a_dropped_server_is_not_cut_off() -> None:
         assert trainer.save_state("a").result(WAIT_S).path
         watched.assert_running()
     watched.assert_gone()
+
+
+def test_a_dropped_server_sends_the_response_to_the_request_that_ended_its_last_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = LocalServer(DeterministicEngine())
+    server.start()
+    backend, http, thread = server._backend, server._http, server._thread
+    session_id = backend.create_session({})
+    finish, serve_once = backend.finish_session, http.serve_once
+    ended, served = threading.Event(), threading.Event()
+
+    def finish_slowly(*args: Any) -> None:
+        finish(*args)
+        ended.set()
+        served.wait(WAIT_S)
+
+    def serve_after_the_end(timeout_s: float) -> None:
+        if ended.is_set():
+            served.set()
+        serve_once(timeout_s)
+
+    monkeypatch.setattr(backend, "finish_session", finish_slowly)
+    monkeypatch.setattr(http, "serve_once", serve_after_the_end)
+    server.drop()
+    url = f"{server.url}/api/v1/sessions/{session_id}/finish"
+    assert requests.post(url, json={}, timeout=WAIT_S).ok
+    assert served.is_set()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
 
 
 def test_a_folder_that_this_process_uses_is_reported_as_such(tmp_path: Path) -> None:

@@ -460,11 +460,13 @@ def test_a_task_that_raises_does_not_take_its_thread_along(
 def test_a_shutdown_cancels_what_has_not_begun(caplog: pytest.LogCaptureFixture) -> None:
     until = threading.Event()
     threads = HttpThreads(limit=2)
+    assert not threads.is_busy
     running, another, waiting = Task(until), Task(until), Task(until)
     for task in (running, another):
         threads.add_task(task)
         assert task.begun.wait(20)
     threads.add_task(waiting)
+    assert threads.is_busy
     assert not threads.shutdown(timeout=0.01)
     assert waiting.cancelled
     late = Task(until)

@@ -79,6 +79,14 @@ class WorkerPool:
         """How many tasks were queued and not begun yet."""
         return self._state.backlog  # one read of an int needs no lock
 
+    @property
+    def is_busy(self) -> bool:
+        """True while a task runs or is queued."""
+        state = self._state
+        with state.lock:
+            # A thread that just took a task counts until it has both left `idle` and the backlog.
+            return bool(state.backlog) or len(state.threads) > state.idle
+
     def submit(self, task: Task) -> None:
         """Queue *task*; does not block.
 

@@ -265,8 +265,13 @@ class LocalServer:
 
     def _serve(self) -> None:
         """Move bytes until close, or until no client is left; the thread tinkex-server."""
+        finishing = False  # no session lives on this server, which was dropped
         while not self._stop.is_set():
-            if self._dropped and not self._backend.has_sessions():
+            if self._dropped and not finishing and not self._backend.has_sessions():
+                finishing = True
+                self._backend.futures.close()  # held polls respond now
+            # A request may have ended the last session and not have its response yet.
+            if finishing and not self._threads.is_busy:
                 break
             try:
                 # A dropped server looks often: the end of its last session wakes no socket.

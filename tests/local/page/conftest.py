@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any, Callable, Iterator, List
 
 import pytest
+
+from tinkex.local import LocalServer
 
 #: No GPU, no sandbox (CI runs as root), and no requests of the browser's own.
 FLAGS = (
@@ -40,8 +43,18 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page at a URL; errors that it reports fail the test, but for those with *allowed*."""
+def started() -> Iterator[Callable[..., LocalServer]]:
+    """Starts a server on an engine; it lives until the test is over."""
+    with contextlib.ExitStack() as servers:
+        yield lambda engine, **options: servers.enter_context(LocalServer(engine, **options))
+
+
+@pytest.fixture
+def opened(browser: Any, started: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page at a URL; errors that it reports fail the test, but for those with *allowed*.
+
+    It comes after *started*, so that pages are closed first: one whose server is gone reports that.
+    """
     contexts: List[Any] = []
     errors: List[str] = []
 

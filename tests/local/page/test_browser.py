@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from tinkex.local.engines.deterministic import DeterministicEngine
 from tinkex.types import SampledSequence, SampleRequest, SampleResponse
 
 Opened = Callable[..., Any]
+Started = Callable[..., LocalServer]
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 DATUM = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
@@ -23,9 +24,8 @@ SAID = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
 
 
 @pytest.fixture
-def server() -> Iterator[LocalServer]:
-    with LocalServer(DeterministicEngine(vocab_size=1000, context_length=512)) as running:
-        yield running
+def server(started: Started) -> LocalServer:
+    return started(DeterministicEngine(vocab_size=1000, context_length=512))
 
 
 def activity_of(server: LocalServer) -> Any:
@@ -89,15 +89,15 @@ def test_it_follows_a_run_by_itself(server: LocalServer, opened: Opened) -> None
     wait_for_text(page, "#sessions li", "ended")
 
 
-def test_a_dead_session_is_marked(opened: Opened) -> None:
+def test_a_dead_session_is_marked(started: Started, opened: Opened) -> None:
     engine = DeterministicEngine(vocab_size=1000)
-    with LocalServer(engine, session_ttl_s=1.0) as server:
-        server._backend.create_session({"display_name": "forgotten"})
-        page = opened(server.url)
-        wait_for_text(page, "#sessions li", "dead")
-        item = page.locator("#sessions li").inner_text()
-        assert "forgotten" in item
-        assert "no heartbeat for 1 s" in item
+    server = started(engine, session_ttl_s=1.0)
+    server._backend.create_session({"display_name": "forgotten"})
+    page = opened(server.url)
+    wait_for_text(page, "#sessions li", "dead")
+    item = page.locator("#sessions li").inner_text()
+    assert "forgotten" in item
+    assert "no heartbeat for 1 s" in item
 
 
 def test_a_curve_of_ten_thousand_steps_is_smooth(server: LocalServer, opened: Opened) -> None:
@@ -181,36 +181,38 @@ def test_the_chart_has_a_table_and_a_logarithmic_scale(server: LocalServer, open
     assert page.locator("#values-head th").all_inner_texts() == ["Step", "a:0"]
 
 
-def test_a_server_with_a_key_asks_for_it_first(opened: Opened) -> None:
+def test_a_server_with_a_key_asks_for_it_first(started: Started, opened: Opened) -> None:
     engine = DeterministicEngine(vocab_size=1000)
-    with LocalServer(engine, api_key="tml-secret") as server:
-        # A browser reports a response of 401 itself, as an error in its console.
-        page = opened(server.url, allowed="401")
-        page.wait_for_selector("#gate", state="visible")
-        assert page.locator("#main").is_hidden()
-        page.fill("#key", "tml-wrong")
-        page.click("#gate button")
-        wait_for_text(page, "#gate-error", "This is not the key of this server.")
-        page.fill("#key", "tml-secret")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#main", state="visible")
-        wait_for_text(page, "#model", "deterministic")
-        page.fill("#try-prompt", "hello")
-        page.click("#try-run")
-        wait_for_text(page, "#try-status", "tokens")
-        page.reload()  # the key is kept for the tab
-        wait_for_text(page, "#model", "deterministic")
-        page.click("#forget")
-        page.wait_for_selector("#gate", state="visible")
-        assert page.evaluate("JSON.stringify({...sessionStorage, ...localStorage})") == "{}"
+    server = started(engine, api_key="tml-secret")
+    # A browser reports a response of 401 itself, as an error in its console.
+    page = opened(server.url, allowed="401")
+    page.wait_for_selector("#gate", state="visible")
+    assert page.locator("#main").is_hidden()
+    page.fill("#key", "tml-wrong")
+    page.click("#gate button")
+    wait_for_text(page, "#gate-error", "This is not the key of this server.")
+    page.fill("#key", "tml-secret")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#main", state="visible")
+    wait_for_text(page, "#model", "deterministic")
+    page.fill("#try-prompt", "hello")
+    page.click("#try-run")
+    wait_for_text(page, "#try-status", "tokens")
+    page.reload()  # the key is kept for the tab
+    wait_for_text(page, "#model", "deterministic")
+    page.click("#forget")
+    page.wait_for_selector("#gate", state="visible")
+    assert page.evaluate("JSON.stringify({...sessionStorage, ...localStorage})") == "{}"
 
 
-def test_a_page_whose_server_has_a_key_sends_nothing_before_it_is_given(opened: Opened) -> None:
+def test_a_page_whose_server_has_a_key_sends_nothing_before_it_is_given(
+    started: Started, opened: Opened
+) -> None:
     engine = DeterministicEngine(vocab_size=1000)
-    with LocalServer(engine, api_key="tml-secret") as server:
-        page = opened(server.url)
-        page.wait_for_selector("#gate", state="visible")
-        assert page.evaluate("document.activeElement.id") == "key"
+    server = started(engine, api_key="tml-secret")
+    page = opened(server.url)
+    page.wait_for_selector("#gate", state="visible")
+    assert page.evaluate("document.activeElement.id") == "key"
 
 
 def test_what_a_model_or_a_client_says_is_shown_as_text(
@@ -287,7 +289,7 @@ def test_a_checkpoint_can_be_tried(server: LocalServer, opened: Opened) -> None:
         wait_for_text(page, "#samples .name", "/final")
 
 
-def test_a_stream_can_be_stopped(opened: Opened) -> None:
+def test_a_stream_can_be_stopped(started: Started, opened: Opened) -> None:
     drawn, go_on = threading.Event(), threading.Event()
 
     class Slow(DeterministicEngine):
@@ -298,17 +300,17 @@ def test_a_stream_can_be_stopped(opened: Opened) -> None:
                     drawn.set()
                     go_on.wait(PATIENCE_MS / 1000)
 
-    with LocalServer(Slow(vocab_size=1000)) as server:
-        page = opened(server.url)
-        wait_for_text(page, "#model", "deterministic")
-        page.fill("#try-prompt", "hello")
-        page.fill("#try-tokens", "400")
-        page.click("#try-run")
-        page.wait_for_selector("#try-output .t")
-        assert drawn.wait(PATIENCE_MS / 1000)
-        page.click("#try-stop")
-        wait_for_text(page, "#try-status", "stopped")
-        go_on.set()
+    server = started(Slow(vocab_size=1000))
+    page = opened(server.url)
+    wait_for_text(page, "#model", "deterministic")
+    page.fill("#try-prompt", "hello")
+    page.fill("#try-tokens", "400")
+    page.click("#try-run")
+    page.wait_for_selector("#try-output .t")
+    assert drawn.wait(PATIENCE_MS / 1000)
+    page.click("#try-stop")
+    wait_for_text(page, "#try-status", "stopped")
+    go_on.set()
 
 
 def test_a_fault_of_the_page_shows_and_does_not_pass_for_a_server_that_is_gone(

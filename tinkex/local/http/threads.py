@@ -34,6 +34,7 @@ class HttpThreads:
         # Those that have not begun.
         # A closed pool drops them, but waitress has to have each one cancelled.
         self._waiting: Set[Any] = set()
+        self._is_closed = False  # written once
 
     def add_task(self, task: Any) -> None:
         """Have *task* (waitress's, with ``service`` and ``cancel``) run soon."""
@@ -44,11 +45,17 @@ class HttpThreads:
         except ClientClosedError:
             self._cancel(task)
 
+    @property
+    def is_busy(self) -> bool:
+        """True while a request is being responded to, or waits for a thread."""
+        return self._pool.is_busy
+
     def set_thread_count(self, count: int) -> None:
         """Do nothing: waitress asks for its fixed number of threads here."""
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
         """End all threads; return False if one is still busy after *timeout* seconds."""
+        self._is_closed = True
         if cancel_pending:
             # The pool first: a task that comes after it was closed is cancelled by `add_task`.
             self._pool.close()
@@ -80,11 +87,12 @@ class HttpThreads:
         try:
             task.service()
         except Exception:
-            # waitress 3.0 fails (no `path`) on a client that sent nonsense and hung up.
-            if getattr(task, "connected", True):
-                _log.exception("an HTTP request failed")
+            # waitress 3.0 fails (no `path`) on a client that sent nonsense and hung up.  A request
+            # that outlives the server finds its sockets closed.
+            if self._is_closed or not getattr(task, "connected", True):
+                _log.debug("a client hung up, or the server was closed", exc_info=True)
             else:
-                _log.debug("a client hung up", exc_info=True)
+                _log.exception("an HTTP request failed")
 
 
 class HeldPolls:
