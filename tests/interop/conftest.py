@@ -28,7 +28,7 @@ os.environ.setdefault("TINKER_TELEMETRY", "0")
 
 
 def serving(folder: Path, *options: str) -> ContextManager[str]:
-    """``tinkex serve`` on a free port; its URL."""
+    """Run ``tinkex serve`` on a free port; yield its URL."""
     return tinkex_serve(folder, *options, model=MODEL, python=PYTHON)
 
 

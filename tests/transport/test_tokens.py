@@ -964,7 +964,7 @@ def test_the_server_refuses_tokens_that_it_did_not_issue(given: str) -> None:
 
 
 def everything_about(error: BaseException) -> str:
-    """Return all that an error shows: its chain, its facts, its pickle, the objects it refers to."""
+    """Return all that an error shows: its chain, facts, pickle, and the objects it refers to."""
     texts = ["".join(traceback.format_exception(type(error), error, error.__traceback__))]
     seen: List[BaseException] = []
     inner: Optional[BaseException] = error
