@@ -87,7 +87,7 @@ def test_ragged_rows_are_refused_with_the_remedy(rows):
 
 
 @pytest.mark.parametrize("values", [[1.5], [math.nan], [math.inf], [1e30], [2**63], [2**70], ["1"]])
-def test_values_beyond_int64_are_not_truncated(values):
+def test_values_that_are_not_int64_are_not_truncated(values):
     with pytest.raises(InvalidInputError):
         TensorData(values, "int64")
 
