@@ -183,7 +183,7 @@ class LocalServer:
             self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
-            # Wakes the thread from a wait of up to 30 s; after _stop is set, or it would wait again.
+            # Wakes the thread, which may wait for 30 s; after setting _stop, else it waits again.
             self._http.pull_trigger()
             # A dropped server is closed by its own thread.
             if self._thread is not threading.current_thread():
