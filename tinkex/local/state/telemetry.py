@@ -75,5 +75,5 @@ def _check(what: str, event: Any) -> None:
         datetime.fromisoformat(event["timestamp"].replace("Z", "+00:00"))
     except ValueError as error:
         raise HTTPError(
-            400, f"{what}: timestamp {event['timestamp']!r:.80} is no instant"
+            400, f"{what}: timestamp {event['timestamp']!r:.80} is not an ISO 8601 time"
         ) from error
