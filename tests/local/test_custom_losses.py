@@ -262,7 +262,7 @@ def test_arguments_cannot_be_nested_without_end() -> None:
         ({"inputs": []}, "logprobs"),
         ({"inputs": [{"name": "weights", "rank": 1}]}, "logprobs"),
         ({"inputs": [{"name": "logprobs", "rank": 0}]}, "rank"),
-        ({"inputs": [{"name": "Log", "rank": 1}]}, "no name"),
+        ({"inputs": [{"name": "Log", "rank": 1}]}, "not a valid name"),
         ({"inputs": [{"name": "logprobs", "rank": 1}] * 2}, "twice"),
         (
             {"inputs": [{"name": "logprobs", "rank": 1}, {"name": "a", "rank": 1}]},
@@ -301,7 +301,7 @@ def test_what_is_wrong_with_a_graph_is_named(
             ],
             "is nan",
         ),
-        ([call("to", LP, {"dtype": "Tensor"}, op="call_method")], "no dtype"),
+        ([call("to", LP, {"dtype": "Tensor"}, op="call_method")], "not a dtype"),
     ],
 )
 def test_a_graph_that_fails_says_where_and_the_run_goes_on(
