@@ -66,8 +66,7 @@ class Request:
     encode_s: Optional[float] = dataclasses.field(default=None, repr=False, compare=False)
 
     def keep_body(self) -> None:
-        """Copy the body's arrays: the next attempt sends the same bytes even if the caller changes
-        them."""
+        """Copy the body's arrays, so that a later attempt sends the same bytes as the first."""
         if isinstance(self.body, Parts):
             self.body.keep()
 
