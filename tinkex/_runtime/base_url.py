@@ -119,7 +119,7 @@ def proxy_variable(url: str) -> Optional[str]:
 
 
 def _split(url: str) -> Optional[SplitResult]:
-    """The parts of *url*, its host in lower case and ASCII; None if it is no URL of a host."""
+    """Return the parts of *url*, with the host in lower case and ASCII; None if it is invalid."""
     if not url.isprintable():  # urlsplit would drop line breaks
         return None
     try:
