@@ -375,8 +375,8 @@ def check_header(what: str, text: str) -> None:
         or text != text.strip()
     ):
         raise ConfigError(
-            f"{what} cannot be sent: it holds a line break, a control character, spaces around it "
-            "or a character outside Latin-1"
+            f"{what} cannot be sent: it holds a line break, a control character, surrounding "
+            "spaces or a character outside Latin-1"
         )
 
 

@@ -82,9 +82,9 @@ def normal_proxy(url: object) -> str:
     parts = _split(text)
     if parts is None or parts.scheme not in _PROXY_SCHEMES:
         raise ConfigError(
-            "the proxy is not the URL of a proxy",
-            hint="It is like http://proxy:3128, and comes from proxy= or from http_proxy, "
-            "https_proxy or all_proxy. Name hosts that need none in no_proxy.",
+            "the proxy setting is not a valid proxy URL",
+            hint="It looks like http://proxy:3128, and comes from proxy= or from http_proxy, "
+            "https_proxy or all_proxy. Name hosts that need no proxy in no_proxy.",
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
         raise ConfigError(
