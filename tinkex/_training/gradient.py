@@ -23,8 +23,8 @@ Output = ForwardBackwardOutput
 Part = APIFuture[Output]
 
 _HOW_TO_DROP = (
-    "save_state still saves weights and optimizer state as they were; load that checkpoint with "
-    "load_state_with_optimizer(path), or into a new run with "
+    "To drop the gradient, save the unchanged weights and optimizer state with save_state, and "
+    "load that checkpoint with load_state_with_optimizer(path), or into a new run with "
     "create_training_client_from_state_with_optimizer(path)."
 )
 
@@ -239,8 +239,8 @@ class SplitBatch:
         hint = ""
         if self._may_be_completed(failures):
             hint = (
-                "Call forward_backward with the batch again: only what is missing is sent, and an "
-                "example that was refused may be another one. Or drop the gradient: "
+                "Call forward_backward with the batch again to complete the gradient: only the "
+                "missing parts are sent, and a refused example may be replaced. "
             )
         error = IncompleteGradientError(
             f"{failures.count(None)} of {len(self.parts)} parts of a batch were added to the "

@@ -49,8 +49,8 @@ T = TypeVar("T")
 _CHECK_CLOSED_S = 1.0
 
 _MAYBE_DONE = (
-    "The server may have taken it all the same. The same call again is done once; any other call "
-    "of this run first sends this one again."
+    "The server may have accepted it nevertheless. The same call again is executed only once; any "
+    "other call of this run first resends this one."
 )
 
 
@@ -175,7 +175,7 @@ class RunQueue:
             first = rules.next_seq_id
         if refused:
             logger.info(
-                "%s does not count failed requests; resending %d starting at seq_id %d",
+                "the server does not count failed requests of %s; resending %d from seq_id %d on",
                 self.model_id,
                 len(refused),
                 first,
@@ -258,8 +258,8 @@ class RunQueue:
             self.model_id, lost.seq_id, [token], "cross_entropy", forward_only=True
         )
         logger.warning(
-            "%s: the server fails over %s, seq_id %d, each time. It is given up, and may or may "
-            "not have been done",
+            "%s: the server fails each time it gets %s, seq_id %d. The request is abandoned; it "
+            "may or may not have been executed",
             self.model_id,
             lost.message.name,
             lost.seq_id,
@@ -290,8 +290,8 @@ class RunQueue:
                 if isinstance(error, APIError):
                     error.hint = (
                         f"This was {lost.message.name}, seq_id {lost.seq_id} of {self.model_id}, "
-                        "whose response was lost; it must be known to have arrived before anything "
-                        f"else of the run is sent. {self.runtime.session.how_to_resume()}"
+                        "whose response was lost; nothing else of the run is sent until it is "
+                        f"known to have arrived. {self.runtime.session.how_to_resume()}"
                     )
                 raise
             return action
@@ -345,7 +345,7 @@ class RunQueue:
     ) -> SequenceLostError:
         return SequenceLostError(
             f"{request.future.kind}: the server expects request {expected} of {self.model_id}, "
-            f"which was done, instead of {request.seq_id}: it has lost the state of the run",
+            f"which is done, instead of {request.seq_id}: it has lost the state of the run",
             status=error.status,
             request_id=request.future.request_id,
             session_id=self.runtime.session.session_id,
@@ -355,8 +355,8 @@ class RunQueue:
 
 def _done_already(error: TinkexError, request: RunRequest[Any]) -> ResultExpiredError:
     return ResultExpiredError(
-        f"{request.future.kind}: an earlier attempt of it (seq_id {request.seq_id}) was done, but "
-        "the response was lost, and the server does not return the result again",
+        f"{request.future.kind}: an earlier attempt (seq_id {request.seq_id}) was done, but "
+        "its response was lost, and the server does not return the result again",
         status=error.status,
         request_id=request.future.request_id,
         hint="Do not repeat it: the run continues from here with the next call.",

@@ -119,7 +119,7 @@ class PipelineStep:
     def _trainer_after_this(self, what: str) -> TrainingClient:
         if self._pipeline is None:
             raise InvalidInputError(
-                f"{what}: this copy of step {self.index} does not belong to a pipeline any more"
+                f"{what}: this copy of step {self.index} does not belong to a pipeline"
             )
         return self._pipeline.trainer_after(self.index, what)
 
@@ -251,7 +251,7 @@ class Pipeline(Iterator[PipelineStep]):
                 else (f"steps {index + 1} to {self._newest} were")
             )
             raise InvalidInputError(
-                f"{what}: {later} submitted before, so the checkpoint would not be that of step "
+                f"{what}: {later} already submitted, so the checkpoint would not be that of step "
                 f"{index}",
                 hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
                 "save_after=100 if you save them yourself; or use depth=1.",
@@ -367,7 +367,7 @@ class Pipeline(Iterator[PipelineStep]):
         if not self._sent:
             return "nothing else was sent"
         names = ", ".join(str(sent.step_index) for sent in self._sent)
-        return f"sent before, and done by the server unless it fails: step {names}"
+        return f"already sent, and done by the server unless it fails: step {names}"
 
 
 def _flatten(batch: Union[Batch, Sequence[Batch]]) -> Tuple[Any, List[int]]:
