@@ -66,8 +66,16 @@ def _load(name: str) -> Any:
             hint='python -m pip install "tinkex[tokenizers]"',
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # Said explicitly: otherwise transformers may ask on the terminal whether to run code that
+        # comes with the tokenizer, and an unattended program would wait there.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise TinkexError(
+                f"the tokenizer {name!r} needs code from its own repository, which is not run",
+                hint="If you trust that code, load the tokenizer yourself: transformers."
+                f"AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)",
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TinkexError(
             f"the tokenizer {name!r} cannot be loaded: {reason}",
