@@ -265,7 +265,7 @@ def test_a_block_that_is_left_reports_what_was_sent(
     with run.pipeline(Batches(), "cross_entropy", ADAM, depth=2) as pipeline:
         next(pipeline)
         server.wait_for(STEP, 2)
-    assert "the pipeline was closed: sent before" in caplog.text
+    assert "the pipeline was closed: already sent" in caplog.text
     assert "step 1" in caplog.text
     assert list(pipeline) == []
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_that_would_hold_later_steps_is_refused(
 ) -> None:
     pipeline = run.pipeline(map(batch, range(5)), "cross_entropy", ADAM, depth=3)
     step = next(pipeline)
-    with pytest.raises(InvalidInputError, match="steps 1 to 2 were submitted before") as caught:
+    with pytest.raises(InvalidInputError, match="steps 1 to 2 were already submitted") as caught:
         step.save_state("a")
     assert "save_every=100" in str(caught.value)
     assert "save_after=100" in str(caught.value)

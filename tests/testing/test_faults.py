@@ -200,7 +200,7 @@ def test_a_held_request_waits_for_its_release(
 
 def test_waiting_for_a_fault_that_does_not_come(fake: FakeServer) -> None:
     injection = fake.inject("optim_step", faults.Hold(), call=3)
-    with pytest.raises(TimeoutError, match=r"call 3 of 'optim_step' has not come; 0 came"):
+    with pytest.raises(TimeoutError, match=r"call 3 of 'optim_step' has not arrived; 0 have"):
         injection.wait(0.01)
 
 

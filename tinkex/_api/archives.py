@@ -1,6 +1,7 @@
 """The URL of a checkpoint's archive (docs/protocol.md, "Archives").
 
-Servers build archives on request; for minutes, they respond with 503 or not at all.
+Servers build archives on request.  That takes minutes, during which they respond with 503 or not at
+all.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def get_checkpoint_archive_url(
     all.  *pause* sleeps, or raises to stop; the default raises once the client is closed.
 
     Raises:
-        RouteMissingError: the server has no such route.
+        RouteMissingError: the server lacks the route.
         APIStatusError: the server refused, or was still building the archive.
         ResponseDecodeError: the response holds no URL.
     """

@@ -1,4 +1,4 @@
-"""Runs, checkpoints, sessions, audit and billing: routes that read or change what the server keeps.
+"""Runs, checkpoints, sessions, audit and billing: routes for what the server stores.
 
 See docs/protocol.md, "Checkpoints", "REST lists" and "Administration".
 

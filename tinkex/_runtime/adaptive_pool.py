@@ -41,7 +41,7 @@ class AdaptivePool:
         self._lock = threading.Lock()
         self._waiting: Deque[Task] = collections.deque()  # not begun yet
         self._at_work = 0  # threads of the pool that run `_work`
-        self._fastest_s = self._fastest_before_s = math.inf  # in this and the previous period
+        self._fastest_s = self._fastest_before_s = math.inf  # in this period and the previous one
         self._period_began = self._counted_from = time.monotonic()
         self._count = 0  # requests since the last decision
         self._cpu_s = 0.0  # CPU time of these requests

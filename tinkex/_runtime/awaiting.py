@@ -68,7 +68,7 @@ def future_of(method: Callable[P, FutureT]) -> Callable[P, Coroutine[Any, Any, F
     async def queue(*args: P.args, **kwargs: P.kwargs) -> FutureT:
         return method(*args, **kwargs)
 
-    return _named(queue, method, "queues work; this returns the future")
+    return _named(queue, method, "queues work; awaiting this gives its future")
 
 
 def result_of(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -77,7 +77,7 @@ def result_of(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, A
     async def wait(*args: P.args, **kwargs: P.kwargs) -> T:
         return await method(*args, **kwargs)
 
-    return _named(wait, method, "returns a future; this returns its result")
+    return _named(wait, method, "returns a future; awaiting this gives its result")
 
 
 def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -88,7 +88,7 @@ def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
         return await asyncio.to_thread(method, *args, **kwargs)
 
-    return _named(run, method, "blocks; this waits in a thread of asyncio's pool")
+    return _named(run, method, "blocks; this runs it in a thread of asyncio's pool")
 
 
 def _named(coroutine: Callable[P, T], method: Callable[P, Any], does: str) -> Callable[P, T]:
@@ -96,5 +96,5 @@ def _named(coroutine: Callable[P, T], method: Callable[P, Any], does: str) -> Ca
     name = method.__name__
     coroutine.__name__ = (name[: -len("_future")] if name.endswith("_future") else name) + "_async"
     coroutine.__qualname__ = method.__qualname__[: -len(name)] + coroutine.__name__
-    coroutine.__doc__ = f"Await it in a running event loop: `{name}`, which {does}."
+    coroutine.__doc__ = f"For a running event loop: `{name}` {does}."
     return coroutine

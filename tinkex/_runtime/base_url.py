@@ -82,9 +82,9 @@ def normal_proxy(url: object) -> str:
     parts = _split(text)
     if parts is None or parts.scheme not in _PROXY_SCHEMES:
         raise ConfigError(
-            "the proxy is not the URL of a proxy",
-            hint="It is like http://proxy:3128, and comes from proxy= or from http_proxy, "
-            "https_proxy or all_proxy. Name hosts that need none in no_proxy.",
+            "the proxy setting is not a valid proxy URL",
+            hint="It looks like http://proxy:3128, and comes from proxy= or from http_proxy, "
+            "https_proxy or all_proxy. Name hosts that need no proxy in no_proxy.",
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
         raise ConfigError(
@@ -119,7 +119,7 @@ def proxy_variable(url: str) -> Optional[str]:
 
 
 def _split(url: str) -> Optional[SplitResult]:
-    """The parts of *url*, its host in lower case and ASCII; None if it is no URL of a host."""
+    """Return the parts of *url*, with the host in lower case and ASCII; None if it is invalid."""
     if not url.isprintable():  # urlsplit would drop line breaks
         return None
     try:

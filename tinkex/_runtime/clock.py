@@ -1,8 +1,7 @@
 """The clock that all waits use, and the pacing of long waits.
 
 `Clock` is injectable, so that tests need not sleep.  `LongWait` paces one wait of one thread: the
-thread blocks for `LongWait.slice_s` at a time, and logs what it is waiting for when a notice is
-due.
+thread blocks for `LongWait.slice_s` at a time, and logs why it waits when a notice is due.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ from typing import Optional
 if sys.platform != "win32":
     import resource
 
-#: Descriptors kept free for everything but connections: files, pipes, libraries, the program
-#: itself.
+#: Descriptors left for everything but connections: files, pipes, libraries, the program.
 _RESERVED = 64
 
 
@@ -20,8 +19,7 @@ def are_exhausted(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
             return True
-        # requests and urllib3 keep the error they wrap in args[0] or `reason`, not always as the
-        # cause.
+        # requests and urllib3 keep a wrapped error in args[0] or `reason`, not always as the cause.
         inner = seen.args[0] if seen.args and isinstance(seen.args[0], BaseException) else None
         reason = getattr(seen, "reason", None)
         seen = reason if isinstance(reason, BaseException) else inner or seen.__cause__

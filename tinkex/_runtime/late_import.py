@@ -14,8 +14,7 @@ import threading
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
-#: The longest that a fork waits, in seconds: the forking thread may hold a lock that an import
-#: needs.
+#: The longest wait of a fork, in seconds: the forking thread may hold a lock that an import needs.
 _MAX_FORK_WAIT_S = 10.0
 
 # Guards _importing, and is held while the process forks.  Not held during an import: two threads

@@ -137,7 +137,7 @@ def as_seconds(
 
 
 def _plain(value: Any, text: bool) -> Any:
-    """Return *value* as an int or a float if it is a number; otherwise not as one."""
+    """Return *value* as an int or a float if it is a number, otherwise as something else."""
     if getattr(value, "shape", ()) != ():
         return value
     if hasattr(value, "item"):

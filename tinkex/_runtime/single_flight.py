@@ -10,8 +10,8 @@ from tinkex.errors import ClientClosedError
 
 T = TypeVar("T")
 
-# Seconds between a waiting thread's checks whether its own client was closed: a thread cannot wait
-# for two Events, and the leader may belong to another client.
+# How often, in seconds, a waiting thread checks whether its own client was closed: a thread cannot
+# wait for two Events, and the leader may belong to another client.
 _CHECK_EVERY_S = 0.1
 
 

@@ -57,11 +57,11 @@ class WorkerPool:
 
     Args:
         name: the name of the threads.
-        cap: most threads at once.
+        cap: the most threads at once.
         idle_s: a thread without work ends after this many seconds.
 
     Attributes:
-        cap: most threads at once; `resize` changes it.
+        cap: the most threads at once; `resize` changes it.
 
     Thread-safe.  A task's exceptions are logged; tasks are expected to handle their own.
     """

@@ -116,7 +116,7 @@ class RequestAttempts:
         return reply
 
     def _next_delay_s(self, reply: Optional[Reply]) -> float:
-        """Seconds before the next attempt; raises the latest error if no attempt is allowed.
+        """Return the seconds before the next attempt; raise the latest error if none is allowed.
 
         *reply* is the server's response, if there was one.
         """

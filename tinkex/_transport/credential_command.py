@@ -64,12 +64,12 @@ def run_command(command: str, closing: threading.Event) -> str:
     if not text:
         raise CredentialError(
             f"{COMMAND} printed nothing; its exit code was 0",
-            hint=f"It must print a key or a token on stdout, or set {KEY_VARIABLE} instead.",
+            hint=f"Make it print a key or a token on stdout, or set {KEY_VARIABLE} instead.",
         )
     try:
         check_header("what it printed", text)
     except ConfigError:
-        raise CredentialError(f"{COMMAND} printed something that is no key or token") from None
+        raise CredentialError(f"{COMMAND} printed something that is not a key or token") from None
     return text
 
 

@@ -160,7 +160,7 @@ class PrivateChannel:
     def _head(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> bytes:
         target = url[len(self._origin) :]
         if not url.startswith(self._origin) or not target.startswith("/"):
-            raise requests.exceptions.InvalidURL(f"{url} is no path at {self._origin}")
+            raise requests.exceptions.InvalidURL(f"{url} is not a path at {self._origin}")
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         # A line break in a value would begin another header, or another request.  Counting line
         # breaks in all is faster than searching each value.
@@ -339,7 +339,7 @@ class PrivateChannel:
         end = self._received.find(b"\r\n")
         while end < 0:
             if len(self._received) > MAX_HEAD_BYTES:
-                raise _malformed("a line of it does not end")
+                raise _malformed("one of its lines does not end")
             self._receive(sock)
             end = self._received.find(b"\r\n")
         line, self._received = self._received[:end], self._received[end + 2 :]

@@ -19,7 +19,7 @@ from tinkex.errors import BackpressureError, ClientClosedError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between a waiting thread's checks whether it should stop; `wake` makes it check now.
+#: How often, in seconds, a waiting thread checks whether to stop; `wake` makes it check now.
 _CHECK_INTERVAL_S = 1.0
 
 #: Released places are counted once there are this many, or when no place is left.
@@ -271,8 +271,8 @@ class UnreadLimit:
 
 
 _READ_THEM = (
-    "Read some with result() before you submit more (sample_many does), drop those that are not "
-    "needed, or set a larger max_unread; on_backpressure='raise' raises instead."
+    "Read some with result() before you submit more (sample_many does), drop futures that you do "
+    "not need, or set a larger max_unread; on_backpressure='raise' raises instead."
 )
 
 

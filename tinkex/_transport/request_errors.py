@@ -66,7 +66,7 @@ _HINTS: Mapping[int, str] = {
         " or run `tinkex auth login`: the server asks for a key that it knows.",
     ),
     402: "The account cannot pay for this: check its billing set-up.",
-    403: "The key is known but may not do this.",
+    403: "The key is valid, but has no permission for this.",
 }
 
 GATEWAY_HINT = ErrorText(

@@ -183,7 +183,7 @@ class TokenSource:
         if claims is not None and claims.expires_at is not None and now >= claims.expires_at:
             raise CredentialError(
                 f"the token given as api_key expired {now - claims.expires_at:.0f} s ago",
-                hint="Get a new one; a key does not expire, and is exchanged for tokens by itself.",
+                hint="Get a new token, or use a key, which does not expire.",
             )
         return Token(self._key)
 
