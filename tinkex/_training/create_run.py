@@ -84,7 +84,7 @@ class NewAdapter:
     """A run to be created with a new adapter.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_lora_training_client"
@@ -125,7 +125,7 @@ class FromCheckpoint:
         optimizer: also restore the optimizer's state.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_training_client_from_state"

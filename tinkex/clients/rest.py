@@ -204,11 +204,11 @@ class RestClient(LookupClient):
             path: the path of the checkpoint.
             destination_project_id: the project; by default the client's, which comes from
                 ``TINKER_PROJECT_ID`` unless it was given.
-            ttl_seconds: how long the server keeps the copy; None is for ever.
+            ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 
         Raises:
-            InvalidInputError: no project is known, or an argument is wrong.
+            InvalidInputError: no project is known, or an argument is invalid.
         """
         project_id = destination_project_id or self.config.project_id
         if not project_id:
