@@ -89,7 +89,7 @@ class LostAction(enum.Enum):
 
 
 class Message(Protocol):
-    """What goes over the wire."""
+    """An HTTP request, as far as the rules compare it."""
 
     @property
     def path(self) -> str:
@@ -184,7 +184,7 @@ class SequenceRules(Generic[R, M]):
         self._in_flight[request] = seq_id
 
     def send_failed(self, request: R, seq_id: int, outcome: Outcome) -> Action:
-        """Note that *request*, sent under *seq_id*, got no response that accepts it readably."""
+        """Note that *request*, sent under *seq_id*, was not accepted, or not readably."""
         if outcome is Outcome.NOT_SENT:
             return Action.REPORT
         if outcome in (Outcome.REFUSED, Outcome.UNREADABLE):  # rule 2
@@ -236,9 +236,10 @@ class SequenceRules(Generic[R, M]):
         return action
 
     def _resolve_lost(self, outcome: Outcome, expected: Optional[int]) -> LostAction:
-        """Note what a failure shows about the lost request: nothing, if the server did not read it.
+        """Note what a failed attempt to resend or fill shows about the lost request.
 
-        Then the request stays lost, and the failure must be reported.
+        If the server did not read the attempt, it shows nothing: the request stays lost, and the
+        failure must be reported.
         """
         assert self.lost is not None
         if expected is not None:

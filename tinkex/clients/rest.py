@@ -167,7 +167,7 @@ class RestClient(LookupClient):
         if parsed.checkpoint_type != "external":
             raise InvalidInputError(
                 f"{tinker_path} is a {parsed.checkpoint_type} checkpoint, not an exported one",
-                hint="save_weights_external makes those; download_checkpoint takes any.",
+                hint="save_weights_external exports weights; download_checkpoint takes any kind.",
             )
         return self._run(
             api.get_external_weights_urls, parsed.training_run_id, parsed.checkpoint_id
