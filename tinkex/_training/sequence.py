@@ -60,7 +60,7 @@ _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 class Outcome(enum.Enum):
     """What a failure to send a request means for the ``seq_id`` that it was sent under."""
 
-    NOT_SENT = "nothing was sent, or there is no such route to read it"
+    NOT_SENT = "nothing was sent, or the server has no such route"
     REFUSED = "the server has read the request, and refused it"
     CONFLICT = "the server knows the seq_id already"
     UNREAD = "this attempt was not read, but an earlier one may have been"
@@ -75,7 +75,7 @@ class Action(enum.Enum):
 
     REPORT = "fail it with its own error"
     SEND_AGAIN = "send it under the next seq_id, now"
-    RESEND_LATER = "it is kept for take_resends"
+    RESEND_LATER = "keep it for take_resends"
     REPORT_DONE = "fail it: an earlier attempt was executed, and the result is gone"
     REPORT_LOST_RUN = "fail it: the server has lost the state of the run"
 
@@ -83,7 +83,7 @@ class Action(enum.Enum):
 class LostAction(enum.Enum):
     """What to do if the lost request could not be resent."""
 
-    CONTINUE = "send the request that waits for it: what became of the lost one is known"
+    CONTINUE = "send the request that waits for it: the outcome of the lost one is known"
     FILL = "use its seq_id for something that has no effect"
     REPORT = "fail the request that waits for it"
 

@@ -202,8 +202,8 @@ class RestClient(LookupClient):
 
         Args:
             path: the path of the checkpoint.
-            destination_project_id: the project; by default the client's, which comes from
-                ``TINKER_PROJECT_ID`` unless it was given.
+            destination_project_id: the project; by default the client's own, as set by
+                ``project_id`` or ``TINKER_PROJECT_ID``.
             ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 

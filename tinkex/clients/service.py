@@ -368,7 +368,7 @@ class ServiceClient:
             state: the initial contents of `Run.state`.
             save_every, save_minutes: save when this many steps, or minutes, have passed since the
                 last checkpoint; checked after each step.  None disables the check.  The last step
-                is always saved when the run is closed.
+                is saved when the run is closed.
             ttl_seconds: how long the server keeps the checkpoints, except for the one made when the
                 run is closed; None means for ever.
             keep: how many of the newest checkpoints stay on the server; older ones are deleted.
