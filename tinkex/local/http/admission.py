@@ -184,7 +184,7 @@ class Admission:
             if fault is not None:
                 raise _invalid_token(fault)
         elif self._key is not None:
-            what = "is not the one of this server" if given else "is missing"
+            what = "is not this server's" if given else "is missing"
             raise HTTPError(401, f"the API key {what}")
 
 

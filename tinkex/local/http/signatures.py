@@ -48,7 +48,7 @@ class TokenMint:
         # The signature first, so that only tokens that were made here are parsed.
         signed, _, signature = token.encode("utf-8", "replace").rpartition(b".")
         if not hmac.compare_digest(_encode(self._sign(signed)), signature):
-            return "it was not signed by this server, or before its last start"
+            return "this server did not sign it, or was restarted since"
         claims = json.loads(_decode(signed.partition(b".")[2]))
         return "it has expired" if self._clock.wall() >= claims["exp"] else None
 
