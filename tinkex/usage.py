@@ -196,8 +196,8 @@ class Ledger:
             price = self._price(model)
             if price is None:
                 raise InvalidInputError(
-                    f"{what}: the budget is in USD, and there is no price of model {model!r}",
-                    hint=f"Add it to prices=, or a price for {ANY_MODEL!r}, any model.",
+                    f"{what}: the budget is in USD, but there is no price for model {model!r}",
+                    hint=f"Add one to prices=, or a price for any model, under {ANY_MODEL!r}.",
                 )
             # The sums skip models without a price, but this check has admitted none of those.
             cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
@@ -320,7 +320,7 @@ def _exceeded(
     error = BudgetExceededError(
         f"{what} may use {shown(adds)}: with {shown(used)} used and {shown(reserved)} reserved "
         f"for work under way, the budget of {shown(limit)} might be exceeded",
-        hint="What is reserved and not used is free again when results arrive. A smaller "
+        hint="When results arrive, reserved but unused amounts become free again. A smaller "
         "max_tokens reserves less.",
     )
     error.unit, error.limit = unit, limit

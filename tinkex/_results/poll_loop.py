@@ -195,8 +195,8 @@ class PollLoop:
         # The server sends the size first, so that few large results are in memory at a time.
         if self._payload:
             raise ResponseDecodeError(
-                f"the server announces the result of {self._future.kind} ({announced.size} bytes) "
-                "and does not send it",
+                f"the server announces the result of {self._future.kind} ({announced.size} bytes), "
+                "but does not send it",
                 request_id=self._future.request_id,
             )
         self._backoff.after_news()

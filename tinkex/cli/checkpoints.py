@@ -8,7 +8,7 @@ import click
 
 import tinkex
 from tinkex.cli.commands import Group
-from tinkex.cli.connect import check_path, fetch_pages, with_rest
+from tinkex.cli.connect import check_path, existing, fetch_pages, with_rest
 from tinkex.cli.deletions import delete
 from tinkex.cli.output import (
     count,
@@ -62,7 +62,8 @@ def list_checkpoints(rest: tinkex.RestClient, run_id: Optional[str], limit: int)
 def show_checkpoint(rest: tinkex.RestClient, path: str) -> None:
     """Show the checkpoint at PATH (tinker://...), and what it was trained from."""
     parsed = check_path(path)
-    of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
+    with existing(path):
+        of_run = rest.list_checkpoints(parsed.training_run_id).result().checkpoints
     found = next((item for item in of_run if item.tinker_path == path), None)
     if found is None:
         raise NotFoundError(
@@ -111,8 +112,8 @@ def _lora(weights: Dict[str, Any]) -> str:
 @with_rest
 def publish(rest: tinkex.RestClient, path: str) -> None:
     """Make the checkpoint at PATH public."""
-    check_path(path)
-    rest.publish_checkpoint_from_tinker_path(path).result()
+    with existing(path):
+        rest.publish_checkpoint_from_tinker_path(path).result()
     print_text(f"{path} is public.")
 
 
@@ -121,8 +122,8 @@ def publish(rest: tinkex.RestClient, path: str) -> None:
 @with_rest
 def unpublish(rest: tinkex.RestClient, path: str) -> None:
     """Make the checkpoint at PATH private again."""
-    check_path(path)
-    rest.unpublish_checkpoint_from_tinker_path(path).result()
+    with existing(path):
+        rest.unpublish_checkpoint_from_tinker_path(path).result()
     print_text(f"{path} is private.")
 
 
@@ -135,8 +136,8 @@ def set_ttl(rest: tinkex.RestClient, path: str, ttl: Optional[int], remove: bool
     """Set how long the checkpoint at PATH is kept."""
     if (ttl is None) != remove:
         raise click.UsageError("give --ttl or --remove")
-    check_path(path)
-    rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
+    with existing(path):
+        rest.set_checkpoint_ttl_from_tinker_path(path, ttl).result()
     kept = "kept until it is deleted" if remove else f"deleted in {ttl} seconds"
     print_text(f"{path} is {kept}.")
 

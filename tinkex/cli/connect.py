@@ -210,6 +210,22 @@ def check_path(path: str) -> ParsedCheckpointTinkerPath:
         raise
 
 
+@contextmanager
+def existing(path: str) -> Iterator[None]:
+    """Check a ``tinker://`` path; report it in the block if the server has no such checkpoint."""
+    check_path(path)
+    try:
+        yield
+    except NotFoundError as error:
+        if not is_missing_route(error):
+            error.message = f"there is no checkpoint {path}"
+            error.hint = (
+                "It was deleted, has expired, or is on another server; `tinkex checkpoint list` "
+                "lists those of this one."
+            )
+        raise
+
+
 def fetch_pages(fetch: Callable[[int, int], List[T]], limit: int, page_size: int) -> List[T]:
     """Return *limit* items of a list, or all if it is 0, fetched page by page.
 

@@ -11,7 +11,7 @@ import click
 import tinkex
 from tinkex.cli import status_line
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import advice, base_url_option, check_path, open_rest
+from tinkex.cli.connect import advice, base_url_option, check_path, existing, open_rest
 from tinkex.cli.output import format_option, print_facts, progress_bar, size
 from tinkex.errors import APIConnectionError, APIError
 from tinkex.export import export_model
@@ -74,7 +74,7 @@ def _client(source: str, base_url: Optional[str]) -> Iterator[Optional[tinkex.Re
     """Yield a client for a path; a run folder has a server of its own, an adapter needs none."""
     if source.startswith(SCHEME):
         check_path(source)
-        with open_rest(base_url) as rest:
+        with open_rest(base_url) as rest, existing(source):
             yield rest
         return
     if base_url is not None:

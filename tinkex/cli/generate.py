@@ -30,6 +30,7 @@ from tinkex.cli.connect import (
     base_url_option,
     check_path,
     context_length,
+    existing,
     explained,
     find_server,
     is_embedded,
@@ -187,7 +188,8 @@ class Generator:
         self._context_length: Optional[int] = _UNKNOWN
         if model_path:
             self._model = model_path
-            self._sampler = service.create_sampling_client(model_path=model_path)
+            with existing(model_path):
+                self._sampler = service.create_sampling_client(model_path=model_path)
         else:
             self._model = base_model or _only_model(service)
             self._sampler = base_sampler(service, self._model)

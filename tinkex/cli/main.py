@@ -6,6 +6,7 @@ Ctrl-C.  Output that cannot be written, and a question without a reply, are erro
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
@@ -136,4 +137,7 @@ def main() -> NoReturn:
         exit_at_interrupt()
     except KeyboardInterrupt:  # a second Ctrl-C while the first is reported
         code = INTERRUPTED
+    # Have the interpreter's last collections skip what exists now: with torch and transformers
+    # imported, they would take seconds after the last line of output.
+    gc.freeze()
     sys.exit(code)

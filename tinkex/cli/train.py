@@ -19,7 +19,7 @@ from tinkex.cli.output import count, format_option, print_facts, warnings_in_wor
 from tinkex.cli.terminal import echo_error
 from tinkex.cli.training_progress import TrainingProgress
 from tinkex.cli.training_settings import METHODS, SCHEDULES, Job, JobExamples, schedule_of
-from tinkex.errors import InvalidInputError, RunFolderError, TinkexError
+from tinkex.errors import InvalidInputError, RunFolderError, SessionLostError, TinkexError
 from tinkex.loggers.files import require_folder
 from tinkex.loggers.loggers import check_loggers
 from tinkex.recipes.evaluation import logged
@@ -107,8 +107,7 @@ def train(**options: Any) -> None:
     except TinkexError as error:
         # Bad input would fail again in the same way.
         if not isinstance(error, (InvalidInputError, RunFolderError)) and _read(job.out).has_begun:
-            earlier = (error.hint, "\n  ") if error.hint else ()  # which may be a command to copy
-            error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
+            _add_remedy(error)
         raise
     except (KeyboardInterrupt, SystemExit):  # SIGTERM raises SystemExit
         saved = _read(job.out).checkpoints
@@ -116,6 +115,14 @@ def train(**options: Any) -> None:
         echo_error(f"{steps} in {job.out}; run the command again to continue.")
         raise
     _report(job, _read(job.out))
+
+
+def _add_remedy(error: TinkexError) -> None:
+    """Add to the hint of *error* that the run continues."""
+    # A lost session needs no other remedy.  Other hints may be a command to copy.
+    keeps = error.hint and not isinstance(error, SessionLostError)
+    earlier = (error.hint, "\n  ") if keeps else ()
+    error.hint = ErrorText(*earlier, "The run continues when the command is run again.")
 
 
 def _train(job: Job, examples: JobExamples, service: tinkex.ServiceClient) -> None:

@@ -12,7 +12,7 @@ import click
 import tinkex
 from tinkex._downloads.hub import derived_repo_id
 from tinkex.cli.commands import Command
-from tinkex.cli.connect import check_path, with_rest
+from tinkex.cli.connect import check_path, existing, with_rest
 from tinkex.cli.output import print_facts, print_text, progress_bar, size
 from tinkex.errors import TinkexError
 from tinkex.types.checkpoint_path import SCHEME
@@ -32,9 +32,8 @@ def download(rest: tinkex.RestClient, path: str, output: str, force: bool) -> No
 
     If it is interrupted, running the same command again resumes it.
     """
-    check_path(path)
     dest = Path(output) / _folder_name(path)
-    with progress_bar("Downloading") as report:
+    with existing(path), progress_bar("Downloading") as report:
         dest = rest.download_checkpoint(path, dest, progress=report, overwrite=force)
     n_bytes = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
     print_facts(
@@ -102,7 +101,7 @@ def push_to_hub(
     if repo_id is None:
         with _hub_errors("the hub"):
             repo_id = derived_repo_id(path)
-    with progress_bar("Downloading") as report, _hub_errors(repo_id):
+    with existing(path), progress_bar("Downloading") as report, _hub_errors(repo_id):
         url = rest.push_to_hub(
             path,
             repo_id,

@@ -253,8 +253,8 @@ class Pipeline(Iterator[PipelineStep]):
             raise InvalidInputError(
                 f"{what}: {later} already submitted, so the checkpoint would not be that of step "
                 f"{index}",
-                hint="Say in advance which steps are saved: pipeline(..., save_every=100), or "
-                "save_after=100 if you save them yourself; or use depth=1.",
+                hint="Say in advance which steps to save: pipeline(..., save_every=100), or "
+                "save_after=100 to save them yourself; or use depth=1.",
             )
         # Every queued optimizer step or load replaces last_update, whoever queued it.
         if self._trainer._run.last_update is not self._newest_update:

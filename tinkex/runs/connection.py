@@ -96,7 +96,8 @@ class Connection:
             # Counted before the attempt, and reset only by a checkpoint: a server that accepts
             # sessions and loses them again must not be tried for ever.
             self.losses += 1
-            logger.warning("continuing in a new session, after: %s", error)
+            # Without the error's hint, which is for a program that continues by itself.
+            logger.warning("continuing in a new session%s, after: %s", self._from(), error.message)
             time.sleep(pause_s)
             try:
                 return self._start_anew()
@@ -122,6 +123,11 @@ class Connection:
         owned, self._owned = self._owned, None
         if owned is not None:
             owned.close(status, detail)
+
+    def _from(self) -> str:
+        """Say where a new session continues, for the log."""
+        checkpoints = self._record.checkpoints
+        return f" from step {checkpoints[-1].steps}" if checkpoints else " from the start"
 
     def _load_newest(self) -> CheckpointRecord:
         checkpoints = self._record.checkpoints[::-1]

@@ -83,28 +83,26 @@ def check_same(
     """
     if not record.has_begun:
         return
-    _compare(path, "origin", record.spec, spec, "Choose another folder for another run.")
+    _compare(path, record.spec, spec, "Give the same settings, or another folder.")
     if not accept:
         accepted = Setting("accept_changes", True)
         hint = ErrorText("Give the same settings, another folder, or ", accepted, ".")
-        _compare(path, "config", record.config, config, hint)
+        _compare(path, record.config, config, hint)
 
 
 def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def _compare(
-    path: Path, what: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
-) -> None:
+def _compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: str) -> None:
     changes: List[Union[str, Setting]] = []
     for name in sorted({*was, *now}):
         if was.get(name) != now.get(name):
-            values = f" was {_shown(was.get(name))} and is {_shown(now.get(name))}"
+            values = f" was {_shown(was.get(name))}, now {_shown(now.get(name))}"
             changes += ["; " if changes else ": ", Setting(name), values]
     if changes:
         raise RunFolderError(
-            ErrorText(f"{path} holds a run with another {what}", *changes), hint=hint
+            ErrorText(f"{path} holds a run with other settings", *changes), hint=hint
         )
 
 

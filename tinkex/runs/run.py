@@ -252,7 +252,7 @@ class Run:
                     try:
                         self._save_last(may_count=False)
                     except TinkexError as failure:  # *error* is the one to raise
-                        logger.warning("the last step was not saved: %s", failure)
+                        logger.warning("the last step was not saved: %s", failure.message)
             finally:
                 # Before the session ends, in which its deletions are still under way.
                 self._saver.close()
