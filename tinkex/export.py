@@ -117,7 +117,7 @@ def _writing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise TinkexError(
             f"cannot write {target}: {error.strerror or error}",
-            hint="Nothing is left there. Free some space, or choose another folder.",
+            hint="Nothing was left behind.  Free some space, or choose another folder.",
         ) from error
 
 

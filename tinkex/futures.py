@@ -51,7 +51,8 @@ class FutureStatus:
 
     Attributes:
         kind: the operation, e.g. ``"forward_backward"``.
-        state: ``"queued"`` here, ``"submitting"``, ``"waiting"`` for the server, or ``"done"``.
+        state: ``"queued"`` in the client, ``"submitting"``, ``"waiting"`` for the server, or
+            ``"done"``.
         since_s: seconds since the operation entered this state; if it is done, since it entered
             its last state before that.
         request_id: the server's id, once it has accepted the work.
@@ -173,7 +174,7 @@ class APIFuture(Future[T], Generic[T]):
             TinkexError: the operation failed.
         """
         self._await(timeout)
-        self._note_read()  # first, since an error is raised below
+        self._note_read()  # first, since the next call may raise
         value: T = super().result(0)
         return value
 
@@ -247,7 +248,7 @@ class APIFuture(Future[T], Generic[T]):
                 message += f"; it is the future of {kind}: call .result(), as in {_CALL}.{name}"
             raise AttributeError(message)
 
-        def __getitem__(self, key: object) -> Any:  # iterating it comes here, too
+        def __getitem__(self, key: object) -> Any:  # iterating over a future calls this, too
             raise TypeError(
                 f"the future of {self.kind} holds no items: call .result(), as in {_CALL}[...]"
             )

@@ -98,7 +98,7 @@ class UsageRow:
         client: ``"run <id>"`` or ``"sampler <id>"``.
         tag: the client's ``usage_tag`` at the time, or None.
         model: the base model, or None if it is not known here.
-        tokens: by kind.
+        tokens: token counts, by kind.
         usd: the cost at the client's prices; None if the model has no price.
     """
 
@@ -196,10 +196,10 @@ class Ledger:
             price = self._price(model)
             if price is None:
                 raise InvalidInputError(
-                    f"{what}: the budget is in USD, and there is no price of model {model!r}",
-                    hint=f"Add it to prices=, or a price for {ANY_MODEL!r}, any model.",
+                    f"{what}: the budget is in USD, but there is no price for model {model!r}",
+                    hint=f"Add one to prices=, or a price for any model, under {ANY_MODEL!r}.",
                 )
-            # The sums skip models without a price, but this check has admitted none of those.
+            # `_cost` skips models without a price, but the check above has never admitted any.
             cost, reserved_usd = self._cost(self._used), self._cost(self._reserved)
             adds = price.of(most)
             if cost + reserved_usd + adds > budget.usd:
@@ -320,7 +320,7 @@ def _exceeded(
     error = BudgetExceededError(
         f"{what} may use {shown(adds)}: with {shown(used)} used and {shown(reserved)} reserved "
         f"for work under way, the budget of {shown(limit)} might be exceeded",
-        hint="What is reserved and not used is free again when results arrive. A smaller "
+        hint="When results arrive, reserved but unused amounts become free again. A smaller "
         "max_tokens reserves less.",
     )
     error.unit, error.limit = unit, limit

@@ -78,7 +78,7 @@ def fetch_checkpoint(
     # Including Ctrl-C: the fetched data stays for the next call.
     except BaseException as error:
         if not work.drop_if_empty() and isinstance(error, DownloadCancelledError):
-            error.hint = f"What has arrived is in {work.folder}; the same call resumes from there."
+            error.hint = f"The fetched data is in {work.folder}; the same call resumes from there."
         raise
     work.finish()
     return target

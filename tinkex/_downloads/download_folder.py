@@ -68,7 +68,8 @@ class DownloadFolder:
         ours = self.folder.is_dir() and (self._made_for.exists() or not any(self.folder.iterdir()))
         if not ours:
             raise InvalidInputError(
-                f"{self.folder} is not from a download, which needs a folder of that name",
+                f"{self.folder} is in the way: the download needs a folder of that name, and this "
+                "one is not from a download",
                 hint="Move it away, or choose another folder.",
             )
         shutil.rmtree(self.folder)
@@ -152,7 +153,7 @@ def check_free(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise InvalidInputError(
-            f"{target} is not a folder, and a checkpoint is one",
+            f"{target} exists and is not a folder, but a checkpoint needs one",
             hint="Move it away, or choose a folder.",
         )
     # The remains of an interrupted download are no reason to refuse the next one.
@@ -162,7 +163,7 @@ def check_free(target: Path, overwrite: bool) -> None:
             hint=ErrorText(
                 "Choose another folder, or ",
                 Setting("overwrite", True),
-                ": that replaces the files of a checkpoint in it, and keeps the others.",
+                ", which replaces the files of a checkpoint in it and keeps the others.",
             ),
         )
 

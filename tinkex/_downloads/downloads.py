@@ -188,7 +188,7 @@ class Downloader:
                 self.pause(delay_s)
 
     def _new_retries(self) -> Tuple[RetryState, float]:
-        """Return a new retry state, and the present time, when it begins."""
+        """Return a new retry state that begins now, and the time now."""
         began = self._clock.monotonic()
         return RetryState(RetryPolicy(max_elapsed_s=self._config.max_outage_s), began), began
 

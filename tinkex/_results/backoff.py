@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A server that responds "pending" immediately is polled again after this long at first ...
+#: A server that responds "pending" immediately is polled again after this many seconds ...
 FIRST_SPACING_S = 0.02
 #: ... which grows by half each time, up to this.
 LAST_SPACING_S = 1.0

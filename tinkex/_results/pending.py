@@ -110,7 +110,7 @@ class PendingRequest(Generic[T]):
         return None
 
     def sampler_id(self) -> Optional[SamplerId]:
-        """Return its sampler, final once it was sent; None means to poll for it individually."""
+        """Return its sampler, known once it was sent; None means to poll for it individually."""
         return None
 
     def submit(self, lease: Lease) -> None:

@@ -145,7 +145,7 @@ class SamplePoller:
             self.fail(request.future, unhandled)
 
     def fail(self, future: APIFuture[Any], error: BaseException) -> None:
-        """Settle *future* with *error*, or with its explanation."""
+        """Settle *future* with *error*, or with the error that explains it."""
         if isinstance(error, TinkexError):
             error.request_id = error.request_id or future.request_id
             explained = error if self._explain is None else self._explain(error)

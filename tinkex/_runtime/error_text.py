@@ -17,7 +17,8 @@ class Setting(NamedTuple):
         name: the argument's name.
         value: the argument's value; Ellipsis stands for a value that the reader chooses, and None
             names the argument alone.
-        aside: text around the setting, which ``{}`` stands for; the text makes no sense without it.
+        aside: a template with ``{}`` for the setting, if the text around it makes no sense without
+            it.
         option: an equivalent option of `tinkex serve`, named as well.
     """
 

@@ -84,7 +84,8 @@ class WorkerPool:
         """True while a task runs or is queued."""
         state = self._state
         with state.lock:
-            # A task just taken stays in the backlog until its thread leaves `idle`, in one step.
+            # A task just taken counts in the backlog until its thread leaves `idle`: both change at
+            # once.
             return bool(state.backlog) or len(state.threads) > state.idle
 
     def submit(self, task: Task) -> None:

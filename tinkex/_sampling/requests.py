@@ -74,7 +74,7 @@ class Sampler:
 
     @property
     def id(self) -> SamplerId:
-        """The sampler as the server names it; final for a clone once it has sent a request."""
+        """The sampler as the server names it; for a clone, known once it has sent a request."""
         return SamplerId(self.sampling_session_id, self._clone)
 
     def next_seq_id(self) -> int:
@@ -88,7 +88,7 @@ class Sampler:
         # Another thread may have joined after `next_seq_id` read _seq_ids and before this call.
         if self._seq_ids is None:
             self._clone = self._clone_id()
-            # Set last: a thread that finds it set sends at once, and `id` must be final by then.
+            # Set last: a thread that finds it set sends at once, and then needs the right `id`.
             self._seq_ids = itertools.count(self._clone * CLONE_BLOCK)
         return self._seq_ids
 
@@ -189,7 +189,7 @@ class SamplingRequest(PendingRequest[T]):
         return delay_s
 
     def sampler_id(self) -> SamplerId:
-        """Return the sampler; final for a clone once it has sent a request."""
+        """Return the sampler; for a clone, known once it has sent a request."""
         return self._sampler.id
 
 

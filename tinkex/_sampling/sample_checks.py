@@ -100,8 +100,8 @@ def check_counts(response: SampleResponse, request: SampleRequest, *, sequences:
     length = request.prompt.length
     if request.prompt_logprobs and length > 1 and response.prompt_logprobs_np is None:
         raise ResponseDecodeError(
-            f"the server returned no prompt logprobs, which were asked for, of {length} prompt "
-            "tokens"
+            f"the server returned no prompt logprobs for the {length} prompt tokens, although they "
+            "were requested"
         )
 
 

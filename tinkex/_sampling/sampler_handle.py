@@ -125,7 +125,7 @@ def _same_server(one: str, other: str) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{a_type(value)} where it must have text")
+        raise TypeError(f"it has {a_type(value)} instead of a text")
     return value
 
 

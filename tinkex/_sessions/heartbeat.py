@@ -180,8 +180,8 @@ class HeartbeatThread:
                 record.link.drop_idle()
         run_deferred()
         with self._lock:
-            # Atomic with the decision which thread sends: if a session is added after this, another
-            # thread is started for it, since this one may hang.
+            # Atomic with the decision on which thread sends: if a session is added after this,
+            # another thread is started for it, since this one may hang.
             now = self._clock.monotonic()
             due, alone = self._registry.queue_due_beats(now, all_sessions=slept)
             self._sending_inline = alone and due > 0
@@ -194,7 +194,7 @@ class HeartbeatThread:
         return True
 
     def _leave_if_idle(self) -> bool:
-        """If no session is left, give up being in charge and return True."""
+        """If no session is left, step down as the thread in charge and return True."""
         with self._lock:
             # Atomic: `ensure_running` for a session added later finds no thread and starts one.
             if len(self._registry):

@@ -88,8 +88,8 @@ class SessionRegistry:
                 self._table.add(record.session_id, policy, now=now, phase=phase)
             elif known.owned or not known.has_owners:
                 raise InvalidInputError(
-                    f"session {record.session_id} is kept alive by this manager already",
-                    hint="Two servers that use the same ids need a SessionManager each.",
+                    f"this manager already keeps a session {record.session_id} alive",
+                    hint="If two servers use the same ids, give each its own SessionManager.",
                 )
             used = known or record
             if owner is not None:

@@ -98,7 +98,7 @@ class Runtime:
         if manager is None:
             outage_s = min(config.startup_timeout_s, config.max_outage_s)
             at_first = dataclasses.replace(config, max_outage_s=outage_s)
-        else:  # creating the session shows that the server is there
+        else:  # creating the session shows that the server can be reached
             at_first = config
         self.resources = ClientResources.open(at_first, self._closing)
         self.transport = self.resources.transport
@@ -327,7 +327,10 @@ def work_in_flight() -> Dict[str, List[APIFuture[Any]]]:
 
 
 def outcome_of(exc_type: Optional[Type[BaseException]]) -> Tuple[str, Optional[str]]:
-    """Return status and detail for a session whose ``with`` block ended, perhaps by *exc_type*."""
+    """Return the status and detail of a session whose ``with`` block ended with *exc_type*, if any.
+
+    Without an exception, *exc_type* is None.
+    """
     if exc_type is None:
         return "success", None
     failed = issubclass(exc_type, Exception)  # Ctrl-C and SystemExit are no failure

@@ -136,7 +136,7 @@ class Session:
         last = self.last_checkpoint
         if last:
             return f"Resume with create_training_client_from_state_with_optimizer({last!r})."
-        return "No checkpoint was saved by this client: start again, and save_state now and then."
+        return "No checkpoint was saved by this client: start again, and call save_state regularly."
 
     def _how_to_replace(self) -> str:
         if self.owned:

@@ -1,9 +1,9 @@
 """Reporter: reports the start, failures and end of a session to the server.
 
 Off unless ``TINKER_TELEMETRY=1`` or ``ServiceClient(telemetry=True)`` is set.  The events, which
-`telemetry_events` makes, contain no keys, no prompts and nothing else that the user gave us.
-Reporting never blocks a caller, never delays an error and never raises; events that cannot be sent
-are dropped.
+`telemetry_events` makes, contain no keys, no prompts and nothing else that the user gave us; the
+program's own events (`Reporter.log`) contain what it passes.  Reporting never blocks a caller,
+never delays an error and never raises; events that cannot be sent are dropped.
 
 One thread, ``tinkex-telemetry``, runs from the first event to the end of the session.
 """

@@ -40,9 +40,9 @@ def check_batch(data: Sequence[Datum], loss_fn: str) -> List[Datum]:
     """Return a snapshot of *data*.
 
     Raises:
-        InvalidInputError: *data* is empty, or holds anything but a Datum, an empty model_input, a
-            per-token loss input of the wrong length, or NaN or infinity; or *loss_fn* is not a
-            name.
+        InvalidInputError: *data* is empty; or an element of it is not a Datum, has an empty
+            model_input, or has a loss input of the wrong length or with NaN or infinity; or
+            *loss_fn* is not a name.
     """
     if not isinstance(loss_fn, str) or not loss_fn:
         raise InvalidInputError(f"the loss is {loss_fn!r}; give its name, e.g. 'cross_entropy'")
@@ -108,7 +108,7 @@ def _check_lengths(index: int, datum: Datum) -> None:
     what = f"{length} tokens"
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is not None and 0 < len(targets) < length and not _lacks_one(datum, targets):
-        # Targets of the response alone: some servers align loss inputs with the end of the input.
+        # Targets for the response alone: some servers align loss inputs with the end of the input.
         length, what = len(targets), f"{len(targets)} target tokens"
     for name, tensor in datum.loss_fn_inputs.items():
         if name not in _PER_TOKEN:
@@ -239,7 +239,9 @@ def check_token(weights_access_token: Any) -> Optional[str]:
 
 
 def check_name(name: object) -> str:
-    """Return the name of a checkpoint without whitespace around it, such as a line's newline.
+    """Return the name of a checkpoint without surrounding whitespace.
+
+    A name read from a file often ends with a line break.
 
     Raises:
         InvalidInputError: *name* cannot name a checkpoint.
@@ -259,7 +261,7 @@ def check_name(name: object) -> str:
 
 
 def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[str, str]]:
-    """Return a copy of *user_metadata*; raise InvalidInputError if it is no dict of strings."""
+    """Return a copy; raise InvalidInputError unless *user_metadata* maps strings to strings."""
     if user_metadata is None:
         return None
     if not isinstance(user_metadata, Mapping):
@@ -273,7 +275,7 @@ def check_metadata(user_metadata: Optional[Mapping[str, str]]) -> Optional[Dict[
 
 
 def check_recipients(recipients: Optional[Sequence[str]]) -> Optional[List[str]]:
-    """Return a copy of age *recipients*; raise InvalidInputError if it is no list of strings."""
+    """Return a copy; raise InvalidInputError unless *recipients* is a list of strings."""
     if recipients is None:
         return None
     is_list = isinstance(recipients, Iterable) and not isinstance(recipients, str)

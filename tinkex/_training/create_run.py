@@ -84,7 +84,7 @@ class NewAdapter:
     """A run to be created with a new adapter.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_lora_training_client"
@@ -125,7 +125,7 @@ class FromCheckpoint:
         optimizer: also restore the optimizer's state.
 
     Raises:
-        InvalidInputError: a field is wrong.
+        InvalidInputError: a field is invalid.
     """
 
     kind: ClassVar[str] = "create_training_client_from_state"
@@ -198,8 +198,8 @@ class FromCheckpoint:
         """Create the run, then load the checkpoint with its first request."""
         info = self._weights_info(runtime)
         base_model = self.base_model or info.base_model
-        # Under the model_seq_id of the refused request: if that has created a run after all, the
-        # server will not create a second one.
+        # Under the model_seq_id of the refused request: if that request has created a run after
+        # all, the server will not create a second one.
         adapter = NewAdapter(
             base_model, _lora_of(info), self.user_metadata, self._optimizer_config(info)
         )

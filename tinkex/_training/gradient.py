@@ -1,4 +1,4 @@
-"""Gradient: tracks which batches of several requests a run's gradient holds fully, or in part.
+"""Gradient: tracks whether batches in several requests were added to a run's gradient in full.
 
 If only some requests of a batch are done, the run must know: an optimizer step would silently train
 on a part of the batch, and after a repeated call it would train on that part twice.  A repeated

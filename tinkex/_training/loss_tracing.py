@@ -146,7 +146,7 @@ def _node(node: Any) -> Dict[str, Any]:
     """Return the JSON form of a torch.fx node."""
     if node.op == "get_attr":
         raise InvalidInputError(
-            "the loss uses a tensor that is none of its parameters",
+            "the loss uses a tensor that is not one of its parameters",
             hint="Use a Python number, torch.full_like of a parameter, or one more loss input.",
         )
     if node.op == "call_module":

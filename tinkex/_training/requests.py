@@ -61,7 +61,7 @@ class RunRequest(PendingRequest[T]):
         return self.queue.on_failure(self, error)
 
     def watch(self) -> None:
-        """Have the queue told once the future is settled.  Call this after each acceptance."""
+        """Report to the queue once the future is settled.  Call this after each acceptance."""
         if not self._is_watched:  # a request that is resent must not be reported twice
             self._is_watched = True
             self.future.on_settled(self._settled)

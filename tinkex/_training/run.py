@@ -204,8 +204,7 @@ class TrainingRun:
         """Like queueing `send_batch`, but send the pass now, and wait for its result."""
         future: APIFuture[Output] = self.new_future(kind)
         self.send_batch(future, data, loss, breaks)
-        # `result` alone might wait for ever: this very thread must resend refused requests (rule
-        # 5).
+        # `result` alone might never return: this very thread must resend refused requests (rule 5).
         self._queue.wait_for([future])
         return future.result()
 

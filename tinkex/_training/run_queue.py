@@ -55,7 +55,7 @@ _MAYBE_DONE = (
 
 
 class BodyMismatch(Exception):
-    """The lost request must be resent before what was about to be sent."""
+    """A lost request must be resent before the one that was about to be sent."""
 
 
 class SendGate:
@@ -97,8 +97,8 @@ class RunQueue:
         self.runtime = runtime
         self.model_id = model_id
         # Guards _rules, to which the poller's threads report results, and _services_resends.
-        # Notified when a request is settled or refused.
-        # Never held during I/O or while a future is settled.
+        # Notified when a request is settled or refused.  Never held during I/O, or while a future
+        # is settled.
         self._changed = threading.Condition()
         self._rules: SequenceRules[RunRequest[Any], Request] = SequenceRules(first_seq_id)
         self._services_resends = False  # the thread is in wait_for, and will see a refusal itself
@@ -218,7 +218,7 @@ class RunQueue:
                 continue
             except TinkexError as error:
                 if expected_seq_id(error, seq_id) is not None:
-                    raise  # to on_failure, which decides as if a poll had failed
+                    raise  # on_failure handles it, like the failure of a poll
                 with self._changed:
                     action = self._rules.send_failed(request, seq_id, classify(error))
                     lost = self._rules.lost
@@ -243,8 +243,8 @@ class RunQueue:
         assert lost is not None
         name = lost.message.name
         logger.info("no response to %s, seq_id %d; resending it first", name, lost.seq_id)
-        # A gateway's response never counts as the server's here: a wrong guess would take the
-        # seq_id as free, or as used.
+        # A gateway's response never counts as the server's here: by a wrong guess, the seq_id would
+        # wrongly count as free, or as used.
         outage_s = self.runtime.config.max_outage_s
         policy = RetryPolicy(max_elapsed_s=outage_s, max_gateway_answers=None)
         resend = functools.partial(self.runtime.transport.send, lost.message, policy)
@@ -303,7 +303,7 @@ class RunQueue:
 
     def settled(self, request: RunRequest[Any]) -> None:
         """Note that the future of *request* is settled."""
-        # A cancelled request may have been executed, but rule 7 relies on work certainly done.
+        # A cancelled request may have been executed, but rule 7 needs work that is certainly done.
         done = not request.future.failed()
         with self._changed:
             self._rules.settled(request, done=done)

@@ -60,7 +60,7 @@ _CONFLICT = re.compile(r"expected (\d+), got (\d+)")
 class Outcome(enum.Enum):
     """What a failure to send a request means for the ``seq_id`` that it was sent under."""
 
-    NOT_SENT = "nothing was sent, or there is no such route to read it"
+    NOT_SENT = "nothing was sent, or the server has no such route"
     REFUSED = "the server has read the request, and refused it"
     CONFLICT = "the server knows the seq_id already"
     UNREAD = "this attempt was not read, but an earlier one may have been"
@@ -75,7 +75,7 @@ class Action(enum.Enum):
 
     REPORT = "fail it with its own error"
     SEND_AGAIN = "send it under the next seq_id, now"
-    RESEND_LATER = "it is kept for take_resends"
+    RESEND_LATER = "keep it for take_resends"
     REPORT_DONE = "fail it: an earlier attempt was executed, and the result is gone"
     REPORT_LOST_RUN = "fail it: the server has lost the state of the run"
 
@@ -83,13 +83,13 @@ class Action(enum.Enum):
 class LostAction(enum.Enum):
     """What to do if the lost request could not be resent."""
 
-    CONTINUE = "send the request that waits for it: what became of the lost one is known"
+    CONTINUE = "send the request that waits for it: the outcome of the lost one is known"
     FILL = "use its seq_id for something that has no effect"
     REPORT = "fail the request that waits for it"
 
 
 class Message(Protocol):
-    """What goes over the wire."""
+    """An HTTP request, as far as the rules compare it."""
 
     @property
     def path(self) -> str:
@@ -184,7 +184,7 @@ class SequenceRules(Generic[R, M]):
         self._in_flight[request] = seq_id
 
     def send_failed(self, request: R, seq_id: int, outcome: Outcome) -> Action:
-        """Note that *request*, sent under *seq_id*, got no response that accepts it readably."""
+        """Note that *request*, sent under *seq_id*, was not accepted, or not readably."""
         if outcome is Outcome.NOT_SENT:
             return Action.REPORT
         if outcome in (Outcome.REFUSED, Outcome.UNREADABLE):  # rule 2
@@ -236,9 +236,10 @@ class SequenceRules(Generic[R, M]):
         return action
 
     def _resolve_lost(self, outcome: Outcome, expected: Optional[int]) -> LostAction:
-        """Note what a failure shows about the lost request: nothing, if the server did not read it.
+        """Note what a failed attempt to resend or fill shows about the lost request.
 
-        Then the request stays lost, and the failure must be reported.
+        If the server did not read the attempt, it shows nothing: the request stays lost, and the
+        failure must be reported.
         """
         assert self.lost is not None
         if expected is not None:

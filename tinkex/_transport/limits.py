@@ -82,7 +82,7 @@ class Quota:
             if not self._queue and self._used <= self.size:
                 self._used += amount
                 return
-        # A method of its own, whose name in a stack dump shows what the thread is waiting for.
+        # A separate method, so that its name in a stack dump shows what the thread is waiting for.
         self._wait_for_quota(amount, stopped, future)
 
     def release(self, amount: int) -> None:

@@ -50,7 +50,7 @@ _IMPOSSIBLE = (
     requests.exceptions.InvalidSchema,
 )
 
-#: Errors whose text says it all: where in this package they were raised does not help.
+#: Errors whose text is enough: knowing where in this package they were raised does not help.
 _PLAIN = (
     TinkexError,
     requests.RequestException,

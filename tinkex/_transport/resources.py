@@ -78,7 +78,7 @@ class ClientResources:
     """What the threads of one client share.  Thread-safe.
 
     Attributes:
-        transport: sends the client's requests; its ``server`` holds what is known of the server.
+        transport: sends the client's requests; its ``server`` holds what is known about the server.
         limits: how many bytes may be in flight.
         unread: how many futures may be unread.
         recorder: counts the client's work, for `ServiceClient.metrics`.

@@ -96,7 +96,7 @@ class Token:
         margin_s = min(URGENT_S, life_s / 4)
         if life_s and not began - _SKEW_S <= now < expires_at - margin_s:
             # A new token that by our clock is not yet valid, or about to expire: the clocks
-            # disagree.  Its lifetime is right all the same; count it from now.
+            # disagree.  The lifetime is still right; count it from now.
             began, expires_at = now, now + life_s
         urgent_at = expires_at - margin_s
         # Randomized, so that many processes do not renew at the same moment.

@@ -63,7 +63,7 @@ class Transport:
         billing: decides how long to wait after a 402.
 
     Attributes:
-        server: what is known of the server; shared with other transports.
+        server: what is known about the server; shared with other transports.
         tracer: makes spans of operations and requests; None unless ``config.tracing``.
     """
 

@@ -26,8 +26,8 @@ Instant = Union[datetime, str]
 class BaseClient:
     """A client that works through a runtime.
 
-    A client is also its own result: methods that create clients block and return the client itself,
-    and its ``result()`` lets scripts run unchanged that expect a future, as in the official SDK.
+    Methods that create clients block and return the client itself.  Scripts that expect a future
+    there, as in the official SDK, can call the client's ``result()``, which returns the client.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -126,8 +126,8 @@ class LookupClient(BaseClient):
         """Refuse further work.  Idempotent.
 
         A client created on its own also settles outstanding futures with ClientClosedError and ends
-        its threads, which takes a moment.  A client of a session leaves the session, and work
-        already submitted, alone.
+        its threads, which takes a moment.  For a client of a ServiceClient, the session and work
+        already submitted are not affected.
         """
         super().close()
         if self._owns_runtime:

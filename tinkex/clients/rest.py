@@ -167,7 +167,7 @@ class RestClient(LookupClient):
         if parsed.checkpoint_type != "external":
             raise InvalidInputError(
                 f"{tinker_path} is a {parsed.checkpoint_type} checkpoint, not an exported one",
-                hint="save_weights_external makes those; download_checkpoint takes any.",
+                hint="save_weights_external exports weights; download_checkpoint takes any kind.",
             )
         return self._run(
             api.get_external_weights_urls, parsed.training_run_id, parsed.checkpoint_id
@@ -202,13 +202,13 @@ class RestClient(LookupClient):
 
         Args:
             path: the path of the checkpoint.
-            destination_project_id: the project; by default the client's, which comes from
-                ``TINKER_PROJECT_ID`` unless it was given.
-            ttl_seconds: how long the server keeps the copy; None is for ever.
+            destination_project_id: the project; by default the client's own, as set by
+                ``project_id`` or ``TINKER_PROJECT_ID``.
+            ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 
         Raises:
-            InvalidInputError: no project is known, or an argument is wrong.
+            InvalidInputError: no project is known, or an argument is invalid.
         """
         project_id = destination_project_id or self.config.project_id
         if not project_id:

@@ -157,7 +157,7 @@ class _Run:
         self._settled: Inbox[Optional[int]] = Inbox()  # None: stop
         self._stopped = False
         self._in_flight: Dict[int, Tuple[ModelInput, APIFuture[SampleResponse]]] = {}
-        # Finished, but in input order an earlier one is missing; by index.
+        # Finished results that wait for an earlier one in input order, by index.
         self._ready: Dict[int, Sampled] = {}
         self._due = 0
         # A prompt that was taken but could not be submitted yet.

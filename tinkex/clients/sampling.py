@@ -156,8 +156,8 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[SampleResponse]:
         """Draw *num_samples* continuations of *prompt*; return immediately.
 
-        Cancelling the future frees its place in the queue immediately, and cancels the work on the
-        server if the server supports that.
+        Cancelling the future frees its slot immediately, and cancels the work on the server if the
+        server supports that.
 
         Args:
             prompt: n tokens, at least one.
@@ -169,7 +169,7 @@ class SamplingClient(BaseClient):
             target_prompt_logprobs: also return the logprobs of these token ids: int64, shape
                 ``(n - 1, k)``, dense or CSR.  Row r belongs to prompt token r + 1; -1 skips a cell.
             prompt_alt_tokens_k: how many alternative tokens to draw per prompt position.
-            prompt_logprobs_last_n: return the logprobs of only this many last prompt tokens, 1 to
+            prompt_logprobs_last_n: how many of the last prompt tokens to return logprobs for, 1 to
                 n - 1; needs *include_prompt_logprobs*.
 
         The future raises RequestFailedError if the server rejects the request, UnsupportedError if
@@ -202,7 +202,7 @@ class SamplingClient(BaseClient):
         progress: Progress = False,
         **options: Any,
     ) -> SampleStream:
-        """Sample every prompt, many at a time; return an iterator of `Sampled`.
+        """Sample from every prompt, many at a time; return an iterator of `Sampled`.
 
         Nothing is submitted until the first result is requested.  The iterating thread reads
         *prompts* as it takes results, so memory does not grow with their number.  Requests in
@@ -220,13 +220,13 @@ class SamplingClient(BaseClient):
             on_error: what happens if a prompt fails: ``"raise"`` raises its error immediately and
                 ends the iteration; ``"yield"`` returns a `Sampled` with the error; ``"skip"`` omits
                 the prompt, and logs one warning at the end.  A closed client always raises; an
-                exhausted budget raises after the results of all submitted prompts were returned.
+                exhausted budget raises once the results of all submitted prompts were returned.
             progress: True shows a progress bar if stderr is a terminal; a function is called as
                 ``progress(done, failed, total)`` after each prompt, with None for an unknown total.
             options: further arguments of `sample`.
 
         Raises:
-            InvalidInputError: an argument is wrong; for a bad prompt, *on_error* decides.
+            InvalidInputError: an argument is invalid; for a bad prompt, *on_error* decides.
         """
         from tinkex.clients.sample_stream import SampleStream
 
@@ -258,8 +258,9 @@ class SamplingClient(BaseClient):
     ) -> APIFuture[List[Optional[float]]]:
         """Compute the logprob of each token of *prompt*; return immediately.
 
-        The result has one entry per token.  The first token has no logprob, so its entry is None;
-        with *prompt_logprobs_last_n*, so is every entry before the last that many tokens.
+        The result has one entry per token; the first is None, because nothing predicts that token.
+        With *prompt_logprobs_last_n* = k, only the last k entries are logprobs; the others are
+        None.
         """
         request = types.SampleRequest(
             prompt=prompt,
@@ -307,7 +308,7 @@ class SamplingClient(BaseClient):
         The handle is valid while the session lives.  It contains no retry_config, and no key unless
         *include_api_key*; without a key, the receiver uses its own, provided that it is configured
         for the same server (see `from_sampler_handle`).  Pickling a client has the same effect,
-        except that whoever unpickles it always uses their own key.
+        except that the process that unpickles it always uses its own key.
         """
         facts = SamplerHandle(
             self._runtime.session.session_id,
@@ -387,7 +388,7 @@ class SamplingClient(BaseClient):
         return future
 
     def _reserve(self, kind: str, request: types.SampleRequest) -> Reservation:
-        """Reserve the most tokens that *request* may use."""
+        """Reserve tokens of the budget: the most that *request* may use."""
         ledger = self._runtime.ledger
         most_each = request.sampling_params.max_tokens
         if most_each is None and ledger.budget is not None:
@@ -411,5 +412,6 @@ class SamplingClient(BaseClient):
 
 
 def _unpickle(handle: str) -> SamplingClient:
-    # Loading a pickle can run any code, so this process's own key is trusted to its server, too.
+    # Loading a pickle can already run any code, so withholding this process's key from the server
+    # that it names would protect nothing.
     return SamplingClient._from_handle(handle, trusted=True)

@@ -60,9 +60,9 @@ class ServiceClient:
         settings: any other setting of `Config`.
 
     Raises:
-        ConfigError: a setting is wrong.
-        APIError: the server cannot be reached (reported within 20 s), or it refused; no threads or
-            connections are left behind.
+        ConfigError: a setting is invalid.
+        APIError: the server cannot be reached (reported within 20 s), or refuses the session; no
+            threads or connections are left behind.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class ServiceClient:
 
         The server speaks real HTTP on an ephemeral port.  It stops, and frees the model and
         *data_dir*, when the client is closed, or when the client and all clients created from it
-        have been garbage-collected, such as after you run a notebook cell again.  Blocks until the
-        model is loaded; the model may be downloaded first.  Needs ``pip install "tinkex[local]"``.
+        have been garbage-collected, e.g. after a notebook cell was run again.  Blocks until the
+        model is loaded, which may download it first.  Needs ``pip install "tinkex[local]"``.
 
         Args:
             model: ``"smollm2-135m"``, ``"tiny-random"``, ``"deterministic"`` (no ML library
@@ -368,9 +368,9 @@ class ServiceClient:
             state: the initial contents of `Run.state`.
             save_every, save_minutes: save when this many steps, or minutes, have passed since the
                 last checkpoint; checked after each step.  None disables the check.  The last step
-                is always saved when the run is closed.
+                is saved when the run is closed.
             ttl_seconds: how long the server keeps the checkpoints, except for the one made when the
-                run is closed; None is for ever.
+                run is closed; None means for ever.
             keep: how many of the newest checkpoints stay on the server; older ones are deleted.
                 None keeps all.
             on_session_loss: what to do when the session is lost: ``"raise"``, or ``"resume"`` to
@@ -386,7 +386,7 @@ class ServiceClient:
             RunFolderError: the folder is in use, damaged or not writable, or holds a run with
                 another model, origin or *config*; or the server no longer has any of the run's
                 checkpoints.
-            InvalidInputError: an argument is wrong.
+            InvalidInputError: an argument is invalid.
             TinkexError: the run could not be created or loaded.
         """
         from tinkex.runs.run import Run
@@ -414,12 +414,12 @@ class ServiceClient:
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples a checkpoint or a base model.  Blocks.
+        """Return a client that samples from a checkpoint or a base model.  Blocks.
 
         Args:
             model_path: the path of a checkpoint saved for sampling, as the server returned it.
-            base_model: a name that the server offers.  If *model_path* is given, too, the
-                checkpoint is sampled.
+            base_model: a name that the server offers.  If *model_path* is also given, the client
+                samples from the checkpoint.
             retry_config: limits and retries of this client alone.
             record_stability_info: have the server keep data about each sample, to which later
                 training can refer by the sample's sequence_id.
@@ -479,7 +479,7 @@ class ServiceClient:
 
         Args:
             path: the path of the checkpoint.
-            ttl_seconds: how long the server keeps the copy; None is for ever.
+            ttl_seconds: how long the server keeps the copy; None means for ever.
             weights_access_token: gives access to another user's checkpoint.
 
         The future raises RouteMissingError if the server has no such route.

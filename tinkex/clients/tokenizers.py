@@ -66,7 +66,7 @@ def _load(name: str) -> Any:
             hint='python -m pip install "tinkex[tokenizers]"',
         ) from error
     try:
-        # Said explicitly: otherwise transformers may ask on the terminal whether to run code that
+        # Passed explicitly: otherwise transformers may ask on the terminal whether to run code that
         # comes with the tokenizer, and an unattended program would wait there.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -163,10 +163,10 @@ class TrainingClient(BaseClient):
 
         The future raises IncompleteGradientError if only some of several requests were executed, or
         may have been.  The run then refuses `optim_step` and any other batch until the gradient is
-        completed or dropped.  To complete it, where possible, make the same call again: it sends
-        only the missing requests, and refused examples may be replaced.  To drop it, call
+        complete or has been dropped.  To complete it, if possible, make the same call again: only
+        the missing requests are sent, and refused examples may be replaced.  To drop it, call
         `load_state` or `load_state_with_optimizer`.  `save_state` still works, and saves the
-        weights from before the batch.
+        unchanged weights.
         """
         return self._pass("forward_backward", data, loss_fn, loss_fn_config)
 
@@ -192,9 +192,9 @@ class TrainingClient(BaseClient):
             loss_fn: the function, or the handle that `ServiceClient.create_custom_loss` returned.
             loss_type_input: has no effect; deprecated.
 
-        The future raises whatever *loss_fn* raises; nothing has then been added to the gradient.
-        It raises IncompleteGradientError as in `forward_backward`, except that making the same call
-        again does not complete the gradient.
+        If *loss_fn* raises, the future raises the same error, and nothing was added to the
+        gradient.  The future raises IncompleteGradientError as in `forward_backward`, except that
+        making the same call again does not complete the gradient.
         """
         if loss_type_input is not None:
             warnings.warn(
@@ -369,7 +369,7 @@ class TrainingClient(BaseClient):
 
         Args:
             name: a bare name, unique in the run unless *overwrite*.
-            ttl_seconds: how long the server keeps the checkpoint; None is for ever.
+            ttl_seconds: how long the server keeps the checkpoint; None means for ever.
             overwrite: replace a checkpoint of that name, and its metadata.
             user_metadata: strings to keep with the checkpoint, by name.
         """
@@ -438,16 +438,16 @@ class TrainingClient(BaseClient):
         record_stability_info: bool = False,
         kind: str = "snapshot",
     ) -> SamplingClient:
-        """Save the current weights for this session only, and return a client that samples them.
+        """Save the current weights for this session only, and return a client of their sampler.
 
         Blocks.
 
         Args:
             name: has no effect; accepted for scripts written for the official SDK.
             retry_config, record_stability_info: as for `ServiceClient.create_sampling_client`.
-            kind: ``"snapshot"``: the client always samples these weights.  ``"inflight"``: it
-                samples the run's newest weights saved with this kind, never older than these; a
-                generation may span an update.
+            kind: ``"snapshot"``: the client always samples from these weights.  ``"inflight"``: it
+                samples from the run's newest weights saved with this kind, which are never older
+                than these; a generation may span an update.
         """
         return self.save_weights_and_get_sampling_client_future(
             name, retry_config, record_stability_info, kind
@@ -481,7 +481,7 @@ class TrainingClient(BaseClient):
         retry_config: Optional[RetryConfig] = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """Return a client that samples the checkpoint at *model_path*.  Blocks.
+        """Return a client that samples from the checkpoint at *model_path*.  Blocks.
 
         The other arguments are as for `ServiceClient.create_sampling_client`.
         """

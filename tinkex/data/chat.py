@@ -68,12 +68,12 @@ def chat_tokens(
         prompt = template.render(messages[:place], generate=True)
         ended = text if place == turns[-1] else template.render(messages[: place + 1])
         if not ended.startswith(prompt):
-            raise _inexact(place, "the template prompts for it with text that it lacks", _SWITCH)
+            raise _inexact(place, "the generation prompt has text that it lacks", _SWITCH)
         reply = ended[len(prompt) :]
         body = reply[: -len(tail)] if tail and reply.endswith(tail) else reply
         # Some templates silently drop parts of earlier messages, such as reasoning.
         if has_content(messages[place]) and not body.strip():
-            raise _inexact(place, "the template leaves out what it holds", None)
+            raise _inexact(place, "the template leaves out its content", None)
         if body != reply:
             reply = body + end_of_turn
         # Training uses the rendering of all messages, so the reply must be in it unchanged.

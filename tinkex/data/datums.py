@@ -1,4 +1,4 @@
-"""Makes datums of examples, preferences and samples; shows a datum as text, to see what is learnt.
+"""Makes datums from examples, preferences and samples; shows as text what a datum teaches.
 
 All of them shift the tokens: ``target_tokens[i]`` is the token after input token i.
 """

@@ -60,7 +60,7 @@ _FORMS = (
 def parse_example(record: Any) -> Example:
     """Return the example in *record*, the object in one line of a JSONL file.
 
-    Keys other than those of the formats are ignored.
+    Keys that belong to no format are ignored.
 
     Raises:
         InvalidInputError: *record* has none of the formats, or holds nothing to learn.
@@ -200,7 +200,7 @@ def _preference(record: Mapping[str, Any], tools: Optional[List[Any]]) -> Prefer
 
 
 def _split_prompt(prompt: Any, chosen: Any, rejected: Any) -> Tuple[Any, ...]:
-    """Return prompt, chosen and rejected messages, each message in only one of them.
+    """Return the common prompt, and what follows it in *chosen* and in *rejected*.
 
     Many files repeat the prompt in both conversations, and often also give it as text.
     """

@@ -153,7 +153,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InvalidInputError(
                     f"{path} is not a regular file",
-                    hint="It is read more than once; save it first.",
+                    hint="The file is read more than once: save it to disk first.",
                 )
             yield file
     except OSError as error:

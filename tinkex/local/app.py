@@ -82,7 +82,7 @@ def create_app(
     app.before_request(functools.partial(_admit, admission))
     topics = [topic(backend, settings) for topic in _TOPICS]
     for topic in (ServiceRoutes(backend, settings, admission.mint), *topics):
-        # The endpoint's name contains the method: a path may have a view for each.
+        # The endpoint's name contains the method, since a path may have a view for each method.
         for method, path, view in topic.rules():
             rule = path if path.startswith("/") else f"/api/v1/{path}"
             app.add_url_rule(rule, f"{method} {rule}", view, methods=[method])

@@ -1,8 +1,8 @@
-"""Backend: what the HTTP routes call.  Sessions, runs and samplers over store, scheduler, engine.
+"""Backend: sessions, runs and samplers, on top of store, scheduler and engine.
 
-Owned by LocalServer (or a test).  Starts one thread, tinkex-engine, and ends it in close.
-Thread-safe: every public method may be called from any HTTP thread, and none of them waits for
-the engine.
+Called by the HTTP routes; owned by LocalServer (or a test).  Starts one thread, tinkex-engine, and
+ends it in close.  Thread-safe: every public method may be called from any HTTP thread, and none of
+them waits for the engine.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Backend:
         end_detail: Optional[str] = None,
     ) -> None:
         """Free what a session holds, and record its end in the database."""
-        # The database last: a full disk keeps it from changing, but must not keep the rest.
+        # The database last: a full disk makes this fail, but everything else is freed by then.
         with self._creating:
             self._created.drop_session(session_id)
         self.losses.drop_session(session_id)
@@ -220,7 +220,7 @@ class Backend:
     def housekeeping(self, now: float) -> float:
         """Expire sessions, drop old results and checkpoints; return when to call again.
 
-        Called by the engine thread.  The result is an instant of the clock.
+        Called by the engine thread.  Both *now* and the result are clock seconds.
         """
         with self._lock:
             expired = self._sessions.drop_expired(now)
@@ -326,10 +326,10 @@ class Backend:
         return WeightsSource(key, self.store.freeze(checkpoint), checkpoint.tinker_path)
 
     def _end_if_over(self, session_id: str) -> None:
-        """Unload what a session has, and raise HTTPError, if it has ended since the view's check.
+        """If the session has ended since the view checked it, unload what it has; raise HTTPError.
 
-        Call it after creating a run or sampler: nothing else unloads what is created after the end
-        of its session.
+        Call it after creating a run or sampler: nothing else would unload what is created after the
+        session's end.
         """
         try:
             self.check_session(session_id)

@@ -1,4 +1,4 @@
-"""Errors that the embedded server answers with an HTTP status.
+"""HTTPError: a request to the embedded server that fails, with an HTTP status.
 
 Raised anywhere below the routes; the application turns them into ``{"detail": ...}``.
 """

@@ -66,7 +66,7 @@ def check_levels(raw: bytes) -> None:
 
 
 def levels(raw: bytes) -> int:
-    """Return the depth of *raw*, which must be JSON, or an upper bound on it within the limit."""
+    """Return the depth of *raw*, which must be JSON, or a bound on it within `MAX_LEVELS`."""
     openings = raw.count(b"[") + raw.count(b"{")
     if openings <= MAX_LEVELS:
         return openings

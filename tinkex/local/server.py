@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two checks of a dropped server whether its last session has ended.
+#: How often a dropped server checks whether its last session has ended, in seconds.
 _DROPPED_S = 0.1
 
-#: HTTP threads in addition to those that may be held by a poll or by an OpenAI request.
+#: Number of HTTP threads beyond those that polls and OpenAI requests may hold.
 _SPARE_THREADS = 64
 
 
@@ -85,14 +85,14 @@ class LocalServer:
             print(server.url)
 
     Args:
-        engine: does the work.  A server that has started owns its engine, and closes it.
+        engine: does the work.  Once started, the server owns the engine, and closes it.
         host: interface to bind; anything but loopback needs *api_key*.
         port: port to bind; 0 takes a free one.
         data_dir: folder that keeps runs and checkpoints from one start to the next; None uses a
             temporary folder, which close removes.
         api_key: the ``X-API-Key`` that clients must send; None requires none.
         session_ttl_s: a session without a heartbeat for this long expires (60 s by default).
-        settings: all other settings; *api_key* and *session_ttl_s* take precedence over theirs.
+        settings: all other settings; *api_key* and *session_ttl_s*, if given, override theirs.
         access_log: called with one line of text for each response, in the thread that made the
             response; None keeps no log.
     """
@@ -183,7 +183,8 @@ class LocalServer:
             self._backend.futures.close()  # held polls respond now, while the sockets still work
             self._threads.shutdown(timeout=0.5)
             self._stop.set()
-            # Wakes the thread, which may wait for 30 s; after setting _stop, else it waits again.
+            # Wakes the thread from a wait of up to 30 s.  _stop is set first, or the thread would
+            # wait again.
             self._http.pull_trigger()
             # A dropped server is closed by its own thread.
             if self._thread is not threading.current_thread():
@@ -209,12 +210,12 @@ class LocalServer:
         """See lifecycle.Tracked; above all, this removes the temporary folder."""
         self.close()
         if self._backend is not None:
-            # As the exit hook that close registers, which no longer runs at this point.
+            # Exit hooks that are registered at this point no longer run, so wait here.
             self._backend.engine_thread.join(EXIT_WAIT_S)
 
     def forget_after_fork(self) -> None:
         """See lifecycle.Tracked; the threads and the folder belong to the parent."""
-        self._lock = threading.Lock()  # a thread of the parent, missing here, may hold the old one
+        self._lock = threading.Lock()  # the old one may be held by a thread of the parent
         self._closed = True
 
     def __enter__(self) -> LocalServer:
@@ -267,7 +268,10 @@ class LocalServer:
         return backend, create_app(backend, self.settings, admission), admission
 
     def _serve(self) -> None:
-        """Run the socket loop, on tinkex-server, until close or a dropped server's last session."""
+        """Run the socket loop, in the thread tinkex-server.
+
+        Return after close or, if the server was dropped, once its last session has ended.
+        """
         finishing = False  # True once a dropped server has no live session
         while not self._stop.is_set():
             if self._dropped and not finishing and not self._backend.has_sessions():
@@ -280,8 +284,8 @@ class LocalServer:
                 # A dropped server checks often: the end of its last session wakes no socket.
                 self._http.serve_once(_DROPPED_S if self._dropped else 30.0)
             except OSError:
-                # Another thread closed a socket that was being polled.  The pause is for an error
-                # that persists, which would otherwise keep a core busy.
+                # Another thread closed a socket that was being polled.  The pause keeps an error
+                # that persists from using up a core.
                 _log.debug("the socket loop failed", exc_info=True)
                 time.sleep(0.01)
         self._http.flush()  # the responses of polls that futures.close() released
@@ -338,7 +342,7 @@ def check_bind(host: str, port: int, api_key: Optional[str]) -> None:
 
 
 def check_folder(data_dir: Union[str, Path, None]) -> None:
-    """Raise LocalServerError if a server could not use *data_dir*; call it before loading, too."""
+    """Like `check_bind`: raise LocalServerError if a server could not use *data_dir* now."""
     folder = _as_folder(data_dir)
     if folder is not None:
         check_data_dir(folder)
@@ -390,7 +394,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-#: How hints about choosing another port end.
+#: The end of a hint to choose another port.
 _PORT = (Setting("port", ..., option="--port"), "); 0 takes a free one.")
 
 

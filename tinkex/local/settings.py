@@ -56,9 +56,9 @@ class SamplingLimits:
         max_batch_sequences: most continuations in one batch.
         max_live_batches: most batches with the same weights that take turns; another batch starts
             when those that run are full.
-        gather_s: a batch starts when no new request has arrived for this long, or ...
-        gather_most_s: ... when its first request has waited for this long, in seconds.
-        max_loaded: most sets of weights that the engine holds; the least recently used makes room.
+        gather_s: a batch starts when no new request has arrived for this many seconds, or ...
+        gather_most_s: ... when its first request has waited for this many seconds.
+        max_loaded: most samplers' weights that the engine holds; the least recently used make room.
         max_queued: most sample requests that wait; beyond it submissions get 429.
     """
 

@@ -34,7 +34,7 @@ class Logger(Protocol):
         """Take the metrics of *step*, counted from 0 over the whole run."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""
 
 
 class Output(Protocol):
@@ -47,13 +47,13 @@ class Output(Protocol):
         """Take *metrics*, which are new, and *row*, all metrics of *step* so far."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""
 
 
 class Loggers:
     """Sends metrics to several outputs, until it is closed.  Not thread-safe.
 
-    Made by `open_loggers`; as a context manager, it closes itself.  An output that fails is dropped
+    Made by `open_loggers`.  Leaving its ``with`` block closes it.  An output that fails is dropped
     with a warning, since the run is worth more than its plot.  If ``metrics.jsonl`` cannot be
     written, `log` raises.
     """

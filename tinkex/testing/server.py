@@ -1,6 +1,6 @@
 """FakeServer: the embedded server with the deterministic engine, faults and a journal.
 
-Threads: those of LocalServer, and "tinkex-restart" while a fault restarts the server.
+Threads: LocalServer's, and "tinkex-restart" while a fault restarts the server.
 """
 
 from __future__ import annotations

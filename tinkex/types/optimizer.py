@@ -114,7 +114,7 @@ def optimizer_config_to_wire(config: Optional[OptimizerConfig]) -> Optional[Dict
 
 
 def optim_params_to_wire(params: OptimParams) -> Dict[str, Any]:
-    """Return *params* as the field of an ``optim_step`` body: its name with their JSON form.
+    """Return the field of an ``optim_step`` body that carries *params*, as a dict of one entry.
 
     Raises:
         InvalidInputError: a value is out of range, or *params* are of an unknown kind.

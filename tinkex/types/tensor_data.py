@@ -182,7 +182,7 @@ class TensorData:
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
         """Copy a two-dimensional torch tensor, as CSR if that is smaller.
 
-        Cells equal to *pad_value* are not listed; pass the same value to `to_numpy` or `to_torch`.
+        Cells equal to *pad_value* are not listed; pass the same *pad_value* to `to_torch`.
         """
         pad_value = to_int(pad_value)
         if type(pad_value) is not int:

@@ -125,11 +125,11 @@ _FOLDER_HINT = (
 
 
 def _no_model_in(folder: Path, name: str) -> LocalServerError:
-    """Return the error for a folder without config.json, by what it has instead."""
+    """Return the error for a folder without config.json, depending on what is in it."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         return LocalServerError(
-            f"the folder {name} holds no model but a LoRA adapter",
+            f"the folder {name} holds a LoRA adapter, not a model",
             hint=f"Give its base model{_base_of(adapter)}, or merge the adapter into it and give "
             "the folder of the result.",
         )
@@ -198,7 +198,7 @@ def _is_here(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How a cached model is made: *make* fills an empty folder, then renamed to *folder*."""
+    """How to make a cached model: *make* fills an empty folder, which becomes *folder*."""
 
     folder: str
     make: Callable[[Path, Path, Progress], None]

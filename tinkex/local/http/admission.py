@@ -4,10 +4,10 @@ Three kinds of senders are rejected:
 
 - senders without the key, if the server has one;
 - web pages whose own name was made to point to this machine (DNS rebinding), so that the browser
-  would let them read everything: ``Host`` shows them;
-- web pages of other sites that make the browser send requests here: ``Origin``,
-  ``Sec-Fetch-Site`` and the content type show them, since a browser asks before it sends JSON to
-  another site.
+  would let them read everything; recognized by ``Host``;
+- web pages of other sites that make the browser send requests here; recognized by ``Origin``,
+  ``Sec-Fetch-Site`` and the content type, since a browser asks before it sends JSON to another
+  site.
 
 Thread-safe; immutable once made.
 """
@@ -174,8 +174,8 @@ class Admission:
         # since compare_digest takes strings only if they are ASCII.
         if self._key is not None and hmac.compare_digest(given.encode(), self._key):
             return
-        # A token begins with these letters.  A server without a key checks tokens only if it has
-        # clients use them.
+        # Every token begins with these letters.  A server without a key checks tokens only if it
+        # has clients ask for them.
         if given.startswith("eyJ") and (self._jwt or self._key is not None):
             # A client that could exchange a token for another would never need the key again.
             fault = self.mint.fault_of(given)
@@ -184,7 +184,7 @@ class Admission:
             if fault is not None:
                 raise _invalid_token(fault)
         elif self._key is not None:
-            what = "is not the one of this server" if given else "is missing"
+            what = "is not this server's" if given else "is missing"
             raise HTTPError(401, f"the API key {what}")
 
 
@@ -209,10 +209,10 @@ def is_loopback(name: str) -> bool:
 
 
 def read_hosts(names: Iterable[str]) -> FrozenSet[str]:
-    """Return allowed hosts as `host_name` does; LocalServerError if one is not a host's name."""
+    """Return the names of allowed hosts, in lower case; LocalServerError if one is malformed."""
     found = set()
     for given in names:
-        # Two colons show an IPv6 address, which has brackets in a header.
+        # With two colons or more it is an IPv6 address, which has brackets in a header.
         name = host_name(f"[{given}]" if given.count(":") > 1 and "[" not in given else given)
         if name is None:
             raise LocalServerError(

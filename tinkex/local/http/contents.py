@@ -1,4 +1,4 @@
-"""Content: what is downloaded, one file of a checkpoint or all as a tar archive, or a part of it.
+"""Content: a download, one file of a checkpoint or all as a tar archive, in whole or in part.
 
 The archive is never written to disk: its bytes are computed from the files, so that any part can be
 read by itself, and reading it again gives the same bytes.  A content belongs to one request.
@@ -40,7 +40,7 @@ class Content:
             while left:
                 chunk = source.read(min(left, _CHUNK))
                 if not chunk:
-                    # The length was sent in the headers, so only a broken connection can tell.
+                    # The length was sent in the headers, so the connection has to be broken.
                     raise OSError("a saved file became shorter while it was read")
                 left -= len(chunk)
                 yield chunk

@@ -80,8 +80,9 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             connection_limit=2 * settings.max_held_polls + 1024,
             channel_timeout=600,
             asyncore_use_poll=True,
-            # Has waitress read from a client while it responds, and so notice that the client hangs
-            # up; views learn of that from `waitress.client_disconnected` in their environment.
+            # Makes waitress read from a client while it responds, so that it notices when the
+            # client hangs up; views learn of it by `waitress.client_disconnected` in their
+            # environment.
             channel_request_lookahead=1,
             # Bodies of a few MB are read in few system calls, and never put on disk.
             recv_bytes=1 << 18,
@@ -127,7 +128,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
 
     def readable(self) -> bool:
         """Return whether to accept connections; waitress's method also closes idle ones."""
-        # Called during a pause, too, and so first: closing idle connections frees descriptors.
+        # In this order, so that idle connections are closed during a pause, too, which frees
+        # descriptors.
         return super().readable() and self._resume_at is None
 
     def handle_accept(self) -> None:
@@ -152,8 +154,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         # waitress would try again in a busy loop.
         now = time.monotonic()
         self._resume_at = now + PAUSE_S
-        # With a clock that is put forward, waitress closes what has been idle for IDLE_S, rather
-        # than for its own limit.
+        # Told a later time, waitress closes connections that have been idle for IDLE_S, instead of
+        # for its own limit.
         self.maintenance(time.time() + self.adj.channel_timeout - IDLE_S)
         if now >= self._report_at:
             self._report_at = now + _REPORT_S

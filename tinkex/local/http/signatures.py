@@ -48,7 +48,7 @@ class TokenMint:
         # The signature first, so that only tokens that were made here are parsed.
         signed, _, signature = token.encode("utf-8", "replace").rpartition(b".")
         if not hmac.compare_digest(_encode(self._sign(signed)), signature):
-            return "it was not signed by this server, or before its last start"
+            return "this server did not sign it, or was restarted since"
         claims = json.loads(_decode(signed.partition(b".")[2]))
         return "it has expired" if self._clock.wall() >= claims["exp"] else None
 
@@ -79,7 +79,7 @@ class Signer:
         self._secret = secrets.token_bytes(32)
 
     def sign(self, path: str) -> Tuple[str, int]:
-        """Return *path*, quoted, with a signed query, and when it expires, since the epoch."""
+        """Return *path*, quoted, with a signed query, and its expiry in seconds since the epoch."""
         expires_at = int(self._wall() + self._lifetime_s)
         query = {"expires": str(expires_at), "signature": self._signature(path, expires_at)}
         return f"{quote(path, safe='/:')}?{urlencode(query)}", expires_at
@@ -98,7 +98,6 @@ class Signer:
             raise HTTPError(403, "this URL has expired; ask for a new one")
 
     def _signature(self, path: str, expires_at: int) -> str:
-        # Path and expiry in one signature, so that neither can be changed, or be combined with
-        # another one.
+        # One signature for both, so that neither can be changed, nor combined with another.
         text = f"{expires_at}\n{path}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()

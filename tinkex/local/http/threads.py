@@ -46,7 +46,7 @@ class HttpThreads:
 
     @property
     def is_busy(self) -> bool:
-        """True while a request is being responded to, or waits for a thread."""
+        """True while a request is being served, or waits for a thread."""
         return self._pool.is_busy
 
     def set_thread_count(self, count: int) -> None:
@@ -68,7 +68,7 @@ class HttpThreads:
         return not busy
 
     def _claim(self, task: Any) -> bool:
-        """True for the first caller, which then runs or cancels the task."""
+        """Return True to the first caller, which then runs or cancels the task."""
         # Removing from a set is atomic.
         try:
             self._waiting.remove(task)
@@ -112,7 +112,7 @@ class HeldPolls:
     def acquire(self) -> None:
         """Count one more held poll; HTTPError 429 if too many are held already."""
         if not self._free.acquire(blocking=False):
-            # Not try_again, after which clients ask again without a pause.
+            # After a 429 clients pause; after try_again they would ask again at once.
             raise HTTPError(
                 429, f"{self._limit} polls are held already; ask again", retry_after_s=1.0
             )

@@ -90,7 +90,7 @@ class Writer:
         return columns
 
     def _top_by_name(self, entry: TokenEntry) -> Optional[Dict[str, float]]:
-        """Return the likeliest tokens and the actual one, by name; None for a first token."""
+        """Return the likeliest tokens and the actual one, by name; None if they are unknown."""
         if entry.logprob is None or not self._call.top:
             return None
         named: Dict[str, float] = {}

@@ -46,7 +46,8 @@ class Generation:
         self._text = text
         self._call = call
         self._events: Inbox[_Event] = Inbox()
-        # The prompt comes first, but its log-probabilities arrive with the outcome: tokens wait.
+        # The prompt is sent first, but its log-probabilities arrive with the outcome: until then,
+        # `parts` holds the tokens back.
         self._scores_prompts = call.echo and call.top is not None
         self._choices = [self._choices_of(prompt) for prompt in call.prompts]
         self._open = set(range(len(call.prompts)))

@@ -166,7 +166,7 @@ def read_completions(body: Dict[str, Any], text: Text, info: EngineInfo, most: i
 
 
 def read_chat(body: Dict[str, Any], text: Text, info: EngineInfo, most: int) -> Call:
-    """Read the body of ``chat/completions``, with ``n`` up to *most*; OpenAIError as above."""
+    """Read the body of ``chat/completions``, with ``n`` up to *most*; OpenAIError if not valid."""
     _check_names(body, _OF_CHAT)
     fields = _Fields(body)
     n = fields.integer("n", 1, most) or 1

@@ -101,7 +101,7 @@ class _Endpoint:
         raise OpenAIError(f"{request.method} {request.path} is not offered", status=404)
 
     def _text(self) -> Text:
-        if self._kept_text is None:  # two threads may make it at once: both are the same
+        if self._kept_text is None:  # two threads may both make it, which is harmless
             self._kept_text = text_of(self._backend.engine)
         return self._kept_text
 

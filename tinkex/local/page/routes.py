@@ -49,7 +49,7 @@ class PageRoutes(Routes):
 
     @route("GET", "/")
     def page(self) -> Result:
-        """Return the page, without data, and whether it has to ask for a key before it gets any."""
+        """Return the page, without data; it is marked if it has to ask for a key first."""
         page = _content("index.html")
         if self._needs_key:
             page = page.replace(b'data-key="none"', b'data-key="needed"', 1)

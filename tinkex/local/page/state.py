@@ -25,9 +25,9 @@ class PageState:
         self._kept_text: Optional[Text] = None
 
     def since(self, cursor: str) -> Dict[str, Any]:
-        """Return what is new since *cursor*, which the previous response gave.
+        """Return what is new since *cursor*, which comes from the previous response.
 
-        Everything is new since ``""``, since a malformed cursor, or one of an earlier server.
+        An empty or malformed cursor, or one of an earlier server, gets everything.
         """
         activity = self._backend.activity
         epoch, _, known = cursor.partition(".")
@@ -102,7 +102,7 @@ class PageState:
         }
 
     def _text(self) -> Text:
-        if self._kept_text is None:  # two threads may make it at once: both are the same
+        if self._kept_text is None:  # two threads may both make it, which is harmless
             self._kept_text = text_of(self._backend.engine)
         return self._kept_text
 
@@ -111,7 +111,7 @@ def _curve(run: RunProgress) -> Dict[str, Any]:
     return {
         **run._asdict(),
         "point_steps": run.point_steps.tolist(),
-        # Six digits, which takes half the space.
+        # Six digits halve the size.
         "point_losses": [float(f"{loss:.6g}") for loss in run.point_losses],
     }
 

@@ -31,7 +31,7 @@ Prepare = Callable[[str, JsonBody], Work]
 
 
 def route(method: str, path: str) -> Callable[[V], V]:
-    """Make a method of `Routes` the view of *method* at *path*; one view may have several.
+    """Make a view of a topic respond to *method* at *path*; one view may have several routes.
 
     The view gets the parameters of the path, and the JSON object of the request if it has a
     parameter *body*.

@@ -78,7 +78,7 @@ class DownloadRoutes(Routes):
     @route("GET", f"{SIGNED_PREFIX}files/<run_id>/<kind>/<name>/<path:relative>")
     def file(self, run_id: str, kind: str, name: str, relative: str) -> Result:
         """Send one file of a checkpoint."""
-        self._check_signature()  # it signs the whole path, so only names from `file_urls` pass
+        self._check_signature()  # covers the whole path: only names from `file_urls` pass
         row = self._checkpoint(run_id, kind, name)
         content = self._read(row, functools.partial(file_content, relative=relative))
         return _download(content, _etag(row, relative), "application/octet-stream")
@@ -127,7 +127,7 @@ def _download(content: Content, etag: str, mimetype: str) -> Response:
 
 
 def _range(size: int, etag: str) -> Optional[Tuple[int, int]]:
-    """Return the range that was asked for; None for everything, (0, 0) if it does not exist."""
+    """Return the requested range; None for everything, (0, 0) if it is beyond the end."""
     asked = request.range
     # Several ranges would need a multipart response; HTTP allows sending everything instead.
     if asked is None or asked.units != "bytes" or len(asked.ranges) != 1:

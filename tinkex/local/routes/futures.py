@@ -95,7 +95,7 @@ class FutureRoutes(Routes):
         self._futures.acknowledge(group, retrieved)
         done, end = self._futures.completed(group, cursor, 0.0)
         if not done and timeout_s > 0:
-            # Raises if the session has ended: there is nothing to wait for in it.
+            # Raises if the session has ended: there is nothing left to wait for.
             self._backend.check_sampler(group.sampler_id)
             done, end = self._held.hold(
                 functools.partial(self._futures.completed, group, cursor, timeout_s)

@@ -73,7 +73,7 @@ class TrainingRoutes(Routes):
         request_id = f"{loss_id}:create"
         with self._creating_loss:
             if self._backend.losses.add(loss_id, body.digest, program):
-                # Nothing is left to do, but the protocol has a future here (docs/protocol.md,
+                # The work is done already, but the protocol expects a future (docs/protocol.md,
                 # "Custom losses").
                 created = Success({"loss_id": loss_id, "type": "create_custom_loss"})
                 self._backend.futures.create(request_id, loss_id, 0)

@@ -27,10 +27,10 @@ class SampleJob:
     """One sample request.
 
     Attributes:
-        cost: most tokens of cache that it may take.
+        cost: most tokens of key-value cache that it may take.
         arrived: when it was submitted, in clock seconds.
         began: when it joined a batch, in clock seconds.
-        dropped: set, under the scheduler's lock, when it is cancelled or its sampler is closed.
+        dropped: set under the scheduler's lock, once it is cancelled or its sampler closed.
     """
 
     sampler: Sampler
@@ -48,8 +48,8 @@ class WeightsSource(NamedTuple):
 
     Attributes:
         key: samplers with equal keys have the same weights, and share batches.
-        folder: holds the adapter, and belongs to the scheduler once it is passed there; None for
-            the base model.
+        folder: folder of the adapter, which the scheduler owns from `Scheduler.add_sampler` on;
+            None for the base model.
         name: name for display: that of a base model, a ``tinker://`` path, or the id of a run.
         newest: True if these weights replace the earlier weights with the same key.
     """
@@ -87,7 +87,7 @@ class Batch:
         self.jobs: List[SampleJob] = []
         self.requests: List[SampleRequest] = []  # of the jobs; read by the engine
         self.slices: Iterator[List[Finished]] = iter(())
-        self.unfinished: Set[int] = set()  # indices, as in `dropped`
+        self.unfinished: Set[int] = set()  # indices of jobs, as in `dropped`
         self.dropped: Set[int] = set()  # cancelled while the batch runs; read by the engine
         self.sequences = 0  # continuations of the unfinished requests
 
@@ -95,7 +95,7 @@ class Batch:
         """Add a request."""
         self.unfinished.add(len(self.jobs))
         self.jobs.append(job)
-        # The engine reads this list with each slice: a request joins a running batch by this alone.
+        # The engine reads this list with each slice, so this is all it takes to join a running one.
         self.requests.append(job.request)
         self.sequences += job.request.num_samples
 

@@ -1,7 +1,7 @@
-"""What a submission must satisfy before it is queued: cheap checks, in the HTTP thread.
+"""Cheap checks of a submission, made in the HTTP thread before it is queued.
 
-Each raises HTTPError (400) naming what is wrong.  The engine checks the rest: shapes, input names,
-and whatever only it knows.
+Each raises an HTTPError (400) that says what is wrong.  The engine checks the rest: shapes, input
+names, and whatever only it knows.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class EngineThread:
                 self._run_next_job(lane)
             elif lane is not None:
                 self._sampling.serve(lane)
-            # HTTP threads only list weights as retired: unloading them calls the engine, which is
-            # up to this thread alone.
+            # HTTP threads only list weights as retired: unloading them calls the engine, which only
+            # this thread may do.
             for weights in self._scheduler.give_back(lane):
                 self._sampling.remove(weights)
         self._shut_down()
@@ -128,8 +128,8 @@ class EngineThread:
         # Any exception: this thread serves all runs, and must survive the work of one.
         except Exception as error:
             failure = failure_of(error, job.request_id)
-            # Requests are queued behind the creation already: they fail with this reason, instead
-            # of reaching an engine that does not know the model.
+            # Requests may be queued behind the creation already: they fail with this reason,
+            # instead of reaching an engine that does not know the model.
             if job.creates:
                 lane.broken = f"model {lane.model_id} was not created: {failure.message}"
             self._futures.complete(job.request_id, failure)

@@ -58,8 +58,8 @@ class Lane:
                 is forgotten.
         """
         request_id = self._seen.find(seq_id, digest)
-        # The seq_id was used, but its digest is forgotten.  This is a conflict either way: another
-        # body is one, and the same body must not be executed twice.
+        # The seq_id was used, but its digest is forgotten.  A conflict either way: another body is
+        # not allowed, and the same body must not be executed twice.
         if request_id is None and seq_id < self.next_seq and seq_id not in self._seen:
             raise HTTPError(
                 409,
@@ -81,8 +81,8 @@ class Lane:
         # Rejected requests, too: only the same body may be tried again under their seq_id.
         self._seen.add(seq_id, digest, None if job is None else job.request_id)
         if seq_id < self.next_seq:
-            # A repetition of a rejected request that is valid now, e.g. since the checkpoint that
-            # it loads has been saved.  Its place in the order has passed: it runs after the others.
+            # A rejected request is repeated, and valid now, e.g. because the checkpoint that it
+            # loads has been saved.  Its place in the order has passed, so it runs after the others.
             if job is not None:
                 self.ready.append(job)
             return
@@ -107,7 +107,7 @@ class Lane:
         return len(self.ready) + len(self._early)
 
     def waits_beyond_a_gap(self, seq_id: int) -> int:
-        """Return how many requests wait beyond a gap, or 0 if *seq_id* would not wait there."""
+        """If *seq_id* would wait for a missing seq_id, return how many requests do; else 0."""
         # The missing request itself is never turned away: nothing else can close the gap.
         return len(self._early) if seq_id > self.next_seq else 0
 

@@ -35,7 +35,7 @@ class Rotation:
         self._limits = limits
         self._clock = clock
         self._lanes: Deque[AnyLane] = deque()
-        self._served: Optional[AnyLane] = None  # the engine thread's lane; not in _lanes
+        self._served: Optional[AnyLane] = None  # the lane that is being served; not in _lanes
         self._housekeeping_wanted = False
         self._closing = False
 
@@ -64,7 +64,7 @@ class Rotation:
 
     def add_locked(self, lane: AnyLane) -> None:
         """Add a lane that has work, unless it is in the rotation; wake the engine thread."""
-        # A lane that is being served goes back by give_back_locked, which sees the new work, too.
+        # A lane that is being served returns by give_back_locked, which sees its new work, too.
         if lane is not self._served and lane not in self._lanes:
             self._lanes.append(lane)
         self.wake_locked()
@@ -108,8 +108,8 @@ class Rotation:
 
     def give_back_locked(self, lane: Optional[AnyLane]) -> None:
         """Put the lane that was served behind the others, if it has more to do."""
-        # Under one lock with the check of `has_work`, which sees the work that came while the lane
-        # was served: `add_locked` did not append it.
+        # Under one lock with the check of `has_work`, which sees the work that arrived while the
+        # lane was served: `add_locked` did not append the lane then.
         self._served = None
         if lane is not None and lane.has_work:
             self._lanes.append(lane)

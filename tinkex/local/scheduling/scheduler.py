@@ -122,8 +122,8 @@ class Scheduler:
             if lane.waits_beyond_a_gap(seq_id) >= self._max_waiting:
                 raise HTTPError(
                     429,
-                    f"{self._max_waiting} requests of {model_id} wait for seq_id {lane.next_seq} "
-                    "already; send that one",
+                    f"{self._max_waiting} requests of {model_id} already wait for seq_id "
+                    f"{lane.next_seq}; send that request first",
                     retry_after_s=1.0,
                 )
             if job is not None:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 else:  # numpy is imported once there are tokens
     FloatArray = TokenArray = Any
 
-#: Losses are kept of this many runs, the most recently trained: 120 KB each.
+#: Most runs whose losses are kept, the most recently trained: 120 KB each.
 MOST_RUNS = 64
 
-#: This many samples are kept, the latest.
+#: Most samples that are kept, the latest.
 MOST_SAMPLES = 20
 
 #: Tokens that are kept of a sample: the end of the prompt, and the start of the continuation.
@@ -150,8 +150,8 @@ class Activity:
     ) -> None:
         """Note a forward_backward pass over *tokens* that began at *started* (of `clock`)."""
         loss = metrics.get("loss:sum")
-        # The first positive one: weights of a custom loss may be negative, and give no loss per
-        # token.
+        # The first positive sum is used: weights of a custom loss may be negative, and are then no
+        # basis for a loss per token.
         weights = (metrics.get("weights:sum"), metrics.get("tokens:sum"), float(tokens))
         weight = next((one for one in weights if one is not None and one > 0), 0.0)
         now, at = self.clock(), self._wall()
@@ -244,7 +244,7 @@ def _progress(run: _Run, version: int) -> RunProgress:
 def _kept(
     model: str, request: SampleRequest, sequence: SampledSequence, sequences: int
 ) -> KeptSample:
-    # Prompts convert to tokens, since engines accept text only.
+    # Engines accept text only, so every prompt converts to tokens.
     prompt, logprobs = request.prompt.to_numpy(), sequence.logprobs_np
     # Copies, since views would keep the arrays of the whole response in memory.  The caller sets
     # the first two fields under the lock, where versions are given out.

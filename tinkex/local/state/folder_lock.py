@@ -18,8 +18,8 @@ from tinkex.errors import LocalServerError
 #: How long a new server waits for one that is closing, in seconds.
 _ENDING_S = 5.0
 
-# The locks held by this process, by its id (a fork copies this dict) and the device and inode of
-# the file.  Single operations on a dict are atomic.
+# The locks that this process holds.  A key is the id of the process (a fork copies this dict), and
+# the device and inode of the file.  Single operations on a dict are atomic.
 _held_here: Dict[Tuple[int, int, int], FolderLock] = {}
 
 
@@ -76,7 +76,7 @@ class FolderLock:
             # Before the file is closed: from then on, the key may belong to another server.
             if self._key is not None and _held_here.get(self._key) is self:
                 del _held_here[self._key]
-            # The file is not removed: two servers could then lock two files of the same name.
+            # The file stays: if it were removed, two servers could lock two files of the same name.
             os.close(file)
         # Last: the waiting server locks the file as soon as this is set, and does not retry.
         self._released.set()
@@ -115,7 +115,7 @@ def folder_errors(data_dir: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, FileExistsError):  # from mkdir, which accepts an existing folder
+        if isinstance(error, FileExistsError):  # from mkdir: the path is not a folder
             reason = "it is a file"
         raise _unusable(
             data_dir,

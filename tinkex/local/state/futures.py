@@ -76,7 +76,7 @@ class Success:
 class Failure:
     """The work failed; *category* is ``"user"`` or ``"server"``.
 
-    *status* is its HTTP status when it is the only result of a response.
+    *status* is the HTTP status for an endpoint that responds with the failure itself.
     """
 
     message: str
@@ -118,7 +118,8 @@ class FutureTable:
         keep_unfetched_s: a result that is not fetched is dropped after this long.
         max_finished: most unfetched results, and most fetched results, that are kept.  The oldest
             of a kind are dropped first; neither kind displaces the other.
-        max_fetched_bytes: most encoded bytes of fetched results that are kept, beside the newest.
+        max_fetched_bytes: most encoded bytes of fetched results that are kept; the newest is kept
+            whatever its size.
         max_gone: most ids of dropped results that are remembered.
         clock: returns monotonic seconds.
     """
@@ -225,8 +226,8 @@ class FutureTable:
             done, upto = self._completions.after(group, cursor)
             if done or timeout_s <= 0 or self._closing:
                 return self._outcomes_locked(done), upto
-            # Registered under the lock that was held while nothing was found, so that the next
-            # completion finds the listener.
+            # Registered without releasing the lock after the check, so that no completion between
+            # the two is missed.
             event = threading.Event()
             self._listeners.setdefault(group, []).append(event)
         event.wait(timeout_s)

@@ -24,8 +24,8 @@ _JSON = frozenset({"facts", "lora", "optimizer", "user_metadata", "details"})
 class SessionRow:
     """A session.
 
-    *state* is live, expired, finished or lost (the server ended before it); *reason* is a
-    sentence.  *end_reason* and *end_detail* come from the client that finished it.
+    *state* is live, expired, finished or lost (the server ended first); *reason* is a sentence.
+    *end_reason* and *end_detail* come from the client that finished it.
     """
 
     session_id: str
@@ -103,7 +103,7 @@ class AuditRow:
 
 
 def timestamp(seconds: float) -> str:
-    """Return RFC 3339 in UTC, with microseconds; later times sort later."""
+    """Return *seconds* as RFC 3339 in UTC, with microseconds; later times sort later."""
     # By default, isoformat leaves out a fraction of zero, and the texts would not sort by time.
     text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")

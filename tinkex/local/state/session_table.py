@@ -21,7 +21,7 @@ class SessionTable:
         self._due: Dict[str, float] = {}
 
     def add(self, session_id: str, now: float) -> None:
-        """Start the life of *session_id*."""
+        """Add a new session."""
         self._due[session_id] = now + self.ttl_s
 
     def alive(self, session_id: str, now: float) -> bool:

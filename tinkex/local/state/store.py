@@ -41,7 +41,7 @@ _SAMPLER_FOLDER = re.compile("[0-9a-f]{32}")  # uuid4().hex
 
 
 class Store:
-    """The server's memory under *data_dir*, which is created if it is missing.
+    """The server's data under *data_dir*, which is created if it is missing.
 
     Its methods raise StorageError if something cannot be written.
 
@@ -247,7 +247,7 @@ class Store:
         return self._db.find(AuditRow, sql, start, stop, event_type, event_type)
 
     def _tidy(self) -> None:
-        """Clean up after the last server: end its sessions, and remove weights without a row."""
+        """Clean up after the last server: end its sessions, remove files without a checkpoint."""
         # Only folders that a store has named: the user may keep a folder "samplers" of their own.
         for folder in (self.data_dir / "samplers").glob("*"):
             if _SAMPLER_FOLDER.fullmatch(folder.name):

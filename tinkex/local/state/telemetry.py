@@ -63,7 +63,7 @@ def _check(what: str, event: Any) -> None:
         raise HTTPError(400, f"{what} is {kind!r:.80}; it must be one of {', '.join(_OWN)}")
     for name, expected in {**_COMMON, **_OWN[kind]}.items():
         value = event.get(name)
-        # In Python a bool is an int; in JSON it is no number.
+        # In Python a bool is an int; in JSON it is not a number.
         if not isinstance(value, expected) or isinstance(value, bool):
             raise HTTPError(
                 400,

@@ -47,8 +47,8 @@ class Adam:
                 torch._foreach_mul_(grads, params.grad_clip_norm / norm)
             self.step_count += 1
             # Decoupled: the decay acts on the parameters before the update, and stays out of the
-            # averages.  The order of operations is torch.optim.AdamW's, so that the results are,
-            # too.
+            # averages.  The operations run in torch.optim.AdamW's order, so that the results equal
+            # torch's.
             if params.weight_decay:
                 torch._foreach_mul_(self._parameters, 1 - rate * params.weight_decay)
             torch._foreach_lerp_(self._mean, grads, 1 - beta1)

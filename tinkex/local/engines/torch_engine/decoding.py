@@ -29,7 +29,7 @@ _SPARE_COLUMNS = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrefillPiece:
-    """The same piece of a group of prompts, just computed.
+    """One piece of each prompt in a group, just computed.
 
     Attributes:
         prompts: indices of the prompts, one per row.

@@ -105,7 +105,7 @@ def _hint(source: str, part: str, what: str, error: Exception) -> str:
     if not Path(source).is_dir():
         return models.hint_for(what)
     if isinstance(error, ImportError):
-        return "Install what is missing, then start again."
+        return "Install the missing package, then start again."
     if part != "model":
         return "Save the tokenizer into the same folder: tokenizer.save_pretrained(folder)."
     return (
@@ -226,5 +226,5 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     )
     size = expected.norm(dim=-1).clamp(min=1e-6)
     error = ((found - expected).norm(dim=-1) / size).max()
-    # NaN compares greater than no tolerance, so it would pass.
+    # NaN is never greater than a tolerance, so it would pass.
     return float("inf") if error.isnan() else float(error)

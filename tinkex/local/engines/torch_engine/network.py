@@ -43,7 +43,7 @@ class Interruption:
     def check(self) -> None:
         """Raise EngineError if an interruption was requested."""
         if self.requested:
-            raise EngineError("the engine was interrupted, since the server is closing", "server")
+            raise EngineError("the engine was interrupted, because the server is closing", "server")
 
     def watch(self, model: Any) -> None:
         """Check after each layer of *model*, and when a gradient comes back to the layer."""

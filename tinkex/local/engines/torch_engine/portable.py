@@ -152,8 +152,8 @@ def _merge(model: Any, tensors: Dict[str, torch.Tensor], config: Any, misfit: st
     output = output_name(model)
     if output is not None:
         tensors = rename_exported(tensors, output)
-    # Before peft wraps the layer: merging would otherwise change the weights that the embedding
-    # reads.
+    # Untie before peft wraps the layer: merging would otherwise change the weights that the
+    # embedding reads.
     if is_tied(model) and any(f".{output}.lora_" in key for key in tensors):
         untie(model)
     try:

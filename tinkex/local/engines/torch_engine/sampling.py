@@ -38,7 +38,8 @@ SLICE_STEPS = 8
 #: token in float32, so at most 6 GB.
 BATCH_TOKENS = 131072
 
-# Ended rows leave the batch once they are this share of it: each time, the cache is copied.
+# Ended rows leave the batch only once they make up this share of it: removing rows copies the
+# cache.
 _IDLE_SHARE = 0.25
 
 
@@ -95,7 +96,7 @@ class SampleRun:
     `done`.
 
     Args:
-        requests: requests that are appended later join with the next slice.
+        requests: may grow; requests that are appended join with the next slice.
     """
 
     def __init__(

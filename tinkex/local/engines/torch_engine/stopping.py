@@ -50,7 +50,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-    """When a sequence ends: at a token, or as soon as its text holds a string."""
+    """When a sequence ends: at one of *tokens*, or once its text holds one of *strings*."""
 
     tokens: FrozenSet[int]
     strings: Tuple[str, ...] = ()
